@@ -1,0 +1,7 @@
+"""Retain: what information does a model keep?
+
+`retain.kv` keeps the entries of a transformer's KV cache that carry the most information about the
+coming output; `retain.link` audits link predictors on graphs. Both stand on `retain.information`.
+"""
+
+__version__ = "0.1.0.dev0"
