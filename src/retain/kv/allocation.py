@@ -1,0 +1,156 @@
+"""Budgets: how many tokens a user allows, what is protected, and how the total is split over layers."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+_SINKS = 4
+_WINDOW_SHARE, _WINDOW_LEAST, _WINDOW_MOST = 0.15, 4, 32
+
+
+def check_budget(budget: float) -> None:
+    """Raise unless the budget is a whole number of tokens ≥ 1 or a fraction in (0, 1]."""
+    accepted = (
+        "accepted: a whole number of tokens (at least 1) or a fraction of the prompt (0 < budget ≤ 1.0)"
+    )
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise TypeError(f"budget is {budget!r} of type {type(budget).__name__}; {accepted}")
+    if isinstance(budget, float) and not 0 < budget <= 1:
+        raise ValueError(f"budget is {budget}; {accepted}. Write tokens without a decimal point")
+    if budget < 1 and isinstance(budget, int):
+        raise ValueError(f"budget is {budget}; {accepted}")
+
+
+def tokens_allowed(budget: float, seen: int) -> int:
+    """Return how many of `seen` tokens the budget allows: never more than it says, at least 1."""
+    if isinstance(budget, int):
+        return min(budget, seen)
+    # The small term keeps 0.1 * 30 from becoming 2.
+    return max(1, int(budget * seen + 1e-9))
+
+
+@dataclass(frozen=True)
+class Protection:
+    """The first tokens (attention sinks) and the last (recent window), which are always kept.
+
+    None stands for the default: 4 sinks, and a window of 15 % of the budget but between 4 and 32 tokens. The
+    defaults shrink to fit a small budget; numbers given by a user do not.
+    """
+
+    sinks: int | None = None
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("sinks", self.sinks), ("window", self.window)):
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} is {value!r}; accepted: a whole number of tokens, or None")
+            if value < 0:
+                raise ValueError(f"{name} is {value}; accepted: 0 or more tokens")
+
+    @property
+    def least(self) -> int:
+        """Smallest budget in tokens that holds what is protected."""
+        return max(1, self._sinks + (_WINDOW_LEAST if self.window is None else self.window))
+
+    @property
+    def _sinks(self) -> int:
+        return _SINKS if self.sinks is None else self.sinks
+
+    def check(self, budget: int) -> None:
+        """Raise if a budget in tokens is smaller than what is protected."""
+        if budget < self.least:
+            raise ValueError(
+                f"budget is {budget} tokens, smaller than what is protected: {self._sinks} sinks and a recent "
+                f"window of {self.least - self._sinks} need {self.least}. Raise budget, or lower sinks and window"
+            )
+
+    def sizes(self, budget: int, published_window: int | None = None) -> tuple[int, int]:
+        """Return (sinks, window) for a row's budget.
+
+        Args:
+            budget: tokens that the row may keep.
+            published_window: the window that the policy's authors always keep, used if the user named none.
+
+        Raises:
+            ValueError: numbers given by the user do not fit into the budget.
+
+        """
+        given = (self.sinks or 0) + (self.window or 0)
+        if given > budget:
+            raise ValueError(
+                f"budget is {budget} tokens here, smaller than what is protected: sinks={self.sinks}, "
+                f"window={self.window}. Raise budget, or lower sinks and window"
+            )
+        sinks = min(_SINKS, budget // 2) if self.sinks is None else self.sinks
+        if self.window is not None:
+            return min(sinks, budget - self.window), self.window
+        window = published_window
+        if window is None:
+            window = min(max(round(_WINDOW_SHARE * budget), _WINDOW_LEAST), _WINDOW_MOST)
+        return sinks, min(window, budget - sinks)
+
+
+class Allocation(ABC):
+    """Base of all allocations; a new one defines `tokens`."""
+
+    @abstractmethod
+    def tokens(self, budget: int, seen: int, layer: int, layers: int, least: int) -> int:
+        """Return the tokens that one layer may keep of a row.
+
+        Args:
+            budget: mean over the layers; over all layers the answers sum to `layers * budget`.
+            seen: tokens of the row, at least `budget`.
+            layer: index of the layer among `layers`.
+            layers: number of layers.
+            least: tokens that are protected; no layer gets fewer unless the budget itself is smaller.
+
+        """
+
+
+@dataclass(frozen=True)
+class Equal(Allocation):
+    """Every layer keeps as many."""
+
+    def tokens(self, budget: int, seen: int, layer: int, layers: int, least: int) -> int:
+        """Return the budget itself."""
+        return budget
+
+    def __str__(self) -> str:
+        return "equal"
+
+
+@dataclass(frozen=True)
+class Pyramid(Allocation):
+    """Early layers keep more, linearly fewer with depth (PyramidKV, 2406.02069).
+
+    Args:
+        beta: the last layer is aimed at 1/beta of the mean budget.
+
+    """
+
+    beta: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not self.beta >= 1:
+            raise ValueError(f"beta is {self.beta}; accepted: at least 1")
+
+    def tokens(self, budget: int, seen: int, layer: int, layers: int, least: int) -> int:
+        """Return the layer's share; rounding never changes the total."""
+        if layers == 1:
+            return budget
+        last = min(float(budget), max(budget / self.beta, float(least)))
+        first = min(2 * budget - last, float(seen))
+        last = 2 * budget - first
+
+        def kept_up_to(count: int) -> int:  # cumulative, so that the rounded layers sum exactly
+            step = (first - last) / (layers - 1)
+            return math.floor(count * first - step * count * (count - 1) / 2 + 0.5)
+
+        return kept_up_to(layer + 1) - kept_up_to(layer)
+
+    def __str__(self) -> str:
+        return "pyramid"

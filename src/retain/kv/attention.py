@@ -1,0 +1,141 @@
+"""The attention function through which a cache sees queries: registered by name, selected per model.
+
+It computes what the model's own implementation computes. For keys that come from a `RetainCache` it first
+hands queries, keys and values to the cache's layer; for all others it only passes the call on.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+PREFIX = "retain_"
+SUPPORTED = ("sdpa", "eager")
+
+_attached: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+class Observer(Protocol):
+    """What a cache layer does with an attention call over its keys."""
+
+    def before(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor | None:
+        """Check the call and return the mask to use."""
+        ...
+
+    def after(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        attention: Tensor | None,
+    ) -> None:
+        """Take what the call showed."""
+        ...
+
+
+def mark(keys: Tensor, observer: Observer) -> Tensor:
+    """Return a view of the keys that leads the attention function to the layer they come from."""
+    view = keys.view_as(keys)
+    # A weak reference: the layer owns the keys, and a cycle would keep them until a garbage collection.
+    view._retain_layer = weakref.ref(observer)  # pyright: ignore[reportAttributeAccessIssue]
+    return view
+
+
+def _observer(keys: Tensor) -> Observer | None:
+    reference = getattr(keys, "_retain_layer", None)
+    return None if reference is None else reference()
+
+
+def _attention_function(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        implementation = _implementation(base, module)
+        layer = _observer(key)
+        if layer is None:
+            return implementation(module, query, key, value, attention_mask, **options)
+        attention_mask = layer.before(module, query, key, value, attention_mask)
+        output, attention = implementation(module, query, key, value, attention_mask, **options)
+        layer.after(module, query, key, value, options.get("scaling"), attention)
+        return output, attention
+
+    return attend
+
+
+def _implementation(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if base != "eager":
+        return ALL_ATTENTION_FUNCTIONS[base]
+    # Eager attention is not registered by name: each model's own file defines it.
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+class Attachment:
+    """Selects our attention function on a model for as long as this object, or a copy of it, lives.
+
+    Args:
+        decoder: the transformer whose attention modules use the cache.
+
+    Raises:
+        ValueError: the model's attention implementation is not one that is supported.
+
+    """
+
+    def __init__(self, decoder: PreTrainedModel) -> None:
+        name = _selected(decoder)
+        base = name.removeprefix(PREFIX)
+        if base not in SUPPORTED:
+            raise ValueError(
+                f"the model's attn_implementation is {name!r}; accepted: {', '.join(SUPPORTED)}. "
+                "Call model.set_attn_implementation('sdpa') first"
+            )
+        own = PREFIX + base
+        if own not in ALL_ATTENTION_FUNCTIONS:
+            AttentionInterface.register(own, _attention_function(base))
+            AttentionMaskInterface.register(own, ALL_MASK_ATTENTION_FUNCTIONS[base])
+        if name != own:
+            decoder.set_attn_implementation(own)
+        _attached[decoder] = _attached.get(decoder, 0) + 1
+        self._decoder = weakref.ref(decoder)
+        self._finalizer = weakref.finalize(self, _detach, self._decoder)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        """Return this same object: a copied cache keeps the function selected too."""
+        return self
+
+    @property
+    def active(self) -> bool:
+        """Whether the model still uses our attention function."""
+        decoder = self._decoder()
+        return decoder is not None and _selected(decoder).startswith(PREFIX)
+
+
+def _selected(decoder: PreTrainedModel) -> str:
+    return str(decoder.config._attn_implementation)  # pyright: ignore[reportPrivateUsage]
+
+
+def _detach(reference: weakref.ref[PreTrainedModel]) -> None:
+    decoder = reference()
+    if decoder is None:
+        return
+    _attached[decoder] -= 1
+    name = _selected(decoder)
+    if _attached[decoder] == 0:
+        del _attached[decoder]
+        if name.startswith(PREFIX):
+            decoder.set_attn_implementation(name.removeprefix(PREFIX))

@@ -1,0 +1,469 @@
+"""The cache: pass it as `past_key_values` to an unmodified `generate`, and it keeps what the policy keeps."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from retain.information.linalg import gram, psd_cholesky
+from retain.kv.accounting import CacheReport, HeadReport
+from retain.kv.allocation import Protection, check_budget, tokens_allowed
+from retain.kv.attention import Attachment, mark
+from retain.kv.estimators import Leverage, capacity_factor, linear_weights
+from retain.kv.named import DEFAULT_POLICY, policies
+from retain.kv.named import policy as named_policy
+from retain.kv.policy import Policy
+from retain.kv.signals import Rotary, Signals, rotate_half
+from retain.kv.storage import UniformStorage
+
+
+class RetainCache(Cache):
+    """A KV cache that keeps a budget of each prompt, chosen by a policy.
+
+    The first forward pass over the cache is the prefill: each layer evicts right after its own attention has
+    been computed over the whole prompt, so at most one layer is ever held in full. Tokens that come later
+    (a question asked of a compressed document, the answer) are appended and kept. Kept entries keep their
+    positions. Layers with a sliding window stay as they are.
+
+    Args:
+        model: the transformers model that the cache is for. While a cache of it lives, its attention calls
+            go through a function of ours that computes the same.
+        policy: a name (`retain kv policies` lists them) or a `Policy`.
+        budget: tokens to keep of each row and head (a whole number), or a fraction of the prompt (0 to 1.0).
+        sinks: first tokens that are always kept; None means 4, fewer if the budget is below 8.
+        window: last tokens that are always kept; None means what the policy's authors keep, else 15 % of
+            the budget, between 4 and 32.
+        measure_capacity: measure the share of the capacity that the kept entries carry, under the default
+            policy's objective so that policies compare. Costs about as much as scoring.
+
+    Raises:
+        TypeError, ValueError: see each argument's accepted values in the message.
+
+    Example:
+        >>> cache = RetainCache(model, policy="capkv", budget=0.25)       # doctest: +SKIP
+        >>> model.generate(**inputs, past_key_values=cache)               # doctest: +SKIP
+        >>> print(cache.report())                                         # doctest: +SKIP
+
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: str | Policy = DEFAULT_POLICY,
+        budget: float = 0.25,
+        *,
+        sinks: int | None = None,
+        window: int | None = None,
+        measure_capacity: bool = True,
+    ) -> None:
+        self.policy = named_policy(policy)
+        check_budget(budget)
+        self.budget = budget
+        protection = Protection(sinks, window)
+        if isinstance(budget, int) and not self.policy.keep_all:
+            protection.check(budget)
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"model is a {type(model).__name__}; accepted: a transformers PreTrainedModel")
+        decoder = model.get_decoder()
+        modules = _attention_modules(decoder)
+        layers: list[Any] = list(DynamicCache(config=model.config).layers)
+        full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not full:
+            raise ValueError(
+                f"{type(model).__name__} has no layer with full attention: there is nothing to evict"
+            )
+        self._attachment = Attachment(decoder)
+        for order, index in enumerate(full):
+            if index not in modules:
+                raise ValueError(f"{type(model).__name__}: no attention module for layer {index} was found")
+            layers[index] = RetainLayer(
+                self.policy,
+                budget,
+                protection,
+                module=modules[index],
+                rotary=_rotary(decoder, modules[index]),
+                index=index,
+                layer=order,
+                layers=len(full),
+                measure_capacity=measure_capacity,
+            )
+        super().__init__(layers=layers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add a layer's new keys and values and return all that its attention shall see."""
+        waiting = next((layer for layer in self.retained if layer.waiting), None)
+        if waiting is not None or not self._attachment.active:
+            raise ValueError(
+                "past_key_values is a RetainCache of another model, or the model's attention implementation was "
+                "changed after the cache was made: its attention did not reach the cache. Make a new RetainCache "
+                "with the model that you call"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def retained(self) -> list[RetainLayer]:
+        """The layers that evict: those with full attention."""
+        return [layer for layer in self.layers if isinstance(layer, RetainLayer)]
+
+    def kept_positions(self, layer: int) -> Tensor:
+        """Return which tokens a layer holds: index in the row's text, int32 [batch, kv_heads, width], −1 for none.
+
+        Raises:
+            ValueError: the layer does not evict, or nothing was seen yet.
+
+        """
+        found = self.layers[layer] if 0 <= layer < len(self.layers) else None
+        if not isinstance(found, RetainLayer) or found.storage is None:
+            evicting = [own.index for own in self.retained if own.storage is not None]
+            raise ValueError(f"layer is {layer}; layers that hold kept entries: {evicting or 'none yet'}")
+        return found.storage.positions
+
+    def report(self) -> CacheReport:
+        """Return what was seen and kept: tokens, bytes and capacity by layer and head."""
+        seen = [layer for layer in self.retained if layer.storage is not None]
+        heads = tuple(head for layer in seen for head in layer.head_reports())
+        shares = [share for head in heads if (share := head.capacity_retained) is not None]
+        other = sum(
+            layer.keys.nbytes + layer.values.nbytes
+            for layer in self.layers
+            if not isinstance(layer, RetainLayer) and getattr(layer, "is_initialized", False)
+        )
+        storages = [layer.storage for layer in seen if layer.storage is not None]
+        return CacheReport(
+            policy=self.policy.name,
+            heads=heads,
+            batch=storages[0].keys.shape[0] if storages else 0,
+            bytes_full=other + sum(layer.bytes_full for layer in seen),
+            bytes_kept=other + sum(storage.nbytes for storage in storages),
+            bytes_index=sum(storage.positions.nbytes for storage in storages),
+            capacity_retained=sum(shares) / len(shares) if shares else None,
+        )
+
+    def __repr__(self) -> str:
+        return f"RetainCache(policy={self.policy.name!r}, budget={self.budget}, {self.report()})"
+
+
+class RetainLayer(DynamicLayer):
+    """One full-attention layer of a `RetainCache`."""
+
+    is_croppable = False
+
+    def __init__(
+        self,
+        policy: Policy,
+        budget: float,
+        protection: Protection,
+        *,
+        module: nn.Module,
+        rotary: Rotary | None,
+        index: int,
+        layer: int,
+        layers: int,
+        measure_capacity: bool,
+    ) -> None:
+        self.storage: UniformStorage | None = None
+        super().__init__()
+        self.policy, self.budget, self.protection = policy, budget, protection
+        self.index, self.layer, self.layers = index, layer, layers
+        self.measure_capacity = measure_capacity
+        self._module = weakref.ref(module)
+        self._rotary = rotary
+        self.reset()
+
+    # The base class assigns keys and values; here they live in the storage.
+    @property
+    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Stored keys [batch, kv_heads, width, dim]."""
+        return None if self.storage is None else self.storage.keys
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        if self.storage is not None and keys is not None:
+            self.storage.keys = keys
+
+    @property
+    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Stored values [batch, kv_heads, width, value_dim]."""
+        return None if self.storage is None else self.storage.values
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        if self.storage is not None and values is not None:
+            self.storage.values = values
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        self.storage = None
+        self.is_initialized = False
+        self.waiting = False
+        self.evicted = False
+        self.seen = 0  # columns of the model's input so far, padding included
+        self.appended = 0  # of these, since the prefill
+        self._uneven = False  # rows of the batch keep different numbers of entries
+        self._padding: Tensor | None = None  # left padding of each row, long [batch]
+        self._prefill_valid: Tensor | None = None  # bool [batch, tokens], between `before` and `after`
+        self._capacity: Tensor | None = None  # share retained, [batch, kv_heads]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take new keys and values and return all that the attention shall see."""
+        new = key_states.shape[2]
+        if self.storage is None:
+            # The prefill: nothing is stored before its attention has been computed.
+            self.waiting = True
+            self.dtype, self.device = key_states.dtype, key_states.device
+            return mark(key_states, self), value_states
+        assert self._padding is not None
+        ahead = torch.arange(self.seen, self.seen + new, device=key_states.device)
+        self.storage.append(key_states, value_states, ahead - self._padding[:, None])
+        self.seen += new
+        self.appended += new
+        self.waiting = True
+        return mark(self.storage.keys, self), self.storage.values
+
+    def before(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor | None:
+        """Check an attention call over this layer's keys and return the mask for it."""
+        if module is not self._module():
+            raise ValueError(
+                f"past_key_values is a RetainCache of another model: layer {self.index} was made for a "
+                "different attention module. Make a RetainCache with the model that you call"
+            )
+        self.waiting = False
+        if self.storage is not None:
+            return self._mask(mask, query)
+        if not bool(torch.isfinite(key.sum(dtype=torch.float32) + value.sum(dtype=torch.float32))):
+            raise ValueError(f"keys or values of layer {self.index} contain NaN or Inf: nothing was cached")
+        valid = _valid_tokens(mask, key.shape[2])
+        if valid is not None and not bool(valid[:, -1].all()):
+            raise ValueError(
+                "attention_mask pads on the right (the last token of a row is masked); accepted: left padding. "
+                "Set tokenizer.padding_side = 'left'"
+            )
+        if valid is not None and bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+            raise ValueError("attention_mask masks tokens inside a prompt; accepted: left padding only")
+        self._prefill_valid = valid
+        return mask
+
+    def after(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        attention: Tensor | None,
+    ) -> None:
+        """Evict, once the prefill's attention has been computed."""
+        if self.storage is not None:
+            return
+        with torch.no_grad():
+            projection = getattr(module, "o_proj", None)
+            signals = Signals(
+                query,
+                key,
+                value,
+                valid=self._prefill_valid,
+                scaling=scaling,
+                layer=self.layer,
+                layers=self.layers,
+                output=getattr(projection, "weight", None),
+                rotary=self._rotary,
+                rotate=getattr(sys.modules[type(module).__module__], "rotate_half", rotate_half),
+                attention=attention,
+            )
+            self._evict(signals)
+        self._prefill_valid = None
+        self.seen = key.shape[2]
+        self.is_initialized = True
+
+    def _evict(self, signals: Signals) -> None:
+        seen = signals.counts.tolist()
+        allowed = [tokens_allowed(self.budget, count) for count in seen]
+        self._padding = signals.tokens - signals.counts
+        if self.policy.keep_all or allowed == seen:
+            positions = signals.positions.clamp_min(-1).to(torch.int32)[:, None]
+            positions = positions.expand(-1, signals.kv_heads, -1)
+            self.storage = UniformStorage(signals.keys, signals.values, positions)
+            if self.measure_capacity:
+                self._capacity = torch.ones(signals.batch, signals.kv_heads)
+            return
+        budget = self.policy.budget(signals, allowed, self.protection)
+        kept = self.policy.select(signals, budget)
+        self.storage = UniformStorage.gather(signals.keys, signals.values, kept, signals.positions)
+        self._uneven = len(set(budget.tokens)) > 1
+        self.evicted = budget.tokens != tuple(seen)
+        if self.measure_capacity:
+            self._capacity = capacity_share(signals, kept)
+
+    def _mask(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
+        """Fit the model's mask, made for the first full-attention layer, to this layer's entries."""
+        assert self.storage is not None
+        width = self.storage.width - self.appended
+        if mask is None:
+            if not self._uneven:
+                return None
+            # No row has padding among what the mask covers, yet some rows hold empty places.
+            return self.storage.valid[:, None, None].expand(-1, 1, query.shape[2], -1)
+        if mask.shape[-1] == self.storage.width and not self._uneven:
+            return mask
+        head = self.storage.valid[:, None, None, :width].expand(-1, 1, mask.shape[2], -1)
+        if mask.dtype != torch.bool:
+            lowest = torch.finfo(mask.dtype).min
+            head = torch.zeros_like(head, dtype=mask.dtype).masked_fill_(~head, lowest)
+        return torch.cat((head, mask[..., mask.shape[-1] - self.appended :]), dim=-1)
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Return how many tokens were seen, padding included: the position of the next one."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """Return (length, offset) of the keys that the mask shall cover.
+
+        Args:
+            query_length: number of new tokens; transformers 5.2 passes their positions instead.
+
+        """
+        new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        width = 0 if self.storage is None else self.storage.width
+        return width + new, self.seen - width
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens; refused once entries were evicted, because they can't be put back.
+
+        Args:
+            tokens_to_remove: minus the number to forget; a positive number is the length to keep.
+
+        """
+        if self.evicted:
+            raise ValueError(
+                "crop of a RetainCache that has evicted entries is refused: what was evicted can't be put back. "
+                "Use budget=1.0, or generate without assisted decoding"
+            )
+        remove = self.seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        if self.storage is None or remove <= 0:
+            return
+        self.storage.drop_last(remove)
+        self.seen -= remove
+        self.appended = max(0, self.appended - remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows of the batch, as beam search does."""
+        self._rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        if self.storage is not None:
+            self._rows(torch.arange(self.storage.keys.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        if self.storage is not None:
+            every = torch.arange(self.storage.keys.shape[0])
+            self._rows(every[indices.cpu()])
+
+    def _rows(self, index: Tensor) -> None:
+        if self.storage is None:
+            return
+        assert self._padding is not None
+        self.storage.rows(index)
+        self._padding = self._padding.index_select(0, index.to(self._padding.device))
+        if self._capacity is not None:
+            self._capacity = self._capacity.index_select(0, index.to(self._capacity.device))
+
+    @property
+    def bytes_full(self) -> int:
+        """Bytes of keys and values had nothing been evicted, padding included as transformers stores it."""
+        if self.storage is None:
+            return 0
+        return self.storage.nbytes // self.storage.width * self.seen
+
+    def head_reports(self) -> list[HeadReport]:
+        """Return one report for each KV head."""
+        assert self.storage is not None and self._padding is not None
+        batch, heads, width = self.storage.positions.shape
+        tokens_seen = batch * self.seen - int(self._padding.sum())
+        kept = self.storage.kept.sum(0).tolist()
+        shares = None if self._capacity is None else self._capacity.mean(0).tolist()
+        return [
+            HeadReport(
+                layer=self.index,
+                head=head,
+                tokens_seen=tokens_seen,
+                tokens_kept=kept[head],
+                bytes_full=self.bytes_full // heads,
+                bytes_kept=self.storage.nbytes // heads,
+                capacity_retained=None if shares is None else shares[head],
+            )
+            for head in range(heads)
+        ]
+
+
+def capacity_share(signals: Signals, kept: Tensor) -> Tensor:  # long [batch, kv_heads, width]
+    """Return the share of the capacity that the kept tokens carry, [batch, kv_heads].
+
+    The objective is the default policy's, whatever chose the tokens: C(kept) / C(all) with the noise variance
+    of the whole cache (2604.25975; C is its closed-form capacity).
+    """
+    reference = policies()[DEFAULT_POLICY]
+    estimator = reference.estimator
+    assert isinstance(estimator, Leverage)
+    factor = capacity_factor(
+        reference.weights, reference.directions, estimator.ridge, estimator.relative, signals
+    )
+    index = kept.clamp_min(0)
+    weights = linear_weights(reference.weights, signals).gather(2, index).masked_fill(kept < 0, 0)
+    vectors = reference.directions.vectors(signals)
+    vectors = vectors.gather(2, index[..., None].expand(-1, -1, -1, vectors.shape[-1]))
+    ratio = gram(vectors, weights) / factor.noise[..., None, None]
+    identity = torch.eye(ratio.shape[-1], device=ratio.device)
+    part = psd_cholesky(identity + ratio).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    # A head without any capacity has nothing to lose.
+    return torch.where(factor.capacity > 0, part / factor.capacity, torch.ones_like(part))
+
+
+def _attention_modules(decoder: nn.Module) -> dict[int, nn.Module]:
+    return {
+        index: module
+        for module in decoder.modules()
+        if isinstance(index := getattr(module, "layer_idx", None), int)
+        and "Attention" in type(module).__name__
+    }
+
+
+def _rotary(decoder: nn.Module, module: nn.Module) -> Rotary | None:
+    """Return a function from positions to the cosines and sines that a layer's queries were rotated with."""
+    embedding: Any = getattr(decoder, "rotary_emb", None)
+    if embedding is None:
+        return None
+    kind = getattr(module, "layer_type", None)
+    # Gemma 3 rotates its layer types differently and asks which one is meant.
+    by_type = hasattr(embedding, f"{kind}_inv_freq")
+    rope = embedding.rope_type[kind] if by_type else getattr(embedding, "rope_type", "default")
+
+    def rotate(positions: Tensor) -> tuple[Tensor, Tensor]:
+        # These kinds adapt their frequencies to the positions they are asked for: ask a copy.
+        own = copy.deepcopy(embedding) if rope in ("dynamic", "longrope") else embedding
+        like = torch.empty(0, dtype=torch.float32, device=positions.device)
+        return own(like, positions, kind) if by_type else own(like, positions)
+
+    return rotate
+
+
+def _valid_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
+    """Return which tokens a prefill's mask [batch, 1, queries, tokens] lets its last query see."""
+    if mask is None:
+        return None
+    last = mask[:, 0, -1, :tokens]
+    return last if last.dtype == torch.bool else last == 0

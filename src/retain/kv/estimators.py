@@ -1,0 +1,113 @@
+"""Estimators: how faithfully a token's share of the log-determinant is approximated."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from retain.information import Factor, factorize
+from retain.kv.directions import Constant, Directions
+from retain.kv.signals import Signals
+from retain.kv.weights import Weights
+
+
+def log_weights(weights: Weights, signals: Signals) -> Tensor:  # [batch, kv_heads, tokens]
+    """Return log weights, −inf on padding; computed once for each call."""
+    return signals.memo(("log", weights), lambda: signals.masked(weights.log(signals)))
+
+
+def linear_weights(weights: Weights, signals: Signals) -> Tensor:  # [batch, kv_heads, tokens]
+    """Return the weights themselves, shifted so that a head's largest is 1; 0 on padding."""
+    log = log_weights(weights, signals)
+    return (log - log.amax(-1, keepdim=True)).exp()
+
+
+def capacity_factor(
+    weights: Weights, directions: Directions, ridge: float, relative: bool, signals: Signals
+) -> Factor:
+    """Return the factorised objective A = σ²I + Σ w u uᵀ of the whole cache; computed once for each call."""
+    name = ("factor", weights, directions, ridge, relative)
+    return signals.memo(
+        name,
+        lambda: factorize(
+            directions.vectors(signals), linear_weights(weights, signals), ridge=ridge, relative=relative
+        ),
+    )
+
+
+class Estimator(ABC):
+    """Base of all estimators; a new one defines `score`."""
+
+    @abstractmethod
+    def score(self, weights: Weights, directions: Directions, signals: Signals) -> Tensor:
+        """Return scores [batch, kv_heads, tokens]: within a head, the higher the more worth keeping."""
+
+
+@dataclass(frozen=True)
+class Trace(Estimator):
+    """w‖u‖²: the first-order term tr Σ w u uᵀ of the log-determinant. Scores are logs.
+
+    Args:
+        norm: which norm of u; published heuristics also use 1.
+        power: of the norm; published heuristics use 1, which is the first-order term for weights w².
+
+    """
+
+    norm: float = 2.0
+    power: float = 2.0
+
+    def score(self, weights: Weights, directions: Directions, signals: Signals) -> Tensor:
+        """Return log w + power · log ‖u‖."""
+        log = log_weights(weights, signals)
+        if isinstance(directions, Constant):
+            return log
+        return log + self.power * directions.norms(signals, self.norm).log()
+
+    def __str__(self) -> str:
+        return "trace"
+
+
+@dataclass(frozen=True)
+class Leverage(Estimator):
+    """w (uᵀA⁻¹u)^power with A = σ²I + Σ w u uᵀ: at power 1 the leverage score (2604.25975, Algorithm 1).
+
+    −½ log(1 − s) is the exact loss of capacity if the token alone is deleted, so at power 1 the order is that
+    of the exact deletion cost. Power ½ sits between weights alone and leverage.
+
+    Args:
+        power: exponent of uᵀA⁻¹u.
+        ridge: λ with σ² = λ tr(Σ w u uᵀ)/d, or σ² itself if not `relative`.
+        relative: False with ridge 1 is the paper's A = I + Σ w u uᵀ; weights are then shifted by their
+            maximum, since the order depends on their scale.
+
+    """
+
+    power: float = 1.0
+    ridge: float = 0.1
+    relative: bool = True
+
+    def score(self, weights: Weights, directions: Directions, signals: Signals) -> Tensor:
+        """Return log w + power · log uᵀA⁻¹u."""
+        factor = capacity_factor(weights, directions, self.ridge, self.relative, signals)
+        inner = factor.leverage(directions.vectors(signals))
+        return log_weights(weights, signals) + self.power * inner.log()
+
+    def __str__(self) -> str:
+        return "leverage" if self.power == 1 else f"leverage^{self.power:g}"
+
+
+@dataclass(frozen=True)
+class OneDirection(Estimator):
+    """−cos(u, ū), ū the mean of the unit directions: the Gram matrix is approximated by one direction."""
+
+    def score(self, weights: Weights, directions: Directions, signals: Signals) -> Tensor:
+        """Return log w − cos(u, ū)."""
+        unit = F.normalize(directions.vectors(signals), dim=-1)
+        centre = F.normalize(signals.mean(unit), dim=-1)
+        return log_weights(weights, signals) - (unit @ centre[..., None]).squeeze(-1)
+
+    def __str__(self) -> str:
+        return "one Gram direction"

@@ -1,0 +1,163 @@
+"""The named policies: one entry each. Add one here and it gets the whole conformance suite."""
+
+from __future__ import annotations
+
+import difflib
+
+from retain.kv.allocation import Pyramid
+from retain.kv.directions import Constant, Key, OutputValue, Value
+from retain.kv.estimators import Leverage, OneDirection, Trace
+from retain.kv.policy import Policy, TwoStage
+from retain.kv.weights import (
+    AccumulatedAttention,
+    ExpectedAttention,
+    KeyNorm,
+    KeySalience,
+    LastQueryAttention,
+    MeanQuery,
+    Random,
+    Recency,
+    Uniform,
+    WindowAttention,
+)
+
+DEFAULT_POLICY = "capkv"
+
+_SNAPKV = WindowAttention(window=64, pool=5, prefix_only=True)
+
+_POLICIES = (
+    Policy(
+        name="capkv",
+        weights=WindowAttention(window=32, pool=5)
+        + ExpectedAttention(future=0, recent=512)
+        + 2 * KeySalience(),
+        directions=Value(),
+        estimator=Leverage(power=0.5, ridge=0.1),
+        paper="2604.25975, weights and power as measured",
+    ),
+    Policy(
+        name="capkv-paper",
+        weights=MeanQuery(tau=5.0),
+        directions=Value(),
+        estimator=Leverage(ridge=1.0, relative=False),
+        paper="2604.25975, Algorithm 1",
+    ),
+    Policy(
+        name="capkv-leverage",
+        weights=WindowAttention(window=32, pool=5),
+        directions=Value(),
+        estimator=Leverage(ridge=0.1),
+        paper="2604.25975, attention weights, relative ridge",
+    ),
+    Policy(
+        name="h2o",
+        weights=AccumulatedAttention(),
+        directions=Constant(),
+        estimator=Trace(),
+        paper="2306.14048",
+    ),
+    Policy(
+        name="tova",
+        weights=LastQueryAttention(),
+        directions=Constant(),
+        estimator=Trace(),
+        paper="2401.06104",
+    ),
+    Policy(
+        name="snapkv",
+        weights=_SNAPKV,
+        directions=Constant(),
+        estimator=Trace(),
+        window=64,
+        paper="2404.14469",
+    ),
+    Policy(
+        name="pyramidkv",
+        weights=_SNAPKV,
+        directions=Constant(),
+        estimator=Trace(),
+        allocation=Pyramid(beta=20),
+        window=64,
+        paper="2406.02069",
+    ),
+    Policy(
+        name="expected-attention",
+        weights=ExpectedAttention(future=512),
+        directions=Value(),
+        estimator=Trace(power=1),
+        paper="2510.00636",
+    ),
+    Policy(
+        name="vatp",
+        weights=_SNAPKV,
+        directions=Value(),
+        estimator=Trace(norm=1, power=1),
+        window=64,
+        paper="2406.12335",
+    ),
+    Policy(
+        name="criticalkv",
+        weights=_SNAPKV,
+        directions=OutputValue(),
+        estimator=Trace(norm=1, power=1),
+        selection=TwoStage(first=0.5),
+        window=64,
+        paper="2502.03805",
+    ),
+    Policy(
+        name="knorm",
+        weights=KeyNorm(),
+        directions=Constant(),
+        estimator=Trace(),
+        paper="2406.11430",
+    ),
+    Policy(
+        name="keydiff",
+        weights=Uniform(),
+        directions=Key(unit=True),
+        estimator=OneDirection(),
+        paper="2504.15364",
+    ),
+    Policy(
+        name="key-leverage",
+        weights=Uniform(),
+        directions=Key(rotary=False, centred=True),
+        estimator=Leverage(ridge=1e-4),
+        paper="2507.08143, without its attention term",
+    ),
+    Policy(
+        name="streaming-llm",
+        weights=Recency(),
+        directions=Constant(),
+        estimator=Trace(),
+        paper="2309.17453",
+    ),
+    Policy(name="random", weights=Random(), directions=Constant(), estimator=Trace()),
+    Policy(name="full", weights=Uniform(), directions=Constant(), estimator=Trace(), keep_all=True),
+)
+
+
+def policies() -> dict[str, Policy]:
+    """Return every named policy, the default first."""
+    return {policy.name: policy for policy in _POLICIES}
+
+
+def policy(name: str | Policy) -> Policy:
+    """Return the policy of this name; a policy is returned as it is.
+
+    Raises:
+        ValueError: no such name; the message lists the known ones.
+        TypeError: neither a name nor a policy.
+
+    """
+    if isinstance(name, Policy):
+        return name
+    if not isinstance(name, str):
+        raise TypeError(f"policy is {name!r}; accepted: a Policy or one of {', '.join(policies())}")
+    known = policies()
+    key = name.lower().replace("_", "-")
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"policy is {name!r}, which is not known.{hint} Known: {', '.join(known)}")
+    return known[key]

@@ -1,0 +1,300 @@
+"""Weights: how likely each cached token is to be read by a future query.
+
+A weight maps the signals of an attention call to log weights [batch, kv_heads, tokens], float32, up to a
+constant for each head (only ratios within a head count). Weights add (each term first divided by its mean
+over the head), multiply, and take a factor: `WindowAttention() + 2 * KeySalience()`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retain.kv.signals import Signals
+
+
+class Weights(ABC):
+    """Base of all weights; a new one defines `log`, as a frozen dataclass so that it prints and compares."""
+
+    @abstractmethod
+    def log(self, signals: Signals) -> Tensor:
+        """Return log weights [batch, kv_heads, tokens], float32; what stands on padding is ignored."""
+
+    def __add__(self, other: Weights) -> Sum:
+        return Sum((*_terms(self), *_terms(other)))
+
+    def __rmul__(self, factor: float) -> Sum:
+        return Sum(tuple((factor * old, term) for old, term in _terms(self)))
+
+    def __mul__(self, other: Weights) -> Product:
+        return Product((self, other))
+
+
+def _terms(weights: Weights) -> tuple[tuple[float, Weights], ...]:
+    return weights.terms if isinstance(weights, Sum) else ((1.0, weights),)
+
+
+@dataclass(frozen=True)
+class Sum(Weights):
+    """Σ c_j w_j / mean(w_j): terms of different scales, each divided by its mean over the head's tokens."""
+
+    terms: tuple[tuple[float, Weights], ...]
+
+    def __post_init__(self) -> None:
+        for factor, _ in self.terms:
+            if not factor > 0 or math.isinf(factor):
+                raise ValueError(f"factor of a weight is {factor}; accepted: a positive number")
+
+    def log(self, signals: Signals) -> Tensor:
+        """Return the log of the sum."""
+        parts: list[Tensor] = []
+        for factor, term in self.terms:
+            own = signals.masked(term.log(signals))
+            parts.append(own - own.logsumexp(-1, keepdim=True) + math.log(factor))
+        return torch.stack(parts).logsumexp(0)
+
+    def __str__(self) -> str:
+        return " + ".join(f"{'' if f == 1 else f'{f:g} '}{t}" for f, t in self.terms)
+
+
+@dataclass(frozen=True)
+class Product(Weights):
+    """The product of weights."""
+
+    factors: tuple[Weights, ...]
+
+    def log(self, signals: Signals) -> Tensor:
+        """Return the sum of the factors' logs."""
+        total = self.factors[0].log(signals)
+        for factor in self.factors[1:]:
+            total = total + factor.log(signals)
+        return total
+
+    def __str__(self) -> str:
+        return " × ".join(str(factor) for factor in self.factors)
+
+
+@dataclass(frozen=True)
+class Uniform(Weights):
+    """w = 1: every token is as likely to be read."""
+
+    def log(self, signals: Signals) -> Tensor:
+        """Return zeros."""
+        return torch.zeros(signals.batch, signals.kv_heads, signals.tokens, device=signals.device)
+
+    def __str__(self) -> str:
+        return "1"
+
+
+@dataclass(frozen=True)
+class MeanQuery(Weights):
+    """w = exp(τ k·μ/√d), μ the mean of the newest `recent` queries over the GQA group (2604.25975, Eq. 8).
+
+    The paper writes exp(τ k·μ); the factor 1/√d of attention is kept here because without it the weights
+    overflow float32 in most heads.
+    """
+
+    tau: float = 1.0
+    recent: int = 64
+
+    def log(self, signals: Signals) -> Tensor:
+        """Return τ k·μ/√d."""
+        recent = min(self.recent, signals.queries.shape[2])
+        queries = signals.grouped(signals.queries[:, :, -recent:].float()).mean(2)
+        if signals.valid is None:
+            mean = queries.mean(2)
+        else:
+            seen = signals.valid[:, None, -recent:, None]
+            mean = (queries * seen).sum(2) / seen.sum(2)
+        return (signals.keys32 @ mean[..., None]).squeeze(-1) * (self.tau * signals.scaling)
+
+    def __str__(self) -> str:
+        return f"exp({self.tau:g} k·μ/√d)"
+
+
+@dataclass(frozen=True)
+class WindowAttention(Weights):
+    """Attention from an observation window of the last queries, mean-pooled along the tokens (SnapKV, 2404.14469).
+
+    Args:
+        window: number of last queries that observe.
+        pool: odd width of the pooling.
+        prefix_only: leave the window's own tokens out, as SnapKV does because it always keeps them.
+
+    """
+
+    window: int = 32
+    pool: int = 5
+    prefix_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window is {self.window}; accepted: at least 1")
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise ValueError(f"pool is {self.pool}; accepted: an odd number of tokens")
+
+    def log(self, signals: Signals) -> Tensor:
+        """Return the log of the pooled attention, averaged over queries and group."""
+        attention = signals.attention_of_last(self.window).mean((2, 3))
+        inner = max(0, signals.tokens - self.window)
+        if self.prefix_only:
+            attention[..., inner:] = 0
+        if self.pool > 1:
+            attention = F.avg_pool1d(attention, self.pool, stride=1, padding=self.pool // 2)
+        if self.prefix_only:
+            attention[..., inner:] = 0
+        return attention.log()
+
+    def __str__(self) -> str:
+        return f"attention of last {self.window} queries"
+
+
+@dataclass(frozen=True)
+class LastQueryAttention(Weights):
+    """Attention of the last query, averaged over all heads of the layer (TOVA, 2401.06104)."""
+
+    def log(self, signals: Signals) -> Tensor:
+        """Return the log of that attention, the same for every head."""
+        attention = signals.attention_of_last(1).mean((1, 2, 3))
+        return attention.log()[:, None].expand(-1, signals.kv_heads, -1)
+
+    def __str__(self) -> str:
+        return "attention of last query"
+
+
+@dataclass(frozen=True)
+class AccumulatedAttention(Weights):
+    """Attention received from all queries so far, summed (H2O, 2306.14048).
+
+    The only weight that needs the whole attention matrix; it is formed in blocks of queries.
+    """
+
+    def log(self, signals: Signals) -> Tensor:
+        """Return the log of the accumulated attention."""
+        return signals.attention_received().log()
+
+    def __str__(self) -> str:
+        return "attention received, accumulated"
+
+
+@dataclass(frozen=True)
+class ExpectedAttention(Weights):
+    """Attention expected from future queries, taken as Gaussian: exp(k·μ/√d + kᵀΣk/2d) (2510.00636).
+
+    Args:
+        future: number of coming positions over which the rotary embedding is averaged; 0 takes mean and
+            covariance of the queries as they are, rotated at their own positions.
+        recent: estimate mean and covariance from this many last queries; None takes all.
+        skip: first tokens, whose queries and keys are outliers, left out of the statistics.
+
+    """
+
+    future: int = 512
+    recent: int | None = None
+    skip: int = 4
+
+    def log(self, signals: Signals) -> Tensor:
+        """Return the log of the expected attention, averaged over the GQA group."""
+        mean, covariance = self._statistics(signals)
+        keys, scale = signals.keys32, signals.scaling
+        # One product [tokens, dim] x [dim, group * dim] for the whole group.
+        spread = keys @ covariance.movedim(2, 3).flatten(3, 4) * (scale * scale / 2)
+        spread = spread.unflatten(-1, (signals.group, signals.dim)) + mean[:, :, None] * scale
+        logits = torch.einsum("bhngd,bhnd->bhgn", spread, keys)
+        # Normalised for each query head, over the tokens that are not sinks, before the group is averaged.
+        inner = logits.masked_fill((signals.positions < self.skip)[:, None, None], float("-inf"))
+        short = (signals.counts <= self.skip)[:, None, None, None]
+        inner = torch.where(short, logits, inner)
+        return (logits - inner.logsumexp(-1, keepdim=True)).logsumexp(2)
+
+    def _statistics(self, signals: Signals) -> tuple[Tensor, Tensor]:
+        """Mean [batch, kv_heads, group, dim] and covariance [..., dim, dim] of future queries."""
+        count = signals.queries.shape[2]
+        queries = signals.queries[:, :, -min(self.recent or count, count) :]
+        queries = signals.unrotated(queries) if self.future else queries.float()
+        positions = signals.positions[:, -queries.shape[2] :]
+        asked = positions >= self.skip
+        # A row with nothing but first tokens has no better statistics than theirs.
+        asked = torch.where(asked.any(-1, keepdim=True), asked, positions >= 0)
+        if bool(asked.all()):
+            mean = queries.mean(2)
+            centred = queries - mean[:, :, None]
+            covariance = centred.mT @ centred / queries.shape[2]
+        else:
+            share = (asked / asked.sum(-1, keepdim=True))[:, None, :, None]
+            mean = (queries * share).sum(2)
+            centred = (queries - mean[:, :, None]) * share.sqrt()
+            covariance = centred.mT @ centred
+        rotation = signals.mean_rotation(self.future)
+        if rotation is not None:
+            mean = mean @ rotation.mT
+            covariance = rotation[:, None] @ covariance @ rotation[:, None].mT
+        return signals.grouped(mean), signals.grouped(covariance)
+
+    def __str__(self) -> str:
+        return "expected attention"
+
+
+@dataclass(frozen=True)
+class KeyNorm(Weights):
+    """w = exp(−‖k‖): keys of small norm attract attention (2406.11430)."""
+
+    def log(self, signals: Signals) -> Tensor:
+        """Return −‖k‖₂."""
+        return -signals.keys32.norm(dim=-1)
+
+    def __str__(self) -> str:
+        return "exp(−‖k‖)"
+
+
+@dataclass(frozen=True)
+class KeySalience(Weights):
+    """w = exp(−β cos(k, mean of the unit keys)): keys that differ from the rest."""
+
+    beta: float = 4.0
+
+    def log(self, signals: Signals) -> Tensor:
+        """Return −β times the cosine."""
+        unit = F.normalize(signals.keys32, dim=-1)
+        centre = F.normalize(signals.mean(unit), dim=-1)
+        return (unit @ centre[..., None]).squeeze(-1) * -self.beta
+
+    def __str__(self) -> str:
+        return f"exp(−{self.beta:g} cos(k, k̄))"
+
+
+@dataclass(frozen=True)
+class Recency(Weights):
+    """The newer, the likelier; with protected sinks, StreamingLLM's window (2309.17453)."""
+
+    def log(self, signals: Signals) -> Tensor:
+        """Return the token's position."""
+        return signals.positions.float()[:, None].expand(-1, signals.kv_heads, -1)
+
+    def __str__(self) -> str:
+        return "recency"
+
+
+@dataclass(frozen=True)
+class Random(Weights):
+    """Independent uniform weights, the same for the same seed, layer and length of the row's text."""
+
+    seed: int = 0
+
+    def log(self, signals: Signals) -> Tensor:
+        """Return log weights drawn on the CPU, so that every device gets the same."""
+        rows = torch.zeros(signals.batch, signals.kv_heads, signals.tokens)
+        for row, count in enumerate(signals.counts.tolist()):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + signals.layer)
+            rows[row, :, signals.tokens - count :] = torch.rand(
+                signals.kv_heads, count, generator=generator
+            ).log()
+        return rows.to(signals.device)
+
+    def __str__(self) -> str:
+        return "random"

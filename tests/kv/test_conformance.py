@@ -1,0 +1,157 @@
+"""What every policy must do, on every family of models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AttentionInterface, DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from retain.kv import RetainCache, policies
+from tests.kv.tiny import FAMILIES, answer, build, left_padded, prompt, tiny
+
+POLICIES = tuple(policies())
+every_policy = pytest.mark.parametrize("name", POLICIES)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def prefill(model, ids, cache):
+    with torch.no_grad():
+        return model(ids, past_key_values=cache, use_cache=True)
+
+
+@every_family
+@every_policy
+def test_full_budget_changes_no_token(name, family):
+    model, inputs = tiny(family), {"input_ids": prompt(23)}
+    assert torch.equal(answer(model, inputs, RetainCache(model, name, 1.0)), answer(model, inputs))
+
+
+@every_family
+@every_policy
+def test_padded_rows_equal_single_runs(name, family):
+    model, prompts = tiny(family), [prompt(17), prompt(29), prompt(22)]
+    for budget in (0.5, 14):
+        cache = RetainCache(model, name, budget)
+        together = answer(model, left_padded(prompts), cache)
+        for row, own in enumerate(prompts):
+            alone = RetainCache(model, name, budget)
+            assert torch.equal(answer(model, {"input_ids": own}, alone)[0], together[row])
+            for layer in alone.retained:
+                single = layer.storage.positions[0]
+                batched = cache.kept_positions(layer.index)[row]
+                assert torch.equal(batched[batched >= 0], single[single >= 0])
+
+
+@every_family
+@every_policy
+def test_budget_is_respected_exactly(name, family):
+    model = tiny(family)
+    for budget, kept in ((0.25, 10), (0.5, 20), (13, 13)):
+        cache = RetainCache(model, name, budget)
+        prefill(model, prompt(40), cache)
+        heads = cache.report().heads
+        expected = 40 if name == "full" else kept
+        assert {head.tokens_seen for head in heads} == {40}
+        assert sum(head.tokens_kept for head in heads) == expected * len(heads)
+        if name != "pyramidkv":
+            assert {head.tokens_kept for head in heads} == {expected}
+
+
+@every_family
+@every_policy
+def test_kept_entries_are_those_of_the_full_cache_at_their_positions(name, family):
+    model, ids = tiny(family), prompt(31)
+    cache, stock = RetainCache(model, name, 0.4), DynamicCache(config=model.config)
+    prefill(model, ids, cache)
+    prefill(model, ids, stock)
+    for layer in cache.retained:
+        positions = cache.kept_positions(layer.index).long()
+        assert bool((positions.diff(dim=-1) > 0).all())
+        full = stock.layers[layer.index]
+        for own, whole in ((layer.keys, full.keys), (layer.values, full.values)):
+            index = positions[..., None].expand(-1, -1, -1, whole.shape[-1])
+            torch.testing.assert_close(own, whole.gather(2, index))
+
+
+@every_family
+@every_policy
+def test_reported_bytes_are_the_tensors_bytes(name, family):
+    model = tiny(family)
+    cache = RetainCache(model, name, 0.3)
+    answer(model, left_padded([prompt(33), prompt(20)]), cache, new=3)
+    report = cache.report()
+    assert report.bytes_kept == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    for layer in cache.retained:
+        # Nothing larger stands behind the kept tensors.
+        if name != "full":
+            assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
+            assert layer.values.untyped_storage().nbytes() == layer.values.nbytes
+    stock = DynamicCache(config=model.config)
+    answer(model, left_padded([prompt(33), prompt(20)]), stock, new=3)
+    assert report.bytes_full == sum(layer.keys.nbytes + layer.values.nbytes for layer in stock.layers)
+
+
+@every_family
+@every_policy
+def test_same_input_same_result(name, family):
+    model, inputs = tiny(family), {"input_ids": prompt(26)}
+    caches = [RetainCache(model, name, 0.4) for _ in range(2)]
+    first, second = (answer(model, inputs, cache) for cache in caches)
+    assert torch.equal(first, second)
+    for layer in caches[0].retained:
+        assert torch.equal(layer.storage.positions, caches[1].kept_positions(layer.index))
+
+
+@every_family
+@every_policy
+def test_sinks_and_window_are_protected(name, family):
+    model = tiny(family)
+    cache = RetainCache(model, name, 12, sinks=3, window=5)
+    prefill(model, prompt(40), cache)
+    for layer in cache.retained:
+        for head in cache.kept_positions(layer.index)[0].tolist():
+            assert {0, 1, 2, 35, 36, 37, 38, 39} <= set(head)
+
+
+@every_policy
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_later_tokens_see_exactly_the_kept_entries(name, attn, family, masked_attention):
+    """Against dense attention over everything with a mask that hides what was evicted, head by head."""
+    document, question = prompt(30, rows=2), prompt(7, seed=1, rows=2)
+    model = build(family, attn)
+    cache = RetainCache(model, name, 0.4)
+    prefill(model, document, cache)
+    kept = {layer.index: cache.kept_positions(layer.index).long() for layer in cache.retained}
+    got = prefill(model, question, cache).logits
+    del cache
+
+    hidden = {}
+    for index, positions in kept.items():
+        visible = torch.zeros(2, 2, 30, dtype=torch.bool).scatter_(2, positions, True)
+        hidden[index] = ~visible
+    masked_attention.update(hidden)
+    model.set_attn_implementation("test_masked")
+    stock = DynamicCache(config=model.config)
+    prefill(model, document, stock)
+    expected = prefill(model, question, stock).logits
+    torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def masked_attention():
+    """An eager attention that hides prompt tokens head by head from queries that come after the prompt."""
+    hidden: dict[int, torch.Tensor] = {}
+
+    def attend(module, query, key, value, attention_mask, scaling, **_):
+        logits = query @ key.repeat_interleave(module.num_key_value_groups, 1).mT * scaling + attention_mask
+        if module.layer_idx in hidden and query.shape[2] < key.shape[2]:
+            evicted = hidden[module.layer_idx].repeat_interleave(module.num_key_value_groups, 1)
+            logits[..., : evicted.shape[-1]].masked_fill_(evicted[:, :, None], float("-inf"))
+        out = logits.softmax(-1) @ value.repeat_interleave(module.num_key_value_groups, 1)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("test_masked", attend)
+    AttentionMaskInterface.register("test_masked", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    return hidden
