@@ -1,7 +1,11 @@
-"""Retain: what information does a model keep?
+"""Retain says what information a model keeps.
 
 `retain.kv` keeps the entries of a transformer's KV cache that carry the most information about the
 coming output; `retain.link` audits link predictors on graphs. Both stand on `retain.information`.
 """
 
 __version__ = "0.1.0.dev0"
+
+
+class RetainError(RuntimeError):
+    """An error that is not the caller's argument: what could not be done, and the remedy."""

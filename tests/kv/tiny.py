@@ -45,9 +45,7 @@ _CONFIGS: dict[str, Any] = {
         query_pre_attn_scalar=16,
         layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     ),
-    "mixtral": lambda: MixtralConfig(
-        **_SHARED, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
-    ),
+    "mixtral": lambda: MixtralConfig(**_SHARED, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
 }
 FAMILIES = tuple(_CONFIGS)
 

@@ -87,9 +87,7 @@ class CacheReport:
         from retain.report.figures import head_map
 
         panels = {"tokens kept": {(h.layer, h.head): float(h.tokens_kept) for h in self.heads}}
-        shares = {
-            (h.layer, h.head): h.capacity_retained for h in self.heads if h.capacity_retained is not None
-        }
+        shares = {(h.layer, h.head): h.capacity_retained for h in self.heads if h.capacity_retained is not None}
         if shares:
             panels["share of capacity retained"] = shares
         return head_map(panels, title=f"KV cache under {self.policy}")

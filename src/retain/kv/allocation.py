@@ -10,19 +10,6 @@ _SINKS = 4
 _WINDOW_SHARE, _WINDOW_LEAST, _WINDOW_MOST = 0.15, 4, 32
 
 
-def check_budget(budget: float) -> None:
-    """Raise unless the budget is a whole number of tokens ≥ 1 or a fraction in (0, 1]."""
-    accepted = (
-        "accepted: a whole number of tokens (at least 1) or a fraction of the prompt (0 < budget ≤ 1.0)"
-    )
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        raise TypeError(f"budget is {budget!r} of type {type(budget).__name__}; {accepted}")
-    if isinstance(budget, float) and not 0 < budget <= 1:
-        raise ValueError(f"budget is {budget}; {accepted}. Write tokens without a decimal point")
-    if budget < 1 and isinstance(budget, int):
-        raise ValueError(f"budget is {budget}; {accepted}")
-
-
 def tokens_allowed(budget: float, seen: int) -> int:
     """Return how many of `seen` tokens the budget allows: never more than it says, at least 1."""
     if isinstance(budget, int):
@@ -60,8 +47,23 @@ class Protection:
     def _sinks(self) -> int:
         return _SINKS if self.sinks is None else self.sinks
 
-    def check(self, budget: int) -> None:
-        """Raise if a budget in tokens is smaller than what is protected."""
+    def check(self, budget: float) -> None:
+        """Raise unless the budget is a fraction in (0, 1] or tokens enough for what is protected.
+
+        Raises:
+            TypeError: it is not a number.
+            ValueError: it is out of range.
+
+        """
+        accepted = "accepted: tokens (a whole number, at least 1) or a fraction of the prompt (0 < budget ≤ 1.0)"
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+            raise TypeError(f"budget is {budget!r} of type {type(budget).__name__}; {accepted}")
+        if isinstance(budget, float):
+            if not 0 < budget <= 1:
+                raise ValueError(f"budget is {budget}; {accepted}. Tokens have no decimal point")
+            return
+        if budget < 1:
+            raise ValueError(f"budget is {budget}; {accepted}")
         if budget < self.least:
             raise ValueError(
                 f"budget is {budget} tokens, smaller than what is protected: {self._sinks} sinks and a recent "

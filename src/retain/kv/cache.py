@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from retain.information.linalg import gram, psd_cholesky
 from retain.kv.accounting import CacheReport, HeadReport
-from retain.kv.allocation import Protection, check_budget, tokens_allowed
+from retain.kv.allocation import Protection, tokens_allowed
 from retain.kv.attention import Attachment, mark
 from retain.kv.estimators import Leverage, capacity_factor, linear_weights
 from retain.kv.named import DEFAULT_POLICY, policies
@@ -64,11 +64,9 @@ class RetainCache(Cache):
         measure_capacity: bool = True,
     ) -> None:
         self.policy = named_policy(policy)
-        check_budget(budget)
         self.budget = budget
         protection = Protection(sinks, window)
-        if isinstance(budget, int) and not self.policy.keep_all:
-            protection.check(budget)
+        protection.check(budget)
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"model is a {type(model).__name__}; accepted: a transformers PreTrainedModel")
         decoder = model.get_decoder()
@@ -76,9 +74,7 @@ class RetainCache(Cache):
         layers: list[Any] = list(DynamicCache(config=model.config).layers)
         full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full:
-            raise ValueError(
-                f"{type(model).__name__} has no layer with full attention: there is nothing to evict"
-            )
+            raise ValueError(f"{type(model).__name__} has no layer with full attention: there is nothing to evict")
         self._attachment = Attachment(decoder)
         for order, index in enumerate(full):
             if index not in modules:
@@ -133,9 +129,10 @@ class RetainCache(Cache):
         heads = tuple(head for layer in seen for head in layer.head_reports())
         shares = [share for head in heads if (share := head.capacity_retained) is not None]
         other = sum(
-            layer.keys.nbytes + layer.values.nbytes
+            part.nbytes
             for layer in self.layers
-            if not isinstance(layer, RetainLayer) and getattr(layer, "is_initialized", False)
+            for part in (getattr(layer, "keys", None), getattr(layer, "values", None))
+            if not isinstance(layer, RetainLayer) and part is not None
         )
         storages = [layer.storage for layer in seen if layer.storage is not None]
         return CacheReport(
@@ -213,9 +210,7 @@ class RetainLayer(DynamicLayer):
         self._prefill_valid: Tensor | None = None  # bool [batch, tokens], between `before` and `after`
         self._capacity: Tensor | None = None  # share retained, [batch, kv_heads]
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new keys and values and return all that the attention shall see."""
         new = key_states.shape[2]
         if self.storage is None:
@@ -391,8 +386,9 @@ class RetainLayer(DynamicLayer):
 
     def head_reports(self) -> list[HeadReport]:
         """Return one report for each KV head."""
-        assert self.storage is not None and self._padding is not None
-        batch, heads, width = self.storage.positions.shape
+        assert self.storage is not None
+        assert self._padding is not None
+        batch, heads, _ = self.storage.positions.shape
         tokens_seen = batch * self.seen - int(self._padding.sum())
         kept = self.storage.kept.sum(0).tolist()
         shares = None if self._capacity is None else self._capacity.mean(0).tolist()
@@ -419,14 +415,14 @@ def capacity_share(signals: Signals, kept: Tensor) -> Tensor:  # long [batch, kv
     reference = policies()[DEFAULT_POLICY]
     estimator = reference.estimator
     assert isinstance(estimator, Leverage)
-    factor = capacity_factor(
-        reference.weights, reference.directions, estimator.ridge, estimator.relative, signals
-    )
+    factor = capacity_factor(reference.weights, reference.directions, estimator.ridge, estimator.relative, signals)
     index = kept.clamp_min(0)
     weights = linear_weights(reference.weights, signals).gather(2, index).masked_fill(kept < 0, 0)
     vectors = reference.directions.vectors(signals)
     vectors = vectors.gather(2, index[..., None].expand(-1, -1, -1, vectors.shape[-1]))
-    ratio = gram(vectors, weights) / factor.noise[..., None, None]
+    # In the units of the factor, as its noise is.
+    vectors = vectors / factor.vector_scale[..., None, None]
+    ratio = gram(vectors, weights / factor.weight_scale[..., None]) / factor.noise[..., None, None]
     identity = torch.eye(ratio.shape[-1], device=ratio.device)
     part = psd_cholesky(identity + ratio).diagonal(dim1=-2, dim2=-1).log().sum(-1)
     # A head without any capacity has nothing to lose.
@@ -437,8 +433,7 @@ def _attention_modules(decoder: nn.Module) -> dict[int, nn.Module]:
     return {
         index: module
         for module in decoder.modules()
-        if isinstance(index := getattr(module, "layer_idx", None), int)
-        and "Attention" in type(module).__name__
+        if isinstance(index := getattr(module, "layer_idx", None), int) and "Attention" in type(module).__name__
     }
 
 

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from retain.kv.signals import Signals
@@ -96,7 +95,7 @@ class Key(Directions):
         keys = signals.keys32 if self.rotary else signals.unrotated(signals.keys)
         if self.centred:
             keys = keys - signals.mean(keys)[:, :, None]
-        return F.normalize(keys, dim=-1) if self.unit else keys
+        return torch.nn.functional.normalize(keys, dim=-1) if self.unit else keys
 
     def __str__(self) -> str:
         return "k/‖k‖" if self.unit else "k"

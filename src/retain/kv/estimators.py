@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from retain.information import Factor, factorize
@@ -25,9 +24,7 @@ def linear_weights(weights: Weights, signals: Signals) -> Tensor:  # [batch, kv_
     return (log - log.amax(-1, keepdim=True)).exp()
 
 
-def capacity_factor(
-    weights: Weights, directions: Directions, ridge: float, relative: bool, signals: Signals
-) -> Factor:
+def capacity_factor(weights: Weights, directions: Directions, ridge: float, relative: bool, signals: Signals) -> Factor:
     """Return the factorised objective A = σ²I + Σ w u uᵀ of the whole cache; computed once for each call."""
     name = ("factor", weights, directions, ridge, relative)
     return signals.memo(
@@ -105,9 +102,7 @@ class OneDirection(Estimator):
 
     def score(self, weights: Weights, directions: Directions, signals: Signals) -> Tensor:
         """Return log w − cos(u, ū)."""
-        unit = F.normalize(directions.vectors(signals), dim=-1)
-        centre = F.normalize(signals.mean(unit), dim=-1)
-        return log_weights(weights, signals) - (unit @ centre[..., None]).squeeze(-1)
+        return log_weights(weights, signals) - signals.cosine_to_mean(directions.vectors(signals))
 
     def __str__(self) -> str:
         return "one Gram direction"

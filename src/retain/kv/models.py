@@ -12,11 +12,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from retain import RetainError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +40,7 @@ _DTYPES = {
 }
 
 
-class DefaultModelError(RuntimeError):
+class DefaultModelError(RetainError):
     """The default model could not be fetched or is not the file it should be."""
 
 
@@ -90,9 +92,7 @@ def load(
     try:
         with _without_bars():
             tokenizer: Any = AutoTokenizer.from_pretrained(place)
-            network: Any = AutoModelForCausalLM.from_pretrained(
-                place, dtype=_DTYPES[dtype], attn_implementation=attn
-            )
+            network: Any = AutoModelForCausalLM.from_pretrained(place, dtype=_DTYPES[dtype], attn_implementation=attn)
     except OSError as error:
         raise ValueError(
             f"model is {model!r}, which is neither a folder with a model nor a model id that can be "
@@ -196,7 +196,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
+def _without_bars() -> Generator[None]:
     """Keep transformers' progress bars off the screen: `say` reports our steps."""
     from transformers.utils import logging
 

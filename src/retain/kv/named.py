@@ -29,25 +29,25 @@ _POLICIES = (
     Policy(
         name="capkv",
         weights=WindowAttention(window=32, pool=5)
-        + ExpectedAttention(future=0, recent=512)
+        + ExpectedAttention(future=0, recent=512, pooled=True)
         + 2 * KeySalience(),
         directions=Value(),
         estimator=Leverage(power=0.5, ridge=0.1),
-        paper="2604.25975, weights and power as measured",
+        paper="2604.25975",
     ),
     Policy(
         name="capkv-paper",
         weights=MeanQuery(tau=5.0),
         directions=Value(),
         estimator=Leverage(ridge=1.0, relative=False),
-        paper="2604.25975, Algorithm 1",
+        paper="2604.25975",
     ),
     Policy(
         name="capkv-leverage",
         weights=WindowAttention(window=32, pool=5),
         directions=Value(),
         estimator=Leverage(ridge=0.1),
-        paper="2604.25975, attention weights, relative ridge",
+        paper="2604.25975",
     ),
     Policy(
         name="h2o",
@@ -123,7 +123,7 @@ _POLICIES = (
         weights=Uniform(),
         directions=Key(rotary=False, centred=True),
         estimator=Leverage(ridge=1e-4),
-        paper="2507.08143, without its attention term",
+        paper="2507.08143",
     ),
     Policy(
         name="streaming-llm",

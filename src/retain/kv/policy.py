@@ -110,9 +110,7 @@ class Rounds(_ByCapacity):
 
     rounds: int = 4
 
-    def select(
-        self, vectors: Tensor, weights: Tensor, tokens: int, protected: Tensor, estimator: Leverage
-    ) -> Tensor:
+    def select(self, vectors: Tensor, weights: Tensor, tokens: int, protected: Tensor, estimator: Leverage) -> Tensor:
         """Return what is left after the last round."""
         return select_by_leverage(
             vectors,
@@ -132,9 +130,7 @@ class Rounds(_ByCapacity):
 class Greedy(_ByCapacity):
     """Add the token of the largest marginal gain until the budget is full; within 1 − 1/e of the optimum."""
 
-    def select(
-        self, vectors: Tensor, weights: Tensor, tokens: int, protected: Tensor, estimator: Leverage
-    ) -> Tensor:
+    def select(self, vectors: Tensor, weights: Tensor, tokens: int, protected: Tensor, estimator: Leverage) -> Tensor:
         """Return the greedy choice."""
         return select_greedy(
             vectors,
@@ -204,9 +200,7 @@ class Policy:
         }
         for part, (value, kind) in parts.items():
             if not isinstance(value, kind):
-                raise TypeError(
-                    f"{part} is {value!r}; accepted: an instance of {kind.__module__}.{kind.__name__}"
-                )
+                raise TypeError(f"{part} is {value!r}; accepted: an instance of {kind.__module__}.{kind.__name__}")
         if isinstance(self.selection, _ByCapacity) and not isinstance(self.estimator, Leverage):
             raise ValueError(f"selection {self.selection} needs the estimator Leverage, got {self.estimator}")
 
@@ -227,9 +221,7 @@ class Policy:
             least = sum(protection.sizes(allow, self.window))
             own = self.allocation.tokens(allow, seen, signals.layer, signals.layers, least)
             sinks, window = protection.sizes(own, self.window)
-            protected[row] = ((positions[row] >= 0) & (positions[row] < sinks)) | (
-                positions[row] >= seen - window
-            )
+            protected[row] = ((positions[row] >= 0) & (positions[row] < sinks)) | (positions[row] >= seen - window)
             tokens.append(own)
         return Budget(tuple(tokens), protected)
 

@@ -108,6 +108,15 @@ class Signals:
         total = (x * self.valid.view(shape)).sum(2)
         return total / self.counts.view([self.batch, 1] + [1] * (x.dim() - 3))
 
+    def cosine_to_mean(self, x: Tensor) -> Tensor:  # [batch, kv_heads, tokens, d] -> [batch, kv_heads, tokens]
+        """Cosine between each vector and the mean of all, each of them first brought to length one."""
+        lengths = x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
+        # Products with x itself: the unit vectors need not exist.
+        share = self.masked(1 / lengths, 0.0)
+        centre = (share[:, :, None] @ x).mT  # [batch, kv_heads, d, 1]
+        centre = centre / centre.norm(dim=2, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        return (x @ centre).squeeze(-1) / lengths
+
     def grouped(self, x: Tensor) -> Tensor:  # [batch, heads, ...] -> [batch, kv_heads, group, ...]
         """Split the head axis into KV heads and the query heads that share each."""
         return x.unflatten(1, (self.kv_heads, self.group))

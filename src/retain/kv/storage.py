@@ -59,7 +59,10 @@ class UniformStorage:
         empty = kept < 0
         index = kept.clamp_min(0)
         own = positions[:, None].expand(-1, keys.shape[1], -1).gather(2, index).to(torch.int32)
-        stored = [x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (keys, values)]
+        # Whole vectors by their number among all rows and heads: several times faster than `gather`.
+        first = torch.arange(keys.shape[0] * keys.shape[1], device=keys.device) * keys.shape[2]
+        flat = (index.flatten(0, 1) + first[:, None]).flatten()
+        stored = [x.flatten(0, 2).index_select(0, flat).unflatten(0, index.shape) for x in (keys, values)]
         if bool(empty.any()):
             stored = [x.masked_fill_(empty[..., None], 0) for x in stored]
             own = own.masked_fill(empty, -1)

@@ -12,9 +12,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from retain.information.linalg import psd_cholesky
 from retain.kv.signals import Signals
 
 
@@ -119,7 +119,7 @@ class MeanQuery(Weights):
 
 @dataclass(frozen=True)
 class WindowAttention(Weights):
-    """Attention from an observation window of the last queries, mean-pooled along the tokens (SnapKV, 2404.14469).
+    """Attention from an observation window of last queries, mean-pooled along the tokens (SnapKV, 2404.14469).
 
     Args:
         window: number of last queries that observe.
@@ -145,7 +145,7 @@ class WindowAttention(Weights):
         if self.prefix_only:
             attention[..., inner:] = 0
         if self.pool > 1:
-            attention = F.avg_pool1d(attention, self.pool, stride=1, padding=self.pool // 2)
+            attention = torch.nn.functional.avg_pool1d(attention, self.pool, stride=1, padding=self.pool // 2)
         if self.prefix_only:
             attention[..., inner:] = 0
         return attention.log()
@@ -190,30 +190,35 @@ class ExpectedAttention(Weights):
         future: number of coming positions over which the rotary embedding is averaged; 0 takes mean and
             covariance of the queries as they are, rotated at their own positions.
         recent: estimate mean and covariance from this many last queries; None takes all.
+        pooled: one Gaussian for the queries of a GQA group together, instead of one for each query head
+            and their mean attention. A group of g costs a g-th.
         skip: first tokens, whose queries and keys are outliers, left out of the statistics.
 
     """
 
     future: int = 512
     recent: int | None = None
+    pooled: bool = False
     skip: int = 4
 
     def log(self, signals: Signals) -> Tensor:
         """Return the log of the expected attention, averaged over the GQA group."""
-        mean, covariance = self._statistics(signals)
+        mean, covariance = self._statistics(signals)  # [batch, kv_heads, gaussians, dim, (dim)]
         keys, scale = signals.keys32, signals.scaling
-        # One product [tokens, dim] x [dim, group * dim] for the whole group.
-        spread = keys @ covariance.movedim(2, 3).flatten(3, 4) * (scale * scale / 2)
-        spread = spread.unflatten(-1, (signals.group, signals.dim)) + mean[:, :, None] * scale
-        logits = torch.einsum("bhngd,bhnd->bhgn", spread, keys)
+        # kᵀΣk = ‖kL‖²: one product [tokens, dim] x [dim, gaussians * dim] for all of them.
+        root = psd_cholesky(covariance).movedim(2, 3).flatten(3, 4)
+        spread = (keys @ root).unflatten(-1, (-1, signals.dim)).norm(dim=-1).square_()
+        logits = (keys @ (mean.mT * scale)).add_(spread, alpha=scale * scale / 2)
+        if logits.shape[-1] == 1:
+            return logits.squeeze(-1)
         # Normalised for each query head, over the tokens that are not sinks, before the group is averaged.
-        inner = logits.masked_fill((signals.positions < self.skip)[:, None, None], float("-inf"))
-        short = (signals.counts <= self.skip)[:, None, None, None]
-        inner = torch.where(short, logits, inner)
-        return (logits - inner.logsumexp(-1, keepdim=True)).logsumexp(2)
+        left_out = signals.positions < self.skip
+        left_out = left_out & (signals.counts > self.skip)[:, None] | (signals.positions < 0)
+        inner = logits.masked_fill(left_out[:, None, :, None], float("-inf"))
+        return (logits - inner.logsumexp(2, keepdim=True)).logsumexp(-1)
 
     def _statistics(self, signals: Signals) -> tuple[Tensor, Tensor]:
-        """Mean [batch, kv_heads, group, dim] and covariance [..., dim, dim] of future queries."""
+        """Mean [batch, kv_heads, gaussians, dim] and covariance [..., dim, dim] of future queries."""
         count = signals.queries.shape[2]
         queries = signals.queries[:, :, -min(self.recent or count, count) :]
         queries = signals.unrotated(queries) if self.future else queries.float()
@@ -221,20 +226,20 @@ class ExpectedAttention(Weights):
         asked = positions >= self.skip
         # A row with nothing but first tokens has no better statistics than theirs.
         asked = torch.where(asked.any(-1, keepdim=True), asked, positions >= 0)
-        if bool(asked.all()):
-            mean = queries.mean(2)
-            centred = queries - mean[:, :, None]
-            covariance = centred.mT @ centred / queries.shape[2]
-        else:
-            share = (asked / asked.sum(-1, keepdim=True))[:, None, :, None]
-            mean = (queries * share).sum(2)
-            centred = (queries - mean[:, :, None]) * share.sqrt()
-            covariance = centred.mT @ centred
+        queries = signals.grouped(queries)
+        if self.pooled:
+            queries = queries.flatten(2, 3)[:, :, None]
+            asked = asked.repeat(1, signals.group)
+        share = (asked / asked.sum(-1, keepdim=True))[:, None, None, :, None]
+        mean = (queries * share).sum(3)
+        centred = (queries - mean[:, :, :, None]) * share.sqrt()
+        covariance = centred.mT @ centred
         rotation = signals.mean_rotation(self.future)
         if rotation is not None:
-            mean = mean @ rotation.mT
-            covariance = rotation[:, None] @ covariance @ rotation[:, None].mT
-        return signals.grouped(mean), signals.grouped(covariance)
+            turn = rotation[:, None, None]
+            mean = (turn @ mean[..., None]).squeeze(-1)
+            covariance = turn @ covariance @ turn.mT
+        return mean, covariance
 
     def __str__(self) -> str:
         return "expected attention"
@@ -260,9 +265,7 @@ class KeySalience(Weights):
 
     def log(self, signals: Signals) -> Tensor:
         """Return −β times the cosine."""
-        unit = F.normalize(signals.keys32, dim=-1)
-        centre = F.normalize(signals.mean(unit), dim=-1)
-        return (unit @ centre[..., None]).squeeze(-1) * -self.beta
+        return signals.cosine_to_mean(signals.keys32) * -self.beta
 
     def __str__(self) -> str:
         return f"exp(−{self.beta:g} cos(k, k̄))"
@@ -291,9 +294,7 @@ class Random(Weights):
         rows = torch.zeros(signals.batch, signals.kv_heads, signals.tokens)
         for row, count in enumerate(signals.counts.tolist()):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + signals.layer)
-            rows[row, :, signals.tokens - count :] = torch.rand(
-                signals.kv_heads, count, generator=generator
-            ).log()
+            rows[row, :, signals.tokens - count :] = torch.rand(signals.kv_heads, count, generator=generator).log()
         return rows.to(signals.device)
 
     def __str__(self) -> str:

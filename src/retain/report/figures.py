@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 # Okabe and Ito's palette, which readers with any common colour blindness can tell apart.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
@@ -31,7 +33,7 @@ _FIXED = {
 _MARKERS = "osD^vPX*"
 # Written for text and lines, then replaced by the page's own text colour.
 _INK = "#010203"
-_STYLE = {
+_STYLE: Any = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
@@ -67,7 +69,7 @@ def colour(name: str) -> str:
 
 
 @contextmanager
-def style() -> Iterator[None]:
+def style() -> Generator[None]:
     """Draw in this module's style."""
     with mpl.rc_context(_STYLE):
         yield
@@ -103,7 +105,7 @@ def lines(
         if log_y:
             axes.set_yscale("log")
         if percent_x:
-            axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
+            axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(alpha=0.25)
         # Beside the panel: a legend inside covers points.
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

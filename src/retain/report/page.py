@@ -87,6 +87,7 @@ class Page:
         >>> page.add("Numbers", Table(["head", "kept"], [["0", 12], ["1", 30]]))
         >>> "<td>30</td>" in page.html()
         True
+
     """
 
     title: str

@@ -1,0 +1,48 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+BENCH := .venv-bench
+
+.PHONY: demo test test-oldest lint format bench-kv clean
+
+demo: $(VENV)/.ready
+	$(BIN)/retain demo --report out/demo.html
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2
+
+# The other end of the supported range: the kv tests on the oldest transformers.
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -n 2 tests/kv tests/information
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Ours and kvpress in one process, on the same tensors, in an environment of their own.
+bench-kv: $(BENCH)/.ready
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BENCH)/bin/python benchmarks/kv.py
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
+	touch $@
+
+$(BENCH)/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[kv]" kvpress==0.5.5 scipy
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OLDEST) $(BENCH) out

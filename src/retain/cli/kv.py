@@ -1,0 +1,119 @@
+"""`retain kv …`: generate from a compressed cache, list the policies."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from retain.cli.console import out, print_json, progress
+from retain.kv.allocation import Protection
+from retain.kv.answering import answer
+from retain.kv.models import DEFAULT_MODEL, load
+from retain.kv.named import DEFAULT_POLICY, policies
+from retain.kv.named import policy as named_policy
+
+app = typer.Typer(help="Keep the KV cache entries that carry the most information.", no_args_is_help=True)
+
+ModelOption = Annotated[str, typer.Option(help="Hugging Face model id or local folder.")]
+DeviceOption = Annotated[str, typer.Option(help="Torch device, as cpu or cuda:0.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+AttnOption = Annotated[str, typer.Option(help="Attention implementation: sdpa or eager.")]
+
+
+def parse_budget(text: str) -> float:
+    """Return a budget: `500` is tokens, `0.25` and `25%` are fractions."""
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        return float(text) if any(mark in text for mark in ".e") else int(text)
+    except ValueError:
+        raise ValueError(
+            f"budget is {text!r}; accepted: tokens as 500, a fraction as 0.25, or a percentage as 25%"
+        ) from None
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Option(help="The prompt; without it, --prompt-file or standard input.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
+    question: Annotated[str | None, typer.Option(help="Asked of the prompt, which is then a document.")] = None,
+    aware: Annotated[
+        bool,
+        typer.Option("--aware/--agnostic", help="Is the question seen before eviction, or only after it?"),
+    ] = True,
+    policy: Annotated[str, typer.Option(help="`retain kv policies` lists them.")] = DEFAULT_POLICY,
+    budget: Annotated[str, typer.Option(help="Tokens (500) or a fraction (0.25, 25%) of the prompt.")] = "0.25",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    model: ModelOption = DEFAULT_MODEL,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    attn: AttnOption = "sdpa",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Also show what each layer kept.")] = False,
+) -> None:
+    """Answer greedily from a part of the prompt's KV cache."""
+    chosen = named_policy(policy)
+    allowed = parse_budget(budget)
+    Protection().check(allowed)
+    text = _read_prompt(prompt, prompt_file)
+    if not text.strip():
+        raise ValueError("the prompt is empty; accepted: some text")
+    with progress() as say:
+        network, tokenizer = load(model, device=device, dtype=dtype, attn=attn, say=say)
+        say(f"generating with {chosen.name}, budget {budget}")
+        result, report = answer(
+            network,
+            tokenizer,
+            text,
+            question,
+            policy=chosen,
+            budget=allowed,
+            aware=aware,
+            max_new_tokens=max_new_tokens,
+        )
+    if as_json:
+        print_json({"model": model, **result.to_dict()})
+        return
+    out.print(result.answer, markup=False, highlight=False)
+    out.print(f"[dim]{report}, {result.seconds:.1f} s ({result.policy}, budget {budget})[/]", highlight=False)
+    if layers:
+        out.print(report.table())
+
+
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None and file is not None:
+        raise ValueError("--prompt and --prompt-file are both given; accepted: one of them")
+    if prompt is not None:
+        return prompt
+    if file is not None:
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompt-file is {str(file)!r}, which can't be read as text: {error}") from None
+    if sys.stdin.isatty():
+        raise ValueError("no prompt; accepted: --prompt TEXT, --prompt-file FILE, or text on standard input")
+    return sys.stdin.read()
+
+
+@app.command("policies")
+def list_policies(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List the policies: what each takes for weights, directions and estimator of the capacity."""
+    described = [policy.describe() for policy in policies().values()]
+    if as_json:
+        print_json({"default": DEFAULT_POLICY, "policies": described})
+        return
+    table = Table(title="Policies: weights × directions × estimator")
+    for column in ("name", "weights", "directions", "estimator", "paper"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("name", "paper"))
+    for parts in described:
+        extra = [parts[part] for part in ("selection", "allocation") if parts[part] not in ("top", "equal")]
+        estimator = ", ".join((parts["estimator"], *extra))
+        table.add_row(parts["name"], parts["weights"], parts["directions"], estimator, parts["paper"])
+    out.print(table)
+    out.print(f"The default is {DEFAULT_POLICY}. Papers are arXiv numbers.", highlight=False)

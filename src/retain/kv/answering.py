@@ -1,0 +1,169 @@
+"""Ask a question of a document whose KV cache was compressed before the question was seen, or after."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from retain.kv.accounting import CacheReport
+from retain.kv.cache import RetainCache
+from retain.kv.named import DEFAULT_POLICY
+from retain.kv.policy import Policy
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt in two parts, as token ids [1, tokens].
+
+    Args:
+        document: what is prefilled and compressed in the agnostic setting.
+        question: what follows, the turn of the model included; empty when there is no question.
+
+    """
+
+    document: Tensor
+    question: Tensor
+
+    @property
+    def ids(self) -> Tensor:
+        """Both parts together."""
+        return torch.cat((self.document, self.question), dim=1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and what the cache behind it kept, the question's and answer's tokens included."""
+
+    answer: str
+    policy: str
+    budget: float
+    aware: bool
+    tokens_seen: int
+    tokens_kept: float
+    bytes_full: int
+    bytes_kept: int
+    capacity_retained: float | None
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, ready for JSON."""
+        return asdict(self)
+
+
+def prompt(tokenizer: PreTrainedTokenizerBase, document: str, question: str | None = None) -> Prompt:
+    """Write a document and a question as one user message, split where the document ends.
+
+    A tokenizer without a chat template gets the plain text, `Question:` and `Answer:`.
+
+    Raises:
+        ValueError: the document is empty.
+
+    """
+    if not document.strip():
+        raise ValueError("the prompt is empty; accepted: some text")
+    if getattr(tokenizer, "chat_template", None):
+        content = document if question is None else f"{document}\n\n{question}"
+        message = [{"role": "user", "content": content}]
+        text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        # A template may trim the message: look for the document without its outer white space.
+        end = text.index(document.strip()) + len(document.strip())
+        special = False
+    else:
+        text = document if question is None else f"{document}\n\nQuestion: {question}\nAnswer:"
+        end, special = len(document), True
+    if question is None:
+        return Prompt(_ids(tokenizer, text, special), torch.empty(1, 0, dtype=torch.long))
+    return Prompt(_ids(tokenizer, text[:end], special), _ids(tokenizer, text[end:], False))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> Tensor:
+    encoded: Any = tokenizer(text, return_tensors="pt", add_special_tokens=special, verbose=False)
+    return encoded.input_ids
+
+
+def check_length(model: PreTrainedModel, tokens: int) -> None:
+    """Raise if a model's window does not hold this many tokens."""
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window is not None and tokens > window:
+        raise ValueError(
+            f"prompt and answer have {tokens} tokens, more than the model's window of {window}. Shorten the "
+            "prompt, lower max_new_tokens, or use a model with a longer window"
+        )
+
+
+def generate(model: PreTrainedModel, ids: Tensor, cache: RetainCache, max_new_tokens: int) -> Tensor:
+    """Continue token ids [1, tokens] greedily, [new tokens]; what the cache has seen is not computed again."""
+    ids = ids.to(model.device)
+    network: Any = model
+    out: Any = network.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=model.generation_config.pad_token_id or model.generation_config.eos_token_id,
+    )
+    return out[0, ids.shape[1] :]
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    document: str,
+    question: str | None = None,
+    *,
+    policy: str | Policy = DEFAULT_POLICY,
+    budget: float = 0.25,
+    aware: bool = True,
+    max_new_tokens: int = 128,
+) -> tuple[Answer, CacheReport]:
+    """Answer a question about a document, greedily, from a compressed KV cache.
+
+    Args:
+        model: the language model.
+        tokenizer: its tokenizer.
+        document: the prompt.
+        question: asked of the document; None continues the document's own message.
+        policy: what to keep.
+        budget: how much: tokens, or a fraction.
+        aware: True if the question is seen before eviction, False if only the document is: then one
+            compressed document could answer any question.
+        max_new_tokens: longest answer.
+
+    Raises:
+        ValueError: an empty prompt, one longer than the model's window, or anything `RetainCache` refuses.
+
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; accepted: at least 1")
+    parts = prompt(tokenizer, document, question)
+    check_length(model, parts.ids.shape[1] + max_new_tokens)
+    cache = RetainCache(model, policy, budget)
+    start = time.perf_counter()
+    if not aware and parts.question.shape[1]:
+        with torch.no_grad():
+            model(parts.document.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    tokens = generate(model, parts.ids, cache, max_new_tokens)
+    seconds = time.perf_counter() - start
+    report = cache.report()
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    return (
+        Answer(
+            answer=text,
+            policy=cache.policy.name,
+            budget=budget,
+            aware=aware,
+            tokens_seen=report.tokens_seen,
+            tokens_kept=report.tokens_kept,
+            bytes_full=report.bytes_full,
+            bytes_kept=report.bytes_kept,
+            capacity_retained=report.capacity_retained,
+            seconds=seconds,
+        ),
+        report,
+    )
