@@ -1,0 +1,59 @@
+"""What all encoders share: convolutions over the message edges, each but the last followed by its norm."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from retain.link.models.norms import make_norm
+
+
+class Encoder(nn.Module, ABC):
+    """Base of all encoders; a new one defines `convolution`.
+
+    Args:
+        in_channels: features of a node.
+        hidden: channels of every layer, and of the embedding.
+        layers: number of convolutions.
+        norm: `batch`, `layer`, `graph` or `none`, over nodes.
+        dropout: share of channels dropped in training.
+
+    """
+
+    def __init__(
+        self, in_channels: int, hidden: int = 64, layers: int = 2, norm: str = "batch", dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if layers < 1:
+            raise ValueError(f"layers is {layers}; accepted: at least 1")
+        sizes = [in_channels] + [hidden] * layers
+        self.out_channels = hidden
+        self.convolutions = nn.ModuleList(
+            self.convolution(first, second) for first, second in zip(sizes[:-1], sizes[1:], strict=True)
+        )
+        self.norms = nn.ModuleList(make_norm(norm, hidden) for _ in range(layers))
+        self.dropout = nn.Dropout(dropout)
+
+    @abstractmethod
+    def convolution(self, first: int, second: int) -> nn.Module:
+        """Return one layer from `first` to `second` channels."""
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        """Embed the nodes.
+
+        Args:
+            x: [nodes, in_channels].
+            edge_index: edges that messages pass over, both directions, [2, edges].
+
+        Returns:
+            [nodes, hidden].
+
+        """
+        last = len(self.convolutions) - 1
+        for number, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
+            x = norm(convolution(x, edge_index))
+            if number < last:
+                x = self.dropout(torch.relu(x))
+        return x

@@ -1,0 +1,300 @@
+"""Training of any module that scores pairs, with every choice recorded and resumable to the same result."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from retain.link import checkpoint as files
+from retain.link.composition import Composition, Fixed
+from retain.link.graph import Graph, Split
+from retain.link.metrics import evaluate
+from retain.link.sampling import EdgeBatch, EdgeBatches
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a model is trained.
+
+    Args:
+        composition: positives in a mini-batch.
+        balanced: weight both classes the same in every batch.
+        epochs: most epochs.
+        batch_size: edges in a batch.
+        learning_rate: Adam's.
+        weight_decay: Adam's.
+        clip: largest norm of the gradient; None for no clipping.
+        patience: stop after so many epochs without a better validation metric, and keep the best; None for
+            all epochs, and keep the last.
+        metric: validation metric, `hits@K`, `auc`, `ap` or `mrr`.
+        seed: decides batches, negatives and dropout.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    """
+
+    composition: Composition = Fixed(0.5)
+    balanced: bool = False
+    epochs: int = 30
+    batch_size: int = 512
+    learning_rate: float = 5e-3
+    weight_decay: float = 0.0
+    clip: float | None = None
+    patience: int | None = None
+    metric: str = "hits@100"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"epochs": 1, "batch_size": 2, "learning_rate": 0, "weight_decay": 0, "seed": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: at least {value}")
+        for name in ("clip", "patience"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; accepted: above 0, or None")
+        if self.metric not in ("auc", "ap", "mrr") and not self.metric.removeprefix("hits@").isdigit():
+            raise ValueError(f"metric is {self.metric!r}; accepted: hits@K, auc, ap, mrr")
+
+    @property
+    def k(self) -> int:
+        """K of Hits@K."""
+        return int(self.metric.removeprefix("hits@")) if self.metric.startswith("hits@") else 100
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings as JSON holds them."""
+        return {**asdict(self), "composition": str(self.composition)}
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch gave: mean loss, validation metric, realised fractions of positives by batch."""
+
+    number: int
+    loss: float
+    metric: float
+    fractions: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A training: every epoch, and which one's parameters the model now has."""
+
+    epochs: tuple[Epoch, ...]
+    chosen: int
+
+    @property
+    def metric(self) -> float:
+        """Validation metric of the chosen epoch."""
+        return self.epochs[self.chosen].metric
+
+
+class Progress(Protocol):
+    """Called after every epoch."""
+
+    def __call__(self, epoch: Epoch, /) -> None: ...
+
+
+def fit(
+    model: nn.Module,
+    graph: Graph,
+    split: Split,
+    settings: TrainSettings,
+    *,
+    checkpoint: str | Path | None = None,
+    facts: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Train a module called as `model(x, edge_index, pairs)` that returns logits [pairs].
+
+    Targets of a batch are masked from its messages. The model is trained where its parameters are.
+
+    Args:
+        model: trained in place.
+        graph: features and size.
+        split: edges.
+        settings: how.
+        checkpoint: file to write after every epoch, and to go on from if it exists.
+        facts: what else the checkpoint records (data set, protocol, the model's own settings).
+        progress: called after every epoch.
+
+    Raises:
+        CheckpointError: the checkpoint is of a training with other settings.
+        FloatingPointError: the loss is NaN or infinite.
+
+    """
+    device = next(model.parameters()).device
+    split = split.to(device)
+    x = features(graph, model).to(device)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    batches = EdgeBatches(
+        split.train,
+        graph.num_nodes,
+        settings.composition,
+        batch_size=settings.batch_size,
+        known=split.known,
+        balanced=settings.balanced,
+        seed=settings.seed,
+    )
+    record = {"settings": settings.describe(), **(facts or {})}
+    done, chosen, best = _resume(checkpoint, record, model, optimizer)
+    while len(done) < settings.epochs and not _stop(done, settings):
+        number = len(done)
+        loss = _run_epoch(model, x, split, batches, optimizer, settings, number)
+        scores = evaluate(*score_validation(model, x, split), settings.k)
+        done.append(Epoch(number, loss, scores[settings.metric], tuple(batches.fractions)))
+        if settings.patience is None or _best(done) == number:
+            chosen, best = number, _copy(model) if settings.patience is not None else {}
+        if checkpoint is not None:
+            _save(checkpoint, record, model, optimizer, done, chosen, best)
+        if progress is not None:
+            progress(done[-1])
+    if best:
+        model.load_state_dict(best)
+    model.eval()
+    return TrainResult(tuple(done), chosen)
+
+
+def features(graph: Graph, model: nn.Module) -> Tensor:
+    """Return the node features, sparse (CSR) where a GCN's first product gains from it."""
+    from retain.link.models import GCN
+
+    sparse = isinstance(getattr(model, "encoder", None), GCN) and graph.x.is_cpu
+    if sparse and (graph.x != 0).float().mean() < 0.05:
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*Sparse CSR tensor support is in beta state.*")
+            return graph.x.to_sparse_csr()
+    return graph.x
+
+
+def score_validation(model: nn.Module, x: Tensor, split: Split) -> tuple[Tensor, Tensor]:
+    """Scores of validation positives and negatives in eval mode, joint in one pass."""
+    return score_parts(model, x, split.messages(), split.validation, split.validation_negatives)
+
+
+def score_parts(
+    model: nn.Module, x: Tensor, edge_index: Tensor, positives: Tensor, negatives: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scores of positives and of negatives in eval mode."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        scores: Tensor = model(x, edge_index, torch.cat([positives, negatives], dim=1))
+    model.train(training)
+    return scores[: positives.size(1)], scores[positives.size(1) :]
+
+
+def step_loss(scores: Tensor, batch: EdgeBatch) -> Tensor:
+    """Binary cross-entropy of a batch, weighted if the batch has weights: a scalar."""
+    return F.binary_cross_entropy_with_logits(scores, batch.labels, weight=batch.weights)
+
+
+def _run_epoch(
+    model: nn.Module,
+    x: Tensor,
+    split: Split,
+    batches: EdgeBatches,
+    optimizer: torch.optim.Optimizer,
+    settings: TrainSettings,
+    number: int,
+) -> float:
+    model.train()
+    messages = split.messages()
+    size = split.train.size(1)
+    batches.set_epoch(number)
+    passes = settings.composition.passes
+    total, steps = 0.0, 0
+    devices = [x.device] if x.is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        # From seed and epoch alone, so that a resumed run draws the same dropout.
+        torch.manual_seed(settings.seed * 1_000_003 + number)
+        for count, batch in enumerate(batches, start=1):
+            keep = torch.ones(2 * size, dtype=torch.bool, device=x.device)
+            keep[batch.index] = False
+            keep[batch.index + size] = False
+            loss = step_loss(model(x, messages[:, keep], batch.pairs), batch) / passes
+            torch.autograd.backward(loss)
+            total += loss.item()
+            if count % passes == 0:
+                if settings.clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                steps += 1
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the loss of epoch {number} is {total}: lower the learning rate or clip")
+    return total / steps
+
+
+def _best(done: list[Epoch]) -> int:
+    return max(range(len(done)), key=lambda number: done[number].metric)
+
+
+def _stop(done: list[Epoch], settings: TrainSettings) -> bool:
+    return settings.patience is not None and len(done) > _best(done) + settings.patience if done else False
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def _save(
+    path: str | Path,
+    record: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    done: list[Epoch],
+    chosen: int,
+    best: dict[str, Tensor],
+) -> None:
+    tensors = {f"model/{key}": value for key, value in model.state_dict().items()}
+    tensors |= {f"best/{key}": value for key, value in best.items()}
+    tensors |= files.pack_optimizer(optimizer)
+    files.save(path, tensors, {**record, "epochs": [asdict(epoch) for epoch in done], "chosen": chosen})
+
+
+def _resume(
+    path: str | Path | None, record: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[list[Epoch], int, dict[str, Tensor]]:
+    if path is None or not Path(path).exists():
+        return [], 0, {}
+    tensors, facts = files.load(path)
+    for key, value in record.items():
+        if facts.get(key) != json.loads(json.dumps(value)):
+            raise files.CheckpointError(
+                f"{path} was made with {key} {facts.get(key)}; accepted: {value}, or another file"
+            )
+    model.load_state_dict(files.part(tensors, "model"))
+    files.unpack_optimizer(optimizer, tensors)
+    done = [Epoch(e["number"], e["loss"], e["metric"], tuple(e["fractions"])) for e in facts["epochs"]]
+    return done, facts["chosen"], files.part(tensors, "best")
+
+
+def restore(path: str | Path, build: Callable[[dict[str, Any]], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the model of a checkpoint in eval mode, with the parameters of its chosen epoch, and its facts.
+
+    Args:
+        path: of the checkpoint.
+        build: makes the module from the checkpoint's facts.
+
+    Raises:
+        CheckpointError: the file is missing or no checkpoint of ours.
+
+    """
+    tensors, facts = files.load(path)
+    model = build(facts)
+    model.load_state_dict(files.part(tensors, "best") or files.part(tensors, "model"))
+    return model.eval(), facts
