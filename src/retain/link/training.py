@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,10 +98,7 @@ class TrainResult:
         return self.epochs[self.chosen].metric
 
 
-class Progress(Protocol):
-    """Called after every epoch."""
-
-    def __call__(self, epoch: Epoch, /) -> None: ...
+Progress = Callable[[Epoch], None]
 
 
 def fit(
