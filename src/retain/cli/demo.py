@@ -65,7 +65,7 @@ def _numbers(row: Row) -> dict[str, object]:
     }
 
 
-_COLUMNS = ("policy", "budget", "right answers", "KL, nats/token", "MB kept", "capacity kept", "scoring, s")
+_COLUMNS = ("policy", "budget", "right", "KL, nats", "MB kept", "capacity", "scoring, s")
 
 
 def _cells(found: Demo, aware: bool) -> list[list[str]]:
@@ -86,7 +86,7 @@ def _cells(found: Demo, aware: bool) -> list[list[str]]:
 def _table(found: Demo, aware: bool) -> RichTable:
     table = RichTable(title=f"{_SETTING[aware]} ({found.tokens} tokens)")
     for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == "policy" else "right")
+        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     for cells in _cells(found, aware):
         table.add_row(*cells, end_section=cells[0] == "full")
     return table
@@ -147,7 +147,8 @@ def _page(found: Demo, command: str) -> Page:
         page.add(
             _SETTING[aware],
             Figure(figure, caption, "KL divergence against budget, one line for each policy"),
-            Table(_COLUMNS, _cells(found, aware), "Scoring: seconds to score and evict, capacity included."),
+            Table(_COLUMNS, _cells(found, aware), "Right: answers that hold the value asked for. KL: per token of the right answer. Scoring: seconds to score and evict, "
+                "the measuring of the capacity included."),
         )
     quarter = next(row for row in found.rows if row.policy == "capkv" and row.budget < 0.5)
     page.add(

@@ -13,8 +13,7 @@ from retain.cli.console import out, print_json, progress
 from retain.kv.allocation import Protection
 from retain.kv.answering import answer
 from retain.kv.models import DEFAULT_MODEL, load
-from retain.kv.named import DEFAULT_POLICY, policies
-from retain.kv.named import policy as named_policy
+from retain.kv.named import DEFAULT_POLICY, get_policy, policies
 
 app = typer.Typer(help="Keep the KV cache entries that carry the most information.", no_args_is_help=True)
 
@@ -56,7 +55,7 @@ def generate(
     layers: Annotated[bool, typer.Option("--layers", help="Also show what each layer kept.")] = False,
 ) -> None:
     """Answer greedily from a part of the prompt's KV cache."""
-    chosen = named_policy(policy)
+    chosen = get_policy(policy)
     allowed = parse_budget(budget)
     Protection().check(allowed)
     text = _read_prompt(prompt, prompt_file)

@@ -7,7 +7,7 @@
 from retain.kv.accounting import CacheReport, HeadReport
 from retain.kv.cache import RetainCache
 from retain.kv.models import DEFAULT_MODEL, DefaultModelError, load
-from retain.kv.named import DEFAULT_POLICY, policies, policy
+from retain.kv.named import DEFAULT_POLICY, get_policy, policies
 from retain.kv.policy import Greedy, Policy, Rounds, Top, TwoStage
 from retain.kv.signals import Signals
 
@@ -24,7 +24,7 @@ __all__ = [
     "Signals",
     "Top",
     "TwoStage",
+    "get_policy",
     "load",
     "policies",
-    "policy",
 ]

@@ -17,10 +17,9 @@ from retain.kv.accounting import CacheReport, HeadReport
 from retain.kv.allocation import Protection, tokens_allowed
 from retain.kv.attention import Attachment, mark
 from retain.kv.estimators import Leverage, capacity_factor, linear_weights
-from retain.kv.named import DEFAULT_POLICY, policies
-from retain.kv.named import policy as named_policy
+from retain.kv.named import DEFAULT_POLICY, get_policy, policies
 from retain.kv.policy import Policy
-from retain.kv.signals import Rotary, Signals, rotate_half
+from retain.kv.signals import Signals, rotate_half
 from retain.kv.storage import UniformStorage
 
 
@@ -63,7 +62,7 @@ class RetainCache(Cache):
         window: int | None = None,
         measure_capacity: bool = True,
     ) -> None:
-        self.policy = named_policy(policy)
+        self.policy = get_policy(policy)
         self.budget = budget
         protection = Protection(sinks, window)
         protection.check(budget)
@@ -75,6 +74,7 @@ class RetainCache(Cache):
         full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full:
             raise ValueError(f"{type(model).__name__} has no layer with full attention: there is nothing to evict")
+        rotaries = _rotaries(decoder, modules)
         self._attachment = Attachment(decoder)
         for order, index in enumerate(full):
             if index not in modules:
@@ -84,7 +84,7 @@ class RetainCache(Cache):
                 budget,
                 protection,
                 module=modules[index],
-                rotary=_rotary(decoder, modules[index]),
+                rotary=rotaries[index],
                 index=index,
                 layer=order,
                 layers=len(full),
@@ -161,7 +161,7 @@ class RetainLayer(DynamicLayer):
         protection: Protection,
         *,
         module: nn.Module,
-        rotary: Rotary | None,
+        rotary: _RotaryEmbedding | None,
         index: int,
         layer: int,
         layers: int,
@@ -238,8 +238,6 @@ class RetainLayer(DynamicLayer):
         self.waiting = False
         if self.storage is not None:
             return self._mask(mask, query)
-        if not bool(torch.isfinite(key.sum(dtype=torch.float32) + value.sum(dtype=torch.float32))):
-            raise ValueError(f"keys or values of layer {self.index} contain NaN or Inf: nothing was cached")
         valid = _valid_tokens(mask, key.shape[2])
         if valid is not None and not bool(valid[:, -1].all()):
             raise ValueError(
@@ -278,29 +276,35 @@ class RetainLayer(DynamicLayer):
                 rotate=getattr(sys.modules[type(module).__module__], "rotate_half", rotate_half),
                 attention=attention,
             )
-            self._evict(signals)
+            storage = self._evict(signals)
+            # What was evicted and not finite has reached every later layer, where this finds it.
+            total = storage.keys.sum(dtype=torch.float32) + storage.values.sum(dtype=torch.float32)
+            if not bool(torch.isfinite(total)):
+                raise ValueError(f"keys or values of layer {self.index} contain NaN or Inf: nothing was cached")
+            self.storage = storage
+        if self.layer == self.layers - 1 and self._rotary is not None:
+            self._rotary.forget()
         self._prefill_valid = None
         self.seen = key.shape[2]
         self.is_initialized = True
 
-    def _evict(self, signals: Signals) -> None:
+    def _evict(self, signals: Signals) -> UniformStorage:
         seen = signals.counts.tolist()
         allowed = [tokens_allowed(self.budget, count) for count in seen]
         self._padding = signals.tokens - signals.counts
         if self.policy.keep_all or allowed == seen:
             positions = signals.positions.clamp_min(-1).to(torch.int32)[:, None]
             positions = positions.expand(-1, signals.kv_heads, -1)
-            self.storage = UniformStorage(signals.keys, signals.values, positions)
             if self.measure_capacity:
                 self._capacity = torch.ones(signals.batch, signals.kv_heads)
-            return
+            return UniformStorage(signals.keys, signals.values, positions)
         budget = self.policy.budget(signals, allowed, self.protection)
         kept = self.policy.select(signals, budget)
-        self.storage = UniformStorage.gather(signals.keys, signals.values, kept, signals.positions)
         self._uneven = len(set(budget.tokens)) > 1
         self.evicted = budget.tokens != tuple(seen)
         if self.measure_capacity:
             self._capacity = capacity_share(signals, kept)
+        return UniformStorage.gather(signals.keys, signals.values, kept, signals.positions)
 
     def _mask(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
         """Fit the model's mask, made for the first full-attention layer, to this layer's entries."""
@@ -437,23 +441,52 @@ def _attention_modules(decoder: nn.Module) -> dict[int, nn.Module]:
     }
 
 
-def _rotary(decoder: nn.Module, module: nn.Module) -> Rotary | None:
-    """Return a function from positions to the cosines and sines that a layer's queries were rotated with."""
+class _RotaryEmbedding:
+    """The model's rotary embedding for one layer type: cosines and sines of positions.
+
+    All layers of a prefill ask for the same positions: the last answer is kept.
+    """
+
+    def __init__(self, embedding: Any, kind: str | None) -> None:
+        self._embedding, self._kind = embedding, kind
+        rope = embedding.rope_type[kind] if kind else getattr(embedding, "rope_type", "default")
+        # These kinds adapt their frequencies to the positions they are asked for: ask a copy.
+        self._adapts = rope in ("dynamic", "longrope")
+        self._last: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        known = self._last.get(positions.shape[1])
+        if known is not None and known[0].device == positions.device and torch.equal(known[0], positions):
+            return known[1]
+        own = copy.deepcopy(self._embedding) if self._adapts else self._embedding
+        like = torch.empty(0, dtype=torch.float32, device=positions.device)
+        answer = own(like, positions, self._kind) if self._kind else own(like, positions)
+        self._last[positions.shape[1]] = (positions, answer)
+        return answer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _RotaryEmbedding:
+        return self
+
+    def forget(self) -> None:
+        """Free the kept answers."""
+        self._last.clear()
+
+
+def _rotaries(decoder: nn.Module, modules: dict[int, nn.Module]) -> dict[int, _RotaryEmbedding | None]:
+    """Return the rotary embedding of each layer; layers of one type share theirs."""
     embedding: Any = getattr(decoder, "rotary_emb", None)
     if embedding is None:
-        return None
-    kind = getattr(module, "layer_type", None)
-    # Gemma 3 rotates its layer types differently and asks which one is meant.
-    by_type = hasattr(embedding, f"{kind}_inv_freq")
-    rope = embedding.rope_type[kind] if by_type else getattr(embedding, "rope_type", "default")
-
-    def rotate(positions: Tensor) -> tuple[Tensor, Tensor]:
-        # These kinds adapt their frequencies to the positions they are asked for: ask a copy.
-        own = copy.deepcopy(embedding) if rope in ("dynamic", "longrope") else embedding
-        like = torch.empty(0, dtype=torch.float32, device=positions.device)
-        return own(like, positions, kind) if by_type else own(like, positions)
-
-    return rotate
+        return dict.fromkeys(modules)
+    made: dict[str | None, _RotaryEmbedding] = {}
+    found: dict[int, _RotaryEmbedding | None] = {}
+    for index, module in modules.items():
+        kind = getattr(module, "layer_type", None)
+        # Gemma 3 rotates its layer types differently and asks which one is meant.
+        kind = kind if hasattr(embedding, f"{kind}_inv_freq") else None
+        if kind not in made:
+            made[kind] = _RotaryEmbedding(embedding, kind)
+        found[index] = made[kind]
+    return found
 
 
 def _valid_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:

@@ -147,11 +147,21 @@ class Greedy(_ByCapacity):
 
 def highest(scores: Tensor, signals: Signals, budget: Budget) -> Tensor:
     """Return the tokens of the highest scores, protected ones first: long [batch, kv_heads, width]."""
-    if bool(scores.isnan().any()):
-        raise ValueError("the policy's scores contain NaN: nothing was evicted")
     # A valid token of weight 0 still goes before padding.
-    ranked = signals.masked(scores.clamp_min(_LOWEST)).masked_fill(budget.protected[:, None], float("inf"))
-    best = ranked.topk(budget.width, dim=-1).indices
+    ranked = scores if signals.valid is None else signals.masked(scores.clamp_min(_LOWEST))
+    ranked = ranked.masked_fill(budget.protected[:, None], float("inf"))
+    even = len(set(budget.tokens)) == 1
+    # NaN sorts above everything: if there is one, it is among the chosen.
+    values, best = ranked.topk(budget.width, dim=-1, sorted=not even)
+    if bool(values.isnan().any()):
+        raise ValueError(
+            "the policy's scores contain NaN, as they do when keys, values or queries hold NaN or Inf: "
+            "nothing was evicted"
+        )
+    if even:
+        # The places of a mask come out ascending: cheaper than sorting.
+        chosen = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, best, True)
+        return chosen.nonzero()[:, -1].view(best.shape)
     allowed = torch.tensor(budget.tokens, device=scores.device)[:, None, None]
     extra = torch.arange(budget.width, device=scores.device) >= allowed
     return best.masked_fill(extra, -1).sort(dim=-1).values
@@ -216,12 +226,13 @@ class Policy:
         """Return this layer's budget, given the tokens allowed for each row."""
         protected = torch.zeros(signals.batch, signals.tokens, dtype=torch.bool, device=signals.device)
         tokens: list[int] = []
-        positions = signals.positions
         for row, (seen, allow) in enumerate(zip(signals.counts.tolist(), allowed, strict=True)):
             least = sum(protection.sizes(allow, self.window))
             own = self.allocation.tokens(allow, seen, signals.layer, signals.layers, least)
             sinks, window = protection.sizes(own, self.window)
-            protected[row] = ((positions[row] >= 0) & (positions[row] < sinks)) | (positions[row] >= seen - window)
+            first = signals.tokens - seen
+            protected[row, first : first + sinks] = True
+            protected[row, signals.tokens - window :] = True
             tokens.append(own)
         return Budget(tuple(tokens), protected)
 

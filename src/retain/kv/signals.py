@@ -142,6 +142,34 @@ class Signals:
         window = min(window, self.queries.shape[2])
         return self.memo(("attention", window), lambda: self._attention(slice(-window, None), self.tokens))
 
+    def attention_from_last(self, window: int) -> Tensor:
+        """Attention that each token receives from the call's last `window` queries, on average.
+
+        As `attention_of_last(window).mean((2, 3))`, with one KV head's weights in memory at a time.
+
+        Returns:
+            [batch, kv_heads, tokens], float32.
+
+        """
+        return self.memo(("window", window), lambda: self._attention_from_last(window))
+
+    def _attention_from_last(self, window: int) -> Tensor:
+        window = min(window, self.queries.shape[2])
+        if self.valid is not None or self.attention is not None:
+            return self.attention_of_last(window).mean((2, 3))
+        queries = self.grouped(self.queries[:, :, -window:].float() * self.scaling)
+        # Query j of the window sees all but the newest window − 1 − j tokens.
+        future = torch.ones(window, window, dtype=torch.bool, device=self.device).triu_(1)
+        received = torch.empty(self.batch, self.kv_heads, self.tokens, device=self.device)
+        for head in range(self.kv_heads):
+            logits = queries[:, head].flatten(1, 2) @ self.keys32[:, head].mT  # [batch, group * window, tokens]
+            logits.unflatten(1, (-1, window))[..., -window:].masked_fill_(future, NEGATIVE)
+            weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+            # Rows are normalised and averaged in one product, without another pass over them.
+            share = 1 / (weights.sum(-1, keepdim=True) * weights.shape[1])
+            received[:, head] = (share.mT @ weights).squeeze(1)
+        return received
+
     def _attention(self, rows: slice, columns: int) -> Tensor:
         """Attention weights of some of the call's queries over the first `columns` tokens."""
         if self.attention is not None:
@@ -191,8 +219,10 @@ class Signals:
         cos, sin = (t[:, None].float() for t in self.rotary(positions))
         turned = x[..., : cos.shape[-1]].float()
         # cos² + sin² differs from 1 where the embedding also scales (YaRN).
-        back = (turned * cos - self.rotate(turned) * sin) / (cos * cos + sin * sin)
-        return torch.cat((back, x[..., cos.shape[-1] :].float()), dim=-1)
+        scale = cos * cos + sin * sin
+        back = turned * (cos / scale)
+        back.addcmul_(self.rotate(turned), sin / scale, value=-1)
+        return back if cos.shape[-1] == x.shape[-1] else torch.cat((back, x[..., cos.shape[-1] :].float()), dim=-1)
 
     def mean_rotation(self, future: int) -> Tensor | None:
         """Mean rotation matrix over the next `future` positions, [batch, dim, dim]; None without rotary."""

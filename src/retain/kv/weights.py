@@ -125,12 +125,14 @@ class WindowAttention(Weights):
         window: number of last queries that observe.
         pool: odd width of the pooling.
         prefix_only: leave the window's own tokens out, as SnapKV does because it always keeps them.
+        floor: added to the attention, so that what multiplies it counts for tokens without any.
 
     """
 
     window: int = 32
     pool: int = 5
     prefix_only: bool = False
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -140,15 +142,16 @@ class WindowAttention(Weights):
 
     def log(self, signals: Signals) -> Tensor:
         """Return the log of the pooled attention, averaged over queries and group."""
-        attention = signals.attention_of_last(self.window).mean((2, 3))
+        attention = signals.attention_from_last(self.window)
         inner = max(0, signals.tokens - self.window)
         if self.prefix_only:
+            attention = attention.clone()
             attention[..., inner:] = 0
         if self.pool > 1:
             attention = torch.nn.functional.avg_pool1d(attention, self.pool, stride=1, padding=self.pool // 2)
         if self.prefix_only:
             attention[..., inner:] = 0
-        return attention.log()
+        return (attention + self.floor).log()
 
     def __str__(self) -> str:
         return f"attention of last {self.window} queries"
