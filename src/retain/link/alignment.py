@@ -1,0 +1,97 @@
+"""What the representation of a link predictor keeps of the classes of nodes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch_geometric.utils import scatter
+
+from retain.information.alignment import class_information, cluster_nmi, linear_probe, trace_ratio
+from retain.link.graph import Graph, Split
+from retain.link.models import LinkPredictor
+from retain.link.training import features
+
+MEASURES = ("nmi", "trace_ratio", "probe", "class_information")
+
+
+def incident_means(edge_embeddings: Tensor, pairs: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
+    """Average the embeddings of the edges at each node (arXiv 2604.25978).
+
+    Args:
+        edge_embeddings: [edges, d].
+        pairs: [2, edges].
+        num_nodes: nodes of the graph.
+
+    Returns:
+        Means [nodes with an edge, d] and which nodes those are, bool [nodes].
+
+    """
+    ends = torch.cat([pairs[0], pairs[1]])
+    both = torch.cat([edge_embeddings, edge_embeddings])
+    has = torch.zeros(num_nodes, dtype=torch.bool, device=pairs.device)
+    has[ends] = True
+    return scatter(both, ends, dim_size=num_nodes, reduce="mean")[has], has
+
+
+def embeddings(model: LinkPredictor, graph: Graph, split: Split) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return what a model makes of the nodes, in eval mode: embeddings and the classes of their nodes.
+
+    Returns:
+        `node`: the encoder's embeddings; `edge`: means of the decoder's hidden layer over training edges.
+
+    Raises:
+        ValueError: the data set has no labels.
+
+    """
+    classes = graph.classes
+    device = next(model.parameters()).device
+    split = split.to(device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        z: Tensor = model.encoder(features(graph, model).to(device), split.messages())
+        means, has = incident_means(model.edge_embeddings(z, split.train), split.train, graph.num_nodes)
+    model.train(training)
+    return {"node": (z.cpu(), classes), "edge": (means.cpu(), classes[has.cpu()])}
+
+
+def measure(
+    x: Tensor, classes: Tensor, *, measures: tuple[str, ...] = MEASURES, seed: int = 0
+) -> dict[str, float]:
+    """Return the measures of alignment by name.
+
+    Raises:
+        ValueError: there is no such measure.
+
+    """
+    known = {
+        "nmi": lambda: cluster_nmi(x, classes, seed=seed),
+        "trace_ratio": lambda: trace_ratio(x, classes),
+        "probe": lambda: linear_probe(x, classes, seed=seed),
+        "class_information": lambda: class_information(x, classes),
+    }
+    if wrong := set(measures) - known.keys():
+        raise ValueError(f"measures is {sorted(wrong)}; accepted: {', '.join(MEASURES)}")
+    return {name: known[name]() for name in measures}
+
+
+def alignment(
+    model: LinkPredictor,
+    graph: Graph,
+    split: Split,
+    *,
+    measures: tuple[str, ...] = MEASURES,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Return `node_nmi`, `edge_nmi`, `node_trace_ratio`, … of a trained or untrained model."""
+    return {
+        f"{kind}_{name}": value
+        for kind, (x, classes) in embeddings(model, graph, split).items()
+        for name, value in measure(x, classes, measures=measures, seed=seed).items()
+    }
+
+
+def raw_alignment(graph: Graph, *, measures: tuple[str, ...] = MEASURES, seed: int = 0) -> dict[str, float]:
+    """Return the same measures of the raw features, the reference that needs no model."""
+    found = measure(graph.x, graph.classes, measures=measures, seed=seed)
+    return {f"raw_{name}": value for name, value in found.items()}

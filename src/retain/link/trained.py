@@ -1,0 +1,62 @@
+"""Audit and scores of a model that this package trained, on held-out and on training edges."""
+
+from __future__ import annotations
+
+import torch
+
+from retain.link.audit import AuditReport, EdgeSet, audit
+from retain.link.graph import Graph, Protocol, Split
+from retain.link.metrics import evaluate
+from retain.link.models import LinkPredictor, PairScorer, mask_targets
+from retain.link.negatives import draw_negatives
+from retain.link.training import features, score_parts
+
+
+def audit_trained(
+    model: LinkPredictor, graph: Graph, split: Split, *, batch_size: int = 512, seed: int = 0
+) -> AuditReport:
+    """Audit a trained link predictor on held-out edges (validation and test) and on training edges.
+
+    The training edges audited are masked from the messages, all of them at once, so that the make-up of a
+    batch can act through the batch alone.
+
+    Args:
+        model: trained on `split`.
+        graph: features and size.
+        split: edges.
+        batch_size: that of the training.
+        seed: decides all draws.
+
+    """
+    device = next(model.parameters()).device
+    split = split.to(device)
+    x = features(graph, model).to(device)
+    heldout = EdgeSet(
+        torch.cat([split.validation, split.test], dim=1),
+        torch.cat([split.validation_negatives, split.test_negatives], dim=1),
+        PairScorer(model, x, split.messages()),
+    )
+    size = min(split.train.size(1), batch_size)
+    order = torch.randperm(split.train.size(1), generator=torch.Generator().manual_seed(seed))[:size]
+    positives = split.train[:, order.to(device)]
+    negatives = draw_negatives(split.known, graph.num_nodes, size, seed)
+    messages = mask_targets(split.messages(), positives, graph.num_nodes)
+    train = EdgeSet(positives, negatives, PairScorer(model, x, messages))
+    return audit(
+        PairScorer(model, x, split.messages()),
+        {"heldout": heldout, "train": train},
+        module=model,
+        batch_size=batch_size,
+        seed=seed,
+    )
+
+
+def test_scores(
+    model: LinkPredictor, graph: Graph, split: Split, protocol: Protocol, k: int = 100
+) -> dict[str, float]:
+    """Return every metric on the test edges, in eval mode, under the protocol."""
+    device = next(model.parameters()).device
+    split = split.to(device)
+    messages = split.messages(validation=protocol.validation_edges_at_test)
+    x = features(graph, model).to(device)
+    return evaluate(*score_parts(model, x, messages, split.test, split.test_negatives), k)
