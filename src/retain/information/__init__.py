@@ -1,0 +1,35 @@
+"""Linear-Gaussian information of sets of weighted vectors.
+
+* `linalg`: working precision, Gram matrices, Cholesky factors.
+* `capacity`: how much a set carries in nats, and what each of its items contributes.
+* `selection`: which items to keep within a budget.
+"""
+
+from retain.information.capacity import (
+    Factor,
+    capacity,
+    deletion_cost,
+    effective_dimension,
+    factorize,
+    leverage_scores,
+    noise_variance,
+)
+from retain.information.linalg import NotPositiveDefiniteError, gram, psd_cholesky, working_dtype
+from retain.information.selection import select_by_leverage, select_greedy, select_top
+
+__all__ = [
+    "Factor",
+    "NotPositiveDefiniteError",
+    "capacity",
+    "deletion_cost",
+    "effective_dimension",
+    "factorize",
+    "gram",
+    "leverage_scores",
+    "noise_variance",
+    "psd_cholesky",
+    "select_by_leverage",
+    "select_greedy",
+    "select_top",
+    "working_dtype",
+]

