@@ -73,7 +73,8 @@ class Factor:
     """Cholesky factor of A = σ²I + G for a set of weighted vectors.
 
     The matrices are those of u / vector_scale and w / weight_scale, so that they neither overflow nor
-    underflow; the scales are 1 where `relative` was off. Every result is in original units.
+    underflow; the scales are 1 where original units are safe, and always with fixed noise. Every result is
+    in original units.
     """
 
     cholesky: Tensor  # [..., d, d], lower
