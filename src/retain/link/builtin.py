@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -71,8 +73,8 @@ def digits(neighbours: int = 6) -> Graph:
         ValueError: `neighbours` is out of range.
 
     """
-    bunch = load_digits()
-    pixels, target = np.asarray(bunch["data"]), np.asarray(bunch["target"])
+    loaded: Any = load_digits(return_X_y=True)
+    pixels, target = np.asarray(loaded[0]), np.asarray(loaded[1])
     if not 1 <= neighbours < len(pixels):
         raise ValueError(f"neighbours is {neighbours}; accepted: 1 to {len(pixels) - 1}")
     joined = kneighbors_graph(pixels, neighbours, include_self=False)

@@ -94,9 +94,7 @@ def freeze_statistics(
     layers = {name: layer for name, layer in batch_norms(module).items() if layer.running_mean is not None}
     if not layers or "" in layers:
         raise ValueError("module holds no BatchNorm with statistics; accepted: a module that holds some")
-    batches = EdgeBatches(
-        positives, num_nodes, composition or Fixed(), batch_size=batch_size, known=known, seed=seed
-    )
+    batches = EdgeBatches(positives, num_nodes, composition or Fixed(), batch_size=batch_size, known=known, seed=seed)
     modes = [(part, part.training) for part in module.modules()]
     momenta = {name: layer.momentum for name, layer in layers.items()}
     module.eval()

@@ -84,9 +84,7 @@ def from_ogb(dataset: Any, name: str) -> Graph:
     test = _without(pairs("test", "edge"), torch.cat([train, validation], dim=1))
     positives = torch.cat([train, validation, test], dim=1)
     validation_negatives = _without(pairs("valid", "edge_neg"), positives)
-    test_negatives = _without(
-        pairs("test", "edge_neg"), torch.cat([positives, validation_negatives], dim=1)
-    )
+    test_negatives = _without(pairs("test", "edge_neg"), torch.cat([positives, validation_negatives], dim=1))
     split = Split(train, validation, test, validation_negatives, test_negatives)
     return Graph(name, data.x.float(), positives, None, split)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -126,7 +125,7 @@ def find_norms(
 
 
 @contextmanager
-def untouched(module: nn.Module | None) -> Iterator[None]:
+def untouched(module: nn.Module | None) -> Generator[None]:
     """Give back modes, buffers and random generators as they were."""
     modes = [(part, part.training) for part in module.modules()] if module is not None else []
     python, numpy = random.getstate(), np.random.get_state()
@@ -146,7 +145,7 @@ def untouched(module: nn.Module | None) -> Iterator[None]:
 
 
 @contextmanager
-def mode(module: nn.Module | None, *, batch_statistics: bool, frozen: set[str]) -> Iterator[None]:
+def mode(module: nn.Module | None, *, batch_statistics: bool, frozen: set[str]) -> Generator[None]:
     """Run norm layers on batch statistics or on stored ones, and everything else (dropout) in eval mode."""
     if module is not None:
         for part in module.modules():
@@ -197,4 +196,4 @@ def _known_row_wise(layer: nn.Module) -> bool:
 
 def as_module(value: object) -> nn.Module | None:
     """Return the module if it is one."""
-    return cast(nn.Module, value) if isinstance(value, nn.Module) else None
+    return value if isinstance(value, nn.Module) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -69,7 +69,7 @@ def draw_negatives(known: Tensor, num_nodes: int, count: int, seed: int) -> Tens
 
 
 @contextmanager
-def _python_random(seed: int) -> Iterator[None]:
+def _python_random(seed: int) -> Generator[None]:
     # PyG draws from Python's global generator.
     state = random.getstate()
     random.seed(seed)

@@ -72,9 +72,7 @@ class EdgeBatches:
         world_size: int = 1,
     ) -> None:
         if positives.ndim != 2 or positives.size(0) != 2 or positives.size(1) < world_size:
-            raise ValueError(
-                f"positives has shape {tuple(positives.shape)}; accepted: [2, edges] with an edge a rank"
-            )
+            raise ValueError(f"positives has shape {tuple(positives.shape)}; accepted: [2, edges] with an edge a rank")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}; accepted: 0 to world_size - 1, {world_size - 1}")
         self.positives = positives
@@ -99,9 +97,7 @@ class EdgeBatches:
 
     def _plan(self, generator: torch.Generator) -> list[tuple[int, int]]:
         # The largest share of any rank: with the same plan, all ranks take the same number of steps.
-        return self.composition.plan(
-            -(-self.positives.size(1) // self.world_size), self.batch_size, generator
-        )
+        return self.composition.plan(-(-self.positives.size(1) // self.world_size), self.batch_size, generator)
 
     def __len__(self) -> int:
         return len(self._plan(self._generator()))
@@ -174,9 +170,7 @@ class LabelledBatches(Sampler[list[int]]):
 
     """
 
-    def __init__(
-        self, labels: Tensor, composition: Composition, *, batch_size: int = 512, seed: int = 0
-    ) -> None:
+    def __init__(self, labels: Tensor, composition: Composition, *, batch_size: int = 512, seed: int = 0) -> None:
         self.positives = (labels > 0).nonzero().flatten()
         self.negatives = (labels == 0).nonzero().flatten()
         self.composition = composition

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
-from retain.link.audit import AuditReport, EdgeSet, audit
+from retain.link.auditing import AuditReport, EdgeSet, audit
+from retain.link.checkpoint import CheckpointError, load, part
 from retain.link.graph import Graph, Protocol, Split
 from retain.link.metrics import evaluate
-from retain.link.models import LinkPredictor, PairScorer, mask_targets
+from retain.link.models import LinkPredictor, ModelSettings, PairScorer, mask_targets
 from retain.link.negatives import draw_negatives
 from retain.link.training import features, score_parts
 
@@ -51,12 +55,25 @@ def audit_trained(
     )
 
 
-def test_scores(
-    model: LinkPredictor, graph: Graph, split: Split, protocol: Protocol, k: int = 100
-) -> dict[str, float]:
+def test_scores(model: LinkPredictor, graph: Graph, split: Split, protocol: Protocol, k: int = 100) -> dict[str, float]:
     """Return every metric on the test edges, in eval mode, under the protocol."""
     device = next(model.parameters()).device
     split = split.to(device)
     messages = split.messages(validation=protocol.validation_edges_at_test)
     x = features(graph, model).to(device)
     return evaluate(*score_parts(model, x, messages, split.test, split.test_negatives), k)
+
+
+def load_trained(path: str | Path, device: str = "cpu") -> tuple[LinkPredictor, dict[str, Any]]:
+    """Return the link predictor of a checkpoint, in eval mode, and what the checkpoint records.
+
+    Raises:
+        CheckpointError: the file is missing, no checkpoint of ours, or doesn't say what model it holds.
+
+    """
+    tensors, facts = load(path)
+    if "model" not in facts or "in" not in facts:
+        raise CheckpointError(f"{path} doesn't say what model it holds: it was not written by `retain link`")
+    model = ModelSettings(**facts["model"]).build(facts["in"])
+    model.load_state_dict(part(tensors, "best") or part(tensors, "model"))
+    return model.to(device).eval(), facts

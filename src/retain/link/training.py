@@ -132,9 +132,7 @@ def fit(
     device = next(model.parameters()).device
     split = split.to(device)
     x = features(graph, model).to(device)
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     batches = EdgeBatches(
         split.train,
         graph.num_nodes,
@@ -278,20 +276,3 @@ def _resume(
     files.unpack_optimizer(optimizer, tensors)
     done = [Epoch(e["number"], e["loss"], e["metric"], tuple(e["fractions"])) for e in facts["epochs"]]
     return done, facts["chosen"], files.part(tensors, "best")
-
-
-def restore(path: str | Path, build: Callable[[dict[str, Any]], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the model of a checkpoint in eval mode, with the parameters of its chosen epoch, and its facts.
-
-    Args:
-        path: of the checkpoint.
-        build: makes the module from the checkpoint's facts.
-
-    Raises:
-        CheckpointError: the file is missing or no checkpoint of ours.
-
-    """
-    tensors, facts = files.load(path)
-    model = build(facts)
-    model.load_state_dict(files.part(tensors, "best") or files.part(tensors, "model"))
-    return model.eval(), facts

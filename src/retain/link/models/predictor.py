@@ -56,9 +56,7 @@ class ModelSettings:
         """Return a freshly initialised model; no global generator is moved."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            encoder = ENCODERS[self.encoder](
-                in_channels, self.hidden, self.layers, self.encoder_norm, self.dropout
-            )
+            encoder = ENCODERS[self.encoder](in_channels, self.hidden, self.layers, self.encoder_norm, self.dropout)
             decoder = DECODERS[self.decoder](self.hidden, self.hidden, self.decoder_norm, self.dropout)
             return LinkPredictor(encoder, decoder)
 

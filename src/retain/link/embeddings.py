@@ -55,9 +55,7 @@ def embeddings(model: LinkPredictor, graph: Graph, split: Split) -> dict[str, tu
     return {"node": (z.cpu(), classes), "edge": (means.cpu(), classes[has.cpu()])}
 
 
-def measure(
-    x: Tensor, classes: Tensor, *, measures: tuple[str, ...] = MEASURES, seed: int = 0
-) -> dict[str, float]:
+def measure(x: Tensor, classes: Tensor, *, measures: tuple[str, ...] = MEASURES, seed: int = 0) -> dict[str, float]:
     """Return the measures of alignment by name.
 
     Raises:

@@ -141,9 +141,7 @@ def audit(
             with mode(module, batch_statistics=False, frozen=still):
                 layers = find_norms(module, first.score or score, first.positives[:, :64], still)
         parts = {
-            name: _audit_part(
-                part.score or score, part, module, still, batch_size, probes, repeats, threshold, seed
-            )
+            name: _audit_part(part.score or score, part, module, still, batch_size, probes, repeats, threshold, seed)
             for name, part in sets.items()
         }
     verdict = judge({name: part.statistics for name, part in parts.items()}, layers)
@@ -182,15 +180,11 @@ def _audit_part(
         for _ in range(repeats)
     ]
     with mode(module, batch_statistics=False, frozen=frozen):
-        evaluated = [
-            _run(score, _balanced(edges, positives, negatives)) for positives, negatives in orders
-        ]
+        evaluated = [_run(score, _balanced(edges, positives, negatives)) for positives, negatives in orders]
     # Running on batch statistics moves the stored ones: they are given back before the next set of edges.
     with untouched(module), mode(module, batch_statistics=True, frozen=frozen):
         draws = [_draw(score, edges, positives, negatives, half) for positives, negatives in orders]
-    values = [
-        _statistics(draw, stored, half, threshold) for draw, stored in zip(draws, evaluated, strict=True)
-    ]
+    values = [_statistics(draw, stored, half, threshold) for draw, stored in zip(draws, evaluated, strict=True)]
     statistics = {name: bootstrap([value[name] for value in values], seed=seed) for name in values[0]}
     curve = tuple(_point(fraction, draws, threshold, seed) for fraction in FRACTIONS)
     return PartReport(statistics, curve)
@@ -214,9 +208,7 @@ def _draw(score: Score, edges: EdgeSet, positives: Tensor, negatives: Tensor, ha
 
 def _pairs(edges: EdgeSet, positives: Tensor, negatives: Tensor) -> Tensor:
     device = edges.positives.device
-    return torch.cat(
-        [edges.positives[:, positives.to(device)], edges.negatives[:, negatives.to(device)]], dim=1
-    )
+    return torch.cat([edges.positives[:, positives.to(device)], edges.negatives[:, negatives.to(device)]], dim=1)
 
 
 def _balanced(edges: EdgeSet, positives: Tensor, negatives: Tensor) -> Tensor:
@@ -244,12 +236,12 @@ def _statistics(draw: _Draw, stored: Tensor, half: int, threshold: float) -> dic
     inner = [fraction for fraction in FRACTIONS if 0 < fraction < 1]
     medians = [float(draw.probes[fraction].quantile(0.5)) for fraction in inner]
     predicted = [float((draw.batch[fraction] > threshold).float().mean()) for fraction in FRACTIONS]
-    order = kendalltau(draw.probes[0.1].numpy(), draw.probes[0.9].numpy()).statistic
+    order = float(kendalltau(draw.probes[0.1].numpy(), draw.probes[0.9].numpy())[0])  # pyright: ignore[reportArgumentType]
     return {
         "a_pure": (float((ones > threshold).float().mean()) + float((zeros <= threshold).float().mean())) / 2,
         "tau": float(np.polyfit(FRACTIONS, predicted, 1)[0]),
         "kappa": float(np.polyfit(inner, medians, 1)[0]) / gap if gap else float("nan"),
-        "rank_change": 0.0 if np.isnan(order) else float(1 - order) / 2,
+        "rank_change": 0.0 if np.isnan(order) else (1 - order) / 2,
         "eval_gap": float((balanced - stored).abs().mean()) / abs(gap) if gap else float("nan"),
         "accuracy_balanced": _accuracy(balanced, own, threshold),
         "accuracy_eval": _accuracy(stored, own, threshold),
@@ -268,8 +260,7 @@ def _point(fraction: float, draws: list[_Draw], threshold: float, seed: int) -> 
     predicted = [float((draw.batch[fraction] > threshold).float().mean()) for draw in draws]
     accuracy = [_accuracy(draw.batch[fraction], draw.positives[fraction], threshold) for draw in draws]
     medians = [
-        float(draw.probes[fraction].quantile(0.5)) if fraction in draw.probes else float("nan")
-        for draw in draws
+        float(draw.probes[fraction].quantile(0.5)) if fraction in draw.probes else float("nan") for draw in draws
     ]
     return Point(
         fraction,

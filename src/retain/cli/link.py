@@ -1,0 +1,354 @@
+"""`retain link …`: train, audit, correct and align link predictors."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from retain.cli.console import out, print_json, progress
+
+if TYPE_CHECKING:
+    from retain.link import Graph, LinkPredictor, ModelSettings, Protocol, Split, TrainSettings
+
+app = typer.Typer(help="Audit link predictors for composition bias.", no_args_is_help=True)
+
+Data = Annotated[str, typer.Option(help="Data set by name, or an NPZ, CSV or Parquet edge list.")]
+Features = Annotated[Path | None, typer.Option(help="Features of the nodes, for a CSV or Parquet edge list.")]
+Labels = Annotated[Path | None, typer.Option(help="Classes of the nodes, for a CSV or Parquet edge list.")]
+Root = Annotated[Path, typer.Option(help="Folder of downloaded data sets.")]
+Seed = Annotated[int, typer.Option(help="First seed.")]
+Seeds = Annotated[int, typer.Option(help="Repetitions, each with its own split.")]
+Device = Annotated[str, typer.Option(help="Torch device.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Report = Annotated[Path | None, typer.Option(help="Write an HTML page.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint to write, go on from or audit.")]
+CompositionName = Annotated[str, typer.Option(help="fixed:FRACTION, separate or random:LOW,HIGH.")]
+Balanced = Annotated[bool, typer.Option("--balanced", help="Weight both classes the same in a batch.")]
+Encoder = Annotated[str, typer.Option(help="gcn or sage.")]
+Decoder = Annotated[str, typer.Option(help="dot, hadamard or concat.")]
+EncoderNorm = Annotated[str, typer.Option(help="batch, layer, graph or none.")]
+DecoderNorm = Annotated[str, typer.Option(help="batch, layer, graph or none.")]
+Epochs = Annotated[int, typer.Option(help="Most epochs.")]
+Patience = Annotated[int | None, typer.Option(help="Stop after so many epochs without a better metric.")]
+BatchSize = Annotated[int, typer.Option(help="Edges in a mini-batch.")]
+Rate = Annotated[float, typer.Option(help="Adam's learning rate.")]
+Largest = Annotated[bool, typer.Option("--largest-component", help="Keep the largest component only.")]
+AtTest = Annotated[bool, typer.Option("--validation-edges-at-test", help="Pass messages over them at test.")]
+Validation = Annotated[float, typer.Option(help="Share of edges for validation.")]
+Test = Annotated[float, typer.Option(help="Share of edges for the test.")]
+Folder = Annotated[Path | None, typer.Option(help="Folder of finished runs, to go on from.")]
+
+
+@app.command()
+def train(
+    data: Data = "digits",
+    features: Features = None,
+    labels: Labels = None,
+    root: Root = Path("data"),
+    composition: CompositionName = "fixed:0.5",
+    balanced: Balanced = False,
+    encoder: Encoder = "gcn",
+    decoder: Decoder = "hadamard",
+    encoder_norm: EncoderNorm = "batch",
+    decoder_norm: DecoderNorm = "batch",
+    epochs: Epochs = 30,
+    patience: Patience = None,
+    batch_size: BatchSize = 512,
+    learning_rate: Rate = 5e-3,
+    validation: Validation = 0.05,
+    test: Test = 0.10,
+    largest_component: Largest = False,
+    validation_edges_at_test: AtTest = False,
+    checkpoint: Checkpoint = None,
+    seed: Seed = 0,
+    seeds: Seeds = 1,
+    device: Device = "cpu",
+    as_json: Json = False,
+    report: Report = None,
+) -> None:
+    """Train a link predictor and print its test metrics."""
+    from retain.link.composition import parse
+    from retain.link.graph import Protocol
+    from retain.link.intervals import over_seeds
+    from retain.link.models import ModelSettings
+    from retain.link.trained import test_scores
+    from retain.link.training import TrainSettings
+
+    model = ModelSettings(encoder, decoder, encoder_norm, decoder_norm)
+    protocol = Protocol(validation, test, largest_component, validation_edges_at_test)
+    graph = _graph(data, features, labels, root, protocol)
+    found: list[dict[str, float]] = []
+    for number in range(seed, seed + _positive(seeds)):
+        settings = TrainSettings(
+            parse(composition),
+            balanced=balanced,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            patience=patience,
+            seed=number,
+        )
+        path = _numbered(checkpoint, number, seeds)
+        net, parts = _train(graph, model, settings, protocol, device, path)
+        found.append(test_scores(net, graph, parts, protocol))
+    rows = [{"metric": name, **asdict(over_seeds([run[name] for run in found]))} for name in found[0]]
+    result = {"graph": graph.name, "model": asdict(model), "protocol": asdict(protocol), "rows": rows}
+    _show(result, rows, as_json, report, "Test metrics of a link predictor")
+
+
+@app.command()
+def audit(
+    data: Data = "digits",
+    features: Features = None,
+    labels: Labels = None,
+    root: Root = Path("data"),
+    composition: CompositionName = "fixed:0.5",
+    balanced: Balanced = False,
+    encoder: Encoder = "gcn",
+    decoder: Decoder = "hadamard",
+    encoder_norm: EncoderNorm = "batch",
+    decoder_norm: DecoderNorm = "batch",
+    epochs: Epochs = 30,
+    batch_size: BatchSize = 512,
+    learning_rate: Rate = 5e-3,
+    checkpoint: Checkpoint = None,
+    seed: Seed = 0,
+    seeds: Seeds = 1,
+    device: Device = "cpu",
+    as_json: Json = False,
+    report: Report = None,
+) -> None:
+    """Audit a link predictor: that of a checkpoint if there is one, else one trained for it."""
+    from retain.link.composition import parse
+    from retain.link.graph import Protocol, split
+    from retain.link.models import ModelSettings
+    from retain.link.pages import audit_page
+    from retain.link.trained import audit_trained, load_trained
+    from retain.link.training import TrainSettings
+
+    found: list[Any] = []
+    for number in range(seed, seed + _positive(seeds)):
+        path = _numbered(checkpoint, number, seeds)
+        if path is not None and path.exists():
+            net, facts = load_trained(path, device)
+            protocol = Protocol(**facts["protocol"])
+            graph = _graph(data, features, labels, root, protocol)
+            if facts["graph"] != graph.name:
+                raise ValueError(f"data is {graph.name}; accepted for {path}: {facts['graph']}")
+            parts, size = split(graph, protocol, facts["settings"]["seed"]), facts["settings"]["batch_size"]
+        else:
+            protocol = Protocol()
+            graph = _graph(data, features, labels, root, protocol)
+            settings = TrainSettings(
+                parse(composition),
+                balanced=balanced,
+                epochs=epochs,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                seed=number,
+            )
+            model = ModelSettings(encoder, decoder, encoder_norm, decoder_norm)
+            net, parts = _train(graph, model, settings, protocol, device, path)
+            size = batch_size
+        found.append(audit_trained(net, graph, parts, batch_size=size, seed=number))
+    if report is not None:
+        audit_page(found[0], _command()).save(report)
+    if as_json:
+        print_json(_finite({"audits": [one.to_dict() for one in found]}))
+        return
+    for one in found:
+        for name, part in one.parts.items():
+            table = Table("statistic", "mean [95 % interval]", title=f"{name} edges")
+            for key, value in part.statistics.items():
+                table.add_row(key, str(value).replace("[", r"\["))
+            out.print(table)
+        out.print(str(one.verdict), markup=False)
+
+
+@app.command()
+def correct(
+    data: Data = "digits",
+    features: Features = None,
+    labels: Labels = None,
+    root: Root = Path("data"),
+    epochs: Epochs = 60,
+    batch_size: BatchSize = 512,
+    largest_component: Largest = False,
+    validation_edges_at_test: AtTest = False,
+    arms: Annotated[str, typer.Option(help="Arms by name and norm, with commas; all without it.")] = "",
+    folder: Folder = None,
+    seed: Seed = 0,
+    seeds: Seeds = 5,
+    device: Device = "cpu",
+    as_json: Json = False,
+    report: Report = None,
+) -> None:
+    """Train biased and corrected side by side; show audit, Hits and alignment of all."""
+    from retain.link.graph import Protocol
+    from retain.link.pages import study_page
+    from retain.link.study import ARMS
+    from retain.link.study import correct as run
+    from retain.link.training import TrainSettings
+
+    asked = arms.split(",") if arms else [arm.key for arm in ARMS]
+    known = {arm.key: arm for arm in ARMS}
+    if wrong := set(asked) - known.keys():
+        raise ValueError(f"arms is {sorted(wrong)}; accepted: {', '.join(known)}")
+    protocol = Protocol(largest_component=largest_component, validation_edges_at_test=validation_edges_at_test)
+    graph = _graph(data, features, labels, root, protocol)
+    with progress() as say:
+        study = run(
+            graph,
+            arms=[known[name] for name in asked],
+            train=TrainSettings(epochs=epochs, batch_size=batch_size),
+            protocol=protocol,
+            seeds=seeds,
+            seed=seed,
+            device=device,
+            folder=folder,
+            progress=say,
+        )
+    if report is not None:
+        study_page(study, _command()).save(report)
+    if as_json:
+        print_json(_finite(study.to_dict()))
+        return
+    table = Table("arm", "hits@100", "A_pure", "κ", "edge NMI", "verdicts", title=study.graph)
+    for key, runs in study.runs.items():
+        means = [
+            sum(run["values"][name] for run in runs) / len(runs) if name in runs[0]["values"] else None
+            for name in ("hits@100", "a_pure:heldout", "kappa:heldout", "edge_nmi")
+        ]
+        cells = ["" if value is None else f"{value:.3f}" for value in means]
+        table.add_row(key, *cells, ", ".join(sorted({run["verdict"] for run in runs})))
+    out.print(table)
+
+
+@app.command()
+def align(
+    data: Data = "digits",
+    features: Features = None,
+    labels: Labels = None,
+    root: Root = Path("data"),
+    composition: CompositionName = "fixed:0.5",
+    balanced: Balanced = False,
+    encoder_norm: EncoderNorm = "batch",
+    decoder_norm: DecoderNorm = "batch",
+    epochs: Epochs = 30,
+    seed: Seed = 0,
+    seeds: Seeds = 1,
+    device: Device = "cpu",
+    as_json: Json = False,
+    report: Report = None,
+) -> None:
+    """Measure what a training keeps of the classes, against raw features and an untrained model."""
+    from retain.link.composition import parse
+    from retain.link.embeddings import alignment, raw_alignment
+    from retain.link.graph import Protocol
+    from retain.link.intervals import over_seeds
+    from retain.link.models import ModelSettings
+    from retain.link.training import TrainSettings
+
+    protocol, model = Protocol(), ModelSettings(encoder_norm=encoder_norm, decoder_norm=decoder_norm)
+    graph = _graph(data, features, labels, root, protocol)
+    runs: dict[str, list[dict[str, float]]] = {"trained": [], "untrained": [], "raw features": []}
+    for number in range(seed, seed + _positive(seeds)):
+        settings = TrainSettings(parse(composition), balanced=balanced, epochs=epochs, seed=number)
+        net, parts = _train(graph, model, settings, protocol, device, None)
+        fresh = model.build(graph.x.size(1), number).to(device)
+        runs["trained"].append(alignment(net, graph, parts, seed=number))
+        runs["untrained"].append(alignment(fresh, graph, parts, seed=number))
+        runs["raw features"].append(raw_alignment(graph, seed=number))
+    rows = [
+        {"of": name, "metric": metric, **asdict(over_seeds([one[metric] for one in found]))}
+        for name, found in runs.items()
+        for metric in found[0]
+    ]
+    _show({"graph": graph.name, "rows": rows}, rows, as_json, report, "Alignment with the classes")
+
+
+def _graph(data: str, features: Path | None, labels: Path | None, root: Path, protocol: Protocol) -> Graph:
+    from retain.link.data import load
+    from retain.link.graph import prepare
+    from retain.link.tables import read_graph
+
+    own = Path(data).suffix in (".csv", ".parquet", ".npz")
+    return prepare(read_graph(data, features, labels) if own else load(data, root), protocol)
+
+
+def _train(
+    graph: Graph,
+    model: ModelSettings,
+    settings: TrainSettings,
+    protocol: Protocol,
+    device: str,
+    path: Path | None,
+) -> tuple[LinkPredictor, Split]:
+    from retain.link.graph import split
+    from retain.link.training import fit
+
+    parts = split(graph, protocol, settings.seed)
+    net = model.build(graph.x.size(1), settings.seed).to(device)
+    facts = {"model": asdict(model), "protocol": asdict(protocol), "graph": graph.name, "in": graph.x.size(1)}
+    with progress() as say:
+        fit(
+            net,
+            graph,
+            parts,
+            settings,
+            checkpoint=path,
+            facts=facts,
+            progress=lambda epoch: say(
+                f"epoch {epoch.number}: loss {epoch.loss:.4f}, {settings.metric} {epoch.metric:.3f}"
+            ),
+        )
+    return net, parts
+
+
+def _show(result: dict[str, Any], rows: list[dict[str, Any]], as_json: bool, report: Path | None, title: str) -> None:
+    from retain.report.page import Page
+    from retain.report.page import Table as PageTable
+
+    cells = [[f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    if report is not None:
+        page = Page(title=title, lead=f"On {result['graph']}.", command=_command())
+        page.add("Results", PageTable(list(rows[0]), cells))
+        page.save(report)
+    if as_json:
+        print_json(_finite(result))
+        return
+    table = Table(*rows[0], title=title)
+    for row in cells:
+        table.add_row(*row)
+    out.print(table)
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON doesn't know, by null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, float) and not float("-inf") < value < float("inf"):
+        return None
+    return value
+
+
+def _numbered(path: Path | None, seed: int, seeds: int) -> Path | None:
+    return path if path is None or seeds == 1 else path.with_name(f"{path.stem}-{seed}{path.suffix}")
+
+
+def _positive(seeds: int) -> int:
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}; accepted: at least 1")
+    return seeds
+
+
+def _command() -> str:
+    return shlex.join(["retain", *sys.argv[1:]])

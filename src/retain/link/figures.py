@@ -1,0 +1,52 @@
+"""Pictures: response curves, and embeddings of two trainings side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+from torch import Tensor
+
+from retain.link.auditing import AuditReport
+from retain.report.figures import Point, lines, new
+
+
+def response(curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
+    """Draw accuracy against the fraction of positives in the batch, one line for each name.
+
+    Args:
+        curves: for each name, (fraction, predicted-positive fraction, accuracy) by fraction.
+
+    """
+    series = {name: [Point(row[0], row[2]) for row in curve] for name, curve in curves.items()}
+    return lines(series, x_label="fraction of positives in the batch", y_label="accuracy", percent_x=True)
+
+
+def audit_response(report: AuditReport) -> Figure:
+    """Draw an audit's accuracy against the fraction of positives, with intervals, for each set of edges."""
+    series = {
+        name: [Point(p.fraction, p.accuracy.mean, p.accuracy.low, p.accuracy.high) for p in part.curve]
+        for name, part in report.parts.items()
+    }
+    return lines(series, x_label="fraction of positives in the batch", y_label="accuracy", percent_x=True)
+
+
+def embedding_map(panels: Mapping[str, tuple[Tensor, Tensor]], *, most: int = 1000, seed: int = 0) -> Figure:
+    """Draw t-SNE maps of embeddings coloured by class, one panel for each training.
+
+    Args:
+        panels: embeddings [items, d] and classes [items] by name.
+        most: points drawn in a panel.
+        seed: of the choice of points and of t-SNE.
+
+    """
+    figure, axes = new(4.6 * len(panels), 4.4, columns=len(panels))
+    for panel, (name, (x, classes)) in zip(axes, panels.items(), strict=True):
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:most]
+        perplexity = min(30.0, (len(order) - 1) / 3)
+        places = TSNE(perplexity=perplexity, random_state=seed, init="pca").fit_transform(x[order].numpy())
+        panel.scatter(places[:, 0], places[:, 1], c=classes[order].numpy(), cmap="tab10", s=5, linewidths=0)
+        panel.set(title=name, xticks=[], yticks=[])
+    return figure
