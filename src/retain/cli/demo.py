@@ -176,12 +176,10 @@ def _page(found: Demo, command: str) -> Page:
             "Tokens kept and share of capacity retained by layer and KV head",
         ),
     )
-    answers = [
-        [row.policy, f"{row.budget:.0%}", "aware" if row.aware else "agnostic", *row.answers] for row in found.rows
-    ]
-    page.add(
-        "The answers",
-        Table(["policy", "budget", "setting", *(fact.question for fact in found.facts)], answers),
-        Code("\n".join(fact.sentence for fact in found.facts)),
-    )
+    for number, fact in enumerate(found.facts):
+        answers = [
+            [row.policy, f"{row.budget:.0%}", "aware" if row.aware else "agnostic", row.answers[number]]
+            for row in found.rows
+        ]
+        page.add(fact.question, Code(fact.sentence), Table(["policy", "budget", "setting", "answer"], answers))
     return page

@@ -114,9 +114,12 @@ class Factor:
         expected = (*self.noise.shape, vectors.shape[-2], self.cholesky.shape[-1])
         if vectors.shape != expected:
             raise ValueError(f"vectors must have shape {expected} (got {tuple(vectors.shape)})")
-        weights = vectors.new_ones(vectors.shape[:-1]) if weights is None else check_weights(weights, vectors)
         dtype = self.cholesky.dtype
-        rows = scale_rows(vectors.to(dtype), weights.to(dtype), self.vector_scale, self.weight_scale)
+        if weights is None and bool(((self.vector_scale == 1) & (self.weight_scale == 1)).all()):
+            rows = vectors.to(dtype)
+        else:
+            weights = vectors.new_ones(vectors.shape[:-1]) if weights is None else check_weights(weights, vectors)
+            rows = scale_rows(vectors.to(dtype), weights.to(dtype), self.vector_scale, self.weight_scale)
         scores = _quadratic_form(self.cholesky, rows)
         if not scores.isfinite().all():
             raise ValueError(

@@ -91,18 +91,20 @@ class RetainCache(Cache):
                 measure_capacity=measure_capacity,
             )
         super().__init__(layers=layers)
+        self._updated: RetainLayer | None = None  # the layer whose attention comes next
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Add a layer's new keys and values and return all that its attention shall see."""
-        waiting = next((layer for layer in self.retained if layer.waiting), None)
-        if waiting is not None or not self._attachment.active:
+        if (self._updated is not None and self._updated.waiting) or not self._attachment.active:
             raise ValueError(
                 "past_key_values is a RetainCache of another model, or the model's attention implementation was "
                 "changed after the cache was made: its attention did not reach the cache. Make a new RetainCache "
                 "with the model that you call"
             )
+        layer = self.layers[layer_idx]
+        self._updated = layer if isinstance(layer, RetainLayer) else None
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property

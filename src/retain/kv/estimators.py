@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from retain.information import Factor, factorize
@@ -90,11 +89,8 @@ class Leverage(Estimator):
     def score(self, weights: Weights, directions: Directions, signals: Signals) -> Tensor:
         """Return log w + power · log uᵀA⁻¹u."""
         factor = capacity_factor(weights, directions, self.ridge, self.relative, signals)
-        identity = torch.eye(factor.cholesky.shape[-1], device=signals.device)
-        whitening = torch.linalg.solve_triangular(factor.cholesky, identity, upper=False).mT
-        # The factor's units are folded into the small matrix: the vectors are read once.
-        vectors = directions.vectors(signals) @ (whitening / factor.vector_scale[..., None, None])
-        return log_weights(weights, signals) + 2 * self.power * vectors.norm(dim=-1).log()
+        inner = factor.leverage(directions.vectors(signals))
+        return log_weights(weights, signals) + self.power * inner.log()
 
     def __str__(self) -> str:
         return "leverage" if self.power == 1 else f"leverage^{self.power:g}"

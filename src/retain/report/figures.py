@@ -104,6 +104,8 @@ def lines(
         axes.set(xlabel=x_label, ylabel=y_label, title=title)
         if log_y:
             axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         if percent_x:
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(alpha=0.25)
