@@ -163,5 +163,5 @@ def test_an_empty_split_and_too_few_negatives_are_named():
     tiny = Graph("g", torch.ones(4, 1), torch.tensor([[0, 1, 2], [1, 2, 3]]))
     with pytest.raises(ValueError, match="an empty split"):
         split(tiny, Protocol(), 0)
-    with pytest.raises(ValueError, match="count is .* negatives; accepted: at most the 3 pairs"):
+    with pytest.raises(ValueError, match=r"count is .* negatives; accepted: at most the 3 pairs"):
         split(tiny, Protocol(0.34, 0.34, negatives=9), 0)

@@ -12,20 +12,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retain.link.embeddings import alignment, raw_alignment
     from retain.link.auditing import AuditReport, EdgeSet, audit
     from retain.link.checkpoint import CheckpointError
     from retain.link.composition import Composition, Fixed, Random, Separate, balanced_weights
-    from retain.link.study import ARMS, Arm, Study, correct
     from retain.link.corrections import Change, freeze_statistics, replace_batch_norm, train_corrected
     from retain.link.data import load
+    from retain.link.embeddings import alignment, raw_alignment
     from retain.link.graph import Graph, Protocol, Split, prepare, split
     from retain.link.metrics import auc, average_precision, evaluate, hits_at_k, mean_reciprocal_rank
     from retain.link.models import LinkPredictor, ModelSettings, PairScorer
     from retain.link.negatives import TooFewNegativesError, draw_negatives
     from retain.link.sampling import EdgeBatch, EdgeBatches, LabelledBatches
+    from retain.link.study import ARMS, Arm, Study, correct
     from retain.link.tables import read_graph
-    from retain.link.trained import audit_trained, test_scores
+    from retain.link.trained import audit_trained, held_out_scores
     from retain.link.training import TrainResult, TrainSettings, fit
 
 _HOMES = {
@@ -42,7 +42,7 @@ _HOMES = {
     "negatives": ("TooFewNegativesError", "draw_negatives"),
     "sampling": ("EdgeBatch", "EdgeBatches", "LabelledBatches"),
     "tables": ("read_graph",),
-    "trained": ("audit_trained", "test_scores"),
+    "trained": ("audit_trained", "held_out_scores"),
     "training": ("TrainResult", "TrainSettings", "fit"),
 }
 
@@ -81,6 +81,7 @@ __all__ = [
     "evaluate",
     "fit",
     "freeze_statistics",
+    "held_out_scores",
     "hits_at_k",
     "load",
     "mean_reciprocal_rank",
@@ -89,7 +90,6 @@ __all__ = [
     "read_graph",
     "replace_batch_norm",
     "split",
-    "test_scores",
     "train_corrected",
 ]
 

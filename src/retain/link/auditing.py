@@ -1,4 +1,4 @@
-"""The audit: do the scores of an edge depend on what else is in its batch?
+"""The audit of how the scores of an edge depend on what else is in its batch.
 
 f is the fraction of positives in a batch of edges. Over several draws of probes and company it measures, in
 the forward pass that training used (norm layers on batch statistics, dropout off):

@@ -58,7 +58,8 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             facts = (file.metadata() or {}).get("retain")
             if facts is None:
                 raise CheckpointError(f"{path} is no checkpoint of a link predictor")
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(facts)
+            names: list[str] = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, json.loads(facts)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} can't be read as a checkpoint: {error}") from error
 

@@ -73,8 +73,12 @@ class Separate(Composition):
         """Return pairs of pure batches of the same size."""
         _check(positives, batch_size)
         batches: list[Counts] = []
-        for start in range(0, positives, batch_size):
-            size = min(batch_size, positives - start)
+        full, rest = divmod(positives, batch_size)
+        sizes = [batch_size] * full + [rest] * (rest > 0)
+        if rest == 1 and full and batch_size > 2:
+            # Never a single edge: batch normalisation can't train on one.
+            sizes[-2:] = [batch_size - 1, 2]
+        for size in sizes:
             batches += [(size, 0), (0, size)]
         return batches
 
@@ -110,7 +114,8 @@ class Random(Composition):
             if own <= left:
                 batches.append((own, batch_size - own))
             else:
-                batches.append((left, round(left * (batch_size - own) / own)))
+                # Never a single edge: batch normalisation can't train on one.
+                batches.append((left, max(round(left * (batch_size - own) / own), int(left == 1))))
             left -= batches[-1][0]
         return batches
 

@@ -119,7 +119,8 @@ def find_norms(
         half = len(seen) // 2
         grows = half > 0 and seen[:half] != seen[half:]
         sees = "edge batch" if grows else "nodes" if seen else "not called"
-        still = name in frozen or f"{name}.module" in frozen or isinstance(layer, FrozenBatchNorm)
+        inner = any(isinstance(part, FrozenBatchNorm) for part in layer.modules())
+        still = name in frozen or f"{name}.module" in frozen or inner
         found.append(NormLayer(name, type(layer).__name__, sees, _mixes(layer) and not still, still))
     return tuple(found)
 
@@ -128,7 +129,7 @@ def find_norms(
 def untouched(module: nn.Module | None) -> Generator[None]:
     """Give back modes, buffers and random generators as they were."""
     modes = [(part, part.training) for part in module.modules()] if module is not None else []
-    python, numpy = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     saved = [(buffer, buffer.detach().clone()) for buffer in _small_buffers(module)]
     try:
@@ -141,7 +142,7 @@ def untouched(module: nn.Module | None) -> Generator[None]:
         for part, mode in modes:
             part.training = mode
         random.setstate(python)
-        np.random.set_state(numpy)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 @contextmanager
@@ -187,7 +188,7 @@ def _mixes(layer: nn.Module) -> bool:
         return layer.mode == "graph"
     if isinstance(layer, pyg.InstanceNorm):
         return True
-    return isinstance(layer, _MIXING) or isinstance(layer, pyg.BatchNorm) or not _known_row_wise(layer)
+    return isinstance(layer, (*_MIXING, pyg.BatchNorm)) or not _known_row_wise(layer)
 
 
 def _known_row_wise(layer: nn.Module) -> bool:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from retain.link.auditing import AuditReport
-from retain.link.study import Study
 from retain.link.figures import audit_response, embedding_map, response
-from retain.report.page import Figure, Page, Table, Text
+from retain.link.study import Study
+from retain.report.page import Figure, Page, Table
 
 
 def audit_page(report: AuditReport, command: str) -> Page:

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from retain.link.embeddings import alignment, raw_alignment
 from retain.link.composition import Composition, Fixed, Random, Separate
+from retain.link.embeddings import alignment, raw_alignment
 from retain.link.graph import Graph, Protocol, Split, prepare, split
 from retain.link.intervals import Interval, over_seeds
 from retain.link.models import ModelSettings
-from retain.link.trained import audit_trained, test_scores
+from retain.link.trained import audit_trained, held_out_scores
 from retain.link.training import TrainSettings, fit
 
 _AUDITED = ("a_pure", "tau", "kappa", "rank_change", "eval_gap", "auc_eval", "auc_pure", "accuracy_balanced")
@@ -195,7 +195,8 @@ def correct(
             if progress is not None:
                 progress(f"seed {number} {arm.key}: {run['verdict']}")
         if graph.y is not None:
-            runs["raw features"].append(_reference(raw_alignment(graph, measures=_MEASURES, seed=number)))
+            if not runs["raw features"]:  # the same for every seed
+                runs["raw features"] = [_raw(graph, folder)] * seeds
             fresh = model.build(graph.x.size(1), number)
             runs["untrained"].append(_reference(alignment(fresh, graph, parts, measures=_MEASURES)))
     return Study(graph.name, settings, runs)
@@ -215,7 +216,7 @@ def _run(
     facts = {"model": asdict(model), "protocol": asdict(protocol), "graph": graph.name, "in": graph.x.size(1)}
     done = fit(net, graph, parts, train, checkpoint=checkpoint, facts=facts)
     report = audit_trained(net, graph, parts, batch_size=train.batch_size, seed=train.seed)
-    values = {**test_scores(net, graph, parts, protocol, train.k), "loss": done.epochs[-1].loss}
+    values = {**held_out_scores(net, graph, parts, protocol, train.k), "loss": done.epochs[-1].loss}
     for name, part in report.parts.items():
         values |= {f"{metric}:{name}": part.statistics[metric].mean for metric in _AUDITED}
     if graph.y is not None:
@@ -228,6 +229,17 @@ def _run(
         "why": str(report.verdict),
         "curve": curve,
     }
+
+
+def _raw(graph: Graph, folder: str | Path | None) -> dict[str, Any]:
+    path = None if folder is None else Path(folder) / f"{graph.name}-raw.json"
+    facts = {"nodes": graph.num_nodes, "edges": graph.edges.size(1), "features": graph.x.size(1)}
+    run = _cached(path, facts)
+    if run is None:
+        run = {**_reference(raw_alignment(graph, measures=_MEASURES)), "facts": facts}
+        if path is not None:
+            _write(path, run)
+    return run
 
 
 def _reference(values: Mapping[str, float]) -> dict[str, Any]:

@@ -55,7 +55,9 @@ def audit_trained(
     )
 
 
-def test_scores(model: LinkPredictor, graph: Graph, split: Split, protocol: Protocol, k: int = 100) -> dict[str, float]:
+def held_out_scores(
+    model: LinkPredictor, graph: Graph, split: Split, protocol: Protocol, k: int = 100
+) -> dict[str, float]:
     """Return every metric on the test edges, in eval mode, under the protocol."""
     device = next(model.parameters()).device
     split = split.to(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class TrainSettings:
 
     """
 
-    composition: Composition = Fixed(0.5)
+    composition: Composition = field(default_factory=Fixed)
     balanced: bool = False
     epochs: int = 30
     batch_size: int = 512

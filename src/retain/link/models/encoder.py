@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,7 @@ class Encoder(nn.Module, ABC):
             raise ValueError(f"layers is {layers}; accepted: at least 1")
         sizes = [in_channels] + [hidden] * layers
         self.out_channels = hidden
-        self.convolutions = nn.ModuleList(
-            self.convolution(first, second) for first, second in zip(sizes[:-1], sizes[1:], strict=True)
-        )
+        self.convolutions = nn.ModuleList(self.convolution(first, second) for first, second in pairwise(sizes))
         self.norms = nn.ModuleList(make_norm(norm, hidden) for _ in range(layers))
         self.dropout = nn.Dropout(dropout)
 

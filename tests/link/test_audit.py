@@ -1,0 +1,213 @@
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch_geometric.nn import MLP
+
+from retain.link.auditing import EdgeSet, audit
+from retain.link.composition import Fixed
+from retain.link.corrections import freeze_statistics, replace_batch_norm, train_corrected
+from retain.link.layers import FrozenBatchNorm
+from retain.link.models import ModelSettings, PairScorer
+from retain.link.trained import audit_trained
+from retain.link.training import TrainSettings, fit
+
+
+class Decoder(nn.Module):
+    """A foreign model: random embeddings, a Hadamard product, PyG's MLP with a norm of its choice."""
+
+    def __init__(self, norm="batch_norm", nodes=200):
+        super().__init__()
+        torch.manual_seed(0)
+        self.register_buffer("z", torch.randn(nodes, 8))
+        self.mlp = MLP([8, 16, 1], norm=norm, dropout=0.5)
+
+    def forward(self, pairs):
+        return self.mlp(self.z[pairs[0]] * self.z[pairs[1]]).squeeze(-1)
+
+
+@pytest.fixture(scope="module")
+def edges() -> EdgeSet:
+    model = Decoder()
+    pairs = torch.randint(0, 200, (2, 1200), generator=torch.Generator().manual_seed(0))
+    likely = (model.z[pairs[0]] * model.z[pairs[1]]).sum(1)
+    order = likely.argsort()
+    return EdgeSet(pairs[:, order[-400:]], pairs[:, order[:400]])
+
+
+def _statistics(report, name="heldout"):
+    return {key: value.mean for key, value in report.parts[name].statistics.items()}
+
+
+def test_a_known_shift_gives_its_kappa(edges):
+    """s(e) = ±1 − c·f(batch): every logit falls by c as f goes from 0 to 1, and the gap is 2."""
+    positive = {tuple(pair) for pair in edges.positives.T.tolist()}
+
+    def score(pairs):
+        label = torch.tensor([float(tuple(pair) in positive) for pair in pairs.T.tolist()])
+        return 2 * label - 1 - 3 * (label.mean() - 0.5)
+
+    found = _statistics(audit(score, edges, batch_size=200))
+    assert found["kappa"] == pytest.approx(-1.5, abs=1e-5)
+    # f = 1: 1 − 1.5 < 0; f = 0: −1 + 1.5 > 0: every pure batch is wrong.
+    assert found["a_pure"] == 0
+    assert found["accuracy_balanced"] == 1
+    assert found["rank_change"] == 0
+
+
+def test_an_honest_function_is_unaffected_and_tau_is_tpr_minus_fpr(edges):
+    z = Decoder().z
+
+    def score(pairs):
+        return (z[pairs[0]] * z[pairs[1]]).sum(-1)
+
+    report = audit(score, edges)
+    found = _statistics(report)
+    rates = [float((score(part) > 0).float().mean()) for part in (edges.positives, edges.negatives)]
+    assert found["kappa"] == pytest.approx(0, abs=1e-6)
+    assert found["tau"] == pytest.approx(rates[0] - rates[1], abs=0.02)
+    assert found["a_pure"] == pytest.approx((rates[0] + 1 - rates[1]) / 2, abs=1e-6)
+    assert report.verdict.level == "unaffected"
+    assert report.layers == ()
+
+
+def test_pyg_mlp_is_found_out_and_left_as_it_was(edges):
+    model = Decoder()
+    model.train()
+    model.mlp.norms[0].eval().train()
+    before = copy.deepcopy(model.state_dict())
+    modes = [part.training for part in model.modules()]
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    report = audit(model, edges)
+    assert [(layer.sees, layer.mixes_rows) for layer in report.layers] == [("edge batch", True)]
+    assert report.verdict.level != "unaffected"
+    assert abs(_statistics(report)["kappa"]) > 0.2
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert [part.training for part in model.modules()] == modes
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert (states[2] == np.random.get_state()[1]).all()  # noqa: NPY002
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert audit(model, edges) == report
+
+
+@pytest.mark.parametrize("norm", [None, "layer_norm"])
+def test_norms_of_single_rows_or_none(norm, edges):
+    model = Decoder(norm)
+    if norm:  # PyG's LayerNorm works on the whole batch unless told otherwise
+        assert audit(model, edges).layers[0].mixes_rows
+        for layer in model.mlp.norms:
+            layer.mode = "node"
+    report = audit(model, edges)
+    assert _statistics(report)["kappa"] == pytest.approx(0, abs=1e-4)
+    assert not any(layer.mixes_rows for layer in report.layers)
+
+
+@pytest.mark.parametrize("how", ["eval", "grad", "named", "replaced"])
+def test_a_frozen_batch_norm_is_not_accused(how, edges):
+    model = Decoder().train()
+    for _ in range(20):
+        model(torch.cat([edges.positives, edges.negatives], 1))
+    layer, named = model.mlp.norms[0].module, ()
+    if how == "eval":
+        layer.eval()
+    elif how == "grad":
+        model.eval()
+        layer.requires_grad_(False)
+    elif how == "named":
+        named = ("mlp.norms.0.module",)
+    else:
+        model.mlp.norms[0].module = FrozenBatchNorm(layer)
+    report = audit(model, edges, frozen=named)
+    assert report.layers[0].frozen
+    assert _statistics(report)["kappa"] == pytest.approx(0, abs=1e-4)
+    assert _statistics(report)["eval_gap"] == pytest.approx(0, abs=1e-5)
+
+
+def test_distributed_wrapper(tmp_path, edges):
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plain = audit(Decoder(), edges)
+        wrapped = audit(DistributedDataParallel(Decoder()), edges)
+    finally:
+        distributed.destroy_process_group()
+    assert _statistics(wrapped) == _statistics(plain)
+    assert [layer.name for layer in wrapped.layers] == ["module." + layer.name for layer in plain.layers]
+
+
+def test_trained_models_are_told_apart(graph, parts):
+    levels = {}
+    for norm in ("batch", "layer", "none"):
+        model = ModelSettings(encoder_norm=norm, decoder_norm=norm, hidden=32).build(graph.x.size(1))
+        fit(model, graph, parts, TrainSettings(epochs=10, batch_size=256))
+        report = audit_trained(model, graph, parts, batch_size=256)
+        levels[norm] = report.verdict.level
+        for part in ("heldout", "train"):
+            if norm != "batch":
+                assert _statistics(report, part)["kappa"] == pytest.approx(0, abs=1e-3)
+    assert levels["batch"] in ("affected", "dominated")
+    assert levels["layer"] == levels["none"] == "unaffected"
+
+
+def test_frozen_statistics_are_those_of_the_population(graph, parts):
+    model = ModelSettings(decoder="concat", encoder_norm="none", hidden=16).build(graph.x.size(1))
+    scorer = PairScorer(model, graph.x, parts.messages())
+    seen = []
+    model.decoder.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    changes = freeze_statistics(
+        model, scorer, parts.train, graph.num_nodes, known=parts.known, composition=Fixed(0.5), batch_size=100
+    )
+    assert [(change.name, change.after) for change in changes] == [("decoder.norm.module", "FrozenBatchNorm")]
+    layer = model.decoder.norm.module
+    means = torch.stack([rows.mean(0) for rows in seen]).mean(0)
+    variances = torch.stack([rows.var(0) for rows in seen]).mean(0)
+    assert torch.allclose(layer.running_mean, means, atol=1e-5)
+    assert torch.allclose(layer.running_var, variances, atol=1e-5)
+    model.train()
+    report = audit_trained(model, graph, parts)
+    assert abs(_statistics(report)["kappa"]) < 1e-3
+
+
+@pytest.mark.parametrize(("norm", "kind"), [("layer", nn.LayerNorm), ("none", nn.Identity)])
+def test_swapping_batch_norm(norm, kind, edges):
+    model = Decoder()
+    changes = replace_batch_norm(model, norm)
+    assert [(change.name, change.before) for change in changes] == [("mlp.norms.0", "BatchNorm")]
+    assert type(model.mlp.norms[0]) is kind
+    assert audit(model, edges).verdict.level == "unaffected"
+    assert replace_batch_norm(model, norm) == ()
+    assert kind.__name__ in repr(model.mlp.norms)
+
+
+def test_corrected_training_says_what_it_changed(graph, parts):
+    model = ModelSettings(hidden=16).build(graph.x.size(1))
+    result, changes = train_corrected(model, graph, parts, TrainSettings(epochs=2, batch_size=64))
+    assert [change.after for change in changes] == ["random:0.05,0.95", "True"]
+    assert len(set(result.epochs[0].fractions)) > 3
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda e: audit(3, e), TypeError, "score is int"),
+        (lambda e: audit(lambda p: p[0], e, probes=1), ValueError, "probes is 1"),
+        (lambda e: audit(lambda p: p, e), ValueError, "accepted: 400, one a pair"),
+        (lambda e: audit(lambda p: p[0] / 0.0 * 0, e), ValueError, "NaN or infinite"),
+        (lambda e: audit(lambda p: [1], e), TypeError, "score returned list"),
+        (lambda e: audit(lambda p: p[0], {}), ValueError, "edges is empty"),
+        (lambda e: audit(Decoder(), e, frozen=("x",)), ValueError, "frozen names"),
+        (lambda e: EdgeSet(e.positives[:, :3], e.negatives), ValueError, "positives has shape"),
+        (lambda e: replace_batch_norm(Decoder(), "group"), ValueError, "norm is 'group'"),
+        (lambda e: replace_batch_norm(Decoder(), names=["x"]), ValueError, "names is"),
+        (lambda e: freeze_statistics(nn.ReLU(), len, e.positives, 9), ValueError, "holds no BatchNorm"),
+    ],
+)
+def test_errors_name_the_argument(make, error, message, edges):
+    with pytest.raises(error, match=message):
+        make(edges)

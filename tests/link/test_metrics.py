@@ -1,0 +1,52 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retain.link.metrics import auc, average_precision, evaluate, hits_at_k, mean_reciprocal_rank
+
+# Few distinct values, so that ties are common.
+SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=40).map(torch.tensor)
+
+
+@given(positives=SCORES, negatives=SCORES, k=st.integers(1, 30))
+def test_hits_against_ogb(positives, negatives, k):
+    linkproppred = pytest.importorskip("ogb.linkproppred")
+    evaluator = linkproppred.Evaluator("ogbl-ppa")
+    evaluator.K = k
+    expected = evaluator.eval({"y_pred_pos": positives, "y_pred_neg": negatives})[f"hits@{k}"]
+    assert hits_at_k(positives, negatives, k) == pytest.approx(expected)
+
+
+@given(positives=SCORES, negatives=SCORES)
+def test_ranks_against_brute_force(positives, negatives):
+    p, n = positives.tolist(), negatives.tolist()
+    ranks = [1 + sum(x > s for x in n) + sum(x == s for x in n) / 2 for s in p]
+    assert mean_reciprocal_rank(positives, negatives) == pytest.approx(sum(1 / r for r in ranks) / len(p))
+    own = negatives.expand(len(p), -1)
+    assert mean_reciprocal_rank(positives, own) == pytest.approx(sum(1 / r for r in ranks) / len(p))
+    won = sum((s > x) + (s == x) / 2 for s in p for x in n) / (len(p) * len(n))
+    assert auc(positives, negatives) == pytest.approx(won)
+
+
+def test_average_precision_by_hand():
+    found = average_precision(torch.tensor([3.0, 1.0]), torch.tensor([2.0]))
+    assert found == pytest.approx((1 / 1 + 2 / 3) / 2)
+
+
+def test_all_metrics_by_name():
+    found = evaluate(torch.tensor([1.0]), torch.tensor([0.0]), k=1)
+    assert found == {"hits@1": 1.0, "auc": 1.0, "ap": 1.0, "mrr": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("positives", "negatives", "k", "message"),
+    [
+        ([], [1.0], 1, r"positives has shape \(0,\)"),
+        ([1.0], [float("nan")], 1, "negatives hold 1 NaN"),
+        ([1.0], [1.0], 0, "k is 0"),
+    ],
+)
+def test_errors_name_the_argument(positives, negatives, k, message):
+    with pytest.raises(ValueError, match=message):
+        hits_at_k(torch.tensor(positives), torch.tensor(negatives), k)

@@ -1,0 +1,175 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from retain.link import checkpoint as files
+from retain.link.composition import Random, Separate
+from retain.link.models import DECODERS, ENCODERS, NORMS, ModelSettings, PairScorer, mask_targets
+from retain.link.sampling import EdgeBatches
+from retain.link.training import TrainSettings, features, fit, step_loss
+
+SMALL = ModelSettings(hidden=16)
+QUICK = TrainSettings(epochs=4, batch_size=128, metric="auc", seed=1)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_model_trains_and_renaming_nodes_changes_nothing(encoder, decoder, norm, graph, parts):
+    model = ModelSettings(encoder, decoder, norm, norm, hidden=16).build(graph.x.size(1))
+    found = fit(model, graph, parts, replace(QUICK, epochs=3))
+    assert found.epochs[-1].loss < found.epochs[0].loss
+    order = torch.randperm(graph.num_nodes, generator=torch.Generator().manual_seed(0))
+    places = order.argsort()
+    with torch.no_grad():
+        one = model(graph.x, parts.messages(), parts.test)
+        two = model(graph.x[order], places[parts.messages()], places[parts.test])
+    assert torch.allclose(one, two, atol=1e-4)
+
+
+def test_sparse_features_give_the_same_scores(graph, parts):
+    thin = replace(graph, x=graph.x * (torch.rand(graph.x.shape) < 0.02))
+    model = SMALL.build(graph.x.size(1)).eval()
+    x = features(thin, model)
+    assert x.layout == torch.sparse_csr
+    with torch.no_grad():
+        sparse, dense = (model(part, parts.messages(), parts.test) for part in (x, thin.x))
+    assert torch.allclose(sparse, dense, atol=1e-5)
+
+
+def test_mask_targets_against_sets(parts, graph):
+    kept = mask_targets(parts.messages(), parts.train[:, :40].flip(0), graph.num_nodes)
+    gone = {tuple(edge) for edge in parts.train[:, :40].T.tolist()}
+    expected = {e for e in map(tuple, parts.messages().T.tolist()) if e not in gone and e[::-1] not in gone}
+    assert set(map(tuple, kept.T.tolist())) == expected
+
+
+def test_the_trainer_against_a_loop_written_out(graph, parts):
+    settings = replace(QUICK, epochs=2, composition=Separate(), clip=0.5, balanced=True)
+    model = SMALL.build(graph.x.size(1))
+    fit(model, graph, parts, settings)
+    plain = SMALL.build(graph.x.size(1)).train()
+    optimizer = torch.optim.Adam(plain.parameters(), lr=settings.learning_rate)
+    batches = EdgeBatches(
+        parts.train, graph.num_nodes, Separate(), batch_size=128, known=parts.known, balanced=True, seed=1
+    )
+    for epoch in range(2):
+        batches.set_epoch(epoch)
+        passes = list(batches)
+        for first, second in zip(passes[::2], passes[1::2], strict=True):
+            optimizer.zero_grad()
+            for batch in (first, second):
+                messages = mask_targets(parts.messages(), batch.pairs, graph.num_nodes)
+                (step_loss(plain(graph.x, messages, batch.pairs), batch) / 2).backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+            optimizer.step()
+    for one, two in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(one, two, atol=1e-6)
+
+
+def test_global_generators_are_left_alone_and_seeds_decide(graph, parts):
+    state = torch.get_rng_state()
+    models = [replace(SMALL, dropout=0.3).build(graph.x.size(1)) for _ in range(2)]
+    results = [fit(model, graph, parts, replace(QUICK, composition=Random())) for model in models]
+    assert torch.equal(state, torch.get_rng_state())
+    assert results[0] == results[1]
+
+
+def test_early_stopping_keeps_the_best_epoch(graph, parts):
+    model = SMALL.build(graph.x.size(1))
+    found = fit(model, graph, parts, replace(QUICK, epochs=60, patience=2, learning_rate=0.05))
+    metrics = [epoch.metric for epoch in found.epochs]
+    assert len(metrics) < 60
+    assert found.chosen == metrics.index(max(metrics)) == len(metrics) - 3
+    again = SMALL.build(graph.x.size(1))
+    fit(again, graph, parts, replace(QUICK, epochs=found.chosen + 1, learning_rate=0.05))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+_SCRIPT = """
+import sys, time, torch
+torch.set_num_threads(1)
+from retain.link.builtin import block_model
+from retain.link.graph import Protocol, split
+from retain.link.models import ModelSettings
+from retain.link.training import TrainSettings, fit
+graph = block_model(nodes=300, classes=3, degree=8, feature_signal=2.0, features=16, seed=1)
+fit(ModelSettings(hidden=16, dropout=0.2).build(16), graph, split(graph, Protocol(0.1, 0.2), 0),
+    TrainSettings(epochs=8, batch_size=128, metric="auc", seed=1), checkpoint=sys.argv[1],
+    progress=lambda epoch: time.sleep(0.3))
+"""
+
+
+def test_a_killed_training_goes_on_to_the_same_result(tmp_path, graph, parts):
+    path = tmp_path / "run.safetensors"
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", _SCRIPT, str(path)])
+    for _ in range(900):
+        if path.exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = len(files.load(path)[1]["epochs"])
+    assert 1 <= done < 8
+    model, whole = (replace(SMALL, dropout=0.2).build(16) for _ in range(2))
+    settings = replace(QUICK, epochs=8)
+    resumed = fit(model, graph, parts, settings, checkpoint=path)
+    assert resumed == fit(whole, graph, parts, settings)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path, graph, parts):
+    path = tmp_path / "run.safetensors"
+    fit(SMALL.build(16), graph, parts, replace(QUICK, epochs=1), checkpoint=path)
+    with pytest.raises(files.CheckpointError, match="was made with settings"):
+        fit(SMALL.build(16), graph, parts, replace(QUICK, epochs=2), checkpoint=path)
+    path.write_bytes(b"half")
+    with pytest.raises(files.CheckpointError, match="can't be read"):
+        files.load(path)
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = files.save(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {"n": 1})
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        files.save(path, {"x": torch.zeros(2)}, {"n": 2})
+    assert files.load(path)[1] == {"n": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_pair_scorer_embeds_once_a_mode(graph, parts):
+    model = SMALL.build(16).eval()
+    scorer = PairScorer(model, graph.x, parts.messages())
+    with torch.no_grad():
+        expected = model(graph.x, parts.messages(), parts.test)
+        assert torch.equal(scorer(parts.test), expected)
+        assert scorer.embed() is scorer.embed()
+        model.train()
+        assert not torch.equal(scorer(parts.test), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainSettings(epochs=0), "epochs is 0"),
+        (lambda: TrainSettings(clip=0.0), "clip is 0.0"),
+        (lambda: TrainSettings(metric="f1"), "metric is 'f1'; accepted: hits@K"),
+        (lambda: ModelSettings(encoder="gat"), "encoder is 'gat'; accepted: gcn, sage"),
+        (lambda: ModelSettings(decoder_norm="x"), "decoder_norm is 'x'; accepted: batch"),
+        (lambda: ModelSettings(dropout=1.0), "dropout is 1.0"),
+    ],
+)
+def test_errors_name_the_argument(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
