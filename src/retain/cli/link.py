@@ -77,7 +77,7 @@ def train(
     from retain.link.graph import Protocol
     from retain.link.intervals import over_seeds
     from retain.link.models import ModelSettings
-    from retain.link.trained import test_scores
+    from retain.link.trained import held_out_scores
     from retain.link.training import TrainSettings
 
     model = ModelSettings(encoder, decoder, encoder_norm, decoder_norm)
@@ -96,7 +96,7 @@ def train(
         )
         path = _numbered(checkpoint, number, seeds)
         net, parts = _train(graph, model, settings, protocol, device, path)
-        found.append(test_scores(net, graph, parts, protocol))
+        found.append(held_out_scores(net, graph, parts, protocol))
     rows = [{"metric": name, **asdict(over_seeds([run[name] for run in found]))} for name in found[0]]
     result = {"graph": graph.name, "model": asdict(model), "protocol": asdict(protocol), "rows": rows}
     _show(result, rows, as_json, report, "Test metrics of a link predictor")
@@ -177,7 +177,7 @@ def correct(
     features: Features = None,
     labels: Labels = None,
     root: Root = Path("data"),
-    epochs: Epochs = 60,
+    epochs: Epochs = 30,
     batch_size: BatchSize = 512,
     largest_component: Largest = False,
     validation_edges_at_test: AtTest = False,
