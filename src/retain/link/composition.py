@@ -169,11 +169,16 @@ def balanced_weights(labels: Tensor) -> Tensor:
     if labels.numel() == 0 or not bool((positive | (labels == 0)).all()):
         raise ValueError(f"labels are {labels.unique().tolist()}; accepted: at least one, each 0 or 1")
     ones = int(positive.sum())
-    zeros = labels.numel() - ones
-    if not ones or not zeros:
-        return torch.ones_like(labels, dtype=torch.float32)
-    half = labels.numel() / 2
-    return torch.where(positive, half / ones, half / zeros).to(torch.float32)
+    first, second = class_weights(ones, labels.numel() - ones)
+    return torch.where(positive, first, second).to(torch.float32)
+
+
+def class_weights(positives: int, negatives: int) -> tuple[float, float]:
+    """Return the weight of a positive and of a negative under which both classes count the same."""
+    if not positives or not negatives:
+        return 1.0, 1.0
+    half = (positives + negatives) / 2
+    return half / positives, half / negatives
 
 
 def _check(positives: int, batch_size: int) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch_geometric.utils import negative_sampling, to_undirected
+from torch_geometric.utils import negative_sampling
 
 
 class TooFewNegativesError(ValueError):
@@ -21,10 +21,51 @@ def edge_keys(edges: Tensor, num_nodes: int) -> Tensor:
     return low * num_nodes + high
 
 
-def count_free(known: Tensor, num_nodes: int) -> int:
-    """Return how many pairs of distinct nodes no known edge joins."""
-    joined = edge_keys(known[:, known[0] != known[1]], num_nodes).unique().numel()
-    return num_nodes * (num_nodes - 1) // 2 - joined
+class NegativeSampler:
+    """Draws distinct unconnected pairs uniformly; what doesn't change from draw to draw is prepared once.
+
+    Args:
+        known: edges that must not be drawn, in either direction, long [2, edges].
+        num_nodes: nodes of the graph.
+
+    """
+
+    def __init__(self, known: Tensor, num_nodes: int) -> None:
+        self.num_nodes = num_nodes
+        self.keys = edge_keys(known[:, known[0] != known[1]], num_nodes).unique()  # ascending
+        self.known = torch.stack([self.keys // num_nodes, self.keys % num_nodes])  # each edge once
+        self.free = num_nodes * (num_nodes - 1) // 2 - self.keys.numel()
+
+    def draw(self, count: int, seed: int) -> Tensor:
+        """Return `count` pairs, the smaller id first, long [2, count]; no global generator is moved.
+
+        Raises:
+            TooFewNegativesError: there are fewer such pairs.
+
+        """
+        if count > self.free:
+            raise TooFewNegativesError(
+                f"count is {count} negatives; accepted: at most the {self.free} pairs of "
+                f"{self.num_nodes} nodes without edge"
+            )
+        found = self.known.new_empty((2, 0))
+        with _python_random(seed):
+            while found.size(1) < count:
+                # PyG gives up after three tries: on dense graphs what it found joins what must not be drawn.
+                taken = torch.cat([self.known, found], dim=1)
+                missing = count - found.size(1)
+                # Undirected sampling looks at the smaller id first and counts both directions.
+                more = negative_sampling(taken, self.num_nodes, 2 * missing, force_undirected=True)
+                found = torch.cat([found, more[:, : more.size(1) // 2]], dim=1)
+        self._verify(found)
+        return found
+
+    def _verify(self, pairs: Tensor) -> None:
+        drawn = edge_keys(pairs, self.num_nodes).sort().values
+        places = torch.searchsorted(self.keys, drawn).clamp(max=max(self.keys.numel() - 1, 0))
+        again = bool((drawn[1:] == drawn[:-1]).any())
+        if again or (self.keys.numel() > 0 and bool((self.keys[places] == drawn).any())):
+            raise RuntimeError("negative_sampling returned a known edge or the same pair twice")
 
 
 def draw_negatives(known: Tensor, num_nodes: int, count: int, seed: int) -> Tensor:
@@ -34,7 +75,7 @@ def draw_negatives(known: Tensor, num_nodes: int, count: int, seed: int) -> Tens
         known: edges that must not be drawn, in either direction, long [2, edges].
         num_nodes: nodes of the graph.
         count: pairs to draw.
-        seed: the same seed gives the same pairs; no global generator is moved.
+        seed: the same seed gives the same pairs.
 
     Returns:
         long [2, count], the smaller id first, on the device of `known`.
@@ -43,29 +84,7 @@ def draw_negatives(known: Tensor, num_nodes: int, count: int, seed: int) -> Tens
         TooFewNegativesError: there are fewer such pairs.
 
     """
-    keys = edge_keys(known[:, known[0] != known[1]], num_nodes).unique()
-    free = num_nodes * (num_nodes - 1) // 2 - keys.numel()
-    if count > free:
-        raise TooFewNegativesError(
-            f"count is {count} negatives; accepted: at most the {free} pairs of {num_nodes} nodes without edge"
-        )
-    both = to_undirected(known, num_nodes=num_nodes)
-    found = known.new_empty((2, 0))
-    attempt = 0
-    with _python_random(seed):
-        while found.size(1) < count:
-            # PyG gives up after three tries: on dense graphs what it found joins what must not be drawn.
-            taken = torch.cat([both, found], dim=1) if attempt else both
-            more = negative_sampling(
-                taken, num_nodes, 2 * (count - found.size(1)), force_undirected=True, method="sparse"
-            )
-            found = torch.cat([found, more[:, more[0] < more[1]]], dim=1)
-            attempt += 1
-    found = found[:, :count]
-    drawn = edge_keys(found, num_nodes)
-    if bool(torch.isin(drawn, keys).any()) or drawn.unique().numel() != count:
-        raise RuntimeError("negative_sampling returned a known edge or the same pair twice")
-    return found
+    return NegativeSampler(known, num_nodes).draw(count, seed)
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from retain.link.composition import Composition, balanced_weights
-from retain.link.negatives import TooFewNegativesError, count_free, draw_negatives
+from retain.link.composition import Composition, class_weights
+from retain.link.negatives import NegativeSampler, TooFewNegativesError
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class EdgeBatches:
         self.num_nodes = num_nodes
         self.composition = composition
         self.batch_size = batch_size
-        self.known = positives if known is None else torch.cat([positives, known], dim=1)
+        never = positives if known is None else torch.cat([positives, known], dim=1)
+        self.sampler = NegativeSampler(never, num_nodes)
         self.balanced = balanced
         self.seed = seed
         self.rank = rank
@@ -128,23 +129,25 @@ class EdgeBatches:
             pairs = torch.cat([self.positives[:, index], chosen], dim=1)
             labels = torch.zeros(pairs.size(1), device=device)
             labels[: index.numel()] = 1
-            batch = EdgeBatch(pairs, labels, balanced_weights(labels) if self.balanced else None, index)
+            weights = None
+            if self.balanced:
+                ones, zeros = class_weights(index.numel(), negatives)
+                weights = torch.full_like(labels, zeros)
+                weights[: index.numel()] = ones
+            batch = EdgeBatch(pairs, labels, weights, index)
             self.fractions.append(batch.fraction)
             yield batch
 
     def _negatives(self, needed: int, most: int, seed: int) -> Tensor:
         if needed == 0:
             return self.positives.new_empty((2, 0))
-        try:
-            return draw_negatives(self.known, self.num_nodes, needed, seed)
-        except TooFewNegativesError:
-            free = count_free(self.known, self.num_nodes)
-            if free < most:
-                raise TooFewNegativesError(
-                    f"batch_size is {self.batch_size}: a step needs {most} negatives; accepted: "
-                    f"at most the {free} pairs of {self.num_nodes} nodes without edge"
-                ) from None
-            return draw_negatives(self.known, self.num_nodes, free, seed)
+        free = self.sampler.free
+        if free < most:
+            raise TooFewNegativesError(
+                f"batch_size is {self.batch_size}: a step needs {most} negatives; accepted: "
+                f"at most the {free} pairs of {self.num_nodes} nodes without edge"
+            )
+        return self.sampler.draw(min(needed, free), seed)
 
 
 class LabelledBatches(Sampler[list[int]]):

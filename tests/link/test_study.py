@@ -1,0 +1,126 @@
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from typer.testing import CliRunner
+
+from retain.cli.link import app
+from retain.link.embeddings import incident_means
+from retain.link.figures import audit_response, embedding_map
+from retain.link.intervals import bootstrap, over_seeds
+from retain.link.models import ModelSettings
+from retain.link.pages import audit_page, study_page
+from retain.link.study import ARMS, correct
+from retain.link.trained import audit_trained
+from retain.link.training import TrainSettings
+
+QUICK = TrainSettings(epochs=2, batch_size=256)
+
+
+def test_incident_means_by_brute_force(parts, graph):
+    embedded = torch.randn(parts.train.size(1), 3)
+    means, has = incident_means(embedded, parts.train, graph.num_nodes)
+    for row, node in enumerate(has.nonzero().flatten().tolist()):
+        own = (parts.train == node).any(dim=0)
+        assert torch.allclose(means[row], embedded[own].mean(0), atol=1e-5)
+    assert int(has.sum()) == parts.train.unique().numel()
+
+
+def test_intervals_against_scipy():
+    values = [1.0, 2.0, 4.0, 7.0]
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    found = over_seeds(values)
+    assert (found.mean, found.low, found.high) == pytest.approx((3.5, low, high))
+    drawn = bootstrap([*values, math.nan])
+    assert drawn.low < drawn.mean == 3.5 < drawn.high
+    assert bootstrap([2.0, 2.0]).high == 2.0
+
+
+def test_a_study_goes_on_where_it_stopped_and_pairs_by_seed(graph, tmp_path):
+    arms = [ARMS[0], ARMS[1], ARMS[4]]
+    lines: list[str] = []
+    whole = correct(graph, arms=arms, train=QUICK, seeds=2, folder=tmp_path)
+    next(tmp_path.glob("*fixed-layer-1.json")).unlink()
+    again = correct(graph, arms=arms, train=QUICK, seeds=2, folder=tmp_path, progress=lines.append)
+    assert again == whole
+    assert len(lines) == 6
+    one, two = (whole.values(key, "edge_nmi") for key in ("random/batch", "fixed/batch"))
+    expected = over_seeds([a - b for a, b in zip(one, two, strict=True)])
+    assert whole.difference("random/batch", "fixed/batch", "edge_nmi") == expected
+    rows = whole.to_dict()["rows"]
+    assert {(row["arm"], row["encoder_norm"]) for row in rows} >= {("fixed", "batch"), ("fixed", "layer")}
+    kappa = [row for row in rows if row["metric"] == "kappa"]
+    assert {row["split"] for row in kappa} == {"heldout", "train"}
+    honest = [row["mean"] for row in kappa if row["encoder_norm"] == "layer"]
+    assert honest == pytest.approx([0, 0], abs=1e-3)
+    html = study_page(whole, "retain link correct").html()
+    assert html.count("<svg") == 1
+    assert "random/batch − fixed/batch" in html
+
+
+def test_an_audit_draws_its_page(graph, parts):
+    report = audit_trained(ModelSettings(hidden=16).build(16), graph, parts)
+    html = audit_page(report, "retain link audit").html()
+    assert report.verdict.why in html.replace("&#39;", "'")
+    assert len(audit_response(report).axes[0].lines) == 2
+
+
+def test_a_map_has_a_panel_for_each_training():
+    x, y = torch.randn(60, 4), torch.arange(60) % 3
+    figure = embedding_map({"fixed": (x, y), "random": (x, y)}, most=40)
+    assert [axes.get_title() for axes in figure.axes] == ["fixed", "random"]
+    assert all(len(axes.collections[0].get_offsets()) == 40 for axes in figure.axes)
+
+
+def _data(tmp_path) -> str:
+    generator = np.random.default_rng(0)
+    y = np.arange(120) % 3
+    pairs = np.array([(i, j) for i in range(120) for j in range(i) if generator.random() < 0.04 + 0.1 * (y[i] == y[j])])
+    path = tmp_path / "own.npz"
+    np.savez(path, edges=pairs, x=np.eye(3)[y] + generator.normal(size=(120, 3)), y=y)
+    return str(path)
+
+
+@pytest.mark.parametrize("command", ["train", "audit", "align"])
+def test_commands_print_json_and_write_pages(command, tmp_path):
+    report = tmp_path / "page.html"
+    arguments = [command, "--data", _data(tmp_path), "--epochs", "1", "--json", "--report", str(report)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    found = json.loads(result.stdout)
+    assert {"train": "rows", "audit": "audits", "align": "rows"}[command] in found
+    assert report.read_text().startswith("<!doctype html>") or "<html" in report.read_text()
+
+
+def test_audit_takes_a_checkpoint(tmp_path):
+    data, path = _data(tmp_path), str(tmp_path / "run.safetensors")
+    runner = CliRunner()
+    runner.invoke(app, ["train", "--data", data, "--epochs", "1", "--checkpoint", path], catch_exceptions=False)
+    arguments = ["audit", "--data", data, "--epochs", "1", "--json"]
+    one = runner.invoke(app, [*arguments, "--checkpoint", path], catch_exceptions=False)
+    two = runner.invoke(app, arguments, catch_exceptions=False)
+    assert json.loads(one.stdout) == json.loads(two.stdout)
+
+
+def test_correct_prints_one_object(tmp_path):
+    arguments = ["correct", "--data", _data(tmp_path), "--epochs", "1", "--seeds", "1", "--json"]
+    result = CliRunner().invoke(app, [*arguments, "--arms", "fixed/batch,random/layer"], catch_exceptions=False)
+    rows = json.loads(result.stdout)["rows"]
+    needed = {"arm", "encoder_norm", "decoder_norm", "metric", "mean", "low", "high"}
+    assert all(needed <= row.keys() for row in rows)
+    assert {"hits@100", "auc", "a_pure", "tau", "kappa", "edge_nmi", "edge_trace_ratio", "node_nmi"} <= {
+        row["metric"] for row in rows
+    }
+
+
+def test_import_is_light_and_names_resolve():
+    code = (
+        "import sys, retain.link as link; assert 'transformers' not in sys.modules; "
+        "assert 'torch_geometric' not in sys.modules; import retain.link.pages; "
+        "[getattr(link, name) for name in link.__all__]; assert callable(link.audit) and callable(link.correct)"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
