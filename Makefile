@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 BENCH := .venv-bench
 
-.PHONY: demo test test-oldest lint format bench-kv clean
+.PHONY: demo test test-oldest lint format bench-kv bench-link clean
 
 demo: $(VENV)/.ready
 	$(BIN)/retain demo --report out/demo.html
@@ -27,7 +27,11 @@ format: $(VENV)/.ready
 
 # Ours and kvpress in one process, on the same tensors, in an environment of their own.
 bench-kv: $(BENCH)/.ready
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BENCH)/bin/python benchmarks/kv.py
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BENCH)/bin/python benchmarks/kv.py --json docs/results/kv-cost.json
+
+# Training with our samplers against a loop as PyG's examples write it, in one run.
+bench-link: $(VENV)/.ready
+	$(BIN)/python benchmarks/link.py --threads 1
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

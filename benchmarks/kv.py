@@ -53,7 +53,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 WHY_DIFFERENT = {
     "capkv": "other weights: window attention in place of the mean query, relative ridge",
     "capkv-mixed": "other weights",
-    "capkv-paper": "the press normalises keys and query to length one and averages the rotary embedding over the future",
+    "capkv-paper": "the press brings keys and query to length one, and averages the rotary embedding over the future",
     "h2o": "the press divides by the number of queries that saw a token, the paper does not",
     "key-leverage": "the press projects the keys at random before it takes their leverage",
     "random": "random",
@@ -156,11 +156,10 @@ class Probe:
                 rotary=layer._rotary,
             )
             ours = get_policy(name).score(signals)
-            if name == "h2o":
-                if attention is None:
-                    logits = call["query"] @ call["key"].repeat_interleave(signals.group, 1).mT * call["scaling"]
-                    logits += torch.full(logits.shape[-2:], float("-inf")).triu(1)
-                    attention = logits.softmax(-1)
+            if name == "h2o" and attention is None:
+                logits = call["query"] @ call["key"].repeat_interleave(signals.group, 1).mT * call["scaling"]
+                logits += torch.full(logits.shape[-2:], float("-inf")).triu(1)
+                attention = logits.softmax(-1)
             theirs = self.presses[name].score(
                 module,
                 kwargs["hidden_states"],
@@ -275,8 +274,8 @@ def eager_cost(model: Any, ids: Tensor, budget: float) -> float:
 
 def machine() -> str:
     names = [line.split(":")[1].strip() for line in cpu_info() if line.startswith("model name")]
-    threads = torch.get_num_threads()
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {threads} thread, torch {torch.__version__}"
+    name, threads = names[0] if names else platform.processor(), torch.get_num_threads()
+    return f"{name}, {os.cpu_count()} cores, {threads} thread, torch {torch.__version__}"
 
 
 def cpu_info() -> list[str]:

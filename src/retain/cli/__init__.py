@@ -29,6 +29,11 @@ if importlib.util.find_spec("transformers"):
 
     app.add_typer(kv_app, name="kv")
 
+if importlib.util.find_spec("torch_geometric"):
+    from retain.cli.link import app as link_app
+
+    app.add_typer(link_app, name="link")
+
 
 @app.callback(invoke_without_command=True)
 def top(

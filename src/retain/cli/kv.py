@@ -11,7 +11,6 @@ from rich.table import Table
 
 from retain.cli.console import out, print_json, progress
 from retain.kv.allocation import Protection
-from retain.kv.answering import answer
 from retain.kv.models import DEFAULT_MODEL, load
 from retain.kv.named import DEFAULT_POLICY, get_policy, policies
 
@@ -55,6 +54,9 @@ def generate(
     layers: Annotated[bool, typer.Option("--layers", help="Also show what each layer kept.")] = False,
 ) -> None:
     """Answer greedily from a part of the prompt's KV cache."""
+    # Imported here: transformers takes seconds, which other commands need not wait for.
+    from retain.kv.answering import answer
+
     chosen = get_policy(policy)
     allowed = parse_budget(budget)
     Protection().check(allowed)

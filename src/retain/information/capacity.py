@@ -29,10 +29,8 @@ from retain.information.arguments import (
     check_vectors,
     check_weights,
 )
-from retain.information.items import collect_items, scale_rows
+from retain.information.items import CHUNK, collect_items, scale_rows
 from retain.information.linalg import matmul, psd_cholesky, triangular_inverse, working_dtype
-
-_CHUNK = 1024  # rows
 
 
 def noise_variance(gram: Tensor, ridge: float = 0.1, relative: bool = True) -> Tensor:
@@ -199,8 +197,8 @@ def capacity(
     noise = noise_variance(items.gram, ridge, relative)
     gram = items.gram
     if subset is not None:
-        shape = items.rows.shape[:-1]
-        rows = items.rows * check_subset(subset, shape, items.rows.device).unsqueeze(-1)
+        shape = items.weights.shape
+        rows = items.rows * check_subset(subset, shape, items.weights.device).unsqueeze(-1)
         gram = matmul(rows.mT, rows)
     return Factor(factor_gram(gram, noise), noise, items.vector_scale, items.weight_scale).capacity
 
@@ -297,7 +295,7 @@ def _quadratic_form(cholesky: Tensor, rows: Tensor) -> Tensor:
     # Inverting the d × d factor and one matmul is faster than solving for n right-hand sides, and as exact.
     inverse = triangular_inverse(cholesky).mT
     # In chunks, so that no second n × d buffer is needed: on a CPU its page faults cost as much as the matmul.
-    lengths = [torch.linalg.vector_norm(matmul(chunk, inverse), dim=-1) for chunk in rows.split(_CHUNK, dim=-2)]
+    lengths = [torch.linalg.vector_norm(matmul(chunk, inverse), dim=-1) for chunk in rows.split(CHUNK, dim=-2)]
     return torch.cat(lengths, dim=-1).square()
 
 

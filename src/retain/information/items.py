@@ -10,15 +10,24 @@ from torch import Tensor
 from retain.information.arguments import check_mask, check_vectors, check_weights, require_finite
 from retain.information.linalg import matmul, working_dtype
 
+CHUNK = 1024
+"""Rows of a set that are worked on at a time."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Items:
     """Weighted vectors as rows √(w / weight_scale) · u / vector_scale, zero where invalid, and their Gram."""
 
-    rows: Tensor  # [..., n, d]
+    vectors: Tensor  # [..., n, d], 0 where invalid
+    weights: Tensor  # [..., n], 0 where invalid
     gram: Tensor  # [..., d, d], Σ of the rows' outer products
     vector_scale: Tensor  # [...]
     weight_scale: Tensor  # [...]
+
+    @property
+    def rows(self) -> Tensor:
+        """The scaled rows, [..., n, d]; made at each call, since the Gram matrix alone needs none of them."""
+        return scale_rows(self.vectors, self.weights, self.vector_scale, self.weight_scale)
 
 
 def collect_items(
@@ -57,19 +66,28 @@ def collect_items(
         weights = torch.where(valid, weights, 0.0)
 
     unit = vectors.new_ones(shape[:-1])
-    rows = scale_rows(vectors, weights, unit, unit)
-    gram = matmul(rows.mT, rows)
+    gram = _scaled_gram(vectors, weights, unit, unit)
     if relative and not _in_safe_range(gram):
         tiny = torch.finfo(dtype).tiny
         largest = torch.maximum(vectors.amax((-2, -1)), -vectors.amin((-2, -1)))
         vector_scale = largest.clamp(min=tiny, max=1 / tiny)  # so that the reciprocal is a normal number
         weight_scale = weights.amax(-1).clamp(min=tiny)
-        rows = scale_rows(vectors, weights, vector_scale, weight_scale)
-        gram = matmul(rows.mT, rows)
+        gram = _scaled_gram(vectors, weights, vector_scale, weight_scale)
     else:
         vector_scale = weight_scale = unit
     require_finite(gram, vectors, weights)
-    return Items(rows, gram, vector_scale, weight_scale)
+    return Items(vectors, weights, gram, vector_scale, weight_scale)
+
+
+def _scaled_gram(vectors: Tensor, weights: Tensor, vector_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """Σ of the outer products of the scaled rows, [..., d, d]."""
+    # In chunks, so that no second n × d buffer is needed: on a CPU its page faults cost as much as the matmul.
+    size = vectors.shape[-1]
+    total = vectors.new_zeros((*vectors.shape[:-2], size, size))
+    for part, own in zip(vectors.split(CHUNK, dim=-2), weights.split(CHUNK, dim=-1), strict=True):
+        rows = scale_rows(part, own, vector_scale, weight_scale)
+        total += matmul(rows.mT, rows)
+    return total
 
 
 def _in_safe_range(gram: Tensor) -> bool:

@@ -161,8 +161,10 @@ class Signals:
         # Query j of the window sees all but the newest window − 1 − j tokens.
         future = torch.ones(window, window, dtype=torch.bool, device=self.device).triu_(1)
         received = torch.empty(self.batch, self.kv_heads, self.tokens, device=self.device)
+        # One buffer for all heads.
+        logits = received.new_empty(self.batch, self.group * window, self.tokens)
         for head in range(self.kv_heads):
-            logits = queries[:, head].flatten(1, 2) @ self.keys32[:, head].mT  # [batch, group * window, tokens]
+            torch.matmul(queries[:, head].flatten(1, 2), self.keys32[:, head].mT, out=logits)
             logits.unflatten(1, (-1, window))[..., -window:].masked_fill_(future, NEGATIVE)
             weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
             # Rows are normalised and averaged in one product, without another pass over them.
