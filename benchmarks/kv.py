@@ -36,7 +36,7 @@ except ImportError:
 # Their press for each of our policies, with the settings that ours takes from the papers.
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "capkv": ("CapPress", {}),
-    "capkv-mixed": ("CapPress", {}),
+    "capkv-window": ("CapPress", {}),
     "capkv-paper": ("CapPress", {}),
     "h2o": ("ObservedAttentionPress", {}),
     "tova": ("TOVAPress", {}),
@@ -51,8 +51,8 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "random": ("RandomPress", {}),
 }
 WHY_DIFFERENT = {
-    "capkv": "other weights: window attention in place of the mean query, relative ridge",
-    "capkv-mixed": "other weights",
+    "capkv": "other weights: attention, expected attention and salience in place of the mean query",
+    "capkv-window": "other weights: attention in place of the mean query",
     "capkv-paper": "the press brings keys and query to length one, and averages the rotary embedding over the future",
     "h2o": "the press divides by the number of queries that saw a token, the paper does not",
     "key-leverage": "the press projects the keys at random before it takes their leverage",
@@ -243,6 +243,11 @@ def main() -> None:
     longest = max(options.tokens)
     result = {
         "capkv_percent_4k": shares["ours", "capkv", longest],
+        **{
+            f"{name.replace('-', '_')}_percent_4k": shares["ours", name, longest]
+            for name in ("capkv-window", "capkv-paper")
+            if name in names
+        },
         "kvpress_cap_percent_4k": shares["kvpress", "capkv", longest],
         "peak_cache_bytes_25": peak["ours"],
         "kvpress_peak_cache_bytes_25": peak["kvpress"],

@@ -72,12 +72,14 @@ def main() -> None:
         document = ids[start : start + options.tokens]
         measure("text", document, ids[:0], ids[start + options.tokens : start + options.tokens + 64])
         facts = [(name, str(generator.randrange(100_000, 1_000_000))) for name in generator.sample(NAMES, 4)]
-        quarter = options.tokens // 4
-        parts = [tokenizer.decode(document[quarter * j : quarter * (j + 1)]) for j in range(4)]
+        fifth = options.tokens // 5
+        parts = [tokenizer.decode(document[fifth * j : fifth * (j + 1)]) for j in range(5)]
+        # Plain text comes last: a fact there would show the last queries what a fact looks like.
         story = "".join(
             f"{part}\n\nThe secret number of the {name} is {number}.\n\n"
-            for part, (name, number) in zip(parts, facts, strict=True)
+            for part, (name, number) in zip(parts, facts, strict=False)
         )
+        story += parts[4]
         name, number = generator.choice(facts)
         context = encode(f"<|im_start|>user\n{story}")
         question = encode(

@@ -206,7 +206,7 @@ def test_capkv_paper_is_algorithm_1(data):
     same_order(get_policy("capkv-paper").score(signals_of(data)), expected)
 
 
-def test_capkv_orders_by_the_exact_cost_of_deletion(data):
+def test_capkv_window_orders_by_the_exact_cost_of_deletion(data):
     """Against the capacity of everything but one token, in float64."""
     observed = pooled(attention(data)[:, -32:].mean(1).view(KV, 2, N).mean(1), 9).double()
     values = data["v"][0].double()
@@ -214,7 +214,7 @@ def test_capkv_orders_by_the_exact_cost_of_deletion(data):
     for token in range(N):
         rest = torch.arange(N) != token
         expected[:, token] = capacity(values, observed) - capacity(values, observed, subset=rest)
-    same_order(get_policy("capkv").score(signals_of(data)), expected)
+    same_order(get_policy("capkv-window").score(signals_of(data)), expected)
 
 
 def test_output_directions_have_the_inner_products_of_the_projection(data):
@@ -292,7 +292,7 @@ def test_padding_counts_for_nothing(data):
     valid = torch.ones(1, N + pad, dtype=torch.bool)
     valid[:, :pad] = False
     wide = {name: torch.cat((50 * torch.randn(*x.shape[:2], pad, D), x), 2) for name, x in data.items() if x.dim() == 4}
-    for name in ("capkv", "capkv-mixed", "capkv-paper", "h2o", "tova", "snapkv", "expected-attention", "keydiff"):
+    for name in ("capkv", "capkv-window", "capkv-paper", "h2o", "tova", "snapkv", "expected-attention", "keydiff"):
         alone = get_policy(name).score(signals_of(data))
         padded = get_policy(name).score(signals_of({**data, **wide}, valid=valid))[..., pad:]
         same_order(padded, alone[0], slice(4, N - 64))
