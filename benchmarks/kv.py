@@ -83,6 +83,7 @@ class Probe:
         self.presses = {name: press_of(name, budget) for name in names if name in PEERS}
         self.carrier = RetainCache(model, "full", 1.0, measure_capacity=False)
         self.call: dict[str, Any] = {}
+        self.returned: list[int] = []  # bytes that CapPress keeps of each layer
 
     def run(self, ids: Tensor) -> None:
         """One prefill with everything in it."""
@@ -115,11 +116,10 @@ class Probe:
             self._time(("ours", name), self._own, layer)
         self._time(("ours", "capkv with capacity"), self._own, self.measuring.layers[index])
         full = key.nbytes + value.nbytes
-        stored = sum(part.storage.nbytes for part in self.caches["capkv"].retained if part.index < index)
+        stored = sum(part.storage.nbytes for part in self.measuring.retained if part.index < index)
         self.bytes["ours"].append(stored + full)
-        self.bytes["kvpress"].append(self._kvpress_bytes + full if hasattr(self, "_kvpress_bytes") else full)
-        kept = max(1, int(key.shape[2] * self.budget))
-        self._kvpress_bytes = getattr(self, "_kvpress_bytes", 0) + full // key.shape[2] * kept
+        if self.returned:
+            self.bytes["kvpress"].append(sum(self.returned[:-1]) + full)
         if index % 6 == 3 and not self.attentions:
             self._correlate(index, module, kwargs)
 
@@ -138,7 +138,11 @@ class Probe:
         if name == "h2o" and attentions is None:
             return
         call = self.call
-        self.presses[name].compress(module, kwargs["hidden_states"], call["key"], call["value"], attentions, kwargs)
+        kept = self.presses[name].compress(
+            module, kwargs["hidden_states"], call["key"], call["value"], attentions, kwargs
+        )
+        if name == "capkv":
+            self.returned.append(sum(part.nbytes for part in kept))
 
     def _correlate(self, index: int, module: Any, kwargs: Any) -> None:
         call = self.call
@@ -217,7 +221,7 @@ def main() -> None:
                 measured[name].append(100 * seconds / plain)
             for name, values in probe.correlations.items():
                 correlations[name] += values
-            peak = {side: max(values) for side, values in probe.bytes.items()}
+            peak = {side: max(values, default=0) for side, values in probe.bytes.items()}
             print(f"{tokens} tokens, repetition {repeat + 1}: prefill {plain:.2f} s", flush=True)
         if "h2o" in names:
             measured["kvpress", "h2o"] = [eager_cost(model, part, options.budget)]
