@@ -47,6 +47,7 @@ def demo(
         return
     for aware in (False, True):
         out.print(_table(found, aware))
+    out.print(_COLUMNS_MEAN, highlight=False, style="dim")
     for line in conclusions(found):
         out.print(line, highlight=False)
     out.print(f"Page: {page}", highlight=False)
@@ -71,12 +72,12 @@ def _numbers(row: Row) -> dict[str, object]:
     }
 
 
-_COLUMNS = ("policy", "budget", "right", "KL, nats", "MB kept", "capacity", "scoring, s")
+_COLUMNS = ("policy", "budget", "right", "KL", "MB", "capacity", "seconds")
 
 
 _COLUMNS_MEAN = (
-    "Right: answers that hold the value asked for. KL: per token of the right answer. Scoring: seconds to score "
-    "and evict, the measuring of the capacity included."
+    "Right: answers that hold the value asked for. KL: to the full cache, nats per token of the right answer. MB and "
+    "capacity: what is kept. Seconds: to score and evict, the measuring of the capacity included."
 )
 
 
