@@ -26,7 +26,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from retain.kv import RetainCache, Signals, get_policy, load
-from retain.kv.cache import RetainLayer
+from retain.kv.layer import RetainLayer
 
 try:
     import kvpress

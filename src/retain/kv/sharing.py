@@ -12,7 +12,8 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from retain.kv.attention import mark
-from retain.kv.cache import RetainCache, RetainLayer
+from retain.kv.cache import RetainCache
+from retain.kv.layer import RetainLayer
 
 
 def prefill(model: PreTrainedModel, inputs: dict[str, Tensor], caches: Sequence[RetainCache]) -> SharedPrefill:
