@@ -75,8 +75,8 @@ class Factor:
     in original units.
     """
 
-    cholesky: Tensor  # [..., d, d], lower
-    noise: Tensor  # [...], σ²
+    cholesky: Tensor  # [..., d, d], lower, float64: σ² is small beside G, and float32 would lose it
+    noise: Tensor  # [...], σ², in the dtype of results
     vector_scale: Tensor  # [...]
     weight_scale: Tensor  # [...]
 
@@ -84,14 +84,15 @@ class Factor:
     def capacity(self) -> Tensor:
         """½ log det(I + σ⁻²G) in nats, [...]."""
         pivots = self.cholesky.diagonal(dim1=-2, dim2=-1)  # [..., d]
-        return (pivots / self.noise.sqrt().unsqueeze(-1)).log().sum(-1).clamp(min=0)
+        total = (pivots / self.noise.double().sqrt().unsqueeze(-1)).log().sum(-1)
+        return total.clamp(min=0).to(self.noise.dtype)
 
     @property
     def effective_dimension(self) -> Tensor:
         """Number of directions that stand out of the noise, d − σ² tr A⁻¹, [...], from 0 to d."""
-        inverse = triangular_inverse(self.cholesky) * self.noise.sqrt()[..., None, None]
+        inverse = triangular_inverse(self.cholesky) * self.noise.double().sqrt()[..., None, None]
         size = self.cholesky.shape[-1]
-        return (size - inverse.square().sum((-2, -1))).clamp(min=0)
+        return (size - inverse.square().sum((-2, -1))).clamp(min=0).to(self.noise.dtype)
 
     def leverage(self, vectors: Tensor, weights: Tensor | None = None) -> Tensor:
         """Leverage w uᵀA⁻¹u of any items, those of the set or others, [..., n].
@@ -112,7 +113,7 @@ class Factor:
         expected = (*self.noise.shape, vectors.shape[-2], self.cholesky.shape[-1])
         if vectors.shape != expected:
             raise ValueError(f"vectors must have shape {expected} (got {tuple(vectors.shape)})")
-        dtype = self.cholesky.dtype
+        dtype = self.noise.dtype
         if weights is None and bool(((self.vector_scale == 1) & (self.weight_scale == 1)).all()):
             rows = vectors.to(dtype)
         else:
@@ -280,9 +281,9 @@ def deletion_cost(leverage: Tensor) -> Tensor:
 
 
 def factor_gram(gram: Tensor, noise: Tensor) -> Tensor:
-    """Lower Cholesky factor of A = σ²I + G, [..., d, d]."""
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return psd_cholesky(gram + noise[..., None, None] * eye)
+    """Lower Cholesky factor of A = σ²I + G, [..., d, d], float64."""
+    eye = torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
+    return psd_cholesky(gram.double() + noise.double()[..., None, None] * eye, torch.finfo(gram.dtype).eps)
 
 
 def row_leverage(rows: Tensor, gram: Tensor, noise: Tensor) -> Tensor:
@@ -293,7 +294,7 @@ def row_leverage(rows: Tensor, gram: Tensor, noise: Tensor) -> Tensor:
 def _quadratic_form(cholesky: Tensor, rows: Tensor) -> Tensor:
     """xᵀA⁻¹x = ‖L⁻¹x‖² of each row x, [..., n]."""
     # Inverting the d × d factor and one matmul is faster than solving for n right-hand sides, and as exact.
-    inverse = triangular_inverse(cholesky).mT
+    inverse = triangular_inverse(cholesky).mT.to(rows.dtype)
     # In chunks, so that no second n × d buffer is needed: on a CPU its page faults cost as much as the matmul.
     lengths = [torch.linalg.vector_norm(matmul(chunk, inverse), dim=-1) for chunk in rows.split(CHUNK, dim=-2)]
     return torch.cat(lengths, dim=-1).square()

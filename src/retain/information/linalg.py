@@ -69,10 +69,11 @@ def gram(vectors: Tensor, weights: Tensor | None = None) -> Tensor:
         rows = rows * weights.to(rows.dtype).sqrt().unsqueeze(-1)
     result = matmul(rows.mT, rows)
     require_finite(result, vectors, weights)
-    return result
+    # Not every BLAS sums the two halves in the same order.
+    return 0.5 * result + 0.5 * result.mT
 
 
-def psd_cholesky(matrix: Tensor) -> Tensor:
+def psd_cholesky(matrix: Tensor, eps: float | None = None) -> Tensor:
     """Lower Cholesky factor of each matrix of a batch, with jitter only on those where it fails without.
 
     Jitter starts at d · eps of a matrix's mean diagonal, the size of the rounding error of its
@@ -80,6 +81,7 @@ def psd_cholesky(matrix: Tensor) -> Tensor:
 
     Args:
         matrix: Symmetric, [..., d, d].
+        eps: Relative rounding error of the entries, if larger than that of the precision worked in.
 
     Returns:
         [..., d, d], lower triangular; float64 if the input is, else float32.
@@ -107,7 +109,8 @@ def psd_cholesky(matrix: Tensor) -> Tensor:
         raise NotPositiveDefiniteError(f"matrix must be finite (got NaN or Inf in {bad} of {total} matrices)")
     size = matrix.shape[-1]
     eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-    jitter = hard.diagonal(dim1=-2, dim2=-1).mean(-1) * (size * torch.finfo(matrix.dtype).eps)  # [k]
+    rounding = size * max(torch.finfo(matrix.dtype).eps, eps or 0.0)
+    jitter = hard.diagonal(dim1=-2, dim2=-1).mean(-1) * rounding  # [k]
     repaired, still = hard, torch.ones_like(jitter, dtype=torch.bool)
     for attempt in range(_JITTER_TRIES):
         tried, wrong = _factorize(hard + (10**attempt * jitter)[:, None, None] * eye)
@@ -117,8 +120,7 @@ def psd_cholesky(matrix: Tensor) -> Tensor:
             return factor.masked_scatter(failed[..., None, None], repaired)
     raise NotPositiveDefiniteError(
         f"matrix must be positive definite (got {int(still.sum())} of {total} matrices that are not, "
-        f"even with {10 ** (_JITTER_TRIES - 1) * size * torch.finfo(matrix.dtype).eps:.1e} of their mean "
-        "diagonal added)"
+        f"even with {10 ** (_JITTER_TRIES - 1) * rounding:.1e} of their mean diagonal added)"
     )
 
 
