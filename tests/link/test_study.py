@@ -10,12 +10,13 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from retain.cli.link import app
+from retain.link.arms import ARMS, parse_arm
 from retain.link.embeddings import incident_means
 from retain.link.figures import audit_response, embedding_map
 from retain.link.intervals import bootstrap, over_seeds
 from retain.link.models import ModelSettings
 from retain.link.pages import audit_page, study_page
-from retain.link.study import ARMS, correct
+from retain.link.runs import correct, edge_maps
 from retain.link.trained import audit_trained
 from retain.link.training import TrainSettings
 
@@ -42,25 +43,55 @@ def test_intervals_against_scipy():
 
 
 def test_a_study_goes_on_where_it_stopped_and_pairs_by_seed(graph, tmp_path):
-    arms = [ARMS[0], ARMS[1], ARMS[4]]
+    arms = [ARMS[0], ARMS[1], ARMS[4], ARMS[5]]
     lines: list[str] = []
     whole = correct(graph, arms=arms, train=QUICK, seeds=2, folder=tmp_path)
     next(tmp_path.glob("*fixed-layer-1.json")).unlink()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     again = correct(graph, arms=arms, train=QUICK, seeds=2, folder=tmp_path, progress=lines.append)
     assert again == whole
-    assert len(lines) == 6
+    assert len(lines) == 8
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}  # only the missing run was made again
     one, two = (whole.values(key, "edge_nmi") for key in ("random/batch", "fixed/batch"))
-    expected = over_seeds([a - b for a, b in zip(one, two, strict=True)])
-    assert whole.difference("random/batch", "fixed/batch", "edge_nmi") == expected
-    rows = whole.to_dict()["rows"]
-    assert {(row["arm"], row["encoder_norm"]) for row in rows} >= {("fixed", "batch"), ("fixed", "layer")}
-    kappa = [row for row in rows if row["metric"] == "kappa"]
+    gain = [a - b for a, b in zip(one, two, strict=True)]
+    assert whole.difference("random/batch", "fixed/batch", "edge_nmi") == over_seeds(gain)
+    three, four = (whole.values(key, "edge_nmi") for key in ("random/layer", "fixed/layer"))
+    beyond = over_seeds([g - (a - b) for g, a, b in zip(gain, three, four, strict=True)])
+    (last,) = [row for row in whole.differences() if row["of"].startswith("(") and row["metric"] == "edge_nmi"]
+    assert last["of"] == "(random/batch − fixed/batch)"
+    assert last["minus"] == "(random/layer − fixed/layer)"
+    assert [last["mean"], last["low"]] == pytest.approx([beyond.mean, beyond.low])
+
+
+def test_rows_of_a_study(graph, tmp_path):
+    arms = [parse_arm(key) for key in ("fixed/batch", "random+balanced/layer", "random/none-batch")]
+    found = correct(graph, arms=arms, train=QUICK, seeds=2, folder=tmp_path).to_dict()
+    norms = {(row["arm"], row["encoder_norm"], row["decoder_norm"]) for row in found["rows"]}
+    assert norms == {("fixed", "batch", "batch"), ("random+balanced", "layer", "layer"), ("random", "none", "batch")}
+    kappa = [row for row in found["rows"] if row["metric"] == "kappa"]
     assert {row["split"] for row in kappa} == {"heldout", "train"}
-    honest = [row["mean"] for row in kappa if row["encoder_norm"] == "layer"]
+    honest = [row["mean"] for row in kappa if row["decoder_norm"] == "layer"]
     assert honest == pytest.approx([0, 0], abs=1e-3)
-    html = study_page(whole, "retain link correct").html()
-    assert html.count("<svg") == 1
+    assert {row["of"] for row in found["references"]} == {"raw features", "untrained"}
+    assert found["settings"]["protocol"]["validation_edges_at_test"] is False
+
+
+def test_the_page_of_a_study_shows_differences_and_maps(graph, tmp_path):
+    study = correct(graph, arms=ARMS[:2], train=QUICK, seeds=2, folder=tmp_path)
+    maps = edge_maps(graph, ARMS[:2], tmp_path)
+    assert [len(x) == len(y) for x, y in maps.values()] == [True, True]
+    html = study_page(study, "retain link correct", maps).html()
+    assert html.count("<svg") == 2
     assert "random/batch − fixed/batch" in html
+    assert "t-SNE" in html
+    assert all(part in html for part in ("raw features", "untrained", study.runs["fixed/batch"][0]["verdict"]))
+
+
+def test_an_unknown_arm_is_named():
+    for key, message in (("mixed/batch", "arm is 'mixed/batch'"), ("fixed/group", "encoder_norm is 'group'")):
+        with pytest.raises(ValueError, match=message):
+            parse_arm(key)
+    assert [parse_arm(arm.key) for arm in ARMS] == list(ARMS)
 
 
 def test_an_audit_draws_its_page(graph, parts):
@@ -108,7 +139,10 @@ def test_audit_takes_a_checkpoint(tmp_path):
 
 def test_correct_prints_one_object(tmp_path):
     arguments = ["correct", "--data", _data(tmp_path), "--epochs", "1", "--seeds", "1", "--json"]
-    result = CliRunner().invoke(app, [*arguments, "--arms", "fixed/batch,random/layer"], catch_exceptions=False)
+    page = tmp_path / "page.html"
+    arguments += ["--arms", "fixed/batch,random/layer", "--report", str(page)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert page.read_text(encoding="utf-8").count("<svg") == 2
     rows = json.loads(result.stdout)["rows"]
     needed = {"arm", "encoder_norm", "decoder_norm", "metric", "mean", "low", "high"}
     assert all(needed <= row.keys() for row in rows)

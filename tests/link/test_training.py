@@ -50,14 +50,16 @@ def test_mask_targets_against_sets(parts, graph):
     assert set(map(tuple, kept.T.tolist())) == expected
 
 
-def test_the_trainer_against_a_loop_written_out(graph, parts):
-    settings = replace(QUICK, epochs=2, composition=Separate(), clip=0.5, balanced=True)
+@pytest.mark.parametrize("directions", [1, 2])
+def test_the_trainer_against_a_loop_written_out(directions, graph, parts):
+    settings = replace(QUICK, epochs=2, directions=directions, composition=Separate(), clip=0.5, balanced=True)
+    positives = torch.cat([parts.train, parts.train.flip(0)], dim=1) if directions == 2 else parts.train
     model = SMALL.build(graph.x.size(1))
     fit(model, graph, parts, settings)
     plain = SMALL.build(graph.x.size(1)).train()
     optimizer = torch.optim.Adam(plain.parameters(), lr=settings.learning_rate)
     batches = EdgeBatches(
-        parts.train, graph.num_nodes, Separate(), batch_size=128, known=parts.known, balanced=True, seed=1
+        positives, graph.num_nodes, Separate(), batch_size=128, known=parts.known, balanced=True, seed=1
     )
     for epoch in range(2):
         batches.set_epoch(epoch)
@@ -163,6 +165,7 @@ def test_pair_scorer_embeds_once_a_mode(graph, parts):
     ("make", "message"),
     [
         (lambda: TrainSettings(epochs=0), "epochs is 0"),
+        (lambda: TrainSettings(directions=3), "directions is 3; accepted: 1, 2"),
         (lambda: TrainSettings(clip=0.0), "clip is 0.0"),
         (lambda: TrainSettings(metric="f1"), "metric is 'f1'; accepted: hits@K"),
         (lambda: ModelSettings(encoder="gat"), "encoder is 'gat'; accepted: gcn, sage"),

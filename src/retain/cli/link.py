@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from rich.table import Table
 from retain.cli.console import out, print_json, progress
 
 if TYPE_CHECKING:
-    from retain.link import Graph, LinkPredictor, ModelSettings, Protocol, Split, TrainSettings
+    from retain.link import Graph, LinkPredictor, ModelSettings, Protocol, Split, Study, TrainSettings
 
 app = typer.Typer(help="Audit link predictors for composition bias.", no_args_is_help=True)
 
@@ -35,6 +36,7 @@ Decoder = Annotated[str, typer.Option(help="dot, hadamard or concat.")]
 EncoderNorm = Annotated[str, typer.Option(help="batch, layer, graph or none.")]
 DecoderNorm = Annotated[str, typer.Option(help="batch, layer, graph or none.")]
 Epochs = Annotated[int, typer.Option(help="Most epochs.")]
+Directions = Annotated[int, typer.Option(help="Times an undirected edge is used in an epoch, 1 or 2.")]
 Patience = Annotated[int | None, typer.Option(help="Stop after so many epochs without a better metric.")]
 BatchSize = Annotated[int, typer.Option(help="Edges in a mini-batch.")]
 Rate = Annotated[float, typer.Option(help="Adam's learning rate.")]
@@ -58,6 +60,7 @@ def train(
     encoder_norm: EncoderNorm = "batch",
     decoder_norm: DecoderNorm = "batch",
     epochs: Epochs = 30,
+    directions: Directions = 2,
     patience: Patience = None,
     batch_size: BatchSize = 512,
     learning_rate: Rate = 5e-3,
@@ -89,6 +92,7 @@ def train(
             parse(composition),
             balanced=balanced,
             epochs=epochs,
+            directions=directions,
             batch_size=batch_size,
             learning_rate=learning_rate,
             patience=patience,
@@ -115,6 +119,7 @@ def audit(
     encoder_norm: EncoderNorm = "batch",
     decoder_norm: DecoderNorm = "batch",
     epochs: Epochs = 30,
+    directions: Directions = 2,
     batch_size: BatchSize = 512,
     learning_rate: Rate = 5e-3,
     checkpoint: Checkpoint = None,
@@ -149,6 +154,7 @@ def audit(
                 parse(composition),
                 balanced=balanced,
                 epochs=epochs,
+                directions=directions,
                 batch_size=batch_size,
                 learning_rate=learning_rate,
                 seed=number,
@@ -177,57 +183,80 @@ def correct(
     features: Features = None,
     labels: Labels = None,
     root: Root = Path("data"),
+    encoder: Encoder = "gcn",
+    decoder: Decoder = "hadamard",
     epochs: Epochs = 30,
+    directions: Directions = 2,
     batch_size: BatchSize = 512,
+    validation: Validation = 0.05,
+    test: Test = 0.10,
     largest_component: Largest = False,
     validation_edges_at_test: AtTest = False,
-    arms: Annotated[str, typer.Option(help="Arms by name and norm, with commas; all without it.")] = "",
+    arms: Annotated[str, typer.Option(help="Arms as NAME/NORM or NAME/ENCODER-DECODER, with commas.")] = "",
     folder: Folder = None,
     seed: Seed = 0,
     seeds: Seeds = 5,
     device: Device = "cpu",
     as_json: Json = False,
     report: Report = None,
+    figure: Annotated[Path | None, typer.Option(help="Also write the response curves as a picture.")] = None,
 ) -> None:
     """Train biased and corrected side by side; show audit, Hits and alignment of all."""
+    from retain.link.arms import ARMS, parse_arm
+    from retain.link.figures import response
     from retain.link.graph import Protocol
+    from retain.link.models import ModelSettings
     from retain.link.pages import study_page
-    from retain.link.study import ARMS
-    from retain.link.study import correct as run
+    from retain.link.runs import correct as run
+    from retain.link.runs import edge_maps
     from retain.link.training import TrainSettings
+    from retain.report.figures import save
 
-    asked = arms.split(",") if arms else [arm.key for arm in ARMS]
-    known = {arm.key: arm for arm in ARMS}
-    if wrong := set(asked) - known.keys():
-        raise ValueError(f"arms is {sorted(wrong)}; accepted: {', '.join(known)}")
-    protocol = Protocol(largest_component=largest_component, validation_edges_at_test=validation_edges_at_test)
+    asked = [parse_arm(key.strip()) for key in arms.split(",")] if arms else list(ARMS)
+    protocol = Protocol(validation, test, largest_component, validation_edges_at_test)
     graph = _graph(data, features, labels, root, protocol)
-    with progress() as say:
+    with tempfile.TemporaryDirectory() as scratch, progress() as say:
+        home = folder or Path(scratch)
         study = run(
             graph,
-            arms=[known[name] for name in asked],
-            train=TrainSettings(epochs=epochs, batch_size=batch_size),
+            arms=asked,
+            model=ModelSettings(encoder, decoder),
+            train=TrainSettings(epochs=epochs, directions=directions, batch_size=batch_size),
             protocol=protocol,
             seeds=seeds,
             seed=seed,
             device=device,
-            folder=folder,
+            folder=home,
             progress=say,
         )
-    if report is not None:
-        study_page(study, _command()).save(report)
+        if report is not None:
+            pair = asked[:2] if graph.y is not None else []
+            say("t-SNE of the first two arms")
+            study_page(study, _command(), edge_maps(graph, pair, home, protocol=protocol, seed=seed)).save(report)
+    if figure is not None:
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        save(response(study.curves(), f"{study.graph}, held-out edges"), str(figure))
     if as_json:
         print_json(_finite(study.to_dict()))
         return
-    table = Table("arm", "hits@100", "A_pure", "κ", "edge NMI", "verdicts", title=study.graph)
+    out.print(study_table(study))
+
+
+def study_table(study: Study) -> Table:
+    """Return the terminal's table of a study: means over seeds."""
+    shown = {
+        "hits@100": "Hits@100",
+        "auc": "AUC",
+        "a_pure:heldout": "A_pure",
+        "tau:heldout": "τ",
+        "kappa:heldout": "κ",
+        "edge_nmi": "edge NMI",
+    }
+    table = Table("arm", *shown.values(), "verdict", title=f"{study.graph}, {len(study.settings['seeds'])} seeds")
     for key, runs in study.runs.items():
-        means = [
-            sum(run["values"][name] for run in runs) / len(runs) if name in runs[0]["values"] else None
-            for name in ("hits@100", "a_pure:heldout", "kappa:heldout", "edge_nmi")
-        ]
-        cells = ["" if value is None else f"{value:.3f}" for value in means]
+        cells = [f"{study.mean(key, name).mean:.3f}" if name in runs[0]["values"] else "" for name in shown]
         table.add_row(key, *cells, ", ".join(sorted({run["verdict"] for run in runs})))
-    out.print(table)
+    return table
 
 
 @app.command()
@@ -241,6 +270,7 @@ def align(
     encoder_norm: EncoderNorm = "batch",
     decoder_norm: DecoderNorm = "batch",
     epochs: Epochs = 30,
+    directions: Directions = 2,
     seed: Seed = 0,
     seeds: Seeds = 1,
     device: Device = "cpu",
@@ -259,7 +289,9 @@ def align(
     graph = _graph(data, features, labels, root, protocol)
     runs: dict[str, list[dict[str, float]]] = {"trained": [], "untrained": [], "raw features": []}
     for number in range(seed, seed + _positive(seeds)):
-        settings = TrainSettings(parse(composition), balanced=balanced, epochs=epochs, seed=number)
+        settings = TrainSettings(
+            parse(composition), balanced=balanced, epochs=epochs, directions=directions, seed=number
+        )
         net, parts = _train(graph, model, settings, protocol, device, None)
         fresh = model.build(graph.x.size(1), number).to(device)
         runs["trained"].append(alignment(net, graph, parts, seed=number))

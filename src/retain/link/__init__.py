@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from retain.link.arms import ARMS, Arm, parse_arm
     from retain.link.auditing import AuditReport, EdgeSet, audit
     from retain.link.checkpoint import CheckpointError
     from retain.link.composition import Composition, Fixed, Random, Separate, balanced_weights
@@ -22,24 +23,27 @@ if TYPE_CHECKING:
     from retain.link.metrics import auc, average_precision, evaluate, hits_at_k, mean_reciprocal_rank
     from retain.link.models import LinkPredictor, ModelSettings, PairScorer
     from retain.link.negatives import TooFewNegativesError, draw_negatives
+    from retain.link.runs import correct, edge_maps
     from retain.link.sampling import EdgeBatch, EdgeBatches, LabelledBatches
-    from retain.link.study import ARMS, Arm, Study, correct
+    from retain.link.study import Study
     from retain.link.tables import read_graph
     from retain.link.trained import audit_trained, held_out_scores
     from retain.link.training import TrainResult, TrainSettings, fit
 
 _HOMES = {
+    "arms": ("ARMS", "Arm", "parse_arm"),
     "embeddings": ("alignment", "raw_alignment"),
     "auditing": ("AuditReport", "EdgeSet", "audit"),
     "checkpoint": ("CheckpointError",),
     "composition": ("Composition", "Fixed", "Random", "Separate", "balanced_weights"),
-    "study": ("ARMS", "Arm", "Study", "correct"),
+    "study": ("Study",),
     "corrections": ("Change", "freeze_statistics", "replace_batch_norm", "train_corrected"),
     "data": ("load",),
     "graph": ("Graph", "Protocol", "Split", "prepare", "split"),
     "metrics": ("auc", "average_precision", "evaluate", "hits_at_k", "mean_reciprocal_rank"),
     "models": ("LinkPredictor", "ModelSettings", "PairScorer"),
     "negatives": ("TooFewNegativesError", "draw_negatives"),
+    "runs": ("correct", "edge_maps"),
     "sampling": ("EdgeBatch", "EdgeBatches", "LabelledBatches"),
     "tables": ("read_graph",),
     "trained": ("audit_trained", "held_out_scores"),
@@ -78,6 +82,7 @@ __all__ = [
     "balanced_weights",
     "correct",
     "draw_negatives",
+    "edge_maps",
     "evaluate",
     "fit",
     "freeze_statistics",
@@ -85,6 +90,7 @@ __all__ = [
     "hits_at_k",
     "load",
     "mean_reciprocal_rank",
+    "parse_arm",
     "prepare",
     "raw_alignment",
     "read_graph",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,27 +11,31 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from retain.link.auditing import AuditReport
+from retain.link.intervals import Interval
 from retain.report.figures import Point, lines, new
 
 
-def response(curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
+def response(curves: Mapping[str, Sequence[tuple[float, Interval]]], title: str = "") -> Figure:
     """Draw accuracy against the fraction of positives in the batch, one line for each name.
 
     Args:
-        curves: for each name, (fraction, predicted-positive fraction, accuracy) by fraction.
+        curves: for each name, accuracy by fraction; its band is left out where it has no bounds.
+        title: above the panel.
 
     """
-    series = {name: [Point(row[0], row[2]) for row in curve] for name, curve in curves.items()}
-    return lines(series, x_label="fraction of positives in the batch", y_label="accuracy", percent_x=True)
+    series = {
+        name: [
+            Point(x, y.mean) if math.isnan(y.low) else Point(x, y.mean, max(y.low, 0.0), min(y.high, 1.0))
+            for x, y in curve
+        ]
+        for name, curve in curves.items()
+    }
+    return lines(series, x_label="fraction of positives in the batch", y_label="accuracy", percent_x=True, title=title)
 
 
 def audit_response(report: AuditReport) -> Figure:
     """Draw an audit's accuracy against the fraction of positives, with intervals, for each set of edges."""
-    series = {
-        name: [Point(p.fraction, p.accuracy.mean, p.accuracy.low, p.accuracy.high) for p in part.curve]
-        for name, part in report.parts.items()
-    }
-    return lines(series, x_label="fraction of positives in the batch", y_label="accuracy", percent_x=True)
+    return response({name: [(p.fraction, p.accuracy) for p in part.curve] for name, part in report.parts.items()})
 
 
 def embedding_map(panels: Mapping[str, tuple[Tensor, Tensor]], *, most: int = 1000, seed: int = 0) -> Figure:

@@ -19,6 +19,8 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.low) and not math.isnan(self.mean):
+            return f"{self.mean:.3f}"
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 

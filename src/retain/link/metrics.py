@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
@@ -80,10 +82,10 @@ def evaluate(positives: Tensor, negatives: Tensor, k: int = 100) -> dict[str, fl
     }
 
 
-def _labelled(positives: Tensor, negatives: Tensor) -> tuple[list[int], list[float]]:
+def _labelled(positives: Tensor, negatives: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     _check(positives, negatives)
-    labels = [1] * positives.numel() + [0] * negatives.numel()
-    return labels, torch.cat([positives, negatives]).double().tolist()
+    labels = np.repeat([1, 0], [positives.numel(), negatives.numel()])
+    return labels, torch.cat([positives, negatives]).double().cpu().numpy()
 
 
 def _check(positives: Tensor, negatives: Tensor) -> None:

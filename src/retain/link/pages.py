@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from retain.link.auditing import AuditReport
 from retain.link.figures import audit_response, embedding_map, response
+from retain.link.intervals import Interval
 from retain.link.study import Study
 from retain.report.page import Figure, Page, Table
 
@@ -32,60 +34,95 @@ def audit_page(report: AuditReport, command: str) -> Page:
     return page
 
 
+SHOWN = (
+    "hits@100",
+    "auc",
+    "a_pure:heldout",
+    "tau:heldout",
+    "kappa:heldout",
+    "a_pure:train",
+    "tau:train",
+    "kappa:train",
+    "auc_eval:train",
+    "edge_nmi",
+    "edge_trace_ratio",
+    "node_nmi",
+)
+
+
 def study_page(study: Study, command: str, maps: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> Page:
-    """Return the page of a study: every arm's metrics, paired differences, response curves."""
-    shown = (
-        "hits@100",
-        "auc",
-        "a_pure:heldout",
-        "tau:heldout",
-        "kappa:heldout",
-        "a_pure:train",
-        "edge_nmi",
-        "edge_trace_ratio",
-        "node_nmi",
-    )
-    page = Page(
-        title=f"Composition bias on {study.graph}",
-        lead="The same model trained on biased and on corrected batches.",
-        command=command,
-    )
-    table = {(row["arm"], row["encoder_norm"], _name(row)): row for row in study.rows()}
-    rows: list[list[str]] = []
-    for key in study.runs:
-        arm, _, norm = key.partition("/")
-        cells = [table.get((arm, norm or "none", name)) for name in shown]
-        rows.append([key, *(_cell(cell) for cell in cells)])
-    page.add("Arms", Table(["arm", *shown], rows, caption="Mean over seeds and 95 % t interval."))
-    paired = [
-        [f"{row['of']} − {row['minus']}", _name(row), _cell(row)] for row in study.differences() if _name(row) in shown
-    ]
-    if paired:
-        page.add("Paired differences", Table(["arms", "metric", "difference and 95 % interval"], paired))
-    curves = {key: runs[0]["curve"] for key, runs in study.runs.items() if runs[0]["curve"]}
+    """Return the page of a study: every arm's metrics, paired differences, response curves, embeddings."""
+    page = Page(title=f"Composition bias on {study.graph}", lead=conclusion(study), command=command)
+    add_study(page, study, maps)
+    return page
+
+
+def add_study(page: Page, study: Study, maps: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> None:
+    """Add the sections of a study to a page."""
+    seeds = len(study.settings["seeds"])
+    page.add(f"{study.graph}: arms", Table(*arm_table(study), caption=f"Mean and 95 % t interval over {seeds} seeds."))
+    columns, differences = difference_table(study)
+    if differences:
+        page.add(
+            f"{study.graph}: paired differences",
+            Table(columns, differences, "Seed by seed, 95 % t interval. The last ones: what BatchNorm adds."),
+        )
     page.add(
-        "Response to the batch",
+        f"{study.graph}: response to the batch",
         Figure(
-            response(curves),
-            caption="Accuracy on held-out edges by the fraction of positives in the batch, first seed.",
+            response(study.curves()),
+            caption="Accuracy on held-out edges by the fraction of positives in the batch, mean over seeds.",
             alt="Accuracy against the fraction of positives in the batch, one line for each arm.",
         ),
     )
     if maps:
         page.add(
-            "Embeddings",
+            f"{study.graph}: embeddings",
             Figure(
                 embedding_map(maps),
-                caption="t-SNE of incident-edge means, coloured by class.",
-                alt="Maps of node embeddings of two trainings side by side.",
+                caption="t-SNE of incident-edge means of the decoder's hidden layer, coloured by class.",
+                alt="Maps of node embeddings, side by side for each training.",
             ),
         )
-    return page
 
 
-def _name(row: Mapping[str, object]) -> str:
-    return f"{row['metric']}:{row['split']}" if "split" in row else str(row["metric"])
+def arm_table(study: Study) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of the table of arms, references and verdicts."""
+    kept = [name for name in SHOWN if any(name in runs[0]["values"] for runs in study.runs.values())]
+    rows = [
+        [
+            key,
+            *(str(study.mean(key, name)) if name in runs[0]["values"] else "" for name in kept),
+            ", ".join(f"{n} {level}" for level, n in Counter(run["verdict"] for run in runs).items()),
+        ]
+        for key, runs in study.runs.items()
+    ]
+    for of in study.references:
+        cells = {row["metric"]: row for row in study.reference_rows() if row["of"] == of}
+        rows.append([of, *(_cell(cells[name]) if name in cells else "" for name in kept), ""])
+    return ["arm", *kept, "verdicts"], rows
 
 
-def _cell(row: Mapping[str, float] | None) -> str:
-    return "" if row is None else f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+def difference_table(study: Study) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of the table of paired differences."""
+    shown = ("hits@100", "auc", "a_pure:heldout", "kappa:heldout", "edge_nmi", "edge_trace_ratio", "node_nmi")
+    rows = [
+        [f"{row['of']} − {row['minus']}", name, _cell(row)]
+        for row in study.differences()
+        if (name := f"{row['metric']}:{row['split']}" if "split" in row else row["metric"]) in shown
+    ]
+    return ["arms", "metric", "difference"], rows
+
+
+def conclusion(study: Study) -> str:
+    """Say in words made from the numbers what the study found."""
+    said = [
+        f"{key}: {', '.join(sorted({run['verdict'] for run in runs}))} "
+        f"(A_pure {study.mean(key, 'a_pure:heldout').mean:.2f}, κ {study.mean(key, 'kappa:heldout').mean:.2f})"
+        for key, runs in study.runs.items()
+    ]
+    return "; ".join(said) + "."
+
+
+def _cell(row: Mapping[str, float]) -> str:
+    return str(Interval(row["mean"], row["low"], row["high"]))
