@@ -28,52 +28,70 @@ class Verdict:
         return f"{self.level}: {self.why} {self.advice}"
 
 
+# Of the accuracy above chance that balanced batches show, the share that has to be left in pure ones; trained
+# at a fixed ratio, models on citation graphs, block models and digits keep less than .2, at a random one more
+# than .3.
+_SURVIVING = 0.25
+_NOTICEABLE = 0.1  # of accuracy
+_ADVICE = {
+    "unaffected": "Nothing to correct.",
+    "affected": (
+        "Score in eval mode, or in batches of one composition. Random(0.05, 0.95) with balanced loss lessens it, "
+        "longer training under it more so; LayerNorm or no norm in place of the layers over the edge batch ends it."
+    ),
+    "dominated": (
+        "Train again with Random(0.05, 0.95) and balanced loss, or with LayerNorm or no norm in place of the layers "
+        "over the edge batch; freezing population statistics makes scores repeatable but leaves what was learned."
+    ),
+}
+
+
 def judge(parts: Mapping[str, Mapping[str, Interval]], layers: tuple[NormLayer, ...]) -> Verdict:
     """Return the verdict over all audited parts; the worst one decides.
 
-    Dominated: pure batches are told apart where single edges are not (batch-statistics AUC of pure passes at
-    least .2 above eval mode), or probes move by κ ≤ −.85 or κ ≥ 3, or predictions follow the batch neither
-    up nor down (τ ≤ .2) at a loss of .15 of accuracy. Affected: probes, accuracy or order move noticeably.
+    Dominated, any of:
+
+    * at most a quarter of the accuracy above chance that balanced batches show is left in pure ones;
+    * the class is read off the batch: pure batches are classified better by .15 than balanced ones, or κ ≥ 3,
+      or pure passes have an AUC .2 above that of eval mode, which is below .7;
+    * a probe moves by the whole gap between positives and negatives: κ ≤ −1.
+
+    Affected: probes move by |κ| ≥ .05, their order changes in 5 % of pairs, or accuracy by .1.
     """
-    reasons: list[str] = []
-    levels = {"unaffected"}
-    for name, values in parts.items():
-        a_pure, tau, kappa = values["a_pure"], values["tau"], values["kappa"]
-        drop = values["accuracy_balanced"].mean - a_pure.mean
-        cheat = values["auc_pure"].mean - values["auc_eval"].mean
-        if cheat >= 0.2 and values["auc_eval"].mean < 0.7:
-            levels.add("dominated")
-            reasons.append(
-                f"On {name} edges the model tells pure batches apart (AUC {values['auc_pure'].mean:.2f}) but "
-                f"not single edges (AUC in eval mode {values['auc_eval'].mean:.2f})."
-            )
-        if kappa.mean <= -0.85 or kappa.mean >= 3 or (tau.mean <= 0.2 and drop >= 0.15):
-            levels.add("dominated")
-            reasons.append(
-                f"On {name} edges the same probes move by κ = {kappa.mean:.2f} of the gap between positives "
-                f"and negatives as the batch fills with positives; pure batches are classified with accuracy "
-                f"{a_pure.mean:.2f}, balanced ones with {values['accuracy_balanced'].mean:.2f} (τ = "
-                f"{tau.mean:.2f})."
-            )
-        elif abs(kappa.mean) >= 0.05 or values["rank_change"].mean >= 0.05 or abs(drop) >= 0.1:
-            levels.add("affected")
-            reasons.append(
-                f"On {name} edges the same probes move by κ = {kappa.mean:.2f}, and accuracy goes from "
-                f"{values['accuracy_balanced'].mean:.2f} on balanced to {a_pure.mean:.2f} on pure batches."
-            )
-    level = next(name for name in ("dominated", "affected", "unaffected") if name in levels)
+    found = [_judge_part(name, {key: value.mean for key, value in part.items()}) for name, part in parts.items()]
+    level = max((level for level, _ in found), key=_LEVELS.index)
+    reasons = [reason for _, part in found for reason in part]
+    if level == "unaffected":
+        reasons.append("Scores of an edge don't depend on the make-up of its batch.")
     guilty = [layer.name for layer in layers if layer.sees == "edge batch" and layer.mixes_rows]
     if guilty:
         reasons.append(f"Normalised over the edge batch: {', '.join(guilty)}.")
-    if level == "unaffected":
-        return Verdict(
-            level,
-            " ".join(["Scores of an edge don't depend on the make-up of its batch.", *reasons]),
-            "Nothing to correct.",
+    return Verdict(level, " ".join(reasons), _ADVICE[level])
+
+
+_LEVELS = ("unaffected", "affected", "dominated")
+
+
+def _judge_part(name: str, values: Mapping[str, float]) -> tuple[str, list[str]]:
+    pure, balanced, kappa = values["a_pure"], values["accuracy_balanced"], values["kappa"]
+    drop = balanced - pure
+    accuracies = f"pure batches are classified with accuracy {pure:.2f}, balanced ones with {balanced:.2f}"
+    reasons: list[str] = []
+    if drop >= _NOTICEABLE and pure - 0.5 <= _SURVIVING * (balanced - 0.5):
+        reasons.append(f"On {name} edges the batch decides: {accuracies} (τ = {values['tau']:.2f}).")
+    cheat = values["auc_pure"] - values["auc_eval"] >= 0.2 and values["auc_eval"] < 0.7
+    if cheat or drop <= -0.15 or kappa >= 3:
+        reasons.append(
+            f"On {name} edges the class is read off the batch: {accuracies}; AUC is {values['auc_pure']:.2f} over "
+            f"pure batches, {values['auc_eval']:.2f} in eval mode."
         )
-    advice = (
-        "Train again with Random(0.05, 0.95) and balanced loss, or with LayerNorm or no norm in place of "
-        "the layers over the edge batch; freezing population statistics makes scores repeatable but leaves "
-        "what was learned."
-    )
-    return Verdict(level, " ".join(dict.fromkeys(reasons)), advice)
+    if kappa <= -1:
+        reasons.append(
+            f"On {name} edges the same probes fall by {-kappa:.2f} times the gap between positives and negatives "
+            "as their batch fills with positives (κ)."
+        )
+    if reasons:
+        return "dominated", reasons
+    if abs(kappa) >= 0.05 or values["rank_change"] >= 0.05 or abs(drop) >= _NOTICEABLE:
+        return "affected", [f"On {name} edges the same probes move by κ = {kappa:.2f} of the gap, and {accuracies}."]
+    return "unaffected", []
