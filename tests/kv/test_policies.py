@@ -153,15 +153,34 @@ def test_expected_attention(data):
     same_order(get_policy("expected-attention").score(signals_of(data)), expected, slice(4, None))
 
 
-def test_pooled_expected_attention_is_one_gaussian_for_the_group(data):
-    ours = ExpectedAttention(future=0, pooled=True).log(signals_of(data))
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_pooled_expected_attention_is_one_gaussian_for_the_group(data, diagonal):
+    ours = ExpectedAttention(future=0, pooled=True, diagonal=diagonal).log(signals_of(data))
     for head in range(KV):
         queries = data["q"][0, 2 * head : 2 * head + 2, 4:].reshape(-1, D)
         keys = data["k"][0, head]
         covariance = torch.cov(queries.mT, correction=0)
+        covariance = covariance.diagonal().diag() if diagonal else covariance
         expected = keys @ queries.mean(0) / math.sqrt(D)
         expected = expected + torch.einsum("nd,de,ne->n", keys, covariance, keys) / (2 * D)
         torch.testing.assert_close(ours[0, head], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_diagonal_expected_attention_of_each_query_head(data):
+    ours = ExpectedAttention(future=0, recent=30, diagonal=True).log(signals_of(data))[0].softmax(-1)
+    for head in range(KV):
+        attention = torch.zeros(N)
+        for own in (2 * head, 2 * head + 1):
+            queries, keys = data["q"][0, own, -30:], data["k"][0, head]
+            variance = queries.var(0, correction=0)
+            logits = keys @ queries.mean(0) / math.sqrt(D) + (keys**2 * variance).sum(-1) / (2 * D)
+            attention += (logits - logits[4:].logsumexp(0)).exp()
+        torch.testing.assert_close(ours[head], attention / attention.sum(), rtol=1e-4, atol=1e-6)
+
+
+def test_diagonal_needs_queries_as_they_are():
+    with pytest.raises(ValueError, match=r"diagonal is True with future=512"):
+        ExpectedAttention(diagonal=True)
 
 
 def test_knorm(data):

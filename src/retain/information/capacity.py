@@ -294,7 +294,7 @@ def row_leverage(rows: Tensor, gram: Tensor, noise: Tensor) -> Tensor:
 def _quadratic_form(cholesky: Tensor, rows: Tensor) -> Tensor:
     """xᵀA⁻¹x = ‖L⁻¹x‖² of each row x, [..., n]."""
     # Inverting the d × d factor and one matmul is faster than solving for n right-hand sides, and as exact.
-    inverse = triangular_inverse(cholesky).mT.to(rows.dtype)
+    inverse = triangular_inverse(cholesky).mT.to(rows.dtype).contiguous()
     # In chunks, so that no second n × d buffer is needed: on a CPU its page faults cost as much as the matmul.
     lengths = [torch.linalg.vector_norm(matmul(chunk, inverse), dim=-1) for chunk in rows.split(CHUNK, dim=-2)]
     return torch.cat(lengths, dim=-1).square()

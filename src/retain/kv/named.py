@@ -30,8 +30,8 @@ _POLICIES = (
     # questions together (docs/kv.md has the table).
     Policy(
         name="capkv",
-        weights=WindowAttention(window=32, pool=5)
-        + ExpectedAttention(future=0, recent=512, pooled=True)
+        weights=WindowAttention(window=16, pool=5)
+        + ExpectedAttention(future=0, recent=512, pooled=True, diagonal=True)
         + 2 * KeySalience(),
         directions=Value(),
         estimator=Leverage(power=0.5, ridge=0.1),

@@ -161,15 +161,14 @@ class Signals:
         # Query j of the window sees all but the newest window − 1 − j tokens.
         future = torch.ones(window, window, dtype=torch.bool, device=self.device).triu_(1)
         received = torch.empty(self.batch, self.kv_heads, self.tokens, device=self.device)
-        # One buffer for all heads.
-        logits = received.new_empty(self.batch, self.group * window, self.tokens)
+        # Two buffers for all heads; the softmax works row by row, so that a row stays in the processor's cache.
+        logits, weights = received.new_empty(2, self.batch, self.group * window, self.tokens)
+        share = received.new_full((1, self.group * window), 1 / (self.group * window))
         for head in range(self.kv_heads):
             torch.matmul(queries[:, head].flatten(1, 2), self.keys32[:, head].mT, out=logits)
             logits.unflatten(1, (-1, window))[..., -window:].masked_fill_(future, NEGATIVE)
-            weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-            # Rows are normalised and averaged in one product, without another pass over them.
-            share = 1 / (weights.sum(-1, keepdim=True) * weights.shape[1])
-            received[:, head] = (share.mT @ weights).squeeze(1)
+            torch.softmax(logits, -1, out=weights)
+            received[:, head] = (share @ weights).squeeze(1)
         return received
 
     def _attention(self, rows: slice, columns: int) -> Tensor:

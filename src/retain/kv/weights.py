@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from retain.information.items import CHUNK
 from retain.information.linalg import psd_cholesky
 from retain.kv.signals import Signals
 
@@ -195,6 +196,8 @@ class ExpectedAttention(Weights):
         recent: estimate mean and covariance from this many last queries; None takes all.
         pooled: one Gaussian for the queries of a GQA group together, instead of one for each query head
             and their mean attention. A group of g costs a g-th.
+        diagonal: take the dimensions of a query as independent, so that kᵀΣk needs no product of matrices;
+            with queries as they are (`future=0`) only.
         skip: first tokens, whose queries and keys are outliers, left out of the statistics.
 
     """
@@ -202,15 +205,23 @@ class ExpectedAttention(Weights):
     future: int = 512
     recent: int | None = None
     pooled: bool = False
+    diagonal: bool = False
     skip: int = 4
+
+    def __post_init__(self) -> None:
+        if self.diagonal and self.future:
+            raise ValueError(f"diagonal is True with future={self.future}; accepted: future=0, as rotation mixes pairs")
 
     def log(self, signals: Signals) -> Tensor:
         """Return the log of the expected attention, averaged over the GQA group."""
         mean, covariance = self._statistics(signals)  # [batch, kv_heads, gaussians, dim, (dim)]
         keys, scale = signals.keys32, signals.scaling
-        # kᵀΣk = ‖kL‖²: one product [tokens, dim] x [dim, gaussians * dim] for all of them.
-        root = psd_cholesky(covariance).movedim(2, 3).flatten(3, 4)
-        spread = (keys @ root).unflatten(-1, (-1, signals.dim)).norm(dim=-1).square_()
+        if self.diagonal:
+            spread = torch.cat([part.square() @ covariance.mT for part in keys.split(CHUNK, dim=2)], dim=2)
+        else:
+            # kᵀΣk = ‖kL‖²: one product [tokens, dim] x [dim, gaussians * dim] for all of them.
+            root = psd_cholesky(covariance).movedim(2, 3).flatten(3, 4)
+            spread = (keys @ root).unflatten(-1, (-1, signals.dim)).norm(dim=-1).square_()
         logits = (keys @ (mean.mT * scale)).add_(spread, alpha=scale * scale / 2)
         if logits.shape[-1] == 1:
             return logits.squeeze(-1)
@@ -221,7 +232,7 @@ class ExpectedAttention(Weights):
         return (logits - inner.logsumexp(2, keepdim=True)).logsumexp(-1)
 
     def _statistics(self, signals: Signals) -> tuple[Tensor, Tensor]:
-        """Mean [batch, kv_heads, gaussians, dim] and covariance [..., dim, dim] of future queries."""
+        """Mean [batch, kv_heads, gaussians, dim] of future queries; covariance [..., dim, dim] or its diagonal."""
         count = signals.queries.shape[2]
         queries = signals.queries[:, :, -min(self.recent or count, count) :]
         queries = signals.unrotated(queries) if self.future else queries.float()
@@ -229,6 +240,8 @@ class ExpectedAttention(Weights):
         asked = positions >= self.skip
         # A row with nothing but first tokens has no better statistics than theirs.
         asked = torch.where(asked.any(-1, keepdim=True), asked, positions >= 0)
+        if self.diagonal:
+            return self._diagonal(signals, queries, asked)
         queries = signals.grouped(queries)
         if self.pooled:
             queries = queries.flatten(2, 3)[:, :, None]
@@ -243,6 +256,14 @@ class ExpectedAttention(Weights):
             mean = (turn @ mean[..., None]).squeeze(-1)
             covariance = turn @ covariance @ turn.mT
         return mean, covariance
+
+    def _diagonal(self, signals: Signals, queries: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variances [batch, kv_heads, gaussians, dim], as products with a row: no pass of their own."""
+        share = (asked / asked.sum(-1, keepdim=True))[:, None, None]  # [batch, 1, 1, m]
+        mean, second = (signals.grouped((share @ x).squeeze(2)) for x in (queries, queries.square()))
+        if self.pooled:
+            mean, second = mean.mean(2, keepdim=True), second.mean(2, keepdim=True)
+        return mean, (second - mean.square()).clamp_min(0)
 
     def __str__(self) -> str:
         return "expected attention"
