@@ -36,7 +36,9 @@ def progress() -> Generator[Callable[[str], None]]:
     """Give a function that shows what is being done: a spinner on a terminal, plain lines elsewhere."""
     start = time.monotonic()
     if not err.is_terminal:
-        yield lambda line: err.print(f"{time.monotonic() - start:6.1f} s  {line}", highlight=False, markup=False)
+        yield lambda line: err.print(
+            f"{time.monotonic() - start:6.1f} s  {line}", highlight=False, markup=False, soft_wrap=True
+        )
         return
     with err.status("") as status:
         yield lambda line: status.update(escape(line))

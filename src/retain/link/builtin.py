@@ -18,7 +18,7 @@ def block_model(
     classes: int = 5,
     degree: float = 8.0,
     *,
-    edge_signal: float = 0.8,
+    edge_signal: float = 0.93,
     feature_signal: float = 1.0,
     features: int = 64,
     seed: int = 0,
