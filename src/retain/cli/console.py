@@ -47,3 +47,14 @@ def progress() -> Generator[Callable[[str], None]]:
 def print_json(value: Any) -> None:
     """Print one JSON object on standard output."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON doesn't know, by null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, float) and not float("-inf") < value < float("inf"):
+        return None
+    return value

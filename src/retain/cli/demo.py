@@ -1,186 +1,98 @@
-"""`retain demo`: what a part of the cache still answers, on the default model, as a table and a page."""
+"""`retain demo`: both halves on the default model and the built-in graphs, as tables and one page."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table as RichTable
 
-from retain.cli.console import out, print_json, progress
-from retain.report.figures import Point, lines, save
-from retain.report.page import Code, Figure, Page, Table, Text
+from retain.cli import demo_kv, demo_link
+from retain.cli.console import finite, out, print_json, progress
+from retain.report.figures import save
+from retain.report.page import Page, Text
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as MatplotlibFigure
-
-    from retain.kv.demo import Demo, Row
-
-_SETTING = {False: "agnostic: evicted before the question is seen", True: "aware: evicted after the question"}
+_HALVES = {
+    "kv": ("KV cache", "transformers", "pip install 'retain[kv]'"),
+    "link": ("link prediction", "torch_geometric", "pip install 'retain[graph]'"),
+}
 
 
 def demo(
     report: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("retain-demo.html"),
     tokens: Annotated[int, typer.Option(help="Length of the document.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Which document and facts.")] = 0,
+    epochs: Annotated[int, typer.Option(help="Epochs of every link predictor.")] = 20,
+    seed: Annotated[int, typer.Option(help="Which document and facts; splits and initialisation.")] = 0,
     model: Annotated[str | None, typer.Option(help="Model id or folder; the default model without it.")] = None,
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
     figure: Annotated[Path | None, typer.Option(help="Also write the agnostic trade-off as a picture.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Ask facts of a document from its full KV cache, and from 50 % and 25 % of it under five policies."""
+    """Answer from a part of a KV cache under five policies; audit and correct link predictors on two graphs."""
+    if tokens < 400:
+        raise ValueError(f"tokens is {tokens}; accepted: at least 400")
+    if epochs < 1:
+        raise ValueError(f"epochs is {epochs}; accepted: at least 1")
+    missing = {half for half, (_, package, _) in _HALVES.items() if importlib.util.find_spec(package) is None}
+    skipped = [
+        f"Skipped: the half on {name}, which needs {package.replace('_', '-')}. Install it: {command}"
+        for half, (name, package, command) in _HALVES.items()
+        if half in missing
+    ]
+    page = Page(
+        title="What information does a model keep?",
+        lead="A document of real English with planted facts, each question answered from the full KV cache and from "
+        "half and a quarter of it; and link predictors trained on batches of different composition, audited.",
+        command=f"retain demo --tokens {tokens} --epochs {epochs} --seed {seed}",
+    )
+    result: dict[str, Any] = {"seed": seed, "skipped": skipped}
+    if skipped:
+        page.add("Skipped", *(Text(line) for line in skipped))
+    if "kv" not in missing:
+        _kv(page, result, tokens, seed, model, device, figure, as_json)
+    if "link" not in missing:
+        _link(page, result, epochs, seed, device, as_json)
+    page.save(report)
+    if as_json:
+        print_json(finite(result))
+        return
+    for line in skipped:
+        out.print(line, highlight=False, markup=False)
+    out.print(f"Page: {report}", highlight=False)
+
+
+def _kv(
+    page: Page,
+    result: dict[str, Any],
+    tokens: int,
+    seed: int,
+    model: str | None,
+    device: str,
+    figure: Path | None,
+    as_json: bool,
+) -> None:
     from retain.kv.demo import run
     from retain.kv.models import load
 
-    if tokens < 400:
-        raise ValueError(f"tokens is {tokens}; accepted: at least 400")
     with progress() as say:
         network, tokenizer = load(model, device=device, say=say)
         found = run(network, tokenizer, tokens=tokens, seed=seed, say=say)
-    page = _page(found, f"retain demo --tokens {tokens} --seed {seed}").save(report)
+    demo_kv.add(page, found)
+    result |= {"tokens": found.tokens, "rows": [demo_kv.numbers(row) for row in found.rows]}
     if figure is not None:
         figure.parent.mkdir(parents=True, exist_ok=True)
-        save(trade_off(found, aware=False), str(figure))
-    if as_json:
-        print_json({"seed": seed, "tokens": found.tokens, "rows": [_numbers(row) for row in found.rows]})
-        return
-    for aware in (False, True):
-        out.print(_table(found, aware))
-    out.print(_COLUMNS_MEAN, highlight=False, style="dim")
-    for line in conclusions(found):
-        out.print(line, highlight=False)
-    out.print(f"Page: {page}", highlight=False)
+        save(demo_kv.trade_off(found, aware=False), str(figure))
+    if not as_json:
+        demo_kv.show(found)
 
 
-def _of(found: Demo, aware: bool) -> list[Row]:
-    return [row for row in found.rows if row.aware == aware]
+def _link(page: Page, result: dict[str, Any], epochs: int, seed: int, device: str, as_json: bool) -> None:
+    from retain.link.demo import run
 
-
-def _numbers(row: Row) -> dict[str, object]:
-    return {
-        "policy": row.policy,
-        "budget": row.budget,
-        "aware": row.aware,
-        "kl": row.kl,
-        "correct": row.correct,
-        "answers": row.answers,
-        "bytes_kept": row.report.bytes_kept,
-        "bytes_full": row.report.bytes_full,
-        "capacity_retained": row.report.capacity_retained,
-        "seconds": row.seconds,
-    }
-
-
-_COLUMNS = ("policy", "budget", "right", "KL", "MB", "capacity", "seconds")
-
-
-_COLUMNS_MEAN = (
-    "Right: answers that hold the value asked for. KL: to the full cache, nats per token of the right answer. MB and "
-    "capacity: what is kept. Seconds: to score and evict, the measuring of the capacity included."
-)
-
-
-def _cells(found: Demo, aware: bool) -> list[list[str]]:
-    return [
-        [
-            row.policy,
-            f"{row.budget:.0%}",
-            f"{sum(row.correct)} of {len(row.correct)}",
-            f"{row.mean_kl:.3f}",
-            f"{row.report.bytes_kept / 1e6:.1f}",
-            f"{row.report.capacity_retained or 0:.1%}",
-            f"{row.seconds:.2f}",
-        ]
-        for row in _of(found, aware)
-    ]
-
-
-def _table(found: Demo, aware: bool) -> RichTable:
-    table = RichTable(title=f"{_SETTING[aware]} ({found.tokens} tokens)")
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
-    for cells in _cells(found, aware):
-        table.add_row(*cells, end_section=cells[0] == "full")
-    return table
-
-
-def conclusions(found: Demo) -> list[str]:
-    """Say what happened, in words made from the numbers, also where CapKV loses."""
-    lines: list[str] = []
-    for aware in (False, True):
-        rows = _of(found, aware)
-        full = rows[0]
-        name = "aware" if aware else "agnostic"
-        lines.append(
-            f"{name}: the full cache answers {sum(full.correct)} of {len(full.correct)} "
-            f"and holds {full.report.bytes_kept / 1e6:.1f} MB."
-        )
-        for budget in sorted({row.budget for row in rows[1:]}, reverse=True):
-            ranked = sorted((row for row in rows[1:] if row.budget == budget), key=lambda row: row.mean_kl)
-            own = next((row for row in ranked if row.policy == "capkv"), None)
-            best = ranked[0]
-            if own is None:
-                continue
-            if own is best:
-                tail = f"the closest to the full cache; next is {ranked[1].policy} at {ranked[1].mean_kl:.3f}"
-            else:
-                tail = f"number {ranked.index(own) + 1} of {len(ranked)}; {best.policy} is closer at {best.mean_kl:.3f}"
-            lines.append(
-                f"{name} at {budget:.0%}: capkv answers {sum(own.correct)} of {len(own.correct)} "
-                f"with KL {own.mean_kl:.3f}, {tail}."
-            )
-    lines.append(
-        f"{len(found.facts)} questions and one document: enough to look at, not to rank policies that are close."
-    )
-    return lines
-
-
-def trade_off(found: Demo, aware: bool) -> MatplotlibFigure:
-    """Draw the divergence from the full cache against the budget, one line for each policy."""
-    rows = _of(found, aware)[1:]
-    series = {
-        policy: [Point(row.budget, row.mean_kl) for row in rows if row.policy == policy]
-        for policy in dict.fromkeys(row.policy for row in rows)
-    }
-    return lines(
-        series,
-        title=_SETTING[aware],
-        x_label="budget, share of the prompt's tokens",
-        y_label="KL to the full cache, nats/token",
-        percent_x=True,
-    )
-
-
-def _page(found: Demo, command: str) -> Page:
-    page = Page(
-        title=f"What a part of the KV cache still knows: {found.tokens} tokens",
-        lead="A document of real English with planted facts; each question is answered from the full KV cache and "
-        "from half and a quarter of it, under five policies that see the same prefill.",
-        command=command,
-    )
-    page.add("What happened", *(Text(line) for line in conclusions(found)))
-    for aware in (False, True):
-        figure = trade_off(found, aware)
-        caption = "Lower is closer to the full cache. Mean over the questions, on the tokens of the right answer."
-        page.add(
-            _SETTING[aware],
-            Figure(figure, caption, "KL divergence against budget, one line for each policy"),
-            Table(_COLUMNS, _cells(found, aware), _COLUMNS_MEAN),
-        )
-    quarter = next(row for row in found.rows if row.policy == "capkv" and row.budget < 0.5)
-    page.add(
-        "What CapKV kept, layer by layer",
-        Figure(
-            quarter.report.figure(),
-            f"At a budget of {quarter.budget:.0%}. The share of capacity differs by head: some need few entries.",
-            "Tokens kept and share of capacity retained by layer and KV head",
-        ),
-    )
-    for number, fact in enumerate(found.facts):
-        answers = [
-            [row.policy, f"{row.budget:.0%}", "aware" if row.aware else "agnostic", row.answers[number]]
-            for row in found.rows
-        ]
-        page.add(fact.question, Code(fact.sentence), Table(["policy", "budget", "setting", "answer"], answers))
-    return page
+    with progress() as say:
+        examples = run(epochs=epochs, seed=seed, device=device, say=say)
+    demo_link.add(page, examples)
+    result["link"] = [example.study.to_dict() for example in examples]
+    if not as_json:
+        demo_link.show(examples)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -12,39 +10,41 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from retain.cli.console import out, print_json, progress
+from retain.cli.console import finite, out, print_json, progress
+from retain.cli.link_options import (
+    AtTest,
+    Balanced,
+    BatchSize,
+    Checkpoint,
+    CompositionName,
+    Data,
+    Decoder,
+    DecoderNorm,
+    Device,
+    Directions,
+    Encoder,
+    EncoderNorm,
+    Epochs,
+    Features,
+    Folder,
+    Json,
+    Labels,
+    Largest,
+    Patience,
+    Rate,
+    Report,
+    Root,
+    Seed,
+    Seeds,
+    Test,
+    Validation,
+)
+from retain.cli.link_show import command_line, show_rows, study_table
 
 if TYPE_CHECKING:
-    from retain.link import Graph, LinkPredictor, ModelSettings, Protocol, Split, Study, TrainSettings
+    from retain.link import Graph, LinkPredictor, ModelSettings, Protocol, Split, TrainSettings
 
 app = typer.Typer(help="Audit link predictors for composition bias.", no_args_is_help=True)
-
-Data = Annotated[str, typer.Option(help="Data set by name, or an NPZ, CSV or Parquet edge list.")]
-Features = Annotated[Path | None, typer.Option(help="Features of the nodes, for a CSV or Parquet edge list.")]
-Labels = Annotated[Path | None, typer.Option(help="Classes of the nodes, for a CSV or Parquet edge list.")]
-Root = Annotated[Path, typer.Option(help="Folder of downloaded data sets.")]
-Seed = Annotated[int, typer.Option(help="First seed.")]
-Seeds = Annotated[int, typer.Option(help="Repetitions, each with its own split.")]
-Device = Annotated[str, typer.Option(help="Torch device.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Report = Annotated[Path | None, typer.Option(help="Write an HTML page.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint to write, go on from or audit.")]
-CompositionName = Annotated[str, typer.Option(help="fixed:FRACTION, separate or random:LOW,HIGH.")]
-Balanced = Annotated[bool, typer.Option("--balanced", help="Weight both classes the same in a batch.")]
-Encoder = Annotated[str, typer.Option(help="gcn or sage.")]
-Decoder = Annotated[str, typer.Option(help="dot, hadamard or concat.")]
-EncoderNorm = Annotated[str, typer.Option(help="batch, layer, graph or none.")]
-DecoderNorm = Annotated[str, typer.Option(help="batch, layer, graph or none.")]
-Epochs = Annotated[int, typer.Option(help="Most epochs.")]
-Directions = Annotated[int, typer.Option(help="Times an undirected edge is used in an epoch, 1 or 2.")]
-Patience = Annotated[int | None, typer.Option(help="Stop after so many epochs without a better metric.")]
-BatchSize = Annotated[int, typer.Option(help="Edges in a mini-batch.")]
-Rate = Annotated[float, typer.Option(help="Adam's learning rate.")]
-Largest = Annotated[bool, typer.Option("--largest-component", help="Keep the largest component only.")]
-AtTest = Annotated[bool, typer.Option("--validation-edges-at-test", help="Pass messages over them at test.")]
-Validation = Annotated[float, typer.Option(help="Share of edges for validation.")]
-Test = Annotated[float, typer.Option(help="Share of edges for the test.")]
-Folder = Annotated[Path | None, typer.Option(help="Folder of finished runs, to go on from.")]
 
 
 @app.command()
@@ -103,7 +103,7 @@ def train(
         found.append(held_out_scores(net, graph, parts, protocol))
     rows = [{"metric": name, **asdict(over_seeds([run[name] for run in found]))} for name in found[0]]
     result = {"graph": graph.name, "model": asdict(model), "protocol": asdict(protocol), "rows": rows}
-    _show(result, rows, as_json, report, "Test metrics of a link predictor")
+    show_rows(result, rows, as_json, report, "Test metrics of a link predictor")
 
 
 @app.command()
@@ -164,9 +164,9 @@ def audit(
             size = batch_size
         found.append(audit_trained(net, graph, parts, batch_size=size, seed=number))
     if report is not None:
-        audit_page(found[0], _command()).save(report)
+        audit_page(found[0], command_line()).save(report)
     if as_json:
-        print_json(_finite({"audits": [one.to_dict() for one in found]}))
+        print_json(finite({"audits": [one.to_dict() for one in found]}))
         return
     for one in found:
         for name, part in one.parts.items():
@@ -232,31 +232,14 @@ def correct(
         if report is not None:
             pair = asked[:2] if graph.y is not None else []
             say("t-SNE of the first two arms")
-            study_page(study, _command(), edge_maps(graph, pair, home, protocol=protocol, seed=seed)).save(report)
+            study_page(study, command_line(), edge_maps(graph, pair, home, protocol=protocol, seed=seed)).save(report)
     if figure is not None:
         figure.parent.mkdir(parents=True, exist_ok=True)
         save(response(study.curves(), f"{study.graph}, held-out edges"), str(figure))
     if as_json:
-        print_json(_finite(study.to_dict()))
+        print_json(finite(study.to_dict()))
         return
     out.print(study_table(study))
-
-
-def study_table(study: Study) -> Table:
-    """Return the terminal's table of a study: means over seeds."""
-    shown = {
-        "hits@100": "Hits@100",
-        "auc": "AUC",
-        "a_pure:heldout": "A_pure",
-        "tau:heldout": "τ",
-        "kappa:heldout": "κ",
-        "edge_nmi": "edge NMI",
-    }
-    table = Table("arm", *shown.values(), "verdict", title=f"{study.graph}, {len(study.settings['seeds'])} seeds")
-    for key, runs in study.runs.items():
-        cells = [f"{study.mean(key, name).mean:.3f}" if name in runs[0]["values"] else "" for name in shown]
-        table.add_row(key, *cells, ", ".join(sorted({run["verdict"] for run in runs})))
-    return table
 
 
 @app.command()
@@ -302,7 +285,7 @@ def align(
         for name, found in runs.items()
         for metric in found[0]
     ]
-    _show({"graph": graph.name, "rows": rows}, rows, as_json, report, "Alignment with the classes")
+    show_rows({"graph": graph.name, "rows": rows}, rows, as_json, report, "Alignment with the classes")
 
 
 def _graph(data: str, features: Path | None, labels: Path | None, root: Path, protocol: Protocol) -> Graph:
@@ -343,35 +326,6 @@ def _train(
     return net, parts
 
 
-def _show(result: dict[str, Any], rows: list[dict[str, Any]], as_json: bool, report: Path | None, title: str) -> None:
-    from retain.report.page import Page
-    from retain.report.page import Table as PageTable
-
-    cells = [[f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    if report is not None:
-        page = Page(title=title, lead=f"On {result['graph']}.", command=_command())
-        page.add("Results", PageTable(list(rows[0]), cells))
-        page.save(report)
-    if as_json:
-        print_json(_finite(result))
-        return
-    table = Table(*rows[0], title=title)
-    for row in cells:
-        table.add_row(*row)
-    out.print(table)
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON doesn't know, by null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
-    if isinstance(value, float) and not float("-inf") < value < float("inf"):
-        return None
-    return value
-
-
 def _numbered(path: Path | None, seed: int, seeds: int) -> Path | None:
     return path if path is None or seeds == 1 else path.with_name(f"{path.stem}-{seed}{path.suffix}")
 
@@ -380,7 +334,3 @@ def _positive(seeds: int) -> int:
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; accepted: at least 1")
     return seeds
-
-
-def _command() -> str:
-    return shlex.join(["retain", *sys.argv[1:]])

@@ -1,0 +1,35 @@
+"""Options that the commands of `retain link` share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Data = Annotated[str, typer.Option(help="Data set by name, or an NPZ, CSV or Parquet edge list.")]
+Features = Annotated[Path | None, typer.Option(help="Features of the nodes, for a CSV or Parquet edge list.")]
+Labels = Annotated[Path | None, typer.Option(help="Classes of the nodes, for a CSV or Parquet edge list.")]
+Root = Annotated[Path, typer.Option(help="Folder of downloaded data sets.")]
+Seed = Annotated[int, typer.Option(help="First seed.")]
+Seeds = Annotated[int, typer.Option(help="Repetitions, each with its own split.")]
+Device = Annotated[str, typer.Option(help="Torch device.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Report = Annotated[Path | None, typer.Option(help="Write an HTML page.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint to write, go on from or audit.")]
+CompositionName = Annotated[str, typer.Option(help="fixed:FRACTION, separate or random:LOW,HIGH.")]
+Balanced = Annotated[bool, typer.Option("--balanced", help="Weight both classes the same in a batch.")]
+Encoder = Annotated[str, typer.Option(help="gcn or sage.")]
+Decoder = Annotated[str, typer.Option(help="dot, hadamard or concat.")]
+EncoderNorm = Annotated[str, typer.Option(help="batch, layer, graph or none.")]
+DecoderNorm = Annotated[str, typer.Option(help="batch, layer, graph or none.")]
+Epochs = Annotated[int, typer.Option(help="Most epochs.")]
+Directions = Annotated[int, typer.Option(help="Times an undirected edge is used in an epoch, 1 or 2.")]
+Patience = Annotated[int | None, typer.Option(help="Stop after so many epochs without a better metric.")]
+BatchSize = Annotated[int, typer.Option(help="Edges in a mini-batch.")]
+Rate = Annotated[float, typer.Option(help="Adam's learning rate.")]
+Largest = Annotated[bool, typer.Option("--largest-component", help="Keep the largest component only.")]
+AtTest = Annotated[bool, typer.Option("--validation-edges-at-test", help="Pass messages over them at test.")]
+Validation = Annotated[float, typer.Option(help="Share of edges for validation.")]
+Test = Annotated[float, typer.Option(help="Share of edges for the test.")]
+Folder = Annotated[Path | None, typer.Option(help="Folder of finished runs, to go on from.")]
