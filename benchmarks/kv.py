@@ -26,6 +26,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from retain.kv import RetainCache, Signals, get_policy, load
+from retain.kv.attention import Call
 from retain.kv.layer import RetainLayer
 
 try:
@@ -82,7 +83,7 @@ class Probe:
         self.measuring = RetainCache(model, "capkv", budget, measure_capacity=True)
         self.presses = {name: press_of(name, budget) for name in names if name in PEERS}
         self.carrier = RetainCache(model, "full", 1.0, measure_capacity=False)
-        self.call: dict[str, Any] = {}
+        self.call: Any = None
         self.returned: list[int] = []  # bytes that CapPress keeps of each layer
 
     def run(self, ids: Tensor) -> None:
@@ -99,15 +100,14 @@ class Probe:
             hook.remove()
 
     def _record(self, layer: RetainLayer, after: Any) -> Any:
-        def record(module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: Any, attention: Any) -> None:
-            self.call = {"module": module, "query": query, "key": key, "value": value, "scaling": scaling}
-            after(module, query, key, value, scaling, attention)
+        def record(call: Call, attention: Any) -> None:
+            self.call = call
+            after(call, attention)
 
         return record
 
     def _measure(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         call, index = self.call, module.layer_idx
-        key, value = call["key"], call["value"]
         for name in self.names:
             # Theirs and ours in turn, so that both meet the same machine.
             if name in self.presses:
@@ -115,7 +115,7 @@ class Probe:
             layer = self.caches[name].layers[index]
             self._time(("ours", name), self._own, layer)
         self._time(("ours", "capkv with capacity"), self._own, self.measuring.layers[index])
-        full = key.nbytes + value.nbytes
+        full = call.key.nbytes + call.value.nbytes
         stored = sum(part.storage.nbytes for part in self.measuring.retained if part.index < index)
         self.bytes["ours"].append(stored + full)
         if self.returned:
@@ -129,18 +129,15 @@ class Probe:
         self.seconds[name] += time.perf_counter() - start
 
     def _own(self, layer: RetainLayer) -> None:
-        call = self.call
-        layer.update(call["key"], call["value"])
-        layer.before(call["module"], call["query"], call["key"], call["value"], None)
-        layer.after(call["module"], call["query"], call["key"], call["value"], call["scaling"], None)
+        layer.update(self.call.key, self.call.value)
+        layer.before(self.call)
+        layer.after(self.call, None)
 
     def _press(self, name: str, module: Any, kwargs: Any, attentions: Any) -> None:
         if name == "h2o" and attentions is None:
             return
         call = self.call
-        kept = self.presses[name].compress(
-            module, kwargs["hidden_states"], call["key"], call["value"], attentions, kwargs
-        )
+        kept = self.presses[name].compress(module, kwargs["hidden_states"], call.key, call.value, attentions, kwargs)
         if name == "capkv":
             self.returned.append(sum(part.nbytes for part in kept))
 
@@ -150,10 +147,10 @@ class Probe:
         for name in self.presses:
             layer = self.caches[name].layers[index]
             signals = Signals(
-                call["query"],
-                call["key"],
-                call["value"],
-                scaling=call["scaling"],
+                call.query,
+                call.key,
+                call.value,
+                scaling=call.scaling,
                 layer=layer.layer,
                 layers=layer.layers,
                 output=module.o_proj.weight,
@@ -161,14 +158,14 @@ class Probe:
             )
             ours = get_policy(name).score(signals)
             if name == "h2o" and attention is None:
-                logits = call["query"] @ call["key"].repeat_interleave(signals.group, 1).mT * call["scaling"]
+                logits = call.query @ call.key.repeat_interleave(signals.group, 1).mT * call.scaling
                 logits += torch.full(logits.shape[-2:], float("-inf")).triu(1)
                 attention = logits.softmax(-1)
             theirs = self.presses[name].score(
                 module,
                 kwargs["hidden_states"],
-                call["key"],
-                call["value"],
+                call.key,
+                call.value,
                 attention if name == "h2o" else None,
                 kwargs,
             )

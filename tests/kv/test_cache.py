@@ -11,7 +11,7 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from retain.information import capacity
 from retain.kv import Policy, RetainCache, Signals, policies
-from retain.kv.layer import capacity_share
+from retain.kv.measuring import capacity_share
 from retain.kv.weights import KeyNorm, WindowAttention
 from tests.kv.tiny import answer, build, left_padded, prompt, tiny
 

@@ -13,10 +13,12 @@ from scipy.stats import spearmanr
 
 from retain.information import capacity, select_by_leverage
 from retain.kv import Greedy, Policy, Rounds, Signals, get_policy
-from retain.kv.allocation import Equal, Protection, Pyramid, tokens_allowed
+from retain.kv.allocation import Equal, MarginalCapacity, PooledScores, Pyramid, Request
 from retain.kv.directions import Constant, OutputValue, Value
 from retain.kv.estimators import Leverage, Trace
-from retain.kv.policy import Budget
+from retain.kv.profile import HeadProfile, Profile
+from retain.kv.protection import Protection, tokens_allowed
+from retain.kv.selection import Budget
 from retain.kv.signals import rotate_half
 from retain.kv.weights import (
     ExpectedAttention,
@@ -277,8 +279,8 @@ def test_greedy_beats_one_shot_on_duplicates(data):
     twice = {name: torch.cat((data[name], data[name]), 2) for name in ("q", "k", "v")}
     signals = Signals(twice["q"], twice["k"], twice["v"])
     plain = Policy(weights=Uniform(), estimator=Leverage())
-    none = torch.zeros(1, 2 * N, dtype=torch.bool)
-    kept = [policy.select(signals, Budget((12,), none)) for policy in (plain, plain.with_(selection=Greedy()))]
+    budget = Budget(torch.full((1, KV), 12), torch.zeros(1, 1, 2 * N, dtype=torch.bool))
+    kept = [policy.select(signals, budget) for policy in (plain, plain.with_(selection=Greedy()))]
     one_shot, greedy = (capacity(twice["v"], subset=index) for index in kept)
     assert bool((greedy > one_shot).all())
 
@@ -291,7 +293,7 @@ def test_rounds_choose_as_the_information_core_in_each_row(data):
     policy = Policy(weights=Uniform(), estimator=Leverage(ridge=0.3), selection=Rounds(3))
     protected = torch.zeros(2, N, dtype=torch.bool)
     protected[:, -2:] = True
-    kept = policy.select(signals, Budget((20, 11), protected))
+    kept = policy.select(signals, Budget(torch.tensor([[20] * KV, [11] * KV]), protected[:, None]))
     first = select_by_leverage(rows["v"][0], None, 20, rounds=3, protected=protected[0].expand(KV, -1), ridge=0.3)
     alone = rows["v"][1, :, 30:]
     second = select_by_leverage(alone, None, 11, rounds=3, protected=protected[1, 30:].expand(KV, -1), ridge=0.3)
@@ -317,6 +319,20 @@ def test_padding_counts_for_nothing(data):
         same_order(padded, alone[0], slice(4, N - 64))
 
 
+def requests(budget, seen, layers, least, shares=None, heads=2):
+    """What each layer asks of an allocation, one row."""
+    for layer in range(layers):
+        yield Request(
+            budget=(budget,),
+            seen=(seen,),
+            least=(least,),
+            room=torch.full((1, heads), seen),
+            layer=layer,
+            layers=layers,
+            shares=lambda layer=layer: shares[layer],
+        )
+
+
 @given(
     budget=st.integers(8, 300),
     seen=st.integers(8, 400),
@@ -324,13 +340,60 @@ def test_padding_counts_for_nothing(data):
     beta=st.floats(1, 50),
     least=st.integers(0, 80),
 )
-def test_allocations_spend_the_budget_exactly(budget, seen, layers, beta, least):
+def test_layer_allocations_spend_the_budget_exactly(budget, seen, layers, beta, least):
     budget = min(budget, seen)
     for allocation in (Equal(), Pyramid(beta)):
-        shares = [allocation.tokens(budget, seen, layer, layers, least) for layer in range(layers)]
-        assert sum(shares) == budget * layers
-        assert all(min(least, budget) <= share <= seen for share in shares)
-        assert all(a >= b - 1 for a, b in itertools.pairwise(shares))
+        tokens = [allocation.tokens(request) for request in requests(budget, seen, layers, least)]
+        assert all(int(own.min()) == int(own.max()) for own in tokens)
+        kept = [int(own[0, 0]) for own in tokens]
+        assert sum(kept) == budget * layers
+        assert all(min(least, budget) <= own <= seen for own in kept)
+        assert all(a >= b - 1 for a, b in itertools.pairwise(kept))
+
+
+@given(
+    seed=st.integers(0, 1000),
+    budget=st.integers(8, 300),
+    seen=st.integers(8, 400),
+    layers=st.integers(1, 12),
+    heads=st.integers(1, 8),
+    least=st.integers(0, 80),
+    power=st.floats(0, 3),
+)
+def test_head_profile_spends_the_budget_exactly(seed, budget, seen, layers, heads, least, power):
+    budget = min(budget, seen)
+    attention = torch.rand(layers, heads, generator=torch.Generator().manual_seed(seed)) + 1e-3
+    allocation = HeadProfile(Profile(tuple(map(tuple, attention.tolist())), "m", "test"), power=power)
+    kept = torch.cat([allocation.tokens(own) for own in requests(budget, seen, layers, least, heads=heads)])
+    assert int(kept.sum()) == budget * layers * heads
+    assert int(kept.min()) >= min(budget, max(least, int(0.2 * budget)))
+    assert int(kept.max()) <= seen
+    # A head that needs more never keeps fewer, rounding aside.
+    assert bool((kept.flatten()[attention.flatten().argsort()].diff() >= -1).all())
+
+
+@given(seed=st.integers(0, 1000), budget=st.integers(4, 40), heads=st.integers(1, 4), safeguard=st.floats(0, 1))
+def test_pooled_scores_are_the_largest_of_the_layer_beside_each_heads_own(seed, budget, heads, safeguard):
+    """Against the choice written out: each head's first ones, then the largest of all the others."""
+    seen, least = 40, 3
+    shares = torch.rand(1, heads, seen, generator=torch.Generator().manual_seed(seed)) ** 4
+    request = next(requests(budget, seen, 1, least, [shares], heads))
+    kept = PooledScores(safeguard).tokens(request)[0].tolist()
+    floor = min(max(least, int(safeguard * budget)), seen)
+    own = [sorted(row.tolist(), reverse=True) for row in shares[0]]
+    rest = sorted(((x, head) for head, row in enumerate(own) for x in row[floor:]), reverse=True)
+    expected = [min(floor, seen)] * heads
+    for _, head in rest[: budget * heads - sum(expected)]:
+        expected[head] += 1
+    if sum(expected) == budget * heads:
+        assert kept == expected
+    assert sum(kept) == budget * heads
+
+
+@pytest.mark.parametrize("make", [PooledScores, MarginalCapacity])
+def test_safeguard_is_a_part(make):
+    with pytest.raises(ValueError, match=r"safeguard is 1.5; accepted: 0 to 1"):
+        make(1.5)
 
 
 @given(fraction=st.floats(0.001, 1), seen=st.integers(1, 10_000))

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from retain.kv.cache import RetainCache
     from retain.kv.models import DEFAULT_MODEL, DefaultModelError, load
     from retain.kv.named import DEFAULT_POLICY, get_policy, policies
-    from retain.kv.policy import Greedy, Policy, Rounds, Top, TwoStage
+    from retain.kv.policy import Policy
+    from retain.kv.selection import Greedy, Rounds, Top, TwoStage
     from retain.kv.signals import Signals
 
 __all__ = [
@@ -40,14 +41,14 @@ _HOME = {
     "DEFAULT_MODEL": "retain.kv.models",
     "DEFAULT_POLICY": "retain.kv.named",
     "DefaultModelError": "retain.kv.models",
-    "Greedy": "retain.kv.policy",
+    "Greedy": "retain.kv.selection",
     "HeadReport": "retain.kv.accounting",
     "Policy": "retain.kv.policy",
     "RetainCache": "retain.kv.cache",
-    "Rounds": "retain.kv.policy",
+    "Rounds": "retain.kv.selection",
     "Signals": "retain.kv.signals",
-    "Top": "retain.kv.policy",
-    "TwoStage": "retain.kv.policy",
+    "Top": "retain.kv.selection",
+    "TwoStage": "retain.kv.selection",
     "get_policy": "retain.kv.named",
     "load": "retain.kv.models",
     "policies": "retain.kv.named",

@@ -1,125 +1,70 @@
-"""Budgets: how many tokens a user allows, what is protected, and how the total is split over layers."""
+"""Allocations: how a policy's budget is split over the layers and heads of a model."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-_SINKS = 4
-_WINDOW_SHARE, _WINDOW_LEAST, _WINDOW_MOST = 0.15, 4, 32
-
-
-def tokens_allowed(budget: float, seen: int) -> int:
-    """Return how many of `seen` tokens the budget allows: never more than it says, at least 1."""
-    if isinstance(budget, int):
-        return min(budget, seen)
-    # The small term keeps 0.1 * 30 from becoming 2.
-    return max(1, int(budget * seen + 1e-9))
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Protection:
-    """The first tokens (attention sinks) and the last (recent window), which are always kept.
+class Request:
+    """One layer's question for its tokens.
 
-    None stands for the default: 4 sinks, and a window of 15 % of the budget but between 4 and 32 tokens. The
-    defaults shrink to fit a small budget; numbers given by a user do not.
+    Args:
+        budget: entries allowed in a head, in the mean over all heads and layers, for each row of the batch.
+        seen: tokens that each row has seen.
+        least: entries of each row that are protected; no head gets fewer unless the budget itself is smaller.
+        room: entries that there are, long [batch, kv_heads].
+        layer: index of the layer among `layers`.
+        layers: number of layers.
+        shares: gives what each entry contributes, comparable between heads, [batch, kv_heads, tokens]; −inf
+            where there is none.
+
     """
 
-    sinks: int | None = None
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("sinks", self.sinks), ("window", self.window)):
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} is {value!r}; accepted: a whole number of tokens, or None")
-            if value < 0:
-                raise ValueError(f"{name} is {value}; accepted: 0 or more tokens")
-
-    @property
-    def least(self) -> int:
-        """Smallest budget in tokens that holds what is protected."""
-        return max(1, self._sinks + (_WINDOW_LEAST if self.window is None else self.window))
-
-    @property
-    def _sinks(self) -> int:
-        return _SINKS if self.sinks is None else self.sinks
-
-    def check(self, budget: float) -> None:
-        """Raise unless the budget is a fraction in (0, 1] or tokens enough for what is protected.
-
-        Raises:
-            TypeError: it is not a number.
-            ValueError: it is out of range.
-
-        """
-        accepted = "accepted: tokens (a whole number, at least 1) or a fraction of the prompt (0 < budget ≤ 1.0)"
-        if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-            raise TypeError(f"budget is {budget!r} of type {type(budget).__name__}; {accepted}")
-        if isinstance(budget, float):
-            if not 0 < budget <= 1:
-                raise ValueError(f"budget is {budget}; {accepted}. Tokens have no decimal point")
-            return
-        if budget < 1:
-            raise ValueError(f"budget is {budget}; {accepted}")
-        if budget < self.least:
-            raise ValueError(
-                f"budget is {budget} tokens, smaller than what is protected: {self._sinks} sinks and a recent "
-                f"window of {self.least - self._sinks} need {self.least}. Raise budget, or lower sinks and window"
-            )
-
-    def sizes(self, budget: int, published_window: int | None = None) -> tuple[int, int]:
-        """Return (sinks, window) for a row's budget.
-
-        Args:
-            budget: tokens that the row may keep.
-            published_window: the window that the policy's authors always keep, used if the user named none.
-
-        Raises:
-            ValueError: numbers given by the user do not fit into the budget.
-
-        """
-        given = (self.sinks or 0) + (self.window or 0)
-        if given > budget:
-            raise ValueError(
-                f"budget is {budget} tokens here, smaller than what is protected: sinks={self.sinks}, "
-                f"window={self.window}. Raise budget, or lower sinks and window"
-            )
-        sinks = min(_SINKS, budget // 2) if self.sinks is None else self.sinks
-        if self.window is not None:
-            return min(sinks, budget - self.window), self.window
-        window = published_window
-        if window is None:
-            window = min(max(round(_WINDOW_SHARE * budget), _WINDOW_LEAST), _WINDOW_MOST)
-        return sinks, min(window, budget - sinks)
+    budget: tuple[int, ...]
+    seen: tuple[int, ...]
+    least: tuple[int, ...]
+    room: Tensor
+    layer: int
+    layers: int
+    shares: Callable[[], Tensor] = field(repr=False)
 
 
 class Allocation(ABC):
     """Base of all allocations; a new one defines `tokens`."""
 
+    @property
+    def ragged(self) -> bool:
+        """Whether heads of one layer may keep different numbers of entries."""
+        return False
+
+    @property
+    def model_wide(self) -> bool:
+        """Whether all layers compete for one budget, so that a layer's tokens are known after the last layer only."""
+        return False
+
     @abstractmethod
-    def tokens(self, budget: int, seen: int, layer: int, layers: int, least: int) -> int:
-        """Return the tokens that one layer may keep of a row.
+    def tokens(self, request: Request) -> Tensor:
+        """Return the entries that each row and head of the layer may keep, long [batch, kv_heads].
 
-        Args:
-            budget: mean over the layers; over all layers the answers sum to `layers * budget`.
-            seen: tokens of the row, at least `budget`.
-            layer: index of the layer among `layers`.
-            layers: number of layers.
-            least: tokens that are protected; no layer gets fewer unless the budget itself is smaller.
-
+        Over all heads and layers they sum to layers × kv_heads × budget for each row, as long as there are so
+        many entries.
         """
 
 
 @dataclass(frozen=True)
 class Equal(Allocation):
-    """Every layer keeps as many."""
+    """Every head of every layer keeps as many."""
 
-    def tokens(self, budget: int, seen: int, layer: int, layers: int, least: int) -> int:
+    def tokens(self, request: Request) -> Tensor:
         """Return the budget itself."""
-        return budget
+        return torch.tensor(request.budget)[:, None].expand_as(request.room)
 
     def __str__(self) -> str:
         return "equal"
@@ -127,7 +72,7 @@ class Equal(Allocation):
 
 @dataclass(frozen=True)
 class Pyramid(Allocation):
-    """Early layers keep more, linearly fewer with depth (PyramidKV, 2406.02069).
+    """Early layers keep more, linearly fewer with depth; heads of a layer as many (PyramidKV, 2406.02069).
 
     Args:
         beta: the last layer is aimed at 1/beta of the mean budget.
@@ -140,8 +85,16 @@ class Pyramid(Allocation):
         if not self.beta >= 1:
             raise ValueError(f"beta is {self.beta}; accepted: at least 1")
 
-    def tokens(self, budget: int, seen: int, layer: int, layers: int, least: int) -> int:
+    def tokens(self, request: Request) -> Tensor:
         """Return the layer's share; rounding never changes the total."""
+        rows = [
+            self.of_layer(budget, seen, least, request.layer, request.layers)
+            for budget, seen, least in zip(request.budget, request.seen, request.least, strict=True)
+        ]
+        return torch.tensor(rows)[:, None].expand_as(request.room)
+
+    def of_layer(self, budget: int, seen: int, least: int, layer: int, layers: int) -> int:
+        """Return the entries of one row in one layer."""
         if layers == 1:
             return budget
         last = min(float(budget), max(budget / self.beta, float(least)))
@@ -156,3 +109,90 @@ class Pyramid(Allocation):
 
     def __str__(self) -> str:
         return "pyramid"
+
+
+@dataclass(frozen=True)
+class PooledScores(Allocation):
+    """The heads of a layer compete: its budget goes to the largest shares of all of them (AdaKV, 2407.11550).
+
+    Args:
+        safeguard: part of the mean budget that every head gets whatever its shares.
+
+    """
+
+    safeguard: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_part("safeguard", self.safeguard)
+
+    @property
+    def ragged(self) -> bool:
+        """Heads of one layer differ."""
+        return True
+
+    def tokens(self, request: Request) -> Tensor:
+        """Return for each head how many of the layer's largest shares are its own."""
+        ranked = claims(request, self.safeguard)
+        chosen = torch.zeros_like(ranked, dtype=torch.bool)
+        heads = ranked.shape[1]
+        for row, budget in enumerate(request.budget):
+            best = ranked[row].flatten().topk(min(budget * heads, int(request.room[row].sum()))).indices
+            chosen[row].view(-1)[best] = True
+        return chosen.sum(-1).cpu()
+
+    def __str__(self) -> str:
+        return "per head, by pooled scores"
+
+
+@dataclass(frozen=True)
+class MarginalCapacity(Allocation):
+    """One threshold on the cost of deletion across all heads and layers: the whole budget is one.
+
+    A head gets as many entries as it has deletion costs −½ log(1 − s) above the threshold, which is where the
+    model's whole budget is used up; the entries themselves are those that the policy ranks highest.
+
+    Args:
+        safeguard: part of the mean budget that every head gets whatever its costs.
+
+    """
+
+    safeguard: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_part("safeguard", self.safeguard)
+
+    @property
+    def ragged(self) -> bool:
+        """Heads of one layer differ."""
+        return True
+
+    @property
+    def model_wide(self) -> bool:
+        """All layers compete."""
+        return True
+
+    def tokens(self, request: Request) -> Tensor:
+        """Return all that there is: layers give up what later ones claim with better right."""
+        return request.room
+
+    def __str__(self) -> str:
+        return "one threshold on the deletion cost"
+
+
+def claims(request: Request, safeguard: float) -> Tensor:
+    """Return each head's shares in descending order, its first ones +inf: [batch, kv_heads, tokens].
+
+    The cost of deletion rises with the share, so that both rank alike. The first `safeguard` of the budget, and
+    what is protected, is a head's own.
+    """
+    ranked = request.shares().sort(-1, descending=True).values
+    order = torch.arange(ranked.shape[-1], device=ranked.device)
+    own = [max(least, int(safeguard * budget)) for least, budget in zip(request.least, request.budget, strict=True)]
+    first = order < torch.tensor(own, device=ranked.device)[:, None, None]
+    return ranked.masked_fill(first & (ranked > -math.inf), math.inf)
+
+
+def check_part(name: str, value: float) -> None:
+    """Raise unless a value is a part of the mean budget, 0 to 1."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}; accepted: 0 to 1, a part of the mean budget of a head")

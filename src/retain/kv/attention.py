@@ -1,7 +1,7 @@
 """The attention function through which a cache sees queries: registered by name, selected per model.
 
-It computes what the model's own implementation computes. For keys that come from a `RetainCache` it first
-hands queries, keys and values to the cache's layer; for all others it only passes the call on.
+It computes what the model's own implementation computes. For keys that come from a `RetainCache` it hands the call
+to the cache's layer first, which adds what the cache holds; for all others it only passes the call on.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -22,25 +24,55 @@ SUPPORTED = ("sdpa", "eager")
 _attached: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
+@dataclass(frozen=True)
+class Call:
+    """One attention call over the keys of a cache layer.
+
+    Args:
+        module: the attention module.
+        query: [batch, heads, new, dim], after rotary embedding.
+        key: [batch, kv_heads, new, dim], of the new tokens, after rotary embedding.
+        value: [batch, kv_heads, new, value_dim], of the new tokens.
+        mask: the model's mask over the new tokens [batch, 1, new, new]: True or 0 for what may be read, False or a
+            large negative number for what may not; None if each may read all before it.
+        scaling: factor on the query-key product; None for 1/√dim.
+        options: further arguments of the attention function.
+
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Which new tokens are no padding, bool [batch, new]; None if all are."""
+        if self.mask is None:
+            return None
+        known = getattr(self.mask, "_retain_valid", None)
+        if known is not None:
+            return known
+        last = self.mask[:, 0, -1, -self.key.shape[2] :]
+        return last if last.dtype == torch.bool else last == 0
+
+
 class Observer(Protocol):
     """What a cache layer does with an attention call over its keys."""
 
-    def before(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> Tensor | None:
-        """Check the call and return the mask to use."""
+    def before(self, call: Call) -> Call | None:
+        """Check the call and return it over all that it shall read; None if the layer computes it itself."""
         ...
 
-    def after(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        attention: Tensor | None,
-    ) -> None:
-        """Take what the call showed."""
+    def attend(self, call: Call) -> Tensor:
+        """Compute the call, [batch, new, heads, value_dim]."""
+        ...
+
+    def after(self, call: Call, attention: Tensor | None) -> None:
+        """Take what the call showed, and the attention weights if they were computed."""
         ...
 
 
@@ -70,12 +102,31 @@ def _attention_function(base: str) -> Callable[..., tuple[Tensor, Tensor | None]
         layer = _observer(key)
         if layer is None:
             return implementation(module, query, key, value, attention_mask, **options)
-        attention_mask = layer.before(module, query, key, value, attention_mask)
-        output, attention = implementation(module, query, key, value, attention_mask, **options)
-        layer.after(module, query, key, value, options.get("scaling"), attention)
+        call = Call(module, query, key, value, attention_mask, options.get("scaling"), options)
+        whole = layer.before(call)
+        if whole is None:
+            output, attention = layer.attend(call), None
+        else:
+            output, attention = implementation(module, query, whole.key, whole.value, whole.mask, **options)
+        layer.after(call, attention)
         return output, attention
 
     return attend
+
+
+def _mask_function(base: str) -> Callable[..., Any]:
+    function = ALL_MASK_ATTENTION_FUNCTIONS[base]
+
+    def make(*arguments: Any, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        mask = function(*arguments, attention_mask=attention_mask, **options)
+        if mask is not None and attention_mask is not None:
+            # Which tokens are padding can't be told from a mask whose queries are all padding themselves.
+            first = int(options["kv_offset"])
+            valid = attention_mask[:, first : first + int(options["kv_length"])].bool()
+            mask._retain_valid = valid
+        return mask
+
+    return make
 
 
 def _implementation(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -107,7 +158,7 @@ class Attachment:
         own = PREFIX + base
         if own not in ALL_ATTENTION_FUNCTIONS:
             AttentionInterface.register(own, _attention_function(base))
-            AttentionMaskInterface.register(own, ALL_MASK_ATTENTION_FUNCTIONS[base])
+            AttentionMaskInterface.register(own, _mask_function(base))
         if name != own:
             decoder.set_attn_implementation(own)
         _attached[decoder] = _attached.get(decoder, 0) + 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,32 +11,45 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from retain.kv.accounting import CacheReport
-from retain.kv.allocation import Protection
+from retain.kv.allocation import Allocation
 from retain.kv.attention import Attachment
-from retain.kv.layer import RetainLayer
-from retain.kv.named import DEFAULT_POLICY, get_policy
+from retain.kv.layer import RetainLayer, Settings
+from retain.kv.named import DEFAULT_POLICY, get_allocation, get_policy
 from retain.kv.policy import Policy
+from retain.kv.pool import Pool
+from retain.kv.profile import HeadProfile
+from retain.kv.protection import Protection
 from retain.kv.rotary import rotaries_of
 
 
 class RetainCache(Cache):
-    """A KV cache that keeps a budget of each prompt, chosen by a policy.
+    """A KV cache that keeps a budget of what it has seen, chosen by a policy.
 
     The first forward pass over the cache is the prefill: each layer evicts right after its own attention has
     been computed over the whole prompt, so at most one layer is ever held in full. Tokens that come later
-    (a question asked of a compressed document, the answer) are appended and kept. Kept entries keep their
-    positions. Layers with a sliding window stay as they are.
+    (a question asked of a compressed document, the answer) are appended and kept, unless `evict="always"`: then
+    the budget holds at all times, for prompts that come in chunks and for what is generated. Kept entries keep
+    their positions. Layers with a sliding window stay as they are.
 
     Args:
         model: the transformers model that the cache is for. While a cache of it lives, its attention calls
             go through a function of ours that computes the same.
         policy: a name (`retain kv policies` lists them) or a `Policy`.
-        budget: tokens to keep of each row and head (a whole number), or a fraction of the prompt (0 to 1.0).
+        budget: entries to keep of each row, in the mean over heads and layers (a whole number), or a fraction of
+            the tokens seen (0 to 1.0).
         sinks: first tokens that are always kept; None means 4, fewer if the budget is below 8.
         window: last tokens that are always kept; None means what the policy's authors keep, else 15 % of
             the budget, between 4 and 32.
+        allocation: how the budget is split over heads and layers, in place of the policy's own.
+        evict: `"prefill"` evicts once, after the first forward pass; `"always"` after every forward pass of
+            several tokens (a chunk of a prompt) and every `interval` generated ones.
+        interval: with `evict="always"`, generated tokens between evictions: the cache holds at most budget +
+            interval entries while it generates (the paper evicts every 512).
+        positions: `"original"` leaves kept keys where they were; `"compact"` turns them to stand right before the
+            next token, so that a text longer than the model's window stays within it.
         measure_capacity: measure the share of the capacity that the kept entries carry, under the default
-            policy's objective so that policies compare. Costs about as much as scoring.
+            policy's objective so that policies compare. Costs about as much as scoring. Only for what is evicted
+            layer by layer from one prefill; elsewhere the full set is never there to compare with.
 
     Raises:
         TypeError, ValueError: see each argument's accepted values in the message.
@@ -54,12 +69,24 @@ class RetainCache(Cache):
         *,
         sinks: int | None = None,
         window: int | None = None,
+        allocation: str | Allocation | None = None,
+        evict: str = "prefill",
+        interval: int = 512,
+        positions: str = "original",
         measure_capacity: bool = True,
     ) -> None:
         self.policy = get_policy(policy)
+        if allocation is not None:
+            self.policy = replace(self.policy, allocation=get_allocation(allocation))
         self.budget = budget
         protection = Protection(sinks, window)
         protection.check(budget)
+        _check_choice("evict", evict, ("prefill", "always"))
+        _check_choice("positions", positions, ("original", "compact"))
+        if isinstance(interval, bool) or not isinstance(interval, int):
+            raise TypeError(f"interval is {interval!r}; accepted: a whole number of tokens")
+        if interval < 1:
+            raise ValueError(f"interval is {interval}; accepted: at least 1 token")
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"model is a {type(model).__name__}; accepted: a transformers PreTrainedModel")
         decoder = model.get_decoder()
@@ -68,21 +95,38 @@ class RetainCache(Cache):
         full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full:
             raise ValueError(f"{type(model).__name__} has no layer with full attention: there is nothing to evict")
-        rotaries = rotaries_of(decoder, modules)
-        self._attachment = Attachment(decoder)
-        for order, index in enumerate(full):
+        for index in full:
             if index not in modules:
                 raise ValueError(f"{type(model).__name__}: no attention module for layer {index} was found")
+        rotaries = rotaries_of(decoder, modules)
+        if positions == "compact" and any(rotary is not None and rotary.adapts for rotary in rotaries.values()):
+            raise ValueError(
+                "positions is 'compact', but this model's rotary embedding adapts its frequencies to the length of "
+                "the text; accepted: 'original'"
+            )
+        if isinstance(self.policy.allocation, HeadProfile):
+            self.policy = replace(self.policy, allocation=self.policy.allocation.bound(model))
+        shared = self.policy.allocation.model_wide
+        self.settings = Settings(
+            policy=self.policy,
+            budget=budget,
+            protection=protection,
+            always=evict == "always",
+            interval=interval,
+            compact=positions == "compact",
+            measure_capacity=measure_capacity and evict == "prefill" and not shared,
+            layers=len(full),
+        )
+        pool = Pool(len(full)) if shared else None
+        self._attachment = Attachment(decoder)
+        for order, index in enumerate(full):
             layers[index] = RetainLayer(
-                self.policy,
-                budget,
-                protection,
+                self.settings,
                 module=modules[index],
                 rotary=rotaries[index],
                 index=index,
                 layer=order,
-                layers=len(full),
-                measure_capacity=measure_capacity,
+                pool=pool,
             )
         super().__init__(layers=layers)
         self._updated: RetainLayer | None = None  # the layer whose attention comes next
@@ -92,6 +136,9 @@ class RetainCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Add a layer's new keys and values and return all that its attention shall see."""
         if (self._updated is not None and self._updated.waiting) or not self._attachment.active:
+            # What did not reach the cache was not stored either: it can go on with the right model.
+            for layer in self.retained:
+                layer.waiting = False
             raise ValueError(
                 "past_key_values is a RetainCache of another model, or the model's attention implementation was "
                 "changed after the cache was made: its attention did not reach the cache. Make a new RetainCache "
@@ -100,6 +147,27 @@ class RetainCache(Cache):
         layer = self.layers[layer_idx]
         self._updated = layer if isinstance(layer, RetainLayer) else None
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def copy(self) -> RetainCache:
+        """Return a cache that goes on from here by itself: it shares what is stored, and this one stays as it is.
+
+        Costs next to nothing, so that one compressed document can answer many questions.
+        """
+        other = copy.copy(self)
+        pools: dict[int, Pool] = {}
+        other.layers = []
+        for layer in self.layers:
+            if not isinstance(layer, RetainLayer):
+                other.layers.append(copy.deepcopy(layer))
+                continue
+            pool = layer.pool and pools.setdefault(id(layer.pool), Pool(layer.pool.layers))
+            other.layers.append(layer.copy(pool))
+        other._updated = None
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RetainCache:
+        """Return `copy()`: stored tensors are never written to, so that sharing them is as good."""
+        return self.copy()
 
     @property
     def retained(self) -> list[RetainLayer]:
@@ -134,15 +202,20 @@ class RetainCache(Cache):
         return CacheReport(
             policy=self.policy.name,
             heads=heads,
-            batch=storages[0].keys.shape[0] if storages else 0,
+            batch=storages[0].kept.shape[0] if storages else 0,
             bytes_full=other + sum(layer.bytes_full for layer in seen),
             bytes_kept=other + sum(storage.nbytes for storage in storages),
-            bytes_index=sum(storage.positions.nbytes for storage in storages),
+            bytes_index=sum(storage.nbytes_index for storage in storages),
             capacity_retained=sum(shares) / len(shares) if shares else None,
         )
 
     def __repr__(self) -> str:
         return f"RetainCache(policy={self.policy.name!r}, budget={self.budget}, {self.report()})"
+
+
+def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, known))}")
 
 
 def _attention_modules(decoder: nn.Module) -> dict[int, nn.Module]:

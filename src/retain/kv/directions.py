@@ -92,7 +92,7 @@ class Key(Directions):
 
     def vectors(self, signals: Signals) -> Tensor:
         """Return the keys."""
-        keys = signals.keys32 if self.rotary else signals.unrotated(signals.keys)
+        keys = signals.keys32 if self.rotary else signals.unrotated_keys()
         if self.centred:
             keys = keys - signals.mean(keys)[:, :, None]
         return torch.nn.functional.normalize(keys, dim=-1) if self.unit else keys

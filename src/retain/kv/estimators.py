@@ -42,6 +42,13 @@ class Estimator(ABC):
     def score(self, weights: Weights, directions: Directions, signals: Signals) -> Tensor:
         """Return scores [batch, kv_heads, tokens]: within a head, the higher the more worth keeping."""
 
+    def shares(self, weights: Weights, directions: Directions, signals: Signals) -> Tensor:
+        """Return what each token contributes, comparable between heads, ≥ 0, [batch, kv_heads, tokens].
+
+        Here: its part of the head's sum of scores, taken as logs.
+        """
+        return signals.masked(self.score(weights, directions, signals)).softmax(-1)
+
 
 @dataclass(frozen=True)
 class Trace(Estimator):
@@ -91,6 +98,11 @@ class Leverage(Estimator):
         factor = capacity_factor(weights, directions, self.ridge, self.relative, signals)
         inner = factor.leverage(directions.vectors(signals))
         return log_weights(weights, signals) + self.power * inner.log()
+
+    def shares(self, weights: Weights, directions: Directions, signals: Signals) -> Tensor:
+        """Return the leverage scores themselves, which sum to a head's effective dimension."""
+        factor = capacity_factor(weights, directions, self.ridge, self.relative, signals)
+        return factor.leverage(directions.vectors(signals)) * linear_weights(weights, signals)
 
     def __str__(self) -> str:
         return "leverage" if self.power == 1 else f"leverage^{self.power:g}"

@@ -1,25 +1,55 @@
-"""One layer of the cache: it watches its prefill's attention, evicts, and stores what is kept."""
+"""One layer of the cache: it watches attention calls, evicts, and stores what is kept."""
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from retain.information.linalg import gram, psd_cholesky
+from retain.kv import ragged
 from retain.kv.accounting import HeadReport
-from retain.kv.allocation import Protection, tokens_allowed
-from retain.kv.attention import mark
-from retain.kv.estimators import Leverage, capacity_factor, linear_weights
-from retain.kv.named import DEFAULT_POLICY, policies
+from retain.kv.attention import Call, mark
+from retain.kv.measuring import capacity_share
+from retain.kv.moments import Moments
 from retain.kv.policy import Policy
-from retain.kv.rotary import RotaryEmbedding
+from retain.kv.pool import Pool
+from retain.kv.protection import Protection, tokens_allowed
+from retain.kv.ragged import RaggedStorage
+from retain.kv.rotary import RotaryEmbedding, shift
 from retain.kv.signals import Signals, rotate_half
-from retain.kv.storage import UniformStorage
+from retain.kv.storage import Entries, UniformStorage
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all layers of a cache share.
+
+    Args:
+        policy: what to keep.
+        budget: how much: entries of each head, or a fraction of what was seen.
+        protection: what is always kept.
+        always: hold the budget at all times; False evicts after the first forward pass only.
+        interval: with `always`, how many tokens may be generated between evictions.
+        compact: move kept keys together by their rotary embedding.
+        measure_capacity: measure the share of the capacity that is kept.
+        layers: number of layers.
+
+    """
+
+    policy: Policy
+    budget: float
+    protection: Protection
+    always: bool
+    interval: int
+    compact: bool
+    measure_capacity: bool
+    layers: int
 
 
 class RetainLayer(DynamicLayer):
@@ -29,22 +59,19 @@ class RetainLayer(DynamicLayer):
 
     def __init__(
         self,
-        policy: Policy,
-        budget: float,
-        protection: Protection,
+        settings: Settings,
         *,
         module: nn.Module,
         rotary: RotaryEmbedding | None,
         index: int,
         layer: int,
-        layers: int,
-        measure_capacity: bool,
+        pool: Pool | None,
     ) -> None:
-        self.storage: UniformStorage | None = None
+        self.storage: UniformStorage | RaggedStorage | None = None
         super().__init__()
-        self.policy, self.budget, self.protection = policy, budget, protection
-        self.index, self.layer, self.layers = index, layer, layers
-        self.measure_capacity = measure_capacity
+        self.settings = settings
+        self.index, self.layer = index, layer
+        self.pool = pool
         self._module = weakref.ref(module)
         self._rotary = rotary
         self.reset()
@@ -53,22 +80,23 @@ class RetainLayer(DynamicLayer):
     @property
     def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Stored keys [batch, kv_heads, width, dim]."""
-        return None if self.storage is None else self.storage.keys
+        return self.storage.keys if isinstance(self.storage, UniformStorage) else self._padded("keys")
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
-        if self.storage is not None and keys is not None:
-            self.storage.keys = keys
+        """Ignore what the base class assigns."""
 
     @property
     def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Stored values [batch, kv_heads, width, value_dim]."""
-        return None if self.storage is None else self.storage.values
+        return self.storage.values if isinstance(self.storage, UniformStorage) else self._padded("values")
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
-        if self.storage is not None and values is not None:
-            self.storage.values = values
+        """Ignore what the base class assigns."""
+
+    def _padded(self, name: str) -> Tensor | None:
+        return None if self.storage is None else getattr(self.storage.entries, name)
 
     def reset(self) -> None:
         """Forget everything seen."""
@@ -77,139 +105,199 @@ class RetainLayer(DynamicLayer):
         self.waiting = False
         self.evicted = False
         self.seen = 0  # columns of the model's input so far, padding included
-        self.appended = 0  # of these, since the prefill
-        self._uneven = False  # rows of the batch keep different numbers of entries
-        self._padding: Tensor | None = None  # left padding of each row, long [batch]
-        self._prefill_valid: Tensor | None = None  # bool [batch, tokens], between `before` and `after`
-        self._capacity: Tensor | None = None  # share retained, [batch, kv_heads]
+        self.appended = 0  # of these, since the last eviction
+        self.padding: Tensor | None = None  # left padding of each row, long [batch]
+        self.capacity: Tensor | None = None  # share retained, [batch, kv_heads]
+        self.queries: tuple[Tensor, ...] = ()  # the newest, [batch, heads, m, dim], as far as evictions need them
+        self.moments: dict[float, Moments] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take new keys and values and return all that the attention shall see."""
-        new = key_states.shape[2]
-        if self.storage is None:
-            # The prefill: nothing is stored before its attention has been computed.
-            self.waiting = True
-            self.dtype, self.device = key_states.dtype, key_states.device
-            return mark(key_states, self), value_states
-        assert self._padding is not None
-        ahead = torch.arange(self.seen, self.seen + new, device=key_states.device)
-        self.storage.append(key_states, value_states, ahead - self._padding[:, None])
-        self.seen += new
-        self.appended += new
+        """Take new keys and values; the attention call that they lead here stores them."""
+        if self.waiting:
+            raise ValueError(
+                f"layer {self.index} of a RetainCache got keys twice in one forward pass: its attention did not reach "
+                "the cache in between. Models whose layers share keys and values are not supported"
+            )
         self.waiting = True
-        return mark(self.storage.keys, self), self.storage.values
+        if self.storage is None:
+            self.dtype, self.device = key_states.dtype, key_states.device
+        return mark(key_states, self), value_states
 
-    def before(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> Tensor | None:
-        """Check an attention call over this layer's keys and return the mask for it."""
-        if module is not self._module():
+    def before(self, call: Call) -> Call | None:
+        """Check an attention call over this layer's keys; return it over all entries, None if they are ragged."""
+        if call.module is not self._module():
             raise ValueError(
                 f"past_key_values is a RetainCache of another model: layer {self.index} was made for a "
                 "different attention module. Make a RetainCache with the model that you call"
             )
         self.waiting = False
-        if self.storage is not None:
-            return self._mask(mask, query)
-        valid = _valid_tokens(mask, key.shape[2])
-        if valid is not None and not bool(valid[:, -1].all()):
+        valid = call.valid
+        self._check_padding(valid)
+        if valid is not None and bool(valid.all()):
+            valid = None
+        batch, _, new, _ = call.key.shape
+        padding = torch.zeros(batch, dtype=torch.long, device=call.key.device) if self.padding is None else self.padding
+        if valid is not None:
+            padding = padding + (~valid).sum(-1)
+        if self._due(new, self.appended + new):
+            # Before anything is stored: what is protected must fit.
+            for count in (self.seen + new - padding).tolist():
+                self.settings.policy.sizes(tokens_allowed(self.settings.budget, count), count, self.settings.protection)
+        self.padding = padding
+        self.seen += new
+        self.appended += new
+        self.is_initialized = True
+        if self.storage is None:
+            return call
+        self.storage.append(call.key, call.value, self._positions(new))
+        if isinstance(self.storage, RaggedStorage):
+            return None
+        return replace(call, key=self.storage.keys, value=self.storage.values, mask=_whole_mask(call, self.storage))
+
+    def _check_padding(self, valid: Tensor | None) -> None:
+        if valid is None:
+            return
+        holes = valid[:, :-1] & ~valid[:, 1:]
+        if bool((holes.any(-1) & ~valid[:, -1]).any()):
             raise ValueError(
                 "attention_mask pads on the right (the last token of a row is masked); accepted: left padding. "
                 "Set tokenizer.padding_side = 'left'"
             )
-        if valid is not None and bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+        if bool(holes.any()):
             raise ValueError("attention_mask masks tokens inside a prompt; accepted: left padding only")
-        self._prefill_valid = valid
-        return mask
+        started = torch.zeros_like(valid[:, 0]) if self.padding is None else self.padding < self.seen
+        if self.seen and bool((started & ~valid.all(-1)).any()):
+            raise ValueError("attention_mask masks tokens after the first of a row; accepted: left padding only")
 
-    def after(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        attention: Tensor | None,
-    ) -> None:
-        """Evict, once the prefill's attention has been computed."""
-        if self.storage is not None:
-            return
+    def _positions(self, new: int) -> Tensor:
+        """Index of the newest tokens within each row's own text, [batch, new]; negative on padding."""
+        assert self.padding is not None
+        columns = torch.arange(self.seen - new, self.seen, device=self.padding.device)
+        return columns - self.padding[:, None]
+
+    def attend(self, call: Call) -> Tensor:
+        """Compute an attention call over ragged entries."""
+        assert isinstance(self.storage, RaggedStorage)
+        for name in ("softcap", "s_aux"):
+            if call.options.get(name) is not None:
+                raise ValueError(
+                    f"the model's attention uses {name}, which heads of unequal length do not support; accepted: "
+                    "a policy whose allocation is Equal or Pyramid"
+                )
+        mask = call.mask
+        if mask is not None:
+            mask = mask[..., -call.key.shape[2] :]
+            mask = mask if mask.dtype == torch.bool else mask == 0
+        return ragged.attend(call.query, self.storage, mask, call.scaling or call.query.shape[-1] ** -0.5)
+
+    def after(self, call: Call, attention: Tensor | None) -> None:
+        """Evict where it is due, once the attention has been computed."""
+        own = self.settings
         with torch.no_grad():
-            projection = getattr(module, "o_proj", None)
-            signals = Signals(
-                query,
-                key,
-                value,
-                valid=self._prefill_valid,
-                scaling=scaling,
-                layer=self.layer,
-                layers=self.layers,
-                output=getattr(projection, "weight", None),
-                rotary=self._rotary,
-                rotate=getattr(sys.modules[type(module).__module__], "rotate_half", rotate_half),
-                attention=attention,
-            )
-            storage = self._evict(signals)
-            # What was evicted and not finite has reached every later layer, where this finds it.
-            total = storage.keys.sum(dtype=torch.float32) + storage.values.sum(dtype=torch.float32)
-            if not bool(torch.isfinite(total)):
-                raise ValueError(f"keys or values of layer {self.index} contain NaN or Inf: nothing was cached")
-            self.storage = storage
-        if self.layer == self.layers - 1 and self._rotary is not None:
+            if own.always:
+                self._remember(call.query)
+            if self._due(call.key.shape[2], self.appended):
+                self._evict(call, attention)
+            if isinstance(self.storage, RaggedStorage):
+                self.storage.settle()
+        if self.layer == own.layers - 1 and self._rotary is not None:
             self._rotary.forget()
-        self._prefill_valid = None
-        self.seen = key.shape[2]
-        self.is_initialized = True
 
-    def _evict(self, signals: Signals) -> UniformStorage:
-        seen = signals.counts.tolist()
-        allowed = [tokens_allowed(self.budget, count) for count in seen]
-        self._padding = signals.tokens - signals.counts
-        if self.policy.keep_all or allowed == seen:
-            positions = signals.positions.clamp_min(-1).to(torch.int32)[:, None]
-            positions = positions.expand(-1, signals.kv_heads, -1)
-            if self.measure_capacity:
-                self._capacity = torch.ones(signals.batch, signals.kv_heads)
-            return UniformStorage(signals.keys, signals.values, positions)
-        budget = self.policy.budget(signals, allowed, self.protection)
-        kept = self.policy.select(signals, budget)
-        self._uneven = len(set(budget.tokens)) > 1
-        self.evicted = budget.tokens != tuple(seen)
-        if self.measure_capacity:
-            self._capacity = capacity_share(signals, kept)
-        return UniformStorage.gather(signals.keys, signals.values, kept, signals.positions)
+    def _due(self, new: int, appended: int) -> bool:
+        """Whether to evict after a call of `new` tokens, `appended` since the last eviction."""
+        own = self.settings
+        return self.storage is None or (own.always and (new > 1 or appended >= own.interval))
 
-    def _mask(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
-        """Fit the model's mask, made for the first full-attention layer, to this layer's entries."""
-        assert self.storage is not None
-        width = self.storage.width - self.appended
-        if mask is None:
-            if not self._uneven:
-                return None
-            # No row has padding among what the mask covers, yet some rows hold empty places.
-            return self.storage.valid[:, None, None].expand(-1, 1, query.shape[2], -1)
-        if mask.shape[-1] == self.storage.width and not self._uneven:
-            return mask
-        head = self.storage.valid[:, None, None, :width].expand(-1, 1, mask.shape[2], -1)
-        if mask.dtype != torch.bool:
-            lowest = torch.finfo(mask.dtype).min
-            head = torch.zeros_like(head, dtype=mask.dtype).masked_fill_(~head, lowest)
-        return torch.cat((head, mask[..., mask.shape[-1] - self.appended :]), dim=-1)
+    def _remember(self, query: Tensor) -> None:
+        """Keep the newest queries as far as the policy looks back."""
+        observed = self.settings.policy.observed
+        # None stands for all since the last eviction, since which as many tokens were appended.
+        needed = max(1, self.appended if observed is None else observed)
+        # A slice would keep all of a long call's queries alive.
+        query = query[:, :, -needed:].clone() if query.shape[2] > needed else query
+        held = [*self.queries, query]
+        while sum(x.shape[2] for x in held[1:]) >= needed:
+            held.pop(0)
+        self.queries = tuple(held)
+
+    def _evict(self, call: Call, attention: Tensor | None) -> None:
+        own = self.settings
+        if self.storage is None:
+            entries = Entries(call.key, call.value, self._positions(call.key.shape[2])[:, None])
+        else:
+            entries = self.storage.entries
+        signals = self._signals(call, entries, attention)
+        seen = signals.seen.clamp_min(0).tolist()
+        allowed = [tokens_allowed(own.budget, count) for count in seen]
+        if own.policy.keep_all or allowed == seen:
+            stored: UniformStorage | RaggedStorage = self.storage or UniformStorage.all(entries)
+            _check_finite(stored, self.index)
+            self.storage = stored
+            if own.measure_capacity:
+                self.capacity = torch.ones(signals.batch, signals.kv_heads)
+            return
+        budget = own.policy.budget(signals, allowed, own.protection)
+        if own.policy.weights.accumulates and own.always:
+            entries.columns["received"] = signals.attention_received()
+        if self.pool is None:
+            kept = own.policy.select(signals, budget)
+        else:
+            request = own.policy.request(signals, allowed, own.protection)
+            entries.columns["claim"] = self.pool.claims(signals, own.policy, budget, request)
+            kept = self.pool.admit(self.layer, entries.columns["claim"], allowed)
+        if own.compact and self._rotary is not None:
+            entries = _compacted(signals, entries, kept, self._rotary)
+        form = RaggedStorage if own.policy.allocation.ragged else UniformStorage
+        stored = form.gather(entries, kept)
+        _check_finite(stored, self.index)
+        if own.measure_capacity:
+            self.capacity = capacity_share(signals, kept)
+        self.evicted = self.evicted or bool((budget.tokens < signals.counts.cpu()).any()) or self.pool is not None
+        self.storage = stored
+        self.moments = signals.next_moments
+        self.appended = 0
+        if own.policy.observed is None:
+            self.queries = ()
+        if self.pool is not None and isinstance(stored, RaggedStorage):
+            self.pool.settle(self.layer, stored)
+
+    def _signals(self, call: Call, entries: Entries, attention: Tensor | None) -> Signals:
+        queries = torch.cat(self.queries, dim=2) if self.queries else call.query
+        projection = getattr(call.module, "o_proj", None)
+        first = self.storage is None
+        valid = entries.positions[:, 0] >= 0
+        return Signals(
+            queries,
+            entries.keys,
+            entries.values,
+            valid=valid if first and not bool(valid.all()) else None,
+            positions=None if first else entries.positions,
+            query_positions=None if first else self._positions(queries.shape[2]),
+            places=entries.places,
+            scaling=call.scaling,
+            layer=self.layer,
+            layers=self.settings.layers,
+            output=getattr(projection, "weight", None),
+            rotary=self._rotary,
+            rotate=getattr(sys.modules[type(call.module).__module__], "rotate_half", rotate_half),
+            attention=attention if queries.shape[2] == call.query.shape[2] else None,
+            received=entries.columns.get("received"),
+            moments=self.moments,
+        )
 
     def get_seq_length(self, *args: Any) -> int:
         """Return how many tokens were seen, padding included: the position of the next one."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """Return (length, offset) of the keys that the mask shall cover.
+        """Return (length, offset) of the keys that the mask shall cover: the new tokens; the rest is added here.
 
         Args:
             query_length: number of new tokens; transformers 5.2 passes their positions instead.
 
         """
         new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-        width = 0 if self.storage is None else self.storage.width
-        return width + new, self.seen - width
+        return new, self.seen
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens; refused once entries were evicted, because they can't be put back.
@@ -236,79 +324,100 @@ class RetainLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
-        if self.storage is not None:
-            self._rows(torch.arange(self.storage.keys.shape[0]).repeat_interleave(repeats))
+        if self.padding is not None:
+            self._rows(torch.arange(len(self.padding)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
-        if self.storage is not None:
-            every = torch.arange(self.storage.keys.shape[0])
-            self._rows(every[indices.cpu()])
+        if self.padding is not None:
+            self._rows(torch.arange(len(self.padding))[indices.cpu()])
 
     def _rows(self, index: Tensor) -> None:
         if self.storage is None:
             return
-        assert self._padding is not None
         self.storage.rows(index)
-        self._padding = self._padding.index_select(0, index.to(self._padding.device))
-        if self._capacity is not None:
-            self._capacity = self._capacity.index_select(0, index.to(self._capacity.device))
+        for name in ("padding", "capacity"):
+            own: Tensor | None = getattr(self, name)
+            if own is not None:
+                setattr(self, name, own.index_select(0, index.to(own.device)))
+        self.queries = tuple(own.index_select(0, index.to(own.device)) for own in self.queries)
+        self.moments = {half_life: own.rows(index) for half_life, own in self.moments.items()}
+
+    def copy(self, pool: Pool | None) -> RetainLayer:
+        """Return a layer that shares the stored tensors; what is done to one does not show in the other."""
+        other = copy.copy(self)
+        other.storage = None if self.storage is None else self.storage.copy()
+        other.pool = pool
+        if pool is not None and isinstance(other.storage, RaggedStorage):
+            pool.settle(self.layer, other.storage)
+        return other
 
     @property
     def bytes_full(self) -> int:
         """Bytes of keys and values had nothing been evicted, padding included as transformers stores it."""
-        if self.storage is None:
+        if self.storage is None or self.padding is None:
             return 0
-        return self.storage.nbytes // self.storage.width * self.seen
+        return len(self.padding) * self.heads * self.seen * self.storage.nbytes_entry
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        assert self.storage is not None
+        return self.storage.kept.shape[1]
 
     def head_reports(self) -> list[HeadReport]:
         """Return one report for each KV head."""
         assert self.storage is not None
-        assert self._padding is not None
-        batch, heads, _ = self.storage.positions.shape
-        tokens_seen = batch * self.seen - int(self._padding.sum())
+        assert self.padding is not None
+        tokens_seen = len(self.padding) * self.seen - int(self.padding.sum())
         kept = self.storage.kept.sum(0).tolist()
-        shares = None if self._capacity is None else self._capacity.mean(0).tolist()
+        nbytes = self.storage.nbytes_by_head
+        shares = None if self.capacity is None else self.capacity.mean(0).tolist()
         return [
             HeadReport(
                 layer=self.index,
                 head=head,
                 tokens_seen=tokens_seen,
                 tokens_kept=kept[head],
-                bytes_full=self.bytes_full // heads,
-                bytes_kept=self.storage.nbytes // heads,
+                bytes_full=self.bytes_full // self.heads,
+                bytes_kept=nbytes[head],
                 capacity_retained=None if shares is None else shares[head],
             )
-            for head in range(heads)
+            for head in range(self.heads)
         ]
 
 
-def capacity_share(signals: Signals, kept: Tensor) -> Tensor:  # long [batch, kv_heads, width]
-    """Return the share of the capacity that the kept tokens carry, [batch, kv_heads].
-
-    The objective is the default policy's, whatever chose the tokens: C(kept) / C(all) with the noise variance
-    of the whole cache (2604.25975; C is its closed-form capacity).
-    """
-    reference = policies()[DEFAULT_POLICY]
-    estimator = reference.estimator
-    assert isinstance(estimator, Leverage)
-    factor = capacity_factor(reference.weights, reference.directions, estimator.ridge, estimator.relative, signals)
-    index = kept.clamp_min(0)
-    weights = linear_weights(reference.weights, signals).gather(2, index).masked_fill(kept < 0, 0)
-    vectors = reference.directions.vectors(signals)
-    vectors = vectors.gather(2, index[..., None].expand(-1, -1, -1, vectors.shape[-1]))
-    # In the units of the factor, as its noise is.
-    vectors = vectors / factor.vector_scale[..., None, None]
-    ratio = gram(vectors, weights / factor.weight_scale[..., None]) / factor.noise[..., None, None]
-    identity = torch.eye(ratio.shape[-1], device=ratio.device)
-    part = psd_cholesky(identity + ratio).diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    # A head without any capacity has nothing to lose.
-    return torch.where(factor.capacity > 0, part / factor.capacity, torch.ones_like(part))
-
-
-def _valid_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
-    """Return which tokens a prefill's mask [batch, 1, queries, tokens] lets its last query see."""
+def _whole_mask(call: Call, storage: UniformStorage) -> Tensor | None:
+    """Extend the mask over the new tokens to all entries, [batch, 1, new, width]."""
+    new, width = call.query.shape[2], storage.width
+    earlier = storage.valid[:, : width - new]
+    mask = call.mask
     if mask is None:
-        return None
-    last = mask[:, 0, -1, :tokens]
-    return last if last.dtype == torch.bool else last == 0
+        if new == 1 and bool(earlier.all()):
+            return None
+        mask = torch.ones(new, new, dtype=torch.bool, device=call.query.device).tril_()[None, None]
+    mask = mask[..., -new:].expand(earlier.shape[0], -1, -1, -1)
+    head = earlier[:, None, None].expand(-1, mask.shape[1], new, -1)
+    if mask.dtype != torch.bool:
+        lowest = torch.finfo(mask.dtype).min
+        head = torch.zeros_like(head, dtype=mask.dtype).masked_fill_(~head, lowest)
+    return torch.cat((head, mask), dim=-1)
+
+
+def _compacted(signals: Signals, entries: Entries, kept: Tensor, rotary: RotaryEmbedding) -> Entries:
+    """Move what is kept to the places right before the next token, in its order."""
+    index = kept.clamp_min(0)
+    target = torch.arange(-kept.shape[-1], 0, device=kept.device) + signals.seen[:, None, None]
+    places = signals.places.long().expand(-1, signals.kv_heads, -1)
+    steps = (target.expand_as(kept) - places.gather(2, index)).masked_fill(kept < 0, 0)
+    # Left of the first kept entry of a short head stand empty places, all of index 0: added, not written.
+    every = torch.zeros_like(places).scatter_add(2, index, steps)
+    keys = shift(entries.keys, every, rotary, signals.rotate)
+    return replace(entries, keys=keys, places=places + every)
+
+
+def _check_finite(storage: UniformStorage | RaggedStorage, layer: int) -> None:
+    """Raise if keys or values are not finite; what is evicted has reached every later layer, where this finds it."""
+    total = sum(x.sum(dtype=torch.float32) for x in storage.tensors)
+    if not bool(torch.isfinite(torch.as_tensor(total))):
+        raise ValueError(f"keys or values of layer {layer} contain NaN or Inf: nothing was cached")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from typing import TypeVar
 
-from retain.kv.allocation import Pyramid
+from retain.kv.allocation import Allocation, Equal, MarginalCapacity, PooledScores, Pyramid
 from retain.kv.directions import Constant, Key, OutputValue, Value
 from retain.kv.estimators import Leverage, OneDirection, Trace
-from retain.kv.policy import Policy, TwoStage
+from retain.kv.policy import Policy
+from retain.kv.profile import HeadProfile
+from retain.kv.selection import TwoStage
 from retain.kv.weights import (
     AccumulatedAttention,
     ExpectedAttention,
@@ -37,8 +41,8 @@ _POLICIES = (
         estimator=Leverage(power=0.5, ridge=0.1),
         paper="2604.25975",
     ),
-    # Attention of the last queries alone, and the exact cost of deletion: cheaper, and only good where the
-    # last queries ask for what will be needed.
+    # Attention of the last queries alone, and the exact cost of deletion: only good where the last queries ask for
+    # what will be needed.
     Policy(
         name="capkv-window",
         weights=WindowAttention(window=32, pool=9),
@@ -142,6 +146,31 @@ _POLICIES = (
 )
 
 
+_ALLOCATIONS: dict[str, Allocation] = {
+    "equal": Equal(),
+    "pyramid": Pyramid(),
+    "pooled": PooledScores(),
+    "marginal": MarginalCapacity(),
+    "profile": HeadProfile(),
+}
+
+
+def allocations() -> dict[str, Allocation]:
+    """Return every named allocation."""
+    return dict(_ALLOCATIONS)
+
+
+def get_allocation(name: str | Allocation) -> Allocation:
+    """Return the allocation of this name; an allocation is returned as it is.
+
+    Raises:
+        ValueError: no such name; the message lists the known ones.
+        TypeError: neither a name nor an allocation.
+
+    """
+    return _named("allocation", name, Allocation, _ALLOCATIONS)
+
+
 def policies() -> dict[str, Policy]:
     """Return every named policy, the default first."""
     return {policy.name: policy for policy in _POLICIES}
@@ -155,14 +184,20 @@ def get_policy(name: str | Policy) -> Policy:
         TypeError: neither a name nor a policy.
 
     """
-    if isinstance(name, Policy):
+    return _named("policy", name, Policy, policies())
+
+
+Part = TypeVar("Part")
+
+
+def _named(what: str, name: object, kind: type[Part], known: Mapping[str, Part]) -> Part:
+    if isinstance(name, kind):
         return name
     if not isinstance(name, str):
-        raise TypeError(f"policy is {name!r}; accepted: a Policy or one of {', '.join(policies())}")
-    known = policies()
+        raise TypeError(f"{what} is {name!r}; accepted: an instance of {kind.__name__}, or one of {', '.join(known)}")
     key = name.lower().replace("_", "-")
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"policy is {name!r}, which is not known.{hint} Known: {', '.join(known)}")
+        raise ValueError(f"{what} is {name!r}, which is not known.{hint} Known: {', '.join(known)}")
     return known[key]

@@ -2,169 +2,19 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from retain.information import select_by_leverage, select_greedy
-from retain.kv.allocation import Allocation, Equal, Protection
+from retain.kv.allocation import Allocation, Equal, Request
 from retain.kv.directions import Directions, Value
-from retain.kv.estimators import Estimator, Leverage, linear_weights, log_weights
+from retain.kv.estimators import Estimator, Leverage
+from retain.kv.protection import Protection
+from retain.kv.selection import Budget, ByCapacity, Selection, Top
 from retain.kv.signals import Signals
 from retain.kv.weights import Weights
-
-_LOWEST = torch.finfo(torch.float32).min / 2
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What one layer may keep: tokens and protected positions of each row of the batch."""
-
-    tokens: tuple[int, ...]
-    protected: Tensor  # bool [batch, tokens]
-
-    @property
-    def width(self) -> int:
-        """Most tokens that any row keeps."""
-        return max(self.tokens)
-
-
-class Selection(ABC):
-    """Base of all selections; a new one defines `choose`."""
-
-    @abstractmethod
-    def choose(self, policy: Policy, signals: Signals, budget: Budget) -> Tensor:
-        """Return the kept tokens, ascending: long [batch, kv_heads, budget.width].
-
-        A row that keeps fewer than the widest has −1 in its first places.
-        """
-
-
-@dataclass(frozen=True)
-class Top(Selection):
-    """Keep the tokens of the highest scores."""
-
-    def choose(self, policy: Policy, signals: Signals, budget: Budget) -> Tensor:
-        """Return the best of each row."""
-        return highest(policy.score(signals), signals, budget)
-
-    def __str__(self) -> str:
-        return "top"
-
-
-@dataclass(frozen=True)
-class TwoStage(Selection):
-    """Fill a share of the budget by weight alone, the rest by score (CriticalKV, 2502.03805)."""
-
-    first: float = 0.5
-
-    def choose(self, policy: Policy, signals: Signals, budget: Budget) -> Tensor:
-        """Return the best of each row in two stages."""
-        stage = tuple(int(tokens * self.first) for tokens in budget.tokens)
-        weights = log_weights(policy.weights, signals)
-        scores = policy.score(signals)
-        if max(stage) > 0:
-            nothing = torch.zeros_like(budget.protected)
-            kept = highest(weights, signals, Budget(stage, nothing))
-            first = torch.zeros_like(scores).scatter_(-1, kept.clamp_min(0), (kept >= 0).float())
-            scores = scores.masked_fill(first.bool(), torch.finfo(scores.dtype).max / 2)
-        return highest(scores, signals, budget)
-
-    def __str__(self) -> str:
-        return "two stages"
-
-
-class _ByCapacity(Selection):
-    """Selections that work on the objective itself, row by row because rows differ in length."""
-
-    def choose(self, policy: Policy, signals: Signals, budget: Budget) -> Tensor:
-        if not isinstance(policy.estimator, Leverage):
-            raise ValueError(f"selection {self} needs the estimator Leverage, got {policy.estimator}")
-        vectors = policy.directions.vectors(signals)
-        weights = linear_weights(policy.weights, signals)
-        chosen = torch.full((signals.batch, signals.kv_heads, budget.width), -1, device=signals.device)
-        for row, tokens in enumerate(budget.tokens):
-            own = slice(signals.tokens - int(signals.counts[row]), None)
-            kept = self.select(
-                vectors[row, :, own],
-                weights[row, :, own],
-                tokens,
-                budget.protected[row, own].expand(signals.kv_heads, -1),
-                policy.estimator,
-            )
-            chosen[row, :, budget.width - tokens :] = kept + own.start
-        return chosen
-
-    @abstractmethod
-    def select(
-        self, vectors: Tensor, weights: Tensor, tokens: int, protected: Tensor, estimator: Leverage
-    ) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Rounds(_ByCapacity):
-    """Evict in several rounds, recomputing the leverage scores of what is left after each."""
-
-    rounds: int = 4
-
-    def select(self, vectors: Tensor, weights: Tensor, tokens: int, protected: Tensor, estimator: Leverage) -> Tensor:
-        """Return what is left after the last round."""
-        return select_by_leverage(
-            vectors,
-            weights,
-            tokens,
-            rounds=self.rounds,
-            protected=protected,
-            ridge=estimator.ridge,
-            relative=estimator.relative,
-        )
-
-    def __str__(self) -> str:
-        return f"{self.rounds} rounds"
-
-
-@dataclass(frozen=True)
-class Greedy(_ByCapacity):
-    """Add the token of the largest marginal gain until the budget is full; within 1 − 1/e of the optimum."""
-
-    def select(self, vectors: Tensor, weights: Tensor, tokens: int, protected: Tensor, estimator: Leverage) -> Tensor:
-        """Return the greedy choice."""
-        return select_greedy(
-            vectors,
-            weights,
-            tokens,
-            protected=protected,
-            ridge=estimator.ridge,
-            relative=estimator.relative,
-        )
-
-    def __str__(self) -> str:
-        return "greedy"
-
-
-def highest(scores: Tensor, signals: Signals, budget: Budget) -> Tensor:
-    """Return the tokens of the highest scores, protected ones first: long [batch, kv_heads, width]."""
-    # A valid token of weight 0 still goes before padding.
-    ranked = scores if signals.valid is None else signals.masked(scores.clamp_min(_LOWEST))
-    ranked = ranked.masked_fill(budget.protected[:, None], float("inf"))
-    even = len(set(budget.tokens)) == 1
-    # NaN sorts above everything: if there is one, it is among the chosen.
-    values, best = ranked.topk(budget.width, dim=-1, sorted=not even)
-    if bool(values.isnan().any()):
-        raise ValueError(
-            "the policy's scores contain NaN, as they do when keys, values or queries hold NaN or Inf: "
-            "nothing was evicted"
-        )
-    if even:
-        # The places of a mask come out ascending: cheaper than sorting.
-        chosen = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, best, True)
-        return chosen.nonzero()[:, -1].view(best.shape)
-    allowed = torch.tensor(budget.tokens, device=scores.device)[:, None, None]
-    extra = torch.arange(budget.width, device=scores.device) >= allowed
-    return best.masked_fill(extra, -1).sort(dim=-1).values
 
 
 @dataclass(frozen=True)
@@ -176,7 +26,7 @@ class Policy:
         directions: how it moves the output.
         estimator: how its share of the capacity is approximated.
         selection: how tokens are chosen from scores.
-        allocation: how the budget is split over layers.
+        allocation: how the budget is split over layers and heads.
         window: recent tokens that the policy's authors always keep; None leaves it to the cache.
         keep_all: never evict.
         name: name in tables.
@@ -211,7 +61,7 @@ class Policy:
         for part, (value, kind) in parts.items():
             if not isinstance(value, kind):
                 raise TypeError(f"{part} is {value!r}; accepted: an instance of {kind.__module__}.{kind.__name__}")
-        if isinstance(self.selection, _ByCapacity) and not isinstance(self.estimator, Leverage):
+        if isinstance(self.selection, ByCapacity) and not isinstance(self.estimator, Leverage):
             raise ValueError(f"selection {self.selection} needs the estimator Leverage, got {self.estimator}")
 
     def with_(self, **changes: Any) -> Policy:
@@ -223,22 +73,53 @@ class Policy:
         return self.estimator.score(self.weights, self.directions, signals)
 
     def budget(self, signals: Signals, allowed: list[int], protection: Protection) -> Budget:
-        """Return this layer's budget, given the tokens allowed for each row."""
-        protected = torch.zeros(signals.batch, signals.tokens, dtype=torch.bool, device=signals.device)
-        tokens: list[int] = []
-        for row, (seen, allow) in enumerate(zip(signals.counts.tolist(), allowed, strict=True)):
-            least = sum(protection.sizes(allow, self.window))
-            own = self.allocation.tokens(allow, seen, signals.layer, signals.layers, least)
-            sinks, window = protection.sizes(own, self.window)
-            first = signals.tokens - seen
-            protected[row, first : first + sinks] = True
-            protected[row, signals.tokens - window :] = True
-            tokens.append(own)
-        return Budget(tuple(tokens), protected)
+        """Return this layer's budget.
+
+        Args:
+            signals: of the layer.
+            allowed: entries that each row may keep in a head, in the mean over heads and layers.
+            protection: what is always kept.
+
+        """
+        request = self.request(signals, allowed, protection)
+        tokens = torch.minimum(self.allocation.tokens(request), request.room)
+        # A layer that keeps fewer than the mean also protects fewer; heads of one layer are protected alike.
+        sized = allowed if self.allocation.ragged else tokens.amax(-1).tolist()
+        sizes = [self.sizes(kept, count, protection) for kept, count in zip(sized, request.seen, strict=True)]
+        sinks, window = (torch.tensor(size, device=signals.device)[:, None, None] for size in zip(*sizes, strict=True))
+        newest = torch.arange(signals.tokens, device=signals.device) >= signals.tokens - window
+        return Budget(tokens, (newest | (signals.positions < sinks)) & (signals.positions >= 0))
+
+    def request(self, signals: Signals, allowed: list[int], protection: Protection) -> Request:
+        """Return what the allocation is asked for this layer; arguments as of `budget`."""
+        seen = signals.seen.clamp_min(0).tolist()
+        return Request(
+            budget=tuple(allowed),
+            seen=tuple(seen),
+            least=tuple(sum(self.sizes(a, s, protection)) for a, s in zip(allowed, seen, strict=True)),
+            room=signals.counts.expand(-1, signals.kv_heads).cpu(),
+            layer=signals.layer,
+            layers=signals.layers,
+            shares=lambda: signals.masked(self.estimator.shares(self.weights, self.directions, signals)),
+        )
+
+    def sizes(self, tokens: int, seen: int, protection: Protection) -> tuple[int, int]:
+        """Return sinks and window of a row that keeps so many tokens; where all may stay, nothing needs protection.
+
+        Raises:
+            ValueError: what a user asked to protect does not fit.
+
+        """
+        return (0, 0) if tokens >= seen else protection.sizes(tokens, self.window)
 
     def select(self, signals: Signals, budget: Budget) -> Tensor:
         """Return the kept tokens, ascending: long [batch, kv_heads, budget.width], −1 for none."""
         return self.selection.choose(self, signals, budget)
+
+    @property
+    def observed(self) -> int | None:
+        """How many of the newest queries its weights look at; None for all since the last eviction."""
+        return self.weights.observed
 
     def describe(self) -> dict[str, str]:
         """Return the policy's parts in words."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class RotaryEmbedding:
         self._embedding, self._kind = embedding, kind
         rope = embedding.rope_type[kind] if kind else getattr(embedding, "rope_type", "default")
         # These kinds adapt their frequencies to the positions they are asked for: ask a copy.
-        self._adapts = rope in ("dynamic", "longrope")
+        self.adapts = rope in ("dynamic", "longrope")
         self._last: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,7 +28,7 @@ class RotaryEmbedding:
         known = self._last.get(positions.shape[1])
         if known is not None and known[0].device == positions.device and torch.equal(known[0], positions):
             return known[1]
-        own = copy.deepcopy(self._embedding) if self._adapts else self._embedding
+        own = copy.deepcopy(self._embedding) if self.adapts else self._embedding
         like = torch.empty(0, dtype=torch.float32, device=positions.device)
         answer = own(like, positions, self._kind) if self._kind else own(like, positions)
         self._last[positions.shape[1]] = (positions, answer)
@@ -39,6 +40,24 @@ class RotaryEmbedding:
     def forget(self) -> None:
         """Free the kept answers."""
         self._last.clear()
+
+
+def shift(keys: Tensor, steps: Tensor, rotary: RotaryEmbedding, rotate: Callable[[Tensor], Tensor]) -> Tensor:
+    """Turn keys as if each stood so many positions later, in float32, returned in their own dtype.
+
+    Args:
+        keys: [batch, kv_heads, tokens, dim], after rotary embedding.
+        steps: long [batch, kv_heads, tokens].
+        rotary: the model's rotary embedding.
+        rotate: how that embedding pairs the dimensions.
+
+    """
+    cos, sin = (t.float().unflatten(0, steps.shape[:2]) for t in rotary(steps.flatten(0, 1)))
+    # An embedding that also scales (YaRN) has scaled the keys already.
+    scale = (cos * cos + sin * sin).sqrt()
+    turned = keys[..., : cos.shape[-1]].float()
+    turned = turned * (cos / scale) + rotate(turned) * (sin / scale)
+    return torch.cat((turned.to(keys.dtype), keys[..., cos.shape[-1] :]), dim=-1)
 
 
 def rotaries_of(decoder: nn.Module, modules: dict[int, nn.Module]) -> dict[int, RotaryEmbedding | None]:

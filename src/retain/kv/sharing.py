@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from retain.kv.attention import mark
+from retain.kv.attention import Call, mark
 from retain.kv.cache import RetainCache
 from retain.kv.layer import RetainLayer
 
@@ -76,25 +76,18 @@ class _SharedLayer(DynamicLayer):
             layer.update(key_states, value_states)
         return mark(key_states, self), value_states
 
-    def before(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> Tensor | None:
+    def before(self, call: Call) -> Call | None:
         for layer in self._layers:
-            layer.before(module, query, key, value, mask)
-        return mask
+            layer.before(call)
+        return call
 
-    def after(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        attention: Tensor | None,
-    ) -> None:
+    def attend(self, call: Call) -> Tensor:
+        raise AssertionError("a prefill reads the new tokens only")
+
+    def after(self, call: Call, attention: Tensor | None) -> None:
         for number, layer in enumerate(self._layers):
             start = time.perf_counter()
-            layer.after(module, query, key, value, scaling, attention)
+            layer.after(call, attention)
             self._seconds[number] += time.perf_counter() - start
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from retain.kv.moments import Moments
 
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Positions [batch, m] → cosines and sines [batch, m, rotary_dim] of the model's rotary embedding."""
@@ -24,22 +26,29 @@ def rotate_half(x: Tensor) -> Tensor:  # [..., rotary_dim]
 
 
 class Signals:
-    """Queries, keys and values of one layer's attention call, and statistics of them, each computed once.
+    """Queries of an attention, keys and values that they may read, and statistics of them, each computed once.
 
-    `batch` rows, `heads` query heads in `kv_heads` groups of `group`, `tokens` cached tokens of which the
-    last `queries` belong to this call, head dimension `dim`. Everything derived is float32.
+    `batch` rows, `heads` query heads in `kv_heads` groups of `group`, `tokens` cached entries, `queries` the
+    newest queries, head dimension `dim`. Entries ascend in position and are right-aligned in each row and head.
+    Everything derived is float32.
 
     Args:
         queries: [batch, heads, queries, dim], after rotary embedding.
         keys: [batch, kv_heads, tokens, dim], after rotary embedding.
         values: [batch, kv_heads, tokens, value_dim].
-        valid: bool [batch, tokens], False on padding; None when nothing is padded.
+        valid: bool [batch, tokens], False on left padding; None when nothing is padded, or with `positions`.
+        positions: long [batch, 1 or kv_heads, tokens], index of each entry within its row's own text, negative
+            where there is none; None if entries are all tokens seen so far, the queries' own the last of them.
+        query_positions: long [batch, queries], the same of the queries; given with `positions`.
+        places: long, as `positions`: where the rotary embedding of the keys puts them, if elsewhere.
         scaling: factor on the query-key product, 1/√dim by default.
         layer: index of the layer among those whose cache is compressed, and `layers` their number.
         output: weight of the attention's output projection, [hidden, heads * value_dim].
         rotary: the model's rotary embedding; None for a model without.
         rotate: how that embedding pairs the dimensions.
-        attention: the call's attention weights [batch, heads, queries, tokens] if it has computed them.
+        attention: the attention weights [batch, heads, queries, tokens] if they were computed.
+        received: attention that each entry received before these queries, [batch, kv_heads, tokens].
+        moments: exponentially weighted moments of earlier queries, by half-life.
 
     """
 
@@ -50,6 +59,9 @@ class Signals:
         values: Tensor,
         *,
         valid: Tensor | None = None,
+        positions: Tensor | None = None,
+        query_positions: Tensor | None = None,
+        places: Tensor | None = None,
         scaling: float | None = None,
         layer: int = 0,
         layers: int = 1,
@@ -57,6 +69,8 @@ class Signals:
         rotary: Rotary | None = None,
         rotate: Callable[[Tensor], Tensor] = rotate_half,
         attention: Tensor | None = None,
+        received: Tensor | None = None,
+        moments: Mapping[float, Moments] | None = None,
     ) -> None:
         self.queries, self.keys, self.values = queries, keys, values
         self.scaling = scaling if scaling is not None else 1 / math.sqrt(keys.shape[-1])
@@ -64,7 +78,9 @@ class Signals:
         self.output, self.rotary, self.rotate, self.attention = output, rotary, rotate, attention
         self.batch, self.kv_heads, self.tokens, self.dim = keys.shape
         self.group = queries.shape[1] // self.kv_heads
+        self.received, self.moments = received, dict(moments or {})
         self._valid = valid
+        self._positions, self._query_positions, self._places = positions, query_positions, places
         self._memo: dict[Any, Any] = {}
 
     @property
@@ -74,21 +90,54 @@ class Signals:
 
     @functools.cached_property
     def valid(self) -> Tensor | None:
-        """Bool [batch, tokens], or None when every token is valid."""
-        return None if self._valid is None or bool(self._valid.all()) else self._valid
+        """Bool [batch, 1 or kv_heads, tokens], or None when every entry is valid."""
+        if self._positions is not None:
+            valid = self._positions >= 0
+        elif self._valid is not None:
+            valid = self._valid[:, None]
+        else:
+            return None
+        return None if bool(valid.all()) else valid
 
     @functools.cached_property
     def counts(self) -> Tensor:
-        """Valid tokens of each row, long [batch]."""
+        """Valid entries of each row and head, long [batch, 1 or kv_heads]."""
         if self.valid is None:
-            return torch.full((self.batch,), self.tokens, device=self.device)
+            return torch.full((self.batch, 1), self.tokens, device=self.device)
         return self.valid.sum(-1)
 
     @functools.cached_property
     def positions(self) -> Tensor:
-        """Index of each token within its row's own text, long [batch, tokens]; negative on left padding."""
-        index = torch.arange(self.tokens, device=self.device).expand(self.batch, -1)
-        return index - (self.tokens - self.counts)[:, None]
+        """Index of each entry within its row's own text, long [batch, 1 or kv_heads, tokens]; negative for none."""
+        if self._positions is not None:
+            return self._positions
+        index = torch.arange(self.tokens, device=self.device).expand(self.batch, 1, -1)
+        return index - (self.tokens - self.counts)[..., None]
+
+    @property
+    def places(self) -> Tensor:
+        """Where the rotary embedding of the keys puts them, as `positions`."""
+        return self.positions if self._places is None else self._places
+
+    @functools.cached_property
+    def query_positions(self) -> Tensor:
+        """Index of each query within its row's own text, long [batch, queries]; negative on padding."""
+        if self._query_positions is not None:
+            return self._query_positions
+        return self.positions[:, 0, -self.queries.shape[2] :]
+
+    @functools.cached_property
+    def asked(self) -> Tensor | None:
+        """Bool [batch, queries], False for the queries of padding; None when there is none."""
+        if self._positions is None and self.valid is None:
+            return None
+        asked = self.query_positions >= 0
+        return None if bool(asked.all()) else asked
+
+    @functools.cached_property
+    def seen(self) -> Tensor:
+        """Tokens of each row's own text so far, long [batch]."""
+        return self.query_positions[:, -1] + 1
 
     def memo(self, name: object, compute: Callable[[], T]) -> T:
         """Return what `compute` gives, computed at the first call for this name."""
@@ -97,16 +146,14 @@ class Signals:
         return self._memo[name]
 
     def masked(self, scores: Tensor, fill: float = NEGATIVE) -> Tensor:  # [batch, kv_heads, tokens]
-        """Return the scores with `fill` on padding."""
-        return scores if self.valid is None else scores.masked_fill(~self.valid[:, None], fill)
+        """Return the scores with `fill` where there is no entry."""
+        return scores if self.valid is None else scores.masked_fill(~self.valid, fill)
 
-    def mean(self, x: Tensor) -> Tensor:  # [batch, kv_heads, tokens, ...] -> [batch, kv_heads, ...]
-        """Mean over the valid tokens of each row."""
+    def mean(self, x: Tensor) -> Tensor:  # [batch, kv_heads, tokens, dim] -> [batch, kv_heads, dim]
+        """Mean over the valid entries of each row and head."""
         if self.valid is None:
             return x.mean(2)
-        shape = [self.batch, 1, self.tokens] + [1] * (x.dim() - 3)
-        total = (x * self.valid.view(shape)).sum(2)
-        return total / self.counts.view([self.batch, 1] + [1] * (x.dim() - 3))
+        return (x * self.valid[..., None]).sum(2) / self.counts[..., None]
 
     def cosine_to_mean(self, x: Tensor) -> Tensor:  # [batch, kv_heads, tokens, d] -> [batch, kv_heads, tokens]
         """Cosine between each vector and the mean of all, each of them first brought to length one."""
@@ -136,7 +183,7 @@ class Signals:
 
         Returns:
             [batch, kv_heads, group, window, tokens], rows summing to 1, causal, 0 on padding. A row of the
-            batch with fewer valid tokens than `window` has zero weights for the queries that it lacks.
+            batch with fewer queries than `window` has zero weights for those that it lacks.
 
         """
         window = min(window, self.queries.shape[2])
@@ -155,44 +202,51 @@ class Signals:
 
     def _attention_from_last(self, window: int) -> Tensor:
         window = min(window, self.queries.shape[2])
-        if self.valid is not None or self.attention is not None:
+        if self.valid is not None or self.asked is not None or self.attention is not None:
             return self.attention_of_last(window).mean((2, 3))
         queries = self.grouped(self.queries[:, :, -window:].float() * self.scaling)
-        # Query j of the window sees all but the newest window − 1 − j tokens.
-        future = torch.ones(window, window, dtype=torch.bool, device=self.device).triu_(1)
+        future = self._future(slice(-window, None))
         received = torch.empty(self.batch, self.kv_heads, self.tokens, device=self.device)
         # Two buffers for all heads; the softmax works row by row, so that a row stays in the processor's cache.
         logits, weights = received.new_empty(2, self.batch, self.group * window, self.tokens)
         share = received.new_full((1, self.group * window), 1 / (self.group * window))
         for head in range(self.kv_heads):
             torch.matmul(queries[:, head].flatten(1, 2), self.keys32[:, head].mT, out=logits)
-            logits.unflatten(1, (-1, window))[..., -window:].masked_fill_(future, NEGATIVE)
+            own = future[:, min(head, future.shape[1] - 1)]
+            logits.unflatten(1, (-1, window))[..., -future.shape[-1] :].masked_fill_(own[:, None], NEGATIVE)
             torch.softmax(logits, -1, out=weights)
             received[:, head] = (share @ weights).squeeze(1)
         return received
 
+    def _future(self, rows: slice, columns: int | None = None) -> Tensor:
+        """Which of the newest entries, up to `columns`, come after a query: [batch, 1 or kv_heads, rows, newest].
+
+        Entries ascend in position and the queries are the newest tokens, so that only as many of the newest
+        entries as there are queries from the first of these rows on can lie in the future of one of them.
+        """
+        own = self.query_positions[:, rows]
+        newest = min(self.queries.shape[2] - range(self.queries.shape[2])[rows][0], self.tokens)
+        entries = self.positions[:, :, self.tokens - newest : columns]
+        return entries[:, :, None] > own[:, None, :, None]
+
     def _attention(self, rows: slice, columns: int) -> Tensor:
-        """Attention weights of some of the call's queries over the first `columns` tokens."""
+        """Attention weights of some of the queries over the first `columns` entries."""
         if self.attention is not None:
             return self.grouped(self.attention[:, :, rows, :columns].float())
         queries = self.grouped(self.queries[:, :, rows].float() * self.scaling).flatten(2, 3)
         logits = (queries @ self.keys32[:, :, :columns].mT).unflatten(2, (self.group, -1))
-        total = self.queries.shape[2]
-        own = torch.arange(total, device=self.device)[rows] + self.tokens - total
-        future = torch.arange(columns, device=self.device) > own[:, None]
-        # Only the newest columns can lie in some query's future.
-        first = max(0, int(own[0]) + 1)
-        logits[..., first:].masked_fill_(future[:, first:], NEGATIVE)
-        if self.valid is None:
+        future = self._future(rows, columns)
+        logits[..., columns - future.shape[-1] :].masked_fill_(future[:, :, None], NEGATIVE)
+        if self.valid is not None:
+            logits.masked_fill_(~self.valid[:, :, None, None, :columns], NEGATIVE)
+        if self.asked is None:
             return logits.softmax(-1)
-        seen = self.valid[:, :columns]
-        logits.masked_fill_(~seen[:, None, None, None], NEGATIVE)
-        asked = self.valid[:, own][:, None, None, :, None]
+        asked = self.asked[:, None, None, rows, None]
         # The queries of padding see nothing; their softmax would be NaN.
         return logits.masked_fill_(~asked, 0.0).softmax(-1) * asked
 
     def attention_received(self, block: int = 256) -> Tensor:
-        """Attention that each token received from all queries of the call, summed.
+        """Attention that each entry received from all queries so far, summed.
 
         Computed in blocks of queries, so that no more than `block` rows of the attention matrix exist.
 
@@ -205,19 +259,59 @@ class Signals:
     def _received(self, block: int) -> Tensor:
         total = self.queries.shape[2]
         received = torch.zeros(self.batch, self.kv_heads, self.tokens, device=self.device)
+        if self.received is not None:
+            received += self.received
         for start in range(0, total, block):
             stop = min(start + block, total)
-            columns = self.tokens - total + stop
+            # The entries of later queries are out of sight, unless some of these have been evicted.
+            columns = self.tokens if self._positions is not None else self.tokens - total + stop
             weights = self._attention(slice(start, stop), columns)
             received[..., :columns] += weights.sum(3).mean(2)
         return received
 
-    def unrotated(self, x: Tensor) -> Tensor:  # [batch, any heads, m, dim]: the newest m tokens
-        """Undo the rotary embedding: what the vectors were before it, float32."""
+    def most_attention(self, first: int, block: int = 128) -> Tensor:
+        """Return the most attention that each of the first entries gets from any of as many last queries.
+
+        Args:
+            first: number of entries, and of queries.
+            block: queries that are worked on at a time.
+
+        Returns:
+            [batch, kv_heads, first], the most over the GQA group too.
+
+        """
+        most = torch.zeros(self.batch, self.kv_heads, first, device=self.device)
+        total = self.queries.shape[2]
+        for start in range(total - first, total, block):
+            weights = self._attention(slice(start, min(start + block, total)), self.tokens)
+            most = torch.maximum(most, weights[..., :first].amax((2, 3)))
+        return most
+
+    def query_moments(self, half_life: float) -> Moments:
+        """Mean and mean square of all queries so far, the weight of each halved with every `half_life` tokens."""
+        return self.memo(
+            ("moments", half_life),
+            lambda: Moments.of(self.queries, self.asked, half_life).after(self.moments.get(half_life), half_life),
+        )
+
+    @property
+    def next_moments(self) -> dict[float, Moments]:
+        """The moments that were asked for, to be given to the signals of later queries."""
+        return {name[1]: value for name, value in self._memo.items() if isinstance(value, Moments)}
+
+    def unrotated_queries(self, last: int) -> Tensor:  # [batch, heads, last, dim]
+        """Undo the rotary embedding of the last queries: what they were before it, float32."""
+        return self._unrotated(self.queries[:, :, -last:], self.query_positions[:, None, -last:])
+
+    def unrotated_keys(self) -> Tensor:  # [batch, kv_heads, tokens, dim]
+        """Undo the rotary embedding of the keys, float32."""
+        return self._unrotated(self.keys, self.places)
+
+    def _unrotated(self, x: Tensor, positions: Tensor) -> Tensor:
         if self.rotary is None:
             return x.float()
-        positions = self.positions[:, -x.shape[2] :].clamp_min(0)
-        cos, sin = (t[:, None].float() for t in self.rotary(positions))
+        rows = positions.clamp_min(0)
+        cos, sin = (t.float().unflatten(0, rows.shape[:2]) for t in self.rotary(rows.flatten(0, 1)))
         turned = x[..., : cos.shape[-1]].float()
         # cos² + sin² differs from 1 where the embedding also scales (YaRN).
         scale = cos * cos + sin * sin
@@ -229,7 +323,7 @@ class Signals:
         """Mean rotation matrix over the next `future` positions, [batch, dim, dim]; None without rotary."""
         if self.rotary is None or future == 0:
             return None
-        ahead = self.counts[:, None] + torch.arange(future, device=self.device)
+        ahead = self.seen[:, None] + torch.arange(future, device=self.device)
         cos, sin = (t.float().mean(1) for t in self.rotary(ahead))
         width = cos.shape[-1]
         identity = torch.eye(width, device=self.device)

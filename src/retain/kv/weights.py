@@ -22,6 +22,16 @@ from retain.kv.signals import Signals
 class Weights(ABC):
     """Base of all weights; a new one defines `log`, as a frozen dataclass so that it prints and compares."""
 
+    @property
+    def observed(self) -> int | None:
+        """How many of the newest queries the weight looks at; None for all since the last eviction."""
+        return 0
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether the weight adds up attention over evictions."""
+        return False
+
     @abstractmethod
     def log(self, signals: Signals) -> Tensor:
         """Return log weights [batch, kv_heads, tokens], float32; what stands on padding is ignored."""
@@ -34,6 +44,12 @@ class Weights(ABC):
 
     def __mul__(self, other: Weights) -> Product:
         return Product((self, other))
+
+
+def _most(counts: list[int | None]) -> int | None:
+    """Return the largest number of queries; None, which stands for all, is larger than any."""
+    known = [count for count in counts if count is not None]
+    return None if len(known) < len(counts) else max(known)
 
 
 def _terms(weights: Weights) -> tuple[tuple[float, Weights], ...]:
@@ -59,6 +75,21 @@ class Sum(Weights):
             parts.append(own - own.logsumexp(-1, keepdim=True) + math.log(factor))
         return torch.stack(parts).logsumexp(0)
 
+    @property
+    def observed(self) -> int | None:
+        """The most that any part looks at."""
+        return _most([part.observed for part in self.parts])
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether any part does."""
+        return any(part.accumulates for part in self.parts)
+
+    @property
+    def parts(self) -> tuple[Weights, ...]:
+        """The terms without their factors."""
+        return tuple(term for _, term in self.terms)
+
     def __str__(self) -> str:
         return " + ".join(f"{'' if f == 1 else f'{f:g} '}{t}" for f, t in self.terms)
 
@@ -75,6 +106,16 @@ class Product(Weights):
         for factor in self.factors[1:]:
             total = total + factor.log(signals)
         return total
+
+    @property
+    def observed(self) -> int | None:
+        """The most that any part looks at."""
+        return _most([part.observed for part in self.factors])
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether any part does."""
+        return any(part.accumulates for part in self.factors)
 
     def __str__(self) -> str:
         return " × ".join(str(factor) for factor in self.factors)
@@ -98,24 +139,47 @@ class MeanQuery(Weights):
 
     The paper writes exp(τ k·μ); the factor 1/√d of attention is kept here because without it the weights
     overflow float32 in most heads.
+
+    Args:
+        tau: temperature τ.
+        recent: number of newest queries.
+        half_life: take the mean over all queries instead, the weight of each halved with every so many tokens.
+
     """
 
     tau: float = 1.0
     recent: int = 64
+    half_life: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_half_life(self.half_life)
 
     def log(self, signals: Signals) -> Tensor:
         """Return τ k·μ/√d."""
-        recent = min(self.recent, signals.queries.shape[2])
-        queries = signals.grouped(signals.queries[:, :, -recent:].float()).mean(2)
-        if signals.valid is None:
-            mean = queries.mean(2)
+        if self.half_life is not None:
+            mean = signals.grouped(signals.query_moments(self.half_life).mean).mean(2)
         else:
-            seen = signals.valid[:, None, -recent:, None]
-            mean = (queries * seen).sum(2) / seen.sum(2)
+            recent = min(self.recent, signals.queries.shape[2])
+            queries = signals.grouped(signals.queries[:, :, -recent:].float()).mean(2)
+            if signals.asked is None:
+                mean = queries.mean(2)
+            else:
+                asked = signals.asked[:, None, -recent:, None]
+                mean = (queries * asked).sum(2) / asked.sum(2).clamp_min(1)
         return (signals.keys32 @ mean[..., None]).squeeze(-1) * (self.tau * signals.scaling)
+
+    @property
+    def observed(self) -> int | None:
+        """The newest `recent`."""
+        return self.recent if self.half_life is None else None
 
     def __str__(self) -> str:
         return f"exp({self.tau:g} k·μ/√d)"
+
+
+def _check_half_life(half_life: float | None) -> None:
+    if half_life is not None and not 0 < half_life < math.inf:
+        raise ValueError(f"half_life is {half_life}; accepted: a positive number of tokens, or None")
 
 
 @dataclass(frozen=True)
@@ -154,6 +218,11 @@ class WindowAttention(Weights):
             attention[..., inner:] = 0
         return (attention + self.floor).log()
 
+    @property
+    def observed(self) -> int | None:
+        """The window."""
+        return self.window
+
     def __str__(self) -> str:
         return f"attention of last {self.window} queries"
 
@@ -166,6 +235,11 @@ class LastQueryAttention(Weights):
         """Return the log of that attention, the same for every head."""
         attention = signals.attention_of_last(1).mean((1, 2, 3))
         return attention.log()[:, None].expand(-1, signals.kv_heads, -1)
+
+    @property
+    def observed(self) -> int | None:
+        """The last."""
+        return 1
 
     def __str__(self) -> str:
         return "attention of last query"
@@ -182,6 +256,16 @@ class AccumulatedAttention(Weights):
         """Return the log of the accumulated attention."""
         return signals.attention_received().log()
 
+    @property
+    def observed(self) -> int | None:
+        """All."""
+        return None
+
+    @property
+    def accumulates(self) -> bool:
+        """What earlier queries paid counts too."""
+        return True
+
     def __str__(self) -> str:
         return "attention received, accumulated"
 
@@ -194,6 +278,8 @@ class ExpectedAttention(Weights):
         future: number of coming positions over which the rotary embedding is averaged; 0 takes mean and
             covariance of the queries as they are, rotated at their own positions.
         recent: estimate mean and covariance from this many last queries; None takes all.
+        half_life: estimate them from all queries instead, the weight of each halved with every so many tokens;
+            with `diagonal` only.
         pooled: one Gaussian for the queries of a GQA group together, instead of one for each query head
             and their mean attention. A group of g costs a g-th.
         diagonal: take the dimensions of a query as independent, so that kᵀΣk needs no product of matrices;
@@ -207,8 +293,12 @@ class ExpectedAttention(Weights):
     pooled: bool = False
     diagonal: bool = False
     skip: int = 4
+    half_life: float | None = None
 
     def __post_init__(self) -> None:
+        _check_half_life(self.half_life)
+        if self.half_life is not None and not self.diagonal:
+            raise ValueError(f"half_life is {self.half_life} with diagonal=False; accepted: with diagonal=True")
         if self.diagonal and self.future:
             raise ValueError(f"diagonal is True with future={self.future}; accepted: future=0, as rotation mixes pairs")
 
@@ -227,16 +317,18 @@ class ExpectedAttention(Weights):
             return logits.squeeze(-1)
         # Normalised for each query head, over the tokens that are not sinks, before the group is averaged.
         left_out = signals.positions < self.skip
-        left_out = left_out & (signals.counts > self.skip)[:, None] | (signals.positions < 0)
-        inner = logits.masked_fill(left_out[:, None, :, None], float("-inf"))
+        left_out = left_out & (signals.counts > self.skip)[..., None] | (signals.positions < 0)
+        inner = logits.masked_fill(left_out[..., None], float("-inf"))
         return (logits - inner.logsumexp(2, keepdim=True)).logsumexp(-1)
 
     def _statistics(self, signals: Signals) -> tuple[Tensor, Tensor]:
         """Mean [batch, kv_heads, gaussians, dim] of future queries; covariance [..., dim, dim] or its diagonal."""
-        count = signals.queries.shape[2]
-        queries = signals.queries[:, :, -min(self.recent or count, count) :]
-        queries = signals.unrotated(queries) if self.future else queries.float()
-        positions = signals.positions[:, -queries.shape[2] :]
+        if self.half_life is not None:
+            moments = signals.query_moments(self.half_life)
+            return self._over_group(signals, moments.mean, moments.square)
+        count = min(self.recent or signals.queries.shape[2], signals.queries.shape[2])
+        queries = signals.unrotated_queries(count) if self.future else signals.queries[:, :, -count:].float()
+        positions = signals.query_positions[:, -count:]
         asked = positions >= self.skip
         # A row with nothing but first tokens has no better statistics than theirs.
         asked = torch.where(asked.any(-1, keepdim=True), asked, positions >= 0)
@@ -260,10 +352,20 @@ class ExpectedAttention(Weights):
     def _diagonal(self, signals: Signals, queries: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variances [batch, kv_heads, gaussians, dim], as products with a row: no pass of their own."""
         share = (asked / asked.sum(-1, keepdim=True))[:, None, None]  # [batch, 1, 1, m]
-        mean, second = (signals.grouped((share @ x).squeeze(2)) for x in (queries, queries.square()))
+        mean, square = ((share @ x).squeeze(2) for x in (queries, queries.square()))
+        return self._over_group(signals, mean, square)
+
+    def _over_group(self, signals: Signals, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variances by group from the moments [batch, heads, dim] of each query head."""
+        mean, square = signals.grouped(mean), signals.grouped(square)
         if self.pooled:
-            mean, second = mean.mean(2, keepdim=True), second.mean(2, keepdim=True)
-        return mean, (second - mean.square()).clamp_min(0)
+            mean, square = mean.mean(2, keepdim=True), square.mean(2, keepdim=True)
+        return mean, (square - mean.square()).clamp_min(0)
+
+    @property
+    def observed(self) -> int | None:
+        """The newest `recent`, or all."""
+        return self.recent if self.half_life is None else None
 
     def __str__(self) -> str:
         return "expected attention"
@@ -301,7 +403,7 @@ class Recency(Weights):
 
     def log(self, signals: Signals) -> Tensor:
         """Return the token's position."""
-        return signals.positions.float()[:, None].expand(-1, signals.kv_heads, -1)
+        return signals.positions.float().expand(-1, signals.kv_heads, -1)
 
     def __str__(self) -> str:
         return "recency"
@@ -309,17 +411,17 @@ class Recency(Weights):
 
 @dataclass(frozen=True)
 class Random(Weights):
-    """Independent uniform weights, the same for the same seed, layer and length of the row's text."""
+    """Independent uniform weights, the same for the same seed, layer and position."""
 
     seed: int = 0
 
     def log(self, signals: Signals) -> Tensor:
         """Return log weights drawn on the CPU, so that every device gets the same."""
-        rows = torch.zeros(signals.batch, signals.kv_heads, signals.tokens)
-        for row, count in enumerate(signals.counts.tolist()):
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + signals.layer)
-            rows[row, :, signals.tokens - count :] = torch.rand(signals.kv_heads, count, generator=generator).log()
-        return rows.to(signals.device)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + signals.layer)
+        # One number for each position, whatever was evicted before: drawn position by position.
+        drawn = torch.rand(int(signals.seen.max()), signals.kv_heads, generator=generator).log().mT
+        places = signals.positions.clamp_min(0).expand(-1, signals.kv_heads, -1)
+        return drawn.to(signals.device).expand(signals.batch, -1, -1).gather(2, places)
 
     def __str__(self) -> str:
         return "random"

@@ -1,0 +1,166 @@
+"""Measure the head profile of a model, once, and keep it."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
+
+from retain.kv.attention import Attachment, Call, mark
+from retain.kv.identity import fingerprint
+from retain.kv.models import cache_folder
+from retain.kv.profile import Profile
+from retain.kv.signals import Signals
+
+_AGAIN = "\n\nRepeat the text above.\n\n"
+_log = logging.getLogger("retain.kv")
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    text: str | None = None,
+    *,
+    tokens: int = 700,
+    seed: int = 0,
+) -> Profile:
+    """Measure how much of its cache each head of a model reads when it says back what it has read.
+
+    One forward pass over a text followed by the same text. For every cached token of the first, the most attention
+    that it gets from any query of the second, over the GQA group; the mean over tokens is the head's number. The
+    quantity is the one that KVzip scores tokens by (2505.23416), taken once for the model instead of for each input.
+
+    Args:
+        model: the model.
+        tokenizer: reads the text; None takes random tokens, whose profile differs little.
+        text: what to read, its first `tokens` tokens; Python's own manual without it.
+        tokens: length of what is read.
+        seed: of random tokens.
+
+    Raises:
+        ValueError: fewer than 32 tokens, or twice as many do not fit into the model's window.
+
+    """
+    if tokens < 32:
+        raise ValueError(f"tokens is {tokens}; accepted: at least 32")
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window is not None and 2 * tokens + 32 > window:
+        raise ValueError(f"tokens is {tokens}, read twice; accepted: at most {(window - 32) // 2} for this model")
+    between = torch.empty(1, 0, dtype=torch.long)
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = model.config.get_text_config().vocab_size
+        first = torch.randint(vocabulary, (1, tokens), generator=generator)
+        source = f"{tokens} random tokens, seed {seed}"
+    else:
+        first = _ids(tokenizer, text or _manual())[:, :tokens]
+        between = _ids(tokenizer, _AGAIN)
+        source = f"{first.shape[1]} tokens of {'the text given' if text else 'the Python manual'}"
+        if first.shape[1] < 32:
+            raise ValueError(f"text has {first.shape[1]} tokens; accepted: at least 32")
+    ids = torch.cat((first, between, first), dim=1).to(model.device)
+    decoder = model.get_decoder()
+    attachment = Attachment(decoder)
+    layers = [_Watch(first.shape[1]) for _ in range(model.config.get_text_config().num_hidden_layers)]
+    network: Any = model
+    with torch.no_grad():
+        network(ids, past_key_values=Cache(layers=list(layers)), use_cache=True, logits_to_keep=1)
+    del attachment
+    compressed = _compressed(model, layers)
+    return Profile(tuple(tuple(layer.attention) for layer in compressed), fingerprint(model), source)
+
+
+class _Watch(DynamicLayer):
+    """Measures one attention call and keeps nothing."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self._first = first
+        self.attention: list[float] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return mark(key_states, self), value_states
+
+    def before(self, call: Call) -> Call | None:
+        return call
+
+    def attend(self, call: Call) -> Tensor:
+        raise AssertionError("the call is over the new tokens only")
+
+    def after(self, call: Call, attention: Tensor | None) -> None:
+        signals = Signals(call.query, call.key, call.value, scaling=call.scaling)
+        self.attention = signals.most_attention(self._first).mean((0, 2)).tolist()
+
+
+def _compressed(model: PreTrainedModel, layers: list[_Watch]) -> list[_Watch]:
+    """Return the layers with full attention, which are those that a cache compresses."""
+    from transformers import DynamicCache
+
+    stock = DynamicCache(config=model.config).layers
+    return [own for own, layer in zip(layers, stock, strict=True) if type(layer) is DynamicLayer]
+
+
+def profile_of(model: PreTrainedModel) -> Profile:
+    """Return a model's head profile: shipped, measured earlier, or measured now on random tokens and kept."""
+    name = f"{fingerprint(model)}.json"
+    shipped = importlib.resources.files("retain.kv") / "profiles" / name
+    for place in (shipped, _folder() / name):
+        if place.is_file():
+            return _read(place.read_text(encoding="utf-8"), str(place))
+    _log.warning("measuring the head profile of this model, once (a forward pass over 1,400 tokens)")
+    profile = calibrate(model)
+    write_profile(profile)
+    return profile
+
+
+def write_profile(profile: Profile, path: Path | None = None) -> Path:
+    """Write a profile as JSON, atomically; to Retain's cache folder without a path."""
+    path = path or _folder() / f"{profile.model}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"model": profile.model, "source": profile.source, "attention": profile.attention}
+    half = path.with_suffix(f".{os.getpid()}.part")
+    half.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    os.replace(half, path)
+    return path
+
+
+def read_profile(path: Path) -> Profile:
+    """Read a profile that `write_profile` wrote.
+
+    Raises:
+        ValueError: the file holds none.
+
+    """
+    return _read(path.read_text(encoding="utf-8"), str(path))
+
+
+def _read(text: str, place: str) -> Profile:
+    try:
+        facts = json.loads(text)
+        attention = tuple(tuple(float(value) for value in layer) for layer in facts["attention"])
+        return Profile(attention, str(facts["model"]), str(facts["source"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{place} holds no head profile ({error}); remove it, and it is measured again") from None
+
+
+def _folder() -> Path:
+    return cache_folder() / "profiles"
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    encoded: Any = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)
+    return encoded.input_ids
+
+
+def _manual() -> str:
+    import pydoc_data.topics
+
+    return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()) if len(text) > 1500)

@@ -1,0 +1,34 @@
+"""Which model this is: a short name that its weights and configuration decide."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What loading changes without changing the model.
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "quantization_config")
+_SAMPLE = 64
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Return 16 hexadecimal digits that stand for a model's configuration and weights, whatever its dtype and device.
+
+    Of the weights it takes the names, the shapes and the signs of a few numbers of each.
+    """
+    config: Any = model.config
+    facts = {name: value for name, value in config.to_dict().items() if name not in _VOLATILE and name[0] != "_"}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    with torch.no_grad():
+        for name, weight in sorted(model.get_decoder().state_dict().items()):
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            if weight.is_floating_point() and weight.device.type != "meta":
+                flat = weight.reshape(-1)
+                part = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE]
+                digest.update(bytes((part > 0).cpu().tolist()))
+    return digest.hexdigest()[:16]
