@@ -1,29 +1,41 @@
-"""Training speed of `retain.link` against a plain PyG loop, on the same model, graph and batches' size.
+"""Training and audit of `retain.link`: speed against a plain PyG loop, the sampler's share, the audit's cost.
 
-    python benchmarks/link.py [--data Cora --root DATA_FOLDER] [--threads 1] [--epochs 5]
+    python benchmarks/link.py [--data Cora --root DATA_FOLDER] [--threads 1] [--epochs 5] [--json FILE]
 
 The plain loop is written as PyG's link prediction examples are: per step it draws as many negatives as
-positives, embeds the graph, scores both at once. Both mask no more than the other: the targets of a batch.
-The two alternate epoch by epoch in one process. Last line: one JSON object.
+positives, embeds the whole graph from dense features, scores both at once. It masks no targets and measures no
+validation metric; ours does both, and draws its batches with `Random` composition and balanced weights. The two
+alternate epoch by epoch in one process. What the audit adds to the memory that one training step took is
+measured on block models of growing size, each in a process of its own. Last line: one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch_geometric.utils import negative_sampling
 
+from retain.link.builtin import block_model
 from retain.link.composition import Random
 from retain.link.data import load
 from retain.link.graph import Graph, Protocol, Split, split
+from retain.link.metrics import evaluate
 from retain.link.models import LinkPredictor, ModelSettings, mask_targets
 from retain.link.sampling import EdgeBatches
-from retain.link.training import TrainSettings, fit
+from retain.link.trained import audit_trained
+from retain.link.training import TrainSettings, features, fit, score_validation, step_loss
 
 BATCH = 512
+SIZES = (2_000, 20_000, 200_000)
 
 
 def plain_epoch(model: LinkPredictor, graph: Graph, parts: Split, optimizer: torch.optim.Optimizer) -> int:
@@ -35,20 +47,43 @@ def plain_epoch(model: LinkPredictor, graph: Graph, parts: Split, optimizer: tor
         pairs = torch.cat([positives, negatives], dim=1)
         labels = torch.cat([torch.ones(positives.size(1)), torch.zeros(negatives.size(1))])
         optimizer.zero_grad()
-        scores = model(graph.x, mask_targets(messages, positives, graph.num_nodes), pairs)
+        scores = model(graph.x, messages, pairs)
         torch.nn.functional.binary_cross_entropy_with_logits(scores, labels).backward()
         optimizer.step()
         edges += pairs.size(1)
     return edges
 
 
-def sampler_seconds(graph: Graph, parts: Split, epoch: int) -> float:
-    batches = EdgeBatches(parts.train, graph.num_nodes, Random(), batch_size=BATCH, known=parts.known, balanced=True)
-    batches.set_epoch(epoch)
+def sampling(graph: Graph, parts: Split, seed: int) -> tuple[float, int]:
+    """Return the seconds that an epoch's batches take on their own, and the edges in them."""
     start = time.perf_counter()
-    for _ in batches:
-        pass
+    edges = sum(batch.labels.numel() for batch in _batches(graph, parts, seed))
+    return time.perf_counter() - start, edges
+
+
+def validating(model: LinkPredictor, graph: Graph, parts: Split) -> float:
+    start = time.perf_counter()
+    evaluate(*score_validation(model, features(graph, model), parts))
     return time.perf_counter() - start
+
+
+def added_mib(nodes: int) -> float:
+    """Return what an audit adds to the peak memory of one training step, in MiB."""
+    graph = block_model(nodes)
+    parts = split(graph, Protocol(), 0)
+    model = ModelSettings().build(graph.x.size(1))
+    batch = next(iter(_batches(graph, parts, 0)))
+    messages = mask_targets(parts.messages(), batch.pairs, graph.num_nodes)
+    step_loss(model(features(graph, model), messages, batch.pairs), batch).backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    audit_trained(model, graph, parts)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def _batches(graph: Graph, parts: Split, seed: int) -> EdgeBatches:
+    return EdgeBatches(
+        parts.messages(), graph.num_nodes, Random(), batch_size=BATCH, known=parts.known, balanced=True, seed=seed
+    )
 
 
 def main() -> None:
@@ -57,39 +92,62 @@ def main() -> None:
     parser.add_argument("--root", default="data")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--added", type=int, help="measure the audit's memory on a block model of so many nodes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.added:
+        print(added_mib(options.added))
+        return
     graph = load(options.data, options.root)
     parts = split(graph, Protocol(), 0)
     plain = ModelSettings().build(graph.x.size(1))
     optimizer = torch.optim.Adam(plain.parameters(), lr=5e-3)
-    seconds = {"ours": 0.0, "plain": 0.0, "sampler": 0.0}
-    edges = {"ours": 0, "plain": 0}
+    taken: dict[str, list[float]] = {"plain": [], "ours": [], "sampler": [], "validation": [], "audit": []}
+    edges = {"plain": 0, "ours": 0}
     plain_epoch(plain, graph, parts, optimizer)  # warm-up
     for epoch in range(options.epochs):
         start = time.perf_counter()
         edges["plain"] += plain_epoch(plain, graph, parts, optimizer)
-        seconds["plain"] += time.perf_counter() - start
+        taken["plain"].append(time.perf_counter() - start)
         model = ModelSettings().build(graph.x.size(1))
         settings = TrainSettings(Random(), balanced=True, epochs=1, batch_size=BATCH, seed=epoch)
         start = time.perf_counter()
-        done = fit(model, graph, parts, settings)  # with its validation, as users run it
-        seconds["ours"] += time.perf_counter() - start
-        seconds["sampler"] += sampler_seconds(graph, parts, epoch)
-        edges["ours"] += BATCH * len(done.epochs[0].fractions)
-        print(f"epoch {epoch}: ours {seconds['ours']:.2f} s, plain {seconds['plain']:.2f} s, in sum")
-    print(
-        json.dumps(
-            {
-                "data": graph.name,
-                "threads": options.threads,
-                "torch": torch.__version__,
-                "train_edges_per_second": round(edges["ours"] / seconds["ours"]),
-                "plain_pyg_edges_per_second": round(edges["plain"] / seconds["plain"]),
-                "sampler_percent_of_step": round(100 * seconds["sampler"] / seconds["ours"], 2),
-            }
-        )
-    )
+        fit(model, graph, parts, settings)
+        taken["ours"].append(time.perf_counter() - start)
+        seconds, count = sampling(graph, parts, epoch)
+        taken["sampler"].append(seconds)
+        edges["ours"] += count
+        taken["validation"].append(validating(model, graph, parts))
+        start = time.perf_counter()
+        audit_trained(model, graph, parts)
+        taken["audit"].append(time.perf_counter() - start)
+        print(f"epoch {epoch}: " + ", ".join(f"{name} {each[-1]:.3f} s" for name, each in taken.items()), flush=True)
+    steps = sum(taken["ours"]) - sum(taken["validation"])
+    added: dict[int, float] = {}
+    for nodes in SIZES:
+        command = [sys.executable, "-W", "ignore", __file__, "--added", str(nodes), "--threads", str(options.threads)]
+        added[nodes] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        print(f"audit of a block model of {nodes} nodes: {added[nodes]:.1f} MiB above a training step", flush=True)
+    epoch_seconds = statistics.median(taken["ours"])
+    result = {
+        "data": graph.name,
+        "threads": options.threads,
+        "epochs": options.epochs,
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "train_edges_per_second": round(edges["ours"] / sum(taken["ours"])),
+        "plain_pyg_edges_per_second": round(edges["plain"] / sum(taken["plain"])),
+        "sampler_percent_of_step": round(100 * sum(taken["sampler"]) / steps, 2),
+        "epoch_seconds": round(epoch_seconds, 3),
+        "audit_seconds": round(statistics.median(taken["audit"]), 3),
+        "audit_epochs": round(statistics.median(taken["audit"]) / epoch_seconds, 2),
+        "audit_added_mib": {str(nodes): round(value, 1) for nodes, value in added.items()},
+    }
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

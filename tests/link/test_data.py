@@ -52,6 +52,15 @@ def test_block_model_keeps_its_dials():
     assert torch.equal(graph.x, block_model(1200, 4, 10, edge_signal=0.7, feature_signal=3.0, seed=3).x)
 
 
+@given(seed=st.integers(0, 30), nodes=st.integers(6, 40))
+def test_block_models_of_highest_degree_are_complete_classes(seed, nodes):
+    graph = block_model(nodes, 2, nodes / 2 - 1, edge_signal=1.0, seed=seed)
+    assert all(graph.classes[u] == graph.classes[v] and u < v for u, v in graph.edges.T.tolist())
+    if nodes % 2 == 0:
+        half = nodes // 2
+        assert graph.edges.size(1) == half * (half - 1)
+
+
 def test_digits_are_joined_to_their_neighbours():
     graph = digits()
     assert graph.edges.size(1) == 7522

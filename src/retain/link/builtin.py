@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.neighbors import kneighbors_graph
-from torch_geometric.utils import stochastic_blockmodel_graph
+from torch import Tensor
 
 from retain.link.graph import Graph
 
@@ -52,15 +54,31 @@ def block_model(
         raise ValueError(f"degree is {degree}; accepted: above 0, up to what classes of {size:g} nodes hold")
     sizes = torch.full((classes,), nodes // classes)
     sizes[: nodes % classes] += 1
-    probabilities = torch.full((classes, classes), (1 - edge_signal) * inside)
-    probabilities.fill_diagonal_(inside)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        edges = stochastic_blockmodel_graph(sizes, probabilities)
-        y = torch.arange(classes).repeat_interleave(sizes)
-        means = torch.nn.functional.normalize(torch.randn(classes, features), dim=1)
-        x = feature_signal * means[y] + torch.randn(nodes, features)
-    return Graph("block-model", x, edges[:, edges[0] < edges[1]], y)
+    edges = _block_edges(sizes.tolist(), inside, (1 - edge_signal) * inside, np.random.default_rng(seed))
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(classes).repeat_interleave(sizes)
+    means = torch.nn.functional.normalize(torch.randn(classes, features, generator=generator), dim=1)
+    x = feature_signal * means[y] + torch.randn(nodes, features, generator=generator)
+    return Graph("block-model", x, edges, y)
+
+
+def _block_edges(sizes: list[int], inside: float, across: float, rng: np.random.Generator) -> Tensor:
+    # PyG's generator draws a number for every pair of nodes, which ends at some 20,000 nodes.
+    starts = np.cumsum([0, *sizes])
+    parts: list[NDArray[np.int64]] = []
+    for first, second in combinations_with_replacement(range(len(sizes)), 2):
+        rows, columns = sizes[first], sizes[second]
+        same = first == second
+        pairs = rows * (rows - 1) // 2 if same else rows * columns
+        count = rng.binomial(pairs, inside if same else across)
+        drawn = rng.choice(pairs, count, replace=False, shuffle=False)
+        if same:  # pair k of the triangle below the diagonal, row by row
+            larger = ((1 + np.sqrt(1 + 8 * drawn.astype(np.float64))) // 2).astype(np.int64)
+            ends = drawn - larger * (larger - 1) // 2, larger
+        else:
+            ends = drawn // columns, drawn % columns
+        parts.append(np.stack([ends[0] + starts[first], ends[1] + starts[second]]))
+    return torch.from_numpy(np.concatenate(parts, axis=1)).long()
 
 
 def digits(neighbours: int = 6) -> Graph:

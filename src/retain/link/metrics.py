@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, roc_auc_score
+from scipy.stats import mannwhitneyu
+from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 
@@ -35,13 +35,19 @@ def hits_at_k(positives: Tensor, negatives: Tensor, k: int = 100) -> float:
 
 
 def auc(positives: Tensor, negatives: Tensor) -> float:
-    """Area under the ROC curve: chance that a positive outranks a negative, ties half (scikit-learn's)."""
-    return float(roc_auc_score(*_labelled(positives, negatives)))
+    """Area under the ROC curve: chance that a positive outranks a negative, ties half (Mann and Whitney's U)."""
+    _check(positives, negatives)
+    first, second = (scores.detach().double().cpu().numpy() for scores in (positives, negatives))
+    wins = float(mannwhitneyu(first, second, method="asymptotic").statistic)
+    return wins / (first.size * second.size)
 
 
 def average_precision(positives: Tensor, negatives: Tensor) -> float:
     """Average precision (scikit-learn's)."""
-    return float(average_precision_score(*_labelled(positives, negatives)))
+    _check(positives, negatives)
+    labels = np.repeat([1, 0], [positives.numel(), negatives.numel()])
+    scores = torch.cat([positives, negatives]).detach().double().cpu().numpy()
+    return float(average_precision_score(labels, scores))
 
 
 def mean_reciprocal_rank(positives: Tensor, negatives: Tensor) -> float:
@@ -80,12 +86,6 @@ def evaluate(positives: Tensor, negatives: Tensor, k: int = 100) -> dict[str, fl
         "ap": average_precision(positives, negatives),
         "mrr": mean_reciprocal_rank(positives, negatives),
     }
-
-
-def _labelled(positives: Tensor, negatives: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    _check(positives, negatives)
-    labels = np.repeat([1, 0], [positives.numel(), negatives.numel()])
-    return labels, torch.cat([positives, negatives]).double().cpu().numpy()
 
 
 def _check(positives: Tensor, negatives: Tensor) -> None:

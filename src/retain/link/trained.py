@@ -43,7 +43,8 @@ def audit_trained(
     size = min(split.train.size(1), batch_size)
     order = torch.randperm(split.train.size(1), generator=torch.Generator().manual_seed(seed))[:size]
     positives = split.train[:, order.to(device)]
-    negatives = draw_negatives(split.known, graph.num_nodes, size, seed)
+    # Not by the split's own seed: its draws are the held-out negatives, all known here.
+    negatives = draw_negatives(split.known, graph.num_nodes, size, seed + 1)
     messages = mask_targets(split.messages(), positives, graph.num_nodes)
     train = EdgeSet(positives, negatives, PairScorer(model, x, messages))
     return audit(

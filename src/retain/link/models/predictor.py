@@ -91,8 +91,8 @@ class LinkPredictor(nn.Module):
 class PairScorer:
     """Score pairs on a fixed graph with nothing but the pairs as argument, as an audit wants it.
 
-    Nodes are embedded once for each mode of the encoder, since they don't depend on the pairs. Make a new
-    scorer after the parameters changed.
+    Nodes are embedded when the mode of the encoder changes, since they don't depend on the pairs; one embedding
+    is kept. Make a new scorer after the parameters changed.
 
     Args:
         model: what to score with.
@@ -105,15 +105,16 @@ class PairScorer:
         self.model = model
         self.x = x
         self.edge_index = edge_index
-        self._nodes: dict[tuple[bool, ...], Tensor] = {}
+        self._nodes: tuple[tuple[bool, ...], Tensor] | None = None
 
     def embed(self) -> Tensor:
         """Return the node embeddings in the encoder's present mode, [nodes, hidden]."""
         mode = tuple(module.training for module in self.model.encoder.modules())
-        if mode not in self._nodes:
+        if self._nodes is None or self._nodes[0] != mode:
+            self._nodes = None  # freed before the next is made
             with torch.no_grad():
-                self._nodes[mode] = cast(Tensor, self.model.encoder(self.x, self.edge_index))
-        return self._nodes[mode]
+                self._nodes = mode, cast(Tensor, self.model.encoder(self.x, self.edge_index))
+        return self._nodes[1]
 
     def __call__(self, pairs: Tensor) -> Tensor:
         """Logits of the pairs, [edges]."""
