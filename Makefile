@@ -31,7 +31,7 @@ bench-kv: $(BENCH)/.ready
 
 # Training with our samplers against a loop as PyG's examples write it, in one run.
 bench-link: $(VENV)/.ready
-	$(BIN)/python benchmarks/link.py --threads 1
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/link.py --threads 1 --json docs/results/link-bench.json
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

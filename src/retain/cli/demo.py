@@ -58,7 +58,7 @@ def demo(
         print_json(finite(result))
         return
     for line in skipped:
-        out.print(line, highlight=False, markup=False)
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
     out.print(f"Page: {report}", highlight=False)
 
 

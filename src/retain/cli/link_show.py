@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 
 from retain.cli.console import finite, out, print_json
@@ -18,14 +19,20 @@ if TYPE_CHECKING:
 def study_table(study: Study) -> Table:
     """Return the terminal's table of a study: means over seeds."""
     shown = {
-        "hits@100": "Hits@100",
+        "hits@100": "Hits\n@100",
         "auc": "AUC",
         "a_pure:heldout": "A_pure",
         "tau:heldout": "τ",
         "kappa:heldout": "κ",
-        "edge_nmi": "edge NMI",
+        "edge_nmi": "edge\nNMI",
     }
-    table = Table("arm", *shown.values(), "verdict", title=f"{study.graph}, {len(study.settings['seeds'])} seeds")
+    seeds = len(study.settings["seeds"])
+    title = f"{study.graph}, {seeds} seed{'s' * (seeds > 1)}, held-out edges"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("arm", no_wrap=True)
+    for name in shown.values():
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict")
     for key, runs in study.runs.items():
         cells = [f"{study.mean(key, name).mean:.3f}" if name in runs[0]["values"] else "" for name in shown]
         table.add_row(key, *cells, ", ".join(sorted({run["verdict"] for run in runs})))

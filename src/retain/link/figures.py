@@ -38,7 +38,7 @@ def audit_response(report: AuditReport) -> Figure:
     return response({name: [(p.fraction, p.accuracy) for p in part.curve] for name, part in report.parts.items()})
 
 
-def embedding_map(panels: Mapping[str, tuple[Tensor, Tensor]], *, most: int = 1000, seed: int = 0) -> Figure:
+def embedding_map(panels: Mapping[str, tuple[Tensor, Tensor]], *, most: int = 600, seed: int = 0) -> Figure:
     """Draw t-SNE maps of embeddings coloured by class, one panel for each training.
 
     Args:
