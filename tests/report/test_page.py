@@ -86,6 +86,13 @@ def test_colours_are_fixed_by_name():
     assert colour("my own policy") == colour("my own policy")
 
 
+def test_variants_share_a_colour_and_differ_in_dashes():
+    series = {name: [Point(0, 1), Point(1, 2)] for name in ("fixed/batch", "random/batch", "fixed/layer")}
+    first, second, third = lines(series, x_label="x", y_label="y").axes[0].lines
+    assert first.get_color() == third.get_color() != second.get_color()
+    assert first.get_linestyle() == second.get_linestyle() != third.get_linestyle()
+
+
 def test_figures_are_the_same_each_time(tmp_path):
     for name in ("a.svg", "b.svg"):
         figure = lines({"capkv": [Point(1, 2), Point(2, 3)]}, x_label="x", y_label="y", log_y=True)

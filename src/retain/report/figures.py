@@ -31,6 +31,7 @@ _FIXED = {
     "separate": _PALETTE[3],
 }
 _MARKERS = "osD^vPX*"
+_DASHES = ("-", "--", ":", "-.")
 # Written for text and lines, then replaced by the page's own text colour.
 _INK = "#010203"
 _STYLE: Any = {
@@ -64,8 +65,12 @@ class Point:
 
 
 def colour(name: str) -> str:
-    """Return the colour that stands for a policy, model or composition in every figure."""
-    return _FIXED.get(name) or _PALETTE[zlib.crc32(name.encode()) % len(_PALETTE)]
+    """Return the colour that stands for a policy, model or composition in every figure.
+
+    Variants of one, named after a slash (`fixed/batch`, `fixed/layer`), share its colour.
+    """
+    base = name.partition("/")[0]
+    return _FIXED.get(base) or _PALETTE[zlib.crc32(base.encode()) % len(_PALETTE)]
 
 
 @contextmanager
@@ -91,13 +96,17 @@ def lines(
     log_y: bool = False,
     percent_x: bool = False,
 ) -> Figure:
-    """Draw one line for each name, with intervals where they are given."""
+    """Draw one line for each name, with intervals where they are given; variants differ in their dashes."""
+    variants = list(dict.fromkeys(name.partition("/")[2] for name in series))
     with style():
         figure, (axes,) = new()
         for number, (name, points) in enumerate(series.items()):
             x, y = [p.x for p in points], [p.y for p in points]
             marker = _MARKERS[number % len(_MARKERS)]
-            axes.plot(x, y, color=colour(name), marker=marker, markersize=5, linewidth=1.6, label=name)
+            dashes = _DASHES[variants.index(name.partition("/")[2]) % len(_DASHES)]
+            axes.plot(
+                x, y, color=colour(name), linestyle=dashes, marker=marker, markersize=5, linewidth=1.6, label=name
+            )
             if all(p.low is not None and p.high is not None for p in points):
                 low, high = [p.low or 0.0 for p in points], [p.high or 0.0 for p in points]
                 axes.fill_between(x, low, high, color=colour(name), alpha=0.15, linewidth=0)
