@@ -141,6 +141,17 @@ def test_bad_files_are_named(tmp_path, edges, y, message):
         read_graph(tmp_path / "g.npz")
 
 
+def test_the_same_graph_from_parquet(tmp_path):
+    pd = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    pd.DataFrame({"u": [0, 2], "v": [1, 1]}).to_parquet(tmp_path / "e.parquet")
+    pd.DataFrame(np.eye(3)).rename(columns=str).to_parquet(tmp_path / "x.parquet")
+    pd.DataFrame({"class": ["a", "b", "a"]}).to_parquet(tmp_path / "y.parquet")
+    graph = read_graph(tmp_path / "e.parquet", tmp_path / "x.parquet", tmp_path / "y.parquet")
+    assert graph.edges.tolist() == [[0, 1], [1, 2]]
+    assert graph.classes.tolist() == [0, 1, 0]
+
+
 def test_parquet_needs_its_packages(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     (tmp_path / "e.parquet").touch()

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from retain.cli.link import app
 from retain.link.arms import ARMS, parse_arm
-from retain.link.embeddings import incident_means
+from retain.link.embeddings import incident_means, measure
 from retain.link.figures import audit_response, embedding_map
 from retain.link.intervals import bootstrap, over_seeds
 from retain.link.models import ModelSettings
@@ -30,6 +30,15 @@ def test_incident_means_by_brute_force(parts, graph):
         own = (parts.train == node).any(dim=0)
         assert torch.allclose(means[row], embedded[own].mean(0), atol=1e-5)
     assert int(has.sum()) == parts.train.unique().numel()
+
+
+def test_small_classes_do_not_stop_the_measures():
+    x = torch.randn(40, 3)
+    small, single = (torch.tensor([0] * (40 - n) + [1] * n) for n in (3, 1))
+    assert 0 <= measure(x, small, measures=("probe",))["probe"] <= 1
+    found = measure(x, single)
+    assert math.isnan(found.pop("probe"))
+    assert all(math.isfinite(value) for value in found.values())
 
 
 def test_intervals_against_scipy():
@@ -125,6 +134,11 @@ def test_commands_print_json_and_write_pages(command, tmp_path):
     found = json.loads(result.stdout)
     assert {"train": "rows", "audit": "audits", "align": "rows"}[command] in found
     assert report.read_text().startswith("<!doctype html>") or "<html" in report.read_text()
+
+
+def test_an_unusable_device_is_named():
+    with pytest.raises(ValueError, match="device is 'moon'; accepted: a device"):
+        CliRunner().invoke(app, ["train", "--device", "moon"], catch_exceptions=False)
 
 
 def test_audit_takes_a_checkpoint(tmp_path):

@@ -7,13 +7,25 @@ from typing import Annotated
 
 import typer
 
+
+def _usable(device: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device is {device!r}; accepted: a device that torch can use here ({reason})") from None
+    return device
+
+
 Data = Annotated[str, typer.Option(help="Data set by name, or an NPZ, CSV or Parquet edge list.")]
 Features = Annotated[Path | None, typer.Option(help="Features of the nodes, for a CSV or Parquet edge list.")]
 Labels = Annotated[Path | None, typer.Option(help="Classes of the nodes, for a CSV or Parquet edge list.")]
 Root = Annotated[Path, typer.Option(help="Folder of downloaded data sets.")]
 Seed = Annotated[int, typer.Option(help="First seed.")]
 Seeds = Annotated[int, typer.Option(help="Repetitions, each with its own split.")]
-Device = Annotated[str, typer.Option(help="Torch device.")]
+Device = Annotated[str, typer.Option(help="Torch device.", callback=_usable)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Report = Annotated[Path | None, typer.Option(help="Write an HTML page.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint to write, go on from or audit.")]

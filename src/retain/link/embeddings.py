@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch_geometric.utils import scatter
@@ -58,6 +60,9 @@ def embeddings(model: LinkPredictor, graph: Graph, split: Split) -> dict[str, tu
 def measure(x: Tensor, classes: Tensor, *, measures: tuple[str, ...] = MEASURES, seed: int = 0) -> dict[str, float]:
     """Return the measures of alignment by name.
 
+    The linear probe takes fewer folds than five where the smallest class has fewer items; it is NaN where a class
+    has a single item, which can't be both learned and tested.
+
     Raises:
         ValueError: there is no such measure.
 
@@ -65,12 +70,17 @@ def measure(x: Tensor, classes: Tensor, *, measures: tuple[str, ...] = MEASURES,
     known = {
         "nmi": lambda: cluster_nmi(x, classes, seed=seed),
         "trace_ratio": lambda: trace_ratio(x, classes),
-        "probe": lambda: linear_probe(x, classes, seed=seed),
+        "probe": lambda: _probe(x, classes, seed),
         "class_information": lambda: class_information(x, classes),
     }
     if wrong := set(measures) - known.keys():
         raise ValueError(f"measures is {sorted(wrong)}; accepted: {', '.join(MEASURES)}")
     return {name: known[name]() for name in measures}
+
+
+def _probe(x: Tensor, classes: Tensor, seed: int) -> float:
+    smallest = int(classes.unique(return_counts=True)[1].min())
+    return linear_probe(x, classes, folds=min(5, smallest), seed=seed) if smallest > 1 else math.nan
 
 
 def alignment(
