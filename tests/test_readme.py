@@ -9,9 +9,21 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+_EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_link_example_runs(capsys):
+    pytest.importorskip("torch_geometric")
+    code = next(code for code in _EXAMPLES if "retain.link" in code)
+    exec(compile(code, "README.md", "exec"), {})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("fixed:0.5 dominated")
+    assert second.startswith("random:0.05,0.95 affected")
+
+
 @pytest.mark.model
 def test_python_example_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    code = next(code for code in _EXAMPLES if "retain.kv" in code)
     exec(compile(code, "README.md", "exec"), {})
     said = capsys.readouterr().out
     assert "482913" in said
