@@ -22,7 +22,7 @@ _HALVES = {
 def demo(
     report: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("retain-demo.html"),
     tokens: Annotated[int, typer.Option(help="Length of the document.")] = 2000,
-    epochs: Annotated[int, typer.Option(help="Epochs of every link predictor.")] = 20,
+    epochs: Annotated[int, typer.Option(help="Epochs of every link predictor.")] = 12,
     seed: Annotated[int, typer.Option(help="Which document and facts; splits and initialisation.")] = 0,
     model: Annotated[str | None, typer.Option(help="Model id or folder; the default model without it.")] = None,
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",

@@ -26,7 +26,7 @@ class Example:
     maps: dict[str, tuple[Tensor, Tensor]]
 
 
-def run(*, epochs: int = 20, seed: int = 0, device: str = "cpu", say: Callable[[str], None]) -> list[Example]:
+def run(*, epochs: int = 12, seed: int = 0, device: str = "cpu", say: Callable[[str], None]) -> list[Example]:
     """Train four arms on the digits graph and on the block model, one seed each.
 
     Args:
