@@ -152,7 +152,7 @@ class Probe:
                 call.value,
                 scaling=call.scaling,
                 layer=layer.layer,
-                layers=layer.layers,
+                layers=layer.settings.layers,
                 output=module.o_proj.weight,
                 rotary=layer._rotary,
             )

@@ -71,7 +71,9 @@ def collect_items(
         tiny = torch.finfo(dtype).tiny
         largest = torch.maximum(vectors.amax((-2, -1)), -vectors.amin((-2, -1)))
         vector_scale = largest.clamp(min=tiny, max=1 / tiny)  # so that the reciprocal is a normal number
-        weight_scale = weights.amax(-1).clamp(min=tiny)
+        heaviest = weights.amax(-1)
+        # Items without any weight keep their own scale: there is nothing to bring into range.
+        weight_scale = torch.where(heaviest == 0, 1.0, heaviest.clamp(min=tiny))
         gram = _scaled_gram(vectors, weights, vector_scale, weight_scale)
     else:
         vector_scale = weight_scale = unit

@@ -20,6 +20,7 @@ from retain.kv.models import cache_folder
 from retain.kv.profile import Profile
 from retain.kv.signals import Signals
 
+_TOKENS = 700
 _AGAIN = "\n\nRepeat the text above.\n\n"
 _log = logging.getLogger("retain.kv")
 
@@ -29,7 +30,7 @@ def calibrate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     text: str | None = None,
     *,
-    tokens: int = 700,
+    tokens: int | None = None,
     seed: int = 0,
 ) -> Profile:
     """Measure how much of its cache each head of a model reads when it says back what it has read.
@@ -42,18 +43,20 @@ def calibrate(
         model: the model.
         tokenizer: reads the text; None takes random tokens, whose profile differs little.
         text: what to read, its first `tokens` tokens; Python's own manual without it.
-        tokens: length of what is read.
+        tokens: length of what is read; None takes 700, fewer if the model's window is too short.
         seed: of random tokens.
 
     Raises:
         ValueError: fewer than 32 tokens, or twice as many do not fit into the model's window.
 
     """
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = _TOKENS if window is None else (window - 32) // 2
+    tokens = min(_TOKENS, most) if tokens is None else tokens
     if tokens < 32:
         raise ValueError(f"tokens is {tokens}; accepted: at least 32")
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if window is not None and 2 * tokens + 32 > window:
-        raise ValueError(f"tokens is {tokens}, read twice; accepted: at most {(window - 32) // 2} for this model")
+    if window is not None and tokens > most:
+        raise ValueError(f"tokens is {tokens}, read twice; accepted: at most {most} for this model")
     between = torch.empty(1, 0, dtype=torch.long)
     if tokenizer is None:
         generator = torch.Generator().manual_seed(seed)

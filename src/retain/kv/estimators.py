@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from retain.information import Factor, factorize
@@ -21,7 +22,9 @@ def log_weights(weights: Weights, signals: Signals) -> Tensor:  # [batch, kv_hea
 def linear_weights(weights: Weights, signals: Signals) -> Tensor:  # [batch, kv_heads, tokens]
     """Return the weights themselves, shifted so that a head's largest is 1; 0 on padding."""
     log = log_weights(weights, signals)
-    return (log - log.amax(-1, keepdim=True)).exp()
+    largest = log.amax(-1, keepdim=True)
+    # A row may have no entry yet, its part of the chunk being padding.
+    return (log - largest.masked_fill(largest == float("-inf"), 0)).exp()
 
 
 def capacity_factor(weights: Weights, directions: Directions, ridge: float, relative: bool, signals: Signals) -> Factor:
@@ -47,7 +50,9 @@ class Estimator(ABC):
 
         Here: its part of the head's sum of scores, taken as logs.
         """
-        return signals.masked(self.score(weights, directions, signals)).softmax(-1)
+        # A head whose every token has weight 0 shares equally.
+        scores = self.score(weights, directions, signals).clamp_min(torch.finfo(torch.float32).min / 2)
+        return signals.masked(scores).softmax(-1)
 
 
 @dataclass(frozen=True)

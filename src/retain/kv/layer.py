@@ -229,34 +229,37 @@ class RetainLayer(DynamicLayer):
         signals = self._signals(call, entries, attention)
         seen = signals.seen.clamp_min(0).tolist()
         allowed = [tokens_allowed(own.budget, count) for count in seen]
-        if own.policy.keep_all or allowed == seen:
+        # What remembers goes on remembering, and what competes claims, also where all may stay.
+        goes_on = own.always and (own.policy.weights.remembers or self.pool is not None)
+        if own.policy.keep_all or (allowed == seen and not goes_on):
             stored: UniformStorage | RaggedStorage = self.storage or UniformStorage.all(entries)
             _check_finite(stored, self.index)
-            self.storage = stored
-            if own.measure_capacity:
-                self.capacity = torch.ones(signals.batch, signals.kv_heads)
+            self.capacity = torch.ones(signals.batch, signals.kv_heads) if own.measure_capacity else None
+            self._store(stored)
             return
         budget = own.policy.budget(signals, allowed, own.protection)
-        if own.policy.weights.accumulates and own.always:
-            entries.columns["received"] = signals.attention_received()
         if self.pool is None:
             kept = own.policy.select(signals, budget)
         else:
             request = own.policy.request(signals, allowed, own.protection)
             entries.columns["claim"] = self.pool.claims(signals, own.policy, budget, request)
             kept = self.pool.admit(self.layer, entries.columns["claim"], allowed)
+        if own.always and signals.next_received is not None:
+            entries.columns["received"] = signals.next_received
         if own.compact and self._rotary is not None:
             entries = _compacted(signals, entries, kept, self._rotary)
         form = RaggedStorage if own.policy.allocation.ragged else UniformStorage
         stored = form.gather(entries, kept)
         _check_finite(stored, self.index)
-        if own.measure_capacity:
-            self.capacity = capacity_share(signals, kept)
-        self.evicted = self.evicted or bool((budget.tokens < signals.counts.cpu()).any()) or self.pool is not None
-        self.storage = stored
+        self.capacity = capacity_share(signals, kept) if own.measure_capacity else None
+        self.evicted = self.evicted or allowed != seen
         self.moments = signals.next_moments
+        self._store(stored)
+
+    def _store(self, stored: UniformStorage | RaggedStorage) -> None:
+        self.storage = stored
         self.appended = 0
-        if own.policy.observed is None:
+        if self.settings.policy.observed is None:
             self.queries = ()
         if self.pool is not None and isinstance(stored, RaggedStorage):
             self.pool.settle(self.layer, stored)

@@ -153,7 +153,7 @@ class Signals:
         """Mean over the valid entries of each row and head."""
         if self.valid is None:
             return x.mean(2)
-        return (x * self.valid[..., None]).sum(2) / self.counts[..., None]
+        return (x * self.valid[..., None]).sum(2) / self.counts.clamp_min(1)[..., None]
 
     def cosine_to_mean(self, x: Tensor) -> Tensor:  # [batch, kv_heads, tokens, d] -> [batch, kv_heads, tokens]
         """Cosine between each vector and the mean of all, each of them first brought to length one."""
@@ -293,6 +293,11 @@ class Signals:
             ("moments", half_life),
             lambda: Moments.of(self.queries, self.asked, half_life).after(self.moments.get(half_life), half_life),
         )
+
+    @property
+    def next_received(self) -> Tensor | None:
+        """Attention received by each entry so far, if it was asked for."""
+        return self._memo.get("received")
 
     @property
     def next_moments(self) -> dict[float, Moments]:

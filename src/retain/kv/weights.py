@@ -28,8 +28,8 @@ class Weights(ABC):
         return 0
 
     @property
-    def accumulates(self) -> bool:
-        """Whether the weight adds up attention over evictions."""
+    def remembers(self) -> bool:
+        """Whether what queries before the last eviction showed counts too."""
         return False
 
     @abstractmethod
@@ -72,7 +72,9 @@ class Sum(Weights):
         parts: list[Tensor] = []
         for factor, term in self.terms:
             own = signals.masked(term.log(signals))
-            parts.append(own - own.logsumexp(-1, keepdim=True) + math.log(factor))
+            total = own.logsumexp(-1, keepdim=True)
+            # A term may be 0 everywhere, as a window's attention to a text that is shorter than the window.
+            parts.append(own - total.masked_fill(total == float("-inf"), 0) + math.log(factor))
         return torch.stack(parts).logsumexp(0)
 
     @property
@@ -81,9 +83,9 @@ class Sum(Weights):
         return _most([part.observed for part in self.parts])
 
     @property
-    def accumulates(self) -> bool:
+    def remembers(self) -> bool:
         """Whether any part does."""
-        return any(part.accumulates for part in self.parts)
+        return any(part.remembers for part in self.parts)
 
     @property
     def parts(self) -> tuple[Weights, ...]:
@@ -113,9 +115,9 @@ class Product(Weights):
         return _most([part.observed for part in self.factors])
 
     @property
-    def accumulates(self) -> bool:
+    def remembers(self) -> bool:
         """Whether any part does."""
-        return any(part.accumulates for part in self.factors)
+        return any(part.remembers for part in self.factors)
 
     def __str__(self) -> str:
         return " × ".join(str(factor) for factor in self.factors)
@@ -172,6 +174,11 @@ class MeanQuery(Weights):
     def observed(self) -> int | None:
         """The newest `recent`."""
         return self.recent if self.half_life is None else None
+
+    @property
+    def remembers(self) -> bool:
+        """With a half-life."""
+        return self.half_life is not None
 
     def __str__(self) -> str:
         return f"exp({self.tau:g} k·μ/√d)"
@@ -262,8 +269,8 @@ class AccumulatedAttention(Weights):
         return None
 
     @property
-    def accumulates(self) -> bool:
-        """What earlier queries paid counts too."""
+    def remembers(self) -> bool:
+        """Attention adds up over evictions."""
         return True
 
     def __str__(self) -> str:
@@ -310,7 +317,9 @@ class ExpectedAttention(Weights):
             spread = torch.cat([part.square() @ covariance.mT for part in keys.split(CHUNK, dim=2)], dim=2)
         else:
             # kᵀΣk = ‖kL‖²: one product [tokens, dim] x [dim, gaussians * dim] for all of them.
-            root = psd_cholesky(covariance).movedim(2, 3).flatten(3, 4)
+            # A single query has no covariance, and a matrix of zeros no factor.
+            least = torch.finfo(covariance.dtype).tiny * torch.eye(signals.dim, device=signals.device)
+            root = psd_cholesky(covariance + least).movedim(2, 3).flatten(3, 4)
             spread = (keys @ root).unflatten(-1, (-1, signals.dim)).norm(dim=-1).square_()
         logits = (keys @ (mean.mT * scale)).add_(spread, alpha=scale * scale / 2)
         if logits.shape[-1] == 1:
@@ -338,7 +347,7 @@ class ExpectedAttention(Weights):
         if self.pooled:
             queries = queries.flatten(2, 3)[:, :, None]
             asked = asked.repeat(1, signals.group)
-        share = (asked / asked.sum(-1, keepdim=True))[:, None, None, :, None]
+        share = (asked / asked.sum(-1, keepdim=True).clamp_min(1))[:, None, None, :, None]
         mean = (queries * share).sum(3)
         centred = (queries - mean[:, :, :, None]) * share.sqrt()
         covariance = centred.mT @ centred
@@ -351,7 +360,7 @@ class ExpectedAttention(Weights):
 
     def _diagonal(self, signals: Signals, queries: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variances [batch, kv_heads, gaussians, dim], as products with a row: no pass of their own."""
-        share = (asked / asked.sum(-1, keepdim=True))[:, None, None]  # [batch, 1, 1, m]
+        share = (asked / asked.sum(-1, keepdim=True).clamp_min(1))[:, None, None]  # [batch, 1, 1, m]
         mean, square = ((share @ x).squeeze(2) for x in (queries, queries.square()))
         return self._over_group(signals, mean, square)
 
@@ -366,6 +375,11 @@ class ExpectedAttention(Weights):
     def observed(self) -> int | None:
         """The newest `recent`, or all."""
         return self.recent if self.half_life is None else None
+
+    @property
+    def remembers(self) -> bool:
+        """With a half-life."""
+        return self.half_life is not None
 
     def __str__(self) -> str:
         return "expected attention"
