@@ -1,0 +1,39 @@
+"""The code of docs/link.md runs as it stands, on names that a reader would have."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from retain.link.models import ModelSettings, PairScorer
+from retain.link.negatives import draw_negatives
+from retain.link.training import TrainSettings
+
+DOCS = (Path(__file__).parents[2] / "docs" / "link.md").read_text(encoding="utf-8")
+
+
+class Inner(torch.nn.Module):
+    def forward(self, first, second):
+        return (first * second).sum(-1)
+
+
+def test_examples_run(graph, parts, capsys):
+    model = ModelSettings(hidden=16).build(graph.x.size(1)).eval()
+    z = torch.randn(graph.num_nodes, 16)
+    names = {
+        "decoder": Inner(),
+        "z": z,
+        "positives": parts.train,
+        "negatives": draw_negatives(parts.known, graph.num_nodes, 64, 5),
+        "model": model,
+        "score": PairScorer(model, graph.x, parts.messages()),
+        "num_nodes": graph.num_nodes,
+        "graph": graph,
+        "parts": parts,
+        "settings": TrainSettings(epochs=1, batch_size=256),
+    }
+    codes = re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL)
+    assert len(codes) == 2
+    for code in codes:
+        exec(compile(code, "link.md", "exec"), names)
+    assert capsys.readouterr().out.startswith("unaffected")
