@@ -114,14 +114,18 @@ def test_sinks_and_window_are_protected(name, family):
             assert {0, 1, 2, 35, 36, 37, 38, 39} <= set(head)
 
 
-@every_policy
+@pytest.mark.parametrize(
+    ("name", "allocation"),
+    [*((name, None) for name in POLICIES), ("capkv", "pooled"), ("h2o", "marginal"), ("keydiff", "marginal")],
+)
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_later_tokens_see_exactly_the_kept_entries(name, attn, family, masked_attention):
+@pytest.mark.parametrize("new", [7, 1])
+def test_later_tokens_see_exactly_the_kept_entries(name, allocation, attn, family, new, masked_attention):
     """Against dense attention over everything with a mask that hides what was evicted, head by head."""
-    document, question = prompt(30, rows=2), prompt(7, seed=1, rows=2)
+    document, question = prompt(30, rows=2), prompt(new, seed=1, rows=2)
     model = build(family, attn)
-    cache = RetainCache(model, name, 0.4)
+    cache = RetainCache(model, name, 0.4, allocation=allocation)
     prefill(model, document, cache)
     kept = {layer.index: cache.kept_positions(layer.index).long() for layer in cache.retained}
     got = prefill(model, question, cache).logits
@@ -129,7 +133,7 @@ def test_later_tokens_see_exactly_the_kept_entries(name, attn, family, masked_at
 
     hidden = {}
     for index, positions in kept.items():
-        visible = torch.zeros(2, 2, 30, dtype=torch.bool).scatter_(2, positions, True)
+        visible = (positions[..., None] == torch.arange(30)).any(2)
         hidden[index] = ~visible
     masked_attention.update(hidden)
     model.set_attn_implementation("test_masked")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -164,6 +165,40 @@ class RetainCache(Cache):
             other.layers.append(layer.copy(pool))
         other._updated = None
         return other
+
+    def save(self, model: PreTrainedModel, path: str | Path) -> Path:
+        """Write the cache as one safetensors file, from which it can go on in another process.
+
+        Args:
+            model: the model that it is of; the file records which.
+            path: where to; written atomically.
+
+        Raises:
+            ValueError: the cache is of another model, or has seen nothing.
+
+        """
+        from retain.kv.saving import save_cache
+
+        return save_cache(self, model, path)
+
+    @staticmethod
+    def load(path: str | Path, model: PreTrainedModel, policy: Policy | None = None) -> RetainCache:
+        """Read a cache that `save` wrote.
+
+        Args:
+            path: the file.
+            model: the model that it was made with.
+            policy: the cache's policy, if it is not one of the named ones.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: the file is no saved cache, of a newer version, of another model or dtype; or the policy
+                is missing or another.
+
+        """
+        from retain.kv.saving import load_cache
+
+        return load_cache(path, model, policy)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RetainCache:
         """Return `copy()`: stored tensors are never written to, so that sharing them is as good."""

@@ -106,6 +106,8 @@ class RetainLayer(DynamicLayer):
         self.evicted = False
         self.seen = 0  # columns of the model's input so far, padding included
         self.appended = 0  # of these, since the last eviction
+        self.held: list[int] = []  # entries that each row held then, in the mean over heads and layers
+        self._due: list[bool] = []  # which rows evict after the call under way; none if it is empty
         self.padding: Tensor | None = None  # left padding of each row, long [batch]
         self.capacity: Tensor | None = None  # share retained, [batch, kv_heads]
         self.queries: tuple[Tensor, ...] = ()  # the newest, [batch, heads, m, dim], as far as evictions need them
@@ -139,10 +141,7 @@ class RetainLayer(DynamicLayer):
         padding = torch.zeros(batch, dtype=torch.long, device=call.key.device) if self.padding is None else self.padding
         if valid is not None:
             padding = padding + (~valid).sum(-1)
-        if self._due(new, self.appended + new):
-            # Before anything is stored: what is protected must fit.
-            for count in (self.seen + new - padding).tolist():
-                self.settings.policy.sizes(tokens_allowed(self.settings.budget, count), count, self.settings.protection)
+        self._due = self._rows_due(new, (self.seen + new - padding).tolist())
         self.padding = padding
         self.seen += new
         self.appended += new
@@ -196,17 +195,33 @@ class RetainLayer(DynamicLayer):
         with torch.no_grad():
             if own.always:
                 self._remember(call.query)
-            if self._due(call.key.shape[2], self.appended):
+            if self._due:
                 self._evict(call, attention)
             if isinstance(self.storage, RaggedStorage):
                 self.storage.settle()
         if self.layer == own.layers - 1 and self._rotary is not None:
             self._rotary.forget()
 
-    def _due(self, new: int, appended: int) -> bool:
-        """Whether to evict after a call of `new` tokens, `appended` since the last eviction."""
+    def _rows_due(self, new: int, seen: list[int]) -> list[bool]:
+        """Return which rows are to evict after a call of `new` tokens, given what each will have seen; [] for none.
+
+        Raises:
+            ValueError: what is protected does not fit; nothing is stored yet.
+
+        """
         own = self.settings
-        return self.storage is None or (own.always and (new > 1 or appended >= own.interval))
+        if self.storage is not None and not own.always:
+            return []
+        allowed = [tokens_allowed(own.budget, count) for count in seen]
+        if self.storage is None or new > 1:
+            due = [True] * len(seen)
+        else:
+            appended = self.appended + new
+            due = [h + appended - a >= own.interval for h, a in zip(self.held, allowed, strict=True)]
+        for tokens, count, now in zip(allowed, seen, due, strict=True):
+            if now:
+                own.policy.sizes(tokens, count, own.protection)
+        return due if any(due) else []
 
     def _remember(self, query: Tensor) -> None:
         """Keep the newest queries as far as the policy looks back."""
@@ -228,14 +243,17 @@ class RetainLayer(DynamicLayer):
             entries = self.storage.entries
         signals = self._signals(call, entries, attention)
         seen = signals.seen.clamp_min(0).tolist()
-        allowed = [tokens_allowed(own.budget, count) for count in seen]
+        # Rows that are not due keep all that they hold.
+        allowed = [
+            tokens_allowed(own.budget, count) if due else count for count, due in zip(seen, self._due, strict=True)
+        ]
         # What remembers goes on remembering, and what competes claims, also where all may stay.
         goes_on = own.always and (own.policy.weights.remembers or self.pool is not None)
         if own.policy.keep_all or (allowed == seen and not goes_on):
             stored: UniformStorage | RaggedStorage = self.storage or UniformStorage.all(entries)
             _check_finite(stored, self.index)
             self.capacity = torch.ones(signals.batch, signals.kv_heads) if own.measure_capacity else None
-            self._store(stored)
+            self._store(stored, allowed)
             return
         budget = own.policy.budget(signals, allowed, own.protection)
         if self.pool is None:
@@ -254,9 +272,11 @@ class RetainLayer(DynamicLayer):
         self.capacity = capacity_share(signals, kept) if own.measure_capacity else None
         self.evicted = self.evicted or allowed != seen
         self.moments = signals.next_moments
-        self._store(stored)
+        self._store(stored, allowed)
 
-    def _store(self, stored: UniformStorage | RaggedStorage) -> None:
+    def _store(self, stored: UniformStorage | RaggedStorage, allowed: list[int]) -> None:
+        earlier = self.held or [0] * len(allowed)
+        self.held = [min(a, h + self.appended) for a, h in zip(allowed, earlier, strict=True)]
         self.storage = stored
         self.appended = 0
         if self.settings.policy.observed is None:
@@ -344,6 +364,7 @@ class RetainLayer(DynamicLayer):
             if own is not None:
                 setattr(self, name, own.index_select(0, index.to(own.device)))
         self.queries = tuple(own.index_select(0, index.to(own.device)) for own in self.queries)
+        self.held = [self.held[row] for row in index.tolist()]
         self.moments = {half_life: own.rows(index) for half_life, own in self.moments.items()}
 
     def copy(self, pool: Pool | None) -> RetainLayer:
