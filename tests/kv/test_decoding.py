@@ -150,7 +150,7 @@ def test_compact_texts_may_be_longer_than_the_window():
 
 def test_compact_is_refused_where_rotation_depends_on_length():
     model = build("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
-    with pytest.raises(ValueError, match="positions is 'compact'.*accepted: 'original'"):
+    with pytest.raises(ValueError, match=r"positions is 'compact'.*accepted: 'original'"):
         RetainCache(model, positions="compact")
 
 

@@ -10,9 +10,9 @@ import typer
 from rich.table import Table
 
 from retain.cli.console import out, print_json, progress
-from retain.kv.allocation import Protection
 from retain.kv.models import DEFAULT_MODEL, load
 from retain.kv.named import DEFAULT_POLICY, get_policy, policies
+from retain.kv.protection import Protection
 
 app = typer.Typer(help="Keep the KV cache entries that carry the most information.", no_args_is_help=True)
 
