@@ -260,7 +260,8 @@ class RetainLayer(DynamicLayer):
             kept = own.policy.select(signals, budget)
         else:
             request = own.policy.request(signals, allowed, own.protection)
-            entries.columns["claim"] = self.pool.claims(signals, own.policy, budget, request)
+            claims = self.pool.claims(signals, own.policy, budget, request)
+            entries.columns["claim"] = self._renewed(claims, entries)
             kept = self.pool.admit(self.layer, entries.columns["claim"], allowed)
         if own.always and signals.next_received is not None:
             entries.columns["received"] = signals.next_received
@@ -273,6 +274,14 @@ class RetainLayer(DynamicLayer):
         self.evicted = self.evicted or allowed != seen
         self.moments = signals.next_moments
         self._store(stored, allowed)
+
+    def _renewed(self, claims: Tensor, entries: Entries) -> Tensor:
+        """Return new claims for the rows that evict and the earlier ones for all others, as if each were alone."""
+        earlier = entries.columns.get("claim")
+        if earlier is None or all(self._due):
+            return claims
+        due = torch.tensor(self._due, device=claims.device)[:, None, None]
+        return torch.where(due, claims, earlier.masked_fill(entries.positions < 0, float("-inf")))
 
     def _store(self, stored: UniformStorage | RaggedStorage, allowed: list[int]) -> None:
         earlier = self.held or [0] * len(allowed)

@@ -48,14 +48,15 @@ class Pool:
 
         Args:
             layer: which.
-            claims: of its entries, [batch, kv_heads, tokens].
+            claims: of its entries, [batch, kv_heads, tokens]; −inf where there is none. Those without a claim yet
+                (NaN), here or in other layers, stay until their layer evicts and count for nothing until then.
             allowed: entries of each row, in the mean over heads and layers.
 
         Returns:
             Ascending indices, long [batch, kv_heads, most kept], −1 for none in the first places.
 
         """
-        stay = claims > float("-inf")
+        stay = claims != float("-inf")
         others = {number: storage for number, storage in self._storages.items() if number != layer}
         masks = {number: torch.ones_like(s.columns["claim"], dtype=torch.bool) for number, s in others.items()}
         for row, mean in enumerate(allowed):
@@ -65,8 +66,8 @@ class Pool:
             every = torch.cat(parts)
             if int((every > float("-inf")).sum()) <= total:
                 continue
-            best = torch.zeros_like(every, dtype=torch.bool)
-            best[every.topk(total).indices] = True
+            best = every.isnan()
+            best[every.masked_fill(best, float("-inf")).topk(total).indices] = True
             own, *rest = best.split([part.numel() for part in parts])
             stay[row] = own.view_as(stay[row])
             for (number, span), kept in zip(spans.items(), rest, strict=True):

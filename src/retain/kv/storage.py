@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# What an entry that was just appended gets in a column beside keys and values.
-FILL = {"received": 0.0, "claim": float("inf")}
+# What an entry that was just appended gets in a column beside keys and values; NaN: nothing was claimed yet.
+FILL = {"received": 0.0, "claim": float("nan")}
 
 
 @dataclass
