@@ -1,0 +1,170 @@
+"""The edges that messages pass over, in compressed rows, and views of it that lack some edges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+# A byte for each pair of nodes pays up to this many: 64 MiB, graphs of 8,192 nodes.
+SMALL = 2**26
+
+
+class Rows:
+    """Directed edges in compressed sparse rows.
+
+    Args:
+        codes: row · num_nodes + column of each edge, ascending, none twice, long [edges].
+        num_nodes: nodes of the graph.
+
+    """
+
+    def __init__(self, codes: Tensor, num_nodes: int) -> None:
+        self.codes = codes
+        self.num_nodes = num_nodes
+        self.row = torch.div(codes, max(num_nodes, 1), rounding_mode="floor")
+        self.col = codes - self.row * num_nodes
+        self.degree = torch.bincount(self.row, minlength=num_nodes)
+        self.pointers = pointers(self.degree)
+
+    def select(self, keep: Tensor) -> Rows:
+        """Return the rows without the edges for which `keep`, bool [edges], is false."""
+        chosen = Rows.__new__(Rows)
+        chosen.num_nodes = self.num_nodes
+        chosen.codes, chosen.row, chosen.col = self.codes[keep], self.row[keep], self.col[keep]
+        chosen.degree = self.degree - torch.bincount(self.row[~keep], minlength=self.num_nodes)
+        chosen.pointers = pointers(chosen.degree)
+        return chosen
+
+    def expand(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the neighbours of nodes, node after node, and the position in `nodes` that each belongs to.
+
+        Args:
+            nodes: long [n], repeats allowed.
+
+        """
+        start, count = self.pointers[nodes], self.degree[nodes]
+        owner = torch.repeat_interleave(count)
+        place = torch.arange(owner.numel(), device=owner.device) + (start - pointers(count)[:-1])[owner]
+        return self.col[place], owner
+
+    def find(self, codes: Tensor) -> Tensor:
+        """Return where each code stands, -1 if it is no edge, long [codes]."""
+        if self.codes.numel() == 0:
+            return torch.full_like(codes, -1)
+        places = torch.searchsorted(self.codes, codes).clamp_(max=self.codes.numel() - 1)
+        return torch.where(self.codes[places] == codes, places, -1)
+
+
+class MessageGraph:
+    """An undirected graph: both directions of every edge, no self-loop, none twice.
+
+    Args:
+        edge_index: edges in one direction or both, in any order, long [2, edges].
+        num_nodes: nodes of the graph.
+        keys: a number for each node that sketches hash in place of its id, long [nodes]; under a relabelling that
+            takes it along, sketches stay the same.
+
+    Raises:
+        ValueError: the shape is wrong or an id is out of range.
+
+    """
+
+    def __init__(self, edge_index: Tensor, num_nodes: int, *, keys: Tensor | None = None) -> None:
+        if edge_index.ndim != 2 or edge_index.size(0) != 2:
+            raise ValueError(f"edge_index has shape {tuple(edge_index.shape)}; accepted: [2, edges]")
+        if edge_index.numel() and not (int(edge_index.min()) >= 0 and int(edge_index.max()) < num_nodes):
+            raise ValueError(
+                f"edge_index holds ids {int(edge_index.min())} to {int(edge_index.max())}; "
+                f"accepted: 0 to {num_nodes - 1}"
+            )
+        if keys is not None and keys.shape != (num_nodes,):
+            raise ValueError(f"keys has shape {tuple(keys.shape)}; accepted: ({num_nodes},), one a node")
+        self.num_nodes = num_nodes
+        self.rows = Rows(_codes(edge_index[:, edge_index[0] != edge_index[1]], num_nodes).unique(), num_nodes)
+        self.keys = torch.arange(num_nodes, device=edge_index.device) if keys is None else keys
+        self.base = self
+        self.removed: Rows | None = None
+        self._made: dict[str, tuple[tuple[object, ...], Any]] = {}
+
+    @property
+    def edge_index(self) -> Tensor:
+        """Both directions of every edge, sorted, long [2, edges]."""
+        return torch.stack([self.rows.row, self.rows.col])
+
+    @property
+    def degree(self) -> Tensor:
+        """Neighbours of each node, long [nodes]."""
+        return self.rows.degree
+
+    @property
+    def device(self) -> torch.device:
+        """Where the graph is."""
+        return self.rows.codes.device
+
+    def without(self, pairs: Tensor) -> MessageGraph:
+        """Return a view that lacks the given edges in both directions; pairs that are no edges are ignored.
+
+        The graph that the first view was made of stays its `base`, with all that was remembered.
+
+        Args:
+            pairs: long [2, pairs].
+
+        """
+        keep = torch.ones_like(self.rows.codes, dtype=torch.bool)
+        keep[self._edges(pairs)] = False
+        view = MessageGraph.__new__(MessageGraph)
+        view.num_nodes, view.keys, view.base, view._made = self.num_nodes, self.keys, self.base, {}
+        view.rows = self.rows.select(keep)
+        gone = self.rows.codes[~keep]
+        if self.removed is not None:
+            gone = torch.cat([self.removed.codes, gone]).sort().values
+        view.removed = Rows(gone, self.num_nodes)
+        return view
+
+    def contains(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return which (row, column) are edges, bool [pairs]."""
+        codes = rows * self.num_nodes + columns
+        if self.num_nodes**2 > SMALL:
+            return self.rows.find(codes) >= 0
+        joined = self.base.remember("bitmap", self.base._bitmap)[codes]
+        if self.removed is not None:
+            # Few of those asked for are edges: only they are looked up among what the view lacks.
+            hits = joined.nonzero().flatten()
+            joined[hits] = self.removed.find(codes[hits]) < 0
+        return joined
+
+    def remember(self, name: str, make: Callable[[], T], *inputs: object) -> T:
+        """Return what `make` returns, made once for the same input objects."""
+        made = self._made.get(name)
+        if made is None or any(old is not new for old, new in zip(made[0], inputs, strict=True)):
+            made = self._made[name] = (inputs, make())
+        return cast(T, made[1])
+
+    def _edges(self, pairs: Tensor) -> Tensor:
+        places = self.rows.find(_codes(pairs, self.num_nodes))
+        return places[places >= 0]
+
+    def _bitmap(self) -> Tensor:
+        bitmap = torch.zeros(self.num_nodes**2, dtype=torch.bool, device=self.device)
+        bitmap[self.rows.codes] = True
+        return bitmap
+
+
+def as_messages(edge_index: Tensor | MessageGraph, num_nodes: int) -> MessageGraph:
+    """Return the message graph of an edge index; one that is given stays what it is."""
+    return edge_index if isinstance(edge_index, MessageGraph) else MessageGraph(edge_index, num_nodes)
+
+
+def pointers(count: Tensor) -> Tensor:
+    """Return where each of several runs begins, and where the last ends: long [runs + 1]."""
+    found = count.new_zeros(count.numel() + 1)
+    torch.cumsum(count, 0, out=found[1:])
+    return found
+
+
+def _codes(pairs: Tensor, num_nodes: int) -> Tensor:
+    return torch.cat([pairs[0] * num_nodes + pairs[1], pairs[1] * num_nodes + pairs[0]])
