@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +12,9 @@ from rich.table import Table
 
 from retain.cli.console import out, print_json, progress
 from retain.kv.models import DEFAULT_MODEL, load
-from retain.kv.named import DEFAULT_POLICY, get_policy, policies
+from retain.kv.named import DEFAULT_POLICY, allocations, get_allocation, get_policy, policies
 from retain.kv.protection import Protection
+from retain.report.figures import save
 
 app = typer.Typer(help="Keep the KV cache entries that carry the most information.", no_args_is_help=True)
 
@@ -45,6 +47,17 @@ def generate(
     ] = True,
     policy: Annotated[str, typer.Option(help="`retain kv policies` lists them.")] = DEFAULT_POLICY,
     budget: Annotated[str, typer.Option(help="Tokens (500) or a fraction (0.25, 25%) of the prompt.")] = "0.25",
+    allocation: Annotated[
+        str | None, typer.Option(help="Split of the budget over heads: equal, pyramid, pooled, marginal or profile.")
+    ] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option(help="Read the prompt so many tokens at a time; never hold more than that + budget."),
+    ] = None,
+    interval: Annotated[int | None, typer.Option(help="Evict every so many tokens of the answer too.")] = None,
+    positions: Annotated[
+        str, typer.Option(help="original, or compact: moved together, for prompts longer than the model's window.")
+    ] = "original",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
     model: ModelOption = DEFAULT_MODEL,
     device: DeviceOption = "cpu",
@@ -52,12 +65,14 @@ def generate(
     attn: AttnOption = "sdpa",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Also show what each layer kept.")] = False,
+    figure: Annotated[Path | None, typer.Option(help="Draw the entries kept by layer and head (svg, png).")] = None,
 ) -> None:
     """Answer greedily from a part of the prompt's KV cache."""
     # Imported here: transformers takes seconds, which other commands need not wait for.
     from retain.kv.answering import answer
 
     chosen = get_policy(policy)
+    split = None if allocation is None else get_allocation(allocation)
     allowed = parse_budget(budget)
     Protection().check(allowed)
     text = _read_prompt(prompt, prompt_file)
@@ -75,7 +90,13 @@ def generate(
             budget=allowed,
             aware=aware,
             max_new_tokens=max_new_tokens,
+            allocation=split,
+            chunk=chunk,
+            interval=interval,
+            positions=positions,
         )
+    if figure is not None:
+        save(report.figure(), str(figure))
     if as_json:
         print_json({"model": model, **result.to_dict()})
         return
@@ -91,13 +112,58 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None:
         return prompt
     if file is not None:
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompt-file is {str(file)!r}, which can't be read as text: {error}") from None
+        return _read_file("--prompt-file", file)
     if sys.stdin.isatty():
         raise ValueError("no prompt; accepted: --prompt TEXT, --prompt-file FILE, or text on standard input")
     return sys.stdin.read()
+
+
+def _read_file(option: str, file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option} is {str(file)!r}, which can't be read as text: {error}") from None
+
+
+@app.command("calibrate")
+def calibrate_model(
+    text_file: Annotated[Path | None, typer.Option(help="Measure on this text; without it, Python's manual.")] = None,
+    random: Annotated[bool, typer.Option("--random", help="Measure on random tokens in place of text.")] = False,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of the text, which is read twice.")] = None,
+    seed: Annotated[int, typer.Option(help="Of random tokens.")] = 0,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the profile; without it, where caches look for it.")
+    ] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    attn: AttnOption = "sdpa",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure once how much of its cache each head of a model reads: what `--allocation profile` follows."""
+    from retain.kv.calibration import calibrate, write_profile
+
+    if random and text_file is not None:
+        raise ValueError("--random and --text-file are both given; accepted: one of them")
+    text = None if text_file is None else _read_file("--text-file", text_file)
+    start = time.perf_counter()
+    with progress() as say:
+        network, tokenizer = load(model, device=device, dtype=dtype, attn=attn, say=say)
+        say("measuring the head profile")
+        profile = calibrate(network, None if random else tokenizer, text, tokens=tokens, seed=seed)
+    place = write_profile(profile, out_file)
+    seconds = time.perf_counter() - start
+    if as_json:
+        facts = {"model": profile.model, "source": profile.source, "attention": profile.attention}
+        print_json({**facts, "file": str(place), "seconds": seconds})
+        return
+    table = Table(title=f"Most attention a cached entry gets, by head: {profile.source}")
+    for column in ("layer", "least", "mean", "most"):
+        table.add_column(column, justify="right")
+    for layer, heads in enumerate(profile.attention):
+        table.add_row(str(layer), *(f"{x:.4f}" for x in (min(heads), sum(heads) / len(heads), max(heads))))
+    out.print(table)
+    out.print(f"written to {place}, {seconds:.1f} s", highlight=False, soft_wrap=True)
 
 
 @app.command("policies")
@@ -107,7 +173,8 @@ def list_policies(
     """List the policies: what each takes for weights, directions and estimator of the capacity."""
     described = [policy.describe() for policy in policies().values()]
     if as_json:
-        print_json({"default": DEFAULT_POLICY, "policies": described})
+        splits = {name: str(split) for name, split in allocations().items()}
+        print_json({"default": DEFAULT_POLICY, "policies": described, "allocations": splits})
         return
     table = Table(title="Policies: weights × directions × estimator")
     for column in ("name", "weights", "directions", "estimator", "paper"):
@@ -117,4 +184,6 @@ def list_policies(
         estimator = ", ".join((parts["estimator"], *extra))
         table.add_row(parts["name"], parts["weights"], parts["directions"], estimator, parts["paper"])
     out.print(table)
+    splits = ", ".join(f"{name} ({split})" for name, split in allocations().items())
     out.print(f"The default is {DEFAULT_POLICY}. Papers are arXiv numbers.", highlight=False)
+    out.print(f"Allocations, with any policy: {splits}.", highlight=False)

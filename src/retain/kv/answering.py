@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retain.kv.accounting import CacheReport
+from retain.kv.allocation import Allocation
 from retain.kv.cache import RetainCache
 from retain.kv.named import DEFAULT_POLICY
 from retain.kv.policy import Policy
@@ -96,10 +97,16 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
         )
 
 
-def generate(model: PreTrainedModel, ids: Tensor, cache: RetainCache, max_new_tokens: int) -> Tensor:
-    """Continue token ids [1, tokens] greedily, [new tokens]; what the cache has seen is not computed again."""
+def generate(
+    model: PreTrainedModel, ids: Tensor, cache: RetainCache, max_new_tokens: int, *, chunk: int | None = None
+) -> Tensor:
+    """Continue token ids [1, tokens] greedily, [new tokens]; what the cache has seen is not computed again.
+
+    With `chunk`, the prompt is read so many tokens at a time.
+    """
     ids = ids.to(model.device)
     network: Any = model
+    chunked = {} if chunk is None else {"prefill_chunk_size": chunk}
     out: Any = network.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -107,6 +114,7 @@ def generate(model: PreTrainedModel, ids: Tensor, cache: RetainCache, max_new_to
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=model.generation_config.pad_token_id or model.generation_config.eos_token_id,
+        **chunked,
     )
     return out[0, ids.shape[1] :]
 
@@ -121,6 +129,10 @@ def answer(
     budget: float = 0.25,
     aware: bool = True,
     max_new_tokens: int = 128,
+    allocation: str | Allocation | None = None,
+    chunk: int | None = None,
+    interval: int | None = None,
+    positions: str = "original",
 ) -> tuple[Answer, CacheReport]:
     """Answer a question about a document, greedily, from a compressed KV cache.
 
@@ -134,6 +146,11 @@ def answer(
         aware: True if the question is seen before eviction, False if only the document is: then one
             compressed document could answer any question.
         max_new_tokens: longest answer.
+        allocation: how the budget is split over heads and layers; None leaves it to the policy.
+        chunk: read the prompt so many tokens at a time, within the budget after each; None reads it at once.
+        interval: evict every so many tokens of the answer too; None keeps the whole answer, unless the prompt is
+            read in chunks (then 512).
+        positions: of kept keys, `"original"` or `"compact"`, which also reads what is longer than the window.
 
     Raises:
         ValueError: an empty prompt, one longer than the model's window, or anything `RetainCache` refuses.
@@ -141,14 +158,26 @@ def answer(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; accepted: at least 1")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is {chunk}; accepted: at least 1 token")
     parts = prompt(tokenizer, document, question)
-    check_length(model, parts.ids.shape[1] + max_new_tokens)
-    cache = RetainCache(model, policy, budget)
+    if positions != "compact":
+        check_length(model, parts.ids.shape[1] + max_new_tokens)
+    cache = RetainCache(
+        model,
+        policy,
+        budget,
+        allocation=allocation,
+        evict="prefill" if chunk is None and interval is None else "always",
+        interval=512 if interval is None else interval,
+        positions=positions,
+    )
     start = time.perf_counter()
     if not aware and parts.question.shape[1]:
         with torch.no_grad():
-            model(parts.document.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    tokens = generate(model, parts.ids, cache, max_new_tokens)
+            for piece in parts.document.split(chunk or parts.document.shape[1], dim=1):
+                model(piece.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    tokens = generate(model, parts.ids, cache, max_new_tokens, chunk=chunk)
     seconds = time.perf_counter() - start
     report = cache.report()
     text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()

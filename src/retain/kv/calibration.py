@@ -112,10 +112,10 @@ def _compressed(model: PreTrainedModel, layers: list[_Watch]) -> list[_Watch]:
 
 
 def profile_of(model: PreTrainedModel) -> Profile:
-    """Return a model's head profile: shipped, measured earlier, or measured now on random tokens and kept."""
+    """Return a model's head profile: measured earlier, shipped, or measured now on random tokens and kept."""
     name = f"{fingerprint(model)}.json"
     shipped = importlib.resources.files("retain.kv") / "profiles" / name
-    for place in (shipped, _folder() / name):
+    for place in (_folder() / name, shipped):
         if place.is_file():
             return _read(place.read_text(encoding="utf-8"), str(place))
     _log.warning("measuring the head profile of this model, once (a forward pass over 1,400 tokens)")
@@ -125,10 +125,11 @@ def profile_of(model: PreTrainedModel) -> Profile:
 
 
 def write_profile(profile: Profile, path: Path | None = None) -> Path:
-    """Write a profile as JSON, atomically; to Retain's cache folder without a path."""
+    """Write a profile as JSON of five digits, atomically; to Retain's cache folder without a path."""
     path = path or _folder() / f"{profile.model}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"model": profile.model, "source": profile.source, "attention": profile.attention}
+    attention = [[float(f"{value:.5g}") for value in layer] for layer in profile.attention]
+    content = {"model": profile.model, "source": profile.source, "attention": attention}
     half = path.with_suffix(f".{os.getpid()}.part")
     half.write_text(json.dumps(content) + "\n", encoding="utf-8")
     os.replace(half, path)
