@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from retain.kv.sharding import Sharding, largest
+
 
 @dataclass(frozen=True)
 class Request:
@@ -19,11 +21,12 @@ class Request:
         budget: entries allowed in a head, in the mean over all heads and layers, for each row of the batch.
         seen: tokens that each row has seen.
         least: entries of each row that are protected; no head gets fewer unless the budget itself is smaller.
-        room: entries that there are, long [batch, kv_heads].
+        room: entries that there are, long [batch, kv_heads], of the heads that are here.
         layer: index of the layer among `layers`.
         layers: number of layers.
         shares: gives what each entry contributes, comparable between heads, [batch, kv_heads, tokens]; −inf
             where there is none.
+        sharding: where the other heads are; None if all are here.
 
     """
 
@@ -34,6 +37,12 @@ class Request:
     layer: int
     layers: int
     shares: Callable[[], Tensor] = field(repr=False)
+    sharding: Sharding | None = None
+
+    @property
+    def heads(self) -> int:
+        """KV heads of the layer, those of other processes included."""
+        return self.room.shape[1] if self.sharding is None else self.sharding.heads
 
 
 class Allocation(ABC):
@@ -54,7 +63,7 @@ class Allocation(ABC):
         """Return the entries that each row and head of the layer may keep, long [batch, kv_heads].
 
         Over all heads and layers they sum to layers × kv_heads × budget for each row, as long as there are so
-        many entries.
+        many entries. Where heads are split over processes, each process gets the numbers of its own.
         """
 
 
@@ -133,12 +142,9 @@ class PooledScores(Allocation):
     def tokens(self, request: Request) -> Tensor:
         """Return for each head how many of the layer's largest shares are its own."""
         ranked = claims(request, self.safeguard)
-        chosen = torch.zeros_like(ranked, dtype=torch.bool)
-        heads = ranked.shape[1]
-        for row, budget in enumerate(request.budget):
-            best = ranked[row].flatten().topk(min(budget * heads, int(request.room[row].sum()))).indices
-            chosen[row].view(-1)[best] = True
-        return chosen.sum(-1).cpu()
+        counts = [budget * request.heads for budget in request.budget]
+        chosen = largest(list(ranked.flatten(1)), counts, request.sharding)
+        return torch.stack(chosen).view_as(ranked).sum(-1).cpu()
 
     def __str__(self) -> str:
         return "per head, by pooled scores"

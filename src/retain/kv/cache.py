@@ -21,6 +21,7 @@ from retain.kv.pool import Pool
 from retain.kv.profile import HeadProfile
 from retain.kv.protection import Protection
 from retain.kv.rotary import rotaries_of
+from retain.kv.sharding import Sharding
 
 
 class RetainCache(Cache):
@@ -117,6 +118,7 @@ class RetainCache(Cache):
             compact=positions == "compact",
             measure_capacity=measure_capacity and evict == "prefill" and not shared,
             layers=len(full),
+            sharding=Sharding.of(model),
         )
         pool = Pool(len(full)) if shared else None
         self._attachment = Attachment(decoder)
@@ -171,7 +173,8 @@ class RetainCache(Cache):
 
         Args:
             model: the model that it is of; the file records which.
-            path: where to; written atomically.
+            path: where to; written atomically. Processes of a tensor-parallel model, all of which must save and
+                load, add their number to it.
 
         Raises:
             ValueError: the cache is of another model, or has seen nothing.

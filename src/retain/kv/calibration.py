@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from retain.kv.attention import Attachment, Call, mark
 from retain.kv.identity import fingerprint
 from retain.kv.models import cache_folder
 from retain.kv.profile import Profile
+from retain.kv.sharding import Sharding
 from retain.kv.signals import Signals
 
 _TOKENS = 700
@@ -77,8 +78,11 @@ def calibrate(
     with torch.no_grad():
         network(ids, past_key_values=Cache(layers=list(layers)), use_cache=True, logits_to_keep=1)
     del attachment
-    compressed = _compressed(model, layers)
-    return Profile(tuple(tuple(layer.attention) for layer in compressed), fingerprint(model), source)
+    attention = [layers[index].attention for index in _full(model)]
+    sharding = Sharding.of(model)
+    if sharding is not None and sharding.splits(len(attention[0])):
+        attention = sharding.whole(torch.tensor(attention, device=model.device), 1).tolist()
+    return Profile(tuple(map(tuple, attention)), fingerprint(model), source)
 
 
 class _Watch(DynamicLayer):
@@ -103,25 +107,44 @@ class _Watch(DynamicLayer):
         self.attention = signals.most_attention(self._first).mean((0, 2)).tolist()
 
 
-def _compressed(model: PreTrainedModel, layers: list[_Watch]) -> list[_Watch]:
+def _full(model: PreTrainedModel) -> list[int]:
     """Return the layers with full attention, which are those that a cache compresses."""
-    from transformers import DynamicCache
-
     stock = DynamicCache(config=model.config).layers
-    return [own for own, layer in zip(layers, stock, strict=True) if type(layer) is DynamicLayer]
+    return [index for index, layer in enumerate(stock) if type(layer) is DynamicLayer]
 
 
 def profile_of(model: PreTrainedModel) -> Profile:
     """Return a model's head profile: measured earlier, shipped, or measured now on random tokens and kept."""
-    name = f"{fingerprint(model)}.json"
-    shipped = importlib.resources.files("retain.kv") / "profiles" / name
-    for place in (_folder() / name, shipped):
-        if place.is_file():
-            return _read(place.read_text(encoding="utf-8"), str(place))
+    name = fingerprint(model)
+    found = _find(name)
+    sharding = Sharding.of(model)
+    if sharding is not None:
+        found = _agreed(found, model, sharding)
+    if found is not None:
+        return found
     _log.warning("measuring the head profile of this model, once (a forward pass over 1,400 tokens)")
     profile = calibrate(model)
     write_profile(profile)
     return profile
+
+
+def _find(name: str) -> Profile | None:
+    shipped = importlib.resources.files("retain.kv") / "profiles" / f"{name}.json"
+    for place in (_folder() / f"{name}.json", shipped):
+        if place.is_file():
+            return _read(place.read_text(encoding="utf-8"), str(place))
+    return None
+
+
+def _agreed(found: Profile | None, model: PreTrainedModel, sharding: Sharding) -> Profile | None:
+    """Return what the first process has found: on several machines, others may have found something else."""
+    heads = (len(_full(model)), sharding.heads)
+    numbers = torch.zeros(heads) if found is None else torch.tensor(found.attention, dtype=torch.float64)
+    numbers = sharding.first(numbers.to(model.device, torch.float64))
+    if not bool(numbers.any()):
+        return None
+    source = "the first process" if found is None else found.source
+    return Profile(tuple(map(tuple, numbers.tolist())), fingerprint(model), source)
 
 
 def write_profile(profile: Profile, path: Path | None = None) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from retain.kv.sharding import columns
 from retain.kv.signals import Signals
 
 
@@ -76,7 +77,9 @@ class OutputValue(Directions):
                 "directions OutputValue needs the attention's output projection, a linear layer named "
                 "`o_proj`; this model's attention has none. Use Value() instead"
             )
-        return list(signals.output.float().split(signals.values.shape[-1], dim=1))
+        dim = signals.values.shape[-1]
+        here = columns(signals.output, signals.queries.shape[1] * dim)
+        return list(here.float().split(dim, dim=1))
 
     def __str__(self) -> str:
         return "W_O v"

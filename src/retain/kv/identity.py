@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+
+from retain.kv.sharding import Sharding, gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,17 +19,33 @@ if TYPE_CHECKING:
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "quantization_config")
 _SAMPLE = 64
 
+# Of tensor-parallel models: to put their weights together is dear.
+_known: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
 
 def fingerprint(model: PreTrainedModel) -> str:
     """Return 16 hexadecimal digits that stand for a model's configuration and weights, whatever its dtype and device.
 
-    Of the weights it takes the names, the shapes and the signs of a few numbers of each.
+    Of the weights it takes the names, the shapes and the signs of a few numbers of each. Weights that are split over
+    processes are put together for it, one at a time, once for each model; all processes must ask.
     """
+    if Sharding.of(model) is None:
+        return _digest(model, sharded=False)
+    if model not in _known:
+        _known[model] = _digest(model, sharded=True)
+    return _known[model]
+
+
+def _digest(model: PreTrainedModel, sharded: bool) -> str:
     config: Any = model.config
     facts = {name: value for name, value in config.to_dict().items() if name not in _VOLATILE and name[0] != "_"}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    decoder = model.get_decoder()
+    prefix = next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
     with torch.no_grad():
-        for name, weight in sorted(model.get_decoder().state_dict().items()):
+        for name, weight in sorted(decoder.state_dict().items()):
+            if sharded:
+                weight = gathered(model, prefix + name, weight)
             digest.update(f"{name}{tuple(weight.shape)}".encode())
             if weight.is_floating_point() and weight.device.type != "meta":
                 flat = weight.reshape(-1)

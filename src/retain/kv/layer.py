@@ -22,6 +22,7 @@ from retain.kv.pool import Pool
 from retain.kv.protection import Protection, tokens_allowed
 from retain.kv.ragged import RaggedStorage
 from retain.kv.rotary import RotaryEmbedding, shift
+from retain.kv.sharding import Sharding
 from retain.kv.signals import Signals, rotate_half
 from retain.kv.storage import Entries, UniformStorage
 
@@ -39,6 +40,7 @@ class Settings:
         compact: move kept keys together by their rotary embedding.
         measure_capacity: measure the share of the capacity that is kept.
         layers: number of layers.
+        sharding: how the heads are split over processes; None if they are not.
 
     """
 
@@ -50,6 +52,7 @@ class Settings:
     compact: bool
     measure_capacity: bool
     layers: int
+    sharding: Sharding | None = None
 
 
 class RetainLayer(DynamicLayer):
@@ -262,7 +265,7 @@ class RetainLayer(DynamicLayer):
             request = own.policy.request(signals, allowed, own.protection)
             claims = self.pool.claims(signals, own.policy, budget, request)
             entries.columns["claim"] = self._renewed(claims, entries)
-            kept = self.pool.admit(self.layer, entries.columns["claim"], allowed)
+            kept = self.pool.admit(self.layer, entries.columns["claim"], allowed, signals.sharding)
         if own.always and signals.next_received is not None:
             entries.columns["received"] = signals.next_received
         if own.compact and self._rotary is not None:
@@ -315,7 +318,12 @@ class RetainLayer(DynamicLayer):
             attention=attention if queries.shape[2] == call.query.shape[2] else None,
             received=entries.columns.get("received"),
             moments=self.moments,
+            sharding=self._sharding(entries.keys.shape[1]),
         )
+
+    def _sharding(self, heads: int) -> Sharding | None:
+        own = self.settings.sharding
+        return own if own is not None and own.splits(heads) else None
 
     def get_seq_length(self, *args: Any) -> int:
         """Return how many tokens were seen, padding included: the position of the next one."""
@@ -406,10 +414,12 @@ class RetainLayer(DynamicLayer):
         kept = self.storage.kept.sum(0).tolist()
         nbytes = self.storage.nbytes_by_head
         shares = None if self.capacity is None else self.capacity.mean(0).tolist()
+        sharding = self._sharding(self.heads)
+        first = 0 if sharding is None else sharding.rank * self.heads
         return [
             HeadReport(
                 layer=self.index,
-                head=head,
+                head=first + head,
                 tokens_seen=tokens_seen,
                 tokens_kept=kept[head],
                 bytes_full=self.bytes_full // self.heads,

@@ -101,6 +101,7 @@ class Policy:
             layer=signals.layer,
             layers=signals.layers,
             shares=lambda: signals.masked(self.estimator.shares(self.weights, self.directions, signals)),
+            sharding=signals.sharding,
         )
 
     def sizes(self, tokens: int, seen: int, protection: Protection) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from retain.kv.allocation import MarginalCapacity, Request, claims
 from retain.kv.policy import Policy
 from retain.kv.ragged import RaggedStorage
 from retain.kv.selection import Budget
+from retain.kv.sharding import Sharding, largest
 from retain.kv.signals import Signals
 
 _LOWEST = torch.finfo(torch.float32).min / 2
@@ -43,7 +44,7 @@ class Pool:
         order = scores.masked_fill(budget.protected, float("inf")).argsort(-1, descending=True)
         return torch.empty_like(scores).scatter_(-1, order, claims(request, policy.allocation.safeguard))
 
-    def admit(self, layer: int, claims: Tensor, allowed: list[int]) -> Tensor:
+    def admit(self, layer: int, claims: Tensor, allowed: list[int], sharding: Sharding | None = None) -> Tensor:
         """Return which entries of a layer stay, and drop what other layers hold with less right.
 
         Args:
@@ -51,27 +52,30 @@ class Pool:
             claims: of its entries, [batch, kv_heads, tokens]; −inf where there is none. Those without a claim yet
                 (NaN), here or in other layers, stay until their layer evicts and count for nothing until then.
             allowed: entries of each row, in the mean over heads and layers.
+            sharding: where the other heads of these layers are; None if all are here.
 
         Returns:
             Ascending indices, long [batch, kv_heads, most kept], −1 for none in the first places.
 
         """
-        stay = claims != float("-inf")
+        stay = torch.zeros_like(claims, dtype=torch.bool)
         others = {number: storage for number, storage in self._storages.items() if number != layer}
         masks = {number: torch.ones_like(s.columns["claim"], dtype=torch.bool) for number, s in others.items()}
-        for row, mean in enumerate(allowed):
-            total = mean * claims.shape[1] * self.layers
-            spans = {number: storage.row_span(row) for number, storage in others.items()}
-            parts = [claims[row].flatten(), *(others[number].columns["claim"][span] for number, span in spans.items())]
-            every = torch.cat(parts)
-            if int((every > float("-inf")).sum()) <= total:
-                continue
-            best = every.isnan()
-            best[every.masked_fill(best, float("-inf")).topk(total).indices] = True
-            own, *rest = best.split([part.numel() for part in parts])
+        heads = claims.shape[1] if sharding is None else sharding.heads
+        rows = [
+            # Layers may be on other devices; their claims come here, what they hold stays there.
+            [claims[row].flatten(), *(s.columns["claim"][s.row_span(row)].to(claims.device) for s in others.values())]
+            for row in range(len(allowed))
+        ]
+        every = [torch.cat(parts) for parts in rows]
+        silent = [own.isnan() for own in every]
+        known = [own.masked_fill(none, float("-inf")) for own, none in zip(every, silent, strict=True)]
+        best = largest(known, [mean * heads * self.layers for mean in allowed], sharding)
+        for row, parts in enumerate(rows):
+            own, *rest = (best[row] | silent[row]).split([part.numel() for part in parts])
             stay[row] = own.view_as(stay[row])
-            for (number, span), kept in zip(spans.items(), rest, strict=True):
-                masks[number][span] = kept
+            for (number, storage), kept in zip(others.items(), rest, strict=True):
+                masks[number][storage.row_span(row)] = kept.to(masks[number].device)
         for number, mask in masks.items():
             if not bool(mask.all()):
                 others[number].keep(mask)

@@ -88,16 +88,17 @@ class HeadProfile(Allocation):
         if self.profile is None:
             raise ValueError("profile is None; accepted: a profile, or let a RetainCache look it up")
         shape = (len(self.profile.attention), len(self.profile.attention[0]))
-        if shape != (request.layers, request.room.shape[1]):
+        if shape != (request.layers, request.heads):
             raise ValueError(
                 f"profile is of {shape[0]} layers and {shape[1]} heads; accepted: {request.layers} layers and "
-                f"{request.room.shape[1]} heads"
+                f"{request.heads} heads"
             )
         rows = [
             _budgets(self, budget, seen, max(least, int(self.floor * budget)))[request.layer]
             for budget, seen, least in zip(request.budget, request.seen, request.least, strict=True)
         ]
-        return torch.tensor(rows)
+        tokens = torch.tensor(rows)
+        return tokens if request.sharding is None else request.sharding.part(tokens, 1)
 
     def budgets(self, budget: int, seen: int, least: int = 0) -> list[list[int]]:
         """Return the entries of every layer and head: whole numbers that sum to budget × layers × heads.

@@ -30,7 +30,9 @@ class RotaryEmbedding:
             return known[1]
         own = copy.deepcopy(self._embedding) if self.adapts else self._embedding
         like = torch.empty(0, dtype=torch.float32, device=positions.device)
-        answer = own(like, positions, self._kind) if self._kind else own(like, positions)
+        cos, sin = own(like, positions, self._kind) if self._kind else own(like, positions)
+        # Where layers are spread over devices, the embedding answers on its own.
+        answer = (cos.to(positions.device), sin.to(positions.device))
         self._last[positions.shape[1]] = (positions, answer)
         return answer
 

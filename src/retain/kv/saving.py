@@ -25,6 +25,7 @@ from retain.kv.named import allocations, policies
 from retain.kv.policy import Policy
 from retain.kv.profile import HeadProfile
 from retain.kv.ragged import RaggedStorage
+from retain.kv.sharding import Sharding
 from retain.kv.storage import UniformStorage
 
 _FORMAT = 1
@@ -32,12 +33,15 @@ _COUNTS = ("seen", "appended", "held", "evicted")
 
 
 def save_cache(cache: RetainCache, model: PreTrainedModel, path: str | Path) -> Path:
-    """Write a cache as one safetensors file, atomically.
+    """Write a cache as one safetensors file, atomically; of a tensor-parallel model, one for each process.
 
     Args:
         cache: what to write; it stays as it is.
         model: the model that it is of.
-        path: where to.
+        path: where to. Processes of a tensor-parallel model, all of which must save, add their number to it.
+
+    Returns:
+        The file.
 
     Raises:
         ValueError: the cache is of another model, or has seen nothing.
@@ -61,6 +65,7 @@ def save_cache(cache: RetainCache, model: PreTrainedModel, path: str | Path) -> 
         "transformers": transformers.__version__,
         "model": fingerprint(model),
         "dtype": str(cache.retained[0].dtype),
+        "process": _process(model),
         "policy": _policy_name(settings.policy),
         "allocation": _allocation_name(settings.policy.allocation),
         "described": settings.policy.describe(),
@@ -73,7 +78,7 @@ def save_cache(cache: RetainCache, model: PreTrainedModel, path: str | Path) -> 
         "measure_capacity": settings.measure_capacity,
         "layers": layers,
     }
-    target = Path(path)
+    target = _place(path, model)
     half = target.with_name(f"{target.name}.{os.getpid()}.part")
     save_file(tensors, half, {"retain": json.dumps(facts)})
     os.replace(half, target)
@@ -94,7 +99,7 @@ def load_cache(path: str | Path, model: PreTrainedModel, policy: Policy | None =
             missing or another.
 
     """
-    place = Path(path)
+    place = _place(path, model)
     if not place.is_file():
         raise FileNotFoundError(f"path is {str(place)!r}; accepted: a file that `save` wrote")
     try:
@@ -112,6 +117,11 @@ def load_cache(path: str | Path, model: PreTrainedModel, policy: Policy | None =
         raise ValueError(
             f"{place} holds a cache of model {facts['model']}, this model is {own}; accepted: the model that it was "
             "made with"
+        )
+    if facts.get("process") != (process := _process(model)):
+        raise ValueError(
+            f"{place} holds a cache of {_words(facts.get('process'))}, this is {_words(process)}; accepted: the same "
+            "tensor parallelism"
         )
     if facts["dtype"] != str(model.dtype):
         raise ValueError(
@@ -136,6 +146,23 @@ def load_cache(path: str | Path, model: PreTrainedModel, policy: Policy | None =
         else:
             _restore_stock(layer, found, own, model.device)
     return cache
+
+
+def _process(model: PreTrainedModel) -> list[int] | None:
+    """Return which of how many processes holds its part of the heads here; None for one that holds all."""
+    sharding = Sharding.of(model)
+    return None if sharding is None else [sharding.rank, sharding.size]
+
+
+def _words(process: list[int] | None) -> str:
+    return "one process" if process is None else f"process {process[0] + 1} of {process[1]}"
+
+
+def _place(path: str | Path, model: PreTrainedModel) -> Path:
+    place, process = Path(path), _process(model)
+    if process is None:
+        return place
+    return place.with_name(f"{place.stem}-{process[0] + 1}-of-{process[1]}{place.suffix}")
 
 
 def _retained(layer: RetainLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from retain.kv.moments import Moments
+from retain.kv.sharding import Sharding
 
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Positions [batch, m] → cosines and sines [batch, m, rotary_dim] of the model's rotary embedding."""
@@ -49,6 +50,7 @@ class Signals:
         attention: the attention weights [batch, heads, queries, tokens] if they were computed.
         received: attention that each entry received before these queries, [batch, kv_heads, tokens].
         moments: exponentially weighted moments of earlier queries, by half-life.
+        sharding: where the layer's other heads are; None if all are here.
 
     """
 
@@ -71,6 +73,7 @@ class Signals:
         attention: Tensor | None = None,
         received: Tensor | None = None,
         moments: Mapping[float, Moments] | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         self.queries, self.keys, self.values = queries, keys, values
         self.scaling = scaling if scaling is not None else 1 / math.sqrt(keys.shape[-1])
@@ -79,6 +82,7 @@ class Signals:
         self.batch, self.kv_heads, self.tokens, self.dim = keys.shape
         self.group = queries.shape[1] // self.kv_heads
         self.received, self.moments = received, dict(moments or {})
+        self.sharding = sharding
         self._valid = valid
         self._positions, self._query_positions, self._places = positions, query_positions, places
         self._memo: dict[Any, Any] = {}

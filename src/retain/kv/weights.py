@@ -239,8 +239,10 @@ class LastQueryAttention(Weights):
     """Attention of the last query, averaged over all heads of the layer (TOVA, 2401.06104)."""
 
     def log(self, signals: Signals) -> Tensor:
-        """Return the log of that attention, the same for every head."""
+        """Return the log of that attention, the same for every head; processes that share the heads add theirs up."""
         attention = signals.attention_of_last(1).mean((1, 2, 3))
+        if signals.sharding is not None:
+            attention = signals.sharding.total(attention) / signals.sharding.size
         return attention.log()[:, None].expand(-1, signals.kv_heads, -1)
 
     @property
@@ -433,7 +435,9 @@ class Random(Weights):
         """Return log weights drawn on the CPU, so that every device gets the same."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + signals.layer)
         # One number for each position, whatever was evicted before: drawn position by position.
-        drawn = torch.rand(int(signals.seen.max()), signals.kv_heads, generator=generator).log().mT
+        heads = signals.kv_heads if signals.sharding is None else signals.sharding.heads
+        drawn = torch.rand(int(signals.seen.max()), heads, generator=generator).log().mT
+        drawn = drawn if signals.sharding is None else signals.sharding.part(drawn, 0)
         places = signals.positions.clamp_min(0).expand(-1, signals.kv_heads, -1)
         return drawn.to(signals.device).expand(signals.batch, -1, -1).gather(2, places)
 

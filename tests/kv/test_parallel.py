@@ -1,0 +1,126 @@
+"""Heads split over two processes by transformers' tensor parallelism, layers spread over devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from retain.kv import RetainCache
+from retain.kv.calibration import calibrate, profile_of
+from retain.kv.identity import fingerprint
+from retain.kv.sharding import Sharding, columns, largest
+from tests.kv.parallel import CASES, run
+from tests.kv.tiny import build
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, own_cache):
+    """A tiny model as loaded from its files, in one process, and where they are."""
+    path = tmp_path_factory.mktemp("model")
+    build("llama").save_pretrained(path)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), path
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RETAIN_CACHE", str(tmp_path_factory.mktemp("retain")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def processes(model, tmp_path_factory):
+    """What two processes saw, each with half of the heads."""
+    single, path = model
+    profile_of(single)  # measured once, and read by both
+    out = tmp_path_factory.mktemp("out")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/kv/parallel.py"), str(path), str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)], out
+
+
+@pytest.mark.parametrize(("policy", "allocation"), CASES)
+def test_two_processes_answer_as_one(model, processes, policy, allocation):
+    """The same tokens, and each process holds what one would have kept in its heads."""
+    expected = json.loads(json.dumps(run(model[0], policy, allocation)))
+    for rank, found in enumerate(processes[0]):
+        own = found["cases"][f"{policy}/{allocation}"]
+        assert own["tokens"] == expected["tokens"]
+        assert own["kept"] == {name: held for name, held in expected["kept"].items() if name.endswith(f".{rank}")}
+
+
+def test_what_is_exchanged(processes):
+    """Per head: nothing. Where heads compete, three counts by layer and eviction, whatever the length of the text."""
+    for found in processes[0]:
+        exchanged = found["exchanged"]
+        for name in ("capkv/equal", "criticalkv/equal", "random/equal", "capkv/pyramid"):
+            assert exchanged[name] == 0
+        assert exchanged["capkv/profile"] == 1  # the first process's profile, when the cache is made
+        evictions = exchanged["tova/equal"]  # one average over all heads, by layer and eviction
+        assert evictions > 0
+        assert exchanged["capkv/pooled"] == 3 * evictions
+        assert 3 * evictions <= exchanged["capkv/marginal"] <= 4 * evictions
+
+
+def test_a_profile_measured_by_two_is_that_of_one(model, processes):
+    expected = torch.tensor(calibrate(model[0], tokens=64).attention)
+    for found in processes[0]:
+        torch.testing.assert_close(torch.tensor(found["profile"]), expected, atol=1e-5, rtol=1e-3)
+        assert found["fingerprint"] == fingerprint(model[0])
+
+
+def test_each_process_saves_its_heads(model, processes):
+    single, (found, out) = model[0], processes
+    assert [each["saved"] for each in found] == [
+        {"file": f"cache-{rank}-of-2.safetensors", "goes on": True} for rank in (1, 2)
+    ]
+    with pytest.raises(ValueError, match="holds a cache of process 2 of 2, this is one process; accepted: the same"):
+        RetainCache.load(out / "cache-2-of-2.safetensors", single)
+
+
+def test_the_largest_of_two_processes(processes):
+    assert [found["selection"] for found in processes[0]] == [True, True]
+
+
+def test_the_largest_of_one():
+    values = [torch.tensor([3.0, float("-inf"), 5.0, 4.0]), torch.tensor([1.0, 2.0])]
+    found = largest(values, [2, 5])
+    assert [own.tolist() for own in found] == [[False, False, True, True], [True, True]]
+
+
+def test_heads_are_all_here_or_evenly_split():
+    sharding = Sharding(None, rank=1, size=2, heads=8)
+    assert [sharding.splits(heads) for heads in (8, 4)] == [False, True]
+    with pytest.raises(ValueError, match="process 1 of 2 holds 3 of 8 KV heads; accepted: all of them, or 8/2"):
+        sharding.splits(3)
+    assert sharding.part(torch.arange(8), 0).tolist() == [4, 5, 6, 7]
+
+
+def test_a_projection_that_is_split_without_its_heads_is_named():
+    weight = torch.zeros(5, 4)
+    assert columns(weight, 4) is weight
+    with pytest.raises(ValueError, match="output projection has 4 columns here, its heads 8 dimensions"):
+        columns(weight, 8)
+
+
+def test_a_model_in_one_process_is_not_sharded():
+    assert Sharding.of(build("llama")) is None
