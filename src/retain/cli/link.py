@@ -27,10 +27,13 @@ from retain.cli.link_options import (
     Epochs,
     Features,
     Folder,
+    Hidden,
     Json,
     Labels,
     Largest,
+    Model,
     Patience,
+    Preset,
     Rate,
     Report,
     Root,
@@ -42,7 +45,7 @@ from retain.cli.link_options import (
 from retain.cli.link_show import command_line, show_rows, study_table
 
 if TYPE_CHECKING:
-    from retain.link import Graph, LinkPredictor, ModelSettings, Protocol, Split, TrainSettings
+    from retain.link import Graph, ModelSettings, PairModel, Protocol, Split, TrainSettings
 
 app = typer.Typer(help="Audit link predictors for composition bias.", no_args_is_help=True)
 
@@ -55,10 +58,13 @@ def train(
     root: Root = Path("data"),
     composition: CompositionName = "fixed:0.5",
     balanced: Balanced = False,
+    model: Model = "pair",
     encoder: Encoder = "gcn",
     decoder: Decoder = "hadamard",
     encoder_norm: EncoderNorm = "batch",
     decoder_norm: DecoderNorm = "batch",
+    hidden: Hidden = 64,
+    preset: Preset = False,
     epochs: Epochs = 30,
     directions: Directions = 2,
     patience: Patience = None,
@@ -79,11 +85,11 @@ def train(
     from retain.link.composition import parse
     from retain.link.graph import Protocol
     from retain.link.intervals import over_seeds
-    from retain.link.models import ModelSettings
     from retain.link.trained import held_out_scores
     from retain.link.training import TrainSettings
 
-    model = ModelSettings(encoder, decoder, encoder_norm, decoder_norm)
+    made, own = _chosen(model, data, preset, encoder, decoder, encoder_norm, decoder_norm, hidden)
+    rates: dict[str, Any] = {"directions": directions, "batch_size": batch_size, "learning_rate": learning_rate}
     protocol = Protocol(validation, test, largest_component, validation_edges_at_test)
     graph = _graph(data, features, labels, root, protocol)
     found: list[dict[str, float]] = []
@@ -92,17 +98,15 @@ def train(
             parse(composition),
             balanced=balanced,
             epochs=epochs,
-            directions=directions,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
             patience=patience,
             seed=number,
+            **{**rates, **own},
         )
         path = _numbered(checkpoint, number, seeds)
-        net, parts = _train(graph, model, settings, protocol, device, path)
+        net, parts = _train(graph, made, settings, protocol, device, path)
         found.append(held_out_scores(net, graph, parts, protocol))
     rows = [{"metric": name, **asdict(over_seeds([run[name] for run in found]))} for name in found[0]]
-    result = {"graph": graph.name, "model": asdict(model), "protocol": asdict(protocol), "rows": rows}
+    result = {"graph": graph.name, "model": asdict(made), "protocol": asdict(protocol), "rows": rows}
     show_rows(result, rows, as_json, report, "Test metrics of a link predictor")
 
 
@@ -114,10 +118,13 @@ def audit(
     root: Root = Path("data"),
     composition: CompositionName = "fixed:0.5",
     balanced: Balanced = False,
+    model: Model = "pair",
     encoder: Encoder = "gcn",
     decoder: Decoder = "hadamard",
     encoder_norm: EncoderNorm = "batch",
     decoder_norm: DecoderNorm = "batch",
+    hidden: Hidden = 64,
+    preset: Preset = False,
     epochs: Epochs = 30,
     directions: Directions = 2,
     batch_size: BatchSize = 512,
@@ -132,11 +139,12 @@ def audit(
     """Audit a link predictor: that of a checkpoint if there is one, else one trained for it."""
     from retain.link.composition import parse
     from retain.link.graph import Protocol, split
-    from retain.link.models import ModelSettings
     from retain.link.pages import audit_page
     from retain.link.trained import audit_trained, load_trained
     from retain.link.training import TrainSettings
 
+    made, own = _chosen(model, data, preset, encoder, decoder, encoder_norm, decoder_norm, hidden)
+    rates: dict[str, Any] = {"directions": directions, "batch_size": batch_size, "learning_rate": learning_rate}
     found: list[Any] = []
     for number in range(seed, seed + _positive(seeds)):
         path = _numbered(checkpoint, number, seeds)
@@ -154,14 +162,11 @@ def audit(
                 parse(composition),
                 balanced=balanced,
                 epochs=epochs,
-                directions=directions,
-                batch_size=batch_size,
-                learning_rate=learning_rate,
                 seed=number,
+                **{**rates, **own},
             )
-            model = ModelSettings(encoder, decoder, encoder_norm, decoder_norm)
-            net, parts = _train(graph, model, settings, protocol, device, path)
-            size = batch_size
+            net, parts = _train(graph, made, settings, protocol, device, path)
+            size = settings.batch_size
         found.append(audit_trained(net, graph, parts, batch_size=size, seed=number))
     if report is not None:
         audit_page(found[0], command_line()).save(report)
@@ -183,8 +188,11 @@ def correct(
     features: Features = None,
     labels: Labels = None,
     root: Root = Path("data"),
+    model: Model = "pair",
     encoder: Encoder = "gcn",
     decoder: Decoder = "hadamard",
+    hidden: Hidden = 64,
+    preset: Preset = False,
     epochs: Epochs = 30,
     directions: Directions = 2,
     batch_size: BatchSize = 512,
@@ -205,7 +213,6 @@ def correct(
     from retain.link.arms import ARMS, parse_arm
     from retain.link.figures import response
     from retain.link.graph import Protocol
-    from retain.link.models import ModelSettings
     from retain.link.pages import study_page
     from retain.link.runs import correct as run
     from retain.link.runs import edge_maps
@@ -213,6 +220,8 @@ def correct(
     from retain.report.figures import save
 
     asked = [parse_arm(key.strip()) for key in arms.split(",")] if arms else list(ARMS)
+    made, own = _chosen(model, data, preset, encoder, decoder, "batch", "batch", hidden)
+    rates: dict[str, Any] = {"directions": directions, "batch_size": batch_size}
     protocol = Protocol(validation, test, largest_component, validation_edges_at_test)
     graph = _graph(data, features, labels, root, protocol)
     with tempfile.TemporaryDirectory() as scratch, progress() as say:
@@ -220,8 +229,8 @@ def correct(
         study = run(
             graph,
             arms=asked,
-            model=ModelSettings(encoder, decoder),
-            train=TrainSettings(epochs=epochs, directions=directions, batch_size=batch_size),
+            model=made,
+            train=TrainSettings(epochs=epochs, **{**rates, **own}),
             protocol=protocol,
             seeds=seeds,
             seed=seed,
@@ -250,8 +259,13 @@ def align(
     root: Root = Path("data"),
     composition: CompositionName = "fixed:0.5",
     balanced: Balanced = False,
+    model: Model = "pair",
+    encoder: Encoder = "gcn",
+    decoder: Decoder = "hadamard",
     encoder_norm: EncoderNorm = "batch",
     decoder_norm: DecoderNorm = "batch",
+    hidden: Hidden = 64,
+    preset: Preset = False,
     epochs: Epochs = 30,
     directions: Directions = 2,
     seed: Seed = 0,
@@ -265,18 +279,16 @@ def align(
     from retain.link.embeddings import alignment, raw_alignment
     from retain.link.graph import Protocol
     from retain.link.intervals import over_seeds
-    from retain.link.models import ModelSettings
     from retain.link.training import TrainSettings
 
-    protocol, model = Protocol(), ModelSettings(encoder_norm=encoder_norm, decoder_norm=decoder_norm)
+    made, own = _chosen(model, data, preset, encoder, decoder, encoder_norm, decoder_norm, hidden)
+    protocol, rates = Protocol(), dict[str, Any](directions=directions)
     graph = _graph(data, features, labels, root, protocol)
     runs: dict[str, list[dict[str, float]]] = {"trained": [], "untrained": [], "raw features": []}
     for number in range(seed, seed + _positive(seeds)):
-        settings = TrainSettings(
-            parse(composition), balanced=balanced, epochs=epochs, directions=directions, seed=number
-        )
-        net, parts = _train(graph, model, settings, protocol, device, None)
-        fresh = model.build(graph.x.size(1), number).to(device)
+        settings = TrainSettings(parse(composition), balanced=balanced, epochs=epochs, seed=number, **{**rates, **own})
+        net, parts = _train(graph, made, settings, protocol, device, None)
+        fresh = made.build(graph.x.size(1), number).to(device)
         runs["trained"].append(alignment(net, graph, parts, seed=number))
         runs["untrained"].append(alignment(fresh, graph, parts, seed=number))
         runs["raw features"].append(raw_alignment(graph, seed=number))
@@ -286,6 +298,25 @@ def align(
         for metric in found[0]
     ]
     show_rows({"graph": graph.name, "rows": rows}, rows, as_json, report, "Alignment with the classes")
+
+
+def _chosen(
+    model: str,
+    data: str,
+    published: bool,
+    encoder: str,
+    decoder: str,
+    encoder_norm: str,
+    decoder_norm: str,
+    hidden: int,
+) -> tuple[ModelSettings, dict[str, Any]]:
+    """Return the model asked for and what of the training comes with it: all but the epochs of a preset."""
+    from retain.link.models import ModelSettings, preset
+
+    if not published:
+        return ModelSettings(encoder, decoder, encoder_norm, decoder_norm, hidden, model=model), {}
+    made, training = preset(model, data)
+    return made, {name: value for name, value in training.items() if name != "epochs"}
 
 
 def _graph(data: str, features: Path | None, labels: Path | None, root: Path, protocol: Protocol) -> Graph:
@@ -304,7 +335,7 @@ def _train(
     protocol: Protocol,
     device: str,
     path: Path | None,
-) -> tuple[LinkPredictor, Split]:
+) -> tuple[PairModel, Split]:
     from retain.link.graph import split
     from retain.link.training import fit
 

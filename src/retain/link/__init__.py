@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from retain.link.data import load
     from retain.link.embeddings import alignment, raw_alignment
     from retain.link.graph import Graph, Protocol, Split, prepare, split
+    from retain.link.messages import MessageGraph
     from retain.link.metrics import auc, average_precision, evaluate, hits_at_k, mean_reciprocal_rank
-    from retain.link.models import LinkPredictor, ModelSettings, PairScorer
+    from retain.link.models import LinkPredictor, ModelSettings, PairModel, PairScorer, preset
     from retain.link.negatives import TooFewNegativesError, draw_negatives
     from retain.link.runs import correct, edge_maps
     from retain.link.sampling import EdgeBatch, EdgeBatches, LabelledBatches
@@ -41,7 +42,8 @@ _HOMES = {
     "data": ("load",),
     "graph": ("Graph", "Protocol", "Split", "prepare", "split"),
     "metrics": ("auc", "average_precision", "evaluate", "hits_at_k", "mean_reciprocal_rank"),
-    "models": ("LinkPredictor", "ModelSettings", "PairScorer"),
+    "messages": ("MessageGraph",),
+    "models": ("LinkPredictor", "ModelSettings", "PairModel", "PairScorer", "preset"),
     "negatives": ("TooFewNegativesError", "draw_negatives"),
     "runs": ("correct", "edge_maps"),
     "sampling": ("EdgeBatch", "EdgeBatches", "LabelledBatches"),
@@ -64,7 +66,9 @@ __all__ = [
     "Graph",
     "LabelledBatches",
     "LinkPredictor",
+    "MessageGraph",
     "ModelSettings",
+    "PairModel",
     "PairScorer",
     "Protocol",
     "Random",
@@ -92,6 +96,7 @@ __all__ = [
     "mean_reciprocal_rank",
     "parse_arm",
     "prepare",
+    "preset",
     "raw_alignment",
     "read_graph",
     "replace_batch_norm",

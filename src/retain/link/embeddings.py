@@ -10,8 +10,8 @@ from torch_geometric.utils import scatter
 
 from retain.information.alignment import class_information, cluster_nmi, linear_probe, trace_ratio
 from retain.link.graph import Graph, Split
-from retain.link.models import LinkPredictor
-from retain.link.training import features
+from retain.link.models import PairModel
+from retain.link.training import features, message_edges
 
 MEASURES = ("nmi", "trace_ratio", "probe", "class_information")
 
@@ -35,11 +35,11 @@ def incident_means(edge_embeddings: Tensor, pairs: Tensor, num_nodes: int) -> tu
     return scatter(both, ends, dim_size=num_nodes, reduce="mean")[has], has
 
 
-def embeddings(model: LinkPredictor, graph: Graph, split: Split) -> dict[str, tuple[Tensor, Tensor]]:
+def embeddings(model: PairModel, graph: Graph, split: Split) -> dict[str, tuple[Tensor, Tensor]]:
     """Return what a model makes of the nodes, in eval mode: embeddings and the classes of their nodes.
 
     Returns:
-        `node`: the encoder's embeddings; `edge`: means of the decoder's hidden layer over training edges.
+        `node`: the nodes' embeddings; `edge`: means of the last hidden layer over training edges.
 
     Raises:
         ValueError: the data set has no labels.
@@ -51,10 +51,12 @@ def embeddings(model: LinkPredictor, graph: Graph, split: Split) -> dict[str, tu
     training = model.training
     model.eval()
     with torch.no_grad():
-        z: Tensor = model.encoder(features(graph, model).to(device), split.messages())
-        means, has = incident_means(model.edge_embeddings(z, split.train), split.train, graph.num_nodes)
+        messages = message_edges(model, split, graph.num_nodes)
+        encoding = model.encode(features(graph, model).to(device), messages)
+        parts = [model.edge_embedding(encoding, part) for part in split.train.split(2**15, dim=1)]
+        means, has = incident_means(torch.cat(parts), split.train, graph.num_nodes)
     model.train(training)
-    return {"node": (z.cpu(), classes), "edge": (means.cpu(), classes[has.cpu()])}
+    return {"node": (encoding.nodes.cpu(), classes), "edge": (means.cpu(), classes[has.cpu()])}
 
 
 def measure(x: Tensor, classes: Tensor, *, measures: tuple[str, ...] = MEASURES, seed: int = 0) -> dict[str, float]:
@@ -84,7 +86,7 @@ def _probe(x: Tensor, classes: Tensor, seed: int) -> float:
 
 
 def alignment(
-    model: LinkPredictor,
+    model: PairModel,
     graph: Graph,
     split: Split,
     *,

@@ -11,14 +11,12 @@ from retain.link.auditing import AuditReport, EdgeSet, audit
 from retain.link.checkpoint import CheckpointError, load, part
 from retain.link.graph import Graph, Protocol, Split
 from retain.link.metrics import evaluate
-from retain.link.models import LinkPredictor, ModelSettings, PairScorer, mask_targets
+from retain.link.models import ModelSettings, PairModel, PairScorer, mask_targets
 from retain.link.negatives import draw_negatives
-from retain.link.training import features, score_parts
+from retain.link.training import features, message_edges, score_parts
 
 
-def audit_trained(
-    model: LinkPredictor, graph: Graph, split: Split, *, batch_size: int = 512, seed: int = 0
-) -> AuditReport:
+def audit_trained(model: PairModel, graph: Graph, split: Split, *, batch_size: int = 512, seed: int = 0) -> AuditReport:
     """Audit a trained link predictor on held-out edges (validation and test) and on training edges.
 
     The training edges audited are masked from the messages, all of them at once, so that the make-up of a
@@ -35,10 +33,11 @@ def audit_trained(
     device = next(model.parameters()).device
     split = split.to(device)
     x = features(graph, model).to(device)
+    scorer = PairScorer(model, x, split.messages())
     heldout = EdgeSet(
         torch.cat([split.validation, split.test], dim=1),
         torch.cat([split.validation_negatives, split.test_negatives], dim=1),
-        PairScorer(model, x, split.messages()),
+        scorer,
     )
     size = min(split.train.size(1), batch_size)
     order = torch.randperm(split.train.size(1), generator=torch.Generator().manual_seed(seed))[:size]
@@ -48,7 +47,7 @@ def audit_trained(
     messages = mask_targets(split.messages(), positives, graph.num_nodes)
     train = EdgeSet(positives, negatives, PairScorer(model, x, messages))
     return audit(
-        PairScorer(model, x, split.messages()),
+        scorer,
         {"heldout": heldout, "train": train},
         module=model,
         batch_size=batch_size,
@@ -56,18 +55,16 @@ def audit_trained(
     )
 
 
-def held_out_scores(
-    model: LinkPredictor, graph: Graph, split: Split, protocol: Protocol, k: int = 100
-) -> dict[str, float]:
+def held_out_scores(model: PairModel, graph: Graph, split: Split, protocol: Protocol, k: int = 100) -> dict[str, float]:
     """Return every metric on the test edges, in eval mode, under the protocol."""
     device = next(model.parameters()).device
     split = split.to(device)
-    messages = split.messages(validation=protocol.validation_edges_at_test)
+    messages = message_edges(model, split, graph.num_nodes, validation=protocol.validation_edges_at_test)
     x = features(graph, model).to(device)
     return evaluate(*score_parts(model, x, messages, split.test, split.test_negatives), k)
 
 
-def load_trained(path: str | Path, device: str = "cpu") -> tuple[LinkPredictor, dict[str, Any]]:
+def load_trained(path: str | Path, device: str = "cpu") -> tuple[PairModel, dict[str, Any]]:
     """Return the link predictor of a checkpoint, in eval mode, and what the checkpoint records.
 
     Raises:

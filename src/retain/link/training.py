@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from retain.link import checkpoint as files
 from retain.link.composition import Composition, Fixed
 from retain.link.graph import Graph, Split
+from retain.link.messages import MessageGraph
 from retain.link.metrics import evaluate
+from retain.link.models.base import PairModel, in_chunks
 from retain.link.sampling import EdgeBatch, EdgeBatches
 
 
@@ -148,11 +150,12 @@ def fit(
         seed=settings.seed,
     )
     record = {"settings": settings.describe(), **(facts or {})}
+    messages = message_edges(model, split, graph.num_nodes)
     done, chosen, best = _resume(checkpoint, record, model, optimizer)
     while len(done) < settings.epochs and not _stop(done, settings):
         number = len(done)
-        loss = _run_epoch(model, x, split, batches, optimizer, settings, number)
-        scores = evaluate(*score_validation(model, x, split), settings.k)
+        loss = _run_epoch(model, x, messages, split, batches, optimizer, settings, number)
+        scores = evaluate(*score_validation(model, x, split, messages), settings.k)
         done.append(Epoch(number, loss, scores[settings.metric], tuple(batches.fractions)))
         if settings.patience is None or _best(done) == number:
             chosen, best = number, _copy(model) if settings.patience is not None else {}
@@ -168,9 +171,9 @@ def fit(
 
 def features(graph: Graph, model: nn.Module) -> Tensor:
     """Return the node features, sparse (CSR) where a GCN's first product gains from it."""
-    from retain.link.models import GCN
+    from retain.link.models import GCN, PureGCN
 
-    sparse = isinstance(getattr(model, "encoder", None), GCN) and graph.x.is_cpu
+    sparse = isinstance(getattr(model, "encoder", None), (GCN, PureGCN)) and graph.x.is_cpu
     if sparse and (graph.x != 0).float().mean() < 0.05:
         import warnings
 
@@ -180,21 +183,56 @@ def features(graph: Graph, model: nn.Module) -> Tensor:
     return graph.x
 
 
-def score_validation(model: nn.Module, x: Tensor, split: Split) -> tuple[Tensor, Tensor]:
+def message_edges(model: nn.Module, split: Split, num_nodes: int, *, validation: bool = False) -> Tensor | MessageGraph:
+    """Return the edges that messages pass over as a model wants them: for one of neighbourhoods, in compressed rows."""
+    messages = split.messages(validation=validation)
+    return MessageGraph(messages, num_nodes) if getattr(model, "structural", False) else messages
+
+
+def score_validation(
+    model: nn.Module, x: Tensor, split: Split, messages: Tensor | MessageGraph | None = None
+) -> tuple[Tensor, Tensor]:
     """Scores of validation positives and negatives in eval mode, joint in one pass."""
-    return score_parts(model, x, split.messages(), split.validation, split.validation_negatives)
+    messages = split.messages() if messages is None else messages
+    return score_parts(model, x, messages, split.validation, split.validation_negatives)
 
 
 def score_parts(
-    model: nn.Module, x: Tensor, edge_index: Tensor, positives: Tensor, negatives: Tensor
+    model: nn.Module, x: Tensor, edge_index: Tensor | MessageGraph, positives: Tensor, negatives: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Scores of positives and of negatives in eval mode."""
     training = model.training
     model.eval()
+    pairs = torch.cat([positives, negatives], dim=1)
     with torch.no_grad():
-        scores: Tensor = model(x, edge_index, torch.cat([positives, negatives], dim=1))
+        if isinstance(model, PairModel):
+            scores = in_chunks(model, model.encode(x, edge_index), pairs)
+        else:
+            scores = model(x, edge_index, pairs)
     model.train(training)
     return scores[: positives.size(1)], scores[positives.size(1) :]
+
+
+def without_targets(messages: Tensor | MessageGraph, train: Tensor, targets: Tensor) -> Tensor | MessageGraph:
+    """Return the message edges without a batch's positives.
+
+    Args:
+        messages: as `message_edges` returns them.
+        train: positives that are learned, long [2, train].
+        targets: which of them are in the batch, long [positives].
+
+    """
+    if isinstance(messages, MessageGraph):
+        return messages.without(train[:, targets])
+    size = train.size(1)
+    keep = torch.ones(2 * size, dtype=torch.bool, device=train.device)
+    keep[targets] = False
+    keep[targets + size] = False
+    return messages[:, keep]
+
+
+def _scores(model: nn.Module, x: Tensor, messages: Tensor | MessageGraph, pairs: Tensor) -> tuple[Tensor, ...]:
+    return model.training_scores(x, messages, pairs) if isinstance(model, PairModel) else (model(x, messages, pairs),)
 
 
 def step_loss(scores: Tensor, batch: EdgeBatch) -> Tensor:
@@ -205,6 +243,7 @@ def step_loss(scores: Tensor, batch: EdgeBatch) -> Tensor:
 def _run_epoch(
     model: nn.Module,
     x: Tensor,
+    messages: Tensor | MessageGraph,
     split: Split,
     batches: EdgeBatches,
     optimizer: torch.optim.Optimizer,
@@ -212,7 +251,6 @@ def _run_epoch(
     number: int,
 ) -> float:
     model.train()
-    messages = split.messages()
     size = split.train.size(1)
     batches.set_epoch(number)
     passes = settings.composition.passes
@@ -222,11 +260,9 @@ def _run_epoch(
         # From seed and epoch alone, so that a resumed run draws the same dropout.
         torch.manual_seed(settings.seed * 1_000_003 + number)
         for count, batch in enumerate(batches, start=1):
-            targets = batch.index % size
-            keep = torch.ones(2 * size, dtype=torch.bool, device=x.device)
-            keep[targets] = False
-            keep[targets + size] = False
-            loss = step_loss(model(x, messages[:, keep], batch.pairs), batch) / passes
+            rest = without_targets(messages, split.train, batch.index % size)
+            scores = _scores(model, x, rest, batch.pairs)
+            loss = torch.stack([step_loss(part, batch) for part in scores]).sum() / passes
             torch.autograd.backward(loss)
             total += loss.item()
             if count % passes == 0:

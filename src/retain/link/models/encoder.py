@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from retain.link.messages import MessageGraph
+from retain.link.models.dropout import ByteDropout, drop_features
 from retain.link.models.norms import make_norm
 
 
@@ -20,11 +22,18 @@ class Encoder(nn.Module, ABC):
         layers: number of convolutions.
         norm: `batch`, `layer`, `graph` or `none`, over nodes.
         dropout: share of channels dropped in training.
+        input_dropout: share of features dropped in training.
 
     """
 
     def __init__(
-        self, in_channels: int, hidden: int = 64, layers: int = 2, norm: str = "batch", dropout: float = 0.0
+        self,
+        in_channels: int,
+        hidden: int = 64,
+        layers: int = 2,
+        norm: str = "batch",
+        dropout: float = 0.0,
+        input_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if layers < 1:
@@ -33,26 +42,32 @@ class Encoder(nn.Module, ABC):
         self.out_channels = hidden
         self.convolutions = nn.ModuleList(self.convolution(first, second) for first, second in pairwise(sizes))
         self.norms = nn.ModuleList(make_norm(norm, hidden) for _ in range(layers))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = ByteDropout(dropout)
+        self.input_dropout = ByteDropout(input_dropout)
 
     @abstractmethod
     def convolution(self, first: int, second: int) -> nn.Module:
         """Return one layer from `first` to `second` channels."""
 
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+    def convolve(self, convolution: nn.Module, x: Tensor, messages: Tensor | MessageGraph) -> Tensor:
+        """Run one layer."""
+        return convolution(x, messages.edge_index if isinstance(messages, MessageGraph) else messages)
+
+    def forward(self, x: Tensor, edge_index: Tensor | MessageGraph) -> Tensor:
         """Embed the nodes.
 
         Args:
             x: [nodes, in_channels].
-            edge_index: edges that messages pass over, both directions, [2, edges].
+            edge_index: edges that messages pass over, both directions, [2, edges], or a message graph.
 
         Returns:
             [nodes, hidden].
 
         """
         last = len(self.convolutions) - 1
+        x = drop_features(self.input_dropout, x)
         for number, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
-            x = norm(convolution(x, edge_index))
+            x = norm(self.convolve(convolution, x, edge_index))
             if number < last:
                 x = self.dropout(torch.relu(x))
         return x

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import cast
+
+from torch import Tensor, nn
 from torch_geometric.nn import GCNConv
 
+from retain.link.messages import MessageGraph
 from retain.link.models.encoder import Encoder
+from retain.link.propagation import propagate
 
 
 class GCN(Encoder):
@@ -14,3 +18,10 @@ class GCN(Encoder):
     def convolution(self, first: int, second: int) -> nn.Module:
         """Return a `GCNConv`."""
         return GCNConv(first, second)
+
+    def convolve(self, convolution: nn.Module, x: Tensor, messages: Tensor | MessageGraph) -> Tensor:
+        """Run one layer; over a message graph without PyG's tensor of messages."""
+        if not isinstance(messages, MessageGraph):
+            return super().convolve(convolution, x, messages)
+        layer = cast(GCNConv, convolution)
+        return propagate(messages, layer.lin(x)) + layer.bias

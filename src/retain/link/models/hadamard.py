@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from retain.link.models.dropout import ByteDropout
 from retain.link.models.norms import make_norm
 
 
@@ -23,7 +24,7 @@ class HadamardMLP(nn.Module):
         super().__init__()
         self.first = nn.Linear(self.inputs(channels), hidden)
         self.norm = make_norm(norm, hidden)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = ByteDropout(dropout)
         self.last = nn.Linear(hidden, 1)
 
     def inputs(self, channels: int) -> int:

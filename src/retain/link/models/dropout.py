@@ -1,0 +1,34 @@
+"""Dropout whose mask is drawn a byte for each number."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ByteDropout(nn.Dropout):
+    """Dropout, several times as fast on CPUs: one random byte for each number, eight at a draw.
+
+    The share that is kept is rounded to 1/256, and what is kept is scaled by the rounded share. On other devices it
+    is torch's own.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """Drop numbers of a tensor of any shape."""
+        kept = round(256 * (1 - self.p))
+        if not self.training or kept in (0, 256) or not input.is_cpu:
+            return super().forward(input)
+        count = input.numel()
+        words = torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None)
+        mask = (words.view(torch.uint8)[:count] < kept).view(input.shape)
+        return input * mask.to(input.dtype).mul_(256 / kept)
+
+
+def drop_features(dropout: nn.Module, x: Tensor) -> Tensor:
+    """Apply dropout to features, of a sparse matrix (CSR) to what it holds."""
+    if x.layout != torch.sparse_csr:
+        return dropout(x)
+    values = dropout(x.values())
+    if values is x.values():
+        return x
+    return torch.sparse_csr_tensor(x.crow_indices(), x.col_indices(), values, x.shape, check_invariants=False)

@@ -1,0 +1,38 @@
+"""ELPH: a GNN beside counts by distance from sketches (Chamberlain et al. 2023, sec. 4)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from retain.link.messages import MessageGraph
+from retain.link.models.base import Encoding, PairModel
+from retain.link.models.encoder import Encoder
+from retain.link.models.sketched import SketchHead
+
+
+class ELPH(PairModel):
+    """Score counts by distance and the product of a GNN's embeddings; sketches are made once for a graph.
+
+    Args:
+        encoder: of the nodes.
+        norm: over pairs.
+        dropout: share of channels dropped.
+        hops: of the neighbourhoods.
+
+    """
+
+    def __init__(self, encoder: Encoder, norm: str = "batch", dropout: float = 0.0, *, hops: int = 2) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = SketchHead(hops, encoder.out_channels, norm, dropout)
+        self.last = nn.Linear(self.head.out_channels, 1)
+
+    def encode(self, x: Tensor, messages: Tensor | MessageGraph) -> Encoding:
+        """Embed the nodes."""
+        graph = Encoding(x, x, messages).graph
+        return Encoding(self.encoder(x, graph), x, graph)
+
+    def edge_embedding(self, encoding: Encoding, pairs: Tensor) -> Tensor:
+        """Return the hidden layers side by side, [edges, k(k + 2) + hidden]."""
+        h = encoding.nodes
+        return self.head(encoding.graph, pairs, h[pairs[0]] * h[pairs[1]])

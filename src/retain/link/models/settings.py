@@ -1,0 +1,129 @@
+"""What a link predictor is made of, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from retain.link.models.base import PairModel
+from retain.link.models.buddy import BUDDY
+from retain.link.models.concat import ConcatMLP
+from retain.link.models.dot import Dot
+from retain.link.models.elph import ELPH
+from retain.link.models.encoder import Encoder
+from retain.link.models.gcn import GCN
+from retain.link.models.hadamard import HadamardMLP
+from retain.link.models.ncn import NCN
+from retain.link.models.ncnc import NCNC
+from retain.link.models.neognn import NeoGNN
+from retain.link.models.norms import NORMS
+from retain.link.models.predictor import LinkPredictor
+from retain.link.models.pure import PureGCN
+from retain.link.models.sage import GraphSAGE
+
+ENCODERS: dict[str, type[Encoder]] = {"gcn": GCN, "sage": GraphSAGE, "pure": PureGCN}
+DECODERS: dict[str, type[Dot] | type[HadamardMLP]] = {
+    "dot": Dot,
+    "hadamard": HadamardMLP,
+    "concat": ConcatMLP,
+}
+MODELS = ("pair", "neognn", "ncn", "ncnc", "elph", "buddy")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What a link predictor is made of.
+
+    Args:
+        encoder: `gcn`, `sage` or `pure` (weightless propagation); BUDDY has none.
+        decoder: `dot`, `hadamard` or `concat`, of the model `pair`.
+        encoder_norm: `batch`, `layer`, `graph` or `none`, over nodes.
+        decoder_norm: the same choice, over pairs.
+        hidden: channels.
+        layers: of the encoder.
+        dropout: share of channels dropped.
+        model: `pair` for encoder and decoder, or `neognn`, `ncn`, `ncnc`, `elph`, `buddy`.
+        encoder_dropout: share of channels dropped in the encoder; None for `dropout`.
+        input_dropout: share of features dropped.
+        hops: of neighbourhoods that ELPH and BUDDY count, 1 to 3.
+        two_layers: whether NCN and NCNC join by two hidden layers.
+        completion: NCNC's largest weight, scale, offset and prior.
+
+    Raises:
+        ValueError: a name or a number is not accepted.
+
+    """
+
+    encoder: str = "gcn"
+    decoder: str = "hadamard"
+    encoder_norm: str = "batch"
+    decoder_norm: str = "batch"
+    hidden: int = 64
+    layers: int = 2
+    dropout: float = 0.0
+    model: str = "pair"
+    encoder_dropout: float | None = None
+    input_dropout: float = 0.0
+    hops: int = 2
+    two_layers: bool = False
+    completion: tuple[float, float, float, float] = (1.0, 5.0, 3.0, 0.5)
+
+    def __post_init__(self) -> None:
+        choices = {
+            "model": MODELS,
+            "encoder": ENCODERS,
+            "decoder": DECODERS,
+            "encoder_norm": NORMS,
+            "decoder_norm": NORMS,
+        }
+        for name, accepted in choices.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; accepted: {', '.join(accepted)}")
+        for name in ("hidden", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: at least 1")
+        for name in ("dropout", "encoder_dropout", "input_dropout"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: 0 up to 1")
+        if not 1 <= self.hops <= 3:
+            raise ValueError(f"hops is {self.hops}; accepted: 1 to 3")
+        if len(self.completion) != 4:
+            raise ValueError(f"completion is {self.completion}; accepted: largest weight, scale, offset, prior")
+        object.__setattr__(self, "completion", tuple(self.completion))  # JSON makes a list of it
+
+    def build(self, in_channels: int, seed: int = 0) -> PairModel:
+        """Return a freshly initialised model; no global generator is moved."""
+        if in_channels < 1:
+            raise ValueError(f"in_channels is {in_channels}: nodes have no features; accepted: at least 1")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self._build(in_channels)
+
+    def _build(self, in_channels: int) -> PairModel:
+        norm, dropout = self.decoder_norm, self.dropout
+        if self.model == "buddy":
+            return BUDDY(in_channels, self.hidden, norm, dropout, hops=self.hops)
+        inner = dropout if self.encoder_dropout is None else self.encoder_dropout
+        kind = ENCODERS[self.encoder]
+        encoder = kind(in_channels, self.hidden, self.layers, self.encoder_norm, inner, self.input_dropout)
+        if self.model == "neognn":
+            return NeoGNN(encoder, norm, dropout)
+        if self.model == "elph":
+            return ELPH(encoder, norm, dropout, hops=self.hops)
+        if self.model == "ncn":
+            return NCN(encoder, norm, self.encoder_norm, dropout, two_layers=self.two_layers)
+        if self.model == "ncnc":
+            alpha, scale, offset, prior = self.completion
+            return NCNC(
+                encoder,
+                norm,
+                self.encoder_norm,
+                dropout,
+                two_layers=self.two_layers,
+                alpha=alpha,
+                scale=scale,
+                offset=offset,
+                prior=prior,
+            )
+        return LinkPredictor(encoder, DECODERS[self.decoder](self.hidden, self.hidden, norm, dropout))

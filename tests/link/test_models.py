@@ -1,0 +1,261 @@
+"""What every link predictor must do, and each model's formula written out naively."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from retain.link import checkpoint as files
+from retain.link import messages as compressed
+from retain.link.embeddings import embeddings
+from retain.link.graph import Protocol
+from retain.link.messages import MessageGraph
+from retain.link.models import MODELS, NORMS, ModelSettings, PairScorer, preset
+from retain.link.models.dropout import ByteDropout
+from retain.link.models.sketched import symmetric
+from retain.link.sketches import pair_counts, sketch
+from retain.link.trained import audit_trained, held_out_scores
+from retain.link.training import TrainSettings, fit, score_validation
+
+BASE = ModelSettings(hidden=16, encoder="pure", layers=1)
+KINDS = [
+    pytest.param(replace(BASE, model=model, encoder_norm=norm, decoder_norm=norm), id=f"{model}-{norm}")
+    for model in MODELS
+    for norm in NORMS
+]
+INDEPENDENT = [kind for kind in KINDS if not kind.id.endswith("graph")]
+
+
+@pytest.fixture(params=KINDS)
+def model(request, graph):
+    return warmed(request.param, graph)
+
+
+def warmed(settings, graph):
+    """A model in eval mode whose norms have seen something."""
+    model = settings.build(graph.x.size(1), seed=3).train()
+    messages = MessageGraph(graph.edges, graph.num_nodes)
+    with torch.no_grad():
+        for step in range(3):
+            pairs = torch.randint(graph.num_nodes, (2, 64), generator=torch.Generator().manual_seed(step))
+            model(graph.x, messages, pairs[:, pairs[0] != pairs[1]])
+    return model.eval()
+
+
+def scores(model, x, messages, pairs):
+    with torch.no_grad():
+        return model(x, messages, pairs)
+
+
+def test_a_score_does_not_know_which_end_comes_first(model, graph, parts):
+    one, two = (scores(model, graph.x, parts.messages(), pairs) for pairs in (parts.test, parts.test.flip(0)))
+    assert torch.allclose(one, two, atol=1e-4)
+    assert one.std() > 1e-4
+
+
+def test_renaming_nodes_changes_nothing(model, graph, parts):
+    order = torch.randperm(graph.num_nodes, generator=torch.Generator().manual_seed(0))
+    places = order.argsort()
+    one = scores(model, graph.x, MessageGraph(parts.messages(), graph.num_nodes), parts.test)
+    renamed = MessageGraph(places[parts.messages()], graph.num_nodes, keys=order)
+    assert torch.allclose(one, scores(model, graph.x[order], renamed, places[parts.test]), atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", INDEPENDENT)
+def test_in_eval_mode_a_score_does_not_know_its_batch(settings, graph, parts):
+    model = warmed(settings, graph)
+    # Some of the pairs are edges of the graph.
+    pairs = torch.cat([parts.test, parts.train[:, :9], parts.test_negatives], dim=1)
+    together = scores(model, graph.x, parts.messages(), pairs)
+    apart = torch.cat([scores(model, graph.x, parts.messages(), part) for part in pairs.split(7, dim=1)])
+    assert torch.allclose(together, apart, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", INDEPENDENT)
+def test_a_planted_edge_does_not_leak(settings, graph, parts):
+    model = warmed(settings, graph)
+    for planted in parts.test[:, :4].split(1, dim=1):
+        without = MessageGraph(parts.messages(), graph.num_nodes)
+        having = MessageGraph(torch.cat([parts.messages(), planted], dim=1), graph.num_nodes)
+        expected = scores(model, graph.x, without, planted)
+        assert torch.allclose(scores(model, graph.x, having.without(planted), planted), expected, atol=1e-4)
+        if settings.model == "buddy":  # keeps constants of the whole graph and takes its own edge off
+            assert torch.allclose(scores(model, graph.x, having, planted), expected, atol=1e-4)
+            assert torch.allclose(
+                scores(model.train(), graph.x, having, planted.repeat(1, 4)),
+                scores(model, graph.x, without, planted.repeat(1, 4)),
+                atol=1e-4,
+            )
+            model.eval()
+
+
+@pytest.mark.parametrize("settings", KINDS)
+def test_gradients_reach_every_parameter(settings, graph, parts):
+    model = settings.build(graph.x.size(1)).train()
+    pairs = torch.cat([parts.train[:, :40], parts.test_negatives[:, :40]], dim=1)
+    messages = MessageGraph(parts.messages(), graph.num_nodes).without(pairs)
+    labels = torch.arange(80) < 40
+    for part in model.training_scores(graph.x, messages, pairs):
+        F.binary_cross_entropy_with_logits(part, labels.float()).backward(retain_graph=True)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        if not (name.endswith("bias") and "batch" in (settings.encoder_norm, settings.decoder_norm)):
+            assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_trains_resumes_and_is_audited(name, graph, parts, tmp_path):
+    settings = ModelSettings(model=name, hidden=16, dropout=0.2)
+    train = TrainSettings(epochs=4, batch_size=128, metric="auc", seed=1, learning_rate=3e-3)
+    whole = settings.build(graph.x.size(1))
+    found = fit(whole, graph, parts, train)
+    assert found.epochs[-1].loss < found.epochs[0].loss
+    assert found.metric > 0.6
+    path = tmp_path / "model.safetensors"
+
+    def stop(epoch):
+        if epoch.number == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(settings.build(graph.x.size(1)), graph, parts, train, checkpoint=path, progress=stop)
+    halves = settings.build(graph.x.size(1), seed=9)
+    fit(halves, graph, parts, train, checkpoint=path)
+    for one, two in zip(whole.state_dict().values(), halves.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+    again = settings.build(graph.x.size(1), seed=5)
+    again.load_state_dict(files.part(files.load(path)[0], "model"))
+    expected = score_validation(whole, graph.x, parts)
+    for one, two in zip(expected, score_validation(again, graph.x, parts), strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+    report = audit_trained(whole, graph, parts, batch_size=64)
+    assert any(layer.sees == "edge batch" for layer in report.layers)
+    assert held_out_scores(whole, graph, parts, Protocol())["auc"] > 0.6
+    maps = embeddings(whole, graph, parts)
+    assert maps["node"][0].shape == (graph.num_nodes, 16)
+    assert maps["edge"][0].isfinite().all()
+    scorer = PairScorer(whole, graph.x, parts.messages())
+    assert torch.allclose(scorer(parts.validation), expected[0], atol=1e-5)
+
+
+def dense(graph, parts):
+    adjacency = torch.zeros(graph.num_nodes, graph.num_nodes)
+    adjacency[parts.messages()[0], parts.messages()[1]] = 1
+    return adjacency
+
+
+def test_ncn_and_ncnc_against_dense_loops(graph, parts):
+    adjacency, pairs = dense(graph, parts), parts.test[:, :12]
+    for name in ("ncn", "ncnc"):
+        model = warmed(replace(BASE, model=name, encoder_norm="layer", decoder_norm="layer"), graph)
+        with torch.no_grad():
+            h = model.encoder(graph.x, parts.messages())
+            pooled = h + model.node_mlp(h)
+
+            def plain(i, j, sums, h=h, model=model):
+                joined = model.beta * model.common_mlp(sums[None]) + model.product_mlp((h[i] * h[j])[None])
+                return model.last(model.join_mlp(joined)).squeeze()
+
+            def sums(i, j, pooled=pooled):
+                return ((adjacency[i] * adjacency[j])[:, None] * pooled).sum(0)
+
+            expected = []
+            for i, j in pairs.T.tolist():
+                total = sums(i, j)
+                for one, other in ((i, j), (j, i)) if name == "ncnc" else ():
+                    for k in (adjacency[one] > adjacency[other]).nonzero().flatten().tolist():
+                        if k != other:
+                            q = torch.sigmoid(5 * (plain(other, k, sums(other, k)) - 3))
+                            total = total + 0.5 * q / (0.5 * q + 1 - q) * pooled[k]
+                expected.append(plain(i, j, total))
+        assert torch.allclose(scores(model, graph.x, parts.messages(), pairs), torch.stack(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("small", [2**26, 0])
+def test_neognn_against_dense_matrices(small, graph, parts, monkeypatch):
+    monkeypatch.setattr("retain.link.overlap.SMALL", small)
+    model = warmed(replace(BASE, model="neognn", encoder_norm="none", decoder_norm="none"), graph)
+    adjacency = dense(graph, parts)
+    with torch.no_grad():
+        s = (adjacency[..., None] * model.edge_mlp(torch.ones(1, 1))).sum(1)
+        f = model.node_mlp(s).squeeze(-1)
+        reach = adjacency + 0.1 * adjacency @ adjacency
+        z = ((reach * f) @ (reach * f).T)[parts.test[0], parts.test[1]]
+        structure = torch.sigmoid(model.overlap_last(model.overlap_mlp(z[:, None]))).squeeze(-1)
+        gnn = torch.sigmoid(model.decoder(model.encoder(graph.x, parts.messages()), parts.test))
+        share = torch.softmax(model.mixture, 0)
+    found = scores(model, graph.x, parts.messages(), parts.test)
+    assert torch.allclose(torch.sigmoid(found), share[0] * structure + share[1] * gnn, atol=1e-5)
+
+
+def test_elph_and_buddy_against_their_parts(graph, parts):
+    adjacency = dense(graph, parts) + torch.eye(graph.num_nodes)
+    scale = adjacency.sum(1).rsqrt()
+    smooth = (scale[:, None] * adjacency * scale) @ graph.x
+    base = MessageGraph(parts.messages(), graph.num_nodes)
+    counts = symmetric(pair_counts(base, sketch(base), parts.test), 2)
+    for name in ("elph", "buddy"):
+        model = warmed(replace(BASE, model=name), graph)
+        with torch.no_grad():
+            h = model.encoder(graph.x, parts.messages()) if name == "elph" else model.encoder(smooth)
+            product = h[parts.test[0]] * h[parts.test[1]]
+            both = torch.cat([model.head.count_mlp(counts), model.head.product_mlp(product)], dim=1)
+            expected = model.last(both).squeeze(-1)
+        assert torch.allclose(scores(model, graph.x, parts.messages(), parts.test), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_odd_pairs_and_graphs(name, graph):
+    """Isolated nodes, a pair with no common neighbour, no pair at all, no edge at all."""
+    model = warmed(replace(BASE, model=name), graph)
+    x = torch.cat([graph.x, torch.zeros(2, graph.x.size(1))])
+    lonely = torch.tensor([[graph.num_nodes, 0], [graph.num_nodes + 1, graph.num_nodes]])
+    for edges in (graph.edges, graph.edges[:, :0]):
+        messages = torch.cat([edges, edges.flip(0)], dim=1)
+        assert scores(model, x, messages, lonely).isfinite().all()
+        assert scores(model, x, messages, lonely[:, :0]).shape == (0,)
+
+
+def test_large_graphs_take_the_other_path(graph, parts, monkeypatch):
+    for name in ("ncn", "ncnc", "neognn"):
+        model = warmed(replace(BASE, model=name), graph)
+        expected = scores(model, graph.x, parts.messages(), parts.test)
+        with monkeypatch.context() as patch:
+            patch.setattr(compressed, "SMALL", 0)
+            patch.setattr("retain.link.overlap.SMALL", 0)
+            assert torch.allclose(scores(model, graph.x, parts.messages(), parts.test), expected, atol=1e-4)
+
+
+def test_dropout_keeps_the_share_and_the_mean():
+    torch.manual_seed(0)
+    layer, x = ByteDropout(0.3), torch.ones(1000, 333, requires_grad=True)
+    out = layer(x)
+    kept = 256 / round(256 * 0.7)
+    assert out.detach().unique().tolist() == pytest.approx([0.0, kept])
+    assert abs(float(out.detach().mean()) - 1) < 5e-3
+    out.sum().backward()
+    assert torch.equal(x.grad, out.detach())
+    assert not torch.equal(layer(x), out)
+    assert layer.eval()(x) is x
+    rows = (out > 0).float().mean(dim=0)
+    assert float((rows - 0.7).abs().max()) < 0.07  # no column is kept more often
+
+
+def test_presets_are_the_references_and_build():
+    for model in ("neognn", "ncn", "ncnc", "elph", "buddy"):
+        for data in ("Cora", "CiteSeer", "PubMed", "Photo"):
+            settings, training = preset(model, data)
+            assert isinstance(settings.build(20), nn.Module)
+            TrainSettings(**training)
+    assert preset("ncn", "CiteSeer")[0].two_layers
+    assert preset("buddy", "PubMed")[0].hops == 3
+    with pytest.raises(ValueError, match="model is 'gcn'; accepted: neognn"):
+        preset("gcn", "Cora")
+    for wrong, text in (({"model": "x"}, "model is 'x'"), ({"hops": 4}, "hops is 4"), ({"completion": (1.0,)}, "comp")):
+        with pytest.raises(ValueError, match=text):
+            ModelSettings(**wrong)
+    with pytest.raises(ValueError, match="no features"):
+        ModelSettings().build(0)
