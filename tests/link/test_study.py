@@ -141,6 +141,19 @@ def test_an_unusable_device_is_named():
         CliRunner().invoke(app, ["train", "--device", "moon"], catch_exceptions=False)
 
 
+@pytest.mark.parametrize("command", ["train", "audit", "align", "correct"])
+def test_every_command_takes_a_model(command, tmp_path):
+    data = _data(tmp_path)
+    arguments = [command, "--data", data, "--model", "ncn", "--epochs", "1", "--seeds", "1", "--json"]
+    if command == "correct":
+        arguments += ["--arms", "fixed/batch", "--preset"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)
+    with pytest.raises(ValueError, match="model is 'mcn'; accepted: pair, neognn"):
+        CliRunner().invoke(app, [command, "--data", data, "--model", "mcn"], catch_exceptions=False)
+
+
 def test_audit_takes_a_checkpoint(tmp_path):
     data, path = _data(tmp_path), str(tmp_path / "run.safetensors")
     runner = CliRunner()
