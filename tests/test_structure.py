@@ -13,6 +13,7 @@ FORBIDDEN = {
     "report": {"kv", "link", "cli", "study", "information"},
     "kv": {"link", "cli"},
     "link": {"kv", "cli"},
+    "study": {"kv", "link", "cli", "information"},
 }
 
 

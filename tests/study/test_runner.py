@@ -1,0 +1,207 @@
+"""Studies end with every result exactly once, whatever is killed, full or broken on the way."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from retain.study import Planned, Spec, Store, StoreError, run_study
+from tests.study.tiny import SQUARE
+
+
+def spec(x=4, seeds=1, **settings):
+    return Spec("squares", "square", settings=settings, grid={"x": list(range(x))}, seeds=seeds)
+
+
+def found(folder):
+    with Store(folder, write=False) as store:
+        return {(r.settings["x"], r.seed): r.result["values"]["y"] for r in store.records("squares", "done")}
+
+
+def expected(x, seeds=1):
+    return {(i, seed): i**2 + seed for i in range(x) for seed in range(seeds)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_run_once_and_only_what_is_missing(tmp_path, workers):
+    folder, log = tmp_path / "mit Leerzeichen und ä", tmp_path / "log"
+    first = run_study(folder, SQUARE, spec(4, 2, log=str(log)), workers=workers)
+    assert (first.done, first.failed, first.new) == (8, 0, 8)
+    again = run_study(folder, SQUARE, spec(4, 3, log=str(log)), workers=workers)
+    assert (again.done, again.new) == (12, 4)
+    assert found(folder) == expected(4, 3)
+    keys = log.read_text().split()
+    assert len(keys) == len(set(keys)) == 12
+    # A smaller grid wants less; what is there is kept.
+    assert run_study(folder, SQUARE, spec(2, 1, log=str(log))).done == 2
+    assert run_study(folder, SQUARE, spec(4, 3, log=str(log))).new == 0
+
+
+def test_workers_have_their_threads(tmp_path):
+    run_study(tmp_path, SQUARE, spec(2), workers=1, threads=3)
+    with Store(tmp_path) as store:
+        assert {record.result["values"]["threads"] for record in store.records("squares")} == {3.0}
+
+
+@pytest.mark.parametrize(
+    ("fail", "workers", "said"),
+    [
+        ("raise", 0, "RuntimeError: no square today"),
+        ("raise", 1, "RuntimeError: no square today"),
+        ("die", 1, "ended by signal SIGKILL"),
+        ("exit", 1, "SystemExit: 3"),
+        ("no JSON", 1, "object is not JSON serializable"),
+    ],
+)
+def test_failed_runs_keep_their_traceback_and_stop_nothing(tmp_path, fail, workers, said):
+    plan = [Planned(SQUARE.complete({"x": x, "fail": fail if x == 1 else ""}), 0) for x in range(4)]
+    outcome = run_study(tmp_path, SQUARE, plan, name="squares", workers=workers)
+    assert (outcome.done, outcome.failed) == (3, 1)
+    with Store(tmp_path) as store:
+        (record,) = store.records("squares", "failed")
+    assert said in record.error
+    assert record.attempts == 1
+    assert run_study(tmp_path, SQUARE, plan, name="squares", workers=workers).new == 0  # not without being asked
+
+
+def test_failed_runs_can_be_retried(tmp_path):
+    log = tmp_path / "log"
+    study = spec(2, log=str(log), fail="until there is a file")
+    assert run_study(tmp_path, SQUARE, study).failed == 2
+    (tmp_path / "log.ok").touch()
+    assert run_study(tmp_path, SQUARE, study).failed == 2
+    again = run_study(tmp_path, SQUARE, study, retry=True)
+    assert (again.done, again.failed) == (2, 0)
+    with Store(tmp_path) as store:
+        assert [(record.attempts, record.error) for record in store.records("squares")] == [(2, "")] * 2
+
+
+_CALL = """
+import sys
+from retain.study import Spec, run_study
+from tests.study.tiny import SQUARE
+spec = Spec("squares", "square", settings=dict(log=sys.argv[2], sleep=float(sys.argv[4])),
+            grid=dict(x=list(range(int(sys.argv[3])))))
+print(run_study(sys.argv[1], SQUARE, spec, workers=2, threads=1).new)
+"""
+
+
+def call(folder, log, x, sleep):
+    return subprocess.Popen(
+        [sys.executable, "-c", _CALL, str(folder), str(log), str(x), str(sleep)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TEST_LOG": str(log)},
+    )
+
+
+def test_killed_twenty_times_every_result_is_there_once(tmp_path):
+    dice, log = random.Random(0), tmp_path / "log"
+    log.touch()
+    left = 0
+    for _ in range(20):
+        with call(tmp_path / "s", log, 120, 0.05) as process:
+            # From before the store is there to the middle of its runs.
+            time.sleep(dice.uniform(0.05, 1.2))
+            process.kill()
+        left += not (tmp_path / "s" / "study.db").exists() or len(found(tmp_path / "s")) < 120
+    assert left > 10  # most of them were cut off
+    with call(tmp_path / "s", log, 120, 0.05) as process:
+        process.communicate()
+    assert found(tmp_path / "s") == expected(120)
+    begun = log.read_text().split()
+    # A run is begun again only if it was cut off: at most two were under way at each kill.
+    assert set(Counter(begun).values()) <= set(range(1, 22))
+    assert len(begun) - 120 <= 2 * 20
+    assert not list((tmp_path / "s" / "owners").iterdir())
+
+
+def test_two_processes_share_a_store(tmp_path):
+    log = tmp_path / "log"
+    calls = [call(tmp_path / "s", log, 40, 0.02) for _ in range(2)]
+    new = [int(process.communicate()[0]) for process in calls]
+    assert sum(new) == 40
+    keys = log.read_text().split()
+    assert len(keys) == len(set(keys)) == 40
+    assert found(tmp_path / "s") == expected(40)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
+def test_workers_end_with_a_killed_runner(tmp_path):
+    log = tmp_path / "log"
+    log.touch()
+    with call(tmp_path / "s", log, 2, 60) as process:
+        while len(log.read_text().split()) < 2:
+            time.sleep(0.05)
+        assert _lives(str(log).encode())
+        process.kill()
+    for _ in range(100):
+        time.sleep(0.05)
+        if not _lives(str(log).encode()):
+            break
+    else:
+        raise AssertionError("a worker outlived its runner")
+
+
+def _lives(text):
+    for name in os.listdir("/proc"):
+        try:
+            with open(f"/proc/{name}/environ", "rb") as file:
+                if text in file.read():
+                    return True
+        except OSError:
+            continue
+    return False
+
+
+def test_a_full_disk_loses_no_finished_run(tmp_path, monkeypatch):
+    study = spec(100)
+    with Store(tmp_path) as store:
+        store.plan("squares", SQUARE, study.plan(SQUARE))
+    from retain.study import schema
+
+    plain = schema._open
+
+    def small(path, write):
+        connection = plain(path, write)
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count = {pages + 2}")
+        return connection
+
+    monkeypatch.setattr(schema, "_open", small)
+    with pytest.raises(StoreError, match=r"no room to write .*the finished runs are safe"):
+        run_study(tmp_path, SQUARE, study)
+    monkeypatch.undo()
+    with Store(tmp_path) as store:
+        kept = store.counts("squares")["done"]
+    assert 0 < kept < 100
+    assert run_study(tmp_path, SQUARE, study).new == 100 - kept
+    assert found(tmp_path) == expected(100)
+
+
+def test_progress_says_totals_and_what_failed(tmp_path):
+    lines = []
+
+    def watch(progress, line):
+        assert len(progress.workers) <= progress.slots
+        lines.extend([f"{line} | {progress}"] if line else [])
+
+    run_study(tmp_path, SQUARE, [*spec(3).plan(SQUARE), Planned(SQUARE.complete({"fail": "raise"}), 0)], watch=watch)
+    assert len(lines) == 4
+    assert "1 of 4 done" in lines[0]
+    assert "left" in lines[0]
+    assert "failed: RuntimeError: no square today | 3 of 4 done, 1 failed" in lines[-1]
+
+
+def test_results_are_json(tmp_path):
+    run_study(tmp_path, SQUARE, spec(1))
+    with Store(tmp_path) as store:
+        (record,) = store.records("squares")
+    json.dumps(record.result)
+    assert record.made["retain"]
+    assert record.seconds >= 0
