@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +18,7 @@ def without(monkeypatch):
 
     def hide(*packages):
         util = SimpleNamespace(find_spec=lambda name: None if name in packages else find(name))
-        # By its full name, `retain.cli.demo` is the command, not its module.
-        monkeypatch.setattr(sys.modules["retain.cli.demo"], "importlib", SimpleNamespace(util=util))
+        monkeypatch.setattr(importlib.import_module("retain.cli.demo"), "importlib", SimpleNamespace(util=util))
 
     return hide
 

@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import retain
 from retain.cli.console import errors
-from retain.cli.demo import demo
+
+# Where a command is, and the library without which it is not there.
+_COMMANDS = {
+    "demo": ("retain.cli.demo:demo", ""),
+    "kv": ("retain.cli.kv:app", "transformers"),
+    "link": ("retain.cli.link:app", "torch_geometric"),
+    "study": ("retain.cli.study:app", ""),
+}
+
+
+class _Commands(TyperGroup):
+    """Commands that are imported when they are called: a look at a study needs no torch, which takes seconds."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the commands whose libraries are installed."""
+        return [name for name, (_, needs) in _COMMANDS.items() if not needs or importlib.util.find_spec(needs)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import a command."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module, _, name = _COMMANDS[cmd_name][0].partition(":")
+        found: Any = getattr(importlib.import_module(module), name)
+        if not isinstance(found, typer.Typer):
+            alone = typer.Typer(add_completion=False)
+            alone.command(cmd_name)(found)
+            found = alone
+        command = typer.main.get_command(found)
+        command.name = cmd_name
+        return command
+
 
 app = typer.Typer(
     name="retain",
     help="What information does a model keep?",
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command()(demo)
-
-if importlib.util.find_spec("transformers"):
-    from retain.cli.kv import app as kv_app
-
-    app.add_typer(kv_app, name="kv")
-
-if importlib.util.find_spec("torch_geometric"):
-    from retain.cli.link import app as link_app
-
-    app.add_typer(link_app, name="link")
 
 
 @app.callback(invoke_without_command=True)

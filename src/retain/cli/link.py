@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from retain.cli.command_line import command_line
 from retain.cli.console import finite, out, print_json, progress
 from retain.cli.link_options import (
     AtTest,
@@ -34,6 +35,7 @@ from retain.cli.link_options import (
     Model,
     Patience,
     Preset,
+    Quiet,
     Rate,
     Report,
     Root,
@@ -41,8 +43,10 @@ from retain.cli.link_options import (
     Seeds,
     Test,
     Validation,
+    Workers,
 )
-from retain.cli.link_show import command_line, show_rows, study_table
+from retain.cli.link_show import show_rows, study_table
+from retain.cli.watching import watching
 
 if TYPE_CHECKING:
     from retain.link import Graph, ModelSettings, PairModel, Protocol, Split, TrainSettings
@@ -208,6 +212,8 @@ def correct(
     as_json: Json = False,
     report: Report = None,
     figure: Annotated[Path | None, typer.Option(help="Also write the response curves as a picture.")] = None,
+    workers: Workers = 0,
+    quiet: Quiet = False,
 ) -> None:
     """Train biased and corrected side by side; show audit, Hits and alignment of all."""
     from retain.link.arms import ARMS, parse_arm
@@ -224,7 +230,7 @@ def correct(
     rates: dict[str, Any] = {"directions": directions, "batch_size": batch_size}
     protocol = Protocol(validation, test, largest_component, validation_edges_at_test)
     graph = _graph(data, features, labels, root, protocol)
-    with tempfile.TemporaryDirectory() as scratch, progress() as say:
+    with tempfile.TemporaryDirectory() as scratch, watching(quiet) as watch:
         home = folder or Path(scratch)
         study = run(
             graph,
@@ -236,11 +242,12 @@ def correct(
             seed=seed,
             device=device,
             folder=home,
-            progress=say,
+            workers=workers,
+            watch=watch,
+            command=command_line(),
         )
         if report is not None:
             pair = asked[:2] if graph.y is not None else []
-            say("t-SNE of the first two arms")
             study_page(study, command_line(), edge_maps(graph, pair, home, protocol=protocol, seed=seed)).save(report)
     if figure is not None:
         figure.parent.mkdir(parents=True, exist_ok=True)

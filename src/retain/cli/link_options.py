@@ -48,3 +48,5 @@ AtTest = Annotated[bool, typer.Option("--validation-edges-at-test", help="Pass m
 Validation = Annotated[float, typer.Option(help="Share of edges for validation.")]
 Test = Annotated[float, typer.Option(help="Share of edges for the test.")]
 Folder = Annotated[Path | None, typer.Option(help="Folder of finished runs, to go on from.")]
+Workers = Annotated[int, typer.Option(help="Processes to train in; 0 for this one.", min=0)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 
+from retain.cli.command_line import command_line
 from retain.cli.console import finite, out, print_json
 
 if TYPE_CHECKING:
@@ -58,8 +57,3 @@ def show_rows(
     for row in cells:
         table.add_row(*row)
     out.print(table)
-
-
-def command_line() -> str:
-    """Return the command that is running, as one would type it."""
-    return shlex.join(["retain", *sys.argv[1:]])

@@ -97,24 +97,16 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
         )
 
 
-def check_chunk(chunk: int | None) -> None:
-    """Raise unless a length of chunks is None or at least one token."""
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk is {chunk}; accepted: at least 1 token")
-
-
 def generate(
     model: PreTrainedModel, ids: Tensor, cache: RetainCache, max_new_tokens: int, *, chunk: int | None = None
 ) -> Tensor:
     """Continue token ids [1, tokens] greedily, [new tokens]; what the cache has seen is not computed again.
 
-    With `chunk`, the prompt is read so many tokens at a time: by a loop of ours, since `prefill_chunk_size` of
-    transformers 5.2 gives other tokens than reading at once, with its own caches too.
+    With `chunk`, the prompt is read so many tokens at a time.
     """
     ids = ids.to(model.device)
     network: Any = model
-    if chunk is not None:
-        read(model, ids[:, cache.get_seq_length() : -1], cache, chunk)
+    chunked = {} if chunk is None else {"prefill_chunk_size": chunk}
     out: Any = network.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -122,17 +114,9 @@ def generate(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=model.generation_config.pad_token_id or model.generation_config.eos_token_id,
+        **chunked,
     )
     return out[0, ids.shape[1] :]
-
-
-def read(model: PreTrainedModel, ids: Tensor, cache: RetainCache, chunk: int | None = None) -> None:
-    """Fill a cache with token ids [1, tokens], so many at a time; None reads them at once."""
-    if not ids.shape[1]:
-        return
-    with torch.no_grad():
-        for piece in ids.split(chunk or ids.shape[1], dim=1):
-            model(piece.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def answer(
@@ -174,7 +158,8 @@ def answer(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; accepted: at least 1")
-    check_chunk(chunk)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is {chunk}; accepted: at least 1 token")
     parts = prompt(tokenizer, document, question)
     if positions != "compact":
         check_length(model, parts.ids.shape[1] + max_new_tokens)
@@ -189,7 +174,9 @@ def answer(
     )
     start = time.perf_counter()
     if not aware and parts.question.shape[1]:
-        read(model, parts.document, cache, chunk)
+        with torch.no_grad():
+            for piece in parts.document.split(chunk or parts.document.shape[1], dim=1):
+                model(piece.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     tokens = generate(model, parts.ids, cache, max_new_tokens, chunk=chunk)
     seconds = time.perf_counter() - start
     report = cache.report()

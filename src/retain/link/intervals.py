@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
+from retain.study.intervals import Interval, over_seeds
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        if math.isnan(self.low) and not math.isnan(self.mean):
-            return f"{self.mean:.3f}"
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+__all__ = ["Interval", "bootstrap", "over_seeds"]
 
 
 def bootstrap(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Interval:
@@ -41,16 +30,3 @@ def bootstrap(values: Sequence[float], *, confidence: float = 0.95, seed: int = 
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Interval(mean, float(drawn.low), float(drawn.high))
-
-
-def over_seeds(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
-    """Return the mean of seeds with Student's t interval; of paired differences, a paired t interval.
-
-    With a single seed the interval is without bound: NaN.
-    """
-    kept = np.asarray(values, dtype=float)
-    mean = float(kept.mean())
-    if len(kept) < 2:
-        return Interval(mean, math.nan, math.nan)
-    half = float(stats.t.ppf((1 + confidence) / 2, len(kept) - 1)) * float(stats.sem(kept))
-    return Interval(mean, mean - half, mean + half)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,26 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retain import RetainError
 from retain.link.arms import ARMS, Arm
-from retain.link.embeddings import alignment, embeddings, raw_alignment
-from retain.link.graph import Graph, Protocol, Split, prepare, split
+from retain.link.checkpoint import CheckpointError
+from retain.link.embeddings import embeddings
+from retain.link.graph import Graph, Protocol, prepare, split
+from retain.link.graph_file import save_graph
+from retain.link.kinds import CORRECT, REFERENCES, describe_arm, settings_of
 from retain.link.models import ModelSettings
 from retain.link.study import Run, Study
-from retain.link.trained import audit_trained, held_out_scores, load_trained
-from retain.link.training import Epoch, TrainSettings, fit
-
-_AUDITED = (
-    "a_pure",
-    "tau",
-    "kappa",
-    "rank_change",
-    "eval_gap",
-    "auc_eval",
-    "auc_pure",
-    "accuracy_balanced",
-    "accuracy_eval",
-)
-Progress = Callable[[str], None]
+from retain.link.trained import load_trained
+from retain.link.training import TrainSettings
+from retain.study.progress import Progress, Watcher, plain
+from retain.study.runner import run_study
+from retain.study.spec import Planned
+from retain.study.store import Record, Store, StoreError
 
 
 def correct(
@@ -46,7 +40,10 @@ def correct(
     seed: int = 0,
     device: str = "cpu",
     folder: str | Path | None = None,
-    progress: Progress | None = None,
+    workers: int = 0,
+    progress: Callable[[str], None] | None = None,
+    watch: Watcher | None = None,
+    command: str = "",
 ) -> Study:
     """Train every arm on the same splits, audit it, and measure metrics and alignment.
 
@@ -59,19 +56,45 @@ def correct(
         seeds: repetitions, each with its own split, initialisation and batches.
         seed: the first of them.
         device: where to train.
-        folder: a file for each finished run and a checkpoint for each model, to go on from.
+        folder: a store of finished runs and checkpoints of trainings, to go on from.
+        workers: processes to train in; 0 for this one.
         progress: called with a line for each finished run, and every few seconds within one.
+        watch: shows progress instead of `progress`.
+        command: what to type for this study, for its reports.
 
     Raises:
         ValueError: there is no arm or no seed, or two arms are the same.
+        RetainError: runs failed; the others are kept, and a second call tries those again.
 
     """
     if seeds < 1 or not arms or len({arm.key for arm in arms}) < len(arms):
         raise ValueError(f"seeds, arms are {seeds}, {[arm.key for arm in arms]}; accepted: 1 or more, distinct")
     model, train, protocol = model or ModelSettings(), train or TrainSettings(), protocol or Protocol()
-    say = progress or (lambda _: None)
     graph = prepare(graph, protocol)
     numbers = range(seed, seed + seeds)
+    split(graph, protocol, seed)  # refuses what can't be split
+    say = progress or (lambda _: None)
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as home:
+        data = save_graph(graph, home)
+        shared = {**settings_of(model, train, protocol), "data": data, "device": device}
+
+        def planned(arm: Any, number: int) -> Planned:
+            return Planned(CORRECT.complete({**shared, "arm": arm}), number, (data,))
+
+        plan = [planned(describe_arm(arm), number) for number in numbers for arm in arms]
+        if graph.y is not None:
+            plan += [planned(REFERENCES[0], seed)] + [planned(REFERENCES[1], number) for number in numbers]
+        name = Path(data).stem
+        with Store(home) as store:
+            store.plan(name, CORRECT, plan)
+            for record in store.records(name, "done"):
+                if record.settings["arm"] not in REFERENCES:
+                    say(f"arm {_key(record)}, seed {record.seed}: {record.result['verdict']}")
+        about = {"command": command} if command else {}
+        show = watch or _trainings(plain(say))
+        run_study(home, CORRECT, plan, name=name, about=about, workers=workers, retry=True, watch=show)
+        with Store(home, write=False) as store:
+            records = list(store.records(name))
     settings = {
         "model": asdict(model),
         "train": train.describe(),
@@ -79,22 +102,36 @@ def correct(
         "seeds": list(numbers),
         "torch": torch.__version__,
     }
-    runs: dict[str, list[Run]] = {arm.key: [] for arm in arms}
-    for number in numbers:
-        parts = split(graph, protocol, number)
-        for arm in arms:
-            path = None if folder is None else _path(folder, graph, arm, number)
-            own = arm.model(model), arm.train(train, number)
-            run = _run(graph, parts, *own, protocol, device, path, say, f"seed {number} {arm.key}")
-            runs[arm.key].append(run)
-            say(f"seed {number} {arm.key}: {run['verdict']}")
+    return study_of(graph.name, settings, records)
+
+
+def study_of(graph: str, settings: dict[str, Any], records: Sequence[Record]) -> Study:
+    """Return the study that records of the kind `link.correct` make up.
+
+    Args:
+        graph: name of the data set.
+        settings: what they share, `seeds` among it.
+        records: every arm with every seed, and references.
+
+    Raises:
+        RetainError: a run is missing or failed.
+
+    """
+    if undone := [record for record in records if record.state != "done"]:
+        first = undone[0]
+        why = first.error.strip().splitlines()[-1] if first.error else first.state
+        raise RetainError(
+            f"{len(undone)} of {len(records)} runs are not done; the first, arm {_key(first)}, seed {first.seed}: {why}"
+        )
+    runs: dict[str, list[Run]] = {}
     references: dict[str, list[Run]] = {}
-    if graph.y is not None:
-        raw = _raw(graph, folder)
-        fresh = [(model.build(graph.x.size(1), n), split(graph, protocol, n)) for n in numbers]
-        references["raw features"] = [raw] * seeds
-        references["untrained"] = [{"values": alignment(net, graph, parts)} for net, parts in fresh]
-    return Study(graph.name, settings, runs, references)
+    for record in records:
+        group = references if record.settings["arm"] in REFERENCES else runs
+        group.setdefault(_key(record), []).append(dict(record.result))
+    for name, found in references.items():
+        # Raw features have no seed: one run stands for all.
+        references[name] = found * len(settings["seeds"]) if len(found) == 1 else found
+    return Study(graph, settings, runs, references)
 
 
 def edge_maps(
@@ -117,99 +154,36 @@ def edge_maps(
     protocol = protocol or Protocol()
     graph = prepare(graph, protocol)
     parts = split(graph, protocol, seed)
+    wanted = {str(describe_arm(arm)): arm.key for arm in arms}
+    keys: dict[str, str] = {}
+    try:
+        with Store(folder, write=False) as store:
+            for record in store.records(Path(save_graph(graph, folder)).stem, "done", whole=False):
+                if record.seed == seed and str(record.settings["arm"]) in wanted:
+                    keys[wanted[str(record.settings["arm"])]] = record.key
+    except StoreError as error:
+        raise CheckpointError(str(error)) from error
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for arm in arms:
-        net, _ = load_trained(_beside(_path(folder, graph, arm, seed), ".safetensors"))
+        if arm.key not in keys:
+            raise CheckpointError(f"{folder} holds no training of {arm.key}, seed {seed}, on {graph.name}")
+        net, _ = load_trained(Path(folder) / "runs" / f"{keys[arm.key]}.safetensors")
         found[arm.key] = embeddings(net, graph, parts)["edge"]
     return found
 
 
-def _run(
-    graph: Graph,
-    parts: Split,
-    model: ModelSettings,
-    train: TrainSettings,
-    protocol: Protocol,
-    device: str,
-    path: Path | None,
-    say: Progress,
-    name: str,
-) -> Run:
-    described = {"train": train.describe(), "model": asdict(model), "protocol": asdict(protocol), "of": _size(graph)}
-    if (run := _cached(path, described)) is not None:
-        return run
-    net = model.build(graph.x.size(1), train.seed).to(device)
-    done = fit(
-        net,
-        graph,
-        parts,
-        train,
-        checkpoint=None if path is None else _beside(path, ".safetensors"),
-        facts={"model": asdict(model), "protocol": asdict(protocol), "graph": graph.name, "in": graph.x.size(1)},
-        progress=_paced(say, name, train),
-    )
-    report = audit_trained(net, graph, parts, batch_size=train.batch_size, seed=train.seed)
-    values = {**held_out_scores(net, graph, parts, protocol, train.k), "loss": done.epochs[-1].loss}
-    for part, found in report.parts.items():
-        values |= {f"{metric}:{part}": found.statistics[metric].mean for metric in _AUDITED}
-    if graph.y is not None:
-        values |= alignment(net, graph, parts)
-    curve = [[point.fraction, point.predicted.mean, point.accuracy.mean] for point in report.parts["heldout"].curve]
-    verdict = report.verdict
-    run = {"facts": described, "values": values, "verdict": verdict.level, "why": str(verdict), "curve": curve}
-    _write(path, run)
-    return run
+def _key(record: Record) -> str:
+    from retain.link.kinds import read_arm
+
+    arm = record.settings["arm"]
+    return arm if arm in REFERENCES else read_arm(arm).key
 
 
-def _paced(say: Progress, name: str, train: TrainSettings, seconds: float = 5.0) -> Callable[[Epoch], None]:
-    last = time.monotonic()
+def _trainings(watch: Watcher) -> Watcher:
+    """Leave out the lines of references, which take no time."""
 
-    def show(epoch: Epoch) -> None:
-        nonlocal last
-        if time.monotonic() - last >= seconds:
-            last = time.monotonic()
-            say(
-                f"{name}: epoch {epoch.number + 1} of {train.epochs}, loss {epoch.loss:.4f}, "
-                f"{train.metric} {epoch.metric:.3f}"
-            )
+    def show(progress: Progress, line: str) -> None:
+        if not line.startswith(tuple(f"arm {name}" for name in REFERENCES)):
+            watch(progress, line)
 
     return show
-
-
-def _raw(graph: Graph, folder: str | Path | None) -> Run:
-    path = None if folder is None else Path(folder) / f"{graph.name}-raw"
-    run = _cached(path, _size(graph))
-    if run is None:
-        values = {name.replace("raw_", "node_"): value for name, value in raw_alignment(graph).items()}
-        run = {"values": values, "facts": _size(graph)}
-        _write(path, run)
-    return run
-
-
-def _size(graph: Graph) -> dict[str, Any]:
-    return {"graph": graph.name, "nodes": graph.num_nodes, "edges": graph.edges.size(1), "in": graph.x.size(1)}
-
-
-def _path(folder: str | Path, graph: Graph, arm: Arm, seed: int) -> Path:
-    return Path(folder) / f"{graph.name}-{arm.key}-{seed}".replace("/", "-").replace("+", "-")
-
-
-def _cached(path: Path | None, facts: Mapping[str, Any]) -> Run | None:
-    if path is None or not _beside(path, ".json").exists():
-        return None
-    run = json.loads(_beside(path, ".json").read_text(encoding="utf-8"))
-    return run if run["facts"] == json.loads(json.dumps(facts)) else None
-
-
-def _write(path: Path | None, content: Run) -> None:
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = _beside(path, ".part")
-    half.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(half, _beside(path, ".json"))
-
-
-def _beside(path: Path, ending: str) -> Path:
-    # Not `with_suffix`: names of data sets may hold dots.
-    return path.with_name(path.name + ending)

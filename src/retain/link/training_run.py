@@ -1,0 +1,122 @@
+"""One run of a study: train an arm, audit it, measure it; or measure a reference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from retain.link.data import load
+from retain.link.embeddings import alignment, raw_alignment
+from retain.link.graph import Graph, Protocol, Split, prepare, split
+from retain.link.graph_file import read_saved_graph
+from retain.link.kinds import RunSettings
+from retain.link.tables import read_graph
+from retain.link.trained import audit_trained, held_out_scores
+from retain.link.training import Epoch, TrainSettings, fit
+from retain.study.jobs import Context, Say
+
+AUDITED = (
+    "a_pure",
+    "tau",
+    "kappa",
+    "rank_change",
+    "eval_gap",
+    "auc_eval",
+    "auc_pure",
+    "accuracy_balanced",
+    "accuracy_eval",
+)
+
+
+def run(settings: Mapping[str, Any], seed: int, context: Context) -> dict[str, Any]:
+    """Train, audit and measure; the training goes on from its checkpoint if it was cut off.
+
+    Args:
+        settings: of the kind `link.correct`, complete.
+        seed: of the split, the initialisation and the batches.
+        context: where the checkpoint lies.
+
+    Returns:
+        `values` by metric, `facts`, `verdict`, `why` and `curve`; of a reference, the values alone.
+
+    """
+    parts = RunSettings.of(settings)
+    source = tuple(settings[name] for name in ("data", "features", "labels", "root"))
+    graph = _graph(context.folder, *source, parts.protocol)
+    if parts.reference == "raw features":
+        values = {name.replace("raw_", "node_"): value for name, value in raw_alignment(graph).items()}
+        return {"values": values, "facts": _size(graph)}
+    edges = _split(context.folder, *source, parts.protocol, seed)
+    if parts.reference:
+        return {"values": alignment(parts.model.build(graph.x.size(1), seed), graph, edges), "facts": _size(graph)}
+    model, train = parts.model, replace(parts.train, seed=seed)
+    net = model.build(graph.x.size(1), seed).to(settings["device"])
+    done = fit(
+        net,
+        graph,
+        edges,
+        train,
+        checkpoint=context.file(".safetensors"),
+        facts={
+            "model": asdict(model),
+            "protocol": asdict(parts.protocol),
+            "graph": graph.name,
+            "in": graph.x.size(1),
+        },
+        progress=_paced(context.say, train),
+    )
+    report = audit_trained(net, graph, edges, batch_size=train.batch_size, seed=seed)
+    values = {**held_out_scores(net, graph, edges, parts.protocol, train.k), "loss": done.epochs[-1].loss}
+    for part, found in report.parts.items():
+        values |= {f"{metric}:{part}": found.statistics[metric].mean for metric in AUDITED}
+    if graph.y is not None:
+        values |= alignment(net, graph, edges)
+    context.say(report.verdict.level)
+    return {
+        "facts": {
+            "train": train.describe(),
+            "model": asdict(model),
+            "protocol": asdict(parts.protocol),
+            "of": _size(graph),
+        },
+        "values": values,
+        "verdict": report.verdict.level,
+        "why": str(report.verdict),
+        "curve": [[p.fraction, p.predicted.mean, p.accuracy.mean] for p in report.parts["heldout"].curve],
+    }
+
+
+@lru_cache(maxsize=1)
+def _graph(folder: Path, data: str, features: str | None, labels: str | None, root: str, protocol: Protocol) -> Graph:
+    suffix = Path(data).suffix
+    if suffix == ".safetensors":
+        return read_saved_graph(folder / data)
+    return prepare(read_graph(data, features, labels) if suffix else load(data, root), protocol)
+
+
+@lru_cache(maxsize=1)
+def _split(
+    folder: Path, data: str, features: str | None, labels: str | None, root: str, protocol: Protocol, seed: int
+) -> Split:
+    # The arms of a seed share its split, and come one after the other.
+    return split(_graph(folder, data, features, labels, root, protocol), protocol, seed)
+
+
+def _size(graph: Graph) -> dict[str, Any]:
+    return {"graph": graph.name, "nodes": graph.num_nodes, "edges": graph.edges.size(1), "in": graph.x.size(1)}
+
+
+def _paced(say: Say, train: TrainSettings, seconds: float = 2.0) -> Callable[[Epoch], None]:
+    last = time.monotonic()
+
+    def show(epoch: Epoch) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            say(f"epoch {epoch.number + 1} of {train.epochs}, loss {epoch.loss:.4f}, {train.metric} {epoch.metric:.3f}")
+
+    return show
