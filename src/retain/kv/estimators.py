@@ -9,14 +9,20 @@ import torch
 from torch import Tensor
 
 from retain.information import Factor, factorize
-from retain.kv.directions import Constant, Directions
+from retain.kv.directions import Constant, Directions, Value
+from retain.kv.fused import fused_inner_products, fused_log_weights
 from retain.kv.signals import Signals
 from retain.kv.weights import Weights
 
 
 def log_weights(weights: Weights, signals: Signals) -> Tensor:  # [batch, kv_heads, tokens]
     """Return log weights, −inf on padding; computed once for each call."""
-    return signals.memo(("log", weights), lambda: signals.masked(weights.log(signals)))
+    return signals.memo(("log", weights), lambda: _log_weights(weights, signals))
+
+
+def _log_weights(weights: Weights, signals: Signals) -> Tensor:
+    fused = fused_log_weights(weights, signals)
+    return signals.masked(weights.log(signals)) if fused is None else fused
 
 
 def linear_weights(weights: Weights, signals: Signals) -> Tensor:  # [batch, kv_heads, tokens]
@@ -36,6 +42,19 @@ def capacity_factor(weights: Weights, directions: Directions, ridge: float, rela
             directions.vectors(signals), linear_weights(weights, signals), ridge=ridge, relative=relative
         ),
     )
+
+
+def inner_products(weights: Weights, directions: Directions, ridge: float, relative: bool, signals: Signals) -> Tensor:
+    """Return uᵀA⁻¹u with A of the whole cache, [batch, kv_heads, tokens]; computed once for each call."""
+
+    def compute() -> Tensor:
+        if relative and isinstance(directions, Value):
+            fused = fused_inner_products(log_weights(weights, signals), ridge, signals)
+            if fused is not None:
+                return fused
+        return capacity_factor(weights, directions, ridge, relative, signals).leverage(directions.vectors(signals))
+
+    return signals.memo(("inner", weights, directions, ridge, relative), compute)
 
 
 class Estimator(ABC):
@@ -100,14 +119,13 @@ class Leverage(Estimator):
 
     def score(self, weights: Weights, directions: Directions, signals: Signals) -> Tensor:
         """Return log w + power · log uᵀA⁻¹u."""
-        factor = capacity_factor(weights, directions, self.ridge, self.relative, signals)
-        inner = factor.leverage(directions.vectors(signals))
+        inner = inner_products(weights, directions, self.ridge, self.relative, signals)
         return log_weights(weights, signals) + self.power * inner.log()
 
     def shares(self, weights: Weights, directions: Directions, signals: Signals) -> Tensor:
         """Return the leverage scores themselves, which sum to a head's effective dimension."""
-        factor = capacity_factor(weights, directions, self.ridge, self.relative, signals)
-        return factor.leverage(directions.vectors(signals)) * linear_weights(weights, signals)
+        inner = inner_products(weights, directions, self.ridge, self.relative, signals)
+        return inner * linear_weights(weights, signals)
 
     def __str__(self) -> str:
         return "leverage" if self.power == 1 else f"leverage^{self.power:g}"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from retain.kv.kernels import usable
 from retain.kv.storage import FILL, Entries, pick_vectors, vector_numbers
+
+if TYPE_CHECKING:
+    from retain.kv.kernels.decoding import Plan
 
 _TAIL = 256  # new tokens that are kept beside the packed entries before they are packed too
 
@@ -46,6 +50,7 @@ class RaggedStorage:
         self.tail_keys, self.tail_values, self.tail_positions = tail
         self.packed_places = places
         self.columns = columns or {}
+        self.plan: tuple[list[list[int]], Plan] | None = None  # of a kernel, and the lengths that it is for
 
     @classmethod
     def gather(cls, entries: Entries, kept: Tensor) -> RaggedStorage:
@@ -220,6 +225,9 @@ def attend(
 
     """
     new, tail = query.shape[2], storage.tail_keys.shape[2]
+    if new == 1 and usable(query, *storage.tensors):
+        # What the mask says of one token, its position says too.
+        return _decode(query, storage, scaling)
     if mask is None and new > 1:
         mask = torch.ones(new, new, dtype=torch.bool, device=query.device).tril_()[None, None]
     earlier = storage.tail_positions >= 0
@@ -230,6 +238,17 @@ def attend(
         hidden = ~torch.cat((before, latest.expand(before.shape[0], -1, -1, -1)), dim=-1)
     work = _one_by_one if new > 1 else _together
     return work(query, storage, hidden, scaling)
+
+
+def _decode(query: Tensor, storage: RaggedStorage, scaling: float) -> Tensor:
+    """One kernel for all heads, split along their keys. For one new token on a GPU."""
+    from retain.kv.kernels.decoding import Plan, decode
+
+    if storage.plan is None or storage.plan[0] is not storage.lengths:
+        storage.plan = (storage.lengths, Plan.of(storage.lengths, query.device))
+    tail = (storage.tail_keys, storage.tail_values, storage.tail_positions)
+    packed = (storage.packed_keys, storage.packed_values)
+    return decode(query[:, :, 0], packed, tail, storage.plan[1], scaling)[:, None]
 
 
 def _together(query: Tensor, storage: RaggedStorage, hidden: Tensor | None, scaling: float) -> Tensor:

@@ -103,6 +103,11 @@ class Signals:
             return None
         return None if bool(valid.all()) else valid
 
+    @property
+    def plain(self) -> bool:
+        """Whether the entries are all tokens seen so far, and none is padding."""
+        return self._positions is None and self.valid is None
+
     @functools.cached_property
     def counts(self) -> Tensor:
         """Valid entries of each row and head, long [batch, 1 or kv_heads]."""
@@ -232,6 +237,23 @@ class Signals:
         newest = min(self.queries.shape[2] - range(self.queries.shape[2])[rows][0], self.tokens)
         entries = self.positions[:, :, self.tokens - newest : columns]
         return entries[:, :, None] > own[:, None, :, None]
+
+    def spans(self, window: int) -> tuple[Tensor, Tensor]:
+        """Entries that the last `window` queries may read, which are always neighbours.
+
+        Returns:
+            The first that exists, int32 [batch, kv_heads]; and one past the last that each query may read, int32
+            [batch, kv_heads, window], 0 for a query of padding.
+
+        """
+        if self.plain:
+            starts = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
+            ends = torch.arange(self.tokens - window + 1, self.tokens + 1, dtype=torch.int32, device=self.device)
+        else:
+            starts = (self.tokens - self.counts).int()
+            ends = self.tokens - self._future(slice(-window, None)).sum(-1, dtype=torch.int32)
+            ends = ends.masked_fill((self.query_positions[:, -window:] < 0)[:, None], 0)
+        return starts.expand(self.batch, self.kv_heads), ends.expand(self.batch, self.kv_heads, -1)
 
     def _attention(self, rows: slice, columns: int) -> Tensor:
         """Attention weights of some of the queries over the first `columns` entries."""

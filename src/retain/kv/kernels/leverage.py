@@ -1,0 +1,106 @@
+"""vᵀA⁻¹v of each value in one pass, from the inverse of a Cholesky factor."""
+
+# Triton's annotations speak of its compiler's own calls, not of what a kernel may be written as.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportUnknownParameterType=false
+# pyright: reportGeneralTypeIssues=false
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retain.kv.kernels.cholesky import inverse_factor
+from retain.kv.kernels.gram import weighted_gram
+from retain.kv.kernels.grid import launch, power_of_two, rows_of, split_tokens
+from retain.kv.kernels.product import product
+
+
+def inner_products(values: Tensor, log_weights: Tensor, ridge: float) -> Tensor | None:
+    """vᵀA⁻¹v with A = σ²I + Σ w v vᵀ, σ² = ridge · tr/dim, the largest weight of a head counting as 1.
+
+    V is read twice, and nothing of its size is written.
+
+    Args:
+        values: [batch, kv_heads, tokens, value_dim], float32, bfloat16 or float16.
+        log_weights: float32 [batch, kv_heads, tokens], −inf for those that do not exist, which get 0.
+        ridge: λ, at least 1e-3: below that, 16-bit factors lose too much.
+
+    Returns:
+        float32 [batch, kv_heads, tokens]; None if a Gram matrix is not finite or out of range,
+        as that of zeros is.
+
+    """
+    values = rows_of(values)
+    batch, heads, tokens, dim = values.shape
+    least = 1e-4 if values.dtype == torch.float16 else 1e-12
+    inverse, noise, failed = inverse_factor(weighted_gram(values, log_weights), dim, ridge, least)
+    wide = power_of_two(dim)
+    block = 128
+    splits, chunk = split_tokens(tokens, batch * heads, block, 2, values.device)
+    inner = torch.empty(batch, heads, tokens, dtype=torch.float32, device=values.device)
+    launch(
+        _quadratic_form,
+        (batch * heads, splits),
+        values,
+        log_weights.contiguous(),
+        inverse,
+        noise,
+        inner,
+        tokens,
+        chunk,
+        heads,
+        *values.stride()[:3],
+        DIM=dim,
+        BLOCK_D=wide,
+        BLOCK_N=block,
+        num_warps=4 if wide <= 64 else 8,
+        num_stages=3,
+    )
+    # Asked last, so that the device has all its work by then.
+    return None if bool(failed.any()) else inner
+
+
+@triton.jit
+def _quadratic_form(
+    values: "Any",
+    log_weights: "Any",
+    inverse: "Any",
+    noise: "Any",
+    inner: "Any",
+    tokens: "Any",
+    chunk: "Any",
+    heads: "Any",
+    stride_batch: "Any",
+    stride_head: "Any",
+    stride_token: "Any",
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * chunk
+    values += head // heads * stride_batch + head % heads * stride_head
+    log_weights += head * tokens
+    inner += head * tokens
+    dims = tl.arange(0, BLOCK_D)
+    variance = tl.load(noise + head)
+    # Transposed: what L⁻¹ maps the columns of Vᵀ to, V maps to from the left.
+    matrix = tl.load(inverse + head * BLOCK_D * BLOCK_D + dims[None, :] * BLOCK_D + dims[:, None])
+    high = matrix.to(values.dtype.element_ty)
+    # Values of 16 bits are exact as they are, and the matrix is not: it comes in two parts.
+    low = (matrix - high.to(tl.float32)).to(values.dtype.element_ty)
+    for start in range(first, tl.minimum(first + chunk, tokens), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        there = tl.load(log_weights + n, mask=n < tokens, other=float("-inf")) > float("-inf")
+        v = tl.load(
+            values + n.to(tl.int64)[:, None] * stride_token + dims[None, :],
+            mask=there[:, None] & (dims < DIM)[None, :],
+            other=0.0,
+        )
+        y = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        if v.dtype != tl.float32:
+            y = product(v, low, y)
+        y = product(v, high, y)
+        tl.store(inner + n, tl.sum(y * y, 1) / variance, mask=n < tokens)

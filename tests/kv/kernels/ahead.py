@@ -1,0 +1,48 @@
+"""Compiles every kernel for an H100 (sm_90) down to machine code, which needs no GPU; prints what it compiled.
+
+Run as a script: the interpreter, which the tests use, accepts what the compiler does not.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from retain.kv.kernels.compaction import move_to_front
+from retain.kv.kernels.decoding import Plan, decode
+from retain.kv.kernels.leverage import inner_products
+from retain.kv.kernels.observation import Observation, observed_log_weights
+
+
+def main(dim: int, dtype: torch.dtype) -> None:
+    driver.set_active(
+        SimpleNamespace(
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        )
+    )
+    run = JITFunction.run
+
+    def compile_only(self, *arguments, grid, warmup, **options):
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        assert kernel.asm["cubin"]
+        print(self.__name__)
+
+    JITFunction.run = compile_only
+    keys = torch.zeros(1, 2, 512, dim, dtype=dtype)
+    starts, ends = torch.zeros(1, 2, dtype=torch.int32), torch.full((1, 2, 16), 512, dtype=torch.int32)
+    seen = Observation(keys.repeat(1, 4, 1, 1), keys, 0.1, 16, 512, torch.zeros(1, dtype=torch.int32), starts, ends)
+    observed_log_weights(seen, pool=5, beta=4.0, factors=(1.0, 1.0, 2.0))
+    inner_products(keys, torch.zeros(1, 2, 512), 0.1)
+    plan = Plan.of([[400, 600]], torch.device("cpu"))
+    tail = (keys[:, :, :4], keys[:, :, :4], torch.zeros(1, 4, dtype=torch.int32))
+    decode(torch.zeros(1, 8, dim, dtype=dtype), (keys.view(-1, dim),) * 2, tail, plan, 0.1)
+    move_to_front(keys, torch.zeros(1, 2, 9, dtype=torch.long))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), getattr(torch, sys.argv[2]))
