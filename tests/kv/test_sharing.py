@@ -6,15 +6,16 @@ from retain.kv.sharing import prefill
 from tests.kv.tiny import answer, left_padded, prompt, tiny
 
 
+@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_shared_prefill_fills_each_cache_as_its_own_would(family):
+def test_shared_prefill_fills_each_cache_as_its_own_would(family, share):
     model = tiny(family)
-    settings = [("full", 1.0), ("capkv", 0.5), ("pyramidkv", 0.4), ("h2o", 12)]
+    settings = [("full", 1.0), ("capkv", 0.5), ("pyramidkv", 0.4), ("h2o", 12), ("h2o", 0.6), ("capkv", 0.3)]
     document = left_padded([prompt(31), prompt(24)])
     question = prompt(5, seed=2, rows=2)
     caches = [RetainCache(model, name, budget) for name, budget in settings]
-    shared = prefill(model, document, caches)
-    assert len(shared.seconds) == 4
+    shared = prefill(model, document, caches, share=share)
+    assert len(shared.seconds) == len(settings)
     inputs = {
         "input_ids": torch.cat((document["input_ids"], question), 1),
         "attention_mask": torch.cat((document["attention_mask"], torch.ones_like(question)), 1),

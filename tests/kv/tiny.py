@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import tokenizers
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -14,11 +15,15 @@ from transformers import (
     MixtralConfig,
     Phi3Config,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
 
+from retain.kv.tasks import manual
+
 VOCABULARY = 97
+TOKENS = 400  # of the tokenizer
 _SHARED: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
@@ -97,3 +102,25 @@ def answer(model: PreTrainedModel, inputs: dict[str, torch.Tensor], cache: Any =
     with torch.no_grad():
         out = model.generate(**inputs, past_key_values=cache, max_new_tokens=new, do_sample=False)
     return out[:, inputs["input_ids"].shape[1] :]
+
+
+@functools.cache
+def tokenizer(chat: bool = False) -> Any:
+    """A byte-level tokenizer of 400 tokens, learned from a part of Python's manual, with or without a chat template."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=TOKENS,
+        special_tokens=["<end>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([manual()[:50_000]], trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", clean_up_tokenization_spaces=False)
+    if chat:
+        made.chat_template = (
+            "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}<end>{% endfor %}"
+            "{% if add_generation_prompt %}[assistant] {% endif %}"
+        )
+    return made

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from retain.kv.accounting import CacheReport
 from retain.kv.allocation import Allocation
@@ -98,9 +98,9 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
 
 
 def generate(
-    model: PreTrainedModel, ids: Tensor, cache: RetainCache, max_new_tokens: int, *, chunk: int | None = None
+    model: PreTrainedModel, ids: Tensor, cache: Cache, max_new_tokens: int, *, chunk: int | None = None
 ) -> Tensor:
-    """Continue token ids [1, tokens] greedily, [new tokens]; what the cache has seen is not computed again.
+    """Continue token ids [rows, tokens] greedily, [rows, new tokens]; what the cache has seen is not read again.
 
     With `chunk`, the prompt is read so many tokens at a time.
     """
@@ -113,10 +113,19 @@ def generate(
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        pad_token_id=model.generation_config.pad_token_id or model.generation_config.eos_token_id,
+        pad_token_id=_padding(model),
         **chunked,
     )
-    return out[0, ids.shape[1] :]
+    return out[:, ids.shape[1] :]
+
+
+def _padding(model: PreTrainedModel) -> int | None:
+    """Token that follows the end of a row while others go on."""
+    config = model.generation_config
+    if config.pad_token_id is not None:
+        return config.pad_token_id
+    ends = config.eos_token_id
+    return ends[0] if isinstance(ends, list) else ends
 
 
 def answer(
@@ -177,7 +186,7 @@ def answer(
         with torch.no_grad():
             for piece in parts.document.split(chunk or parts.document.shape[1], dim=1):
                 model(piece.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    tokens = generate(model, parts.ids, cache, max_new_tokens, chunk=chunk)
+    tokens = generate(model, parts.ids, cache, max_new_tokens, chunk=chunk)[0]
     seconds = time.perf_counter() - start
     report = cache.report()
     text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()

@@ -37,6 +37,8 @@ class Call:
             large negative number for what may not; None if each may read all before it.
         scaling: factor on the query-key product; None for 1/√dim.
         options: further arguments of the attention function.
+        base: name of the model's own attention implementation.
+        memo: statistics of the call that several layers share, each of which reads all of it; None for none.
 
     """
 
@@ -47,6 +49,8 @@ class Call:
     mask: Tensor | None
     scaling: float | None
     options: dict[str, Any] = field(default_factory=dict)
+    base: str = "sdpa"
+    memo: dict[Any, Any] | None = None
 
     @property
     def valid(self) -> Tensor | None:
@@ -98,20 +102,25 @@ def _attention_function(base: str) -> Callable[..., tuple[Tensor, Tensor | None]
         attention_mask: Tensor | None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        implementation = _implementation(base, module)
         layer = _observer(key)
-        if layer is None:
-            return implementation(module, query, key, value, attention_mask, **options)
-        call = Call(module, query, key, value, attention_mask, options.get("scaling"), options)
-        whole = layer.before(call)
-        if whole is None:
-            output, attention = layer.attend(call), None
-        else:
-            output, attention = implementation(module, query, whole.key, whole.value, whole.mask, **options)
-        layer.after(call, attention)
-        return output, attention
+        call = Call(module, query, key, value, attention_mask, options.get("scaling"), options, base)
+        return compute(call) if layer is None else observed(call, layer)
 
     return attend
+
+
+def observed(call: Call, layer: Observer) -> tuple[Tensor, Tensor | None]:
+    """Compute an attention call over all that a cache layer holds, and show it to the layer."""
+    whole = layer.before(call)
+    output, attention = (layer.attend(call), None) if whole is None else compute(whole)
+    layer.after(call, attention)
+    return output, attention
+
+
+def compute(call: Call) -> tuple[Tensor, Tensor | None]:
+    """Compute an attention call with the model's own implementation."""
+    implementation = _implementation(call.base, call.module)
+    return implementation(call.module, call.query, call.key, call.value, call.mask, **call.options)
 
 
 def _mask_function(base: str) -> Callable[..., Any]:

@@ -173,7 +173,7 @@ def _setting(
             scored = _log_probabilities(model, copy.deepcopy(cache), parts.ids, gold)
             reference = scored if reference is None else reference
             kl[index].append(float((reference.exp() * (reference - scored)).sum(-1).mean()))
-            tokens = generate(model, parts.ids, copy.deepcopy(cache), 24)
+            tokens = generate(model, parts.ids, copy.deepcopy(cache), 24)[0]
             answers[index].append(str(tokenizer.decode(tokens, skip_special_tokens=True)).strip())
     return [
         Row(

@@ -319,6 +319,8 @@ class RetainLayer(DynamicLayer):
             received=entries.columns.get("received"),
             moments=self.moments,
             sharding=self._sharding(entries.keys.shape[1]),
+            # Where the budget holds at all times, what was asked of the signals is carried on.
+            memo=None if self.settings.always else call.memo,
         )
 
     def _sharding(self, heads: int) -> Sharding | None:

@@ -70,7 +70,8 @@ class Policy:
 
     def score(self, signals: Signals) -> Tensor:
         """Return what each token is worth, [batch, kv_heads, tokens]: only the order within a head counts."""
-        return self.estimator.score(self.weights, self.directions, signals)
+        parts = (self.weights, self.directions, self.estimator)
+        return signals.memo(("score", *parts), lambda: self.estimator.score(self.weights, self.directions, signals))
 
     def budget(self, signals: Signals, allowed: list[int], protection: Protection) -> Budget:
         """Return this layer's budget.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,13 +17,17 @@ from retain.kv.cache import RetainCache
 from retain.kv.layer import RetainLayer
 
 
-def prefill(model: PreTrainedModel, inputs: dict[str, Tensor], caches: Sequence[RetainCache]) -> SharedPrefill:
+def prefill(
+    model: PreTrainedModel, inputs: dict[str, Tensor], caches: Sequence[RetainCache], *, share: bool = False
+) -> SharedPrefill:
     """Run one prefill that fills several empty caches of the model, each by its own policy and budget.
 
     Args:
         model: the model that the caches were made for.
         inputs: `input_ids` [batch, tokens] and, with padding, `attention_mask`.
         caches: empty caches.
+        share: compute statistics that several policies look at once for all of them, as the attention that tokens
+            received; the seconds of a cache then are what it took on top of those before it.
 
     Returns:
         The last token's logits and the seconds that each cache took to score and evict.
@@ -36,7 +41,7 @@ def prefill(model: PreTrainedModel, inputs: dict[str, Tensor], caches: Sequence[
     for number, cache in enumerate(caches):
         if cache.get_seq_length():
             raise ValueError(f"caches[{number}] has seen {cache.get_seq_length()} tokens; accepted: empty ones")
-    shared = SharedPrefill(caches)
+    shared = SharedPrefill(caches, share)
     with torch.no_grad():
         out: Any = model(**inputs, past_key_values=shared, use_cache=True, logits_to_keep=1)
     shared.logits = out.logits[:, -1]
@@ -52,13 +57,13 @@ class SharedPrefill(Cache):
 
     """
 
-    def __init__(self, caches: Sequence[RetainCache]) -> None:
+    def __init__(self, caches: Sequence[RetainCache], share: bool = False) -> None:
         self.seconds = [0.0] * len(caches)
         self.logits = torch.empty(0)
         columns: list[tuple[Any, ...]] = list(zip(*(cache.layers for cache in caches), strict=True))
         super().__init__(
             layers=[
-                _SharedLayer(column, self.seconds) if isinstance(column[0], RetainLayer) else _Stock(column)
+                _SharedLayer(column, self.seconds, share) if isinstance(column[0], RetainLayer) else _Stock(column)
                 for column in columns
             ]
         )
@@ -67,9 +72,9 @@ class SharedPrefill(Cache):
 class _SharedLayer(DynamicLayer):
     """Hands one attention call to the layer of every cache."""
 
-    def __init__(self, layers: tuple[RetainLayer, ...], seconds: list[float]) -> None:
+    def __init__(self, layers: tuple[RetainLayer, ...], seconds: list[float], share: bool) -> None:
         super().__init__()
-        self._layers, self._seconds = layers, seconds
+        self._layers, self._seconds, self._share = layers, seconds, share
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         for layer in self._layers:
@@ -85,6 +90,8 @@ class _SharedLayer(DynamicLayer):
         raise AssertionError("a prefill reads the new tokens only")
 
     def after(self, call: Call, attention: Tensor | None) -> None:
+        if self._share:
+            call = replace(call, memo={})
         for number, layer in enumerate(self._layers):
             start = time.perf_counter()
             layer.after(call, attention)

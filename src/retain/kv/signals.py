@@ -51,6 +51,7 @@ class Signals:
         received: attention that each entry received before these queries, [batch, kv_heads, tokens].
         moments: exponentially weighted moments of earlier queries, by half-life.
         sharding: where the layer's other heads are; None if all are here.
+        memo: what is computed is kept here, and found here by other signals of the very same call.
 
     """
 
@@ -74,6 +75,7 @@ class Signals:
         received: Tensor | None = None,
         moments: Mapping[float, Moments] | None = None,
         sharding: Sharding | None = None,
+        memo: dict[Any, Any] | None = None,
     ) -> None:
         self.queries, self.keys, self.values = queries, keys, values
         self.scaling = scaling if scaling is not None else 1 / math.sqrt(keys.shape[-1])
@@ -85,7 +87,7 @@ class Signals:
         self.sharding = sharding
         self._valid = valid
         self._positions, self._query_positions, self._places = positions, query_positions, places
-        self._memo: dict[Any, Any] = {}
+        self._memo: dict[Any, Any] = {} if memo is None else memo
 
     @property
     def device(self) -> torch.device:

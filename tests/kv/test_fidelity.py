@@ -1,0 +1,159 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+from retain.kv import RetainCache
+from retain.kv.calibration import calibrate
+from retain.kv.fidelity import Cell, divergence, evaluate
+from retain.kv.profile import HeadProfile
+from retain.kv.tasks import make
+from tests.kv.tiny import TOKENS, build, tokenizer
+
+CELLS = [
+    Cell("capkv", 0.5),
+    Cell("h2o", 60, "pooled"),
+    Cell("keydiff", 0.3, "marginal"),
+    Cell("snapkv", 1.0),
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llama", vocab_size=TOKENS, max_position_embeddings=2048, seed=3)
+
+
+def read(model, cell, prompt, rest):
+    """A cache of its own, then token after token: log-probabilities before each token of the rest and after."""
+    cache = RetainCache(model, cell.policy, cell.budget, allocation=cell.allocation)
+    rows = []
+    with torch.no_grad():
+        rows.append(model(prompt, past_key_values=cache).logits[0, -1])
+        rows += [model(token[None, None], past_key_values=cache).logits[0, -1] for token in rest]
+    return torch.stack(rows).log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("task", "mode", "chat"),
+    [("multikey", "agnostic", False), ("multikey", "aware", True), ("text", "continuation", False)],
+)
+def test_rows_are_what_each_cache_gives_alone(model, task, mode, chat):
+    example = make(task, tokenizer(chat), tokens=400, seed=2)
+    parts, gold = example.prompt(tokenizer(chat)), example.gold(tokenizer(chat))[0]
+    cells = [*CELLS, Cell("capkv", 0.5, HeadProfile(calibrate(model, tokens=64)))]
+    rows = evaluate(model, tokenizer(chat), example, cells, mode=mode, greedy_tokens=12, measure_capacity=True)
+    assert len(rows) == 1 + len(cells)
+    first = parts.document if mode == "agnostic" else parts.ids[:, :-1]
+    rest = torch.cat((parts.ids[0, first.shape[1] :], gold))
+    full, whole = None, []
+    for row, cell in zip(rows, [Cell("full", 1.0), *cells], strict=True):
+        own = read(model, cell, first, rest)[-len(gold) - 1 : -1]
+        full = own if full is None else full
+        assert (row["task"], row["mode"], row["policy"], row["budget"]) == (task, mode, cell.policy, cell.budget)
+        kl = functional.kl_div(own, full, log_target=True, reduction="sum") / len(gold)
+        assert row["kl"] == pytest.approx(float(kl), abs=2e-4)
+        likelihood = -functional.cross_entropy(own, gold)
+        assert row["log_likelihood"] == pytest.approx(float(likelihood), abs=1e-3)
+        change = float(likelihood + functional.cross_entropy(full, gold))
+        assert row["log_likelihood_change"] == pytest.approx(change, abs=1e-3)
+        assert row["top1"] == pytest.approx(float((own.argmax(-1) == full.argmax(-1)).float().mean()))
+        cache = RetainCache(model, cell.policy, cell.budget, allocation=cell.allocation)
+        with torch.no_grad():
+            model(first, past_key_values=cache)
+        report = cache.report()
+        assert (row["tokens_kept"], row["bytes_kept"]) == (report.tokens_kept, report.bytes_kept)
+        assert row["capacity_retained"] == (
+            report.capacity_retained and pytest.approx(report.capacity_retained, rel=1e-4)
+        )
+        options = {"attention_mask": torch.ones_like(parts.ids), "do_sample": False, "max_new_tokens": 12}
+        told = model.generate(parts.ids, past_key_values=cache, **options)[0, parts.ids.shape[1] :].tolist()
+        whole = whole or told
+        same = [a == b for a, b in zip(whole, told, strict=True)]
+        assert row["agreement"] == pytest.approx(sum(same) / 12)
+        assert row["agreed_tokens"] == (same.index(False) if False in same else 12)
+    assert rows[1]["kl"] > 0.01
+    assert [row["allocation"] for row in rows[-3:]] == ["marginal", "equal", "head profile"]
+
+
+def test_what_keeps_all_is_the_full_cache(model):
+    example = make("single", tokenizer(), tokens=300)
+    first, *_, last = evaluate(model, tokenizer(), example, CELLS, mode="agnostic", greedy_tokens=8)
+    for row in (first, last):
+        assert row["kl"] == pytest.approx(0, abs=1e-5)
+        assert row["log_likelihood_change"] == pytest.approx(0, abs=1e-5)
+        assert (row["top1"], row["agreement"], row["agreed_tokens"]) == (1, 1, 8)
+        assert row["bytes_kept"] == row["bytes_full"]
+        assert row["score"] == row["full_score"]
+        assert row["said"] == first["said"]
+
+
+def test_rows_are_plain_and_answers_are_scored(model):
+    example = make("multikey", tokenizer(), tokens=300)
+    rows = evaluate(model, tokenizer(), example, CELLS[:1], mode="aware")
+    assert json.loads(json.dumps(rows)) == rows
+    for row in rows:
+        assert row["score"] == example.score(row["said"])
+        assert row["chance"] == 0.25
+        assert row["agreement"] is None
+    silent = evaluate(model, tokenizer(), example, CELLS[:1], mode="aware", answer=False)
+    assert [row["said"] for row in silent] == [row["score"] for row in silent] == [None, None]
+    assert [row["kl"] for row in silent] == [row["kl"] for row in rows]
+    assert [row["allocation"] for row in rows] == ["equal", "equal"]
+
+
+def test_an_answer_ends_where_the_text_ends():
+    model = build("llama", vocab_size=TOKENS, max_position_embeddings=2048, seed=3)
+    example = make("single", tokenizer(), tokens=300)
+    full, _ = evaluate(model, tokenizer(), example, [Cell("tova", 0.2)], mode="aware", greedy_tokens=20)
+    ids = example.prompt(tokenizer()).ids
+    told = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)[
+        0, ids.shape[1] :
+    ]
+    model.generation_config.eos_token_id = int(told[5])
+    stop = told.tolist().index(int(told[5]))
+    ended, _ = evaluate(model, tokenizer(), example, [Cell("tova", 0.2)], mode="aware", greedy_tokens=20)
+    assert ended["agreed_tokens"] == stop + 1
+    assert full["agreed_tokens"] == 20
+    assert ended["said"] == tokenizer().decode(told[: stop + 1], skip_special_tokens=True).strip()
+
+
+def test_divergence_of_distributions_with_zeros():
+    reference = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]])
+    own = torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.3, 0.5]])
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(reference), torch.distributions.Categorical(own)
+    )
+    torch.testing.assert_close(divergence(reference.log(), own.log()), expected)
+    assert divergence(own.log(), reference.log())[0] == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mode": "blind"}, "mode is 'blind'; accepted for task 'single': agnostic, aware"),
+        ({"greedy_tokens": -1}, "greedy_tokens is -1"),
+        ({"greedy_tokens": 5000}, "more than the model's window of 2048"),
+        ({"cells": [Cell("h3o")]}, "Did you mean 'h2o'"),
+        ({"cells": [Cell("h2o", 1.5)]}, "budget is 1.5"),
+        ({"cells": [Cell("h2o", 0.5, "pyramids")]}, "Did you mean 'pyramid'"),
+    ],
+)
+def test_wrong_arguments_are_named(model, options, words):
+    example = make("single", tokenizer(), tokens=300)
+    with pytest.raises(ValueError, match=words):
+        evaluate(model, tokenizer(), example, **{"cells": CELLS, **options})
+
+
+@pytest.mark.model
+def test_the_default_model_finds_a_needle_and_loses_it_with_the_cache():
+    from retain.kv import load
+
+    small, own = load(dtype="float32")
+    example = replace(make("single", own, tokens=300, seed=1), new_tokens=8)
+    cells = [Cell("streaming-llm", 0.15), Cell("capkv", 0.5, "profile")]
+    full, lost, kept = evaluate(small, own, example, cells, mode="agnostic")
+    assert full["score"] == kept["score"] == 1
+    assert lost["score"] == 0
+    assert kept["kl"] < 0.1 < lost["kl"]
