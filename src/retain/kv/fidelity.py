@@ -197,7 +197,7 @@ def _on_gold(model: PreTrainedModel, caches: list[RetainCache], ids: Tensor, gol
         with torch.no_grad():
             logits = network(rest.expand(len(rows), -1), past_key_values=Rows(rows), logits_to_keep=wanted).logits
         for own in logits[:, :-1]:
-            scored = own.float().log_softmax(-1)
+            scored: Tensor = own.float().log_softmax(-1)
             if reference is None:
                 reference = scored
             found.append(compare(reference, scored, target))
