@@ -27,6 +27,8 @@ CASES = [
     ("criticalkv", "equal"),
     ("random", "equal"),
     ("tova", "equal"),
+    ("tova", "pooled"),
+    ("tova", "marginal"),
     ("capkv", "pyramid"),
     ("capkv", "pooled"),
     ("capkv", "profile"),

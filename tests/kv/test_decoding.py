@@ -272,18 +272,22 @@ def test_keys_twice_in_one_forward_are_refused():
     assert cache.report() == before
 
 
+@pytest.mark.parametrize("lookup", [False, True])
 @pytest.mark.parametrize("budget", [1.0, 0.5])
-def test_assisted_decoding_works_or_is_refused_by_name(budget):
+def test_assisted_decoding_works_or_is_refused_by_name(budget, lookup):
+    """By a second model, and by looking up what followed the last tokens earlier in the prompt."""
     model, assistant = build("llama"), build("llama", seed=3)
-    inputs = {"input_ids": prompt(20), "attention_mask": torch.ones(1, 20, dtype=torch.long)}
+    ids = torch.cat((prompt(20), prompt(20)), 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     cache = RetainCache(model, "capkv", budget)
-    options = {"assistant_model": assistant, "max_new_tokens": 6, "do_sample": False}
+    options = {"prompt_lookup_num_tokens": 3} if lookup else {"assistant_model": assistant}
+    plain = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 1}  # looking up asks for an end of text
     if budget == 1.0:
-        expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-        assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)
+        expected = model.generate(**inputs, **plain)
+        assert torch.equal(model.generate(**inputs, **plain, **options, past_key_values=cache), expected)
         return
     with pytest.raises(ValueError, match="assisted decoding"):
-        model.generate(**inputs, **options, past_key_values=cache)
+        model.generate(**inputs, **plain, **options, past_key_values=cache)
 
 
 def test_shares_rank_as_scores_within_a_head():

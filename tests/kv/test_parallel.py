@@ -16,8 +16,8 @@ from retain.kv import RetainCache
 from retain.kv.calibration import calibrate, profile_of
 from retain.kv.identity import fingerprint
 from retain.kv.sharding import Sharding, columns, largest
-from tests.kv.parallel import CASES, run
-from tests.kv.tiny import build
+from tests.kv.parallel import CASES, SETTINGS, inputs, run
+from tests.kv.tiny import answer, build, left_padded, prompt
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +75,8 @@ def test_what_is_exchanged(processes):
         for name in ("capkv/equal", "criticalkv/equal", "random/equal", "capkv/pyramid"):
             assert exchanged[name] == 0
         assert exchanged["capkv/profile"] == 1  # the first process's profile, when the cache is made
-        evictions = exchanged["tova/equal"]  # one average over all heads, by layer and eviction
+        # Two for an average over all heads, by layer and eviction: its width and itself.
+        evictions = exchanged["tova/equal"] // 2
         assert evictions > 0
         assert exchanged["capkv/pooled"] == 3 * evictions
         assert 3 * evictions <= exchanged["capkv/marginal"] <= 4 * evictions
@@ -124,3 +125,55 @@ def test_a_projection_that_is_split_without_its_heads_is_named():
 
 def test_a_model_in_one_process_is_not_sharded():
     assert Sharding.of(build("llama")) is None
+
+
+@pytest.fixture(scope="module")
+def spread(model, tmp_path_factory):
+    """The model with accelerate's hooks on every layer, the weights of one waiting on a disk."""
+    places = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}
+    folder = tmp_path_factory.mktemp("offload")
+    return AutoModelForCausalLM.from_pretrained(model[1], dtype=torch.float32, device_map=places, offload_folder=folder)
+
+
+@pytest.mark.parametrize(("policy", "allocation"), CASES)
+def test_a_device_map_changes_nothing(model, spread, policy, allocation):
+    assert run(spread, policy, allocation) == run(model[0], policy, allocation)
+
+
+def test_a_cache_of_a_spread_model_is_that_of_the_model(model, spread, tmp_path):
+    """Its identity is that of the weights, wherever they wait; what is loaded lies where it is computed with."""
+    single = model[0]
+    cache = RetainCache(spread, "capkv", 18, **SETTINGS)
+    answer(spread, inputs(), cache, 4)
+    cache.save(spread, tmp_path / "cache.safetensors")
+    for each in (single, spread):
+        loaded = RetainCache.load(tmp_path / "cache.safetensors", each)
+        assert {layer.storage.keys.device.type for layer in loaded.retained} == {"cpu"}
+        assert loaded.report() == cache.report()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("allocation", ["equal", "marginal"])
+def test_layers_need_nothing_but_their_own_tensors(attention, allocation):
+    """What reaches a layer on another device are copies, without what the mask function has noted on the mask."""
+
+    def copied(x):
+        return x.clone() if isinstance(x, torch.Tensor) else tuple(map(copied, x)) if isinstance(x, tuple) else x
+
+    def before(module, arguments, options):
+        return copied(arguments), {name: copied(x) for name, x in options.items()}
+
+    found = []
+    for moves in (False, True):
+        network = build("llama", attention)
+        for layer in network.model.layers if moves else ():
+            layer.register_forward_pre_hook(before, with_kwargs=True)
+        cache = RetainCache(network, "capkv", 18, allocation=allocation, **SETTINGS)
+        batch = left_padded([prompt(61), prompt(20, seed=2)])  # of the first chunk, a row has padding alone
+        with torch.no_grad():
+            out = network.generate(
+                **batch, past_key_values=cache, prefill_chunk_size=20, max_new_tokens=8, do_sample=False
+            )
+        found.append((out.tolist(), [cache.kept_positions(layer.index).tolist() for layer in cache.retained]))
+    assert found[0] == found[1]

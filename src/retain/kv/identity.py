@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from retain.kv.offloading import fetched
 from retain.kv.sharding import Sharding, gathered
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "quantization_config")
 _SAMPLE = 64
 
-# Of tensor-parallel models: to put their weights together is dear.
+# Of models whose weights are not all here: to fetch them is dear.
 _known: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
@@ -27,12 +28,14 @@ def fingerprint(model: PreTrainedModel) -> str:
     """Return 16 hexadecimal digits that stand for a model's configuration and weights, whatever its dtype and device.
 
     Of the weights it takes the names, the shapes and the signs of a few numbers of each. Weights that are split over
-    processes are put together for it, one at a time, once for each model; all processes must ask.
+    processes are put together for it, one at a time, once for each model; all processes must ask. Those that wait on
+    another device or on a disk are read once.
     """
-    if Sharding.of(model) is None:
-        return _digest(model, sharded=False)
+    sharded = Sharding.of(model) is not None
+    if not sharded and all(weight.device.type != "meta" for weight in model.get_decoder().parameters()):
+        return _digest(model, sharded)
     if model not in _known:
-        _known[model] = _digest(model, sharded=True)
+        _known[model] = _digest(model, sharded)
     return _known[model]
 
 
@@ -46,6 +49,10 @@ def _digest(model: PreTrainedModel, sharded: bool) -> str:
         for name, weight in sorted(decoder.state_dict().items()):
             if sharded:
                 weight = gathered(model, prefix + name, weight)
+            elif weight.device.type == "meta":
+                owner, _, own = name.rpartition(".")
+                found = fetched(decoder.get_submodule(owner), own)
+                weight = weight if found is None else found
             digest.update(f"{name}{tuple(weight.shape)}".encode())
             if weight.is_floating_point() and weight.device.type != "meta":
                 flat = weight.reshape(-1)

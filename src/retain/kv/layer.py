@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import weakref
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from retain.kv.accounting import HeadReport
 from retain.kv.attention import Call, mark
 from retain.kv.measuring import capacity_share
 from retain.kv.moments import Moments
+from retain.kv.offloading import fetched
 from retain.kv.policy import Policy
 from retain.kv.pool import Pool
 from retain.kv.protection import Protection, tokens_allowed
@@ -312,7 +314,7 @@ class RetainLayer(DynamicLayer):
             scaling=call.scaling,
             layer=self.layer,
             layers=self.settings.layers,
-            output=getattr(projection, "weight", None),
+            output=None if projection is None else functools.partial(fetched, projection, "weight"),
             rotary=self._rotary,
             rotate=getattr(sys.modules[type(call.module).__module__], "rotate_half", rotate_half),
             attention=attention if queries.shape[2] == call.query.shape[2] else None,

@@ -22,6 +22,7 @@ from retain.kv.identity import fingerprint
 from retain.kv.layer import RetainLayer
 from retain.kv.moments import Moments
 from retain.kv.named import allocations, policies
+from retain.kv.offloading import device_of
 from retain.kv.policy import Policy
 from retain.kv.profile import HeadProfile
 from retain.kv.ragged import RaggedStorage
@@ -200,7 +201,7 @@ def _retained(layer: RetainLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _restore(layer: RetainLayer, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     module = layer._module()  # pyright: ignore[reportPrivateUsage]
     assert module is not None
-    device = next(module.parameters()).device
+    device = device_of(module)
     tensors = {name: value.to(device) for name, value in tensors.items()}
     columns = {name.removeprefix("columns."): x for name, x in tensors.items() if name.startswith("columns.")}
     keys, values, positions = tensors["keys"], tensors["values"], tensors["positions"]

@@ -89,6 +89,13 @@ class Sharding:
         dist.all_reduce(x, group=self.group)
         return x
 
+    def mean(self, x: Tensor) -> Tensor:  # [batch, tokens]
+        """Return the mean over processes of what is right-aligned and may be longer in others, as long as here."""
+        width = torch.tensor(x.shape[-1], device=x.device)
+        dist.all_reduce(width, dist.ReduceOp.MAX, group=self.group)
+        padded = torch.nn.functional.pad(x, (int(width) - x.shape[-1], 0))
+        return self.total(padded)[..., padded.shape[-1] - x.shape[-1] :] / self.size
+
     def first(self, x: Tensor) -> Tensor:
         """Return what the first process has."""
         x = x.clone()
@@ -130,8 +137,8 @@ def columns(weight: Tensor, needed: int) -> Tensor:
         local = getattr(weight, "full_tensor")()  # noqa: B009 - plain tensors have none
     if local.shape[1] != needed:
         raise ValueError(
-            f"the attention's output projection has {local.shape[1]} columns here, its heads {needed} dimensions: "
-            "this transformers splits one and not the other. Use directions other than OutputValue()"
+            f"the attention's output projection has {local.shape[1]} columns here, its heads {needed} dimensions: it "
+            "is split over processes, or packed. Use directions other than OutputValue()"
         )
     return local
 

@@ -44,7 +44,7 @@ class Signals:
         places: long, as `positions`: where the rotary embedding of the keys puts them, if elsewhere.
         scaling: factor on the query-key product, 1/√dim by default.
         layer: index of the layer among those whose cache is compressed, and `layers` their number.
-        output: weight of the attention's output projection, [hidden, heads * value_dim].
+        output: weight of the attention's output projection, [hidden, heads * value_dim], or what fetches it.
         rotary: the model's rotary embedding; None for a model without.
         rotate: how that embedding pairs the dimensions.
         attention: the attention weights [batch, heads, queries, tokens] if they were computed.
@@ -68,7 +68,7 @@ class Signals:
         scaling: float | None = None,
         layer: int = 0,
         layers: int = 1,
-        output: Tensor | None = None,
+        output: Tensor | Callable[[], Tensor | None] | None = None,
         rotary: Rotary | None = None,
         rotate: Callable[[Tensor], Tensor] = rotate_half,
         attention: Tensor | None = None,
@@ -80,12 +80,12 @@ class Signals:
         self.queries, self.keys, self.values = queries, keys, values
         self.scaling = scaling if scaling is not None else 1 / math.sqrt(keys.shape[-1])
         self.layer, self.layers = layer, layers
-        self.output, self.rotary, self.rotate, self.attention = output, rotary, rotate, attention
+        self.rotary, self.rotate, self.attention = rotary, rotate, attention
         self.batch, self.kv_heads, self.tokens, self.dim = keys.shape
         self.group = queries.shape[1] // self.kv_heads
         self.received, self.moments = received, dict(moments or {})
         self.sharding = sharding
-        self._valid = valid
+        self._valid, self._output = valid, output
         self._positions, self._query_positions, self._places = positions, query_positions, places
         self._memo: dict[Any, Any] = {} if memo is None else memo
 
@@ -93,6 +93,11 @@ class Signals:
     def device(self) -> torch.device:
         """Device of the keys."""
         return self.keys.device
+
+    @functools.cached_property
+    def output(self) -> Tensor | None:
+        """Weight of the attention's output projection, [hidden, heads * value_dim]."""
+        return self._output() if callable(self._output) else self._output
 
     @functools.cached_property
     def valid(self) -> Tensor | None:
