@@ -123,9 +123,8 @@ def profile_of(model: PreTrainedModel) -> Profile:
     if found is not None:
         return found
     _log.warning("measuring the head profile of this model, once (a forward pass over 1,400 tokens)")
-    profile = calibrate(model)
-    write_profile(profile)
-    return profile
+    # As the file has it, so that the first use gives the same budgets as all later ones.
+    return read_profile(write_profile(calibrate(model)))
 
 
 def _find(name: str) -> Profile | None:
