@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 BENCH := .venv-bench
 
-.PHONY: demo test test-oldest lint format bench-kv bench-link clean
+.PHONY: demo test test-oldest lint format bench-kv bench-link bench-gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/retain demo --report out/demo.html
@@ -32,6 +32,10 @@ bench-kv: $(BENCH)/.ready
 # Training with our samplers against a loop as PyG's examples write it, in one run.
 bench-link: $(VENV)/.ready
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/link.py --threads 1 --json docs/results/link-bench.json
+
+# Kernels and caches on a GPU; without one it says so. The torch of this environment must be a build for CUDA.
+bench-gpu: $(VENV)/.ready
+	$(BIN)/python benchmarks/gpu.py --json out/gpu.json
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retain.kv.kernels.grid import launch
+from retain.gpu import launch
 from retain.kv.kernels.product import product
 
 _BLOCK = 32

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retain.kv.kernels.grid import launch
+from retain.gpu import launch
 
 _ROWS, _WIDTH = 512, 32  # entries moved at a time, and numbers of each that one program moves
 
@@ -42,7 +42,7 @@ def move_to_front(x: Tensor, kept: Tensor) -> None:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "heads", "dim"])
 def _move(
     x: "Any",
     kept: "Any",

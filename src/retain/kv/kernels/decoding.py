@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retain.kv.kernels.grid import launch, power_of_two, processors, rows_of
+from retain.gpu import launch, power_of_two
+from retain.kv.kernels.grid import processors, rows_of
 from retain.kv.kernels.product import product
 
 _BLOCK = 64
@@ -184,7 +185,7 @@ def _walk(
     return peak, mass, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kv_heads", "new"])
 def _part(
     query: "Any",
     keys: "Any",

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retain.kv.kernels.grid import launch, power_of_two, rows_of, split_tokens
+from retain.gpu import launch, power_of_two
+from retain.kv.kernels.grid import rows_of, split_tokens
 from retain.kv.kernels.product import product
 
 
@@ -55,7 +56,7 @@ def weighted_gram(values: Tensor, log_weights: Tensor) -> Tensor:
     return total.view(batch, heads, wide, wide)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "chunk", "heads"])
 def _gram(
     values: "Any",
     log_weights: "Any",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,20 +11,9 @@ MOST_SPLITS = 64
 """Parts that the tokens of one head are cut into at most: the next pass reads one partial result of each."""
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run a kernel on the device of its first argument; `options` are its constants, `num_warps` and `num_stages`."""
-    with torch.cuda.device_of(arguments[0]):
-        kernel[grid](*arguments, **options)
-
-
 def rows_of(x: Tensor) -> Tensor:
     """Return x with its last dimension contiguous, which keys and values have as a rule."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def power_of_two(size: int, least: int = 16) -> int:
-    """Return the smallest power of two that is at least `size` and `least`."""
-    return max(least, 1 << (size - 1).bit_length())
 
 
 def split_tokens(tokens: int, heads: int, block: int, per_processor: int, device: torch.device) -> tuple[int, int]:

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retain.gpu import launch, power_of_two
 from retain.kv.kernels.cholesky import inverse_factor
 from retain.kv.kernels.gram import weighted_gram
-from retain.kv.kernels.grid import launch, power_of_two, rows_of, split_tokens
+from retain.kv.kernels.grid import rows_of, split_tokens
 from retain.kv.kernels.product import product
 
 
@@ -62,7 +63,7 @@ def inner_products(values: Tensor, log_weights: Tensor, ridge: float) -> Tensor 
     return None if bool(failed.any()) else inner
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "chunk", "heads"])
 def _quadratic_form(
     values: "Any",
     log_weights: "Any",

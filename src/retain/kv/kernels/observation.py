@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retain.kv.kernels.grid import launch, power_of_two, rows_of, split_tokens
+from retain.gpu import launch, power_of_two
+from retain.kv.kernels.grid import rows_of, split_tokens
 from retain.kv.kernels.product import product
 
 _BLOCK = 64
@@ -133,7 +134,7 @@ def observed_log_weights(
     return log
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "count", "stride_skipped"])
 def _moments(
     queries: "Any",
     moments: "Any",
@@ -188,7 +189,18 @@ def _load_window(
     return tl.load(window + place, mask=(rows < ROWS)[None, :] & (dims < DIM)[:, None], other=0.0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "chunk",
+        "heads",
+        "starts_batch",
+        "starts_head",
+        "ends_batch",
+        "ends_head",
+        "ends_query",
+    ]
+)
 def _first_pass(
     keys: "Any",
     window: "Any",
@@ -277,7 +289,18 @@ def _first_pass(
     tl.store(sums + BLOCK_D + 2 * BLOCK_R + 1 + one, expected_mass)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "chunk",
+        "heads",
+        "starts_batch",
+        "starts_head",
+        "ends_batch",
+        "ends_head",
+        "ends_query",
+    ]
+)
 def _second_pass(
     keys: "Any",
     window: "Any",
@@ -359,7 +382,7 @@ def _second_pass(
     tl.store(totals + 1 + one, salience_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads", "splits", "starts_batch", "starts_head"])
 def _sum_of_terms(
     scores: "Any",
     sums: "Any",

@@ -1,0 +1,192 @@
+"""Prefill and decoding of a model of Llama-3-8B's shape with random weights: time, peak memory, largest batch."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+from retain.kv import RetainCache
+from retain.kv.allocation import Allocation, Request
+
+if TYPE_CHECKING:
+    from gpu import Run
+
+LAYERS = 32
+_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Skewed(Allocation):
+    """Budgets of heads as uneven as measured head profiles are, the same in every run."""
+
+    @property
+    def ragged(self) -> bool:
+        """Heads differ."""
+        return True
+
+    def tokens(self, request: Request) -> Tensor:
+        """Return budgets whose mean is the budget, up to rounding."""
+        generator = torch.Generator().manual_seed(request.layer)
+        shares = torch.randn(request.heads, generator=generator).exp()
+        rows = []
+        for budget, seen, least in zip(request.budget, request.seen, request.least, strict=True):
+            low, high = 0.0, float(request.heads * seen)
+            for _ in range(40):  # the factor at which the clipped budgets have the right mean
+                middle = (low + high) / 2
+                mean = (shares * middle).clamp(least, seen).mean()
+                low, high = (middle, high) if mean < budget else (low, middle)
+            rows.append((shares * low).clamp(least, seen).long())
+        return torch.stack(rows)
+
+
+def build(run: Run) -> Any:
+    """Return the model with random weights."""
+    config = LlamaConfig(
+        hidden_size=256 if run.small else 4096,
+        intermediate_size=256 if run.small else 14336,
+        num_hidden_layers=2 if run.small else LAYERS,
+        num_attention_heads=8 if run.small else 32,
+        num_key_value_heads=2 if run.small else 8,
+        vocab_size=512 if run.small else 128256,
+        max_position_embeddings=2**17 + 2**10,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )
+    torch.manual_seed(0)
+    with torch.device(run.device):
+        return AutoModelForCausalLM.from_config(config, dtype=run.dtype, attn_implementation="sdpa").eval()
+
+
+def caches(model: Any) -> dict[str, Any]:
+    """Return what makes each cache."""
+    made: dict[str, Any] = {"full": lambda: DynamicCache(config=model.config)}
+    for budget in (0.25, 0.1):
+        for name, allocation in (("uniform", "equal"), ("ragged", Skewed())):
+
+            def make(budget: float = budget, allocation: Any = allocation) -> RetainCache:
+                return RetainCache(model, "capkv", budget, allocation=allocation, measure_capacity=False)
+
+            made[f"{budget:.0%} {name}"] = make
+    return made
+
+
+def measure(run: Run) -> None:
+    """Fill `run.result` with prefill, decoding and the largest batches."""
+    run.result["end_to_end"] = []
+    with torch.no_grad():
+        _measure(run)
+    _free(run)
+
+
+def _measure(run: Run) -> None:
+    try:
+        model = build(run)
+    except torch.OutOfMemoryError:
+        run.skip("the model", "out of memory")
+        return
+    rows: list[dict[str, Any]] = run.result["end_to_end"]
+    largest: dict[str, dict[str, int]] = {}
+    print(f"\n{'tokens':>7} {'cache':>12} {'prefill s':>9} {'batch':>5} {'tokens/s':>9} {'peak GiB':>8}")
+    for tokens, reserve in ((128, 0),) if run.small else ((32768, 150), (131072, 190)):
+        ids = torch.randint(model.config.vocab_size, (1, tokens), device=run.device)
+        # Kernels are compiled and memory is reserved outside of the times.
+        for make in (*caches(model).values(),)[:3]:
+            _prefill(run, model, make(), ids[:, :2048])
+        for name, make in caches(model).items():
+            what = f"{tokens} tokens, {name}"
+            if run.left < reserve:
+                run.skip(what, "no time left")
+                continue
+            try:
+                row = _one(run, model, make, ids)
+            except torch.OutOfMemoryError:
+                run.skip(what, "out of memory")
+                _free(run)
+                continue
+            row |= {"tokens": tokens, "cache": name}
+            rows.append(row)
+            largest.setdefault(str(tokens), {})[name] = row["largest_batch"]
+            if name == "full":
+                run.result["prefill_seconds_32k" if tokens == 32768 else f"prefill_seconds_{tokens}"] = row["prefill"]
+            for batch, (speed, peak) in row["decoding"].items():
+                print(
+                    f"{tokens:>7} {name:>12} {row['prefill']:>9.2f} {batch:>5} {speed:>9.1f} {peak:>8.2f}", flush=True
+                )
+    run.result["largest_batch"] = largest
+
+
+def _prefill(run: Run, model: Any, cache: Any, ids: Tensor) -> float:
+    _synchronize(run)
+    start = time.perf_counter()
+    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    _synchronize(run)
+    return time.perf_counter() - start
+
+
+def _one(run: Run, model: Any, make: Any, ids: Tensor) -> dict[str, Any]:
+    """Prefill one row; decode with it alone, and with as many copies of it as fit."""
+    _free(run)
+    base = make()
+    before = _allocated(run)
+    row: dict[str, Any] = {"prefill": _prefill(run, model, base, ids), "prefill_peak_gib": _peak(run)}
+    _free(run)
+    row["cache_gib"] = (_allocated(run) - before) / 2**30
+    decoding: dict[int, tuple[float, float]] = {}
+    decoding[1] = _decode(run, model, base, 1)
+    most = 4 if run.small else int(0.97 * _room(run) / max(_allocated(run) - before, 1)) + 1
+    while most > 1:
+        try:
+            decoding[most] = _decode(run, model, base, most)
+            break
+        except torch.OutOfMemoryError:
+            most = min(most - 1, int(0.93 * most))
+        _free(run)
+    row["largest_batch"] = max(most, 1)
+    row["decoding"] = decoding
+    return row
+
+
+def _decode(run: Run, model: Any, base: Any, batch: int) -> tuple[float, float]:
+    """Tokens a second, and peak memory in GiB, of so many rows."""
+    cache = base.copy() if isinstance(base, RetainCache) else copy.deepcopy(base)
+    if batch > 1:
+        cache.batch_repeat_interleave(batch)
+    _free(run)
+    ids = torch.zeros(batch, 1, dtype=torch.long, device=run.device)
+    model(ids, past_key_values=cache, use_cache=True)
+    _synchronize(run)
+    start = time.perf_counter()
+    for _ in range(_STEPS):
+        model(ids, past_key_values=cache, use_cache=True)
+    _synchronize(run)
+    return _STEPS * batch / (time.perf_counter() - start), _peak(run)
+
+
+def _free(run: Run) -> None:
+    gc.collect()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _synchronize(run: Run) -> None:
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _allocated(run: Run) -> int:
+    return torch.cuda.memory_allocated() if run.device.type == "cuda" else 0
+
+
+def _peak(run: Run) -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else 0.0
+
+
+def _room(run: Run) -> int:
+    return torch.cuda.mem_get_info()[0] if run.device.type == "cuda" else 0

@@ -1,0 +1,58 @@
+"""What kernels on a GPU have in common: whether they may be used, and how they are launched."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Generator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_enabled: ContextVar[bool] = ContextVar("retain_kernels", default=True)
+
+
+@contextlib.contextmanager
+def torch_only() -> Generator[None, None, None]:
+    """Use plain torch inside this context, as on a machine without Triton: for comparisons."""
+    token = _enabled.set(False)
+    try:
+        yield
+    finally:
+        _enabled.reset(token)
+
+
+def on_gpu(*tensors: Tensor) -> bool:
+    """Whether Triton kernels may be used on these: on a CUDA device that they suit, nothing to be differentiated."""
+    return (
+        _enabled.get()
+        and all(x.is_cuda for x in tensors)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        and _supported(tensors[0].device.index)
+    )
+
+
+@functools.cache
+def _supported(device: int) -> bool:
+    """Whether Triton is installed, and the device has the matrix units that the kernels are written for."""
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    # 3.2 fails to compile loads whose mask comes from another load.
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return release >= (3, 3) and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Run a kernel on the device of its first argument; `options` are its constants, `num_warps` and `num_stages`."""
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **options)
+
+
+def power_of_two(size: int, least: int = 16) -> int:
+    """Return the smallest power of two that is at least `size` and `least`."""
+    return max(least, 1 << (size - 1).bit_length())
