@@ -1,0 +1,160 @@
+"""The model of the LM Evaluation Harness, on tasks of our own that need no download."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from retain.kv.fidelity import Cell, evaluate
+from retain.kv.tasks import make
+from tests.kv.tiny import TOKENS, build, tokenizer
+
+pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's own libraries warn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from retain.kv.harness import RetainLM
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llama", vocab_size=TOKENS, max_position_embeddings=1024, seed=3)
+
+
+def instances(kind, arguments):
+    return [
+        Instance(request_type=kind, doc={}, arguments=own, idx=number, metadata=("own", number, 1))
+        for number, own in enumerate(arguments)
+    ]
+
+
+EXAMPLES = [make("multikey", tokenizer(), tokens=tokens, seed=tokens) for tokens in (300, 340, 420)]
+CHOICES = [
+    (example.document + "\n" + example.question, f" {value}")
+    for example in EXAMPLES
+    for value in (*example.references, *example.distractors)
+]
+OPEN = [(example.document + "\n" + example.question, {"until": ["e"], "max_gen_toks": 12}) for example in EXAMPLES]
+
+
+def test_at_full_budget_it_is_the_harness_s_own_model(model):
+    own = RetainLM(model, tokenizer=tokenizer(), budget=1.0, batch_size=2)
+    peer = HFLM(pretrained=model, tokenizer=tokenizer(), batch_size=2)
+    ours = own.loglikelihood(instances("loglikelihood", CHOICES), disable_tqdm=True)
+    theirs = peer.loglikelihood(instances("loglikelihood", CHOICES), disable_tqdm=True)
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-3)
+    requests = instances("generate_until", OPEN)
+    assert own.generate_until(requests, disable_tqdm=True) == peer.generate_until(requests, disable_tqdm=True)
+
+
+def test_continuations_are_scored_from_the_compressed_cache(model):
+    example = EXAMPLES[0]
+    parts, gold = example.prompt(tokenizer()), example.gold(tokenizer())
+    _, row = evaluate(model, tokenizer(), example, [Cell("h2o", 0.3, "pooled")], mode="aware", answer=False)
+    own = RetainLM(model, tokenizer=tokenizer(), policy="h2o", budget=0.3, allocation="pooled")
+    (found, _), again = own._loglikelihood_tokens([(None, parts.ids[0].tolist(), gold[0].tolist())] * 2)
+    assert found == again[0] == pytest.approx(row["log_likelihood"] * gold.shape[1], rel=1e-4)
+    full = RetainLM(model, tokenizer=tokenizer(), budget=1.0)
+    assert abs(full._loglikelihood_tokens([(None, parts.ids[0].tolist(), gold[0].tolist())])[0][0] - found) > 0.01
+
+
+def test_a_context_longer_than_the_window_is_cut_from_the_left(model):
+    own = RetainLM(model, tokenizer=tokenizer(), budget=1.0)
+    generator = torch.Generator().manual_seed(0)
+    long = torch.randint(1, TOKENS, (1500,), generator=generator).tolist()
+    cut, whole = (own._loglikelihood_tokens([(None, ids, [5, 6, 7])])[0] for ids in (long, long[-1022:]))
+    assert cut == whole
+
+
+def task(folder):
+    """A multiple-choice task and one that generates, over a file."""
+    rows = [
+        {
+            "prompt": f"{example.document}\n{example.question}",
+            "choices": [*example.distractors[:1], *example.references],
+            "gold": 1,
+            "answer": example.references[0],
+        }
+        for example in EXAMPLES
+    ]
+    file = folder / "own.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "test_split": "test",
+        "doc_to_text": "{{prompt}}",
+    }
+    return [
+        {
+            **common,
+            "task": "own_choice",
+            "output_type": "multiple_choice",
+            "doc_to_target": "{{gold}}",
+            "doc_to_choice": "{{choices}}",
+            "metric_list": [{"metric": "acc"}],
+        },
+        {
+            **common,
+            "task": "own_open",
+            "output_type": "generate_until",
+            "doc_to_target": "{{answer}}",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+    ]
+
+
+def test_tasks_run_from_python(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    own = RetainLM(model, tokenizer=tokenizer(), policy="capkv", budget=0.3, batch_size=2)
+    found = simple_evaluate(
+        model=own, tasks=task(tmp_path), task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
+    )
+    scored = own.loglikelihood(
+        instances(
+            "loglikelihood",
+            [
+                (f"{example.document}\n{example.question}", f" {value}")
+                for example in EXAMPLES
+                for value in (example.distractors[0], example.references[0])
+            ],
+        ),
+        disable_tqdm=True,
+    )
+    right = [scored[2 * place + 1][0] > scored[2 * place][0] for place in range(len(EXAMPLES))]
+    assert found["results"]["own_choice"]["acc,none"] == pytest.approx(sum(right) / len(right))
+    assert 0 <= found["results"]["own_open"]["exact_match,none"] <= 1
+
+
+def test_the_command_line_knows_the_model():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "retain.kv.harness", "--model", "retain", "--model_args",
+         "policy=h3o", "--tasks", "arc_easy"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode
+    assert "Did you mean 'h2o'" in done.stderr
+
+
+def test_wrong_arguments_are_named(model):
+    with pytest.raises(ValueError, match="tokenizer is None"):
+        RetainLM(model)
+    with pytest.raises(ValueError, match=r"budget is 1\.5"):
+        RetainLM(model, tokenizer=tokenizer(), budget=1.5)
+    own = RetainLM(model, tokenizer=tokenizer())
+    with pytest.raises(ValueError, match="loglikelihood_rolling"):
+        own.loglikelihood_rolling([])
+    with pytest.raises(ValueError, match="request 0 has a context of 0"):
+        own._loglikelihood_tokens([(None, [], [3])])
