@@ -2,21 +2,26 @@
 
 The k-hop neighbourhood of a node, B_k, holds every node at a distance of up to k, itself too. MinHash estimates the
 Jaccard index of two sets by the share of equal minima; HyperLogLog estimates a cardinality (the improved estimator of
-Ertl 2017, arXiv 1702.01284, sec. 4, needs no table of biases). A register r is kept as 2^-r, so that unions are minima
-for both and a harmonic mean is a plain sum.
+Ertl 2017, arXiv 1702.01284, sec. 4, needs no table of biases). A register r is kept as 2^-r, an empty one as 1024, so
+that unions are minima for both kinds, and one sum tells how many registers are empty and what the others add up to.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from retain.link.messages import MessageGraph, pointers
+from retain.link.neighbors import bags
 
 _CHUNK = 2**16
+_PAIRS = 2**10  # whose sketches stay in a processor's cache
+_EMPTY = 1024.0  # above what all other registers can add up to
+_ENTRIES = 2**13
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,16 @@ class Sketches:
     Args:
         minhash: by hop, whole numbers of 24 bits, float32 [nodes, permutations].
         registers: by hop, 2^-r, bfloat16 [nodes, 2^p].
+        sizes: by hop, estimated cardinality, float32 [nodes].
+        least: least and second least of the neighbours' sketches of hops 0 and 1, of both kinds: what a neighbour
+            leaves when it goes.
 
     """
 
     minhash: tuple[Tensor, ...]
     registers: tuple[Tensor, ...]
+    sizes: tuple[Tensor, ...]
+    least: tuple[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], ...]
 
     @property
     def hops(self) -> int:
@@ -57,10 +67,18 @@ def sketch(graph: MessageGraph, hops: int = 2, *, permutations: int = 128, p: in
             raise ValueError(f"{name} is {value}; accepted: 1 to {most}")
     minhash = [_hashes(graph.keys, permutations, seed)]
     registers = [_registers(graph.keys, p, seed)]
-    for _ in range(hops):
-        for tables in (minhash, registers):
-            tables.append(torch.minimum(tables[-1], _least(graph.rows.col, graph.rows.pointers, tables[-1])))
-    return Sketches(tuple(minhash), tuple(registers))
+    least: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []
+    for hop in range(hops):
+        found = [_least(graph.rows.col, graph.rows.pointers, tables[-1]) for tables in (minhash, registers)]
+        if hop < 2:
+            one, other = (
+                (low, _second(graph, low, tables[-1])) for low, tables in zip(found, (minhash, registers), strict=True)
+            )
+            least.append((one, other))
+        for low, tables in zip(found, (minhash, registers), strict=True):
+            tables.append(torch.minimum(tables[-1], low))
+    sizes = tuple(torch.cat([cardinality(part) for part in table.split(_PAIRS)]) for table in registers)
+    return Sketches(tuple(minhash), tuple(registers), sizes, tuple(least))
 
 
 def pair_counts(graph: MessageGraph, sketches: Sketches, pairs: Tensor) -> Tensor:
@@ -76,35 +94,40 @@ def pair_counts(graph: MessageGraph, sketches: Sketches, pairs: Tensor) -> Tenso
         pairs: long [2, pairs].
 
     """
+    parts = [_pair_counts(graph, sketches, part) for part in pairs.split(_PAIRS, dim=1)]
+    return torch.cat(parts)
+
+
+def _pair_counts(graph: MessageGraph, sketches: Sketches, pairs: Tensor) -> Tensor:
     hops = sketches.hops
     known = (graph.rows.find(pairs[0] * graph.num_nodes + pairs[1]) >= 0).nonzero().flatten()
     ends = [_rows(graph, sketches, pairs, known, side) for side in (0, 1)]
-    size = [torch.stack([cardinality(registers) for _, registers in end]) for end in ends]  # [2][k, pairs]
-    both = pairs.new_zeros(hops + 1, hops + 1, pairs.size(1), dtype=torch.float32)
+    both = torch.zeros(hops + 1, hops + 1, pairs.size(1), device=graph.device)
     for a in range(1, hops + 1):
         for b in range(1, hops + 1):
-            (hash_a, registers_a), (hash_b, registers_b) = ends[0][a - 1], ends[1][b - 1]
-            jaccard = (hash_a == hash_b).sum(dim=1) / hash_a.size(1)
-            both[a, b] = jaccard * cardinality(torch.minimum(registers_a, registers_b))
+            one, other = ends[0][a - 1], ends[1][b - 1]
+            same = torch.eq(one.hashes, other.hashes, out=torch.empty_like(one.hashes)).sum(dim=1)
+            union = cardinality(torch.minimum(one.registers, other.registers))
+            both[a, b] = same / one.hashes.size(1) * union
     exact = both[1:, 1:] - both[:-1, 1:] - both[1:, :-1] + both[:-1, :-1]
-    zero = torch.zeros_like(size[0][:1])
-    rest = [
-        torch.diff(torch.cat([zero, counted]), dim=0) - torch.diff(within, dim=0)
-        for counted, within in ((size[0], both[:, hops]), (size[1], both[hops, :]))
-    ]
+    rest: list[Tensor] = []
+    for end, within in zip(ends, (both[:, hops], both[hops, :]), strict=True):
+        size = torch.stack([torch.zeros_like(within[0]), *(row.size for row in end)])
+        rest.append(torch.diff(size - within, dim=0))
     return torch.cat([exact.reshape(hops * hops, -1), *rest]).T
 
 
 def cardinality(registers: Tensor) -> Tensor:
-    """Estimate the number of distinct elements from registers 2^-r: [sets].
+    """Estimate the number of distinct elements: [sets].
 
     Args:
-        registers: [sets, m].
+        registers: as `Sketches` holds them, [sets, m].
 
     """
     m = registers.size(1)
-    empty = (registers == 1).sum(dim=1)
-    filled = registers.sum(dim=1, dtype=torch.float32) - empty
+    total = registers.sum(dim=1, dtype=torch.float32)
+    empty = torch.floor(total / _EMPTY)
+    filled = total - _EMPTY * empty
     return m * m / (2 * math.log(2)) / (m * _sigma(empty / m) + filled)
 
 
@@ -118,43 +141,74 @@ def _sigma(x: Tensor) -> Tensor:
     return torch.where(x == 1, torch.inf, total)
 
 
-def _rows(
-    graph: MessageGraph, sketches: Sketches, pairs: Tensor, known: Tensor, side: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Sketches of one end of each pair for hops 1 to k; where the pair is an edge, of the graph without it."""
+class _Rows(NamedTuple):
+    """Sketches of one end of each pair, of one hop."""
+
+    hashes: Tensor
+    registers: Tensor
+    size: Tensor
+
+
+def _rows(graph: MessageGraph, sketches: Sketches, pairs: Tensor, known: Tensor, side: int) -> list[_Rows]:
+    """Sketches of one end for hops 1 to k; where the pair is an edge, of the graph without it."""
     these, those = pairs[side], pairs[1 - side]
-    rows = [(sketches.minhash[k][these], sketches.registers[k][these]) for k in range(1, sketches.hops + 1)]
+    tables = zip(sketches.minhash[1:], sketches.registers[1:], sketches.sizes[1:], strict=True)
+    rows = [_Rows(*(table.index_select(0, these) for table in kinds)) for kinds in tables]
     if known.numel():
-        for chunk in known.split(1024):
-            found = _without_edge(graph, sketches, these[chunk], those[chunk])
-            for (hashes, registers), (new_hashes, new_registers) in zip(rows, found, strict=True):
-                hashes[chunk], registers[chunk] = new_hashes, new_registers
+        found = _without_edge(graph, sketches, these[known], those[known])
+        for row, (hashes, registers) in zip(rows, found, strict=True):
+            row.hashes[known], row.registers[known], row.size[known] = hashes, registers, cardinality(registers)
     return rows
 
 
-def _without_edge(graph: MessageGraph, sketches: Sketches, ends: Tensor, others: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _without_edge(graph: MessageGraph, sketches: Sketches, ends: Tensor, others: Tensor) -> list[list[Tensor]]:
     """Sketches of `ends` for hops 1 to k in the graph without the edges (ends, others), each without its own.
 
-    Up to two hops a neighbour's own sketch serves: its shortest ways through the missing edge lead back to the end.
-    At three hops ways that turn back at once are left out, which are all that could take the missing edge.
+    Up to two hops the neighbours' own sketches serve, without that of the other end: their shortest ways through the
+    missing edge lead back to the end. At three hops ways that turn back at once are left out, which are all that
+    could take the missing edge.
     """
-    node, owner = graph.rows.expand(ends)
-    keep = (node != others[owner]).nonzero().flatten()
-    node, owner = node[keep], owner[keep]
-    starts = pointers(torch.bincount(owner, minlength=ends.numel()))
     tables = (sketches.minhash, sketches.registers)
-    own = [table[0][ends] for table in tables]
-    found = [
-        [torch.minimum(mine, _least(node, starts, table[k])) for mine, table in zip(own, tables, strict=True)]
-        for k in range(min(sketches.hops, 2))
-    ]
+    found: list[list[Tensor]] = []
+    for hop, kinds in enumerate(sketches.least):
+        rows: list[Tensor] = []
+        for (least, second), table in zip(kinds, tables, strict=True):
+            low = least.index_select(0, ends)
+            gone = table[hop].index_select(0, others) == low
+            low = torch.where(gone, second.index_select(0, ends), low)
+            rows.append(torch.minimum(low, table[0].index_select(0, ends)))
+        found.append(rows)
     if sketches.hops == 3:
+        node, owner = graph.rows.expand(ends)
+        keep = (node != others[owner]).nonzero().flatten()
+        node, owner = node[keep], owner[keep]
         second, place = graph.rows.expand(node)
         keep = (second != ends[owner[place]]).nonzero().flatten()
         starts = pointers(torch.bincount(owner[place[keep]], minlength=ends.numel()))
         last = zip(found[1], tables, strict=True)
         found.append([torch.minimum(near, _least(second[keep], starts, table[1])) for near, table in last])
-    return [(hashes, registers) for hashes, registers in found]
+    return found
+
+
+def _second(graph: MessageGraph, least: Tensor, table: Tensor) -> Tensor:
+    """Second least of each column over neighbours, equal to the least where two share it, [nodes, columns]."""
+    rows = graph.rows
+    found = torch.empty_like(least)
+    start = 0
+    while start < graph.num_nodes:
+        # As many nodes as have some thousand neighbours together, at least one.
+        last = int(torch.searchsorted(rows.pointers, rows.pointers[start] + _ENTRIES, right=True)) - 1
+        end = min(max(last, start + 1), graph.num_nodes)
+        first, after = int(rows.pointers[start]), int(rows.pointers[end])
+        values = table.index_select(0, rows.col[first:after])
+        equal = values == least.index_select(0, rows.row[first:after])
+        starts = rows.pointers[start : end + 1] - first
+        order = torch.arange(after - first, device=graph.device)
+        second = _least(order, starts, values.masked_fill_(equal, torch.inf))
+        shared = bags(equal.to(torch.float32), order, starts) > 1
+        found[start:end] = torch.where(shared, least[start:end], second)
+        start = end
+    return found
 
 
 def _least(index: Tensor, starts: Tensor, table: Tensor) -> Tensor:
@@ -190,7 +244,7 @@ def _registers(keys: Tensor, p: int, seed: int) -> Tensor:
     # The next 48 bits: rank r is the place of the first one among them, exact in float64.
     bits = (mixed >> p & (2**48 - 1)).double()
     rank = 49 - torch.frexp(bits).exponent
-    registers = torch.ones(keys.numel(), 2**p, dtype=torch.bfloat16, device=keys.device)
+    registers = torch.full((keys.numel(), 2**p), _EMPTY, dtype=torch.bfloat16, device=keys.device)
     registers.scatter_(1, place.unsqueeze(-1), torch.exp2(-rank.float()).to(registers.dtype).unsqueeze(-1))
     return registers
 

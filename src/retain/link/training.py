@@ -231,7 +231,8 @@ def without_targets(messages: Tensor | MessageGraph, train: Tensor, targets: Ten
     return messages[:, keep]
 
 
-def _scores(model: nn.Module, x: Tensor, messages: Tensor | MessageGraph, pairs: Tensor) -> tuple[Tensor, ...]:
+def model_scores(model: nn.Module, x: Tensor, messages: Tensor | MessageGraph, pairs: Tensor) -> tuple[Tensor, ...]:
+    """Return the logits whose losses a training step adds up; of a foreign module, its scores."""
     return model.training_scores(x, messages, pairs) if isinstance(model, PairModel) else (model(x, messages, pairs),)
 
 
@@ -261,7 +262,7 @@ def _run_epoch(
         torch.manual_seed(settings.seed * 1_000_003 + number)
         for count, batch in enumerate(batches, start=1):
             rest = without_targets(messages, split.train, batch.index % size)
-            scores = _scores(model, x, rest, batch.pairs)
+            scores = model_scores(model, x, rest, batch.pairs)
             loss = torch.stack([step_loss(part, batch) for part in scores]).sum() / passes
             torch.autograd.backward(loss)
             total += loss.item()

@@ -40,7 +40,7 @@ class BUDDY(PairModel):
 
     def edge_embedding(self, encoding: Encoding, pairs: Tensor) -> Tensor:
         """Return the hidden layers side by side, [edges, k(k + 2) + hidden]."""
-        first, second = encoding.nodes[pairs[0]], encoding.nodes[pairs[1]]
+        first, second = (encoding.nodes.index_select(0, end) for end in pairs)
         known, rows = self._own_edges(encoding.graph.base, encoding.x, pairs)
         if known.numel():
             own = self.encoder(rows)
@@ -53,7 +53,7 @@ class BUDDY(PairModel):
         graph = as_messages(edge_index, x.size(0))
         if not self.training or pairs.numel() > 2 * x.size(0):
             return super().forward(x, graph, pairs)
-        inputs = propagated(graph.base, x)[pairs.flatten()]
+        inputs = propagated(graph.base, x).index_select(0, pairs.flatten())
         known, rows = self._own_edges(graph.base, x, pairs)
         if known.numel():
             inputs[torch.cat([known, known + pairs.size(1)])] = rows

@@ -35,4 +35,4 @@ class ELPH(PairModel):
     def edge_embedding(self, encoding: Encoding, pairs: Tensor) -> Tensor:
         """Return the hidden layers side by side, [edges, k(k + 2) + hidden]."""
         h = encoding.nodes
-        return self.head(encoding.graph, pairs, h[pairs[0]] * h[pairs[1]])
+        return self.head(encoding.graph, pairs, h.index_select(0, pairs[0]) * h.index_select(0, pairs[1]))

@@ -37,7 +37,7 @@ class HadamardMLP(nn.Module):
 
     def hidden(self, z: Tensor, pairs: Tensor) -> Tensor:
         """Edge embeddings: the hidden layer, normalised and rectified, [edges, hidden]."""
-        return torch.relu(self.norm(self.first(self.combine(z[pairs[0]], z[pairs[1]]))))
+        return torch.relu(self.norm(self.first(self.combine(z.index_select(0, pairs[0]), z.index_select(0, pairs[1])))))
 
     def forward(self, z: Tensor, pairs: Tensor) -> Tensor:
         """Logits of the pairs, [edges]."""

@@ -68,7 +68,9 @@ class NCN(PairModel):
         """Return the last hidden layer, [edges, hidden]."""
         h = encoding.nodes
         common = self.common_mlp(self.pooled(encoding, pairs))
-        return self.join_mlp(common * self.beta + self.product_mlp(h[pairs[0]] * h[pairs[1]]))
+        return self.join_mlp(
+            common * self.beta + self.product_mlp(h.index_select(0, pairs[0]) * h.index_select(0, pairs[1]))
+        )
 
 
 def fast_scores(model: NCN, encoding: Encoding, first: Tensor, pairs: Tensor, lists: Neighbors) -> Tensor:
@@ -94,5 +96,5 @@ def fast_scores(model: NCN, encoding: Encoding, first: Tensor, pairs: Tensor, li
     common = made[-1].repeat(pairs.size(1), 1)
     common[has] = made[:-1]
     h = encoding.nodes
-    joined = common.mul_(model.beta).add_(model.product_mlp(h[pairs[0]] * h[pairs[1]]))
+    joined = common.mul_(model.beta).add_(model.product_mlp(h.index_select(0, pairs[0]) * h.index_select(0, pairs[1])))
     return model.last(model.join_mlp(joined)).squeeze(-1)

@@ -14,7 +14,7 @@ from retain.link.models.encoder import Encoder
 from retain.link.models.ncn import NCN, fast_scores
 from retain.link.neighbors import common_neighbors, pool, residual_neighbors
 
-_CHUNK = 2**15
+_CHUNK = 2**12  # rows of 256 channels that stay in a processor's cache
 
 
 class NCNC(NCN):

@@ -20,8 +20,8 @@ _NCN: dict[str, Any] = {
     "hidden": 256,
 }
 _SKETCHED: dict[str, Any] = {"encoder_norm": "none", "decoder_norm": "batch", "hidden": 1024, "dropout": 0.5}
-# Batch sizes count positives and as many negatives.
-_SKETCHED_TRAIN: dict[str, Any] = {"learning_rate": 1e-4, "batch_size": 2048, "epochs": 100, "directions": 1}
+# Batch sizes count positives and negatives: theirs for these two, twice theirs for the others.
+_SKETCHED_TRAIN: dict[str, Any] = {"learning_rate": 1e-4, "batch_size": 1024, "epochs": 100, "directions": 1}
 _NEOGNN: dict[str, Any] = {"hidden": 256, "layers": 3, "encoder_norm": "none", "decoder_norm": "none"}
 
 # input dropout, encoder dropout, dropout, NCNC's (largest weight, scale, offset, prior), two layers, rate, batch

@@ -1,0 +1,279 @@
+"""Epoch, preprocessing and evaluation time of the models, beside direct scipy and PyG code, and growth with the graph.
+
+    python benchmarks/link_models.py [--data Photo --root DATA_FOLDER] [--batches 6] [--threads 1] [--json FILE]
+
+The authors' own code needs compiled companions of PyG that don't install everywhere, so what is compared with is
+`link_direct.py`: the same mathematics written directly. Both train the same batches, alternating in one process, with
+the authors' settings (`preset`), on a 70/10/20 split; an epoch is the median step, times the steps that a pass over
+the positives takes. Ours draws fresh negatives and takes every positive's own edge off sketches and features, which
+the direct BUDDY doesn't. Times are seconds of processor time, since machines are shared. Growth: block models of
+degree 8, a batch of a fiftieth of the edges, each in a process of its own. Last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import link_direct as direct
+from retain.link.builtin import block_model
+from retain.link.composition import Fixed
+from retain.link.data import load
+from retain.link.graph import Graph, Protocol, Split, split
+from retain.link.messages import MessageGraph
+from retain.link.models import ModelSettings, PairModel, preset
+from retain.link.models.base import in_chunks
+from retain.link.models.buddy import propagated
+from retain.link.sampling import EdgeBatch, EdgeBatches
+from retain.link.sketches import pair_counts, sketch
+from retain.link.training import features, message_edges, model_scores, step_loss, without_targets
+
+MODELS = ("neognn", "elph", "ncn", "ncnc", "buddy")
+SIZES = (10_000, 100_000, 1_000_000)  # edges
+# Seconds an epoch that the authors' code took on Photo, one thread of a two-core machine (not this run).
+TABLE = {"buddy": 20.6, "elph": 845.0, "ncn": 37.0, "ncnc": 219.0, "neognn": 605.0}
+
+
+class Ours:
+    """One of our models, its optimiser, and the trainer's step."""
+
+    def __init__(self, settings: ModelSettings, rate: float, graph: Graph, parts: Split) -> None:
+        self.model: PairModel = settings.build(graph.x.size(1)).train()
+        self.x = features(graph, self.model)
+        self.parts = parts
+        self.messages = message_edges(self.model, parts, graph.num_nodes)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=rate)
+
+    def step(self, batch: EdgeBatch) -> None:
+        rest = without_targets(self.messages, self.parts.train, batch.index)
+        scores = model_scores(self.model, self.x, rest, batch.pairs)
+        torch.autograd.backward(torch.stack([step_loss(part, batch) for part in scores]).sum())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def direct_model(name: str, settings: ModelSettings, features: int) -> nn.Module:
+    if name in ("ncn", "ncnc"):
+        kind = direct.DirectNCN if name == "ncn" else direct.DirectNCNC
+        outer = settings.encoder_dropout or 0.0
+        return kind(features, settings.hidden, settings.dropout, settings.input_dropout, outer)
+    if name == "neognn":
+        return direct.DirectNeoGNN(features, settings.hidden, settings.layers)
+    if name == "elph":
+        return direct.DirectELPH(features, settings.hidden, settings.dropout)
+    return direct.DirectBUDDY(features, settings.hidden, settings.dropout)
+
+
+def clock(function: Any, *arguments: Any) -> float:
+    # Seconds of processor time: the machine is shared.
+    start = time.process_time()
+    function(*arguments)
+    return time.process_time() - start
+
+
+def steps(name: str, graph: Graph, parts: Split, batches: int) -> dict[str, float]:
+    """Time training steps of ours and of the direct code, alternating, on the same batches."""
+    settings, training = preset(name, graph.name)
+    made = EdgeBatches(parts.train, graph.num_nodes, Fixed(), batch_size=training["batch_size"], known=parts.known)
+    start = time.process_time()
+    drawn = list(made)
+    sampling = (time.process_time() - start) / len(drawn)
+    ours = Ours(settings, training["learning_rate"], graph, parts)
+    theirs = direct_model(name, settings, graph.x.size(1)).train()
+    optimizer = torch.optim.Adam(theirs.parameters(), lr=training["learning_rate"])
+    smooth, counts = None, None
+    if name == "buddy":
+        smooth = direct.smooth_features(graph.x, parts.train)
+        tables = direct.Tables(graph.num_nodes, parts.train)
+        counts = [tables.features(batch.pairs) for batch in drawn[: batches + 1]]
+
+    def their_step(number: int, batch: EdgeBatch) -> None:
+        if smooth is not None and counts is not None:
+            loss = theirs.step(smooth, counts[number], batch.pairs, batch.labels)
+        else:
+            keep = torch.ones(parts.train.size(1), dtype=torch.bool)
+            keep[batch.index] = False
+            own = batch.index.numel()
+            loss = theirs.step(graph.x, parts.train[:, keep], batch.pairs[:, :own], batch.pairs[:, own:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    taken: dict[str, list[float]] = {"ours": [], "direct": []}
+    for number, batch in enumerate(drawn[: batches + 1]):
+        taken["ours"].append(clock(ours.step, batch))
+        taken["direct"].append(clock(their_step, number, batch))
+    # The first step fills what is kept for a graph.
+    middle = {side: statistics.median(each[1:]) for side, each in taken.items()}
+    found = {f"{side}_epoch_seconds": value * len(drawn) for side, value in middle.items()}
+    found["sampling_percent"] = 100 * sampling / (middle["ours"] + sampling)
+    found["spread"] = (max(taken["ours"][1:]) - min(taken["ours"][1:])) / middle["ours"]
+    return {**found, "speedup": middle["direct"] / middle["ours"], "steps": len(drawn)}
+
+
+def preprocessing(graph: Graph, parts: Split, rounds: int) -> tuple[list[float], list[float]]:
+    """Time what BUDDY makes before training: sketches, counts of all links, propagated features."""
+    negatives = torch.randint(graph.num_nodes, parts.train.shape, generator=torch.Generator().manual_seed(0))
+    links = torch.cat([parts.known, negatives], dim=1)
+
+    def ours() -> None:
+        messages = MessageGraph(parts.messages(), graph.num_nodes)
+        propagated(messages, graph.x)
+        pair_counts(messages, sketch(messages), links)
+
+    def theirs() -> None:
+        direct.smooth_features(graph.x, parts.train)
+        tables = direct.Tables(graph.num_nodes, parts.train)
+        for part in links.split(2**15, dim=1):
+            tables.features(part)
+
+    taken = [(clock(ours), clock(theirs)) for _ in range(rounds)]
+    return [one for one, _ in taken], [other for _, other in taken]
+
+
+@torch.no_grad()
+def evaluation(graph: Graph, parts: Split, rounds: int) -> tuple[list[float], list[float]]:
+    """Time BUDDY's scores of validation and test edges and negatives, counts made before in both."""
+    settings, training = preset("buddy", graph.name)
+    ours = Ours(settings, training["learning_rate"], graph, parts)
+    model, pairs = ours.model.eval(), parts.known[:, parts.train.size(1) :]
+    theirs = direct.DirectBUDDY(graph.x.size(1), settings.hidden, settings.dropout).eval()
+    smooth = direct.smooth_features(graph.x, parts.train)
+    counts = direct.Tables(graph.num_nodes, parts.train).features(pairs)
+    model.encode(ours.x, ours.messages)
+    in_chunks(model, model.encode(ours.x, ours.messages), pairs[:, :64])  # makes the sketches
+
+    def their_scores() -> list[Tensor]:
+        parts_of = zip(pairs.split(2**13, dim=1), counts.split(2**13), strict=True)
+        return [theirs.score(smooth, count, part) for part, count in parts_of]
+
+    taken: list[tuple[float, float]] = []
+    for _ in range(rounds):
+        one = clock(lambda: in_chunks(model, model.encode(ours.x, ours.messages), pairs, 2**13))
+        taken.append((one, clock(their_scores)))
+    return [one for one, _ in taken], [other for _, other in taken]
+
+
+def grown(name: str, edges: int) -> dict[str, float]:
+    """Time graph building, the first step (with all that is kept) and further steps of a model on a block model."""
+    graph = block_model(nodes=edges // 4, classes=5, degree=8, features=64)
+    parts = split(graph, Protocol(), 0)
+    norms = {"encoder_norm": "none", "decoder_norm": "batch"}
+    encoder = "pure" if name in ("ncn", "ncnc") else "gcn"
+    size = max(256, parts.train.size(1) // 50)
+    start = time.process_time()
+    ours = Ours(ModelSettings(encoder, hidden=64, model=name, **norms), 1e-3, graph, parts)
+    batches = iter(EdgeBatches(parts.train, graph.num_nodes, Fixed(), batch_size=size, known=parts.known))
+    ours.step(next(batches))
+    first = time.process_time() - start
+    each = statistics.median(clock(ours.step, next(batches)) for _ in range(3))
+    return {
+        "edges": graph.edges.size(1),
+        "first": first,
+        "epoch": each * (2 * parts.train.size(1) / size),
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+def growth(threads: int, sizes: tuple[int, ...]) -> dict[str, list[dict[str, float]]]:
+    found: dict[str, list[dict[str, float]]] = {}
+    for name in MODELS:
+        for edges in sizes:
+            command = [sys.executable, "-W", "ignore", __file__, "--grown", name, str(edges), "--threads", str(threads)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found.setdefault(name, []).append(json.loads(done.splitlines()[-1]))
+            print(f"{name}, block model: {found[name][-1]}", flush=True)
+    return found
+
+
+def draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for name, points in found.items():
+        edges = [point["edges"] for point in points]
+        axes[0].loglog(edges, [point["epoch"] for point in points], marker="o", label=name)
+        axes[1].loglog(edges, [point["peak_gib"] for point in points], marker="o", label=name)
+    for one, title in zip(axes, ("seconds an epoch", "peak memory of the process, GiB"), strict=True):
+        one.set(xlabel="edges", title=title)
+    axes[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def measure(
+    data: str, root: str, batches: int, rounds: int, threads: int, figure: Path | None = None
+) -> dict[str, Any]:
+    """Return everything that this file measures."""
+    graph = load(data, root)
+    parts = split(graph, Protocol(0.1, 0.2), 0)
+    models: dict[str, dict[str, float]] = {}
+    for name in MODELS:
+        # The slow ones of the direct code take many seconds a step.
+        models[name] = steps(name, graph, parts, batches if name in ("buddy", "ncn") else max(2, batches // 2))
+        print(f"{name}, {data}: { {key: round(value, 3) for key, value in models[name].items()} }", flush=True)
+    before, evaluated = preprocessing(graph, parts, rounds), evaluation(graph, parts, rounds)
+    grown_by = growth(threads, SIZES)
+    if figure is not None:
+        draw(grown_by, figure)
+    result = {
+        "models_data": graph.name,
+        "epoch_speedup": {name: round(each["speedup"], 2) for name, each in models.items()},
+        "epoch_model_seconds": {name: round(each["ours_epoch_seconds"], 2) for name, each in models.items()},
+        "epoch_direct_seconds": {name: round(each["direct_epoch_seconds"], 2) for name, each in models.items()},
+        "sampling_percent_of_step": {name: round(each["sampling_percent"], 2) for name, each in models.items()},
+        "step_spread": {name: round(each["spread"], 2) for name, each in models.items()},
+        "preprocessing_seconds": round(statistics.median(before[0]), 3),
+        "preprocessing_direct_seconds": round(statistics.median(before[1]), 3),
+        "preprocessing_speedup": round(statistics.median(before[1]) / statistics.median(before[0]), 2),
+        "evaluation_seconds": round(statistics.median(evaluated[0]), 3),
+        "evaluation_speedup": round(statistics.median(evaluated[1]) / statistics.median(evaluated[0]), 2),
+        "growth": grown_by,
+        "largest_graph_edges": int(max(points[-1]["edges"] for points in grown_by.values())),
+        "largest_graph_peak_gib": round(max(points[-1]["peak_gib"] for points in grown_by.values()), 2),
+    }
+    if graph.name == "Photo":
+        table = {name: TABLE[name] / each["ours_epoch_seconds"] for name, each in models.items()}
+        result["epoch_speedup_against_table"] = {name: round(value, 2) for name, value in table.items()}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--root", default="data")
+    parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--grown", nargs=2, metavar=("MODEL", "EDGES"), help="measure one model on one block model")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.grown:
+        print(json.dumps(grown(options.grown[0], int(options.grown[1]))))
+        return
+    result = measure(options.data, options.root, options.batches, options.rounds, options.threads, options.figure)
+    result |= {"threads": options.threads, "machine": platform.machine(), "torch": torch.__version__}
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
