@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from retain.link.metrics import auc, average_precision, evaluate, hits_at_k, mean_reciprocal_rank
     from retain.link.models import LinkPredictor, ModelSettings, PairModel, PairScorer, preset
     from retain.link.negatives import TooFewNegativesError, draw_negatives
+    from retain.link.reproduction import reproduce
     from retain.link.runs import correct, edge_maps
     from retain.link.sampling import EdgeBatch, EdgeBatches, LabelledBatches
     from retain.link.study import Study
@@ -45,6 +46,7 @@ _HOMES = {
     "messages": ("MessageGraph",),
     "models": ("LinkPredictor", "ModelSettings", "PairModel", "PairScorer", "preset"),
     "negatives": ("TooFewNegativesError", "draw_negatives"),
+    "reproduction": ("reproduce",),
     "runs": ("correct", "edge_maps"),
     "sampling": ("EdgeBatch", "EdgeBatches", "LabelledBatches"),
     "tables": ("read_graph",),
@@ -100,6 +102,7 @@ __all__ = [
     "raw_alignment",
     "read_graph",
     "replace_batch_norm",
+    "reproduce",
     "split",
     "train_corrected",
 ]

@@ -1,0 +1,63 @@
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from retain.cli.link import app
+from retain.link import findings
+from retain.link.arms import parse_arm
+from retain.link.reproduction import Cell, finished, reproduce, settings_for, to_dict
+from retain.link.training import TrainSettings
+from retain.study.summary import Group
+
+
+def cell(arm, values, model="gcn", metric="edge_nmi"):
+    return Cell("G", model, arm, Group({"model": "pair"}, {metric: dict(enumerate(values))}), {"affected": len(values)})
+
+
+def test_words_follow_the_intervals():
+    cells = [cell("fixed/batch", [0.1, 0.2, 0.3]), cell("random/batch", [0.5, 0.61, 0.7])]
+    cells += [cell("fixed/batch", [0.5, 0.6], "ncn"), cell("random/batch", [0.3, 0.41], "ncn")]
+    cells += [cell("fixed/batch", [0.5, 0.6], "elph"), cell("random/batch", [0.9, 0.2], "elph")]
+    cells += [cell("fixed/batch", [0.5], "sage"), cell("random/batch", [0.9], "sage")]
+    (said,) = findings.sentences(cells)
+    assert "in 1 of 3 (gcn on G); the opposite in 1 (ncn on G); the interval includes 0 in 1 (elph on G)" in said
+    gap = findings.difference(cells[1], cells[0], "edge_nmi")
+    assert gap is not None
+    assert gap.mean == pytest.approx(0.4033, abs=1e-4)
+    text = findings.markdown(cells)
+    assert "| gcn | random/batch − fixed/batch |  |  |  |  | +0.403" in text
+    assert "fixed/batch: 8 affected." in text
+    assert len(to_dict(cells)["rows"]) == 8
+
+
+def test_models_are_named():
+    assert settings_for("sage")[0].encoder == "sage"
+    assert settings_for("buddy", published="Cora")[0].hidden == 1024
+    with pytest.raises(ValueError, match="models hold 'gat'; accepted: gcn, sage"):
+        settings_for("gat")
+    with pytest.raises(ValueError, match="accepted: one or more"):
+        reproduce([], "nowhere")
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path):
+    train = TrainSettings(epochs=1, directions=1)
+    asked = {"models": ("gcn", "buddy"), "seeds": 1, "train": train, "hidden": 8}
+    first = reproduce(["digits"], tmp_path, arms=[parse_arm("fixed/batch")], **asked)
+    assert [(c.data, c.model, c.arm) for c in first] == [
+        ("digits", "gcn", "fixed/batch"),
+        ("digits", "buddy", "fixed/batch"),
+    ]
+    lines = []
+    arms = [parse_arm("fixed/batch"), parse_arm("random/batch")]
+    both = reproduce(["digits"], tmp_path, arms=arms, watch=lambda _, line: lines.append(line), **asked)
+    assert len(both) == 4
+    assert first[0].group.values == both[0].group.values
+    assert len(finished(tmp_path)) == 4
+    torch.manual_seed(0)
+    page = tmp_path / "page.md"
+    arguments = ["reproduce", "--show", "--folder", str(tmp_path), "--json", "--markdown", str(page)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert {row["model"] for row in json.loads(result.stdout)["rows"]} == {"gcn", "buddy"}
+    assert "### digits" in page.read_text(encoding="utf-8")
