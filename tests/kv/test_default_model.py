@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from retain.cli import app
-from retain.cli.kv import parse_budget
+from retain.cli.kv_options import parse_budget
 from retain.kv import DefaultModelError, RetainCache, load, models, policies
 from retain.kv.answering import answer, prompt
 from retain.kv.demo import document, run

@@ -7,7 +7,7 @@ import importlib.util
 
 from retain.study.kinds import Kind
 
-_HOMES = {"retain.link.kinds": "torch_geometric"}
+_HOMES = {"retain.kv.kinds": "transformers", "retain.link.kinds": "torch_geometric"}
 
 
 def kinds() -> dict[str, Kind]:

@@ -11,6 +11,8 @@ import typer
 from rich.table import Table
 
 from retain.cli.console import out, print_json, progress
+from retain.cli.kv_measure import compare_caches, tune_budget
+from retain.cli.kv_options import AttnOption, DeviceOption, DtypeOption, ModelOption, parse_budget
 from retain.kv.models import DEFAULT_MODEL, load
 from retain.kv.named import DEFAULT_POLICY, allocations, get_allocation, get_policy, policies
 from retain.kv.protection import Protection
@@ -18,22 +20,9 @@ from retain.report.figures import save
 
 app = typer.Typer(help="Keep the KV cache entries that carry the most information.", no_args_is_help=True)
 
-ModelOption = Annotated[str, typer.Option(help="Hugging Face model id or local folder.")]
-DeviceOption = Annotated[str, typer.Option(help="Torch device, as cpu or cuda:0.")]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-AttnOption = Annotated[str, typer.Option(help="Attention implementation: sdpa or eager.")]
-
-
-def parse_budget(text: str) -> float:
-    """Return a budget: `500` is tokens, `0.25` and `25%` are fractions."""
-    try:
-        if text.endswith("%"):
-            return float(text[:-1]) / 100
-        return float(text) if any(mark in text for mark in ".e") else int(text)
-    except ValueError:
-        raise ValueError(
-            f"budget is {text!r}; accepted: tokens as 500, a fraction as 0.25, or a percentage as 25%"
-        ) from None
+# Commands that are many lines themselves have files of their own.
+app.command("compare")(compare_caches)
+app.command("tune")(tune_budget)
 
 
 @app.command()

@@ -32,6 +32,7 @@ __all__ = [
     "lives",
     "make",
     "manual",
+    "modes",
     "needles",
     "qa",
     "variables",
@@ -48,6 +49,11 @@ TASKS: dict[str, Callable[..., Example]] = {
     "frequent-words": frequent_words,
     "qa": qa,
 }
+
+
+def modes(task: str) -> tuple[str, ...]:
+    """Return the ways to evict that a task has: before or after its question, or, for a text, one."""
+    return ("continuation",) if task == "text" else ("agnostic", "aware")
 
 
 def make(task: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, seed: int = 0, **options: Any) -> Example:

@@ -1,0 +1,98 @@
+"""Pages and figures of comparisons."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure as MatplotlibFigure
+
+from retain.kv.comparing import Comparison
+from retain.report.figures import Point, lines
+from retain.report.page import Figure, Page, Table
+
+
+def comparison_page(found: Comparison, command: str) -> Page:
+    """Return the page of a comparison: ranks, every cell, trade-off curves, capacity, scores, differences."""
+    best = next(iter(found.ranks()))
+    samples = found.settings["samples"]
+    page = Page(
+        title="How close parts of the cache stay to the whole",
+        lead=f"Best mean rank of {len(found.contestants)}: {best}, over {len(found.cells)} cells of {samples} samples.",
+        command=command,
+    )
+    columns = [f"{task} {mode} {_budget(budget)}" for task, mode, budget in found.cells]
+    rows = [
+        [name, *(str(found.find(name, cell).interval("kl")) for cell in found.cells), f"{rank:.2f}"]
+        for name, rank in found.ranks().items()
+    ]
+    page.add(
+        "KL to the full cache",
+        Table(["policy", *columns, "mean rank"], rows, f"Nats a token, mean and 95 % t interval of {samples} samples."),
+    )
+    for task, mode in dict.fromkeys((task, mode) for task, mode, _ in found.cells):
+        page.add(
+            f"Fidelity against bytes: {task}, {mode}",
+            Figure(
+                trade_off(found, task, mode),
+                caption="KL to the full cache against the share of its bytes that is kept; lower left is better.",
+                alt=f"KL against bytes kept, one line for each policy, on {task}, {mode}.",
+            ),
+        )
+    scored = [cell for cell in found.cells if "score" in found.find(best, cell).values]
+    if scored:
+        rows = [
+            [name, *(str(found.find(name, cell).interval("score")) for cell in scored)] for name in found.contestants
+        ]
+        rows.append(["full cache", *(str(found.find(best, cell).interval("full_score")) for cell in scored)])
+        rows.append(["chance", *(f"{found.find(best, cell).interval('chance').mean:.3f}" for cell in scored)])
+        columns = [f"{task} {mode} {_budget(budget)}" for task, mode, budget in scored]
+        page.add("Score of the answers", Table(["policy", *columns], rows, "Share of what a right answer holds."))
+    capacity = [
+        [row["task"], row["mode"], _budget(row["budget"]), f"{row['spearman']:+.2f}"] for row in found.capacity()
+    ]
+    if capacity:
+        page.add(
+            "Capacity and fidelity",
+            Table(["task", "mode", "budget", "Spearman"], capacity, "Capacity kept against KL, over caches."),
+        )
+    rows = [
+        [
+            f"{row['of']} − {row['minus']}",
+            row["task"],
+            row["mode"],
+            _budget(row["budget"]),
+            f"{row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]",
+        ]
+        for row in found.against(best)
+    ]
+    if rows:
+        page.add(
+            "Paired differences of KL",
+            Table(["of", "task", "mode", "budget", "difference"], rows, "Sample by sample, 95 % t interval."),
+        )
+    return page
+
+
+def trade_off(found: Comparison, task: str | None = None, mode: str | None = None) -> MatplotlibFigure:
+    """Draw KL against the share of bytes kept, a line for each contestant; without a task, of the first."""
+    if task is None or mode is None:
+        task, mode, _ = found.cells[0]
+    cells = [cell for cell in found.cells if cell[:2] == (task, mode)]
+    series: dict[str, list[Point]] = {}
+    for name in found.contestants:
+        points: list[Point] = []
+        for cell in cells:
+            one = found.find(name, cell)
+            share = one.interval("bytes_kept").mean / one.interval("bytes_full").mean
+            kl = one.interval("kl")
+            points.append(Point(share, kl.mean, kl.low, kl.high))
+        series[name] = sorted(points, key=lambda point: point.x)
+    return lines(
+        series,
+        x_label="bytes of the cache kept",
+        y_label="KL to the full cache, nats a token",
+        title=f"{task}, {mode}",
+        percent_x=True,
+    )
+
+
+def _budget(budget: float) -> str:
+    return f"{budget:.0%}" if isinstance(budget, float) else str(budget)
