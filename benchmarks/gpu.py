@@ -34,7 +34,8 @@ from torch.nn import functional as F
 from retain.gpu import torch_only
 from retain.kv import Signals, get_policy
 from retain.kv.kernels import usable
-from retain.kv.ragged import RaggedStorage, attend
+from retain.kv.ragged import RaggedStorage
+from retain.kv.ragged_attention import attend
 
 HEADS, KV_HEADS = 32, 8
 
@@ -178,7 +179,10 @@ def check(run: Run) -> bool:
         packed = tuple(draw(sum(map(sum, lengths)), dim) for _ in range(2))
         tail = (draw(2, 2, 5, dim), draw(2, 2, 5, dim), torch.zeros(2, 5, dtype=torch.int32, device=run.device))
         query, scale = draw(2, 8, dim), dim**-0.5
-        out = decode(query, packed, tail, Plan.of(lengths, run.device), scale)
+        positions = torch.zeros(len(packed[0]), dtype=torch.int32, device=run.device)
+        storage = RaggedStorage(*packed, positions, lengths, tail)
+        plan = Plan.of([(start, count - storage.tail) for start, count in storage.spans], run.device)
+        out = decode(query, *storage.tensors, storage.tail_positions, plan, scale)
         sizes = [size for row in lengths for size in row]
         worst = 0.0
         for number, (k, v) in enumerate(zip(packed[0].split(sizes), packed[1].split(sizes), strict=True)):

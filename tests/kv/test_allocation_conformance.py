@@ -87,13 +87,14 @@ def test_prompt_at_once(name, family, allocation):
         expected = feed(model, alone, torch.cat((own, question[row : row + 1]), 1)[:, own.shape[1] :], at=(1,))
         torch.testing.assert_close(logits[row : row + 1], expected, atol=2e-4, rtol=1e-3)
     report = cache.report()
-    held = sum(x.nbytes for layer in cache.retained for x in layer.storage.tensors)
+    held = sum(layer.storage.nbytes for layer in cache.retained)
     slid = sum(x.nbytes for layer in cache.layers if layer not in cache.retained for x in (layer.keys, layer.values))
     assert report.bytes_kept == held + slid
     if name != "full":
-        # Nothing larger stands behind what is kept.
+        # Nothing larger stands behind what is kept than room for a sixteenth more.
         for layer in cache.retained:
-            assert all(x.untyped_storage().nbytes() == x.nbytes for x in layer.storage.tensors)
+            behind = sum(x.untyped_storage().nbytes() for x in layer.storage.tensors)
+            assert layer.storage.nbytes <= behind <= layer.storage.nbytes * 17 / 16
 
 
 @conformance

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from retain.kv import ragged
 from retain.kv.accounting import HeadReport
 from retain.kv.attention import Call, mark
 from retain.kv.measuring import capacity_share
@@ -22,8 +21,8 @@ from retain.kv.offloading import fetched
 from retain.kv.policy import Policy
 from retain.kv.pool import Pool
 from retain.kv.protection import Protection, tokens_allowed
-from retain.kv.quantized import Quantization, QuantizedStorage
 from retain.kv.ragged import RaggedStorage
+from retain.kv.ragged_attention import attend
 from retain.kv.rotary import RotaryEmbedding, shift
 from retain.kv.sharding import Sharding
 from retain.kv.signals import Signals, rotate_half
@@ -44,7 +43,6 @@ class Settings:
         measure_capacity: measure the share of the capacity that is kept.
         layers: number of layers.
         sharding: how the heads are split over processes; None if they are not.
-        quantization: how what is kept is quantised; None if it is not.
 
     """
 
@@ -57,7 +55,6 @@ class Settings:
     measure_capacity: bool
     layers: int
     sharding: Sharding | None = None
-    quantization: Quantization | None = None
 
 
 class RetainLayer(DynamicLayer):
@@ -195,7 +192,7 @@ class RetainLayer(DynamicLayer):
         if mask is not None:
             mask = mask[..., -call.key.shape[2] :]
             mask = mask if mask.dtype == torch.bool else mask == 0
-        return ragged.attend(call.query, self.storage, mask, call.scaling or call.query.shape[-1] ** -0.5)
+        return attend(call.query, self.storage, mask, call.scaling or call.query.shape[-1] ** -0.5)
 
     def after(self, call: Call, attention: Tensor | None) -> None:
         """Evict where it is due, once the attention has been computed."""
@@ -205,8 +202,6 @@ class RetainLayer(DynamicLayer):
                 self._remember(call.query)
             if self._due:
                 self._evict(call, attention)
-            if isinstance(self.storage, (RaggedStorage, QuantizedStorage)):
-                self.storage.settle()
         if self.layer == own.layers - 1 and self._rotary is not None:
             self._rotary.forget()
 
@@ -294,9 +289,6 @@ class RetainLayer(DynamicLayer):
     def _store(self, stored: UniformStorage | RaggedStorage, allowed: list[int]) -> None:
         earlier = self.held or [0] * len(allowed)
         self.held = [min(a, h + self.appended) for a, h in zip(allowed, earlier, strict=True)]
-        quantization = self.settings.quantization
-        if quantization is not None and type(stored) is UniformStorage:
-            stored = QuantizedStorage(stored, quantization)
         self.storage = stored
         self.appended = 0
         if self.settings.policy.observed is None:

@@ -1,35 +1,34 @@
-"""Storage for heads of unequal length, without padding, and the attention over it."""
+"""Storage for heads of unequal length, without padding."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from retain.kv.kernels import usable
+from retain.kv.room import Room, room_for, writable
 from retain.kv.storage import FILL, Entries, pick_vectors, vector_numbers
 
 if TYPE_CHECKING:
     from retain.kv.kernels.decoding import Plan
 
-_TAIL = 256  # new tokens that are kept beside the packed entries before they are packed too
-
 
 class RaggedStorage:
-    """Keys and values of heads of unequal length, packed one head after the other; new tokens stand beside them.
+    """Keys and values of heads of unequal length, one head after the other.
 
-    Head h of row b holds `lengths[b][h]` packed entries and all entries of the tail. Tensors are replaced, never
-    written to, so that copies may share them.
+    Each head has its packed entries, those of the tail, which are of all new tokens since the last eviction, and
+    room for more. Copies share tensors: what one of them holds is never written to, new entries go into the room.
 
     Args:
-        keys: [packed, dim].
-        values: [packed, value_dim].
+        keys: packed ones, [packed, dim].
+        values: packed ones, [packed, value_dim].
         positions: int32 [packed].
         lengths: packed entries of each row and head.
-        tail: keys, values [batch, kv_heads, new, …] and positions int32 [batch, new] of new tokens.
+        tail: keys, values [batch, kv_heads, new, …] and positions int32 [batch, new] of new tokens; None for none.
         places: int32 [packed], where the rotary embedding puts the keys; None for `positions`.
         columns: further numbers of the packed entries by name, float32 [packed].
 
@@ -41,16 +40,21 @@ class RaggedStorage:
         values: Tensor,
         positions: Tensor,
         lengths: list[list[int]],
-        tail: tuple[Tensor, Tensor, Tensor],
+        tail: tuple[Tensor, Tensor, Tensor] | None = None,
         places: Tensor | None = None,
         columns: dict[str, Tensor] | None = None,
     ) -> None:
-        self.packed_keys, self.packed_values, self.packed_positions = keys, values, positions
         self.lengths = lengths
-        self.tail_keys, self.tail_values, self.tail_positions = tail
+        self.packed_positions = positions
         self.packed_places = places
         self.columns = columns or {}
-        self.plan: tuple[list[list[int]], Plan] | None = None  # of a kernel, and the lengths that it is for
+        self.tail_positions = positions.new_empty((len(lengths), 0))
+        self._keys, self._values = keys, values
+        self._room = Room()
+        self._first_free: Tensor | None = None
+        self.plan: Plan | None = None  # of a kernel, for where the heads stand now
+        if tail is not None and tail[2].shape[1]:
+            self.append(*tail)
 
     @classmethod
     def gather(cls, entries: Entries, kept: Tensor) -> RaggedStorage:
@@ -68,44 +72,76 @@ class RaggedStorage:
             return x.expand(-1, kept.shape[1], -1).gather(2, index)[there]
 
         keys, values = (pick_vectors(x, vector_numbers(x, index)[there]) for x in (entries.keys, entries.values))
-        no_keys, no_values = (x[:, :, :0].clone() for x in (entries.keys, entries.values))
         return cls(
             keys,
             values,
             beside(entries.positions).to(torch.int32),
             there.sum(-1).tolist(),
-            (no_keys, no_values, entries.positions.new_empty((kept.shape[0], 0), dtype=torch.int32)),
-            None if entries.places is None else beside(entries.places).to(torch.int32),
-            {name: beside(x) for name, x in entries.columns.items()},
+            places=None if entries.places is None else beside(entries.places).to(torch.int32),
+            columns={name: beside(x) for name, x in entries.columns.items()},
         )
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Packed keys and values, and those of the tail."""
-        return self.packed_keys, self.packed_values, self.tail_keys, self.tail_values
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, with the room behind each head."""
+        return self._keys, self._values
+
+    @property
+    def tail(self) -> int:
+        """New tokens since the last eviction."""
+        return self.tail_positions.shape[1]
+
+    @property
+    def packed_keys(self) -> Tensor:
+        """Packed keys [packed, dim]."""
+        return self._packed_of(self._keys)
+
+    @property
+    def packed_values(self) -> Tensor:
+        """Packed values [packed, value_dim]."""
+        return self._packed_of(self._values)
+
+    @property
+    def tail_keys(self) -> Tensor:
+        """Keys of new tokens, [batch, kv_heads, new, dim]."""
+        return self._tail_of(self._keys)
+
+    @property
+    def tail_values(self) -> Tensor:
+        """Values of new tokens, [batch, kv_heads, new, value_dim]."""
+        return self._tail_of(self._values)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First entry of each head, row by row, in `tensors`, and how many it has."""
+        found, start = [], 0
+        for length in itertools.chain(*self.lengths):
+            found.append((start, length + self.tail))
+            start += length + self._room.end
+        return found
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored keys and values."""
-        return sum(x.nbytes for x in self.tensors)
+        return sum(self.nbytes_by_head)
 
     @property
     def nbytes_entry(self) -> int:
         """Bytes of one key and value."""
-        return sum(x.shape[-1] * x.element_size() for x in self.tensors[:2])
+        return sum(x.shape[-1] * x.element_size() for x in self.tensors)
 
     @property
     def nbytes_by_head(self) -> list[int]:
         """Bytes of the keys and values of each head, over all rows."""
-        new = len(self.lengths) * self.tail_keys.shape[2]
+        new = len(self.lengths) * self.tail
         return [(sum(own) + new) * self.nbytes_entry for own in zip(*self.lengths, strict=True)]
 
     @property
     def nbytes_index(self) -> int:
-        """Bytes of what is stored beside them."""
-        places = 0 if self.packed_places is None else self.packed_places.nbytes
-        columns = sum(x.nbytes for x in self.columns.values())
-        return self.packed_positions.nbytes + self.tail_positions.nbytes + places + columns
+        """Bytes of what is stored beside them, and of the room for new ones."""
+        beside = (self.packed_positions, self.tail_positions, self.packed_places, *self.columns.values())
+        room = sum(x.nbytes for x in self.tensors) - self.nbytes
+        return room + sum(x.nbytes for x in beside if x is not None)
 
     @property
     def kept(self) -> Tensor:
@@ -132,7 +168,7 @@ class RaggedStorage:
         )
 
     def _tail_beside(self, x: Tensor) -> Tensor:
-        return x[:, None].expand(-1, self.tail_keys.shape[1], -1)
+        return x[:, None].expand(-1, len(self.lengths[0]), -1)
 
     def _aligned(self, packed: Tensor, tail: Tensor, fill: float) -> Tensor:
         """Packed entries [packed, …] right-aligned before the tail [batch, kv_heads, new, …]."""
@@ -145,18 +181,35 @@ class RaggedStorage:
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Add the entries of new tokens; `positions` is [batch, new]."""
-        self.tail_keys = torch.cat((self.tail_keys, keys), dim=2)
-        self.tail_values = torch.cat((self.tail_values, values), dim=2)
-        new = positions.clamp_min(-1).to(torch.int32)
-        self.tail_positions = torch.cat((self.tail_positions, new), dim=1)
+        at, new = self.tail, keys.shape[2]
+        free = writable(self._keys, keys) and writable(self._values, values)
+        if free and self._room.take(at, new):
+            index = self._free_places(at, new)
+            self._keys.index_copy_(0, index, keys.flatten(0, 2))
+            self._values.index_copy_(0, index, values.flatten(0, 2))
+        else:
+            mean = sum(map(sum, self.lengths)) // (len(self.lengths) * len(self.lengths[0]))
+            room = room_for(mean + at, new)
+            self._keys = self._with_new(self._keys, keys, room)
+            self._values = self._with_new(self._values, values, room)
+            self._room = Room(at + new, at + new + room)
+            self._first_free = self.plan = None
+        self.tail_positions = torch.cat((self.tail_positions, positions.clamp_min(-1).to(torch.int32)), dim=1)
 
-    def settle(self) -> None:
-        """Pack the tail where it has grown long, so that the next tokens need not copy it again and again."""
-        if self.tail_keys.shape[2] < _TAIL:
-            return
-        entries = self.entries
-        width = torch.arange(entries.keys.shape[2], device=entries.keys.device)
-        self._become(RaggedStorage.gather(entries, width.where(entries.positions >= 0, -1)))
+    def _free_places(self, at: int, new: int) -> Tensor:
+        """Where the tail goes on, long [batch * kv_heads * new], in `tensors`."""
+        if self._first_free is None:
+            ends = [start + count - at for start, count in self.spans]
+            self._first_free = torch.tensor(ends, device=self._keys.device)
+        if new == 1:
+            return self._first_free + at
+        return (self._first_free[:, None] + torch.arange(at, at + new, device=self._keys.device)).flatten()
+
+    def _with_new(self, x: Tensor, new: Tensor, room: int) -> Tensor:
+        """Copy a tensor, new entries [batch, kv_heads, new, …] behind those of each head, and room behind them."""
+        space = x.new_zeros(room, x.shape[-1])
+        heads = zip(self.spans, new.flatten(0, 1), strict=True)
+        return torch.cat([part for (start, n), own in heads for part in (x[start : start + n], own, space)])
 
     def row_span(self, row: int) -> slice:
         """Return where the packed entries of a row stand."""
@@ -168,18 +221,18 @@ class RaggedStorage:
         sizes = list(itertools.chain(*self.lengths))
         counts = [int(part.sum()) for part in mask.split(sizes)]
         heads = len(self.lengths[0])
-        self._packed(lambda x: x[mask])
-        self.lengths = [counts[row : row + heads] for row in range(0, len(counts), heads)]
+        lengths = [counts[row : row + heads] for row in range(0, len(counts), heads)]
+        self._change(lengths, lambda x: x[mask], lambda x: x)
 
     def rows(self, index: Tensor) -> None:
         """Keep, reorder or repeat rows of the batch: row j becomes what row index[j] was."""
         chosen = index.tolist()
         sizes = [sum(own) for own in self.lengths]
-        self._packed(lambda x: torch.cat([x.split(sizes)[row] for row in chosen]))
-        self.lengths = [list(self.lengths[row]) for row in chosen]
-        own = index.to(self.tail_keys.device)
-        self.tail_keys, self.tail_values, self.tail_positions = (
-            x.index_select(0, own) for x in (self.tail_keys, self.tail_values, self.tail_positions)
+        own = index.to(self.tail_positions.device)
+        self._change(
+            [list(self.lengths[row]) for row in chosen],
+            lambda x: torch.cat([x.split(sizes)[row] for row in chosen]),
+            lambda x: x.index_select(0, own),
         )
 
     def drop_last(self, tokens: int) -> None:
@@ -190,114 +243,37 @@ class RaggedStorage:
         self._become(RaggedStorage.gather(entries, width.where(there, -1)))
 
     def copy(self) -> RaggedStorage:
-        """Return a storage that shares the tensors, which neither writes to."""
-        tail = (self.tail_keys, self.tail_values, self.tail_positions)
-        lengths = [list(row) for row in self.lengths]
-        packed = (self.packed_keys, self.packed_values, self.packed_positions)
-        return RaggedStorage(*packed, lengths, tail, self.packed_places, dict(self.columns))
+        """Return a storage that shares the tensors."""
+        other = copy.copy(self)
+        other.columns = dict(self.columns)
+        return other
 
     def _become(self, other: RaggedStorage) -> None:
+        # Others know this storage: it stays the same object.
         self.__dict__.update(other.__dict__)
 
-    def _packed(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.packed_keys, self.packed_values = change(self.packed_keys), change(self.packed_values)
-        self.packed_positions = change(self.packed_positions)
-        self.packed_places = None if self.packed_places is None else change(self.packed_places)
-        self.columns = {name: change(x) for name, x in self.columns.items()}
-
-
-def attend(
-    query: Tensor,
-    storage: RaggedStorage,
-    mask: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    """Exact attention of new tokens over a ragged storage that already holds them in its tail.
-
-    Args:
-        query: [batch, heads, new, dim], of the newest tokens.
-        storage: what they read.
-        mask: bool [batch, 1, new, new], what each new token may read of the new ones; None for all before it.
-        scaling: factor on the query-key product.
-
-    Returns:
-        [batch, new, heads, value_dim].
-
-    """
-    new, tail = query.shape[2], storage.tail_keys.shape[2]
-    if new == 1 and usable(query, *storage.tensors):
-        # What the mask says of one token, its position says too.
-        return _decode(query, storage, scaling)
-    if mask is None and new > 1:
-        mask = torch.ones(new, new, dtype=torch.bool, device=query.device).tril_()[None, None]
-    earlier = storage.tail_positions >= 0
-    hidden: Tensor | None = None  # bool [batch, 1, new, tail], what may not be read
-    if mask is not None or not bool(earlier.all()):
-        before = earlier[:, None, None, : tail - new].expand(-1, 1, new, -1)
-        latest = torch.ones_like(before[..., :1]).expand(-1, 1, new, new) if mask is None else mask
-        hidden = ~torch.cat((before, latest.expand(before.shape[0], -1, -1, -1)), dim=-1)
-    work = _one_by_one if new > 1 else _together
-    return work(query, storage, hidden, scaling)
-
-
-def _decode(query: Tensor, storage: RaggedStorage, scaling: float) -> Tensor:
-    """One kernel for all heads, split along their keys. For one new token on a GPU."""
-    from retain.kv.kernels.decoding import Plan, decode
-
-    if storage.plan is None or storage.plan[0] is not storage.lengths:
-        storage.plan = (storage.lengths, Plan.of(storage.lengths, query.device))
-    tail = (storage.tail_keys, storage.tail_values, storage.tail_positions)
-    packed = (storage.packed_keys, storage.packed_values)
-    return decode(query[:, :, 0], packed, tail, storage.plan[1], scaling)[:, None]
-
-
-def _together(query: Tensor, storage: RaggedStorage, hidden: Tensor | None, scaling: float) -> Tensor:
-    """All heads in one softmax: two products for each head, everything else once. For one new token."""
-    batch, heads, new, _ = query.shape
-    kv_heads, tail = storage.tail_keys.shape[1:3]
-    grouped = query.reshape(batch, kv_heads, -1, query.shape[-1])  # [batch, kv_heads, group * new, dim]
-    width = max(itertools.chain(*storage.lengths))
-    logits = query.new_full((*grouped.shape[:3], width + tail), float("-inf"), dtype=torch.float32)
-    segments = _segments(storage)
-    for row, head, keys, _ in segments:
-        logits[row, head, :, : keys.shape[0]] = grouped[row, head] @ keys.mT
-    own = (grouped @ storage.tail_keys.mT).float()
-    if hidden is not None:
-        own.unflatten(2, (-1, new)).masked_fill_(hidden[:, :, None], float("-inf"))
-    logits[..., width:] = own
-    weights = logits.mul_(scaling).softmax(-1).to(query.dtype)
-    out = weights[..., width:] @ storage.tail_values
-    for row, head, keys, values in segments:
-        out[row, head] += weights[row, head, :, : keys.shape[0]] @ values
-    return out.view(batch, heads, new, -1).transpose(1, 2)
-
-
-def _one_by_one(query: Tensor, storage: RaggedStorage, hidden: Tensor | None, scaling: float) -> Tensor:
-    """Torch's own attention, one KV head after the other. For a chunk of new tokens."""
-    batch, heads, new, _ = query.shape
-    group = heads // storage.tail_keys.shape[1]
-    out = query.new_empty(batch, heads, new, storage.tail_values.shape[-1])
-    for row, head, keys, values in _segments(storage):
-        all_keys = torch.cat((keys, storage.tail_keys[row, head]))
-        all_values = torch.cat((values, storage.tail_values[row, head]))
-        own = slice(head * group, (head + 1) * group)
-        bias: Any = None
-        if hidden is not None:
-            seen = torch.ones(new, keys.shape[0], dtype=torch.bool, device=query.device)
-            bias = torch.cat((seen, ~hidden[row, 0]), dim=-1)
-        out[row, own] = torch.nn.functional.scaled_dot_product_attention(
-            query[row, own],
-            all_keys.expand(group, -1, -1),
-            all_values.expand(group, -1, -1),
-            attn_mask=bias,
-            scale=scaling,
+    def _change(
+        self, lengths: list[list[int]], packed: Callable[[Tensor], Tensor], tail: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Change what is packed and the tail, each in all its tensors."""
+        places = self.packed_places
+        self._become(
+            RaggedStorage(
+                packed(self.packed_keys),
+                packed(self.packed_values),
+                packed(self.packed_positions),
+                lengths,
+                (tail(self.tail_keys), tail(self.tail_values), tail(self.tail_positions)),
+                None if places is None else packed(places),
+                {name: packed(x) for name, x in self.columns.items()},
+            )
         )
-    return out.transpose(1, 2)
 
+    def _packed_of(self, x: Tensor) -> Tensor:
+        if not self._room.end:
+            return x
+        return torch.cat([x[start : start + n - self.tail] for start, n in self.spans])
 
-def _segments(storage: RaggedStorage) -> list[tuple[int, int, Tensor, Tensor]]:
-    """Row, head, packed keys and values of each head."""
-    sizes = list(itertools.chain(*storage.lengths))
-    keys, values = storage.packed_keys.split(sizes), storage.packed_values.split(sizes)
-    heads = len(storage.lengths[0])
-    return [(n // heads, n % heads, k, v) for n, (k, v) in enumerate(zip(keys, values, strict=True))]
+    def _tail_of(self, x: Tensor) -> Tensor:
+        own = torch.stack([x[start + n - self.tail : start + n] for start, n in self.spans])
+        return own.unflatten(0, (len(self.lengths), -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,8 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from retain.kv.room import Room, room_for, writable
+
 # What an entry that was just appended gets in a column beside keys and values; NaN: nothing was claimed yet.
 FILL = {"received": 0.0, "claim": float("nan")}
+_NAMES = ("keys", "values", "positions", "places")  # what a storage holds beside columns
 
 
 @dataclass
@@ -53,7 +57,7 @@ class Storage(Protocol):
 
     @property
     def nbytes_index(self) -> int:
-        """Bytes of positions and all else that is stored beside keys and values."""
+        """Bytes of all else: positions, columns, room for new entries."""
         ...
 
     @property
@@ -96,8 +100,16 @@ class Storage(Protocol):
 class UniformStorage:
     """Keys and values of heads of equal length: [batch, kv_heads, width, dim], right-aligned in each row.
 
-    A row that keeps fewer entries than the widest has zeros in its first places. Tensors are replaced, never
-    written to, so that copies may share them.
+    A row that keeps fewer entries than the widest has zeros in its first places. Copies share tensors: what one of
+    them holds is never written to, new entries go into the room behind.
+
+    Args:
+        keys: [batch, kv_heads, width, dim].
+        values: [batch, kv_heads, width, value_dim].
+        positions: int32 [batch, kv_heads, width].
+        places: int32, as positions.
+        columns: float32, as positions.
+
     """
 
     def __init__(
@@ -108,10 +120,11 @@ class UniformStorage:
         places: Tensor | None = None,
         columns: dict[str, Tensor] | None = None,
     ) -> None:
-        self.keys, self.values = keys, values
-        self.positions = positions  # int32 [batch, kv_heads, width]
-        self.places = places  # int32, as positions
-        self.columns = columns or {}
+        self.width = keys.shape[2]  # entries stored for every row and head
+        self._parts = {"keys": keys, "values": values, "positions": positions, **(columns or {})}
+        if places is not None:
+            self._parts["places"] = places
+        self._room = Room(self.width)
 
     @classmethod
     def all(cls, entries: Entries) -> UniformStorage:
@@ -147,10 +160,34 @@ class UniformStorage:
             {name: beside(x, 0) for name, x in entries.columns.items()},
         )
 
+    def _stored(self, name: str) -> Tensor:
+        part = self._parts[name]
+        return part if part.shape[2] == self.width else part[:, :, : self.width]
+
     @property
-    def width(self) -> int:
-        """Entries stored for every row and head."""
-        return self.keys.shape[2]
+    def keys(self) -> Tensor:
+        """Keys [batch, kv_heads, width, dim]."""
+        return self._stored("keys")
+
+    @property
+    def values(self) -> Tensor:
+        """Values [batch, kv_heads, width, value_dim]."""
+        return self._stored("values")
+
+    @property
+    def positions(self) -> Tensor:
+        """Index of each entry within its row's own text, int32 [batch, kv_heads, width], −1 where there is none."""
+        return self._stored("positions")
+
+    @property
+    def places(self) -> Tensor | None:
+        """Where the rotary embedding puts the keys, int32 [batch, kv_heads, width]; None for `positions`."""
+        return self._stored("places") if "places" in self._parts else None
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """Further numbers of each entry, float32 [batch, kv_heads, width]."""
+        return {name: self._stored(name) for name in self._parts if name not in _NAMES}
 
     @property
     def nbytes(self) -> int:
@@ -175,9 +212,8 @@ class UniformStorage:
 
     @property
     def nbytes_index(self) -> int:
-        """Bytes of what is stored beside them."""
-        places = 0 if self.places is None else self.places.nbytes
-        return self.positions.nbytes + places + sum(x.nbytes for x in self.columns.values())
+        """Bytes of what is stored beside them, and of the room for new ones."""
+        return sum(part.nbytes for part in self._parts.values()) - self.nbytes
 
     @property
     def kept(self) -> Tensor:
@@ -192,36 +228,49 @@ class UniformStorage:
     @property
     def entries(self) -> Entries:
         """All entries, as they are stored."""
-        return Entries(self.keys, self.values, self.positions.long(), self.places, dict(self.columns))
+        return Entries(self.keys, self.values, self.positions.long(), self.places, self.columns)
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Add the entries of new tokens; `positions` is [batch, new]."""
-        self.keys = torch.cat((self.keys, keys), dim=2)
-        self.values = torch.cat((self.values, values), dim=2)
-        new = positions.clamp_min(-1).to(torch.int32)[:, None].expand(-1, keys.shape[1], -1)
-        self.positions = torch.cat((self.positions, new), dim=2)
-        if self.places is not None:
-            self.places = torch.cat((self.places, new), dim=2)
-        for name, x in self.columns.items():
-            self.columns[name] = torch.cat((x, x.new_full(new.shape, FILL[name])), dim=2)
+        new = keys.shape[2]
+        beside = positions.clamp_min(-1).to(torch.int32)[:, None].expand(-1, keys.shape[1], -1)
+        added = {"keys": keys, "values": values, "positions": beside, "places": beside}
+        for name in self.columns:
+            added[name] = beside.new_full(beside.shape, FILL[name], dtype=torch.float32)
+        free = all(writable(part, added[name]) for name, part in self._parts.items())
+        if free and self._room.take(self.width, new):
+            for name, part in self._parts.items():
+                part[:, :, self.width : self.width + new] = added[name]
+        else:
+            room = room_for(self.width, new)
+            self._each(lambda name, x: torch.cat((x, added[name], x.new_zeros(_with_width(x, room))), dim=2))
+            self._room = Room(self.width + new, self.width + new + room)
+        self.width += new
 
     def rows(self, index: Tensor) -> None:
         """Keep, reorder or repeat rows of the batch: row j becomes what row index[j] was."""
         index = index.to(self.keys.device)
-        self._each(lambda x: x.index_select(0, index))
+        self._each(lambda _, x: x.index_select(0, index))
+        self._room = Room(self.width)
 
     def drop_last(self, tokens: int) -> None:
         """Forget the newest entries."""
-        self._each(lambda x: x[:, :, :-tokens])
+        self.width -= tokens
 
     def copy(self) -> UniformStorage:
-        """Return a storage that shares the tensors, which neither writes to."""
-        return UniformStorage(self.keys, self.values, self.positions, self.places, dict(self.columns))
+        """Return a storage that shares the tensors."""
+        other = copy.copy(self)
+        other._parts = dict(self._parts)
+        return other
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.keys, self.values, self.positions = change(self.keys), change(self.values), change(self.positions)
-        self.places = None if self.places is None else change(self.places)
-        self.columns = {name: change(x) for name, x in self.columns.items()}
+    def _each(self, change: Callable[[str, Tensor], Tensor]) -> None:
+        # One after the other, so that only one of them is there twice.
+        for name in self._parts:
+            self._parts[name] = change(name, self._stored(name))
+
+
+def _with_width(x: Tensor, width: int) -> list[int]:
+    return [*x.shape[:2], width, *x.shape[3:]]
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

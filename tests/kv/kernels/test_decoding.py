@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from retain.kv import ragged
+from retain.kv import ragged_attention
 from retain.kv.kernels.decoding import Plan
 from retain.kv.ragged import RaggedStorage
 
@@ -55,10 +55,10 @@ def test_attention_is_that_of_float64(monkeypatch, dtype, lengths, tail, group, 
     storage = storage_of(lengths, tail, dim, value_dim, dtype)
     heads = group * len(lengths[0])
     query = torch.randn(len(lengths), heads, 1, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
-    monkeypatch.setattr(ragged, "usable", lambda *tensors: True)
+    monkeypatch.setattr(ragged_attention, "usable", lambda *tensors: True)
     exact = oracle(query, storage, 0.2)
     for _ in range(2):  # with a plan that is made, and with one that is there
-        found = ragged.attend(query, storage, None, 0.2)
+        found = ragged_attention.attend(query, storage, None, 0.2)
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), exact, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
@@ -66,34 +66,45 @@ def test_attention_is_that_of_float64(monkeypatch, dtype, lengths, tail, group, 
 def test_plan_follows_the_heads(monkeypatch):
     storage = storage_of([[90, 10], [20, 60]], [[90], [60]], 64, 64, torch.float32)
     query = torch.randn(2, 2, 1, 64)
-    monkeypatch.setattr(ragged, "usable", lambda *tensors: True)
-    ragged.attend(query, storage, None, 0.1)
+    monkeypatch.setattr(ragged_attention, "usable", lambda *tensors: True)
+    ragged_attention.attend(query, storage, None, 0.1)
     storage.rows(torch.tensor([1, 0]))
-    torch.testing.assert_close(ragged.attend(query, storage, None, 0.1), oracle(query, storage, 0.1).float())
+    torch.testing.assert_close(ragged_attention.attend(query, storage, None, 0.1), oracle(query, storage, 0.1).float())
+    # With new tokens the heads move apart, and with more of them they stay where they are.
+    for _ in range(3):
+        storage.append(*(torch.randn(2, 2, 1, 64) for _ in range(2)), torch.tensor([[91], [61]]))
+        torch.testing.assert_close(
+            ragged_attention.attend(query, storage, None, 0.1), oracle(query, storage, 0.1).float()
+        )
     storage.keep(torch.arange(180) % 3 > 0)
-    torch.testing.assert_close(ragged.attend(query, storage, None, 0.1), oracle(query, storage, 0.1).float())
+    torch.testing.assert_close(ragged_attention.attend(query, storage, None, 0.1), oracle(query, storage, 0.1).float())
 
 
 def test_row_that_may_read_nothing_gets_zeros(monkeypatch):
     storage = storage_of([[0], [7]], [[-1], [7]], 64, 64, torch.float32)
-    monkeypatch.setattr(ragged, "usable", lambda *tensors: True)
-    found = ragged.attend(torch.randn(2, 1, 1, 64), storage, None, 0.1)
+    monkeypatch.setattr(ragged_attention, "usable", lambda *tensors: True)
+    found = ragged_attention.attend(torch.randn(2, 1, 1, 64), storage, None, 0.1)
     assert found[0].eq(0).all()
     assert found[1].isfinite().all()
 
 
 def test_plan_covers_every_entry_once():
     lengths = [[700, 0, 129], [1, 5000, 128]]
-    plan = Plan.of(lengths, torch.device("cpu"))
     sizes = list(itertools.chain(*lengths))
-    covered = torch.zeros(sum(sizes), dtype=torch.long)
-    head_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    storage = storage_of(lengths, [list(range(9))] * 2, 16, 16, torch.float32)
+    packed = [(start, count - 9) for start, count in storage.spans]
+    plan = Plan.of(packed, torch.device("cpu"))
+    covered = torch.zeros(len(storage.tensors[0]), dtype=torch.long)
+    head_of = torch.full_like(covered, -1)
+    for head, (start, count) in enumerate(packed):
+        head_of[start : start + count] = head
     for head, first, count in plan.items.tolist():
-        if first >= 0:
+        if count >= 0:
             covered[first : first + count] += 1
             assert head_of[first : first + count].eq(head).all()
             assert 0 < count <= math.ceil(sum(sizes) / 4)
-    assert covered.eq(1).all()
+    assert torch.equal(covered, (head_of >= 0).long())
     ends = plan.items[plan.spans[1:].long() - 1]
-    assert ends[:, 1].eq(-1).all()
+    assert ends[:, 1].tolist() == [start + count for start, count in packed]
+    assert ends[:, 2].eq(-1).all()
     assert ends[:, 0].tolist() == list(range(len(sizes)))

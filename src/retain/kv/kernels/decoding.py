@@ -31,8 +31,9 @@ class Plan:
     """How heads of unequal length are cut into parts of about equal length.
 
     Args:
-        items: int32 [parts, 3]: row and head as one number, first packed entry, entries; for the new tokens of a row,
-            which stand beside the packed entries, −1 and 0. Parts of one head follow each other, that one the last.
+        items: int32 [parts, 3]: row and head as one number, first entry, entries; of the new tokens of a row, which
+            follow the packed entries, as many as there are then: −1. Parts of one head follow each other, that one
+            the last.
         spans: int32 [batch * kv_heads + 1], first part of each head, and one past the last of all.
 
     """
@@ -41,27 +42,27 @@ class Plan:
     spans: Tensor
 
     @classmethod
-    def of(cls, lengths: list[list[int]], device: torch.device) -> "Plan":
-        """Cut heads of so many packed entries, [batch][kv_heads]."""
-        sizes = np.asarray(lengths, dtype=np.int64).reshape(-1)
-        first = np.concatenate(([0], sizes.cumsum()))
-        fair = power_of_two(int(first[-1]) // (4 * processors(device)) + 1)
+    def of(cls, packed: list[tuple[int, int]], device: torch.device) -> "Plan":
+        """Cut heads, row by row, whose packed entries start there and are so many."""
+        first, sizes = np.asarray(packed, dtype=np.int64).T
+        fair = power_of_two(int(sizes.sum()) // (4 * processors(device)) + 1)
         part = min(max(fair, _LEAST), _MOST)
         counts = -(-sizes // part) + 1
         spans = np.concatenate(([0], counts.cumsum()))
         head = np.repeat(np.arange(len(sizes)), counts)
         number = np.arange(spans[-1]) - spans[head]
         last = number == counts[head] - 1
-        start = np.where(last, -1, first[head] + number * part)
-        size = np.where(last, 0, np.minimum(part, sizes[head] - number * part))
+        start = first[head] + np.where(last, sizes[head], number * part)
+        size = np.where(last, -1, np.minimum(part, sizes[head] - number * part))
         items = torch.from_numpy(np.stack((head, start, size), axis=1).astype(np.int32))
         return cls(items.to(device), torch.from_numpy(spans.astype(np.int32)).to(device))
 
 
 def decode(
     query: Tensor,
-    packed: tuple[Tensor, Tensor],
-    tail: tuple[Tensor, Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
     plan: Plan,
     scaling: float,
 ) -> Tensor:
@@ -69,9 +70,9 @@ def decode(
 
     Args:
         query: [batch, heads, dim].
-        packed: keys [packed, dim] and values [packed, value_dim], one head after the other.
-        tail: keys [batch, kv_heads, new, dim], values [batch, kv_heads, new, value_dim] and positions int32
-            [batch, new] of the new tokens, negative for those that may not be read.
+        keys: [entries, dim], one head after the other, those of the new tokens behind each.
+        values: [entries, value_dim], in the same order.
+        positions: int32 [batch, new] of the new tokens, negative for those that may not be read.
         plan: where each head's entries are.
         scaling: factor on the query-key product.
 
@@ -79,11 +80,10 @@ def decode(
         [batch, heads, value_dim], 0 where a query may read nothing.
 
     """
-    keys, values = (x.contiguous() for x in packed)
-    tail_keys, tail_values = (rows_of(x) for x in tail[:2])
-    query, positions = rows_of(query), tail[2].contiguous()
-    batch, kv_heads, new, dim = tail_keys.shape
-    heads, value_dim = query.shape[1], values.shape[-1]
+    query, keys, values, positions = rows_of(query), keys.contiguous(), values.contiguous(), positions.contiguous()
+    batch, heads, dim = query.shape
+    new, value_dim = positions.shape[1], values.shape[-1]
+    kv_heads = (len(plan.spans) - 1) // batch
     group = heads // kv_heads
     parts = len(plan.items)
     out = query.new_empty(batch, heads, value_dim)
@@ -96,8 +96,6 @@ def decode(
         query,
         keys,
         values,
-        tail_keys,
-        tail_values,
         positions,
         plan.items,
         partial,
@@ -107,8 +105,6 @@ def decode(
         kv_heads,
         new,
         *query.stride()[:2],
-        *tail_keys.stride()[:3],
-        *tail_values.stride()[:3],
         GROUP=group,
         DIM=dim,
         VALUE_DIM=value_dim,
@@ -141,8 +137,6 @@ def _walk(
     q: "Any",
     keys: "Any",
     values: "Any",
-    key_stride: "Any",
-    value_stride: "Any",
     positions: "Any",
     count: "Any",
     scaling: "Any",
@@ -165,11 +159,9 @@ def _walk(
         there = n < count
         if MASKED:
             there = there & (tl.load(positions + n, mask=there, other=-1) >= 0)
-        k = tl.load(
-            keys + n[None, :] * key_stride + dims[:, None], mask=there[None, :] & (dims < DIM)[:, None], other=0.0
-        )
+        k = tl.load(keys + n[None, :] * DIM + dims[:, None], mask=there[None, :] & (dims < DIM)[:, None], other=0.0)
         v = tl.load(
-            values + n[:, None] * value_stride + outs[None, :],
+            values + n[:, None] * VALUE_DIM + outs[None, :],
             mask=there[:, None] & (outs < VALUE_DIM)[None, :],
             other=0.0,
         )
@@ -190,8 +182,6 @@ def _part(
     query: "Any",
     keys: "Any",
     values: "Any",
-    tail_keys: "Any",
-    tail_values: "Any",
     positions: "Any",
     items: "Any",
     partial: "Any",
@@ -202,12 +192,6 @@ def _part(
     new: "Any",
     query_batch: "Any",
     query_head: "Any",
-    key_batch: "Any",
-    key_head: "Any",
-    key_token: "Any",
-    value_batch: "Any",
-    value_head: "Any",
-    value_token: "Any",
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -230,13 +214,11 @@ def _part(
         mask=(group < GROUP)[:, None] & (dims < DIM)[None, :],
         other=0.0,
     )
-    if first >= 0:
+    if count >= 0:
         peak, mass, total = _walk(
             q,
             keys + first * DIM,
             values + first * VALUE_DIM,
-            DIM,
-            VALUE_DIM,
             positions,
             count,
             scaling,
@@ -251,10 +233,8 @@ def _part(
     else:
         peak, mass, total = _walk(
             q,
-            tail_keys + row * key_batch + head * key_head,
-            tail_values + row * value_batch + head * value_head,
-            key_token,
-            value_token,
+            keys + first * DIM,
+            values + first * VALUE_DIM,
             positions + row * new,
             new,
             scaling,
