@@ -25,9 +25,9 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Ours and kvpress in one process, on the same tensors, in an environment of their own.
+# Scoring, decoding and a long stream; ours and kvpress in one process, in an environment of their own.
 bench-kv: $(BENCH)/.ready
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BENCH)/bin/python benchmarks/kv.py --json docs/results/kv-cost.json
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BENCH)/bin/python -W ignore benchmarks/kv_all.py
 
 # Training with our samplers against a loop as PyG's examples write it, in one run.
 bench-link: $(VENV)/.ready

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import pydoc_data.topics
 import statistics
 import sys
@@ -25,6 +23,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from machine import machine
 from retain.kv import RetainCache, Signals, get_policy, load
 from retain.kv.attention import Call
 from retain.kv.layer import RetainLayer
@@ -276,17 +275,6 @@ def eager_cost(model: Any, ids: Tensor, budget: float) -> float:
     total = time.perf_counter() - start
     model.set_attn_implementation("sdpa")
     return 100 * (total - plain) / plain
-
-
-def machine() -> str:
-    names = [line.split(":")[1].strip() for line in cpu_info() if line.startswith("model name")]
-    name, threads = names[0] if names else platform.processor(), torch.get_num_threads()
-    return f"{name}, {os.cpu_count()} cores, {threads} thread, torch {torch.__version__}"
-
-
-def cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 if __name__ == "__main__":

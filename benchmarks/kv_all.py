@@ -1,0 +1,51 @@
+"""All measurements of the KV cache, one after the other: `make bench-kv`. The last line is one JSON object.
+
+Each is a program of its own beside this one, with options of its own, and writes what it measured to
+`docs/results`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "docs" / "results"
+FIGURE = HERE.parent / "docs" / "images" / "kv-stream.png"
+PARTS = {
+    "kv-cost.json": ["kv.py"],
+    "kv-decode.json": ["kv_decode.py"],
+    "kv-stream.json": ["kv_stream.py", "--figure", str(FIGURE)],
+}
+KEYS = (
+    "capkv_percent_4k",
+    "kvpress_cap_percent_4k",
+    "peak_cache_bytes_25",
+    "kvpress_peak_cache_bytes_25",
+    "decode_of_bound_uniform_25",
+    "decode_of_bound_ragged_25",
+    "ragged_step_vs_uniform",
+    "kvpress_of_bound_uniform_25",
+    "kvpress_of_bound_adakv_25",
+    "peak_memory_ragged_25",
+    "kvpress_peak_memory_adakv_25",
+    "peak_memory_full",
+    "stream_peak_growth_percent",
+    "stream_seconds_last_over_first",
+    "stream_nll_first_8k",
+    "stream_nll_beyond_8k",
+)
+
+
+def main() -> None:
+    for name, (program, *options) in PARTS.items():
+        command = [sys.executable, "-W", "ignore", str(HERE / program), *options, "--json", str(RESULTS / name)]
+        subprocess.run(command, check=True)
+    found = {key: value for name in PARTS for key, value in json.loads((RESULTS / name).read_text()).items()}
+    print(json.dumps({key: found[key] for key in KEYS}))
+
+
+if __name__ == "__main__":
+    main()

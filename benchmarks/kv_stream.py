@@ -1,0 +1,139 @@
+"""A stream far longer than the model's window, under a budget that holds at all times: memory, time, sense.
+
+Real English is read in chunks; after each, processor seconds, the process's memory and the mean negative
+log-likelihood of the chunk's tokens are noted. At the end the model goes on greedily.
+
+Run with `make bench-kv`. Options: --tokens 100000, --budget 2048, --chunk 512, --json PATH, --figure PATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pydoc_data.topics
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from machine import forget_peak, machine, status
+from retain.kv import RetainCache, load
+from retain.report import figures
+
+FROM = 10_000  # the token from which memory is to stay as it is
+
+
+def read(model: Any, cache: RetainCache, ids: Tensor, chunk: int) -> list[dict[str, float]]:
+    """Read all of it; one row for each chunk."""
+    rows = []
+    for start in range(0, ids.shape[1], chunk):
+        part = ids[:, start : start + chunk]
+        began = time.process_time()
+        with torch.no_grad():
+            logits = model(part, past_key_values=cache, use_cache=True).logits[0]
+        seconds = time.process_time() - began
+        report = cache.report()
+        rows.append(
+            {
+                "tokens": start + part.shape[1],
+                "seconds": seconds * chunk / part.shape[1],
+                "rss": status("VmRSS"),
+                "peak": status("VmHWM"),
+                "kept": report.tokens_kept,
+                "cache_bytes": report.bytes_kept,
+                # The first token of a chunk is left out: what predicted it was the chunk before.
+                "nll": float(torch.nn.functional.cross_entropy(logits[:-1], part[0, 1:])),
+            }
+        )
+        del logits
+        if len(rows) % 10 == 0:
+            print(f"{rows[-1]['tokens']} tokens: {seconds:.1f} s a chunk, NLL {rows[-1]['nll']:.2f}", flush=True)
+    return rows
+
+
+def go_on(model: Any, cache: RetainCache, token: Tensor, new: int) -> Tensor:
+    """Greedy continuation, [new]."""
+    found = []
+    for _ in range(new):
+        with torch.no_grad():
+            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+        found.append(int(token))
+    return torch.tensor(found)
+
+
+def summary(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Return what the stream shows: growth from token 10,000 on, times and likelihoods early and late."""
+    early = [row for row in rows if row["tokens"] <= FROM]
+    late = [row for row in rows if row["tokens"] > FROM]
+    full = [row for row in early if row["kept"] == early[-1]["kept"]]  # the budget is used up
+    last = late[-len(late) // 4 :]
+    return {
+        "stream_peak_growth_percent": 100 * (rows[-1]["peak"] / early[-1]["peak"] - 1),
+        "stream_rss_growth_percent": 100 * (rows[-1]["rss"] / early[-1]["rss"] - 1),
+        "stream_cache_mb": max(row["cache_bytes"] for row in rows) / 1e6,
+        "stream_seconds_last_over_first": statistics.median(row["seconds"] for row in last)
+        / statistics.median(row["seconds"] for row in full),
+        "stream_nll_first_8k": statistics.mean(row["nll"] for row in rows if row["tokens"] <= 8192),
+        "stream_nll_beyond_8k": statistics.mean(row["nll"] for row in rows if row["tokens"] > 8192),
+        "stream_nll_beyond_8k_worst": max(row["nll"] for row in rows if row["tokens"] > 8192),
+    }
+
+
+def draw(rows: list[dict[str, float]], path: Path) -> None:
+    """Time, memory and likelihood by token."""
+    x = [row["tokens"] / 1000 for row in rows]
+    figure, panels = figures.new(11, 3.2, columns=3)
+    shown = {
+        "seconds a chunk": [row["seconds"] for row in rows],
+        "process memory, MB": [row["rss"] / 1e6 for row in rows],
+        "NLL, nats a token": [row["nll"] for row in rows],
+    }
+    with figures.style():
+        for panel, (name, y) in zip(panels, shown.items(), strict=True):
+            panel.plot(x, y, color=figures.colour("capkv"), linewidth=1.2)
+            panel.axvline(8.192, color=figures.colour("full"), linewidth=0.8, linestyle=":")
+            panel.set(xlabel="thousand tokens read", title=name, ylim=(0, 1.15 * max(y)))
+            panel.grid(alpha=0.25)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figures.save(figure, str(path))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--budget", type=int, default=2048)
+    parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--figure", type=Path)
+    options = parser.parse_args()
+    if options.tokens < 2 * FROM:
+        parser.error(f"--tokens is {options.tokens}; accepted: at least {2 * FROM}")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, tokenizer = load(dtype="float32", say=lambda line: print(line, flush=True))
+    text = "\n\n".join(value for _, value in sorted(pydoc_data.topics.topics.items()))
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
+    ids = ids.repeat(1, -(-options.tokens // ids.shape[1]))[:, : options.tokens]
+    # Unequal heads are left out: in 100,000 tokens some of them would keep more than the model's window.
+    cache = RetainCache(model, "capkv", options.budget, evict="always", positions="compact", measure_capacity=False)
+    forget_peak()  # loading the model takes more than reading
+    rows = read(model, cache, ids, options.chunk)
+    words = str(tokenizer.decode(go_on(model, cache, ids[:, -1:], new=80)))
+    result = {**summary(rows), "tokens": options.tokens, "budget": options.budget, "chunk": options.chunk}
+    print(f"\n{tokenizer.decode(ids[0, -60:])}\n>>> {words}\n")
+    for name, value in result.items():
+        print(f"{name:<32} {value:.4g}")
+    if options.figure:
+        draw(rows, options.figure)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        told = {**result, "machine": machine(), "continuation": words, "chunks": rows}
+        options.json.write_text(json.dumps(told, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
