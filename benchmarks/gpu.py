@@ -5,9 +5,9 @@
 One process. Times are of the device, medians of several runs, each with cold caches and queued behind other work, as
 scoring is in a prefill. Peers: the same policy in plain torch; kvpress's formulation of CapKV (written from its
 mathematics: K and V expanded to query heads, Gram matrix in the model's dtype, LU); torch's own attention. End to end:
-a model of Llama-3-8B's shape with random weights (`gpu_model.py`). What does not fit, or has no time left, is named as
-skipped. Last line: one JSON object. `--small` runs the same code on tiny shapes anywhere, for a test of this script:
-its numbers mean nothing. Without CUDA nothing else runs.
+a model of Llama-3-8B's shape with random weights (`gpu_model.py`); and link prediction (`gpu_link.py`). What does not
+fit, or has no time left, is named as skipped. Last line: one JSON object. `--small` runs the same code on tiny shapes
+anywhere, for a test of this script: its numbers mean nothing. Without CUDA nothing else runs.
 """
 
 from __future__ import annotations
@@ -138,12 +138,12 @@ def copy_bandwidth(run: Run) -> float:
     return 2 * source.nbytes / seconds
 
 
-def check(run: Run) -> bool:
+def check(run: Run) -> None:
     """Compare every kernel with float64 on the device."""
     run.result["wrong"] = []
     if not (run.device.type == "cuda" or run.interpreted):
         run.skip("correctness", "no CUDA; with TRITON_INTERPRET=1 the kernels run on the CPU")
-        return True
+        return
     from retain.kv.kernels.compaction import move_to_front
     from retain.kv.kernels.decoding import Plan, decode
     from retain.kv.kernels.leverage import inner_products
@@ -202,7 +202,6 @@ def check(run: Run) -> bool:
         print(f"error of {name}: {error:.2g}")
     run.result["errors"] = errors
     run.result["wrong"] = wrong
-    return not wrong
 
 
 def exact_log_weights(queries: Tensor, keys: Tensor, valid: Tensor) -> Tensor:
@@ -381,7 +380,7 @@ def main() -> None:
     run = Run(device, options.small, options.seconds)
     keys = ("score_of_copy_bandwidth", "score_percent_of_prefill_32k", "ragged_of_flash", "largest_batch")
     run.result = {"machine": describe(device), "small": options.small, **dict.fromkeys(keys)}
-    right = check(run)
+    check(run)
     bandwidth = copy_bandwidth(run)
     run.result["copy_gb_per_second"] = bandwidth / 1e9
     compact(run, bandwidth)
@@ -391,6 +390,13 @@ def main() -> None:
     gpu_model.measure(run)
     decoding(run, bandwidth)
     score(run, bandwidth)
+    if importlib.util.find_spec("torch_geometric") is None:
+        run.skip("link prediction", "torch-geometric is missing")
+    else:
+        import gpu_link
+
+        if not gpu_link.measure(run, bandwidth):
+            run.result["wrong"].append("link kernels differ from plain torch")
     own = next((row for row in run.result["score"] if row["tokens"] == 32768 and row["batch"] == 1), None)
     prefill = run.result.get("prefill_seconds_32k")
     if own and own["ours"] and prefill:
@@ -408,7 +414,7 @@ def main() -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(run.result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(run.result))
-    if not right:
+    if run.result["wrong"]:
         sys.exit(f"wrong: {'; '.join(run.result['wrong'])}")
 
 

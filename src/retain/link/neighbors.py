@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from retain.gpu import on_gpu
 from retain.link.messages import MessageGraph, pointers
 
 
@@ -48,6 +49,8 @@ def common_neighbors(graph: MessageGraph, pairs: Tensor) -> Neighbors:
     first, second = pairs
     swap = graph.degree[second] < graph.degree[first]
     few, many = torch.where(swap, second, first), torch.where(swap, first, second)
+    if on_gpu(graph.rows.col):
+        return _matching(graph, few, many, common=True)
     node, owner = graph.rows.expand(few)
     keep = graph.contains(many[owner], node).nonzero().flatten()
     return Neighbors.of(node[keep], owner[keep], pairs.size(1))
@@ -63,12 +66,21 @@ def residual_neighbors(graph: MessageGraph, pairs: Tensor) -> tuple[Neighbors, N
     """
 
     def one(these: Tensor, those: Tensor) -> Neighbors:
+        if on_gpu(graph.rows.col):
+            return _matching(graph, these, those, common=False)
         node, owner = graph.rows.expand(these)
         others = those[owner]
         keep = (~graph.contains(others, node) & (node != others)).nonzero().flatten()
         return Neighbors.of(node[keep], owner[keep], pairs.size(1))
 
     return one(pairs[0], pairs[1]), one(pairs[1], pairs[0])
+
+
+def _matching(graph: MessageGraph, these: Tensor, those: Tensor, *, common: bool) -> Neighbors:
+    from retain.link.kernels.matching import matching
+
+    node, counts = matching(graph.rows.pointers, graph.rows.col, these, those, common=common)
+    return Neighbors(node, torch.repeat_interleave(counts), pointers(counts))
 
 
 def square_rows(graph: MessageGraph, nodes: Tensor) -> tuple[Neighbors, Tensor]:

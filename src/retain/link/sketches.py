@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from retain.gpu import on_gpu
 from retain.link.messages import MessageGraph, pointers
 from retain.link.neighbors import bags
 
@@ -213,6 +214,10 @@ def _second(graph: MessageGraph, least: Tensor, table: Tensor) -> Tensor:
 
 def _least(index: Tensor, starts: Tensor, table: Tensor) -> Tensor:
     """Least of each column over lists of rows, infinite where a list is empty, [lists, columns]."""
+    if on_gpu(table):
+        from retain.link.kernels.least import least
+
+        return least(index, starts, table)
     lists = starts.numel() - 1
     empty = (starts[1:] == starts[:-1]).unsqueeze(-1)
     if table.is_cpu:

@@ -15,6 +15,8 @@ from retain.kv.kernels.compaction import move_to_front
 from retain.kv.kernels.decoding import Plan, decode
 from retain.kv.kernels.leverage import inner_products
 from retain.kv.kernels.observation import Observation, observed_log_weights
+from retain.link.kernels.least import least
+from retain.link.kernels.matching import matching
 
 
 def main(dim: int, dtype: torch.dtype) -> None:
@@ -42,6 +44,10 @@ def main(dim: int, dtype: torch.dtype) -> None:
     entries, positions = keys.view(-1, dim), torch.zeros(1, 4, dtype=torch.int32)
     decode(torch.zeros(1, 8, dim, dtype=dtype), entries, entries, positions, plan, 0.1)
     move_to_front(keys, torch.zeros(1, 2, 9, dtype=torch.long))
+    numbers = torch.zeros(8, dtype=torch.long)
+    matching(numbers, numbers, numbers, numbers, common=True)
+    matching(numbers, numbers, numbers, numbers, common=False)
+    least(numbers, numbers, torch.zeros(8, 128))
 
 
 if __name__ == "__main__":
