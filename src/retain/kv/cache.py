@@ -20,6 +20,7 @@ from retain.kv.policy import Policy
 from retain.kv.pool import Pool
 from retain.kv.profile import HeadProfile
 from retain.kv.protection import Protection
+from retain.kv.quantized import Quantization
 from retain.kv.rotary import rotaries_of
 from retain.kv.sharding import Sharding
 
@@ -52,9 +53,12 @@ class RetainCache(Cache):
         measure_capacity: measure the share of the capacity that the kept entries carry, under the default
             policy's objective so that policies compare. Costs about as much as scoring. Only for what is evicted
             layer by layer from one prefill; elsewhere the full set is never there to compare with.
+        quantized: store what is kept by transformers' own quantised layers: `"quanto"`, `"hqq"`, `"fp8"` (a newer
+            transformers), or a `Quantization` with its numbers. For heads of equal length.
 
     Raises:
         TypeError, ValueError: see each argument's accepted values in the message.
+        ImportError: quantised layers need a package that is not installed.
 
     Example:
         >>> cache = RetainCache(model, policy="capkv", budget=0.25)       # doctest: +SKIP
@@ -76,6 +80,7 @@ class RetainCache(Cache):
         interval: int = 512,
         positions: str = "original",
         measure_capacity: bool = True,
+        quantized: str | Quantization | None = None,
     ) -> None:
         self.policy = get_policy(policy)
         if allocation is not None:
@@ -119,6 +124,7 @@ class RetainCache(Cache):
             measure_capacity=measure_capacity and evict == "prefill" and not shared,
             layers=len(full),
             sharding=Sharding.of(model),
+            quantization=_quantization(quantized, self.policy),
         )
         pool = Pool(len(full)) if shared else None
         self._attachment = Attachment(decoder)
@@ -254,6 +260,21 @@ class RetainCache(Cache):
 def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, known))}")
+
+
+def _quantization(given: str | Quantization | None, policy: Policy) -> Quantization | None:
+    if given is None:
+        return None
+    if not isinstance(given, (str, Quantization)):
+        raise TypeError(f"quantized is {given!r}; accepted: a name, a Quantization, or None")
+    if policy.allocation.ragged:
+        raise ValueError(
+            f"quantized is {given!r}, which heads of unequal length ({policy.allocation}) do not support; accepted: "
+            "None, or an allocation of equal heads, 'equal' or 'pyramid'"
+        )
+    quantization = Quantization(given) if isinstance(given, str) else given
+    quantization.check()
+    return quantization
 
 
 def _attention_modules(decoder: nn.Module) -> dict[int, nn.Module]:

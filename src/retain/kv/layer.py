@@ -21,6 +21,7 @@ from retain.kv.offloading import fetched
 from retain.kv.policy import Policy
 from retain.kv.pool import Pool
 from retain.kv.protection import Protection, tokens_allowed
+from retain.kv.quantized import Quantization, QuantizedStorage
 from retain.kv.ragged import RaggedStorage
 from retain.kv.ragged_attention import attend
 from retain.kv.rotary import RotaryEmbedding, shift
@@ -43,6 +44,7 @@ class Settings:
         measure_capacity: measure the share of the capacity that is kept.
         layers: number of layers.
         sharding: how the heads are split over processes; None if they are not.
+        quantization: how what is kept is quantised; None if it is not.
 
     """
 
@@ -55,6 +57,7 @@ class Settings:
     measure_capacity: bool
     layers: int
     sharding: Sharding | None = None
+    quantization: Quantization | None = None
 
 
 class RetainLayer(DynamicLayer):
@@ -202,6 +205,8 @@ class RetainLayer(DynamicLayer):
                 self._remember(call.query)
             if self._due:
                 self._evict(call, attention)
+            if isinstance(self.storage, QuantizedStorage):
+                self.storage.settle()
         if self.layer == own.layers - 1 and self._rotary is not None:
             self._rotary.forget()
 
@@ -289,6 +294,9 @@ class RetainLayer(DynamicLayer):
     def _store(self, stored: UniformStorage | RaggedStorage, allowed: list[int]) -> None:
         earlier = self.held or [0] * len(allowed)
         self.held = [min(a, h + self.appended) for a, h in zip(allowed, earlier, strict=True)]
+        quantization = self.settings.quantization
+        if quantization is not None and type(stored) is UniformStorage:
+            stored = QuantizedStorage(stored, quantization)
         self.storage = stored
         self.appended = 0
         if self.settings.policy.observed is None:

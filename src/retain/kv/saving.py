@@ -53,6 +53,8 @@ def save_cache(cache: RetainCache, model: PreTrainedModel, path: str | Path) -> 
         raise ValueError("model is not the one that the cache is of; accepted: the model that RetainCache was given")
     if not cache.get_seq_length():
         raise ValueError("the cache has seen nothing; accepted: one that holds something")
+    if cache.settings.quantization is not None:
+        raise ValueError("a cache with quantized entries is not saved; accepted: one with quantized=None")
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     for number, layer in enumerate(cache.layers):

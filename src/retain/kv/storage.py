@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -120,7 +119,7 @@ class UniformStorage:
         places: Tensor | None = None,
         columns: dict[str, Tensor] | None = None,
     ) -> None:
-        self.width = keys.shape[2]  # entries stored for every row and head
+        self.width = positions.shape[2]  # entries stored for every row and head
         self._parts = {"keys": keys, "values": values, "positions": positions, **(columns or {})}
         if places is not None:
             self._parts["places"] = places
@@ -213,7 +212,8 @@ class UniformStorage:
     @property
     def nbytes_index(self) -> int:
         """Bytes of what is stored beside them, and of the room for new ones."""
-        return sum(part.nbytes for part in self._parts.values()) - self.nbytes
+        entries = sum(self._stored(name).nbytes for name in ("keys", "values") if name in self._parts)
+        return sum(part.nbytes for part in self._parts.values()) - entries
 
     @property
     def kept(self) -> Tensor:
@@ -232,9 +232,13 @@ class UniformStorage:
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Add the entries of new tokens; `positions` is [batch, new]."""
-        new = keys.shape[2]
-        beside = positions.clamp_min(-1).to(torch.int32)[:, None].expand(-1, keys.shape[1], -1)
-        added = {"keys": keys, "values": values, "positions": beside, "places": beside}
+        self._add({"keys": keys, "values": values}, positions)
+
+    def _add(self, entries: dict[str, Tensor], positions: Tensor) -> None:
+        """Add new tokens: what belongs into the parts that hold entries, and positions [batch, new]."""
+        new = positions.shape[1]
+        beside = positions.clamp_min(-1).to(torch.int32)[:, None].expand(-1, self.positions.shape[1], -1)
+        added = {**entries, "positions": beside, "places": beside}
         for name in self.columns:
             added[name] = beside.new_full(beside.shape, FILL[name], dtype=torch.float32)
         free = all(writable(part, added[name]) for name, part in self._parts.items())
@@ -243,14 +247,19 @@ class UniformStorage:
                 part[:, :, self.width : self.width + new] = added[name]
         else:
             room = room_for(self.width, new)
-            self._each(lambda name, x: torch.cat((x, added[name], x.new_zeros(_with_width(x, room))), dim=2))
+            # One after the other, so that only one of them is there twice.
+            for name in self._parts:
+                old = self._stored(name)
+                space = old.new_zeros(*old.shape[:2], room, *old.shape[3:])
+                self._parts[name] = torch.cat((old, added[name], space), dim=2)
             self._room = Room(self.width + new, self.width + new + room)
         self.width += new
 
     def rows(self, index: Tensor) -> None:
         """Keep, reorder or repeat rows of the batch: row j becomes what row index[j] was."""
-        index = index.to(self.keys.device)
-        self._each(lambda _, x: x.index_select(0, index))
+        index = index.to(self.positions.device)
+        for name in self._parts:
+            self._parts[name] = self._stored(name).index_select(0, index)
         self._room = Room(self.width)
 
     def drop_last(self, tokens: int) -> None:
@@ -262,15 +271,6 @@ class UniformStorage:
         other = copy.copy(self)
         other._parts = dict(self._parts)
         return other
-
-    def _each(self, change: Callable[[str, Tensor], Tensor]) -> None:
-        # One after the other, so that only one of them is there twice.
-        for name in self._parts:
-            self._parts[name] = change(name, self._stored(name))
-
-
-def _with_width(x: Tensor, width: int) -> list[int]:
-    return [*x.shape[:2], width, *x.shape[3:]]
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

@@ -1,0 +1,131 @@
+"""What is kept, stored by transformers' own quantised layers."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from transformers import cache_utils
+
+from retain.kv import RetainCache
+from retain.kv.quantized import Quantization, QuantizedStorage
+from tests.kv.tiny import answer, build, left_padded, prompt, tiny
+
+HERE = {
+    "fp8": hasattr(cache_utils, "Fp8QuantizedLayer"),
+    "quanto": importlib.util.find_spec("optimum") is not None
+    and importlib.util.find_spec("optimum.quanto") is not None,
+    "hqq": importlib.util.find_spec("hqq") is not None,
+}
+BITS = {"fp8": 8, "quanto": 4, "hqq": 4}
+# Of 16 numbers, the error of one relative to the largest.
+ERROR = {"fp8": 0.04, "quanto": 0.08, "hqq": 0.15}
+backends = pytest.mark.parametrize(
+    "backend", [pytest.param(b, marks=pytest.mark.skipif(not here, reason=f"needs {b}")) for b, here in HERE.items()]
+)
+
+
+def caches(backend, **settings):
+    """The same cache as it is, and quantised."""
+    model = tiny("qwen3")  # 16 dimensions
+    return model, *(RetainCache(model, "keydiff", 12, quantized=quantized, **settings) for quantized in (None, backend))
+
+
+def batch():
+    return left_padded([prompt(40), prompt(9, seed=2)])  # a row shorter than the budget has empty places
+
+
+def fill(model, cache):
+    with torch.no_grad():
+        return model(**batch(), past_key_values=cache).logits[:, -1]
+
+
+@backends
+@pytest.mark.parametrize("allocation", ["equal", "pyramid"])
+def test_entries_are_those_kept_to_the_precision_that_is_left(backend, allocation):
+    model, plain, quantized = caches(backend, allocation=allocation)
+    torch.testing.assert_close(fill(model, quantized), fill(model, plain))  # a prefill reads what it has computed
+    for own, other in zip(plain.retained, quantized.retained, strict=True):
+        assert isinstance(other.storage, QuantizedStorage)
+        assert torch.equal(own.storage.positions, other.storage.positions)
+        for name in ("keys", "values"):
+            exact, found = getattr(own.storage, name), getattr(other.storage, name)
+            assert found.shape == exact.shape
+            assert found.dtype == exact.dtype
+            assert bool(((found - exact).abs() <= ERROR[backend] * 2 * exact.abs().amax()).all())
+            assert not torch.equal(found, exact)
+
+
+@backends
+def test_bytes_are_those_of_what_is_stored(backend):
+    model, plain, quantized = caches(backend)
+    fill(model, plain)
+    fill(model, quantized)
+    full, kept = plain.report(), quantized.report()
+    assert kept.bytes_full == full.bytes_full
+    numbers = full.bytes_kept // 4  # float32
+    scales = 0 if backend == "fp8" else numbers // 16 * 2 * 4  # a scale and a shift for 16 dimensions
+    assert numbers * BITS[backend] // 8 + scales <= kept.bytes_kept <= numbers * BITS[backend] // 8 + scales + 64
+    assert kept.bytes_index == full.bytes_index
+
+
+@backends
+@pytest.mark.parametrize("settings", [{}, {"evict": "always", "interval": 3}])
+def test_a_model_goes_on_from_it(backend, settings):
+    """Rows as single runs; copies independent; nothing put together stays behind."""
+    model, plain, quantized = caches(backend, **settings)
+    tokens = answer(model, batch(), quantized, new=12)
+    answer(model, batch(), plain, new=12)
+    assert [head.tokens_kept for head in quantized.report().heads] == [
+        head.tokens_kept for head in plain.report().heads
+    ]
+    assert tokens.shape == (2, 12)
+    for layer in quantized.retained:
+        assert layer.storage._whole is None
+        assert bool(torch.isfinite(layer.storage.keys).all())
+    other = quantized.copy()
+    before = [layer.storage.keys for layer in quantized.retained]
+    other.batch_select_indices(torch.tensor([1]))
+    with torch.no_grad():
+        model(
+            prompt(3),
+            past_key_values=other,
+            attention_mask=torch.ones(1, 55),
+            position_ids=torch.tensor([[20, 21, 22]]),
+        )
+    for kept, layer in zip(before, quantized.retained, strict=True):
+        assert torch.equal(kept, layer.storage.keys)
+
+
+@pytest.mark.skipif(not HERE["fp8"], reason="needs a newer transformers")
+def test_what_is_beyond_the_scale_is_cut_off():
+    """The scale of 8-bit numbers is that of the first entries; torch makes NaN of what is larger."""
+    model, _, cache = caches("fp8")
+    fill(model, cache)
+    storage = cache.retained[0].storage
+    most = float(storage.keys.abs().amax())
+    new = torch.full((2, 2, 1, 16), 100 * most)
+    storage.append(new, new, torch.tensor([[40], [9]]))
+    torch.testing.assert_close(storage.keys[:, :, -1], torch.full((2, 2, 16), most), rtol=0.05, atol=0)
+
+
+def test_wrong_settings_are_named(tmp_path):
+    model = build("llama")
+    with pytest.raises(ValueError, match=r"quantized is 'int4'; accepted: 'quanto', 'hqq', 'fp8', or None"):
+        RetainCache(model, quantized="int4")
+    with pytest.raises(TypeError, match="quantized is 4; accepted: a name, a Quantization, or None"):
+        RetainCache(model, quantized=4)
+    with pytest.raises(ValueError, match="residual is 0"):
+        Quantization(residual=0)
+    with pytest.raises(ValueError, match=r"heads of unequal length .* do not support; accepted: None, or an alloc"):
+        RetainCache(model, allocation="pooled", quantized="quanto")
+    for backend, here in HERE.items():
+        if not here:
+            with pytest.raises(ImportError, match=f"quantized is '{backend}', which needs .*; install it, or choose"):
+                RetainCache(model, quantized=backend)
+            continue
+        cache = RetainCache(model, "keydiff", 12, quantized=backend)
+        answer(model, {"input_ids": prompt(20)}, cache)
+        with pytest.raises(ValueError, match="a cache with quantized entries is not saved"):
+            cache.save(model, tmp_path / "x")
