@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,7 +151,8 @@ def test_a_cache_of_a_spread_model_is_that_of_the_model(model, spread, tmp_path)
     for each in (single, spread):
         loaded = RetainCache.load(tmp_path / "cache.safetensors", each)
         assert {layer.storage.keys.device.type for layer in loaded.retained} == {"cpu"}
-        assert loaded.report() == cache.report()
+        # The room for new tokens is not in the file.
+        assert replace(loaded.report(), bytes_index=0) == replace(cache.report(), bytes_index=0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
