@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 BENCH := .venv-bench
 
-.PHONY: demo test test-oldest lint format bench-kv bench-link bench-gpu clean
+.PHONY: demo test test-oldest lint format bench-kv bench-link bench-gpu evidence clean
 
 demo: $(VENV)/.ready
 	$(BIN)/retain demo --report out/demo.html
@@ -36,6 +36,10 @@ bench-link: $(VENV)/.ready
 # Kernels and caches on a GPU; without one it says so. The torch of this environment must be a build for CUDA.
 bench-gpu: $(VENV)/.ready
 	$(BIN)/python benchmarks/gpu.py --json out/gpu.json
+
+# Which policy stays closest to the full cache, in short: 8 samples. What is finished is kept in out/evidence.
+evidence: $(VENV)/.ready
+	$(BIN)/python -W ignore benchmarks/evidence.py --samples 8 --folder out/evidence
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
