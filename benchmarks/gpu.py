@@ -181,7 +181,7 @@ def check(run: Run) -> None:
         query, scale = draw(2, 8, dim), dim**-0.5
         positions = torch.zeros(len(packed[0]), dtype=torch.int32, device=run.device)
         storage = RaggedStorage(*packed, positions, lengths, tail)
-        plan = Plan.of([(start, count - storage.tail) for start, count in storage.spans], run.device)
+        plan = Plan.of([(start, count - storage.tail) for start, count in storage.spans], storage.tail, run.device)
         out = decode(query, *storage.tensors, storage.tail_positions, plan, scale)
         sizes = [size for row in lengths for size in row]
         worst = 0.0

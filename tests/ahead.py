@@ -40,7 +40,7 @@ def main(dim: int, dtype: torch.dtype) -> None:
     seen = Observation(keys.repeat(1, 4, 1, 1), keys, 0.1, 16, 512, torch.zeros(1, dtype=torch.int32), starts, ends)
     observed_log_weights(seen, pool=5, beta=4.0, factors=(1.0, 1.0, 2.0))
     inner_products(keys, torch.zeros(1, 2, 512), 0.1)
-    plan = Plan.of([(0, 400), (404, 600)], torch.device("cpu"))
+    plan = Plan.of([(0, 400), (404, 600)], 4, torch.device("cpu"))
     entries, positions = keys.view(-1, dim), torch.zeros(1, 4, dtype=torch.int32)
     decode(torch.zeros(1, 8, dim, dtype=dtype), entries, entries, positions, plan, 0.1)
     move_to_front(keys, torch.zeros(1, 2, 9, dtype=torch.long))

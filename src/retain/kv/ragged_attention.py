@@ -35,7 +35,7 @@ def _decode(query: Tensor, storage: RaggedStorage, scaling: float) -> Tensor:
 
     if storage.plan is None:
         packed = [(start, count - storage.tail) for start, count in storage.spans]
-        storage.plan = Plan.of(packed, query.device)
+        storage.plan = Plan.of(packed, storage.tail, query.device)
     keys, values = storage.tensors
     return decode(query[:, :, 0], keys, values, storage.tail_positions, storage.plan, scaling)[:, None]
 

@@ -1,7 +1,6 @@
 """Attention over heads of unequal length by kernel, through Triton's interpreter, against float64."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -88,23 +87,38 @@ def test_row_that_may_read_nothing_gets_zeros(monkeypatch):
     assert found[1].isfinite().all()
 
 
-def test_plan_covers_every_entry_once():
+@pytest.mark.parametrize("tail", [9, 700])
+def test_plan_covers_every_entry_once(tail):
     lengths = [[700, 0, 129], [1, 5000, 128]]
-    sizes = list(itertools.chain(*lengths))
-    storage = storage_of(lengths, [list(range(9))] * 2, 16, 16, torch.float32)
-    packed = [(start, count - 9) for start, count in storage.spans]
-    plan = Plan.of(packed, torch.device("cpu"))
-    covered = torch.zeros(len(storage.tensors[0]), dtype=torch.long)
-    head_of = torch.full_like(covered, -1)
-    for head, (start, count) in enumerate(packed):
+    storage = storage_of(lengths, [list(range(tail))] * 2, 16, 16, torch.float32)
+    packed = [(start, count - tail) for start, count in storage.spans]
+    plan = Plan.of(packed, tail, torch.device("cpu"))
+    seen = torch.zeros(len(storage.tensors[0]), dtype=torch.long)
+    head_of = torch.full_like(seen, -1)
+    for head, (start, count) in enumerate(storage.spans):
         head_of[start : start + count] = head
-    for head, first, count in plan.items.tolist():
-        if count >= 0:
-            covered[first : first + count] += 1
-            assert head_of[first : first + count].eq(head).all()
-            assert 0 < count <= math.ceil(sum(sizes) / 4)
-    assert torch.equal(covered, (head_of >= 0).long())
+    longest = max(count for *_, count, _ in plan.items.tolist())
+    for head, first, count, new in plan.items.tolist():
+        start, packed_count = packed[head]
+        assert new == (-1 if first < start + packed_count else first - start - packed_count)
+        assert head == head_of[first]
+        count = tail - new if count < 0 else count
+        assert 0 < count <= longest
+        seen[first : first + count] += 1
+    assert torch.equal(seen, (head_of >= 0).long())
     ends = plan.items[plan.spans[1:].long() - 1]
-    assert ends[:, 1].tolist() == [start + count for start, count in packed]
     assert ends[:, 2].eq(-1).all()
-    assert ends[:, 0].tolist() == list(range(len(sizes)))
+    assert ends[:, 0].tolist() == list(range(6))
+
+
+def test_long_tail_is_read_in_parts(monkeypatch):
+    monkeypatch.setattr(ragged_attention, "usable", lambda *tensors: True)
+    tail = [list(range(300)), [-1, -1, *range(298)]]
+    storage = storage_of([[10], [20]], tail, 16, 16, torch.float32)
+    query = torch.randn(2, 2, 1, 16)
+    for _ in range(3):  # the plan stays where it is while the last part grows
+        torch.testing.assert_close(
+            ragged_attention.attend(query, storage, None, 0.1), oracle(query, storage, 0.1).float()
+        )
+        assert (storage.plan.items[:, 3] > 0).any()
+        storage.append(*(torch.randn(2, 1, 1, 16) for _ in range(2)), torch.tensor([[300], [298]]))

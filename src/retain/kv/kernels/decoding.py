@@ -31,9 +31,9 @@ class Plan:
     """How heads of unequal length are cut into parts of about equal length.
 
     Args:
-        items: int32 [parts, 3]: row and head as one number, first entry, entries; of the new tokens of a row, which
-            follow the packed entries, as many as there are then: −1. Parts of one head follow each other, that one
-            the last.
+        items: int32 [parts, 4]: row and head as one number; first entry; entries, −1 for all that there are then; and
+            of new tokens, which follow the packed entries, the first one's number, −1 for packed entries. Parts of
+            one head follow each other; the last goes on to the newest token.
         spans: int32 [batch * kv_heads + 1], first part of each head, and one past the last of all.
 
     """
@@ -42,19 +42,23 @@ class Plan:
     spans: Tensor
 
     @classmethod
-    def of(cls, packed: list[tuple[int, int]], device: torch.device) -> "Plan":
-        """Cut heads, row by row, whose packed entries start there and are so many."""
+    def of(cls, packed: list[tuple[int, int]], tail: int, device: torch.device) -> "Plan":
+        """Cut heads, row by row, whose packed entries start there and are so many, with a tail of so many or more."""
         first, sizes = np.asarray(packed, dtype=np.int64).T
-        fair = power_of_two(int(sizes.sum()) // (4 * processors(device)) + 1)
+        fair = power_of_two(int((sizes + tail).sum()) // (4 * processors(device)) + 1)
         part = min(max(fair, _LEAST), _MOST)
-        counts = -(-sizes // part) + 1
-        spans = np.concatenate(([0], counts.cumsum()))
-        head = np.repeat(np.arange(len(sizes)), counts)
+        counts = -(-sizes // part)
+        whole = tail // part
+        ends = (counts + whole + 1).cumsum()
+        spans = np.concatenate(([0], ends))
+        head = np.repeat(np.arange(len(sizes)), counts + whole + 1)
         number = np.arange(spans[-1]) - spans[head]
-        last = number == counts[head] - 1
-        start = first[head] + np.where(last, sizes[head], number * part)
-        size = np.where(last, -1, np.minimum(part, sizes[head] - number * part))
-        items = torch.from_numpy(np.stack((head, start, size), axis=1).astype(np.int32))
+        late = number >= counts[head]
+        new = np.where(late, (number - counts[head]) * part, -1)
+        start = first[head] + np.where(late, sizes[head] + new, number * part)
+        size = np.where(late, part, np.minimum(part, sizes[head] - number * part))
+        size[ends - 1] = -1
+        items = torch.from_numpy(np.stack((head, start, size, new), axis=1).astype(np.int32))
         return cls(items.to(device), torch.from_numpy(spans.astype(np.int32)).to(device))
 
 
@@ -201,9 +205,10 @@ def _part(
     BLOCK_N: tl.constexpr,
 ):
     item = tl.program_id(0).to(tl.int64)
-    which = tl.load(items + item * 3).to(tl.int64)
-    first = tl.load(items + item * 3 + 1).to(tl.int64)
-    count = tl.load(items + item * 3 + 2)
+    which = tl.load(items + item * 4).to(tl.int64)
+    first = tl.load(items + item * 4 + 1).to(tl.int64)
+    count = tl.load(items + item * 4 + 2)
+    number = tl.load(items + item * 4 + 3)
     row = which // kv_heads
     head = which % kv_heads
     group = tl.arange(0, BLOCK_G)
@@ -214,7 +219,7 @@ def _part(
         mask=(group < GROUP)[:, None] & (dims < DIM)[None, :],
         other=0.0,
     )
-    if count >= 0:
+    if number < 0:
         peak, mass, total = _walk(
             q,
             keys + first * DIM,
@@ -235,8 +240,8 @@ def _part(
             q,
             keys + first * DIM,
             values + first * VALUE_DIM,
-            positions + row * new,
-            new,
+            positions + row * new + number,
+            tl.where(count < 0, new - number, count),
             scaling,
             True,
             DIM,
