@@ -29,9 +29,10 @@ format: $(VENV)/.ready
 bench-kv: $(BENCH)/.ready
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BENCH)/bin/python -W ignore benchmarks/kv_all.py
 
-# Training with our samplers against a loop as PyG's examples write it, in one run.
+# Training with our samplers against a loop as PyG's examples write it, and every model against direct code, in one run.
+# With downloaded data sets: make bench-link BENCH_DATA="--data Cora --models-data Photo --root DATA_FOLDER"
 bench-link: $(VENV)/.ready
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/link.py --threads 1 --json docs/results/link-bench.json
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/link.py --threads 1 $(BENCH_DATA) --json docs/results/link-bench.json
 
 # Kernels and caches on a GPU; without one it says so. The torch of this environment must be a build for CUDA.
 bench-gpu: $(VENV)/.ready

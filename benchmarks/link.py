@@ -1,13 +1,13 @@
 """Training and audit of `retain.link`: speed against a plain PyG loop, the sampler's share, the audit's cost.
 
-    python benchmarks/link.py [--data Cora --root DATA_FOLDER] [--threads 1] [--rounds 4] [--json FILE]
+    python benchmarks/link.py [--data Cora --models-data Photo --root DATA_FOLDER] [--rounds 4] [--json FILE]
 
 The plain loop is written as PyG's link prediction examples are: per step it draws as many negatives as
 positives, embeds the whole graph from dense features, scores both at once. It masks no targets and measures no
 validation metric; ours does both, and draws its batches with `Random` composition and balanced weights. The two
 alternate in one process: five epochs of one, a training of five epochs with the other. What the audit adds to
 the memory that training steps took is measured on block models of growing size, each in a process of its own.
-Last line: one JSON object.
+The other models follow, as `link_models.py` measures them. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch_geometric.utils import negative_sampling
 
+from link_models import measure_growth, measure_models
 from retain.link.builtin import block_model
 from retain.link.composition import Random
 from retain.link.data import load
@@ -100,6 +101,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--models-data", default="digits", help="data set for the models of `link_models.py`")
+    parser.add_argument("--figure", type=Path, help="picture of the models' growth with the graph")
     parser.add_argument("--added", type=int, help="measure the audit's memory on a block model of so many nodes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -151,6 +154,8 @@ def main() -> None:
         "audit_epochs": round(statistics.median(taken["audit"]) / epoch_seconds, 2),
         "audit_added_mib": {str(nodes): round(value, 1) for nodes, value in added.items()},
     }
+    result |= measure_models(options.models_data, options.root, 6, 3)
+    result |= measure_growth(options.threads, options.figure)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

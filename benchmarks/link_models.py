@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -37,7 +36,7 @@ from retain.link.models.base import in_chunks
 from retain.link.models.buddy import propagated
 from retain.link.sampling import EdgeBatch, EdgeBatches
 from retain.link.sketches import pair_counts, sketch
-from retain.link.training import features, message_edges, model_scores, step_loss, without_targets
+from retain.link.training import TrainSettings, adam, features, message_edges, step_loss, without_targets
 
 MODELS = ("neognn", "elph", "ncn", "ncnc", "buddy")
 SIZES = (10_000, 100_000, 1_000_000)  # edges
@@ -53,11 +52,11 @@ class Ours:
         self.x = features(graph, self.model)
         self.parts = parts
         self.messages = message_edges(self.model, parts, graph.num_nodes)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=rate)
+        self.optimizer = adam(self.model, TrainSettings(learning_rate=rate))
 
     def step(self, batch: EdgeBatch) -> None:
         rest = without_targets(self.messages, self.parts.train, batch.index)
-        scores = model_scores(self.model, self.x, rest, batch.pairs)
+        scores = self.model.training_scores(self.x, rest, batch.pairs)
         torch.autograd.backward(torch.stack([step_loss(part, batch) for part in scores]).sum())
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -165,6 +164,12 @@ def evaluation(graph: Graph, parts: Split, rounds: int) -> tuple[list[float], li
     return [one for one, _ in taken], [other for _, other in taken]
 
 
+def peak_gib() -> float:
+    # Not `ru_maxrss`, in which a process inherits the peak of the one that started it.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+
+
 def grown(name: str, edges: int) -> dict[str, float]:
     """Time graph building, the first step (with all that is kept) and further steps of a model on a block model."""
     graph = block_model(nodes=edges // 4, classes=5, degree=8, features=64)
@@ -182,7 +187,7 @@ def grown(name: str, edges: int) -> dict[str, float]:
         "edges": graph.edges.size(1),
         "first": first,
         "epoch": each * (2 * parts.train.size(1) / size),
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak_gib(),
     }
 
 
@@ -215,41 +220,45 @@ def draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def measure(
-    data: str, root: str, batches: int, rounds: int, threads: int, figure: Path | None = None
-) -> dict[str, Any]:
-    """Return everything that this file measures."""
+def measure_models(data: str, root: str, batches: int, rounds: int) -> dict[str, Any]:
+    """Return epochs, preprocessing and evaluation on a data set."""
     graph = load(data, root)
     parts = split(graph, Protocol(0.1, 0.2), 0)
     models: dict[str, dict[str, float]] = {}
     for name in MODELS:
         # The slow ones of the direct code take many seconds a step.
         models[name] = steps(name, graph, parts, batches if name in ("buddy", "ncn") else max(2, batches // 2))
-        print(f"{name}, {data}: { {key: round(value, 3) for key, value in models[name].items()} }", flush=True)
+        print(f"{name}, {data}: { ({key: round(value, 3) for key, value in models[name].items()}) }", flush=True)
     before, evaluated = preprocessing(graph, parts, rounds), evaluation(graph, parts, rounds)
-    grown_by = growth(threads, SIZES)
-    if figure is not None:
-        draw(grown_by, figure)
     result = {
         "models_data": graph.name,
         "epoch_speedup": {name: round(each["speedup"], 2) for name, each in models.items()},
         "epoch_model_seconds": {name: round(each["ours_epoch_seconds"], 2) for name, each in models.items()},
         "epoch_direct_seconds": {name: round(each["direct_epoch_seconds"], 2) for name, each in models.items()},
-        "sampling_percent_of_step": {name: round(each["sampling_percent"], 2) for name, each in models.items()},
+        "sampling_percent_by_model": {name: round(each["sampling_percent"], 2) for name, each in models.items()},
         "step_spread": {name: round(each["spread"], 2) for name, each in models.items()},
         "preprocessing_seconds": round(statistics.median(before[0]), 3),
         "preprocessing_direct_seconds": round(statistics.median(before[1]), 3),
         "preprocessing_speedup": round(statistics.median(before[1]) / statistics.median(before[0]), 2),
         "evaluation_seconds": round(statistics.median(evaluated[0]), 3),
         "evaluation_speedup": round(statistics.median(evaluated[1]) / statistics.median(evaluated[0]), 2),
-        "growth": grown_by,
-        "largest_graph_edges": int(max(points[-1]["edges"] for points in grown_by.values())),
-        "largest_graph_peak_gib": round(max(points[-1]["peak_gib"] for points in grown_by.values()), 2),
     }
     if graph.name == "Photo":
         table = {name: TABLE[name] / each["ours_epoch_seconds"] for name, each in models.items()}
         result["epoch_speedup_against_table"] = {name: round(value, 2) for name, value in table.items()}
     return result
+
+
+def measure_growth(threads: int, figure: Path | None) -> dict[str, Any]:
+    """Return growth with the graph."""
+    found = growth(threads, SIZES)
+    if figure is not None:
+        draw(found, figure)
+    return {
+        "growth": found,
+        "largest_graph_edges": int(max(points[-1]["edges"] for points in found.values())),
+        "largest_graph_peak_gib": round(max(points[-1]["peak_gib"] for points in found.values()), 2),
+    }
 
 
 def main() -> None:
@@ -260,6 +269,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--part", choices=("models", "growth", "all"), default="all", help="the other stays in the file"
+    )
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--grown", nargs=2, metavar=("MODEL", "EDGES"), help="measure one model on one block model")
     options = parser.parse_args()
@@ -267,7 +279,13 @@ def main() -> None:
     if options.grown:
         print(json.dumps(grown(options.grown[0], int(options.grown[1]))))
         return
-    result = measure(options.data, options.root, options.batches, options.rounds, options.threads, options.figure)
+    result: dict[str, Any] = {}
+    if options.json and options.json.exists():
+        result = json.loads(options.json.read_text(encoding="utf-8"))
+    if options.part in ("models", "all"):
+        result |= measure_models(options.data, options.root, options.batches, options.rounds)
+    if options.part in ("growth", "all"):
+        result |= measure_growth(options.threads, options.figure)
     result |= {"threads": options.threads, "machine": platform.machine(), "torch": torch.__version__}
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

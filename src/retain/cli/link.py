@@ -85,8 +85,9 @@ def train(
     as_json: Json = False,
     report: Report = None,
 ) -> None:
-    """Train a link predictor and print its test metrics."""
+    """Train a link predictor and print its test metrics; under torchrun, on all its processes together."""
     from retain.link.composition import parse
+    from retain.link.distributed import process_group, ranks
     from retain.link.graph import Protocol
     from retain.link.intervals import over_seeds
     from retain.link.trained import held_out_scores
@@ -97,18 +98,21 @@ def train(
     protocol = Protocol(validation, test, largest_component, validation_edges_at_test)
     graph = _graph(data, features, labels, root, protocol)
     found: list[dict[str, float]] = []
-    for number in range(seed, seed + _positive(seeds)):
-        settings = TrainSettings(
-            parse(composition),
-            balanced=balanced,
-            epochs=epochs,
-            patience=patience,
-            seed=number,
-            **{**rates, **own},
-        )
-        path = _numbered(checkpoint, number, seeds)
-        net, parts = _train(graph, made, settings, protocol, device, path)
-        found.append(held_out_scores(net, graph, parts, protocol))
+    with process_group(device) as own_device:
+        for number in range(seed, seed + _positive(seeds)):
+            settings = TrainSettings(
+                parse(composition),
+                balanced=balanced,
+                epochs=epochs,
+                patience=patience,
+                seed=number,
+                **{**rates, **own},
+            )
+            path = _numbered(checkpoint, number, seeds)
+            net, parts = _train(graph, made, settings, protocol, own_device, path)
+            found.append(held_out_scores(net, graph, parts, protocol))
+        if ranks()[0] > 0:
+            return
     rows = [{"metric": name, **asdict(over_seeds([run[name] for run in found]))} for name in found[0]]
     result = {"graph": graph.name, "model": asdict(made), "protocol": asdict(protocol), "rows": rows}
     show_rows(result, rows, as_json, report, "Test metrics of a link predictor")

@@ -41,8 +41,10 @@ def without_own_edge(graph: MessageGraph, x: Tensor, propagated: Tensor, pairs: 
 
     def one(these: Tensor, those: Tensor) -> Tensor:
         old, new = degree[these], degree[these] - 1
-        total = propagated[these] * old.sqrt() - x[those] * degree[those].rsqrt()
-        return (total + x[these] * (new.rsqrt() - old.rsqrt())) * new.rsqrt()
+        total = propagated.index_select(0, these) * old.sqrt()
+        total.addcmul_(x.index_select(0, those), degree[those].rsqrt(), value=-1)
+        total.addcmul_(x.index_select(0, these), new.rsqrt() - old.rsqrt())
+        return total.mul_(new.rsqrt())
 
     return one(pairs[0], pairs[1]), one(pairs[1], pairs[0])
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from retain.link import checkpoint as files
 from retain.link.composition import Composition, Fixed
+from retain.link.distributed import ranks, replicate, share_buffers, wait
 from retain.link.graph import Graph, Split
 from retain.link.messages import MessageGraph
 from retain.link.metrics import evaluate
@@ -120,7 +121,9 @@ def fit(
 ) -> TrainResult:
     """Train a module called as `model(x, edge_index, pairs)` that returns logits [pairs].
 
-    Targets of a batch are masked from its messages. The model is trained where its parameters are.
+    Targets of a batch are masked from its messages. The model is trained where its parameters are. In a process group
+    every rank calls this with the same arguments: edges are sharded, a step takes `batch_size` edges of each rank at
+    one fraction of positives, and all end with the same model; rank 0 writes the checkpoint.
 
     Args:
         model: trained in place.
@@ -137,9 +140,10 @@ def fit(
 
     """
     device = next(model.parameters()).device
+    rank, world = ranks()
     split = split.to(device)
     x = features(graph, model).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = adam(model, settings)
     batches = EdgeBatches(
         split.train if settings.directions == 1 else split.messages(),
         graph.num_nodes,
@@ -148,25 +152,37 @@ def fit(
         known=split.known,
         balanced=settings.balanced,
         seed=settings.seed,
+        rank=rank,
+        world_size=world,
     )
+    step = replicate(model)
     record = {"settings": settings.describe(), **(facts or {})}
     messages = message_edges(model, split, graph.num_nodes)
     done, chosen, best = _resume(checkpoint, record, model, optimizer)
     while len(done) < settings.epochs and not _stop(done, settings):
         number = len(done)
-        loss = _run_epoch(model, x, messages, split, batches, optimizer, settings, number)
+        loss = _run_epoch(step, x, messages, split, batches, optimizer, settings, number)
+        share_buffers(model)
         scores = evaluate(*score_validation(model, x, split, messages), settings.k)
         done.append(Epoch(number, loss, scores[settings.metric], tuple(batches.fractions)))
         if settings.patience is None or _best(done) == number:
             chosen, best = number, _copy(model) if settings.patience is not None else {}
-        if checkpoint is not None:
+        if checkpoint is not None and rank == 0:
             _save(checkpoint, record, model, optimizer, done, chosen, best)
         if progress is not None:
             progress(done[-1])
+    wait()
     if best:
         model.load_state_dict(best)
     model.eval()
     return TrainResult(tuple(done), chosen)
+
+
+def adam(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Return Adam over a model's parameters; in one pass for models of neighbourhoods, which have many."""
+    fused = True if getattr(model, "structural", False) else None
+    rate, decay = settings.learning_rate, settings.weight_decay
+    return torch.optim.Adam(model.parameters(), lr=rate, weight_decay=decay, fused=fused)
 
 
 def features(graph: Graph, model: nn.Module) -> Tensor:
@@ -231,11 +247,6 @@ def without_targets(messages: Tensor | MessageGraph, train: Tensor, targets: Ten
     return messages[:, keep]
 
 
-def model_scores(model: nn.Module, x: Tensor, messages: Tensor | MessageGraph, pairs: Tensor) -> tuple[Tensor, ...]:
-    """Return the logits whose losses a training step adds up; of a foreign module, its scores."""
-    return model.training_scores(x, messages, pairs) if isinstance(model, PairModel) else (model(x, messages, pairs),)
-
-
 def step_loss(scores: Tensor, batch: EdgeBatch) -> Tensor:
     """Binary cross-entropy of a batch, weighted if the batch has weights: a scalar."""
     return F.binary_cross_entropy_with_logits(scores, batch.labels, weight=batch.weights)
@@ -258,11 +269,11 @@ def _run_epoch(
     total, steps = 0.0, 0
     devices = [x.device] if x.is_cuda else []
     with torch.random.fork_rng(devices=devices):
-        # From seed and epoch alone, so that a resumed run draws the same dropout.
-        torch.manual_seed(settings.seed * 1_000_003 + number)
+        # From seed, epoch and rank alone, so that a resumed run draws the same dropout.
+        torch.manual_seed(settings.seed * 1_000_003 + number + 7_919 * ranks()[0])
         for count, batch in enumerate(batches, start=1):
             rest = without_targets(messages, split.train, batch.index % size)
-            scores = model_scores(model, x, rest, batch.pairs)
+            scores = model(x, rest, batch.pairs)
             loss = torch.stack([step_loss(part, batch) for part in scores]).sum() / passes
             torch.autograd.backward(loss)
             total += loss.item()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 
 class ByteDropout(nn.Dropout):
@@ -21,7 +24,19 @@ class ByteDropout(nn.Dropout):
         count = input.numel()
         words = torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None)
         mask = (words.view(torch.uint8)[:count] < kept).view(input.shape)
-        return input * mask.to(input.dtype).mul_(256 / kept)
+        return _Masked.apply(input, mask, 256 / kept)  # pyright: ignore[reportReturnType]
+
+
+class _Masked(Function):
+    # The mask stays a byte for each number; torch's product would keep it as large as the input.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        ctx.mask, ctx.scale = mask, scale
+        return (x * mask).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return (gradients[0] * ctx.mask).mul_(ctx.scale), None, None
 
 
 def drop_features(dropout: nn.Module, x: Tensor) -> Tensor:

@@ -1,0 +1,96 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from retain.link import distributed
+from retain.link.composition import Random
+from retain.link.graph import Graph, Split
+from retain.link.models import ModelSettings
+from retain.link.sampling import EdgeBatches
+from retain.link.training import TrainSettings, fit
+
+# Two processes, as torchrun starts them: what each trained on, and what it ended with.
+SCRIPT = """
+import json, os, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from retain.link.builtin import block_model
+from retain.link.composition import Random
+from retain.link.distributed import process_group, ranks
+from retain.link.graph import Protocol, split
+from retain.link.models import ModelSettings
+from retain.link.trained import held_out_scores
+from retain.link.training import TrainSettings, fit
+
+torch.set_num_threads(1)
+graph = block_model(nodes=300, classes=3, degree=8, feature_signal=2.0, features=16, seed=1)
+parts = split(graph, Protocol(0.1, 0.2), 0)
+found = {}
+with process_group("cpu"):
+    for name in ("pair", "buddy"):
+        model = ModelSettings(model=name, hidden=16).build(16)
+        settings = TrainSettings(Random(), epochs=10, batch_size=64, directions=1, metric="auc", seed=1)
+        path = os.path.join(sys.argv[1], name + ".safetensors")
+        done = fit(model, graph, parts, settings, checkpoint=path)
+        found[name] = {
+            "parameters": [float(value.double().sum()) for value in model.state_dict().values()],
+            "fractions": done.epochs[-1].fractions,
+            "auc": held_out_scores(model, graph, parts, Protocol(0.1, 0.2))["auc"],
+        }
+    with open(os.path.join(sys.argv[1], f"{ranks()[0]}.json"), "w") as file:
+        json.dump(found, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    script = folder / "train.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    subprocess.run([*command, str(script), str(folder)], check=True, env=environment, capture_output=True, timeout=600)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)], folder
+
+
+@pytest.mark.parametrize("name", ["pair", "buddy"])
+def test_two_processes_end_as_one_model_that_is_as_good(name, pair, graph: Graph, parts: Split):
+    (one, other), folder = pair
+    assert one[name]["parameters"] == other[name]["parameters"]
+    assert one[name]["auc"] == other[name]["auc"]
+    # One draw of the fraction for both; a rank's own batch is rounded to its own edges.
+    assert one[name]["fractions"] == pytest.approx(other[name]["fractions"], abs=0.02)
+    assert (folder / f"{name}.safetensors").exists()
+    model = ModelSettings(model=name, hidden=16).build(16)
+    settings = TrainSettings(Random(), epochs=10, batch_size=128, directions=1, metric="auc", seed=1)
+    alone = fit(model, graph, parts, settings)
+    assert len(alone.epochs[-1].fractions) == pytest.approx(len(one[name]["fractions"]), abs=3)
+    from retain.link.graph import Protocol
+    from retain.link.trained import held_out_scores
+
+    assert abs(held_out_scores(model, graph, parts, Protocol(0.1, 0.2))["auc"] - one[name]["auc"]) < 0.06
+
+
+def test_the_ranks_batches_are_together_those_of_one_process(graph: Graph, parts: Split):
+    made = {"batch_size": 64, "known": parts.known, "seed": 3}
+    sides = [EdgeBatches(parts.train, graph.num_nodes, Random(), rank=rank, world_size=2, **made) for rank in (0, 1)]
+    seen: list[int] = []
+    for first, second in zip(*sides, strict=True):
+        assert abs(first.fraction - second.fraction) < 0.1
+        assert not set(first.index.tolist()) & set(second.index.tolist())
+        drawn = [set(map(tuple, b.pairs[:, b.index.numel() :].T.tolist())) for b in (first, second)]
+        assert not drawn[0] & drawn[1]
+        seen += first.index.tolist() + second.index.tolist()
+    assert sorted(seen) == list(range(parts.train.size(1)))
+
+
+def test_without_a_group_nothing_changes():
+    assert distributed.ranks() == (0, 1)
+    with distributed.process_group("cpu") as device:
+        assert device == "cpu"
+    step = distributed.replicate(torch.nn.Linear(2, 2))
+    assert isinstance(step, distributed.Step)
