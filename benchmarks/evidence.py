@@ -2,8 +2,8 @@
 
 Text: the words that follow a document. Questions: four six-digit codes planted in real English, one asked, after
 eviction (agnostic) or before it (aware). KL divergence from the full cache's next-token distribution in nats a token,
-on the true continuation or answer. All caches of a sample share one prefill, so differences are paired. The text that the
-head profile was measured on is left out, and the seeds are none that a policy was designed on.
+on the true continuation or answer. All caches of a sample share one prefill, so differences are paired. The text that
+the head profile was measured on is left out, and the seeds are none that a policy was designed on.
 
     python benchmarks/evidence.py --samples 8                  # the short form, `make evidence`
     python benchmarks/evidence.py --samples 40 --folder out/evidence --write
