@@ -149,7 +149,7 @@ class RetainLayer(DynamicLayer):
         padding = torch.zeros(batch, dtype=torch.long, device=call.key.device) if self.padding is None else self.padding
         if valid is not None:
             padding = padding + (~valid).sum(-1)
-        self._due = self._rows_due(new, (self.seen + new - padding).tolist())
+        self._due = self._rows_due(new, padding)
         self.padding = padding
         self.seen += new
         self.appended += new
@@ -210,8 +210,8 @@ class RetainLayer(DynamicLayer):
         if self.layer == own.layers - 1 and self._rotary is not None:
             self._rotary.forget()
 
-    def _rows_due(self, new: int, seen: list[int]) -> list[bool]:
-        """Return which rows are to evict after a call of `new` tokens, given what each will have seen; [] for none.
+    def _rows_due(self, new: int, padding: Tensor) -> list[bool]:
+        """Return which rows are to evict after a call of `new` tokens, given each one's padding; [] for none.
 
         Raises:
             ValueError: what is protected does not fit; nothing is stored yet.
@@ -220,6 +220,7 @@ class RetainLayer(DynamicLayer):
         own = self.settings
         if self.storage is not None and not own.always:
             return []
+        seen = (self.seen + new - padding).tolist()
         allowed = [tokens_allowed(own.budget, count) for count in seen]
         if self.storage is None or new > 1:
             due = [True] * len(seen)
