@@ -7,7 +7,7 @@ that one prefill; so differences are paired. The text that the head profile was 
 
 Writes a line for each row as it goes, and goes on where it stopped:
 
-    python benchmarks/kv_allocation.py --samples 44 --dtype bfloat16 --json docs/results/kv-allocation.json
+    python benchmarks/kv_allocation.py --samples 40 --dtype bfloat16 --json docs/results/kv-allocation.json
 """
 
 from __future__ import annotations
@@ -80,66 +80,84 @@ def complete(path: Path, rows: int) -> list[dict[str, Any]]:
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean and its 95 % interval by Student's t."""
+    """Return the mean and its 95 % interval by Student's t."""
     mean = statistics.mean(values)
     if len(values) < 2:
-        return mean, float("nan"), float("nan")
+        return round(mean, 4), float("-inf"), float("inf")
     half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return mean, mean - half, mean + half
+    return round(mean, 4), round(mean - half, 4), round(mean + half, 4)
 
 
 def summarise(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each policy, allocation, setting and budget: mean KL, and the paired change from equal heads."""
-    found: dict[tuple[str, str, str, float], dict[str, dict[int, dict[str, Any]]]] = defaultdict(dict)
+    """Return a row for each setting, budget, policy and allocation.
+
+    Each has the mean KL, its paired change from equal heads under the same policy, and its paired excess over the
+    default policy under the same allocation, all with 95 % intervals.
+    """
+    found: dict[tuple[str, float], dict[tuple[str, str], dict[int, dict[str, Any]]]] = defaultdict(dict)
     for row in rows:
         if row["policy"] != "full":
-            setting = row["mode"] if row["task"] != "text" else "text"
-            own = found[row["policy"], setting, row["mode"], row["budget"]]
-            own.setdefault(row["allocation"], {})[row["seed"]] = row
+            setting = "text" if row["task"] == "text" else row["mode"]
+            found[setting, row["budget"]].setdefault((row["policy"], row["allocation"]), {})[row["seed"]] = row
     out: list[dict[str, Any]] = []
-    for (policy, setting, _, budget), split in found.items():
-        for allocation, own in split.items():
-            seeds = sorted(own.keys() & split["equal"].keys())
-            mean, low, high = interval([own[seed]["kl"] for seed in seeds])
-            change, least, most = interval([own[seed]["kl"] - split["equal"][seed]["kl"] for seed in seeds])
-            kept = max(abs(own[seed]["tokens_kept"] - split["equal"][seed]["tokens_kept"]) for seed in seeds)
-            out.append(
-                {
-                    "policy": policy,
-                    "allocation": allocation,
-                    "setting": setting,
-                    "budget": budget,
-                    "samples": len(seeds),
-                    "kl": round(mean, 4),
-                    "kl_interval": [round(low, 4), round(high, 4)],
-                    "change": round(change, 4),
-                    "change_interval": [round(least, 4), round(most, 4)],
-                    "top1": round(statistics.mean(own[seed]["top1"] for seed in seeds), 4),
-                    "tokens_off_equal": round(kept, 4),
-                }
+    for (setting, budget), cells in found.items():
+        for (policy, allocation), own in cells.items():
+            facts: dict[str, Any] = {"policy": policy, "allocation": allocation, "setting": setting, "budget": budget}
+            facts["kl"], *facts["kl_interval"] = interval([row["kl"] for row in own.values()])
+            others = {"change": (policy, "equal"), "over_default": (POLICIES[0], allocation)}
+            for name, other in others.items():
+                pairs = [row["kl"] - cells[other][seed]["kl"] for seed, row in own.items()]
+                facts[name], *facts[f"{name}_interval"] = interval(pairs)
+            facts["top1"] = round(statistics.mean(row["top1"] for row in own.values()), 4)
+            equal = cells[policy, "equal"]
+            facts["tokens_off_equal"] = max(
+                abs(row["tokens_kept"] - equal[seed]["tokens_kept"]) for seed, row in own.items()
             )
+            out.append(facts)
     return out
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print a table for each budget: mean KL by setting, a star where the change's interval leaves out 0."""
-    for budget in BUDGETS:
-        print(f"\nKL at budget {budget:.0%}, [95 % interval of the change from equal heads]")
-        for policy in dict.fromkeys(row["policy"] for row in rows):
-            for allocation in allocations():
-                line = f"{policy:<12} {allocation:<9}"
-                for setting in ("text", "agnostic", "aware"):
-                    cell = [
-                        row
-                        for row in rows
-                        if (row["policy"], row["allocation"], row["setting"], row["budget"])
-                        == (policy, allocation, setting, budget)
-                    ]
-                    if cell:
-                        low, high = cell[0]["change_interval"]
-                        paired = "" if allocation == "equal" else f" [{low:+.3f}, {high:+.3f}]"
-                        line += f"{cell[0]['kl']:.3f}{paired}".rjust(30)
-                print(line)
+    """Print the tables of docs/kv.md."""
+    places = [(setting, budget) for setting in ("text", "agnostic", "aware") for budget in BUDGETS]
+    index = {(row["policy"], row["allocation"], row["setting"], row["budget"]): row for row in rows}
+    heads = dict.fromkeys((row["policy"], row["allocation"]) for row in rows)
+    print("KL to the full cache; ↓ and ↑ where the paired 95 % interval of the change from equal heads leaves out 0")
+    table(("policy", "allocation"), places)
+    for policy, allocation in heads:
+        cells = [f"{(row := index[(policy, allocation, *place)])['kl']:.3f}{arrow(row, 'change')}" for place in places]
+        print(f"| {policy} | {allocation} | {' | '.join(cells)} |")
+    print("\nChange from equal heads under the head profile, with its interval")
+    table(("policy",), places)
+    for policy in dict.fromkeys(policy for policy, _ in heads):
+        print(f"| {policy} | {' | '.join(spread(index[(policy, 'profile', *place)], 'change') for place in places)} |")
+    print("\nExcess over the default policy, both under the head profile, with its interval")
+    table(("policy",), places)
+    for policy in dict.fromkeys(policy for policy, _ in heads):
+        if policy != POLICIES[0]:
+            cells = [spread(index[(policy, "profile", *place)], "over_default") for place in places]
+            print(f"| {policy} | {' | '.join(cells)} |")
+    for allocation in dict.fromkeys(allocation for _, allocation in heads):
+        marks = [arrow(row, "change") for row in rows if row["allocation"] == allocation]
+        print(f"{allocation}: lower in {marks.count(' ↓')}, higher in {marks.count(' ↑')} of {len(marks)} cells")
+
+
+def table(first: tuple[str, ...], places: list[tuple[str, float]]) -> None:
+    """Print the head of a table."""
+    heads = (*first, *(f"{setting} {budget:.0%}" for setting, budget in places))
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+
+
+def arrow(row: dict[str, Any], name: str) -> str:
+    """Return whether a difference is one."""
+    low, high = row[f"{name}_interval"]
+    return " ↓" if high < 0 else " ↑" if low > 0 else ""
+
+
+def spread(row: dict[str, Any], name: str) -> str:
+    """Return a difference and its interval."""
+    low, high = row[f"{name}_interval"]
+    return f"{row[name]:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def main() -> None:

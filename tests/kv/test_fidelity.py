@@ -1,5 +1,7 @@
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,3 +159,16 @@ def test_the_default_model_finds_a_needle_and_loses_it_with_the_cache():
     assert full["score"] == kept["score"] == 1
     assert lost["score"] == 0
     assert kept["kl"] < 0.1 < lost["kl"]
+
+
+@pytest.mark.model
+def test_example_of_the_documentation_runs(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "kv.md").read_text(encoding="utf-8")
+    code = next(code for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "evaluate" in code)
+    exec(compile(code, "docs/kv.md", "exec"), {})
+    full, equal, profile, h2o = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert full[:2] == ["full", "equal"]
+    assert profile[:2] == ["capkv", "profile"]
+    assert float(full[2]) == 0
+    assert float(profile[2]) < float(equal[2])
+    assert h2o[0] == "h2o"
