@@ -1,4 +1,4 @@
-"""The code of docs/link.md runs as it stands, on names that a reader would have."""
+"""The code of docs/link.md and docs/link-models.md runs as it stands, on names that a reader would have."""
 
 import re
 from pathlib import Path
@@ -10,6 +10,7 @@ from retain.link.negatives import draw_negatives
 from retain.link.training import TrainSettings
 
 DOCS = (Path(__file__).parents[2] / "docs" / "link.md").read_text(encoding="utf-8")
+MODELS = (Path(__file__).parents[2] / "docs" / "link-models.md").read_text(encoding="utf-8")
 
 
 class Inner(torch.nn.Module):
@@ -37,3 +38,10 @@ def test_examples_run(graph, parts, capsys):
     for code in codes:
         exec(compile(code, "link.md", "exec"), names)
     assert capsys.readouterr().out.startswith("unaffected")
+
+
+def test_the_models_example_runs(graph, parts):
+    (code,) = re.findall(r"```python\n(.*?)```", MODELS, flags=re.DOTALL)
+    names = {"graph": graph, "parts": parts, "pairs": parts.train[:, :8]}
+    exec(compile(code, "link-models.md", "exec"), names)
+    assert names["encoding"].nodes.shape == (graph.num_nodes, 64)
