@@ -22,6 +22,7 @@ _COMMANDS = {
     "kv": ("retain.cli.kv:app", "transformers"),
     "link": ("retain.cli.link:app", "torch_geometric"),
     "study": ("retain.cli.study:app", ""),
+    "report": ("retain.cli.report:report", ""),
 }
 
 

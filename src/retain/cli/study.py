@@ -90,13 +90,13 @@ def status(folder: Folder, study: Name = None, as_json: Json = False) -> None:
                 {"settings": dict(one.settings), "seed": one.seed, "error": one.error}
                 for one in store.records(name, "failed", whole=False)
             ]
-            sources = store.sources(name)
+            counts, seconds, sources = store.overview(name)
             found.append(
                 {
                     "study": name,
                     "kind": studies[name]["kind"],
-                    **store.counts(name),
-                    "seconds": store.seconds(name),
+                    **counts,
+                    "seconds": seconds,
                     "other_source": sum(sources.values()) - sources.get(source_digest(), 0),
                     "failures": failed,
                 }

@@ -90,6 +90,7 @@ COMPARE = Kind(
     name="kv.compare",
     run="retain.kv.runs:compare_run",
     check="retain.kv.kinds:check_compare",
+    compares="policy",
     settings={
         "task": "text",
         "mode": "continuation",

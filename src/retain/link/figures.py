@@ -12,7 +12,8 @@ from torch import Tensor
 
 from retain.link.auditing import AuditReport
 from retain.link.intervals import Interval
-from retain.report.figures import Point, lines, new
+from retain.report.figures import Point, lines
+from retain.report.plots import scatter_maps
 
 
 def response(curves: Mapping[str, Sequence[tuple[float, Interval]]], title: str = "") -> Figure:
@@ -47,11 +48,10 @@ def embedding_map(panels: Mapping[str, tuple[Tensor, Tensor]], *, most: int = 60
         seed: of the choice of points and of t-SNE.
 
     """
-    figure, axes = new(4.6 * len(panels), 4.4, columns=len(panels))
-    for panel, (name, (x, classes)) in zip(axes, panels.items(), strict=True):
+    drawn: dict[str, tuple[list[list[float]], list[int]]] = {}
+    for name, (x, classes) in panels.items():
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:most]
         perplexity = min(30.0, (len(order) - 1) / 3)
         places = TSNE(perplexity=perplexity, random_state=seed, init="pca").fit_transform(x[order].numpy())
-        panel.scatter(places[:, 0], places[:, 1], c=classes[order].numpy(), cmap="tab10", s=5, linewidths=0)
-        panel.set(title=name, xticks=[], yticks=[])
-    return figure
+        drawn[name] = (places.tolist(), classes[order].tolist())
+    return scatter_maps(drawn)

@@ -130,6 +130,7 @@ CORRECT = Kind(
     run="retain.link.training_run:run",
     check="retain.link.kinds:check",
     view="retain.link.pages:add_records",
+    compares="arm",
     settings={
         "arm": None,  # a name, or a mapping of parts
         "data": "digits",

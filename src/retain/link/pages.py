@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
 from retain.link.auditing import AuditReport
 from retain.link.figures import audit_response, embedding_map, response
 from retain.link.intervals import Interval
+from retain.link.runs import stored_maps, whole_study
 from retain.link.study import Study
-from retain.report.page import Figure, Page, Table
+from retain.report.page import Figure, Page, Table, Text
+from retain.study.store import Record
 
 
 def audit_page(report: AuditReport, command: str) -> Page:
@@ -34,6 +38,7 @@ def audit_page(report: AuditReport, command: str) -> Page:
     return page
 
 
+_MOST_STUDIES = 4
 SHOWN = (
     "hits@100",
     "auc",
@@ -73,6 +78,11 @@ def add_study(page: Page, study: Study, maps: Mapping[str, tuple[Tensor, Tensor]
             response(study.curves()),
             caption="Accuracy on held-out edges by the fraction of positives in the batch, mean over seeds.",
             alt="Accuracy against the fraction of positives in the batch, one line for each arm.",
+            numbers=Table(
+                ["arm", "fraction of positives", "accuracy"],
+                [[key, f"{x:.2f}", str(y)] for key, curve in study.curves().items() for x, y in curve],
+                "Mean and 95 % t interval over seeds.",
+            ),
         ),
     )
     if maps:
@@ -84,6 +94,27 @@ def add_study(page: Page, study: Study, maps: Mapping[str, tuple[Tensor, Tensor]
                 alt="Maps of node embeddings, side by side for each training.",
             ),
         )
+
+
+def add_records(page: Page, records: Sequence[Record], folder: Path) -> None:
+    """Add finished runs of the kind `link.correct`: audits, response curves, embeddings of two arms.
+
+    Args:
+        page: of the report.
+        records: finished runs; each combination of settings beside the arm is a study of its own.
+        folder: of the store, with the checkpoints.
+
+    """
+    for number, (title, own) in enumerate(_by_settings(records).items()):
+        if number == _MOST_STUDIES:
+            page.add("More", Text(f"The first {_MOST_STUDIES} combinations of settings are drawn; the table has all."))
+            break
+        study = whole_study(own)
+        if study is None:
+            page.add(title or "Arms", Text("Runs are still missing: there is no seed that every arm has."))
+            continue
+        maps = stored_maps(own, folder) if number == 0 else {}
+        add_study(page, replace(study, graph=f"{study.graph}{title}"), maps)
 
 
 def arm_table(study: Study) -> tuple[list[str], list[list[str]]]:
@@ -112,6 +143,14 @@ def difference_table(study: Study) -> tuple[list[str], list[list[str]]]:
         if (name := f"{row['metric']}:{row['split']}" if "split" in row else row["metric"]) in shown
     ]
     return ["arms", "metric", "difference"], rows
+
+
+def _by_settings(records: Sequence[Record]) -> dict[str, list[Record]]:
+    names = [n for n in records[0].settings if n != "arm" and len({repr(r.settings.get(n)) for r in records}) > 1]
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault("".join(f", {name} {record.settings[name]}" for name in names), []).append(record)
+    return found
 
 
 def conclusion(study: Study) -> str:

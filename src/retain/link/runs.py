@@ -23,6 +23,7 @@ from retain.link.models import ModelSettings
 from retain.link.study import Run, Study
 from retain.link.trained import load_trained
 from retain.link.training import TrainSettings
+from retain.link.training_run import graph_and_split
 from retain.study.progress import Progress, Watcher, plain
 from retain.study.runner import run_study
 from retain.study.spec import Planned
@@ -132,6 +133,33 @@ def study_of(graph: str, settings: dict[str, Any], records: Sequence[Record]) ->
         # Raw features have no seed: one run stands for all.
         references[name] = found * len(settings["seeds"]) if len(found) == 1 else found
     return Study(graph, settings, runs, references)
+
+
+def whole_study(records: Sequence[Record]) -> Study | None:
+    """Return the study of finished runs, of the seeds that every arm has; None if there is no such seed."""
+    of_arms = [record for record in records if record.settings["arm"] not in REFERENCES]
+    by_arm: dict[str, set[int]] = {}
+    for record in of_arms:
+        by_arm.setdefault(_key(record), set()).add(record.seed)
+    shared = sorted(set[int].intersection(*by_arm.values())) if by_arm else []
+    if not shared:
+        return None
+    kept = [r for r in records if r.seed in shared or r.settings["arm"] == REFERENCES[0]]
+    graph = str(of_arms[0].result["facts"]["of"]["graph"])
+    return study_of(graph, {"seeds": shared}, sorted(kept, key=lambda r: r.seed))
+
+
+def stored_maps(records: Sequence[Record], folder: Path, *, most: int = 2) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return incident-edge means and classes of the first arms whose checkpoints a store's folder still holds."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for record in records:
+        path = folder / "runs" / f"{record.key}.safetensors"
+        if len(found) == most or record.seed != records[0].seed or not path.exists():
+            continue
+        graph, parts = graph_and_split(record.settings, record.seed, folder)
+        if graph.y is not None:
+            found[_key(record)] = embeddings(load_trained(path)[0], graph, parts)["edge"]
+    return found
 
 
 def edge_maps(

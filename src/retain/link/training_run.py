@@ -45,12 +45,10 @@ def run(settings: Mapping[str, Any], seed: int, context: Context) -> dict[str, A
 
     """
     parts = RunSettings.of(settings)
-    source = tuple(settings[name] for name in ("data", "features", "labels", "root"))
-    graph = _graph(context.folder, *source, parts.protocol)
+    graph, edges = graph_and_split(settings, seed, context.folder)
     if parts.reference == "raw features":
         values = {name.replace("raw_", "node_"): value for name, value in raw_alignment(graph).items()}
         return {"values": values, "facts": _size(graph)}
-    edges = _split(context.folder, *source, parts.protocol, seed)
     if parts.reference:
         return {"values": alignment(parts.model.build(graph.x.size(1), seed), graph, edges), "facts": _size(graph)}
     model, train = parts.model, replace(parts.train, seed=seed)
@@ -88,6 +86,13 @@ def run(settings: Mapping[str, Any], seed: int, context: Context) -> dict[str, A
         "why": str(report.verdict),
         "curve": [[p.fraction, p.predicted.mean, p.accuracy.mean] for p in report.parts["heldout"].curve],
     }
+
+
+def graph_and_split(settings: Mapping[str, Any], seed: int, folder: Path) -> tuple[Graph, Split]:
+    """Return the graph that a run learns, prepared for its protocol, and its split."""
+    source = tuple(settings[name] for name in ("data", "features", "labels", "root"))
+    protocol = RunSettings.of(settings).protocol
+    return _graph(folder, *source, protocol), _split(folder, *source, protocol, seed)
 
 
 @lru_cache(maxsize=1)

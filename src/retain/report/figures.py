@@ -29,6 +29,16 @@ _FIXED = {
     "random": _PALETTE[0],
     "random+balanced": _PALETTE[2],
     "separate": _PALETTE[3],
+    "pyramidkv": _PALETTE[6],
+    "tova": _PALETTE[3],
+    "knorm": _PALETTE[4],
+    "gcn": _PALETTE[0],
+    "sage": _PALETTE[5],
+    "neognn": _PALETTE[1],
+    "ncn": _PALETTE[2],
+    "ncnc": _PALETTE[3],
+    "elph": _PALETTE[4],
+    "buddy": _PALETTE[6],
 }
 _MARKERS = "osD^vPX*"
 _DASHES = ("-", "--", ":", "-.")

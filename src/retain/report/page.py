@@ -1,9 +1,10 @@
-"""One self-contained HTML page: text, tables and figures, with nothing loaded from elsewhere."""
+"""One self-contained page: text, tables and figures, with nothing loaded from elsewhere; HTML or Markdown."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
-from matplotlib.figure import Figure as MatplotlibFigure
 
-from retain.report.figures import to_svg
+from retain.report.blocks import Block, Code, Figure, KeptText, Table, Text
+from retain.report.markdown import write_markdown
+
+__all__ = ["Block", "Code", "Figure", "KeptText", "Page", "Table", "Text", "versions"]
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("retain.report"),
@@ -23,54 +26,9 @@ _ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
 )
 
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph."""
-
-    text: str
-    kind: str = "text"
-
-
-@dataclass(frozen=True)
-class Code:
-    """Preformatted text: a command, a prompt, an answer."""
-
-    text: str
-    kind: str = "code"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table; the first column names the row, numbers stand to the right."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[object]]
-    caption: str = ""
-    kind: str = "table"
-
-    def __post_init__(self) -> None:
-        for number, row in enumerate(self.rows):
-            if len(row) != len(self.columns):
-                raise ValueError(f"rows[{number}] has {len(row)} cells; accepted: {len(self.columns)}")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure drawn as SVG, with a description for those who don't see it."""
-
-    figure: MatplotlibFigure
-    caption: str
-    alt: str
-    kind: str = "figure"
-
-    @property
-    def svg(self) -> Markup:
-        """The figure's own markup; our drawing code made it, so it is not escaped again."""
-        return Markup(to_svg(self.figure))
-
-
-Block = Text | Code | Table | Figure
+_SCRIPT = (Path(__file__).parent / "templates" / "sort.js").read_text(encoding="utf-8")
+# The page's policy allows this script and no other.
+_DIGEST = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
 
 
 @dataclass
@@ -81,6 +39,7 @@ class Page:
         title: what the page is about.
         lead: one or two sentences on what it found.
         command: the command that makes this page again.
+        made_with: versions and machine of the numbers, where they were made before the page; else those of now.
 
     Example:
         >>> page = Page(title="Two heads", lead="One keeps more.", command="retain demo")
@@ -93,6 +52,7 @@ class Page:
     title: str
     lead: str
     command: str
+    made_with: str = ""
     sections: list[tuple[str, tuple[Block, ...]]] = field(default_factory=list)
 
     def add(self, heading: str, *blocks: Block) -> None:
@@ -100,17 +60,28 @@ class Page:
         self.sections.append((heading, blocks))
 
     def html(self) -> str:
-        """Return the page."""
+        """Return the page as HTML."""
         return _ENVIRONMENT.get_template("page.html").render(
-            page=self, versions=versions(), made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+            page=self, versions=self.made_with or versions(), made=_now(), script=Markup(_SCRIPT), digest=_DIGEST
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write the page to a file, its folder made if it is missing, and return the path."""
+        """Write the page to a file, its folder made if it is missing, and return the path.
+
+        A path that ends in `.md` gets Markdown, its figures as SVG files in a folder beside it.
+        """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(self.html(), encoding="utf-8")
+        if target.suffix == ".md":
+            facts = {"title": self.title, "lead": self.lead, "command": self.command}
+            write_markdown(target, self.sections, {**facts, "made": _now(), "versions": self.made_with or versions()})
+        else:
+            target.write_text(self.html(), encoding="utf-8")
         return target
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def versions() -> str:

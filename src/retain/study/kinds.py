@@ -26,6 +26,7 @@ class Kind:
             returns them complete (a file by its digest, say). Empty for no further check.
         view: `module:function`, called as `function(page, records)`; adds this kind's sections to a report. Empty
             for none.
+        compares: setting whose values a report compares, pair by pair; empty for the first that is text.
         version: raised when the same settings no longer give the same numbers.
         about: one sentence.
 
@@ -36,6 +37,7 @@ class Kind:
     settings: Mapping[str, Any]
     check: str = ""
     view: str = ""
+    compares: str = ""
     version: int = 1
     about: str = ""
 

@@ -111,6 +111,9 @@ def _check(connection: sqlite3.Connection, path: Path, write: bool) -> None:
             connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")
         found = _pragma(connection, "user_version")
+    if found == 0 and not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        # Its maker is about to fill it, or was killed before that.
+        raise StoreError(f"{path.parent} holds no study yet")
     if _pragma(connection, "application_id") != _APPLICATION:
         raise StoreError(f"{path} is a database, but no store of runs")
     if found > VERSION:

@@ -80,6 +80,7 @@ class Store:
         self.folder = Path(folder)
         self._path = self.folder / FILE
         self._db = connect(self.folder, write=write)
+        self._reached: dict[str, int] = {}
 
     def __enter__(self) -> Store:
         return self
@@ -123,14 +124,19 @@ class Store:
 
     def claim(self, study: str, owner: Owner) -> Claim | None:
         """Return a missing run of a study that is this owner's from now on, or None if there is none."""
+        query = (
+            "SELECT key, settings, seed, inputs, position FROM plans JOIN runs USING (key) "
+            "WHERE study = ? AND state = 'missing' AND position >= ? ORDER BY position LIMIT 1"
+        )
         with self._transaction() as db:
-            row = db.execute(
-                "SELECT key, settings, seed, inputs FROM plans JOIN runs USING (key) "
-                "WHERE study = ? AND state = 'missing' ORDER BY position LIMIT 1",
-                (study,),
-            ).fetchone()
+            # On from the last one, else every claim would read all that is done; then from the start.
+            reached = self._reached.get(study, 0)
+            row = db.execute(query, (study, reached)).fetchone()
+            if row is None and reached:
+                row = db.execute(query, (study, 0)).fetchone()
             if row is None:
                 return None
+            self._reached[study] = row[4]
             db.execute(
                 "UPDATE runs SET state = 'running', owner = ?, attempts = attempts + 1 WHERE key = ?",
                 (owner.name, row[0]),
@@ -236,18 +242,20 @@ class Store:
         )
         return {state: found[state] for state in STATES}
 
-    def seconds(self, study: str) -> float:
-        """Return the seconds that a study's finished runs took, together."""
-        query = "SELECT total(seconds) FROM plans JOIN runs USING (key) WHERE study = ? AND state = 'done'"
-        return float(self._all(query, (study,))[0][0])
-
-    def sources(self, study: str) -> dict[str, int]:
-        """Return how many of a study's finished runs each state of this package's source made."""
+    def overview(self, study: str) -> tuple[dict[str, int], float, dict[str, int]]:
+        """Return counts by state, the seconds that finished runs took, and how many each source of the package made."""
         query = (
-            "SELECT json_extract(made, '$.source'), count(*) FROM plans JOIN runs USING (key) "
-            "WHERE study = ? AND state = 'done' GROUP BY 1"
+            "SELECT state, json_extract(made, '$.source'), count(*), total(seconds) "
+            "FROM plans JOIN runs USING (key) WHERE study = ? GROUP BY 1, 2"
         )
-        return dict(self._all(query, (study,)))
+        counts: dict[str, int] = dict.fromkeys(STATES, 0)
+        seconds, sources = 0.0, dict[str, int]()
+        for state, source, number, took in self._all(query, (study,)):
+            counts[state] += number
+            if state == "done":
+                seconds += took
+                sources[source or ""] = sources.get(source or "", 0) + number
+        return counts, seconds, sources
 
     def records(self, study: str, state: str | None = None, *, whole: bool = True) -> Iterator[Record]:
         """Return a study's runs in the order of its plan.
@@ -261,7 +269,10 @@ class Store:
         rest = "rest" if whole else "NULL"
         query = (
             f"SELECT key, settings, seed, state, numbers, {rest}, error, made, seconds, attempts "
-            "FROM plans JOIN runs USING (key) WHERE study = ?" + (" AND state = ?" if state else "")
+            # The few runs that failed are found by their state, all others in the order of the plan.
+            + ("FROM runs CROSS JOIN plans USING (key) " if state == "failed" else "FROM plans JOIN runs USING (key) ")
+            + "WHERE study = ?"
+            + (" AND state = ?" if state else "")
         )
         parsed = lru_cache(maxsize=4096)(json.loads)
         for row in self._db.execute(query + " ORDER BY position", (study, state) if state else (study,)):

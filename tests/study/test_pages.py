@@ -1,0 +1,81 @@
+"""The report of any study, as HTML and Markdown, holds its numbers and says how they were made."""
+
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from retain.cli import app
+from retain.study import Kind, Planned, Spec, Store, over_seeds, run_study
+from retain.study.pages import study_page
+from tests.study.tiny import SQUARE
+
+
+def policies(settings, seed, context):
+    rows = [{"settings": {"policy": "full", "budget": 1.0}, "values": {"kl": 0.0}}]
+    for n, policy in enumerate(("capkv", "<h2o>")):
+        for budget in (0.25, 0.5, 0.75):
+            rows.append(
+                {"settings": {"policy": policy, "budget": budget}, "values": {"kl": n + seed * 0.01 + 1 / budget}}
+            )
+    return {"rows": rows, "text": "x" * 1000}
+
+
+KIND = Kind("policies", "tests.study.test_pages:policies", {"task": "text"}, compares="policy")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("ein Bericht ä")
+    run_study(place, KIND, Spec("policies", "policies", seeds=4), about={"command": "retain study run <x>.yaml"})
+    return place
+
+
+def test_html_has_results_curves_differences_and_configuration(folder):
+    html = study_page(folder, kinds={"policies": KIND}, command="retain report x").html()
+    headings = re.findall(r"<h2>(.*?)</h2>", html)
+    assert headings == ["Results", "By budget", "Differences from capkv", "How it was made"]
+    assert html.count("<svg") == html.count("<details>") == 2  # every figure has a table of its numbers
+    assert "&lt;h2o&gt; · 0.5" in html
+    assert "<h2o>" not in html
+    expected = over_seeds([1 / 0.25 + seed * 0.01 for seed in range(4)])
+    assert f"<td>{expected}</td>" in html
+    assert "1.000 [1.000, 1.000]" in html  # the paired difference has no spread
+    assert "retain study run &lt;x&gt;.yaml" in html
+    assert re.search(r"with python 3\.\d+\.\d+, machine .*, retain ", html)
+
+
+def test_markdown_has_the_same_and_its_figures_beside_it(folder, tmp_path):
+    target = tmp_path / "mein Bericht.md"
+    CliRunner().invoke(app, ["report", str(folder), "--to", str(target)], catch_exceptions=False)
+    text = target.read_text(encoding="utf-8")
+    pictures = re.findall(r"\]\(([^)]+\.svg)\)", text)
+    assert len(pictures) == 2
+    assert all((tmp_path / one.replace("%20", " ")).read_text().startswith("<?xml") for one in pictures)
+    assert "\\<h2o\\> · 0.5" in text
+    assert "## Results" in text
+    tables = re.findall(r"(?:^\|.*\|\n)+", text, flags=re.MULTILINE)
+    for table in tables:
+        assert len({re.sub(r"\\\|", "", line).count("|") for line in table.splitlines()}) == 1
+
+
+def test_failures_and_what_is_missing_are_told(tmp_path):
+    plan = [Planned(SQUARE.complete({"x": x, "fail": "raise" if x == 2 else ""}), 0) for x in (1, 2)]
+    run_study(tmp_path, SQUARE, plan, name="squares")
+    html = study_page(tmp_path).html()
+    assert "1 of 2 runs of square are done" in html
+    assert "RuntimeError: no square today" in html
+    with Store(tmp_path) as store:
+        store.plan("later", SQUARE, [Planned(SQUARE.complete({"x": 7}), 0)])
+    assert "0 of 1 runs" in study_page(tmp_path, study="later").html()
+
+
+def test_bad_input_is_named(folder, tmp_path):
+    for arguments, said in (
+        ({"only": ["lk"]}, "metrics hold 'lk'"),
+        ({"compare": "policy", "baseline": "snapkv"}, "baseline is 'snapkv'; accepted"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            study_page(folder, **arguments)
+    with pytest.raises(ValueError, match=r"to is .*x\.pdf'; accepted"):
+        CliRunner().invoke(app, ["report", str(folder), "--to", str(tmp_path / "x.pdf")], catch_exceptions=False)
