@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 BENCH := .venv-bench
 
-.PHONY: demo test test-oldest lint format bench-kv bench-link bench-gpu evidence clean
+.PHONY: demo test test-oldest lint format bench-kv bench-link bench-gpu evidence bench-study docs test-ray clean
 
 demo: $(VENV)/.ready
 	$(BIN)/retain demo --report out/demo.html
@@ -28,6 +28,20 @@ format: $(VENV)/.ready
 # Scoring, decoding and a long stream; ours and kvpress in one process, in an environment of their own.
 bench-kv: $(BENCH)/.ready
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BENCH)/bin/python -W ignore benchmarks/kv_all.py
+
+# A look at 10,000 stored runs, as whole commands.
+bench-study: $(VENV)/.ready
+	$(BIN)/python benchmarks/study.py --json docs/results/study-bench.json
+
+# The site, in out/site; nothing is loaded from elsewhere while it is built or read.
+docs: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The same studies on a cluster of two Ray nodes.
+test-ray: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[scale]"
+	$(BIN)/python -m pytest tests/study/test_ray.py tests/test_docs.py -k ray
 
 # Training with our samplers against a loop as PyG's examples write it, and every model against direct code, in one run.
 # With downloaded data sets: make bench-link BENCH_DATA="--data Cora --models-data Photo --root DATA_FOLDER"

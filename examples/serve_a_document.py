@@ -1,0 +1,27 @@
+"""Read a long document once, keep a quarter of its cache, and answer many questions from it.
+
+python examples/serve_a_document.py
+"""
+
+import argparse
+
+from retain.kv import RetainCache, load
+from retain.kv.answering import generate, prompt
+from retain.kv.sharing import prefill
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--quick", action="store_true", help="a short document")
+arguments = parser.parse_args()
+
+model, tokenizer = load()  # or your own transformers model and tokenizer
+filler = "The sea was calm that day, and the boats stayed in. " * (20 if arguments.quick else 200)
+document = f"{filler}The access code of the harbour is 482913. {filler}The code of the orchard is 175220. {filler}"
+questions = ["What is the access code of the harbour?", "What is the code of the orchard?"]
+
+parts = [prompt(tokenizer, document, question) for question in questions]
+cache = RetainCache(model, policy="capkv", budget=0.25, allocation="profile")
+prefill(model, {"input_ids": parts[0].document.to(model.device)}, [cache])  # once, before any question is known
+print(cache.report())
+for question, part in zip(questions, parts, strict=True):
+    tokens = generate(model, part.ids, cache.copy(), 24)  # a copy shares the document's entries
+    print(question, "→", str(tokenizer.decode(tokens.flatten(), skip_special_tokens=True)).strip())

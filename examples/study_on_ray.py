@@ -1,0 +1,30 @@
+"""Run a grid on a Ray cluster, or on one that is started on this machine.
+
+pip install 'retain[scale,graph]'
+python examples/study_on_ray.py --ray local      # or auto, or HOST:6379
+"""
+
+import argparse
+
+from retain.link.kinds import CORRECT
+from retain.study import Spec, Store, group, run_study, summarise
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--ray", default="local")
+parser.add_argument("--epochs", type=int, default=12)
+arguments = parser.parse_args()
+
+spec = Spec(
+    "norms",
+    "link.correct",
+    settings={"data": "digits", "epochs": arguments.epochs},
+    grid={"arm": ["fixed/batch", "fixed/layer"]},
+    seeds=2,
+)
+outcome = run_study("norms", CORRECT, spec, ray=arguments.ray, threads=1)
+print(f"{outcome.done} done, {outcome.failed} failed, in {outcome.seconds:.0f} s")
+with Store("norms", write=False) as store:
+    rows = summarise(group(store.records("norms")))
+for row in rows:
+    if row["metric"] in ("kappa:heldout", "edge_nmi"):
+        print(row["arm"], row["metric"], f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
