@@ -87,26 +87,36 @@ def test_policies_that_score_a_token_for_itself_do_not_depend_on_chunks(name, al
     assert found[1:] == found[:-1]
 
 
+def in_chunks(model, ids, cache):
+    """Generate 8 tokens after a prompt that is read 16 tokens at a time."""
+    options = {"prefill_chunk_size": 16, "max_new_tokens": 8, "do_sample": False}
+    with torch.no_grad():
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)[:, ids.shape[1] :]
+
+
+def chunks_well(model, ids):
+    """Whether stock chunks give what stock gives at once: not with sliding windows in transformers 5.2."""
+    stock = DynamicCache(config=model.config)
+    return torch.equal(in_chunks(model, ids, stock)[0], answer(model, {"input_ids": ids}, None, new=8)[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("allocation", list(allocations()))
-def test_generate_in_chunks_is_the_plain_loop(allocation):
-    model, ids = tiny("gemma3"), longer(45)
+def test_generate_in_chunks_is_the_plain_loop(allocation, family):
+    model, ids = tiny(family), longer(45)
+    if not chunks_well(model, ids):
+        pytest.skip("this transformers reads chunks otherwise, without Retain too")
     settings = {"allocation": allocation, "evict": "always", "interval": 4}
     loop, own = (RetainCache(model, "capkv", 16, **settings) for _ in range(2))
     read(model, loop, ids[:, :-1], [16, 16, 12])
     expected = answer(model, {"input_ids": ids}, loop, new=8)
-    with torch.no_grad():
-        got = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=own,
-            prefill_chunk_size=16,
-            max_new_tokens=8,
-            do_sample=False,
-        )[:, 45:]
+    got = in_chunks(model, ids, own)
     # The token that starts the answer is read by itself here, with the last chunk there.
     held = [sum(h.tokens_kept for h in cache.report().heads) for cache in (loop, own)]
+    heads = len(own.report().heads)
     assert got.shape == expected.shape
-    assert held == [16 * 4 + 4 * (8 % 4), 16 * 4 + 4 * (7 % 4)]
+    assert held == [16 * heads + heads * (8 % 4), 16 * heads + heads * (7 % 4)]
     again = RetainCache(model, "capkv", 16, **settings)
     logits = read(model, again, torch.cat((ids, got[:, :-1]), 1), [16, 16, 13])[2:]
     assert [int(x.argmax()) for x in logits] == got[0].tolist()

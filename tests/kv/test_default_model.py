@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from retain.cli import app
 from retain.cli.kv_options import parse_budget
-from retain.kv import DefaultModelError, RetainCache, load, models, policies
+from retain.kv import DefaultModelError, RetainCache, load, models, policies, profile_of, read_profile
 from retain.kv.answering import answer, prompt
 from retain.kv.demo import document, run
 
@@ -98,6 +98,45 @@ def test_generate_command_prints_json(tmp_path):
     assert facts["bytes_kept"] < facts["bytes_full"]
 
 
+def test_generate_command_splits_the_budget_and_reads_in_chunks(tmp_path):
+    figure = tmp_path / "heads.svg"
+    done = command(
+        "kv", "generate", "--budget", "60", "--allocation", "profile", "--chunk", "50", "--interval", "8",
+        "--positions", "compact", "--max-new-tokens", "4", "--json", "--figure", str(figure),
+        text="The parrot is called Otto. " * 20,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout.strip().splitlines()[-1])
+    assert facts["tokens_seen"] > 130
+    assert 60 <= facts["tokens_kept"] < 68
+    assert "<svg" in figure.read_text(encoding="utf-8")
+
+
+def test_calibrate_command_writes_a_profile(tmp_path):
+    file = tmp_path / "profile.json"
+    done = command("kv", "calibrate", "--tokens", "40", "--out", str(file), "--json")
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout.strip().splitlines()[-1])
+    assert len(facts["attention"]) == 30
+    assert len(facts["attention"][0]) == 3
+    assert facts["source"] == "40 tokens of the Python manual"
+    assert read_profile(file).model == facts["model"]
+    assert "written to" in command("kv", "calibrate", "--random", "--tokens", "40", "--out", str(file)).stdout
+
+
+def test_calibrate_command_refuses_two_sources():
+    done = command("kv", "calibrate", "--random", "--text-file", "x")
+    assert "both given" in str(done.exception)
+
+
+def test_shipped_profile_is_the_default_models(loaded, monkeypatch, tmp_path):
+    monkeypatch.setenv("RETAIN_CACHE", str(tmp_path))
+    found = profile_of(loaded[0])
+    assert "Python manual" in found.source
+    assert len(found.attention) == 30
+    assert not list(tmp_path.iterdir())
+
+
 def test_generate_command_reads_standard_input():
     done = command("kv", "generate", "--max-new-tokens", "4", "--layers", text="Say hello to the world, please.")
     assert done.exit_code == 0, done.output
@@ -117,6 +156,10 @@ def test_policies_command_lists_all():
         (("--prompt", "hi", "--budget", "2.5"), "budget is 2.5"),
         (("--prompt", "hi", "--budget", "lots"), "budget is 'lots'"),
         (("--prompt", "hi", "--policy", "h3o"), "Did you mean 'h2o'"),
+        (("--prompt", "hi", "--allocation", "profil"), "Did you mean 'profile'"),
+        (("--prompt", "hi", "--chunk", "0"), "chunk is 0"),
+        (("--prompt", "hi", "--interval", "0"), "interval is 0"),
+        (("--prompt", "hi", "--positions", "near"), "positions is 'near'"),
         (("--prompt", "hi", "--prompt-file", "x"), "both given"),
         (("--prompt-file", "/nowhere/at all"), "can't be read"),
         (("--prompt", "  "), "the prompt is empty"),

@@ -58,8 +58,9 @@ def generate(
 ) -> None:
     """Answer greedily from a part of the prompt's KV cache."""
     # Imported here: transformers takes seconds, which other commands need not wait for.
-    from retain.kv.answering import answer
+    from retain.kv.answering import answer, check_chunk
 
+    check_chunk(chunk)
     chosen = get_policy(policy)
     split = None if allocation is None else get_allocation(allocation)
     allowed = parse_budget(budget)

@@ -97,16 +97,24 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
         )
 
 
+def check_chunk(chunk: int | None) -> None:
+    """Raise unless a length of chunks is None or at least one token."""
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is {chunk}; accepted: at least 1 token")
+
+
 def generate(
     model: PreTrainedModel, ids: Tensor, cache: Cache, max_new_tokens: int, *, chunk: int | None = None
 ) -> Tensor:
     """Continue token ids [rows, tokens] greedily, [rows, new tokens]; what the cache has seen is not read again.
 
-    With `chunk`, the prompt is read so many tokens at a time.
+    With `chunk`, the prompt is read so many tokens at a time: by a loop of ours, since `prefill_chunk_size` of
+    transformers 5.2 gives other tokens than reading at once, with its own caches too.
     """
     ids = ids.to(model.device)
     network: Any = model
-    chunked = {} if chunk is None else {"prefill_chunk_size": chunk}
+    if chunk is not None:
+        read(model, ids[:, cache.get_seq_length() : -1], cache, chunk)
     out: Any = network.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -114,7 +122,6 @@ def generate(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=_padding(model),
-        **chunked,
     )
     return out[:, ids.shape[1] :]
 
@@ -126,6 +133,15 @@ def _padding(model: PreTrainedModel) -> int | None:
         return config.pad_token_id
     ends = config.eos_token_id
     return ends[0] if isinstance(ends, list) else ends
+
+
+def read(model: PreTrainedModel, ids: Tensor, cache: Cache, chunk: int | None = None) -> None:
+    """Fill a cache with token ids [rows, tokens], so many at a time; None reads them at once."""
+    if not ids.shape[1]:
+        return
+    with torch.no_grad():
+        for piece in ids.split(chunk or ids.shape[1], dim=1):
+            model(piece.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def answer(
@@ -167,8 +183,7 @@ def answer(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; accepted: at least 1")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk is {chunk}; accepted: at least 1 token")
+    check_chunk(chunk)
     parts = prompt(tokenizer, document, question)
     if positions != "compact":
         check_length(model, parts.ids.shape[1] + max_new_tokens)
@@ -183,9 +198,7 @@ def answer(
     )
     start = time.perf_counter()
     if not aware and parts.question.shape[1]:
-        with torch.no_grad():
-            for piece in parts.document.split(chunk or parts.document.shape[1], dim=1):
-                model(piece.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        read(model, parts.document, cache, chunk)
     tokens = generate(model, parts.ids, cache, max_new_tokens, chunk=chunk)[0]
     seconds = time.perf_counter() - start
     report = cache.report()
