@@ -99,10 +99,10 @@ def test_generate_command_prints_json(tmp_path):
 
 
 def test_generate_command_splits_the_budget_and_reads_in_chunks(tmp_path):
-    figure = tmp_path / "heads.svg"
+    figure, page = tmp_path / "heads.svg", tmp_path / "page.html"
     done = command(
         "kv", "generate", "--budget", "60", "--allocation", "profile", "--chunk", "50", "--interval", "8",
-        "--positions", "compact", "--max-new-tokens", "4", "--json", "--figure", str(figure),
+        "--positions", "compact", "--max-new-tokens", "4", "--json", "--figure", str(figure), "--report", str(page),
         text="The parrot is called Otto. " * 20,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
@@ -110,6 +110,20 @@ def test_generate_command_splits_the_budget_and_reads_in_chunks(tmp_path):
     assert facts["tokens_seen"] > 130
     assert 60 <= facts["tokens_kept"] < 68
     assert "<svg" in figure.read_text(encoding="utf-8")
+    assert "What was kept of the prompt" in page.read_text(encoding="utf-8")
+
+
+def test_shares_of_the_prompt_that_is_kept_are_those_of_the_heads(loaded):
+    model, tokenizer = loaded
+    found, report = answer(model, tokenizer, "The parrot is called Otto. " * 12, budget=40, max_new_tokens=2)
+    pieces, shares = zip(*found.kept, strict=True)
+    assert "".join(pieces).count("Otto") == 12
+    assert len(pieces) > 60
+    # The last tokens of the prompt are in every head, the first as well; over all heads they add up to the budget.
+    assert shares[0] == shares[-1] == 1
+    assert sum(shares) == pytest.approx(40, abs=1e-3)
+    assert "kept" not in found.to_dict()
+    assert report.tokens_kept == 41
 
 
 def test_calibrate_command_writes_a_profile(tmp_path):

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from retain.cli.command_line import command_line
 from retain.cli.console import out, print_json, progress
 from retain.cli.kv_measure import compare_caches, tune_budget
 from retain.cli.kv_options import AttnOption, DeviceOption, DtypeOption, ModelOption, parse_budget
@@ -54,6 +55,10 @@ def generate(
     attn: AttnOption = "sdpa",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Also show what each layer kept.")] = False,
+    report_file: Annotated[
+        Path | None,
+        typer.Option("--report", help="Write a page: the answer, and which words and heads kept what."),
+    ] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the entries kept by layer and head (svg, png).")] = None,
 ) -> None:
     """Answer greedily from a part of the prompt's KV cache."""
@@ -87,6 +92,10 @@ def generate(
         )
     if figure is not None:
         save(report.figure(), str(figure))
+    if report_file is not None:
+        from retain.kv.pages import answer_page
+
+        answer_page(result, report, command_line()).save(report_file)
     if as_json:
         print_json({"model": model, **result.to_dict()})
         return

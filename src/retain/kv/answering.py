@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -38,7 +38,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and what the cache behind it kept, the question's and answer's tokens included."""
+    """An answer and what the cache behind it kept, the question's and answer's tokens included.
+
+    `kept` is the text of each token of the prompt, and the share of compressed layers and heads that still hold it.
+    """
 
     answer: str
     policy: str
@@ -50,10 +53,11 @@ class Answer:
     bytes_kept: int
     capacity_retained: float | None
     seconds: float
+    kept: tuple[tuple[str, float], ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, ready for JSON."""
-        return asdict(self)
+        """Return everything but `kept` as plain values, ready for JSON."""
+        return {name: value for name, value in asdict(self).items() if name != "kept"}
 
 
 def prompt(tokenizer: PreTrainedTokenizerBase, document: str, question: str | None = None) -> Prompt:
@@ -215,6 +219,22 @@ def answer(
             bytes_kept=report.bytes_kept,
             capacity_retained=report.capacity_retained,
             seconds=seconds,
+            kept=tuple(zip(_pieces(tokenizer, parts.ids), kept_shares(cache, parts.ids.shape[1]), strict=True)),
         ),
         report,
     )
+
+
+def kept_shares(cache: RetainCache, tokens: int) -> list[float]:
+    """Return for each of the first tokens of a cache's first row the share of layers and heads that hold it."""
+    counts = torch.zeros(tokens)
+    heads = 0
+    for layer in cache.retained:
+        held = cache.kept_positions(layer.index)[0].cpu()  # [kv_heads, width]
+        heads += held.shape[0]
+        counts += torch.bincount(held[(held >= 0) & (held < tokens)].long(), minlength=tokens)
+    return (counts / heads).tolist()
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
+    return [str(tokenizer.decode([token])) for token in ids[0].tolist()]

@@ -4,9 +4,39 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure as MatplotlibFigure
 
+from retain.kv.accounting import CacheReport
+from retain.kv.answering import Answer
 from retain.kv.comparing import Comparison
+from retain.report.blocks import KeptText
 from retain.report.figures import Point, lines
-from retain.report.page import Figure, Page, Table
+from retain.report.page import Figure, Page, Table, Text
+
+
+def answer_page(found: Answer, report: CacheReport, command: str) -> Page:
+    """Return the page of one answer: what was said, which words of the prompt survived, what each head kept."""
+    page = Page(title="An answer from a part of the cache", lead=str(report), command=command)
+    page.add("Answer", Text(found.answer or "(nothing)"))
+    pieces, shares = zip(*found.kept, strict=True)
+    caption = f"The prompt under {found.policy}, budget {found.budget:g}: the darker, the more heads kept it."
+    page.add("What was kept of the prompt", KeptText(pieces, shares, caption))
+    layers = sorted({head.layer for head in report.heads})
+    heads = sorted({head.head for head in report.heads})
+    kept = {(head.layer, head.head): head.tokens_kept for head in report.heads}
+    numbers = Table(
+        ["layer", *(f"head {head}" for head in heads)],
+        [[str(layer), *(kept[layer, head] for head in heads)] for layer in layers],
+        f"Entries kept of {report.tokens_seen}, the answer's included.",
+    )
+    page.add(
+        "Budget by layer and head",
+        Figure(
+            report.figure(),
+            caption="Entries kept and share of the capacity retained, by layer and head.",
+            alt="Maps of entries kept, layers from top to bottom, heads from left to right.",
+            numbers=numbers,
+        ),
+    )
+    return page
 
 
 def comparison_page(found: Comparison, command: str) -> Page:
