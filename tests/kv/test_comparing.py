@@ -258,6 +258,10 @@ def test_commands_print_json_and_write_pages(folder, tmp_path):
     assert "Paired differences" in page.read_text(encoding="utf-8")
     assert "<svg" in figure.read_text(encoding="utf-8")
     assert table.stat().st_size
+    study = tmp_path / "study.html"
+    told = CliRunner().invoke(app, ["report", str(tmp_path / "kept"), "--to", str(study)])
+    assert told.exit_code == 0, told.output
+    assert "Fidelity against bytes: multikey, aware" in study.read_text(encoding="utf-8")
     shown = CliRunner().invoke(app, ["kv", "compare", *arguments, "--quiet"])
     assert "Best mean rank" in shown.stdout
     prompts = tmp_path / "prompts.txt"

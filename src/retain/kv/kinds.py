@@ -90,6 +90,7 @@ COMPARE = Kind(
     name="kv.compare",
     run="retain.kv.runs:compare_run",
     check="retain.kv.kinds:check_compare",
+    view="retain.kv.pages:add_records",
     compares="policy",
     settings={
         "task": "text",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from retain.kv.accounting import CacheReport
@@ -10,6 +13,9 @@ from retain.kv.comparing import Comparison
 from retain.report.blocks import KeptText
 from retain.report.figures import Point, lines
 from retain.report.page import Figure, Page, Table, Text
+from retain.study.keys import canonical
+from retain.study.store import Record
+from retain.study.summary import group
 
 
 def answer_page(found: Answer, report: CacheReport, command: str) -> Page:
@@ -48,6 +54,39 @@ def comparison_page(found: Comparison, command: str) -> Page:
         lead=f"Best mean rank of {len(found.contestants)}: {best}, over {len(found.cells)} cells of {samples} samples.",
         command=command,
     )
+    add_comparison(page, found)
+    return page
+
+
+def add_records(page: Page, records: Sequence[Record], folder: Path) -> None:
+    """Add finished runs of the kind `kv.compare`, of which those that differ in their tasks alone belong together.
+
+    Args:
+        page: of the report.
+        records: finished runs.
+        folder: of the store; not needed here.
+
+    """
+    together: dict[str, list[Record]] = {}
+    for record in records:
+        shared = {name: value for name, value in record.settings.items() if name not in ("task", "mode")}
+        together.setdefault(canonical(shared), []).append(record)
+    for own in together.values():
+        seeds: dict[tuple[str, str], set[int]] = {}
+        for record in own:
+            seeds.setdefault((record.settings["task"], record.settings["mode"]), set()).add(record.seed)
+        whole = set.intersection(*seeds.values())
+        if not whole:
+            page.add("Caches", Text("Runs are still missing: there is no seed that every task has."))
+            continue
+        groups = group(record for record in own if record.seed in whole)
+        add_comparison(page, Comparison({**own[0].settings, "samples": len(whole)}, groups))
+
+
+def add_comparison(page: Page, found: Comparison) -> None:
+    """Add the sections of a comparison to a page."""
+    best = next(iter(found.ranks()))
+    samples = found.settings["samples"]
     columns = [f"{task} {mode} {_budget(budget)}" for task, mode, budget in found.cells]
     rows = [
         [name, *(str(found.find(name, cell).interval("kl")) for cell in found.cells), f"{rank:.2f}"]
@@ -98,7 +137,6 @@ def comparison_page(found: Comparison, command: str) -> Page:
             "Paired differences of KL",
             Table(["of", "task", "mode", "budget", "difference"], rows, "Sample by sample, 95 % t interval."),
         )
-    return page
 
 
 def trade_off(found: Comparison, task: str | None = None, mode: str | None = None) -> MatplotlibFigure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import zlib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -108,8 +109,10 @@ def lines(
 ) -> Figure:
     """Draw one line for each name, with intervals where they are given; variants differ in their dashes."""
     variants = list(dict.fromkeys(name.partition("/")[2] for name in series))
+    # Room for the legend, which stands beside the panel in columns of sixteen.
+    columns = max(1, math.ceil(len(series) / 16))
     with style():
-        figure, (axes,) = new()
+        figure, (axes,) = new(6.4 + 3.2 * (columns - 1), max(3.8, 0.28 * min(len(series), 16)))
         for number, (name, points) in enumerate(series.items()):
             x, y = [p.x for p in points], [p.y for p in points]
             marker = _MARKERS[number % len(_MARKERS)]
@@ -129,7 +132,7 @@ def lines(
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(alpha=0.25)
         # Beside the panel: a legend inside covers points.
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=columns)
         return figure
 
 
