@@ -44,7 +44,9 @@ from retain.cli.link_options import (
     Test,
     Validation,
     Workers,
+    positive,
 )
+from retain.cli.link_reproduce import reproduce
 from retain.cli.link_show import show_rows, study_table
 from retain.cli.watching import watching
 
@@ -99,7 +101,7 @@ def train(
     graph = _graph(data, features, labels, root, protocol)
     found: list[dict[str, float]] = []
     with process_group(device) as own_device:
-        for number in range(seed, seed + _positive(seeds)):
+        for number in range(seed, seed + positive(seeds)):
             settings = TrainSettings(
                 parse(composition),
                 balanced=balanced,
@@ -154,7 +156,7 @@ def audit(
     made, own = _chosen(model, data, preset, encoder, decoder, encoder_norm, decoder_norm, hidden)
     rates: dict[str, Any] = {"directions": directions, "batch_size": batch_size, "learning_rate": learning_rate}
     found: list[Any] = []
-    for number in range(seed, seed + _positive(seeds)):
+    for number in range(seed, seed + positive(seeds)):
         path = _numbered(checkpoint, number, seeds)
         if path is not None and path.exists():
             net, facts = load_trained(path, device)
@@ -296,7 +298,7 @@ def align(
     protocol, rates = Protocol(), dict[str, Any](directions=directions)
     graph = _graph(data, features, labels, root, protocol)
     runs: dict[str, list[dict[str, float]]] = {"trained": [], "untrained": [], "raw features": []}
-    for number in range(seed, seed + _positive(seeds)):
+    for number in range(seed, seed + positive(seeds)):
         settings = TrainSettings(parse(composition), balanced=balanced, epochs=epochs, seed=number, **{**rates, **own})
         net, parts = _train(graph, made, settings, protocol, device, None)
         fresh = made.build(graph.x.size(1), number).to(device)
@@ -309,70 +311,6 @@ def align(
         for metric in found[0]
     ]
     show_rows({"graph": graph.name, "rows": rows}, rows, as_json, report, "Alignment with the classes")
-
-
-@app.command()
-def reproduce(
-    data: Annotated[str, typer.Option(help="Data sets, with commas.")] = "Cora,CiteSeer",
-    models: Annotated[str, typer.Option(help="Models, with commas; all seven if not given.")] = "",
-    arms: Annotated[str, typer.Option(help="Arms as NAME/NORM or NAME/ENCODER-DECODER, with commas.")] = "",
-    root: Root = Path("data"),
-    folder: Annotated[Path, typer.Option(help="Folder of finished runs, to go on from.")] = Path("reproduction"),
-    hidden: Hidden = 64,
-    preset: Preset = False,
-    epochs: Epochs = 30,
-    directions: Directions = 2,
-    batch_size: BatchSize = 512,
-    patience: Patience = None,
-    validation: Validation = 0.05,
-    test: Test = 0.10,
-    largest_component: Largest = False,
-    validation_edges_at_test: AtTest = False,
-    seeds: Seeds = 5,
-    device: Device = "cpu",
-    workers: Workers = 0,
-    quiet: Quiet = False,
-    show: Annotated[bool, typer.Option("--show", help="Run nothing; show what is finished.")] = False,
-    as_json: Json = False,
-    markdown: Annotated[Path | None, typer.Option(help="Also write tables and findings as Markdown.")] = None,
-) -> None:
-    """Run the paper's study: every model on every data set in every way of training."""
-    from retain.link import findings
-    from retain.link import reproduction as study
-    from retain.link.arms import parse_arm
-    from retain.link.graph import Protocol
-    from retain.link.training import TrainSettings
-
-    asked = [parse_arm(key.strip()) for key in arms.split(",")] if arms else list(study.ARMS)
-    if show:
-        cells = study.finished(folder)
-    else:
-        with watching(quiet) as watch:
-            cells = study.reproduce(
-                [name.strip() for name in data.split(",")],
-                folder,
-                models=[name.strip() for name in models.split(",")] if models else study.MODELS,
-                arms=asked,
-                seeds=_positive(seeds),
-                train=TrainSettings(epochs=epochs, directions=directions, batch_size=batch_size, patience=patience),
-                protocol=Protocol(validation, test, largest_component, validation_edges_at_test),
-                hidden=hidden,
-                published=preset,
-                root=root,
-                device=device,
-                workers=workers,
-                watch=watch,
-                command=command_line(),
-            )
-    compared = [(arm.key, "fixed/batch") for arm in asked if arm.key != "fixed/batch"]
-    text = findings.markdown(cells, compared)
-    if markdown is not None:
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(text, encoding="utf-8")
-    if as_json:
-        print_json(finite(study.to_dict(cells)))
-        return
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _chosen(
@@ -436,7 +374,5 @@ def _numbered(path: Path | None, seed: int, seeds: int) -> Path | None:
     return path if path is None or seeds == 1 else path.with_name(f"{path.stem}-{seed}{path.suffix}")
 
 
-def _positive(seeds: int) -> int:
-    if seeds < 1:
-        raise ValueError(f"seeds is {seeds}; accepted: at least 1")
-    return seeds
+# The last of the commands; it has a file of its own.
+app.command()(reproduce)

@@ -50,3 +50,15 @@ Test = Annotated[float, typer.Option(help="Share of edges for the test.")]
 Folder = Annotated[Path | None, typer.Option(help="Folder of finished runs, to go on from.")]
 Workers = Annotated[int, typer.Option(help="Processes to train in; 0 for this one.", min=0)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+
+
+def positive(seeds: int) -> int:
+    """Return a number of seeds that is at least 1.
+
+    Raises:
+        ValueError: it is not.
+
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}; accepted: at least 1")
+    return seeds

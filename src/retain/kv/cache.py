@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from retain.kv.accounting import CacheReport
 from retain.kv.allocation import Allocation
 from retain.kv.attention import Attachment
-from retain.kv.layer import RetainLayer, Settings
+from retain.kv.layer import RetainLayer
 from retain.kv.named import DEFAULT_POLICY, get_allocation, get_policy
 from retain.kv.policy import Policy
 from retain.kv.pool import Pool
@@ -22,6 +22,7 @@ from retain.kv.profile import HeadProfile
 from retain.kv.protection import Protection
 from retain.kv.quantized import Quantization
 from retain.kv.rotary import rotaries_of
+from retain.kv.settings import Settings
 from retain.kv.sharding import Sharding
 
 

@@ -6,7 +6,7 @@ import copy
 import functools
 import sys
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,46 +18,17 @@ from retain.kv.attention import Call, mark
 from retain.kv.measuring import capacity_share
 from retain.kv.moments import Moments
 from retain.kv.offloading import fetched
-from retain.kv.policy import Policy
+from retain.kv.padding import check_padding, whole_mask
 from retain.kv.pool import Pool
-from retain.kv.protection import Protection, tokens_allowed
-from retain.kv.quantized import Quantization, QuantizedStorage
+from retain.kv.protection import tokens_allowed
+from retain.kv.quantized import QuantizedStorage
 from retain.kv.ragged import RaggedStorage
 from retain.kv.ragged_attention import attend
 from retain.kv.rotary import RotaryEmbedding, shift
+from retain.kv.settings import Settings
 from retain.kv.sharding import Sharding
 from retain.kv.signals import Signals, rotate_half
 from retain.kv.storage import Entries, UniformStorage
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all layers of a cache share.
-
-    Args:
-        policy: what to keep.
-        budget: how much: entries of each head, or a fraction of what was seen.
-        protection: what is always kept.
-        always: hold the budget at all times; False evicts after the first forward pass only.
-        interval: with `always`, how many tokens may be generated between evictions.
-        compact: move kept keys together by their rotary embedding.
-        measure_capacity: measure the share of the capacity that is kept.
-        layers: number of layers.
-        sharding: how the heads are split over processes; None if they are not.
-        quantization: how what is kept is quantised; None if it is not.
-
-    """
-
-    policy: Policy
-    budget: float
-    protection: Protection
-    always: bool
-    interval: int
-    compact: bool
-    measure_capacity: bool
-    layers: int
-    sharding: Sharding | None = None
-    quantization: Quantization | None = None
 
 
 class RetainLayer(DynamicLayer):
@@ -142,7 +113,7 @@ class RetainLayer(DynamicLayer):
             )
         self.waiting = False
         valid = call.valid
-        self._check_padding(valid)
+        check_padding(valid, self.padding, self.seen)
         if valid is not None and bool(valid.all()):
             valid = None
         batch, _, new, _ = call.key.shape
@@ -159,22 +130,7 @@ class RetainLayer(DynamicLayer):
         self.storage.append(call.key, call.value, self._positions(new))
         if isinstance(self.storage, RaggedStorage):
             return None
-        return replace(call, key=self.storage.keys, value=self.storage.values, mask=_whole_mask(call, self.storage))
-
-    def _check_padding(self, valid: Tensor | None) -> None:
-        if valid is None:
-            return
-        holes = valid[:, :-1] & ~valid[:, 1:]
-        if bool((holes.any(-1) & ~valid[:, -1]).any()):
-            raise ValueError(
-                "attention_mask pads on the right (the last token of a row is masked); accepted: left padding. "
-                "Set tokenizer.padding_side = 'left'"
-            )
-        if bool(holes.any()):
-            raise ValueError("attention_mask masks tokens inside a prompt; accepted: left padding only")
-        started = torch.zeros_like(valid[:, 0]) if self.padding is None else self.padding < self.seen
-        if self.seen and bool((started & ~valid.all(-1)).any()):
-            raise ValueError("attention_mask masks tokens after the first of a row; accepted: left padding only")
+        return replace(call, key=self.storage.keys, value=self.storage.values, mask=whole_mask(call, self.storage))
 
     def _positions(self, new: int) -> Tensor:
         """Index of the newest tokens within each row's own text, [batch, new]; negative on padding."""
@@ -439,23 +395,6 @@ class RetainLayer(DynamicLayer):
             )
             for head in range(self.heads)
         ]
-
-
-def _whole_mask(call: Call, storage: UniformStorage) -> Tensor | None:
-    """Extend the mask over the new tokens to all entries, [batch, 1, new, width]."""
-    new, width = call.query.shape[2], storage.width
-    earlier = storage.valid[:, : width - new]
-    mask = call.mask
-    if mask is None:
-        if new == 1 and bool(earlier.all()):
-            return None
-        mask = torch.ones(new, new, dtype=torch.bool, device=call.query.device).tril_()[None, None]
-    mask = mask[..., -new:].expand(earlier.shape[0], -1, -1, -1)
-    head = earlier[:, None, None].expand(-1, mask.shape[1], new, -1)
-    if mask.dtype != torch.bool:
-        lowest = torch.finfo(mask.dtype).min
-        head = torch.zeros_like(head, dtype=mask.dtype).masked_fill_(~head, lowest)
-    return torch.cat((head, mask), dim=-1)
 
 
 def _compacted(signals: Signals, entries: Entries, kept: Tensor, rotary: RotaryEmbedding) -> Entries:

@@ -169,6 +169,7 @@ def _tensors(held: Any) -> list[Tensor]:
     if not isinstance(held, Tensor):
         return []
     if hasattr(held, "__tensor_flatten__") and type(held) is not torch.nn.Parameter:
-        names: list[str] = getattr(held, "__tensor_flatten__")()[0]  # noqa: B009 - of subclasses alone
+        parted: Any = held  # subclasses alone have the method
+        names: list[str] = parted.__tensor_flatten__()[0]
         return [x for name in names for x in _tensors(getattr(held, name))]
     return [held]

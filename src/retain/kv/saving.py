@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -108,7 +108,7 @@ def load_cache(path: str | Path, model: PreTrainedModel, policy: Policy | None =
     try:
         with safe_open(place, "pt") as file:
             facts = json.loads((file.metadata() or {})["retain"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        tensors = load_file(place)
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{place} is no saved RetainCache ({error})") from None
     if facts["format"] > _FORMAT:

@@ -132,9 +132,10 @@ def columns(weight: Tensor, needed: int) -> Tensor:
         ValueError: they are not here.
 
     """
-    local: Tensor = getattr(weight, "to_local", lambda: weight)()
-    if local.shape[1] != needed and hasattr(weight, "full_tensor"):
-        local = getattr(weight, "full_tensor")()  # noqa: B009 - plain tensors have none
+    split: Any = weight  # a plain tensor has neither of the two methods
+    local: Tensor = split.to_local() if hasattr(split, "to_local") else weight
+    if local.shape[1] != needed and hasattr(split, "full_tensor"):
+        local = split.full_tensor()
     if local.shape[1] != needed:
         raise ValueError(
             f"the attention's output projection has {local.shape[1]} columns here, its heads {needed} dimensions: it "

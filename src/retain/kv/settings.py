@@ -1,0 +1,40 @@
+"""What all layers of a cache share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from retain.kv.policy import Policy
+from retain.kv.protection import Protection
+from retain.kv.quantized import Quantization
+from retain.kv.sharding import Sharding
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all layers of a cache share.
+
+    Args:
+        policy: what to keep.
+        budget: how much: entries of each head, or a fraction of what was seen.
+        protection: what is always kept.
+        always: hold the budget at all times; False evicts after the first forward pass only.
+        interval: with `always`, how many tokens may be generated between evictions.
+        compact: move kept keys together by their rotary embedding.
+        measure_capacity: measure the share of the capacity that is kept.
+        layers: number of layers.
+        sharding: how the heads are split over processes; None if they are not.
+        quantization: how what is kept is quantised; None if it is not.
+
+    """
+
+    policy: Policy
+    budget: float
+    protection: Protection
+    always: bool
+    interval: int
+    compact: bool
+    measure_capacity: bool
+    layers: int
+    sharding: Sharding | None = None
+    quantization: Quantization | None = None
