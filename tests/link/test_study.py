@@ -108,6 +108,13 @@ def test_an_unknown_arm_is_named():
     assert [parse_arm(arm.key) for arm in ARMS] == list(ARMS)
 
 
+def test_an_arm_can_keep_the_models_own_norms():
+    settings = ModelSettings(encoder_norm="none", decoder_norm="layer")
+    assert parse_arm("fixed/own").model(settings) == settings
+    assert parse_arm("random/own-batch").model(settings).decoder_norm == "batch"
+    assert parse_arm("fixed/own").learning_rate is None
+
+
 def test_an_audit_draws_its_page(graph, parts):
     report = audit_trained(ModelSettings(hidden=16).build(16), graph, parts)
     html = audit_page(report, "retain link audit").html()

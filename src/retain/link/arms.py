@@ -8,6 +8,8 @@ from retain.link.composition import Composition, Fixed, Random, Separate
 from retain.link.models import ModelSettings
 from retain.link.training import TrainSettings
 
+OWN = "own"  # stands for the norms of the model's own settings
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -17,7 +19,7 @@ class Arm:
         name: `fixed`, `random`, `random+balanced`, `separate`, or one of the caller's own.
         composition: positives in a mini-batch.
         balanced: weight both classes the same.
-        encoder_norm: `batch`, `layer`, `graph` or `none`.
+        encoder_norm: `batch`, `layer`, `graph` or `none`, or `own` for what the model's settings say.
         decoder_norm: the same choice.
         learning_rate: Adam's; None for that of the study.
 
@@ -38,7 +40,8 @@ class Arm:
 
     def model(self, base: ModelSettings) -> ModelSettings:
         """Return the study's model with this arm's norms."""
-        return replace(base, encoder_norm=self.encoder_norm, decoder_norm=self.decoder_norm)
+        norms = {"encoder_norm": self.encoder_norm, "decoder_norm": self.decoder_norm}
+        return replace(base, **{part: norm for part, norm in norms.items() if norm != OWN})
 
     def train(self, base: TrainSettings, seed: int) -> TrainSettings:
         """Return the study's training with this arm's composition, loss and rate."""
@@ -60,7 +63,7 @@ _NAMED: dict[str, tuple[Composition, bool]] = {
 
 
 def parse_arm(key: str) -> Arm:
-    """Return the arm that a key names: `fixed/batch`, `random+balanced/layer`, `random/none-batch`.
+    """Return the arm that a key names: `fixed/batch`, `random+balanced/layer`, `random/none-batch`, `fixed/own`.
 
     LayerNorm under random fractions collapses at the rate that suits BatchNorm, so that arms with LayerNorm in
     the decoder train at 1e-3.
@@ -77,7 +80,8 @@ def parse_arm(key: str) -> Arm:
     encoder, _, decoder = norms.partition("-")
     if name not in _NAMED:
         raise ValueError(f"arm is {key!r}; accepted: one of {', '.join(_NAMED)}, a slash and a norm")
-    ModelSettings(encoder_norm=encoder, decoder_norm=decoder or encoder)  # refuses what is no norm
+    named = {"encoder_norm": encoder, "decoder_norm": decoder or encoder}
+    ModelSettings(**{part: norm for part, norm in named.items() if norm != OWN})  # refuses what is no norm
     composition, balanced = _NAMED[name]
     rate = 1e-3 if "layer" in (encoder, decoder) else None
     return Arm(name, composition, balanced, encoder, decoder or encoder, rate)

@@ -51,7 +51,8 @@ def settings_for(name: str, *, hidden: int = 64, published: str = "") -> tuple[M
     Args:
         name: one of `MODELS`.
         hidden: channels.
-        published: name of a data set for which to take the authors' settings instead, all but their epochs.
+        published: name of a data set for which to take the authors' settings instead, all but their epochs; of GCN and
+            GraphSAGE, which have none, only that they have no norms.
 
     Raises:
         ValueError: there is no such model.
@@ -60,7 +61,8 @@ def settings_for(name: str, *, hidden: int = 64, published: str = "") -> tuple[M
     if name not in MODELS:
         raise ValueError(f"models hold {name!r}; accepted: {', '.join(MODELS)}")
     if name in ("gcn", "sage"):
-        return ModelSettings(encoder=name, hidden=hidden), {}
+        norms = {"encoder_norm": "none", "decoder_norm": "none"} if published else {}
+        return ModelSettings(encoder=name, hidden=hidden, **norms), {}
     if not published:
         return ModelSettings(hidden=hidden, model=name), {}
     made, training = preset(name, published)
