@@ -5,7 +5,7 @@ import torch
 from typer.testing import CliRunner
 
 from retain.cli.link import app
-from retain.link import findings
+from retain.link import findings, published
 from retain.link.arms import parse_arm
 from retain.link.reproduction import Cell, finished, reproduce, settings_for, to_dict
 from retain.link.training import TrainSettings
@@ -30,6 +30,19 @@ def test_words_follow_the_intervals():
     assert "| gcn | random/batch − fixed/batch |  |  |  |  | +0.403" in text
     assert "fixed/batch: 8 affected." in text
     assert len(to_dict(cells)["rows"]) == 8
+
+
+def test_a_study_is_compared_with_what_authors_print():
+    def own(data, model, values):
+        return Cell(data, model, "fixed/own", Group({"model": model}, {"hits@100": dict(enumerate(values))}), {})
+
+    assert published.lines([cell("fixed/batch", [0.9], "ncn", "hits@100")]) == []
+    cells = [own("Cora", "neognn", [0.79, 0.81]), own("Cora", "gcn", [0.85]), own("digits", "gcn", [0.85])]
+    text = "\n".join(published.lines(cells))
+    assert "| Cora | neognn | 80.0 ± 1.4 | 80.4 ± 1.3 | -0.4 | -0.3 |" in text
+    assert "| Cora | gcn | 85.0 ± 0.0 | 66.8 ± 1.6 | +18.2 | +11.0 |" in text
+    assert "Within two published standard deviations: 1 of 2." in text
+    assert "Hits@100 as published" in findings.markdown(cells)
 
 
 def test_models_are_named():

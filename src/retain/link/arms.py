@@ -40,8 +40,12 @@ class Arm:
 
     def model(self, base: ModelSettings) -> ModelSettings:
         """Return the study's model with this arm's norms."""
-        norms = {"encoder_norm": self.encoder_norm, "decoder_norm": self.decoder_norm}
-        return replace(base, **{part: norm for part, norm in norms.items() if norm != OWN})
+        encoder, decoder = self.encoder_norm, self.decoder_norm
+        return replace(
+            base,
+            encoder_norm=base.encoder_norm if encoder == OWN else encoder,
+            decoder_norm=base.decoder_norm if decoder == OWN else decoder,
+        )
 
     def train(self, base: TrainSettings, seed: int) -> TrainSettings:
         """Return the study's training with this arm's composition, loss and rate."""
@@ -80,8 +84,9 @@ def parse_arm(key: str) -> Arm:
     encoder, _, decoder = norms.partition("-")
     if name not in _NAMED:
         raise ValueError(f"arm is {key!r}; accepted: one of {', '.join(_NAMED)}, a slash and a norm")
-    named = {"encoder_norm": encoder, "decoder_norm": decoder or encoder}
-    ModelSettings(**{part: norm for part, norm in named.items() if norm != OWN})  # refuses what is no norm
+    named = (encoder, decoder or encoder)
+    standing = ["none" if norm == OWN else norm for norm in named]
+    ModelSettings(encoder_norm=standing[0], decoder_norm=standing[1])  # refuses what is no norm
     composition, balanced = _NAMED[name]
     rate = 1e-3 if "layer" in (encoder, decoder) else None
     return Arm(name, composition, balanced, encoder, decoder or encoder, rate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from retain.link import published
 from retain.link.reproduction import Cell
 from retain.study.intervals import Interval, over_seeds
 
@@ -128,6 +129,7 @@ def markdown(cells: Sequence[Cell], arms: Sequence[tuple[str, str]] = (("random/
     for of, minus in arms:
         said = sentences(cells, of, minus)
         parts += [f"{of} against {minus}:", "", *(f"* {text}" for text in said), ""] if said else []
+    parts += published.lines(cells)
     parts += ["How trainings were judged:", "", *(f"* {text}" for text in verdicts(cells)), ""]
     return "\n".join(parts)
 

@@ -61,8 +61,8 @@ def settings_for(name: str, *, hidden: int = 64, published: str = "") -> tuple[M
     if name not in MODELS:
         raise ValueError(f"models hold {name!r}; accepted: {', '.join(MODELS)}")
     if name in ("gcn", "sage"):
-        norms = {"encoder_norm": "none", "decoder_norm": "none"} if published else {}
-        return ModelSettings(encoder=name, hidden=hidden, **norms), {}
+        norm = "none" if published else "batch"
+        return ModelSettings(encoder=name, hidden=hidden, encoder_norm=norm, decoder_norm=norm), {}
     if not published:
         return ModelSettings(hidden=hidden, model=name), {}
     made, training = preset(name, published)
