@@ -27,6 +27,7 @@ from retain.kv.weights import (
     MeanQuery,
     Product,
     Random,
+    SampledAttention,
     Sum,
     Uniform,
     WindowAttention,
@@ -99,6 +100,50 @@ def test_h2o_takes_attention_that_eager_has_computed(data):
     given_attention = attention(data)[None]
     ours = get_policy("h2o").score(signals_of(data, attention=given_attention))
     same_order(ours, given_attention[0].sum(1).view(KV, 2, N).mean(1))
+
+
+def sampled(data, count, apart):
+    """Attention of `count` evenly spaced queries over what lies `apart` or more behind each, [kv_heads, n]."""
+    n = data["q"].shape[2]
+    total = torch.zeros(HEADS, n)
+    asked = 0
+    for step in range(1, count + 1):
+        query = math.ceil(step * n / count) - 1
+        if query < apart:
+            continue
+        asked += 1
+        for head in range(HEADS):
+            logits = data["k"][0, head // 2, : query - apart + 1] @ data["q"][0, head, query] / math.sqrt(D)
+            total[head, : query - apart + 1] += logits.softmax(0)
+    return total.view(KV, 2, n).mean(1) / max(asked, 1)
+
+
+@pytest.mark.parametrize(("count", "apart"), [(7, 20), (1, 1), (200, 5), (4, 85)])
+def test_sampled_attention(data, count, apart):
+    ours = signals_of(data).attention_from_sample(count, apart)[0]
+    torch.testing.assert_close(ours, sampled(data, count, apart), atol=1e-6, rtol=1e-4)
+
+
+def test_sampled_attention_of_a_padded_row_is_that_of_its_text(data):
+    short = {name: data[name][:, :, 30:] for name in ("q", "k", "v")}
+    both = {name: torch.cat((data[name], torch.nn.functional.pad(short[name], (0, 0, 30, 0)))) for name in short}
+    valid = torch.ones(2, N, dtype=torch.bool)
+    valid[1, :30] = False
+    ours = Signals(both["q"], both["k"], both["v"], valid=valid).attention_from_sample(6, 16)
+    alone = Signals(short["q"], short["k"], short["v"]).attention_from_sample(6, 16)
+    torch.testing.assert_close(ours[0], sampled(data, 6, 16), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(ours[1, :, 30:], alone[0])
+    assert not ours[1, :, :30].any()
+
+
+def test_sampled_attention_of_a_text_too_short_is_nothing(data):
+    first = {name: data[name][:, :, :9] for name in ("q", "k", "v")}
+    signals = Signals(first["q"], first["k"], first["v"])
+    assert not signals.attention_from_sample(4, 9).any()
+    weights = SampledAttention(4, 9) + KeySalience()
+    torch.testing.assert_close(weights.log(signals), KeySalience().log(signals).log_softmax(-1))
+    with pytest.raises(ValueError, match="apart is 0; accepted: at least 1"):
+        SampledAttention(apart=0)
 
 
 def test_tova(data):
