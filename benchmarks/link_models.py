@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import link_direct as direct
 from retain.link.builtin import block_model
 from retain.link.composition import Fixed
+from retain.link.counts import pair_counts
 from retain.link.data import load
 from retain.link.graph import Graph, Protocol, Split, split
 from retain.link.messages import MessageGraph
@@ -35,7 +36,7 @@ from retain.link.models import ModelSettings, PairModel, preset
 from retain.link.models.base import in_chunks
 from retain.link.models.buddy import propagated
 from retain.link.sampling import EdgeBatch, EdgeBatches
-from retain.link.sketches import pair_counts, sketch
+from retain.link.sketches import sketch
 from retain.link.training import TrainSettings, adam, features, message_edges, step_loss, without_targets
 
 MODELS = ("neognn", "elph", "ncn", "ncnc", "buddy")

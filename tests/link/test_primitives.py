@@ -11,11 +11,12 @@ from torch_geometric.nn import GCNConv
 
 from retain.link import messages, overlap
 from retain.link.builtin import block_model
+from retain.link.counts import pair_counts
 from retain.link.messages import MessageGraph, as_messages
 from retain.link.neighbors import common_neighbors, pool, residual_neighbors, square_rows
 from retain.link.overlap import square_dense
 from retain.link.propagation import propagate, without_own_edge
-from retain.link.sketches import cardinality, pair_counts, sketch
+from retain.link.sketches import cardinality, sketch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 

@@ -9,20 +9,20 @@ that unions are minima for both kinds, and one sum tells how many registers are 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from retain.gpu import on_gpu
-from retain.link.messages import MessageGraph, pointers
+from retain.link.messages import MessageGraph
 from retain.link.neighbors import bags
 
 _CHUNK = 2**16
-_PAIRS = 2**10  # whose sketches stay in a processor's cache
+_ROWS = 2**9  # of a table that stay in a processor's cache
 _EMPTY = 1024.0  # above what all other registers can add up to
-_ENTRIES = 2**13
+_ENTRIES = 2**12
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class Sketches:
         minhash: by hop, whole numbers of 24 bits, float32 [nodes, permutations].
         registers: by hop, 2^-r, bfloat16 [nodes, 2^p].
         sizes: by hop, estimated cardinality, float32 [nodes].
-        least: least and second least of the neighbours' sketches of hops 0 and 1, of both kinds: what a neighbour
-            leaves when it goes.
+        growth: by how much the bits of each number of hops 1 and 2, of both kinds, grow when the neighbour that gave it
+            goes: 0 where another gives the same.
 
     """
 
     minhash: tuple[Tensor, ...]
     registers: tuple[Tensor, ...]
     sizes: tuple[Tensor, ...]
-    least: tuple[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], ...]
+    growth: tuple[tuple[Tensor, Tensor], ...]
 
     @property
     def hops(self) -> int:
@@ -68,54 +68,30 @@ def sketch(graph: MessageGraph, hops: int = 2, *, permutations: int = 128, p: in
             raise ValueError(f"{name} is {value}; accepted: 1 to {most}")
     minhash = [_hashes(graph.keys, permutations, seed)]
     registers = [_registers(graph.keys, p, seed)]
-    least: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []
+    growth: list[tuple[Tensor, Tensor]] = []
     for hop in range(hops):
-        found = [_least(graph.rows.col, graph.rows.pointers, tables[-1]) for tables in (minhash, registers)]
+        both = (minhash, registers)
+        found = [least(graph.rows.col, graph.rows.pointers, tables[-1]) for tables in both]
         if hop < 2:
-            one, other = (
-                (low, _second(graph, low, tables[-1])) for low, tables in zip(found, (minhash, registers), strict=True)
-            )
-            least.append((one, other))
-        for low, tables in zip(found, (minhash, registers), strict=True):
+            grown = [_growth(graph, low, tables[-1], tables[0]) for low, tables in zip(found, both, strict=True)]
+            growth.append((grown[0], grown[1]))
+        for low, tables in zip(found, both, strict=True):
             tables.append(torch.minimum(tables[-1], low))
-    sizes = tuple(torch.cat([cardinality(part) for part in table.split(_PAIRS)]) for table in registers)
-    return Sketches(tuple(minhash), tuple(registers), sizes, tuple(least))
+    sizes = tuple(estimate(totals(table), table.size(1)) for table in registers)
+    return Sketches(tuple(minhash), tuple(registers), sizes, tuple(growth))
 
 
-def pair_counts(graph: MessageGraph, sketches: Sketches, pairs: Tensor) -> Tensor:
-    """Return how many nodes are at which distances from both ends of each pair, [pairs, k(k + 2)].
+def bits(table: Tensor) -> Tensor:
+    """Return numbers that are not negative as whole numbers of as many bits, which have the same order.
 
-    First A[a, b], nodes at distance a of one end and b of the other, for 1 ≤ a, b ≤ k, row after row; then for each
-    a the nodes at distance a of the first end and more than k from the second, and the same for the second end.
-    Distance 1 includes the end itself. A pair that is an edge of the graph is counted without this edge, exactly.
-
-    Args:
-        graph: that the sketches are of.
-        sketches: `sketch(graph, k)`.
-        pairs: long [2, pairs].
-
+    A processor compares these several times as fast as halves of floats.
     """
-    parts = [_pair_counts(graph, sketches, part) for part in pairs.split(_PAIRS, dim=1)]
-    return torch.cat(parts)
+    return table.view(torch.int32 if table.dtype == torch.float32 else torch.int16)
 
 
-def _pair_counts(graph: MessageGraph, sketches: Sketches, pairs: Tensor) -> Tensor:
-    hops = sketches.hops
-    known = (graph.rows.find(pairs[0] * graph.num_nodes + pairs[1]) >= 0).nonzero().flatten()
-    ends = [_rows(graph, sketches, pairs, known, side) for side in (0, 1)]
-    both = torch.zeros(hops + 1, hops + 1, pairs.size(1), device=graph.device)
-    for a in range(1, hops + 1):
-        for b in range(1, hops + 1):
-            one, other = ends[0][a - 1], ends[1][b - 1]
-            same = torch.eq(one.hashes, other.hashes, out=torch.empty_like(one.hashes)).sum(dim=1)
-            union = cardinality(torch.minimum(one.registers, other.registers))
-            both[a, b] = same / one.hashes.size(1) * union
-    exact = both[1:, 1:] - both[:-1, 1:] - both[1:, :-1] + both[:-1, :-1]
-    rest: list[Tensor] = []
-    for end, within in zip(ends, (both[:, hops], both[hops, :]), strict=True):
-        size = torch.stack([torch.zeros_like(within[0]), *(row.size for row in end)])
-        rest.append(torch.diff(size - within, dim=0))
-    return torch.cat([exact.reshape(hops * hops, -1), *rest]).T
+def same(one: Tensor, other: Tensor) -> Tensor:
+    """Return 1 where two tensors are equal and 0 elsewhere, in their own dtype: much faster than booleans."""
+    return torch.eq(one, other, out=torch.empty_like(one))
 
 
 def cardinality(registers: Tensor) -> Tensor:
@@ -125,11 +101,21 @@ def cardinality(registers: Tensor) -> Tensor:
         registers: as `Sketches` holds them, [sets, m].
 
     """
-    m = registers.size(1)
-    total = registers.sum(dim=1, dtype=torch.float32)
+    return estimate(totals(registers), registers.size(1))
+
+
+def totals(registers: Tensor) -> Tensor:
+    """Return what the registers of each set add up to, float32 [sets]."""
+    parts = [part.float().sum(dim=1) for part in registers.split(_ROWS)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def estimate(total: Tensor, m: int) -> Tensor:
+    """Estimate the number of distinct elements from the sum of m registers, for sums of any shape."""
     empty = torch.floor(total / _EMPTY)
     filled = total - _EMPTY * empty
-    return m * m / (2 * math.log(2)) / (m * _sigma(empty / m) + filled)
+    table = _sigma(torch.arange(m + 1, device=total.device) / m)
+    return m * m / (2 * math.log(2)) / (m * table[empty.long()] + filled)
 
 
 def _sigma(x: Tensor) -> Tensor:
@@ -142,82 +128,44 @@ def _sigma(x: Tensor) -> Tensor:
     return torch.where(x == 1, torch.inf, total)
 
 
-class _Rows(NamedTuple):
-    """Sketches of one end of each pair, of one hop."""
+def _growth(graph: MessageGraph, low: Tensor, table: Tensor, own: Tensor) -> Tensor:
+    """By how much the bits of min(own, least of neighbours) grow without the one neighbour that gives it.
 
-    hashes: Tensor
-    registers: Tensor
-    size: Tensor
+    Args:
+        graph: whose neighbours.
+        low: least of each column over neighbours, [nodes, columns].
+        table: of the neighbours, [nodes, columns].
+        own: what stays whoever goes, [nodes, columns].
 
-
-def _rows(graph: MessageGraph, sketches: Sketches, pairs: Tensor, known: Tensor, side: int) -> list[_Rows]:
-    """Sketches of one end for hops 1 to k; where the pair is an edge, of the graph without it."""
-    these, those = pairs[side], pairs[1 - side]
-    tables = zip(sketches.minhash[1:], sketches.registers[1:], sketches.sizes[1:], strict=True)
-    rows = [_Rows(*(table.index_select(0, these) for table in kinds)) for kinds in tables]
-    if known.numel():
-        found = _without_edge(graph, sketches, these[known], those[known])
-        for row, (hashes, registers) in zip(rows, found, strict=True):
-            row.hashes[known], row.registers[known], row.size[known] = hashes, registers, cardinality(registers)
-    return rows
-
-
-def _without_edge(graph: MessageGraph, sketches: Sketches, ends: Tensor, others: Tensor) -> list[list[Tensor]]:
-    """Sketches of `ends` for hops 1 to k in the graph without the edges (ends, others), each without its own.
-
-    Up to two hops the neighbours' own sketches serve, without that of the other end: their shortest ways through the
-    missing edge lead back to the end. At three hops ways that turn back at once are left out, which are all that
-    could take the missing edge.
     """
-    tables = (sketches.minhash, sketches.registers)
-    found: list[list[Tensor]] = []
-    for hop, kinds in enumerate(sketches.least):
-        rows: list[Tensor] = []
-        for (least, second), table in zip(kinds, tables, strict=True):
-            low = least.index_select(0, ends)
-            gone = table[hop].index_select(0, others) == low
-            low = torch.where(gone, second.index_select(0, ends), low)
-            rows.append(torch.minimum(low, table[0].index_select(0, ends)))
-        found.append(rows)
-    if sketches.hops == 3:
-        node, owner = graph.rows.expand(ends)
-        keep = (node != others[owner]).nonzero().flatten()
-        node, owner = node[keep], owner[keep]
-        second, place = graph.rows.expand(node)
-        keep = (second != ends[owner[place]]).nonzero().flatten()
-        starts = pointers(torch.bincount(owner[place[keep]], minlength=ends.numel()))
-        last = zip(found[1], tables, strict=True)
-        found.append([torch.minimum(near, _least(second[keep], starts, table[1])) for near, table in last])
-    return found
-
-
-def _second(graph: MessageGraph, least: Tensor, table: Tensor) -> Tensor:
-    """Second least of each column over neighbours, equal to the least where two share it, [nodes, columns]."""
     rows = graph.rows
-    found = torch.empty_like(least)
+    found = torch.empty_like(bits(low))
+    infinite = int(bits(torch.tensor(torch.inf, dtype=table.dtype)))
+    bounds = rows.pointers.tolist()
     start = 0
     while start < graph.num_nodes:
         # As many nodes as have some thousand neighbours together, at least one.
-        last = int(torch.searchsorted(rows.pointers, rows.pointers[start] + _ENTRIES, right=True)) - 1
-        end = min(max(last, start + 1), graph.num_nodes)
-        first, after = int(rows.pointers[start]), int(rows.pointers[end])
+        end = min(max(bisect_right(bounds, bounds[start] + _ENTRIES) - 1, start + 1), graph.num_nodes)
+        first, after = bounds[start], bounds[end]
         values = table.index_select(0, rows.col[first:after])
-        equal = values == least.index_select(0, rows.row[first:after])
+        equal = same(bits(values), bits(low.index_select(0, rows.row[first:after])))
         starts = rows.pointers[start : end + 1] - first
         order = torch.arange(after - first, device=graph.device)
-        second = _least(order, starts, values.masked_fill_(equal, torch.inf))
         shared = bags(equal.to(torch.float32), order, starts) > 1
-        found[start:end] = torch.where(shared, least[start:end], second)
+        torch.maximum(bits(values), equal.mul_(infinite), out=bits(values))
+        second = torch.where(shared, low[start:end], least(order, starts, values))
+        one, other = (torch.minimum(bits(part), bits(own[start:end])) for part in (low[start:end], second))
+        torch.sub(other, one, out=found[start:end])
         start = end
     return found
 
 
-def _least(index: Tensor, starts: Tensor, table: Tensor) -> Tensor:
+def least(index: Tensor, starts: Tensor, table: Tensor) -> Tensor:
     """Least of each column over lists of rows, infinite where a list is empty, [lists, columns]."""
     if on_gpu(table):
-        from retain.link.kernels.least import least
+        from retain.link.kernels import least as kernel
 
-        return least(index, starts, table)
+        return kernel.least(index, starts, table)
     lists = starts.numel() - 1
     empty = (starts[1:] == starts[:-1]).unsqueeze(-1)
     if table.is_cpu:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from retain.link.counts import pair_counts
 from retain.link.messages import MessageGraph
 from retain.link.models.dropout import ByteDropout
 from retain.link.models.norms import make_norm
-from retain.link.sketches import pair_counts, sketch
+from retain.link.sketches import sketch
 
 
 class SketchHead(nn.Module):
