@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 from retain.link import checkpoint as files
 from retain.link import messages as compressed
+from retain.link.count_memory import symmetric
 from retain.link.counts import pair_counts
 from retain.link.embeddings import embeddings
 from retain.link.graph import Protocol
 from retain.link.messages import MessageGraph
 from retain.link.models import MODELS, NORMS, ModelSettings, PairScorer, preset
 from retain.link.models.dropout import ByteDropout
-from retain.link.models.sketched import symmetric
 from retain.link.sketches import sketch
 from retain.link.trained import audit_trained, held_out_scores
 from retain.link.training import TrainSettings, fit, score_validation

@@ -119,7 +119,7 @@ def test_powers_and_overlap_against_dense_matrices(case, beta, device):
 @pytest.mark.parametrize("device", DEVICES)
 @given(case=cases())
 def test_propagation_is_pygs_and_forgets_a_pairs_own_edge(case, device):
-    edges, _, dense, _ = case
+    edges, loose, dense, _ = case
     x = torch.randn(len(dense), 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     layer = GCNConv(4, 4, bias=False).double()
     with torch.no_grad():
@@ -131,12 +131,13 @@ def test_propagation_is_pygs_and_forgets_a_pairs_own_edge(case, device):
     (ours**2).sum().backward()
     (theirs**2).sum().backward()
     assert torch.allclose(one.grad.cpu(), two.grad)
-    targets = dense.nonzero().T
-    ends = without_own_edge(graph, x.to(device), ours.detach(), targets.to(device))
-    for number, (i, j) in enumerate(targets.T.tolist()):
-        alone = propagate(graph.without(targets[:, number : number + 1].to(device)), x.to(device))
-        assert torch.allclose(ends[0][number], alone[i])
-        assert torch.allclose(ends[1][number], alone[j])
+    for targets in (dense.nonzero().T, torch.cat([dense.nonzero().T, loose], dim=1), loose):
+        ends = without_own_edge(graph, torch.cat([ours.detach(), x.to(device)]), targets.to(device))
+        assert ends.shape == (2 * targets.size(1), 4)
+        for number, (i, j) in enumerate(targets.T.tolist()):
+            alone = propagate(graph.without(targets[:, number : number + 1].to(device)), x.to(device))
+            assert torch.allclose(ends[number], alone[i])
+            assert torch.allclose(ends[targets.size(1) + number], alone[j])
 
 
 def balls(dense, hops):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import torch
@@ -30,12 +31,15 @@ class Rows:
         self.degree = torch.bincount(self.row, minlength=num_nodes)
         self.pointers = pointers(self.degree)
 
-    def select(self, keep: Tensor) -> Rows:
-        """Return the rows without the edges for which `keep`, bool [edges], is false."""
+    def without(self, places: Tensor) -> Rows:
+        """Return the rows without the edges at some places, long, ascending, none twice."""
+        keep = torch.ones_like(self.codes, dtype=torch.bool)
+        keep[places] = False
+        kept = keep.nonzero().flatten()
         chosen = Rows.__new__(Rows)
         chosen.num_nodes = self.num_nodes
-        chosen.codes, chosen.row, chosen.col = self.codes[keep], self.row[keep], self.col[keep]
-        chosen.degree = self.degree - torch.bincount(self.row[~keep], minlength=self.num_nodes)
+        chosen.codes, chosen.row, chosen.col = (part.index_select(0, kept) for part in (self.codes, self.row, self.col))
+        chosen.degree = self.degree - torch.bincount(self.row[places], minlength=self.num_nodes)
         chosen.pointers = pointers(chosen.degree)
         return chosen
 
@@ -73,6 +77,8 @@ class MessageGraph:
 
     """
 
+    _view: tuple[MessageGraph, Tensor]
+
     def __init__(self, edge_index: Tensor, num_nodes: int, *, keys: Tensor | None = None) -> None:
         if edge_index.ndim != 2 or edge_index.size(0) != 2:
             raise ValueError(f"edge_index has shape {tuple(edge_index.shape)}; accepted: [2, edges]")
@@ -84,11 +90,30 @@ class MessageGraph:
         if keys is not None and keys.shape != (num_nodes,):
             raise ValueError(f"keys has shape {tuple(keys.shape)}; accepted: ({num_nodes},), one a node")
         self.num_nodes = num_nodes
-        self.rows = Rows(_codes(edge_index[:, edge_index[0] != edge_index[1]], num_nodes).unique(), num_nodes)
+        self._rows = Rows(_codes(edge_index[:, edge_index[0] != edge_index[1]], num_nodes).unique(), num_nodes), None
         self.keys = torch.arange(num_nodes, device=edge_index.device) if keys is None else keys
         self.base = self
-        self.removed: Rows | None = None
         self._made: dict[str, tuple[tuple[object, ...], Any]] = {}
+
+    @cached_property
+    def _rows(self) -> tuple[Rows, Rows | None]:
+        # Of a view, when they are asked for: sketches, for one, are of the base.
+        graph, pairs = self._view
+        places = graph._edges(pairs).unique()
+        gone = graph.rows.codes[places]
+        if graph.removed is not None:
+            gone = torch.cat([graph.removed.codes, gone]).sort().values
+        return graph.rows.without(places), Rows(gone, self.num_nodes)
+
+    @property
+    def rows(self) -> Rows:
+        """The edges."""
+        return self._rows[0]
+
+    @property
+    def removed(self) -> Rows | None:
+        """The edges of the base that a view lacks."""
+        return self._rows[1]
 
     @property
     def edge_index(self) -> Tensor:
@@ -103,7 +128,7 @@ class MessageGraph:
     @property
     def device(self) -> torch.device:
         """Where the graph is."""
-        return self.rows.codes.device
+        return self.keys.device
 
     def without(self, pairs: Tensor) -> MessageGraph:
         """Return a view that lacks the given edges in both directions; pairs that are no edges are ignored.
@@ -114,15 +139,9 @@ class MessageGraph:
             pairs: long [2, pairs].
 
         """
-        keep = torch.ones_like(self.rows.codes, dtype=torch.bool)
-        keep[self._edges(pairs)] = False
         view = MessageGraph.__new__(MessageGraph)
         view.num_nodes, view.keys, view.base, view._made = self.num_nodes, self.keys, self.base, {}
-        view.rows = self.rows.select(keep)
-        gone = self.rows.codes[~keep]
-        if self.removed is not None:
-            gone = torch.cat([self.removed.codes, gone]).sort().values
-        view.removed = Rows(gone, self.num_nodes)
+        view._view = (self, pairs)
         return view
 
     def contains(self, rows: Tensor, columns: Tensor) -> Tensor:

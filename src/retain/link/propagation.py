@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from retain.link.messages import MessageGraph
+from retain.link.messages import MessageGraph, pointers
 from retain.link.neighbors import bags
 
 
@@ -24,29 +25,34 @@ def propagate(graph: MessageGraph, x: Tensor) -> Tensor:
     return _Propagate.apply(x, graph)  # pyright: ignore[reportReturnType]
 
 
-def without_own_edge(graph: MessageGraph, x: Tensor, propagated: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of `propagate` at both ends of edges, each in the graph that lacks just this edge.
+def without_own_edge(graph: MessageGraph, both: Tensor, pairs: Tensor) -> Tensor:
+    """Return rows of ÂX at the ends of pairs, each in the graph that lacks just this pair: [2 · pairs, channels].
 
     With S_i = Σ_{k∈N(i)∪i} x_k/√d_k the row is S_i/√d_i. Without edge (i, j), d_i falls by one, x_j leaves the sum
-    and x_i counts by its new degree; what other neighbours weigh doesn't change.
+    and x_i counts by its new degree; what other neighbours weigh doesn't change. Of a pair that is no edge the rows
+    stay. First come all first ends.
 
     Args:
-        graph: A, with the edges in it.
-        x: [nodes, channels].
-        propagated: `propagate(graph, x)`.
-        pairs: edges of the graph, long [2, pairs].
+        graph: A.
+        both: ÂX above X, `torch.cat([propagate(graph, x), x])`, [2 · nodes, channels]; no gradient passes to it.
+        pairs: long [2, pairs].
 
     """
-    degree = (graph.degree + 1).to(x.dtype).unsqueeze(-1)
-
-    def one(these: Tensor, those: Tensor) -> Tensor:
-        old, new = degree[these], degree[these] - 1
-        total = propagated.index_select(0, these) * old.sqrt()
-        total.addcmul_(x.index_select(0, those), degree[those].rsqrt(), value=-1)
-        total.addcmul_(x.index_select(0, these), new.rsqrt() - old.rsqrt())
-        return total.mul_(new.rsqrt())
-
-    return one(pairs[0], pairs[1]), one(pairs[1], pairs[0])
+    edge = (graph.rows.find(pairs[0] * graph.num_nodes + pairs[1]) >= 0).repeat(2)
+    these, those = pairs.flatten(), pairs.flip(0).flatten()
+    known = edge.nonzero().flatten()
+    if known.numel() == 0:
+        return both.index_select(0, these)
+    starts = pointers(1 + 2 * edge)
+    index, weight = (both.new_zeros(int(starts[-1]), dtype=kind) for kind in (torch.long, both.dtype))
+    index[starts[:-1]], weight[starts[:-1]] = these, 1.0
+    these, those, place = these[known], those[known], starts[known]
+    degree = (graph.degree + 1).to(both.dtype)
+    old, new = degree[these], degree[these] - 1
+    weight[place] = (old / new).sqrt()
+    index[place + 1], weight[place + 1] = those + graph.num_nodes, -(degree[those] * new).rsqrt()
+    index[place + 2], weight[place + 2] = these + graph.num_nodes, (new.rsqrt() - old.rsqrt()) * new.rsqrt()
+    return bags(both, index, starts, weight)
 
 
 def _product(graph: MessageGraph, x: Tensor) -> Tensor:

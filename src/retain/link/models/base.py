@@ -44,6 +44,7 @@ class PairModel(nn.Module, ABC):
 
     # Whether the model looks at neighbourhoods: such a model is given a `MessageGraph`, which keeps what is constant.
     structural: ClassVar[bool] = True
+    chunk: ClassVar[int] = 2**16  # pairs that are scored at a time where there are many
     encoder: nn.Module
     last: nn.Module
 
@@ -94,8 +95,8 @@ def dense_block(channels: int, hidden: int, norm: nn.Module, dropout: nn.Module)
     return nn.Sequential(nn.Linear(channels, hidden), norm, dropout, nn.ReLU())
 
 
-def in_chunks(model: PairModel, encoding: Encoding, pairs: Tensor, size: int = 2**16) -> Tensor:
-    """Score many pairs, `size` at a time: [edges]."""
-    if pairs.size(1) <= size:
+def in_chunks(model: PairModel, encoding: Encoding, pairs: Tensor) -> Tensor:
+    """Score many pairs, as many at a time as suits the model: [edges]."""
+    if pairs.size(1) <= model.chunk:
         return model.score(encoding, pairs)
-    return torch.cat([model.score(encoding, part) for part in pairs.split(size, dim=1)])
+    return torch.cat([model.score(encoding, part) for part in pairs.split(model.chunk, dim=1)])

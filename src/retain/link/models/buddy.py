@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from retain.link.messages import MessageGraph, as_messages
-from retain.link.models.base import Encoding, PairModel
-from retain.link.models.sketched import SketchHead
+from retain.link.models.base import Encoding
+from retain.link.models.sketched import SketchHead, SketchModel
 from retain.link.propagation import propagate, without_own_edge
 
 
-class BUDDY(PairModel):
+class BUDDY(SketchModel):
     """Score counts by distance and the product of a linear map of propagated features, ÂX.
 
     Sketches and ÂX are made once for a graph. Where a pair is an edge of it, both are taken without this edge.
@@ -36,36 +36,29 @@ class BUDDY(PairModel):
     def encode(self, x: Tensor, messages: Tensor | MessageGraph) -> Encoding:
         """Map the propagated features of every node."""
         graph = as_messages(messages, x.size(0))
-        return Encoding(self.encoder(propagated(graph.base, x)), x, graph)
+        return Encoding(self.encoder(propagated(graph.base, x)[: x.size(0)]), x, graph)
 
-    def edge_embedding(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        """Return the hidden layers side by side, [edges, k(k + 2) + hidden]."""
+    def product(self, encoding: Encoding, pairs: Tensor) -> Tensor:
+        """Return the product of the mapped features of pairs' ends, [edges, hidden]."""
         first, second = (encoding.nodes.index_select(0, end) for end in pairs)
-        known, rows = self._own_edges(encoding.graph.base, encoding.x, pairs)
+        base = encoding.graph.base
+        known = (base.rows.find(pairs[0] * base.num_nodes + pairs[1]) >= 0).nonzero().flatten()
         if known.numel():
-            own = self.encoder(rows)
+            own = self.encoder(without_own_edge(base, propagated(base, encoding.x), pairs[:, known]))
             first = first.index_put((known,), own[: known.numel()])
             second = second.index_put((known,), own[known.numel() :])
-        return self.head(encoding.graph, pairs, first * second)
+        return first * second
 
     def forward(self, x: Tensor, edge_index: Tensor | MessageGraph, pairs: Tensor) -> Tensor:
         """Score pairs; in training only the ends of the batch are mapped."""
         graph = as_messages(edge_index, x.size(0))
         if not self.training or pairs.numel() > 2 * x.size(0):
             return super().forward(x, graph, pairs)
-        inputs = propagated(graph.base, x).index_select(0, pairs.flatten())
-        known, rows = self._own_edges(graph.base, x, pairs)
-        if known.numel():
-            inputs[torch.cat([known, known + pairs.size(1)])] = rows
-        first, second = self.encoder(inputs).chunk(2)
-        return self.last(self.head(graph, pairs, first * second)).squeeze(-1)
-
-    def _own_edges(self, graph: MessageGraph, x: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which pairs are edges, and ÂX at their ends, each without its edge, [2 · edges, features]."""
-        known = (graph.rows.find(pairs[0] * graph.num_nodes + pairs[1]) >= 0).nonzero().flatten()
-        return known, torch.cat(without_own_edge(graph, x, propagated(graph, x), pairs[:, known]))
+        ends = self.encoder(without_own_edge(graph.base, propagated(graph.base, x), pairs))
+        first, second = ends.chunk(2)
+        return self.join(graph, pairs, first * second)
 
 
 def propagated(graph: MessageGraph, x: Tensor) -> Tensor:
-    """Return ÂX, made once for a graph and features."""
-    return graph.remember("propagated", lambda: propagate(graph, x), x)
+    """Return ÂX above X, made once for a graph and features: [2 · nodes, features]."""
+    return graph.remember("propagated", lambda: torch.cat([propagate(graph, x), x]), x)

@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 
 class ByteDropout(nn.Dropout):
-    """Dropout, several times as fast on CPUs: one random byte for each number, eight at a draw.
+    """Dropout, many times as fast on CPUs: one random byte for each number, eight at a draw.
 
     The share that is kept is rounded to 1/256, and what is kept is scaled by the rounded share. On other devices it
     is torch's own.
@@ -23,20 +23,20 @@ class ByteDropout(nn.Dropout):
             return super().forward(input)
         count = input.numel()
         words = torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None)
-        mask = (words.view(torch.uint8)[:count] < kept).view(input.shape)
-        return _Masked.apply(input, mask, 256 / kept)  # pyright: ignore[reportReturnType]
+        mask = words.view(torch.uint8)[:count].view(input.shape)
+        return _Masked.apply(input, torch.lt(mask, kept, out=mask), 256 / kept)  # pyright: ignore[reportReturnType]
 
 
 class _Masked(Function):
-    # The mask stays a byte for each number; torch's product would keep it as large as the input.
+    # The mask stays a byte for each number. Bytes are compared, and made floats, several times as fast as booleans.
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
         ctx.mask, ctx.scale = mask, scale
-        return (x * mask).mul_(scale)
+        return mask.to(x.dtype).mul_(x).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return (gradients[0] * ctx.mask).mul_(ctx.scale), None, None
+        return ctx.mask.to(gradients[0].dtype).mul_(gradients[0]).mul_(ctx.scale), None, None
 
 
 def drop_features(dropout: nn.Module, x: Tensor) -> Tensor:

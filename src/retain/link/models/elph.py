@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from retain.link.messages import MessageGraph
-from retain.link.models.base import Encoding, PairModel
+from retain.link.models.base import Encoding
 from retain.link.models.encoder import Encoder
-from retain.link.models.sketched import SketchHead
+from retain.link.models.sketched import SketchHead, SketchModel
 
 
-class ELPH(PairModel):
+class ELPH(SketchModel):
     """Score counts by distance and the product of a GNN's embeddings; sketches are made once for a graph.
 
     Args:
@@ -32,7 +32,7 @@ class ELPH(PairModel):
         graph = Encoding(x, x, messages).graph
         return Encoding(self.encoder(x, graph), x, graph)
 
-    def edge_embedding(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        """Return the hidden layers side by side, [edges, k(k + 2) + hidden]."""
+    def product(self, encoding: Encoding, pairs: Tensor) -> Tensor:
+        """Return the product of the embeddings of pairs' ends, [edges, hidden]."""
         h = encoding.nodes
-        return self.head(encoding.graph, pairs, h.index_select(0, pairs[0]) * h.index_select(0, pairs[1]))
+        return h.index_select(0, pairs[0]) * h.index_select(0, pairs[1])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
-from retain.link.counts import pair_counts
+from retain.link.count_memory import CountMemory
 from retain.link.messages import MessageGraph
+from retain.link.models.base import Encoding, PairModel
 from retain.link.models.dropout import ByteDropout
 from retain.link.models.norms import make_norm
-from retain.link.sketches import sketch
 
 
 class SketchHead(nn.Module):
@@ -29,11 +31,11 @@ class SketchHead(nn.Module):
         counts = hops * (hops + 2)
         self.out_channels = counts + hidden
         self.count_mlp = nn.Sequential(nn.Linear(counts, counts), make_norm(norm, counts), nn.ReLU())
-        self.product_mlp = nn.Sequential(nn.Linear(hidden, hidden), make_norm(norm, hidden), nn.ReLU())
+        self.product_mlp = nn.Sequential(nn.Linear(hidden, hidden), make_norm(norm, hidden), nn.ReLU(inplace=True))
         self.dropout = ByteDropout(dropout)
 
-    def forward(self, graph: MessageGraph, pairs: Tensor, product: Tensor) -> Tensor:
-        """Return the hidden layers side by side, [edges, k(k + 2) + hidden].
+    def forward(self, graph: MessageGraph, pairs: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the hidden layers, [edges, k(k + 2)] and [edges, hidden].
 
         Args:
             graph: whose base is sketched, once; a pair's own edge is not counted.
@@ -41,22 +43,38 @@ class SketchHead(nn.Module):
             product: of the ends' features, [edges, hidden].
 
         """
-        base = graph.base
-        sketches = base.remember(f"sketches of {self.hops} hops", lambda: sketch(base, self.hops))
-        counts = symmetric(pair_counts(base, sketches, pairs), self.hops).to(product.dtype)
-        return self.dropout(torch.cat([self.count_mlp(counts), self.product_mlp(product)], dim=1))
+        # In eval mode the same pairs are scored after every epoch.
+        counts = memory(graph.base, self.hops).counts(pairs, again=not self.training).to(product.dtype)
+        return self.dropout(self.count_mlp(counts)), self.dropout(self.product_mlp(product))
 
 
-def symmetric(counts: Tensor, hops: int) -> Tensor:
-    """Return counts that don't depend on which end comes first: of mirrored ones the larger and the smaller.
+class SketchModel(PairModel):
+    """Base of models of counts and products; a new one defines `encode` and `product`."""
 
-    Args:
-        counts: as `pair_counts` returns them, [edges, k(k + 2)].
-        hops: k.
+    head: SketchHead
+    last: nn.Linear
+    chunk = 2**10
 
-    """
-    grid = counts[:, : hops * hops].reshape(-1, hops, hops)
-    large, small = torch.maximum(grid, grid.mT), torch.minimum(grid, grid.mT)
-    both = large.triu() + small.tril(-1)
-    one, other = counts[:, hops * hops :].chunk(2, dim=1)
-    return torch.cat([both.flatten(1), torch.maximum(one, other), torch.minimum(one, other)], dim=1)
+    @abstractmethod
+    def product(self, encoding: Encoding, pairs: Tensor) -> Tensor:
+        """Return the product of the features of pairs' ends, [edges, hidden]."""
+
+    def edge_embedding(self, encoding: Encoding, pairs: Tensor) -> Tensor:
+        """Return the hidden layers side by side, [edges, k(k + 2) + hidden]."""
+        return torch.cat(self.head(encoding.graph, pairs, self.product(encoding, pairs)), dim=1)
+
+    def score(self, encoding: Encoding, pairs: Tensor) -> Tensor:
+        """Return logits of pairs [2, edges]: [edges]."""
+        return self.join(encoding.graph, pairs, self.product(encoding, pairs))
+
+    def join(self, graph: MessageGraph, pairs: Tensor, product: Tensor) -> Tensor:
+        """Return the logits of pairs from the product of their ends' features, [edges]."""
+        counts, products = self.head(graph, pairs, product)
+        # The last layer over both hidden ones, which needn't be copied side by side for it.
+        weight = self.last.weight[0]
+        return counts @ weight[: counts.size(1)] + products @ weight[counts.size(1) :] + self.last.bias
+
+
+def memory(graph: MessageGraph, hops: int) -> CountMemory:
+    """Return a graph's sketches and the counts made of them so far."""
+    return graph.remember(f"counts of {hops} hops", lambda: CountMemory(graph, hops))
