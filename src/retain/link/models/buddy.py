@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from retain.link.messages import MessageGraph, as_messages
 from retain.link.models.base import Encoding
@@ -55,8 +58,24 @@ class BUDDY(SketchModel):
         if not self.training or pairs.numel() > 2 * x.size(0):
             return super().forward(x, graph, pairs)
         ends = self.encoder(without_own_edge(graph.base, propagated(graph.base, x), pairs))
-        first, second = ends.chunk(2)
-        return self.join(graph, pairs, first * second)
+        return self.join(graph, pairs, _Halves.apply(ends))  # pyright: ignore[reportArgumentType]
+
+
+class _Halves(Function):
+    # The product of both halves of the rows. Torch would make a tensor of zeros for the gradient of each half.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        first, second = x.chunk(2)
+        return first * second
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        found = torch.empty_like(x)
+        for half, other in zip(found.chunk(2), reversed(x.chunk(2)), strict=True):
+            torch.mul(gradients[0], other, out=half)
+        return found
 
 
 def propagated(graph: MessageGraph, x: Tensor) -> Tensor:

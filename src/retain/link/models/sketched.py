@@ -52,7 +52,6 @@ class SketchModel(PairModel):
     """Base of models of counts and products; a new one defines `encode` and `product`."""
 
     head: SketchHead
-    last: nn.Linear
     chunk = 2**10
 
     @abstractmethod
@@ -71,6 +70,7 @@ class SketchModel(PairModel):
         """Return the logits of pairs from the product of their ends' features, [edges]."""
         counts, products = self.head(graph, pairs, product)
         # The last layer over both hidden ones, which needn't be copied side by side for it.
+        assert isinstance(self.last, nn.Linear)
         weight = self.last.weight[0]
         return counts @ weight[: counts.size(1)] + products @ weight[counts.size(1) :] + self.last.bias
 
