@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 BENCH := .venv-bench
 
-.PHONY: demo test test-oldest lint format bench-kv bench-link bench-gpu evidence bench-study docs test-ray clean
+.PHONY: demo test test-oldest lint format bench-kv bench-link bench-gpu evidence bench-evidence-peers bench-study docs test-ray clean
 
 demo: $(VENV)/.ready
 	$(BIN)/retain demo --report out/demo.html
@@ -55,6 +55,10 @@ bench-gpu: $(VENV)/.ready
 # Which policy stays closest to the full cache, in short: 8 samples. What is finished is kept in out/evidence.
 evidence: $(VENV)/.ready
 	$(BIN)/python -W ignore benchmarks/evidence.py --samples 8 --folder out/evidence
+
+# kvpress's presses on the same samples, in short: 4 samples. What is finished is kept in out/evidence-peers.
+bench-evidence-peers: $(BENCH)/.ready
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BENCH)/bin/python -W ignore benchmarks/evidence_peers.py --samples 4
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from retain.kv import RetainCache
+from retain.kv import Policy, RetainCache
+from retain.kv.allocation import Equal
 from retain.kv.calibration import calibrate
 from retain.kv.fidelity import Cell, divergence, evaluate
 from retain.kv.profile import HeadProfile
+from retain.kv.selection import Selection
 from retain.kv.tasks import make
+from retain.kv.weights import Uniform
 from tests.kv.tiny import TOKENS, build, tokenizer
 
 CELLS = [
@@ -77,6 +80,49 @@ def test_rows_are_what_each_cache_gives_alone(model, task, mode, chat):
         assert row["agreed_tokens"] == (same.index(False) if False in same else 12)
     assert rows[1]["kl"] > 0.01
     assert [row["allocation"] for row in rows[-3:]] == ["marginal", "equal", "head profile"]
+
+
+class Fixed(Selection):
+    """Keeps given tokens of each head, whatever the budget."""
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    def choose(self, policy, signals, budget):
+        width = max(map(len, self.kept))
+        return torch.tensor([[[-1] * (width - len(own)) + own for own in self.kept]])
+
+
+class Ragged(Equal):
+    @property
+    def ragged(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("allocation", "kept"),
+    [(Ragged(), [[0, 3, 50, 51, 200], [7, 90]]), (Equal(), [[0, 3, 50], [7, 90, 210]]), (Ragged(), [[], [5]])],
+)
+def test_a_selection_may_bring_numbers_of_its_own(model, allocation, kept):
+    example = make("text", tokenizer(), tokens=300, seed=4)
+    parts, gold = example.prompt(tokenizer()).ids, example.gold(tokenizer())
+    cell = Cell(Policy(weights=Uniform(), selection=Fixed(kept), allocation=allocation), 0.5)
+    _, row = evaluate(model, tokenizer(), example, [cell], mode="continuation")
+    # The stock model over everything at once, with a mask for every head.
+    ids, seen = torch.cat((parts, gold), dim=1), parts.shape[1] - 1
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    mask = causal.repeat(1, 4, 1, 1)
+    for head in range(4):
+        gone = [token for token in range(seen) if token not in kept[head // 2]]
+        mask[0, head, seen:, gone] = False
+    with torch.no_grad():
+        full, own = (
+            model(ids, attention_mask=m, use_cache=False).logits[0, seen:-1].log_softmax(-1)
+            for m in (causal[None, None], mask)
+        )
+    kl = functional.kl_div(own, full, log_target=True, reduction="sum") / gold.shape[1]
+    assert row["kl"] == pytest.approx(float(kl), abs=2e-4)
+    assert row["tokens_kept"] == sum(map(len, kept)) / 2
 
 
 def test_what_keeps_all_is_the_full_cache(model):

@@ -51,7 +51,9 @@ class Selection(ABC):
     def choose(self, policy: Policy, signals: Signals, budget: Budget) -> Tensor:
         """Return the kept tokens, ascending: long [batch, kv_heads, budget.width].
 
-        A row and head that keeps fewer than the widest has −1 in its first places.
+        A row and head that keeps fewer than the widest has −1 in its first places. What is returned is kept, also
+        where it is another number than the budget's: a selection that brings its own numbers, as another library's
+        rule may, counts for itself. Heads of unequal length need an allocation that is ragged.
         """
 
 
