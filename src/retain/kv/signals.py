@@ -247,6 +247,8 @@ class Signals:
 
     def _attention_from_sample(self, count: int, apart: int) -> Tensor:
         places = self.sample(count)
+        if self.plain:
+            return self._attention_from(places[0].tolist(), apart)
         latest = self.query_positions.gather(1, places) - apart
         index = places[:, None, :, None].expand(-1, self.queries.shape[1], -1, self.dim)
         queries = self.grouped(self.queries.gather(2, index).float() * self.scaling).flatten(2, 3)
@@ -258,6 +260,24 @@ class Signals:
         some = ~hidden.all(-1)
         weights = logits.softmax(-1).masked_fill_(~some[:, :, None, :, None], 0.0)
         return weights.sum((2, 3)) / (self.group * some.sum(-1).clamp_min(1)[..., None])
+
+    def _attention_from(self, places: list[int], apart: int, block: int = 4) -> Tensor:
+        """`_attention_from_sample` where all rows hold all their tokens: no query looks at what it can't see."""
+        offset = self.tokens - self.queries.shape[2]
+        seen = [(place, offset + place - apart) for place in places if offset + place >= apart]
+        received = torch.zeros(self.batch, self.kv_heads, self.tokens, device=self.device)
+        for start in range(0, len(seen), block):
+            index, latest = zip(*seen[start : start + block], strict=True)
+            queries = self.grouped(self.queries[:, :, list(index)].float() * self.scaling).flatten(2, 3)
+            # Queries ascend, so that only the newest columns lie beyond some of them.
+            first, columns = latest[0] + 1, latest[-1] + 1
+            logits = queries @ self.keys32[:, :, :columns].mT
+            beyond = torch.arange(first, columns) > torch.tensor(latest)[:, None]
+            logits.unflatten(2, (self.group, -1))[..., first:].masked_fill_(beyond.to(self.device), NEGATIVE)
+            weights = logits.softmax(-1)
+            share = weights.new_full((1, weights.shape[2]), 1 / (self.group * len(seen)))
+            received[..., :columns] += (share @ weights).squeeze(2)
+        return received
 
     def sample(self, count: int) -> Tensor:
         """Return where `count` queries stand that are evenly spaced over each row's own, long [batch, count].
