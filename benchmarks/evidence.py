@@ -27,7 +27,7 @@ from retain.kv.comparing import Comparison, compare
 from retain.kv.runs import loaded
 from retain.kv.tasks import manual
 
-OURS = "capkv/profile"
+OURS = "capkv-spread/profile"
 
 LEFT_OUT = ("full", "random")
 FIRST_SEED = 1000

@@ -21,6 +21,7 @@ from retain.kv.weights import (
     MeanQuery,
     Random,
     Recency,
+    SampledAttention,
     Uniform,
     WindowAttention,
 )
@@ -37,6 +38,17 @@ _POLICIES = (
         weights=WindowAttention(window=16, pool=5)
         + ExpectedAttention(future=0, recent=512, pooled=True, diagonal=True)
         + 2 * KeySalience(),
+        directions=Value(),
+        estimator=Leverage(power=0.5, ridge=0.1),
+        paper="2604.25975",
+    ),
+    # What some queries from all over the text asked for counts too, and keys unlike the rest count less.
+    Policy(
+        name="capkv-spread",
+        weights=3 * WindowAttention(window=8, pool=1)
+        + SampledAttention(count=16, apart=32)
+        + ExpectedAttention(future=0, recent=512, diagonal=True)
+        + KeySalience(),
         directions=Value(),
         estimator=Leverage(power=0.5, ridge=0.1),
         paper="2604.25975",
