@@ -9,16 +9,17 @@ from torch.nn import functional as F
 
 from retain.link import checkpoint as files
 from retain.link import messages as compressed
+from retain.link.builtin import block_model
 from retain.link.count_memory import symmetric
 from retain.link.counts import pair_counts
 from retain.link.embeddings import embeddings
-from retain.link.graph import Protocol
+from retain.link.graph import Protocol, split
 from retain.link.messages import MessageGraph
-from retain.link.models import MODELS, NORMS, ModelSettings, PairScorer, preset
+from retain.link.models import GCN, MODELS, NORMS, GraphSAGE, ModelSettings, PairScorer, preset
 from retain.link.models.dropout import ByteDropout
 from retain.link.sketches import sketch
 from retain.link.trained import audit_trained, held_out_scores
-from retain.link.training import TrainSettings, fit, score_validation
+from retain.link.training import TrainSettings, fit, message_edges, score_validation
 
 BASE = ModelSettings(hidden=16, encoder="pure", layers=1)
 KINDS = [
@@ -260,3 +261,34 @@ def test_presets_are_the_references_and_build():
             ModelSettings(**wrong)
     with pytest.raises(ValueError, match="no features"):
         ModelSettings().build(0)
+
+
+@pytest.mark.parametrize("kind", [GCN, GraphSAGE])
+@pytest.mark.parametrize("channels", [5, 40])
+def test_an_encoder_embeds_alike_over_compressed_rows(kind, channels):
+    torch.manual_seed(0)
+    edges = torch.randint(29, (2, 60))  # of 30 nodes, so that one has no edge
+    edges = MessageGraph(edges, 30).edge_index
+    x = torch.randn(30, channels)
+    encoder = kind(channels, 16)
+    found = []
+    for messages in (edges, MessageGraph(edges, 30)):
+        inputs = x.clone().requires_grad_()
+        out = encoder(inputs, messages)
+        encoder.zero_grad()
+        out.square().sum().backward()
+        found.append([out.detach(), inputs.grad, *(p.grad.clone() for p in encoder.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_large_graph_is_given_to_every_encoder_in_compressed_rows(monkeypatch):
+    graph = block_model(nodes=60, classes=2, degree=6, features=4)
+    parts = split(graph, Protocol(), 0)
+    model = ModelSettings(encoder="sage", hidden=8).build(4)
+    plain = fit(model, graph, parts, TrainSettings(epochs=2))
+    assert isinstance(message_edges(model, parts, 60), torch.Tensor)
+    monkeypatch.setattr("retain.link.training._MANY_EDGES", 10)
+    assert isinstance(message_edges(model, parts, 60), MessageGraph)
+    again = fit(ModelSettings(encoder="sage", hidden=8).build(4), graph, parts, TrainSettings(epochs=2))
+    assert again.epochs[-1].loss == pytest.approx(plain.epochs[-1].loss, rel=1e-3)

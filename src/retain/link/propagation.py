@@ -25,6 +25,17 @@ def propagate(graph: MessageGraph, x: Tensor) -> Tensor:
     return _Propagate.apply(x, graph)  # pyright: ignore[reportReturnType]
 
 
+def neighbor_mean(graph: MessageGraph, x: Tensor) -> Tensor:
+    """Return the mean of x over the neighbours of each node, 0 where there are none: [nodes, channels].
+
+    Args:
+        graph: A.
+        x: [nodes, channels]; gradients pass to it.
+
+    """
+    return _Mean.apply(x, graph)  # pyright: ignore[reportReturnType]
+
+
 def without_own_edge(graph: MessageGraph, both: Tensor, pairs: Tensor) -> Tensor:
     """Return rows of ÂX at the ends of pairs, each in the graph that lacks just this pair: [2 · pairs, channels].
 
@@ -70,3 +81,20 @@ class _Propagate(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return _product(ctx.graph, gradients[0].contiguous()), None  # the matrix is symmetric
+
+
+class _Mean(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, graph: MessageGraph) -> Tensor:
+        ctx.graph = graph
+        return bags(x, graph.rows.col, graph.rows.pointers).div_(_count(graph, x))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        graph: MessageGraph = ctx.graph
+        shares = gradients[0] / _count(graph, gradients[0])
+        return bags(shares, graph.rows.col, graph.rows.pointers), None  # every edge is there in both directions
+
+
+def _count(graph: MessageGraph, x: Tensor) -> Tensor:
+    return graph.degree.clamp_min(1).to(x.dtype).unsqueeze(-1)
