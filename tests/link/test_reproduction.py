@@ -22,7 +22,8 @@ def test_words_follow_the_intervals():
     cells += [cell("fixed/batch", [0.5, 0.6], "elph"), cell("random/batch", [0.9, 0.2], "elph")]
     cells += [cell("fixed/batch", [0.5], "sage"), cell("random/batch", [0.9], "sage")]
     (said,) = findings.sentences(cells)
-    assert "in 1 of 3 (gcn on G); the opposite in 1 (ncn on G); the interval includes 0 in 1 (elph on G)" in said
+    assert "in 1 of 3 (G: gcn); the opposite in 1 of 3 (G: ncn); the interval includes 0 in 1 of 3 (G: elph)." in said
+    assert "The NMI of edge embeddings with the classes rises: in all 1." in findings.sentences(cells[:2])
     gap = findings.difference(cells[1], cells[0], "edge_nmi")
     assert gap is not None
     assert gap.mean == pytest.approx(0.4033, abs=1e-4)
