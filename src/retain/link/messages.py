@@ -50,17 +50,18 @@ class Rows:
             nodes: long [n], repeats allowed.
 
         """
-        start, count = self.pointers[nodes], self.degree[nodes]
+        start, count = self.pointers.index_select(0, nodes), self.degree.index_select(0, nodes)
         owner = torch.repeat_interleave(count)
-        place = torch.arange(owner.numel(), device=owner.device) + (start - pointers(count)[:-1])[owner]
-        return self.col[place], owner
+        place = (start - pointers(count)[:-1]).index_select(0, owner)
+        place += torch.arange(owner.numel(), device=owner.device)
+        return self.col.index_select(0, place), owner
 
     def find(self, codes: Tensor) -> Tensor:
         """Return where each code stands, -1 if it is no edge, long [codes]."""
         if self.codes.numel() == 0:
             return torch.full_like(codes, -1)
         places = torch.searchsorted(self.codes, codes).clamp_(max=self.codes.numel() - 1)
-        return torch.where(self.codes[places] == codes, places, -1)
+        return torch.where(self.codes.index_select(0, places) == codes, places, -1)
 
 
 class MessageGraph:
@@ -149,7 +150,7 @@ class MessageGraph:
         codes = rows * self.num_nodes + columns
         if self.num_nodes**2 > SMALL:
             return self.rows.find(codes) >= 0
-        joined = self.base.remember("bitmap", self.base._bitmap)[codes]
+        joined = self.base.remember("bitmap", self.base._bitmap).index_select(0, codes)
         if self.removed is not None:
             # Few of those asked for are edges: only they are looked up among what the view lacks.
             hits = joined.nonzero().flatten()

@@ -52,8 +52,8 @@ def common_neighbors(graph: MessageGraph, pairs: Tensor) -> Neighbors:
     if on_gpu(graph.rows.col):
         return _matching(graph, few, many, common=True)
     node, owner = graph.rows.expand(few)
-    keep = graph.contains(many[owner], node).nonzero().flatten()
-    return Neighbors.of(node[keep], owner[keep], pairs.size(1))
+    keep = graph.contains(many.index_select(0, owner), node).nonzero().flatten()
+    return Neighbors.of(node.index_select(0, keep), owner.index_select(0, keep), pairs.size(1))
 
 
 def residual_neighbors(graph: MessageGraph, pairs: Tensor) -> tuple[Neighbors, Neighbors]:
@@ -69,9 +69,9 @@ def residual_neighbors(graph: MessageGraph, pairs: Tensor) -> tuple[Neighbors, N
         if on_gpu(graph.rows.col):
             return _matching(graph, these, those, common=False)
         node, owner = graph.rows.expand(these)
-        others = those[owner]
+        others = those.index_select(0, owner)
         keep = (~graph.contains(others, node) & (node != others)).nonzero().flatten()
-        return Neighbors.of(node[keep], owner[keep], pairs.size(1))
+        return Neighbors.of(node.index_select(0, keep), owner.index_select(0, keep), pairs.size(1))
 
     return one(pairs[0], pairs[1]), one(pairs[1], pairs[0])
 
