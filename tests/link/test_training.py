@@ -102,24 +102,27 @@ from retain.link.graph import Protocol, split
 from retain.link.models import ModelSettings
 from retain.link.training import TrainSettings, fit
 graph = block_model(nodes=300, classes=3, degree=8, feature_signal=2.0, features=16, seed=1)
-fit(ModelSettings(hidden=16, dropout=0.2).build(16), graph, split(graph, Protocol(0.1, 0.2), 0),
-    TrainSettings(epochs=8, batch_size=128, metric="auc", seed=1), checkpoint=sys.argv[1],
-    progress=lambda epoch: time.sleep(0.3))
+model = ModelSettings(model=sys.argv[2], hidden=16, dropout=0.2).build(16)
+model.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # so that an epoch takes a second
+fit(model, graph, split(graph, Protocol(0.1, 0.2), 0),
+    TrainSettings(epochs=8, batch_size=128, metric="auc", seed=1), checkpoint=sys.argv[1])
 """
 
 
-def test_a_killed_training_goes_on_to_the_same_result(tmp_path, graph, parts):
+@pytest.mark.parametrize("kind", ["pair", "ncn", "buddy"])
+def test_a_training_killed_in_mid_epoch_goes_on_to_the_same_result(tmp_path, graph, parts, kind):
     path = tmp_path / "run.safetensors"
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", _SCRIPT, str(path)])
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", _SCRIPT, str(path), kind])
     for _ in range(900):
         if path.exists() or process.poll() is not None:
             break
         time.sleep(0.1)
+    time.sleep(0.3)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     done = len(files.load(path)[1]["epochs"])
     assert 1 <= done < 8
-    model, whole = (replace(SMALL, dropout=0.2).build(16) for _ in range(2))
+    model, whole = (replace(SMALL, model=kind, dropout=0.2).build(16) for _ in range(2))
     settings = replace(QUICK, epochs=8)
     resumed = fit(model, graph, parts, settings, checkpoint=path)
     assert resumed == fit(whole, graph, parts, settings)
