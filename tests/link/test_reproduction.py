@@ -35,7 +35,7 @@ def test_words_follow_the_intervals():
 
 def test_a_study_is_compared_with_what_authors_print():
     def own(data, model, values):
-        return Cell(data, model, "fixed/own", Group({"model": model}, {"hits@100": dict(enumerate(values))}), {})
+        return Cell(data, model, "fixed own/none", Group({"model": model}, {"hits@100": dict(enumerate(values))}), {})
 
     assert published.lines([cell("fixed/batch", [0.9], "ncn", "hits@100")]) == []
     cells = [own("Cora", "neognn", [0.79, 0.81]), own("Cora", "gcn", [0.85]), own("digits", "gcn", [0.85])]
@@ -53,6 +53,15 @@ def test_models_are_named():
         settings_for("gat")
     with pytest.raises(ValueError, match="accepted: one or more"):
         reproduce([], "nowhere")
+
+
+def test_a_model_is_trained_with_the_norms_of_its_authors(tmp_path):
+    train = TrainSettings(epochs=1, directions=1)
+    (own,) = reproduce(
+        ["digits"], tmp_path, models=["ncn"], arms=[parse_arm("fixed/own")], seeds=1, train=train, published=True
+    )
+    assert own.arm == "fixed own/layer"
+    assert abs(own.group.values["kappa:heldout"][0]) < 1e-9  # a layer norm sees no batch
 
 
 def test_a_study_goes_on_where_it_stopped(tmp_path):

@@ -14,6 +14,7 @@ from retain.link.arms import ARMS, parse_arm
 from retain.link.embeddings import incident_means, measure
 from retain.link.figures import audit_response, embedding_map
 from retain.link.intervals import bootstrap, over_seeds
+from retain.link.kinds import describe_arm, read_arm
 from retain.link.models import ModelSettings
 from retain.link.pages import audit_page, study_page
 from retain.link.runs import correct, edge_maps
@@ -110,9 +111,11 @@ def test_an_unknown_arm_is_named():
 
 def test_an_arm_can_keep_the_models_own_norms():
     settings = ModelSettings(encoder_norm="none", decoder_norm="layer")
-    assert parse_arm("fixed/own").model(settings) == settings
-    assert parse_arm("random/own-batch").model(settings).decoder_norm == "batch"
-    assert parse_arm("fixed/own").learning_rate is None
+    arm = parse_arm("fixed/own").resolved(settings)
+    assert (arm.model(ModelSettings()), arm.key, arm.learning_rate) == (settings, "fixed own/none-layer", None)
+    assert parse_arm("random/own-batch").resolved(settings).key == "random own/none-batch"
+    assert parse_arm("fixed/layer").resolved(settings) == parse_arm("fixed/layer")
+    assert read_arm(describe_arm(arm)) == arm
 
 
 def test_an_audit_draws_its_page(graph, parts):

@@ -40,11 +40,17 @@ class Arm:
 
     def model(self, base: ModelSettings) -> ModelSettings:
         """Return the study's model with this arm's norms."""
-        encoder, decoder = self.encoder_norm, self.decoder_norm
+        return replace(base, encoder_norm=self.encoder_norm, decoder_norm=self.decoder_norm)
+
+    def resolved(self, base: ModelSettings) -> Arm:
+        """Return the arm with a model's own norms where it asks for them; its name then says so: `fixed own/layer`."""
+        if OWN not in (self.encoder_norm, self.decoder_norm):
+            return self
         return replace(
-            base,
-            encoder_norm=base.encoder_norm if encoder == OWN else encoder,
-            decoder_norm=base.decoder_norm if decoder == OWN else decoder,
+            self,
+            name=f"{self.name} {OWN}",
+            encoder_norm=base.encoder_norm if self.encoder_norm == OWN else self.encoder_norm,
+            decoder_norm=base.decoder_norm if self.decoder_norm == OWN else self.decoder_norm,
         )
 
     def train(self, base: TrainSettings, seed: int) -> TrainSettings:

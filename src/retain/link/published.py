@@ -24,7 +24,7 @@ HITS_AT_100: dict[tuple[str, str], tuple[float, float]] = {
     ("CiteSeer", "ncn"): (91.56, 1.43),
     ("CiteSeer", "ncnc"): (93.47, 0.95),
 }
-OWN = "fixed/own"  # the arm that trains as the authors do
+OWN = "fixed own/"  # begins the key of an arm that trains with a model's own norms
 
 
 def compared(cells: Sequence[Cell]) -> list[tuple[str, str, float, float, float, float]]:
@@ -36,7 +36,7 @@ def compared(cells: Sequence[Cell]) -> list[tuple[str, str, float, float, float,
     for cell in cells:
         known = HITS_AT_100.get((cell.data, cell.model))
         values = list(cell.group.values.get("hits@100", {}).values())
-        if known is None or cell.arm != OWN or not values:
+        if known is None or not cell.arm.startswith(OWN) or not values:
             continue
         mean = sum(values) / len(values)
         spread = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else 0.0

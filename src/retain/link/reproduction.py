@@ -11,7 +11,7 @@ from retain.link.arms import Arm, parse_arm
 from retain.link.data import load
 from retain.link.graph import Protocol, prepare
 from retain.link.graph_file import save_graph
-from retain.link.kinds import CORRECT, describe_arm, settings_of
+from retain.link.kinds import CORRECT, describe_arm, read_arm, settings_of
 from retain.link.models import ModelSettings, preset
 from retain.link.training import TrainSettings
 from retain.study.progress import Watcher
@@ -122,7 +122,8 @@ def reproduce(
                 chosen = TrainSettings(**{**_fields(train), **own})
                 shared = {**settings_of(made, chosen, protocol), "data": file, "device": device}
                 for arm in arms:
-                    plan.append(Planned(CORRECT.complete({**shared, "arm": describe_arm(arm)}), seed, (file,)))
+                    described = describe_arm(arm.resolved(made))
+                    plan.append(Planned(CORRECT.complete({**shared, "arm": described}), seed, (file,)))
     about = {"command": command} if command else {}
     run_study(folder, CORRECT, plan, name=STUDY, about=about, workers=workers, retry=True, watch=watch)
     return finished(folder)
@@ -175,4 +176,4 @@ def _names(settings: Mapping[str, Any]) -> tuple[str, str, str]:
     arm = settings["arm"]
     model = settings["encoder"] if settings["model"] == "pair" else settings["model"]
     data = Path(settings["data"]).stem.rpartition("-")[0] or settings["data"]
-    return data, model, arm if isinstance(arm, str) else str(arm)
+    return data, model, read_arm(arm).key
