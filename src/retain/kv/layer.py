@@ -191,8 +191,10 @@ class RetainLayer(DynamicLayer):
     def _remember(self, query: Tensor) -> None:
         """Keep the newest queries as far as the policy looks back."""
         observed = self.settings.policy.observed
-        # None stands for all since the last eviction, since which as many tokens were appended.
-        needed = max(1, self.appended if observed is None else observed)
+        if observed is None:  # all since the last eviction, which forgot the earlier ones
+            self.queries = (*self.queries, query)
+            return
+        needed = max(1, observed)
         # A slice would keep all of a long call's queries alive.
         query = query[:, :, -needed:].clone() if query.shape[2] > needed else query
         held = [*self.queries, query]
@@ -239,6 +241,8 @@ class RetainLayer(DynamicLayer):
         self.evicted = self.evicted or allowed != seen
         self.moments = signals.next_moments
         self._store(stored, allowed)
+        if own.policy.observed is None:
+            self.queries = ()
 
     def _renewed(self, claims: Tensor, entries: Entries) -> Tensor:
         """Return new claims for the rows that evict and the earlier ones for all others, as if each were alone."""
@@ -256,8 +260,6 @@ class RetainLayer(DynamicLayer):
             stored = QuantizedStorage(stored, quantization)
         self.storage = stored
         self.appended = 0
-        if self.settings.policy.observed is None:
-            self.queries = ()
         if self.pool is not None and isinstance(stored, RaggedStorage):
             self.pool.settle(self.layer, stored)
 
