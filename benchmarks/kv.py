@@ -36,6 +36,7 @@ except ImportError:
 # Their press for each of our policies, with the settings that ours takes from the papers.
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "capkv": ("CapPress", {}),
+    "capkv-spread": ("CapPress", {}),
     "capkv-window": ("CapPress", {}),
     "capkv-paper": ("CapPress", {}),
     "h2o": ("ObservedAttentionPress", {}),
@@ -52,6 +53,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 WHY_DIFFERENT = {
     "capkv": "other weights: attention, expected attention and salience in place of the mean query",
+    "capkv-spread": "other weights: attention, expected attention and salience in place of the mean query",
     "capkv-window": "other weights: attention in place of the mean query",
     "capkv-paper": "the press brings keys and query to length one, and averages the rotary embedding over the future",
     "h2o": "the press divides by the number of queries that saw a token, the paper does not",
