@@ -63,9 +63,9 @@ def views(found: Comparison) -> dict[str, Comparison]:
     }
 
 
-def table(found: Comparison) -> list[str]:
-    """Return a table in Markdown: mean KL and half of its interval, a star where it differs from ours."""
-    against = {(row["of"], row["task"], row["mode"], row["budget"]): row for row in found.against(OURS)}
+def table(found: Comparison, ours: str = OURS) -> list[str]:
+    """Return a table in Markdown: mean KL, a star where it differs from ours."""
+    against = {(row["of"], row["task"], row["mode"], row["budget"]): row for row in found.against(ours)}
     columns = [f"{'text' if task == 'text' else mode} {budget:.0%}" for task, mode, budget in found.cells]
     lines = [f"| policy | {' | '.join(columns)} | mean rank |", "|---" * (len(columns) + 2) + "|"]
     for name, rank in found.ranks().items():
@@ -78,11 +78,11 @@ def table(found: Comparison) -> list[str]:
     return lines
 
 
-def losses(found: Comparison) -> list[str]:
+def losses(found: Comparison, ours: str = OURS) -> list[str]:
     """Say in words where ours is beaten."""
-    rows = found.losses(OURS)
+    rows = found.losses(ours)
     if not rows:
-        return [f"No rival is closer than {OURS} in any cell, as far as intervals of 95 % tell."]
+        return [f"No rival is closer than {ours} in any cell, as far as intervals of 95 % tell."]
     return [
         f"* {row['of']} is closer at {'text' if row['task'] == 'text' else row['mode']} {row['budget']:.0%} by "
         f"{-row['mean']:.3f} [{-row['high']:.3f}, {-row['low']:.3f}]."

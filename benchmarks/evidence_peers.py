@@ -29,7 +29,7 @@ import transformers
 from torch import Tensor
 
 import peers
-from evidence import FIRST_SEED, OURS, haystack, losses, table
+from evidence import FIRST_SEED, haystack, losses, table
 from machine import machine
 from retain.kv.comparing import TASKS, Comparison, finished
 from retain.kv.fidelity import Cell, compare, evaluate
@@ -41,6 +41,7 @@ from retain.study.jobs import Context
 from retain.study.summary import group
 
 MEASURED = (("capkv", "profile"), ("capkv", OWN))  # ours, in the same prefill
+OURS = "/".join(MEASURED[0])
 BUDGETS = (0.75, 0.5, 0.25, 0.1)
 PAGE, NUMBERS = Path("docs/evidence.md"), Path("docs/results/kv-peers.json")
 START, END = "<!-- written by benchmarks/evidence_peers.py -->", "<!-- end peers -->"
@@ -204,7 +205,7 @@ def markdown(found: Mapping[str, Comparison], checked: Mapping[str, Any]) -> str
     """Return a table for each class, what beats ours, and what keeps more or less than it was told."""
     lines = [f"{next(iter(found.values())).settings['samples']} samples a cell.", ""]
     for name, view in found.items():
-        lines += [f"### Presses of {name}", "", *table(view), "", *losses(view), ""]
+        lines += [f"### Presses of {name}", "", *table(view, OURS), "", *losses(view, OURS), ""]
     uneven = [
         f"`{name}` ({', '.join(f'{share:.1%}' for share in shares)})"
         for view in found.values()
