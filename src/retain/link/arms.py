@@ -90,12 +90,11 @@ def parse_arm(key: str) -> Arm:
     encoder, _, decoder = norms.partition("-")
     if name not in _NAMED:
         raise ValueError(f"arm is {key!r}; accepted: one of {', '.join(_NAMED)}, a slash and a norm")
-    named = (encoder, decoder or encoder)
-    standing = ["none" if norm == OWN else norm for norm in named]
-    ModelSettings(encoder_norm=standing[0], decoder_norm=standing[1])  # refuses what is no norm
     composition, balanced = _NAMED[name]
     rate = 1e-3 if "layer" in (encoder, decoder) else None
-    return Arm(name, composition, balanced, encoder, decoder or encoder, rate)
+    arm = Arm(name, composition, balanced, encoder, decoder or encoder, rate)
+    arm.resolved(ModelSettings()).model(ModelSettings())  # refuses what is no norm
+    return arm
 
 
 ARMS = tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean, stdev
 
 from retain.link.reproduction import Cell
 
@@ -38,9 +39,8 @@ def compared(cells: Sequence[Cell]) -> list[tuple[str, str, float, float, float,
         values = list(cell.group.values.get("hits@100", {}).values())
         if known is None or not cell.arm.startswith(OWN) or not values:
             continue
-        mean = sum(values) / len(values)
-        spread = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else 0.0
-        rows.append((cell.data, cell.model, 100 * mean, 100 * spread, *known))
+        spread = stdev(values) if len(values) > 1 else 0.0
+        rows.append((cell.data, cell.model, 100 * fmean(values), 100 * spread, *known))
     return rows
 
 
