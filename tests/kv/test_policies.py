@@ -18,6 +18,7 @@ from retain.kv.directions import Constant, OutputValue, Value
 from retain.kv.estimators import Leverage, Trace
 from retain.kv.profile import HeadProfile, Profile
 from retain.kv.protection import Protection, tokens_allowed
+from retain.kv.sampled import sampled_attention
 from retain.kv.selection import Budget
 from retain.kv.signals import rotate_half
 from retain.kv.weights import (
@@ -120,7 +121,7 @@ def sampled(data, count, apart):
 
 @pytest.mark.parametrize(("count", "apart"), [(7, 20), (1, 1), (200, 5), (4, 85)])
 def test_sampled_attention(data, count, apart):
-    ours = signals_of(data).attention_from_sample(count, apart)[0]
+    ours = sampled_attention(signals_of(data), count, apart)[0]
     torch.testing.assert_close(ours, sampled(data, count, apart), atol=1e-6, rtol=1e-4)
 
 
@@ -129,8 +130,8 @@ def test_sampled_attention_of_a_padded_row_is_that_of_its_text(data):
     both = {name: torch.cat((data[name], torch.nn.functional.pad(short[name], (0, 0, 30, 0)))) for name in short}
     valid = torch.ones(2, N, dtype=torch.bool)
     valid[1, :30] = False
-    ours = Signals(both["q"], both["k"], both["v"], valid=valid).attention_from_sample(6, 16)
-    alone = Signals(short["q"], short["k"], short["v"]).attention_from_sample(6, 16)
+    ours = sampled_attention(Signals(both["q"], both["k"], both["v"], valid=valid), 6, 16)
+    alone = sampled_attention(Signals(short["q"], short["k"], short["v"]), 6, 16)
     torch.testing.assert_close(ours[0], sampled(data, 6, 16), atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(ours[1, :, 30:], alone[0])
     assert not ours[1, :, :30].any()
@@ -139,7 +140,7 @@ def test_sampled_attention_of_a_padded_row_is_that_of_its_text(data):
 def test_sampled_attention_of_a_text_too_short_is_nothing(data):
     first = {name: data[name][:, :, :9] for name in ("q", "k", "v")}
     signals = Signals(first["q"], first["k"], first["v"])
-    assert not signals.attention_from_sample(4, 9).any()
+    assert not sampled_attention(signals, 4, 9).any()
     weights = SampledAttention(4, 9) + KeySalience()
     torch.testing.assert_close(weights.log(signals), KeySalience().log(signals).log_softmax(-1))
     with pytest.raises(ValueError, match="apart is 0; accepted: at least 1"):

@@ -234,64 +234,6 @@ class Signals:
             received[:, head] = (share @ weights).squeeze(1)
         return received
 
-    def attention_from_sample(self, count: int, apart: int) -> Tensor:
-        """Attention from `count` queries, evenly spaced, to entries at least `apart` tokens behind each, on average.
-
-        Each query's attention is over those entries alone and sums to 1 over them; a query that has none is left out.
-
-        Returns:
-            [batch, kv_heads, tokens], float32.
-
-        """
-        return self.memo(("sample", count, apart), lambda: self._attention_from_sample(count, apart))
-
-    def _attention_from_sample(self, count: int, apart: int) -> Tensor:
-        places = self.sample(count)
-        if self.plain:
-            return self._attention_from(places[0].tolist(), apart)
-        latest = self.query_positions.gather(1, places) - apart
-        index = places[:, None, :, None].expand(-1, self.queries.shape[1], -1, self.dim)
-        queries = self.grouped(self.queries.gather(2, index).float() * self.scaling).flatten(2, 3)
-        logits = (queries @ self.keys32.mT).unflatten(2, (self.group, -1))
-        near = self.positions[:, :, None] > latest[:, None, :, None]
-        hidden = near if self.valid is None else near | ~self.valid[:, :, None]
-        logits.masked_fill_(hidden[:, :, None], NEGATIVE)
-        # The softmax of a query without any such entry is NaN.
-        some = ~hidden.all(-1)
-        weights = logits.softmax(-1).masked_fill_(~some[:, :, None, :, None], 0.0)
-        return weights.sum((2, 3)) / (self.group * some.sum(-1).clamp_min(1)[..., None])
-
-    def _attention_from(self, places: list[int], apart: int, block: int = 4) -> Tensor:
-        """`_attention_from_sample` where all rows hold all their tokens: no query looks at what it can't see."""
-        offset = self.tokens - self.queries.shape[2]
-        seen = [(place, offset + place - apart) for place in places if offset + place >= apart]
-        received = torch.zeros(self.batch, self.kv_heads, self.tokens, device=self.device)
-        for start in range(0, len(seen), block):
-            index, latest = zip(*seen[start : start + block], strict=True)
-            queries = self.grouped(self.queries[:, :, list(index)].float() * self.scaling).flatten(2, 3)
-            # Queries ascend, so that only the newest columns lie beyond some of them.
-            first, columns = latest[0] + 1, latest[-1] + 1
-            logits = queries @ self.keys32[:, :, :columns].mT
-            beyond = torch.arange(first, columns) > torch.tensor(latest)[:, None]
-            logits.unflatten(2, (self.group, -1))[..., first:].masked_fill_(beyond.to(self.device), NEGATIVE)
-            weights = logits.softmax(-1)
-            share = weights.new_full((1, weights.shape[2]), 1 / (self.group * len(seen)))
-            received[..., :columns] += (share @ weights).squeeze(2)
-        return received
-
-    def sample(self, count: int) -> Tensor:
-        """Return where `count` queries stand that are evenly spaced over each row's own, long [batch, count].
-
-        The last is the newest; a row of fewer queries has some more than once.
-        """
-        total = self.queries.shape[2]
-        if self.asked is None:
-            own = torch.full((self.batch, 1), total, device=self.device)
-        else:
-            own = self.asked.sum(-1, keepdim=True)
-        steps = torch.arange(1, count + 1, device=self.device)
-        return total - own + torch.div(steps * own + count - 1, count, rounding_mode="floor") - 1
-
     def _future(self, rows: slice, columns: int | None = None) -> Tensor:
         """Which of the newest entries, up to `columns`, come after a query: [batch, 1 or kv_heads, rows, newest].
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from retain.kv.sampled import sampled_attention
 from retain.kv.signals import Signals
 from retain.kv.weights.base import Weights
 
@@ -124,7 +125,7 @@ class SampledAttention(Weights):
 
     def log(self, signals: Signals) -> Tensor:
         """Return the log of that attention, averaged over queries and group."""
-        return signals.attention_from_sample(self.count, self.apart).log()
+        return sampled_attention(signals, self.count, self.apart).log()
 
     @property
     def observed(self) -> int | None:

@@ -39,18 +39,33 @@ class Weights(ABC):
         return Product((self, other))
 
 
-def _most(counts: list[int | None]) -> int | None:
-    """Return the largest number of queries; None, which stands for all, is larger than any."""
-    known = [count for count in counts if count is not None]
-    return None if len(known) < len(counts) else max(known)
-
-
 def _terms(weights: Weights) -> tuple[tuple[float, Weights], ...]:
     return weights.terms if isinstance(weights, Sum) else ((1.0, weights),)
 
 
+class Joined(Weights):
+    """Base of weights that are made of others."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[Weights, ...]:
+        """What it is made of."""
+
+    @property
+    def observed(self) -> int | None:
+        """The most that any part looks at; None, which stands for all queries, is more than any."""
+        counts = [part.observed for part in self.parts]
+        known = [count for count in counts if count is not None]
+        return None if len(known) < len(counts) else max(known)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether any part does."""
+        return any(part.remembers for part in self.parts)
+
+
 @dataclass(frozen=True)
-class Sum(Weights):
+class Sum(Joined):
     """Σ c_j w_j / mean(w_j): terms of different scales, each divided by its mean over the head's tokens."""
 
     terms: tuple[tuple[float, Weights], ...]
@@ -71,16 +86,6 @@ class Sum(Weights):
         return torch.stack(parts).logsumexp(0)
 
     @property
-    def observed(self) -> int | None:
-        """The most that any part looks at."""
-        return _most([part.observed for part in self.parts])
-
-    @property
-    def remembers(self) -> bool:
-        """Whether any part does."""
-        return any(part.remembers for part in self.parts)
-
-    @property
     def parts(self) -> tuple[Weights, ...]:
         """The terms without their factors."""
         return tuple(term for _, term in self.terms)
@@ -90,7 +95,7 @@ class Sum(Weights):
 
 
 @dataclass(frozen=True)
-class Product(Weights):
+class Product(Joined):
     """The product of weights."""
 
     factors: tuple[Weights, ...]
@@ -103,14 +108,9 @@ class Product(Weights):
         return total
 
     @property
-    def observed(self) -> int | None:
-        """The most that any part looks at."""
-        return _most([part.observed for part in self.factors])
-
-    @property
-    def remembers(self) -> bool:
-        """Whether any part does."""
-        return any(part.remembers for part in self.factors)
+    def parts(self) -> tuple[Weights, ...]:
+        """The factors."""
+        return self.factors
 
     def __str__(self) -> str:
         return " × ".join(str(factor) for factor in self.factors)
