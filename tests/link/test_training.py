@@ -33,9 +33,10 @@ def test_every_model_trains_and_renaming_nodes_changes_nothing(encoder, decoder,
     assert torch.allclose(one, two, atol=1e-4)
 
 
-def test_sparse_features_give_the_same_scores(graph, parts):
+@pytest.mark.parametrize("encoder", ["gcn", "sage"])
+def test_sparse_features_give_the_same_scores(encoder, graph, parts):
     thin = replace(graph, x=graph.x * (torch.rand(graph.x.shape) < 0.02))
-    model = SMALL.build(graph.x.size(1)).eval()
+    model = replace(SMALL, encoder=encoder).build(graph.x.size(1)).eval()
     x = features(thin, model)
     assert x.layout == torch.sparse_csr
     with torch.no_grad():

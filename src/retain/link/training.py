@@ -188,10 +188,10 @@ def adam(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
 
 
 def features(graph: Graph, model: nn.Module) -> Tensor:
-    """Return the node features, sparse (CSR) where a GCN's first product gains from it."""
-    from retain.link.models import GCN, PureGCN
+    """Return the node features, sparse (CSR) where an encoder's first product gains from it."""
+    from retain.link.models import GCN, GraphSAGE, PureGCN
 
-    sparse = isinstance(getattr(model, "encoder", None), (GCN, PureGCN)) and graph.x.is_cpu
+    sparse = isinstance(getattr(model, "encoder", None), (GCN, GraphSAGE, PureGCN)) and graph.x.is_cpu
     if sparse and (graph.x != 0).float().mean() < 0.05:
         import warnings
 
