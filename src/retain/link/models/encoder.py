@@ -23,6 +23,7 @@ class Encoder(nn.Module, ABC):
         norm: `batch`, `layer`, `graph` or `none`, over nodes.
         dropout: share of channels dropped in training.
         input_dropout: share of features dropped in training.
+        output_dropout: share of the embedding's channels dropped in training.
 
     """
 
@@ -34,6 +35,7 @@ class Encoder(nn.Module, ABC):
         norm: str = "batch",
         dropout: float = 0.0,
         input_dropout: float = 0.0,
+        output_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if layers < 1:
@@ -44,6 +46,7 @@ class Encoder(nn.Module, ABC):
         self.norms = nn.ModuleList(make_norm(norm, hidden) for _ in range(layers))
         self.dropout = ByteDropout(dropout)
         self.input_dropout = ByteDropout(input_dropout)
+        self.output_dropout = ByteDropout(output_dropout)
 
     @abstractmethod
     def convolution(self, first: int, second: int) -> nn.Module:
@@ -70,4 +73,4 @@ class Encoder(nn.Module, ABC):
             x = norm(self.convolve(convolution, x, edge_index))
             if number < last:
                 x = self.dropout(torch.relu(x))
-        return x
+        return self.output_dropout(x)

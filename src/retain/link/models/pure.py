@@ -23,6 +23,7 @@ class PureGCN(Encoder):
         norm: `batch`, `layer`, `graph` or `none`, over nodes, after every step.
         dropout: share of channels dropped in training.
         input_dropout: share of features dropped in training.
+        output_dropout: share of the embedding's channels dropped in training.
 
     """
 
@@ -34,6 +35,7 @@ class PureGCN(Encoder):
         norm: str = "none",
         dropout: float = 0.0,
         input_dropout: float = 0.0,
+        output_dropout: float = 0.0,
     ) -> None:
         nn.Module.__init__(self)
         if layers < 1:
@@ -42,6 +44,7 @@ class PureGCN(Encoder):
         self.input_dropout = ByteDropout(input_dropout)
         self.linear = nn.Linear(in_channels, hidden)
         self.dropout = ByteDropout(dropout)
+        self.output_dropout = ByteDropout(output_dropout)
         self.norms = nn.ModuleList(make_norm(norm, hidden) for _ in range(layers))
         self.weights = nn.Parameter(torch.ones(layers))
 
@@ -57,4 +60,4 @@ class PureGCN(Encoder):
         for norm, weight in zip(self.norms, self.weights, strict=True):
             h = norm(propagate(graph, h))
             total = total + weight * h
-        return total
+        return self.output_dropout(total)

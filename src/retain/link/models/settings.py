@@ -46,6 +46,7 @@ class ModelSettings:
         model: `pair` for encoder and decoder, or `neognn`, `ncn`, `ncnc`, `elph`, `buddy`.
         encoder_dropout: share of channels dropped in the encoder; None for `dropout`.
         input_dropout: share of features dropped.
+        output_dropout: share of channels dropped of what the encoder returns.
         hops: of neighbourhoods that ELPH and BUDDY count, 1 to 3.
         two_layers: whether NCN and NCNC join by two hidden layers.
         completion: NCNC's largest weight, scale, offset and prior.
@@ -68,6 +69,7 @@ class ModelSettings:
     hops: int = 2
     two_layers: bool = False
     completion: tuple[float, float, float, float] = (1.0, 5.0, 3.0, 0.5)
+    output_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         choices = {
@@ -83,7 +85,7 @@ class ModelSettings:
         for name in ("hidden", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: at least 1")
-        for name in ("dropout", "encoder_dropout", "input_dropout"):
+        for name in ("dropout", "encoder_dropout", "input_dropout", "output_dropout"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: 0 up to 1")
         if not 1 <= self.hops <= 3:
@@ -106,7 +108,8 @@ class ModelSettings:
             return BUDDY(in_channels, self.hidden, norm, dropout, hops=self.hops)
         inner = dropout if self.encoder_dropout is None else self.encoder_dropout
         kind = ENCODERS[self.encoder]
-        encoder = kind(in_channels, self.hidden, self.layers, self.encoder_norm, inner, self.input_dropout)
+        drops = (inner, self.input_dropout, self.output_dropout)
+        encoder = kind(in_channels, self.hidden, self.layers, self.encoder_norm, *drops)
         if self.model == "neognn":
             return NeoGNN(encoder, norm, dropout)
         if self.model == "elph":
