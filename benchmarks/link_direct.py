@@ -70,6 +70,10 @@ class DirectNCN(nn.Module):
         ones, zeros = self.score(h, matrix, positives), self.score(h, matrix, negatives)
         return -F.logsigmoid(ones).mean() - F.logsigmoid(-zeros).mean()
 
+    def scores(self, x: Tensor, edges: Tensor, pairs: Tensor) -> Tensor:
+        matrix = csr(edges, x.size(0))
+        return self.score(self.encode(x, matrix), matrix, pairs)
+
 
 class DirectNCNC(DirectNCN):
     """NCNC: every residual neighbour scored by NCN, without gradients, with its dropout, as its authors do."""
@@ -116,7 +120,7 @@ class DirectNeoGNN(nn.Module):
         share = torch.softmax(self.mixture, 0)
         return share[0] * structural + share[1] * gnn, structural, gnn
 
-    def step(self, x: Tensor, rest: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
+    def encode(self, x: Tensor, rest: Tensor) -> tuple[Tensor, sp.csr_matrix, Tensor]:
         matrix = csr(rest, x.size(0))
         reach = (matrix + 0.1 * (matrix @ matrix)).tocsr()
         edge_index = torch.cat([rest, rest.flip(0)], dim=1)
@@ -124,12 +128,18 @@ class DirectNeoGNN(nn.Module):
         for number, layer in enumerate(self.convolutions):
             h = layer(torch.relu(h) if number else h, edge_index)
         own = self.edge_mlp(torch.ones(edge_index.size(1), 1))
-        weight = self.node_mlp(scatter(own, edge_index[1], dim_size=x.size(0))) ** 2
-        ones, zeros = (self.score(h, reach, weight, pairs) for pairs in (positives, negatives))
+        return h, reach, self.node_mlp(scatter(own, edge_index[1], dim_size=x.size(0))) ** 2
+
+    def step(self, x: Tensor, rest: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
+        parts = self.encode(x, rest)
+        ones, zeros = (self.score(*parts, pairs) for pairs in (positives, negatives))
         return sum(
             -torch.log(one + 1e-15).mean() - torch.log(1 - zero + 1e-15).mean()
             for one, zero in zip(ones, zeros, strict=True)
         )
+
+    def scores(self, x: Tensor, edges: Tensor, pairs: Tensor) -> Tensor:
+        return self.score(*self.encode(x, edges), pairs)[0]
 
 
 class Tables:
@@ -205,15 +215,16 @@ class DirectELPH(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def step(self, x: Tensor, rest: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
-        edge_index = torch.cat([rest, rest.flip(0)], dim=1)
         pairs = torch.cat([positives, negatives], dim=1)
+        labels = (torch.arange(pairs.size(1)) < positives.size(1)).float()
+        return F.binary_cross_entropy_with_logits(self.scores(x, rest, pairs), labels)
+
+    def scores(self, x: Tensor, edges: Tensor, pairs: Tensor) -> Tensor:
+        edge_index = torch.cat([edges, edges.flip(0)], dim=1)
         h = x
         for layer in self.convolutions:
             h = self.dropout(layer(h, edge_index))
-        counts = Tables(x.size(0), rest).features(pairs)
-        logits = self.head(counts, h[pairs.T])
-        labels = (torch.arange(pairs.size(1)) < positives.size(1)).float()
-        return F.binary_cross_entropy_with_logits(logits, labels)
+        return self.head(Tables(x.size(0), edges).features(pairs), h[pairs.T])
 
 
 class DirectBUDDY(nn.Module):

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ SIZES = (10_000, 100_000, 1_000_000)  # edges
 TABLE = {"buddy": 20.6, "elph": 845.0, "ncn": 37.0, "ncnc": 219.0, "neognn": 605.0}
 
 
+def authors(name: str, data: str) -> tuple[ModelSettings, dict[str, Any]]:
+    """Return the authors' settings; Neo-GNN's with their three layers."""
+    settings, training = preset(name, data)
+    return (replace(settings, layers=3) if name == "neognn" else settings), training
+
+
 class Ours:
     """One of our models, its optimiser, and the trainer's step."""
 
@@ -60,6 +67,48 @@ class Ours:
         torch.autograd.backward(torch.stack([step_loss(part, batch) for part in scores]).sum())
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+class Theirs:
+    """The direct version of a model, its optimiser, and a step as its authors write it."""
+
+    def __init__(self, name: str, settings: ModelSettings, rate: float, graph: Graph, parts: Split) -> None:
+        self.model = direct_model(name, settings, graph.x.size(1)).train()
+        self.x, self.train = graph.x, parts.train
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=rate)
+        self.smooth, self.tables = None, None
+        if name == "buddy":
+            # What its authors make before training; `preprocessing` times it.
+            self.smooth = direct.smooth_features(graph.x, parts.train)
+            self.tables = direct.Tables(graph.num_nodes, parts.train)
+
+    def counts(self, pairs: Tensor) -> Tensor | None:
+        """Return what BUDDY counts of pairs before training."""
+        return None if self.tables is None else self.tables.features(pairs)
+
+    def step(self, batch: EdgeBatch, counts: Tensor | None) -> None:
+        if counts is not None:
+            loss = self.model.step(self.smooth, counts, batch.pairs, batch.labels)
+        else:
+            keep = torch.ones(self.train.size(1), dtype=torch.bool)
+            keep[batch.index] = False
+            own = batch.index.numel()
+            loss = self.model.step(self.x, self.train[:, keep], batch.pairs[:, :own], batch.pairs[:, own:])
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def scores(self, pairs: Tensor) -> Tensor:
+        """Return logits, or what is ordered as they are, in eval mode."""
+        self.model.eval()
+        found = (
+            self.model.scores(self.x, self.train, pairs)
+            if self.tables is None
+            else self.model.score(self.smooth, self.tables.features(pairs), pairs)
+        )
+        self.model.train()
+        return found
 
 
 def direct_model(name: str, settings: ModelSettings, features: int) -> nn.Module:
@@ -83,39 +132,21 @@ def clock(function: Any, *arguments: Any) -> float:
 
 def steps(name: str, graph: Graph, parts: Split, batches: int) -> dict[str, float]:
     """Time training steps of ours and of the direct code, alternating, on the same batches."""
-    settings, training = preset(name, graph.name)
+    settings, training = authors(name, graph.name)
     made = EdgeBatches(parts.train, graph.num_nodes, Fixed(), batch_size=training["batch_size"], known=parts.known)
     start = time.process_time()
     drawn = list(made)
     sampling = (time.process_time() - start) / len(drawn)
     ours = Ours(settings, training["learning_rate"], graph, parts)
-    theirs = direct_model(name, settings, graph.x.size(1)).train()
-    optimizer = torch.optim.Adam(theirs.parameters(), lr=training["learning_rate"])
-    smooth, counts = None, None
+    theirs = Theirs(name, settings, training["learning_rate"], graph, parts)
     if name in ("elph", "buddy"):
         # What is constant over epochs is made before, as the direct code's counts are; `preprocessing` times it.
         memory(ours.messages, 2).counts(parts.train)
-    if name == "buddy":
-        smooth = direct.smooth_features(graph.x, parts.train)
-        tables = direct.Tables(graph.num_nodes, parts.train)
-        counts = [tables.features(batch.pairs) for batch in drawn[: batches + 1]]
-
-    def their_step(number: int, batch: EdgeBatch) -> None:
-        if smooth is not None and counts is not None:
-            loss = theirs.step(smooth, counts[number], batch.pairs, batch.labels)
-        else:
-            keep = torch.ones(parts.train.size(1), dtype=torch.bool)
-            keep[batch.index] = False
-            own = batch.index.numel()
-            loss = theirs.step(graph.x, parts.train[:, keep], batch.pairs[:, :own], batch.pairs[:, own:])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
     taken: dict[str, list[float]] = {"ours": [], "direct": []}
-    for number, batch in enumerate(drawn[: batches + 1]):
+    for batch in drawn[: batches + 1]:
+        counts = theirs.counts(batch.pairs)
         taken["ours"].append(clock(ours.step, batch))
-        taken["direct"].append(clock(their_step, number, batch))
+        taken["direct"].append(clock(theirs.step, batch, counts))
     # The first step fills what is kept for a graph.
     middle = {side: statistics.median(each[1:]) for side, each in taken.items()}
     found = {f"{side}_epoch_seconds": value * len(drawn) for side, value in middle.items()}

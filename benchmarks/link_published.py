@@ -1,7 +1,7 @@
 """Why Hits@100 here differs from what is printed: the models' own protocol, with one thing changed after another.
 
-`python benchmarks/link_published.py --root DATA_FOLDER --folder runs` trains every variant on every split, goes on where
-it was stopped, and prints the table; `--write` keeps the numbers in docs/results/link-published.json.
+`python benchmarks/link_published.py --root DATA_FOLDER --folder runs` trains every variant on every split, goes on
+where it was stopped, and prints the table; `--write` keeps the numbers in docs/results/link-published.json.
 """
 
 from __future__ import annotations
