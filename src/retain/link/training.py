@@ -20,6 +20,7 @@ from retain.link.graph import Graph, Split
 from retain.link.messages import MessageGraph
 from retain.link.metrics import evaluate
 from retain.link.models.base import PairModel, in_chunks
+from retain.link.room import check_room, named_shortage
 from retain.link.sampling import EdgeBatch, EdgeBatches
 
 _MANY_EDGES = 50_000  # both directions
@@ -138,12 +139,14 @@ def fit(
 
     Raises:
         CheckpointError: the checkpoint is of a training with other settings.
+        DoesNotFitError: it needs more memory than there is.
         FloatingPointError: the loss is NaN or infinite.
 
     """
     device = next(model.parameters()).device
     rank, world = ranks()
     split = split.to(device)
+    check_room(graph.x, split.train.size(1), model)
     x = features(graph, model).to(device)
     optimizer = adam(model, settings)
     batches = EdgeBatches(
@@ -163,9 +166,10 @@ def fit(
     done, chosen, best = _resume(checkpoint, record, model, optimizer)
     while len(done) < settings.epochs and not _stop(done, settings):
         number = len(done)
-        loss = _run_epoch(step, x, messages, split, batches, optimizer, settings, number)
-        share_buffers(model)
-        scores = evaluate(*score_validation(model, x, split, messages), settings.k)
+        with named_shortage(checkpoint):
+            loss = _run_epoch(step, x, messages, split, batches, optimizer, settings, number)
+            share_buffers(model)
+            scores = evaluate(*score_validation(model, x, split, messages), settings.k)
         done.append(Epoch(number, loss, scores[settings.metric], tuple(batches.fractions)))
         if settings.patience is None or _best(done) == number:
             chosen, best = number, _copy(model) if settings.patience is not None else {}

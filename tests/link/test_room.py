@@ -1,0 +1,72 @@
+"""Graphs that do not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from retain.link import training
+from retain.link.builtin import block_model
+from retain.link.graph import Protocol, split
+from retain.link.models import ModelSettings
+from retain.link.room import DoesNotFitError, check_room, free_bytes, least_bytes, named_shortage
+from retain.link.training import TrainSettings, fit
+
+GRAPH = block_model(nodes=120, classes=2, degree=6, features=8)
+PARTS = split(GRAPH, Protocol(), 0)
+
+
+def small(hidden: int = 8):
+    return ModelSettings(hidden=hidden).build(GRAPH.x.size(1))
+
+
+def test_what_cannot_fit_is_refused_before_any_work():
+    huge = torch.empty(1, 1).expand(10**11, 4)  # 1.6 TB, none of it real
+    with pytest.raises(DoesNotFitError, match=r"0000 nodes of 4 features and 5 edges need at least .* GiB on cpu"):
+        check_room(huge, 5, small())
+    check_room(GRAPH.x, PARTS.train.size(1), small())
+
+
+def test_the_bound_is_below_what_a_training_holds():
+    model = small()
+    weights = sum(part.numel() for part in model.parameters())
+    assert least_bytes(GRAPH.x, 10, model) == 480 + 16 * weights + 8 * 120 * 8
+    assert least_bytes(GRAPH.x.to("meta"), 10, model) == least_bytes(GRAPH.x, 10, model) + 4 * GRAPH.x.numel()
+    free = free_bytes(torch.device("cpu"))
+    assert free is None or free > 2**20
+
+
+def test_memory_that_runs_out_is_named_and_finished_epochs_are_kept(tmp_path, monkeypatch):
+    file = tmp_path / "kept.safetensors"
+    settings = TrainSettings(epochs=4, batch_size=64)
+    whole = small()
+    fit(whole, GRAPH, PARTS, settings)
+    real, calls = training._run_epoch, []
+
+    def short(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            torch.empty(2**60)  # the allocator's own words
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "_run_epoch", short)
+    with pytest.raises(DoesNotFitError, match=r"ran out in training .*finished epochs are kept in .*kept.safetensors"):
+        fit(small(), GRAPH, PARTS, settings, checkpoint=file)
+    monkeypatch.undo()
+    resumed = small()
+    assert len(fit(resumed, GRAPH, PARTS, settings, checkpoint=file).epochs) == 4
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name])
+
+
+def test_other_errors_keep_their_words():
+    with pytest.raises(RuntimeError, match="shape"), named_shortage(None):
+        raise RuntimeError("shape")
+    with pytest.raises(DoesNotFitError, match="MemoryError"), named_shortage(None):
+        raise MemoryError
+
+
+def test_the_message_says_nothing_of_a_checkpoint_that_is_not_there(tmp_path):
+    with pytest.raises(DoesNotFitError) as found, named_shortage(tmp_path / "none"):
+        torch.empty(2**60)
+    assert "kept" not in str(found.value)
