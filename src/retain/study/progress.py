@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from retain.study.spec import Planned
 
@@ -97,5 +97,6 @@ def duration(seconds: float) -> str:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    # A setting of many parts goes by its name, if it has one.
+    text = str(cast(Mapping[str, Any], value).get("name", value) if isinstance(value, Mapping) else value)
     return text if len(text) <= 40 else text[:37] + "…"
