@@ -19,16 +19,17 @@ from retain.kv.measuring import capacity_share
 from retain.kv.moments import Moments
 from retain.kv.offloading import fetched
 from retain.kv.padding import check_padding, whole_mask
+from retain.kv.places import compacted
 from retain.kv.pool import Pool
 from retain.kv.protection import tokens_allowed
 from retain.kv.quantized import QuantizedStorage
 from retain.kv.ragged import RaggedStorage
 from retain.kv.ragged_attention import attend
-from retain.kv.rotary import RotaryEmbedding, shift
+from retain.kv.rotary import RotaryEmbedding
 from retain.kv.settings import Settings
 from retain.kv.sharding import Sharding
 from retain.kv.signals import Signals, rotate_half
-from retain.kv.storage import Entries, UniformStorage
+from retain.kv.storage import Entries, UniformStorage, check_finite
 
 
 class RetainLayer(DynamicLayer):
@@ -218,7 +219,7 @@ class RetainLayer(DynamicLayer):
         goes_on = own.always and (own.policy.weights.remembers or self.pool is not None)
         if own.policy.keep_all or (allowed == seen and not goes_on):
             stored: UniformStorage | RaggedStorage = self.storage or UniformStorage.all(entries)
-            _check_finite(stored, self.index)
+            check_finite(stored, self.index)
             self.capacity = torch.ones(signals.batch, signals.kv_heads) if own.measure_capacity else None
             self._store(stored, allowed)
             return
@@ -233,10 +234,10 @@ class RetainLayer(DynamicLayer):
         if own.always and signals.next_received is not None:
             entries.columns["received"] = signals.next_received
         if own.compact and self._rotary is not None:
-            entries = _compacted(signals, entries, kept, self._rotary)
+            entries = compacted(signals, entries, kept, self._rotary)
         form = RaggedStorage if own.policy.allocation.ragged else UniformStorage
         stored = form.gather(entries, kept)
-        _check_finite(stored, self.index)
+        check_finite(stored, self.index)
         self.capacity = capacity_share(signals, kept) if own.measure_capacity else None
         self.evicted = self.evicted or allowed != seen
         self.moments = signals.next_moments
@@ -397,22 +398,3 @@ class RetainLayer(DynamicLayer):
             )
             for head in range(self.heads)
         ]
-
-
-def _compacted(signals: Signals, entries: Entries, kept: Tensor, rotary: RotaryEmbedding) -> Entries:
-    """Move what is kept to the places right before the next token, in its order."""
-    index = kept.clamp_min(0)
-    target = torch.arange(-kept.shape[-1], 0, device=kept.device) + signals.seen[:, None, None]
-    places = signals.places.long().expand(-1, signals.kv_heads, -1)
-    steps = (target.expand_as(kept) - places.gather(2, index)).masked_fill(kept < 0, 0)
-    # Left of the first kept entry of a short head stand empty places, all of index 0: added, not written.
-    every = torch.zeros_like(places).scatter_add(2, index, steps)
-    keys = shift(entries.keys, every, rotary, signals.rotate)
-    return replace(entries, keys=keys, places=places + every)
-
-
-def _check_finite(storage: UniformStorage | RaggedStorage, layer: int) -> None:
-    """Raise if keys or values are not finite; what is evicted has reached every later layer, where this finds it."""
-    total = sum(x.sum(dtype=torch.float32) for x in storage.tensors)
-    if not bool(torch.isfinite(torch.as_tensor(total))):
-        raise ValueError(f"keys or values of layer {layer} contain NaN or Inf: nothing was cached")

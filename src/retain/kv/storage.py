@@ -304,3 +304,15 @@ def pick_vectors(x: Tensor, numbers: Tensor) -> Tensor:
 
 def _tokens_first(x: Tensor) -> bool:
     return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+
+
+def check_finite(storage: Storage, layer: int) -> None:
+    """Raise if keys or values are not finite; what is evicted has reached every later layer, where this finds it.
+
+    Raises:
+        ValueError: they hold NaN or Inf.
+
+    """
+    total = sum(x.sum(dtype=torch.float32) for x in storage.tensors)
+    if not bool(torch.isfinite(torch.as_tensor(total))):
+        raise ValueError(f"keys or values of layer {layer} contain NaN or Inf: nothing was cached")
