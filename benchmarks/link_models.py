@@ -31,6 +31,7 @@ from retain.link.builtin import block_model
 from retain.link.composition import Fixed
 from retain.link.data import load
 from retain.link.graph import Graph, Protocol, Split, split
+from retain.link.heap import reuse_large_blocks
 from retain.link.messages import MessageGraph, as_messages
 from retain.link.models import ModelSettings, PairModel, preset
 from retain.link.models.base import in_chunks
@@ -207,6 +208,7 @@ def peak_gib() -> float:
 def grown(name: str, edges: int) -> dict[str, float]:
     """Time graph building, the first step (with all that is kept) and further steps of a model on a block model."""
     graph = block_model(nodes=edges // 4, classes=5, degree=8, features=64)
+    reuse_large_blocks(graph.num_nodes, 64)  # as `retain link train` does
     parts = split(graph, Protocol(), 0)
     norms = {"encoder_norm": "none", "decoder_norm": "batch"}
     encoder = "pure" if name in ("ncn", "ncnc") else "gcn"

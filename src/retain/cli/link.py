@@ -350,8 +350,10 @@ def _train(
     path: Path | None,
 ) -> tuple[PairModel, Split]:
     from retain.link.graph import split
+    from retain.link.heap import reuse_large_blocks
     from retain.link.training import fit
 
+    reuse_large_blocks(graph.num_nodes, model.hidden)
     parts = split(graph, protocol, settings.seed)
     net = model.build(graph.x.size(1), settings.seed).to(device)
     facts = {"model": asdict(model), "protocol": asdict(protocol), "graph": graph.name, "in": graph.x.size(1)}

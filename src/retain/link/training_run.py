@@ -13,6 +13,7 @@ from retain.link.data import load
 from retain.link.embeddings import alignment, raw_alignment
 from retain.link.graph import Graph, Protocol, Split, prepare, split
 from retain.link.graph_file import read_saved_graph
+from retain.link.heap import reuse_large_blocks
 from retain.link.kinds import RunSettings
 from retain.link.tables import read_graph
 from retain.link.trained import audit_trained, held_out_scores
@@ -52,6 +53,7 @@ def run(settings: Mapping[str, Any], seed: int, context: Context) -> dict[str, A
     if parts.reference:
         return {"values": alignment(parts.model.build(graph.x.size(1), seed), graph, edges), "facts": _size(graph)}
     model, train = parts.model, replace(parts.train, seed=seed)
+    reuse_large_blocks(graph.num_nodes, model.hidden)
     net = model.build(graph.x.size(1), seed).to(settings["device"])
     done = fit(
         net,
