@@ -14,8 +14,29 @@ from retain.kv.signals import Signals
 from retain.kv.weights.base import Weights
 
 
+class FromQueries(Weights):
+    """Base of weights from the newest queries, or from all that were ever asked, older ones counting less."""
+
+    recent: int | None
+    half_life: float | None
+
+    def __post_init__(self) -> None:
+        if self.half_life is not None and not 0 < self.half_life < math.inf:
+            raise ValueError(f"half_life is {self.half_life}; accepted: a positive number of tokens, or None")
+
+    @property
+    def observed(self) -> int | None:
+        """The newest `recent`; all where that is None, or with a half-life."""
+        return self.recent if self.half_life is None else None
+
+    @property
+    def remembers(self) -> bool:
+        """With a half-life."""
+        return self.half_life is not None
+
+
 @dataclass(frozen=True)
-class MeanQuery(Weights):
+class MeanQuery(FromQueries):
     """w = exp(τ k·μ/√d), μ the mean of the newest `recent` queries over the GQA group (2604.25975, Eq. 8).
 
     The paper writes exp(τ k·μ); the factor 1/√d of attention is kept here because without it the weights
@@ -23,24 +44,21 @@ class MeanQuery(Weights):
 
     Args:
         tau: temperature τ.
-        recent: number of newest queries.
+        recent: number of newest queries; None takes all.
         half_life: take the mean over all queries instead, the weight of each halved with every so many tokens.
 
     """
 
     tau: float = 1.0
-    recent: int = 64
+    recent: int | None = 64
     half_life: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_half_life(self.half_life)
 
     def log(self, signals: Signals) -> Tensor:
         """Return τ k·μ/√d."""
         if self.half_life is not None:
             mean = signals.grouped(signals.query_moments(self.half_life).mean).mean(2)
         else:
-            recent = min(self.recent, signals.queries.shape[2])
+            recent = min(self.recent or signals.queries.shape[2], signals.queries.shape[2])
             queries = signals.grouped(signals.queries[:, :, -recent:].float()).mean(2)
             if signals.asked is None:
                 mean = queries.mean(2)
@@ -49,27 +67,12 @@ class MeanQuery(Weights):
                 mean = (queries * asked).sum(2) / asked.sum(2).clamp_min(1)
         return (signals.keys32 @ mean[..., None]).squeeze(-1) * (self.tau * signals.scaling)
 
-    @property
-    def observed(self) -> int | None:
-        """The newest `recent`."""
-        return self.recent if self.half_life is None else None
-
-    @property
-    def remembers(self) -> bool:
-        """With a half-life."""
-        return self.half_life is not None
-
     def __str__(self) -> str:
         return f"exp({self.tau:g} k·μ/√d)"
 
 
-def _check_half_life(half_life: float | None) -> None:
-    if half_life is not None and not 0 < half_life < math.inf:
-        raise ValueError(f"half_life is {half_life}; accepted: a positive number of tokens, or None")
-
-
 @dataclass(frozen=True)
-class ExpectedAttention(Weights):
+class ExpectedAttention(FromQueries):
     """Attention expected from future queries, taken as Gaussian: exp(k·μ/√d + kᵀΣk/2d) (2510.00636).
 
     Args:
@@ -94,7 +97,7 @@ class ExpectedAttention(Weights):
     half_life: float | None = None
 
     def __post_init__(self) -> None:
-        _check_half_life(self.half_life)
+        super().__post_init__()
         if self.half_life is not None and not self.diagonal:
             raise ValueError(f"half_life is {self.half_life} with diagonal=False; accepted: with diagonal=True")
         if self.diagonal and self.future:
@@ -161,16 +164,6 @@ class ExpectedAttention(Weights):
         if self.pooled:
             mean, square = mean.mean(2, keepdim=True), square.mean(2, keepdim=True)
         return mean, (square - mean.square()).clamp_min(0)
-
-    @property
-    def observed(self) -> int | None:
-        """The newest `recent`, or all."""
-        return self.recent if self.half_life is None else None
-
-    @property
-    def remembers(self) -> bool:
-        """With a half-life."""
-        return self.half_life is not None
 
     def __str__(self) -> str:
         return "expected attention"
