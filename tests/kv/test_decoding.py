@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from retain.kv import Policy, RetainCache, Signals, get_policy, policies
@@ -27,6 +28,40 @@ def read(model, cache, ids, pieces):
             found.append(model(ids[:, start:stop], past_key_values=cache).logits[:, -1])
             start = stop
     return found
+
+
+class Readings(TorchDispatchMode):
+    """Counts how often Python reads a number from a tensor: on a GPU each reading waits for all that came before."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", [{}, {"evict": "always", "interval": 100}])
+def test_a_step_of_decoding_reads_no_number_in_any_layer(options, padded):
+    model = build("llama")
+    ids = longer(40).expand(2, -1)
+    mask = torch.ones_like(ids)
+    mask[1, : 9 * padded] = 0
+
+    def step(cache):
+        with torch.no_grad():
+            for stop in (40, 41, 42, 43):
+                new = ids[:, :40] if stop == 40 else ids[:, :1]
+                grown = torch.cat([mask, mask.new_ones(2, stop - 40)], dim=1)
+                with Readings() as readings:
+                    model(new, attention_mask=grown, past_key_values=cache)
+        return readings.count
+
+    plain = step(DynamicCache(config=model.config))
+    # One for all layers, of the mask.
+    assert step(RetainCache(model, budget=0.5, **options)) - plain <= int(padded)
 
 
 def longer(length):

@@ -38,7 +38,7 @@ def append(storage, new, padding=None, dtype=torch.float64, value_dim=VALUE_DIM)
     positions = torch.arange(100 + storage.tail, 100 + storage.tail + new).expand(shape[0], -1).clone()
     for row, number in enumerate(padding or ()):
         positions[row, :number] = -1
-    storage.append(keys, values, positions)
+    storage.append(keys, values, positions, padded=bool((positions < 0).any()))
     return keys, values, positions
 
 

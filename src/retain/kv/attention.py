@@ -57,11 +57,10 @@ class Call:
         """Which new tokens are no padding, bool [batch, new]; None if all are."""
         if self.mask is None:
             return None
-        known = getattr(self.mask, "_retain_valid", None)
-        if known is not None:
-            return known
+        if hasattr(self.mask, "_retain_valid"):
+            return self.mask._retain_valid  # pyright: ignore[reportAttributeAccessIssue]
         last = self.mask[:, 0, -1, -self.key.shape[2] :]
-        return last if last.dtype == torch.bool else last == 0
+        return _unless_all(last if last.dtype == torch.bool else last == 0)
 
 
 class Observer(Protocol):
@@ -132,10 +131,15 @@ def _mask_function(base: str) -> Callable[..., Any]:
             # Which tokens are padding can't be told from a mask whose queries are all padding themselves.
             first = int(options["kv_offset"])
             valid = attention_mask[:, first : first + int(options["kv_length"])].bool()
-            mask._retain_valid = valid
+            # Read once here, not once in every layer: on a GPU each reading waits for all that was asked before.
+            mask._retain_valid = _unless_all(valid)
         return mask
 
     return make
+
+
+def _unless_all(valid: Tensor) -> Tensor | None:
+    return None if bool(valid.all()) else valid
 
 
 def _implementation(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -89,6 +89,7 @@ class RetainLayer(DynamicLayer):
         self.held: list[int] = []  # entries that each row held then, in the mean over heads and layers
         self._due: list[bool] = []  # which rows evict after the call under way; none if it is empty
         self.padding: Tensor | None = None  # left padding of each row, long [batch]
+        self._counted: tuple[Tensor | None, list[int]] = None, []  # it, and its numbers
         self.capacity: Tensor | None = None  # share retained, [batch, kv_heads]
         self.queries: tuple[Tensor, ...] = ()  # the newest, [batch, heads, m, dim], as far as evictions need them
         self.moments: dict[float, Moments] = {}
@@ -115,8 +116,6 @@ class RetainLayer(DynamicLayer):
         self.waiting = False
         valid = call.valid
         check_padding(valid, self.padding, self.seen)
-        if valid is not None and bool(valid.all()):
-            valid = None
         batch, _, new, _ = call.key.shape
         padding = torch.zeros(batch, dtype=torch.long, device=call.key.device) if self.padding is None else self.padding
         if valid is not None:
@@ -128,7 +127,7 @@ class RetainLayer(DynamicLayer):
         self.is_initialized = True
         if self.storage is None:
             return call
-        self.storage.append(call.key, call.value, self._positions(new))
+        self.storage.append(call.key, call.value, self._positions(new), padded=valid is not None)
         if isinstance(self.storage, RaggedStorage):
             return None
         return replace(call, key=self.storage.keys, value=self.storage.values, mask=whole_mask(call, self.storage))
@@ -177,7 +176,9 @@ class RetainLayer(DynamicLayer):
         own = self.settings
         if self.storage is not None and not own.always:
             return []
-        seen = (self.seen + new - padding).tolist()
+        if self._counted[0] is not padding:
+            self._counted = padding, padding.tolist()  # padding hardly ever changes, and a GPU waits to be read
+        seen = [self.seen + new - columns for columns in self._counted[1]]
         allowed = [tokens_allowed(own.budget, count) for count in seen]
         if self.storage is None or new > 1:
             due = [True] * len(seen)

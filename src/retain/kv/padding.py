@@ -42,7 +42,7 @@ def whole_mask(call: Call, storage: UniformStorage) -> Tensor | None:
     earlier = storage.valid[:, : width - new]
     mask = call.mask
     if mask is None:
-        if new == 1 and bool(earlier.all()):
+        if new == 1 and storage.full:
             return None
         mask = torch.ones(new, new, dtype=torch.bool, device=call.query.device).tril_()[None, None]
     mask = mask[..., -new:].expand(earlier.shape[0], -1, -1, -1)

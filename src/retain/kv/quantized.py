@@ -127,13 +127,13 @@ class QuantizedStorage(UniformStorage):
         """Bytes of one key and value before they are quantised."""
         return self._entry
 
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Add the entries of new tokens; `positions` is [batch, new]."""
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor, *, padded: bool = False) -> None:
+        """Add the entries of new tokens; `positions` is [batch, new]; `padded` if some are padding."""
         if self.quantization.backend == "fp8":
             # Its scale is that of the first entries; what is beyond would become NaN.
             keys, values = (x.clamp(-most, most) for x, most in zip((keys, values), self._most, strict=True))
         self._whole = self._layer.update(keys, values)
-        self._add({}, positions)
+        self._add({}, positions, padded)
 
     def settle(self) -> None:
         """Let go of what was put together."""

@@ -49,12 +49,13 @@ class RaggedStorage:
         self.packed_places = places
         self.columns = columns or {}
         self.tail_positions = positions.new_empty((len(lengths), 0))
+        self.tail_full = True  # no new token is padding
         self._keys, self._values = keys, values
         self._room = Room()
         self._first_free: Tensor | None = None
         self.plan: Plan | None = None  # of a kernel, for where the heads stand now
         if tail is not None and tail[2].shape[1]:
-            self.append(*tail)
+            self.append(*tail, padded=bool((tail[2] < 0).any()))
 
     @classmethod
     def gather(cls, entries: Entries, kept: Tensor) -> RaggedStorage:
@@ -179,8 +180,9 @@ class RaggedStorage:
         aligned[there] = packed
         return torch.cat((aligned, tail.to(packed.dtype)), dim=2)
 
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Add the entries of new tokens; `positions` is [batch, new]."""
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor, *, padded: bool = False) -> None:
+        """Add the entries of new tokens; `positions` is [batch, new]; `padded` if some are padding."""
+        self.tail_full = self.tail_full and not padded
         at, new = self.tail, keys.shape[2]
         free = writable(self._keys, keys) and writable(self._values, values)
         if free and self._room.take(at, new):

@@ -79,8 +79,8 @@ class Storage(Protocol):
         """All entries, right-aligned."""
         ...
 
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Add the entries of new tokens; `positions` is [batch, new]."""
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor, *, padded: bool = False) -> None:
+        """Add the entries of new tokens; `positions` is [batch, new]; `padded` if some are padding."""
         ...
 
     def rows(self, index: Tensor) -> None:
@@ -124,6 +124,7 @@ class UniformStorage:
         if places is not None:
             self._parts["places"] = places
         self._room = Room(self.width)
+        self._full: bool | None = None  # what `full` says; None until it is asked
 
     @classmethod
     def all(cls, entries: Entries) -> UniformStorage:
@@ -226,17 +227,26 @@ class UniformStorage:
         return self.positions[:, 0] >= 0
 
     @property
+    def full(self) -> bool:
+        """Whether no row has an empty place; remembered, since a GPU waits to be read."""
+        if self._full is None:
+            self._full = bool(self.valid.all())
+        return self._full
+
+    @property
     def entries(self) -> Entries:
         """All entries, as they are stored."""
         return Entries(self.keys, self.values, self.positions.long(), self.places, self.columns)
 
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Add the entries of new tokens; `positions` is [batch, new]."""
-        self._add({"keys": keys, "values": values}, positions)
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor, *, padded: bool = False) -> None:
+        """Add the entries of new tokens; `positions` is [batch, new]; `padded` if some are padding."""
+        self._add({"keys": keys, "values": values}, positions, padded)
 
-    def _add(self, entries: dict[str, Tensor], positions: Tensor) -> None:
+    def _add(self, entries: dict[str, Tensor], positions: Tensor, padded: bool) -> None:
         """Add new tokens: what belongs into the parts that hold entries, and positions [batch, new]."""
         new = positions.shape[1]
+        if padded:
+            self._full = False
         beside = positions.clamp_min(-1).to(torch.int32)[:, None].expand(-1, self.positions.shape[1], -1)
         added = {**entries, "positions": beside, "places": beside}
         for name in self.columns:
@@ -261,10 +271,12 @@ class UniformStorage:
         for name in self._parts:
             self._parts[name] = self._stored(name).index_select(0, index)
         self._room = Room(self.width)
+        self._full = None
 
     def drop_last(self, tokens: int) -> None:
         """Forget the newest entries."""
         self.width -= tokens
+        self._full = None
 
     def copy(self) -> UniformStorage:
         """Return a storage that shares the tensors."""
