@@ -19,6 +19,7 @@ from torch import Tensor
 
 from retain.gpu import launch, power_of_two
 from retain.kv.kernels.grid import rows_of, split_tokens
+from retain.kv.kernels.moments import query_moments
 from retain.kv.kernels.product import product
 
 _BLOCK = 64
@@ -71,23 +72,7 @@ def observed_log_weights(
     heads, group = batch * kv_heads, seen.queries.shape[1] // kv_heads
     wide, rows = power_of_two(dim), power_of_two(group * seen.window)
     queries = rows_of(seen.queries)
-    moments = torch.empty(2, batch, queries.shape[1], dim, dtype=torch.float32, device=keys.device)
-    launch(
-        _moments,
-        (batch * queries.shape[1],),
-        queries,
-        moments,
-        seen.first,
-        queries.shape[1],
-        queries.shape[2],
-        *queries.stride()[:3],
-        seen.first.stride(0),
-        RECENT=seen.recent,
-        DIM=dim,
-        BLOCK_D=wide,
-        BLOCK_N=_BLOCK,
-        num_warps=4,
-    )
+    moments = query_moments(queries, seen.recent, seen.first)
     window = queries[:, :, queries.shape[2] - seen.window :].contiguous()
     block = _BLOCK // 2 if keys.dtype == torch.float32 else _BLOCK  # so that registers suffice
     splits, chunk = split_tokens(tokens, heads, block, 2, keys.device)
@@ -132,45 +117,6 @@ def observed_log_weights(
         num_warps=4,
     )
     return log
-
-
-@triton.jit(do_not_specialize=["heads", "count", "stride_skipped"])
-def _moments(
-    queries: "Any",
-    moments: "Any",
-    skipped: "Any",
-    heads: "Any",
-    count: "Any",
-    stride_batch: "Any",
-    stride_head: "Any",
-    stride_token: "Any",
-    stride_skipped: "Any",
-    RECENT: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Find mean and mean square of the newest queries of one query head."""
-    head = tl.program_id(0).to(tl.int64)
-    queries += head // heads * stride_batch + head % heads * stride_head
-    first = tl.load(skipped + head // heads * stride_skipped)
-    dims = tl.arange(0, BLOCK_D)
-    mean = tl.zeros((BLOCK_D,), tl.float32)
-    square = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(0, RECENT, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        inside = (n >= first) & (n < RECENT)
-        place = (count - RECENT + n).to(tl.int64)
-        q = tl.load(
-            queries + place[:, None] * stride_token + dims[None, :],
-            mask=inside[:, None] & (dims < DIM)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        mean += tl.sum(q, 0)
-        square += tl.sum(q * q, 0)
-    asked = tl.maximum(RECENT - first, 1).to(tl.float32)
-    tl.store(moments + head * DIM + dims, mean / asked, mask=dims < DIM)
-    tl.store(moments + (tl.num_programs(0) + head) * DIM + dims, square / asked, mask=dims < DIM)
 
 
 @triton.jit
