@@ -50,7 +50,7 @@ def test_memory_that_runs_out_is_named_and_finished_epochs_are_kept(tmp_path, mo
         return real(*arguments)
 
     monkeypatch.setattr(training, "_run_epoch", short)
-    with pytest.raises(DoesNotFitError, match=r"ran out in training .*finished epochs are kept in .*kept.safetensors"):
+    with pytest.raises(DoesNotFitError, match=r"ran out .*finished epochs are kept in .*kept.safetensors"):
         fit(small(), GRAPH, PARTS, settings, checkpoint=file)
     monkeypatch.undo()
     resumed = small()
@@ -59,10 +59,15 @@ def test_memory_that_runs_out_is_named_and_finished_epochs_are_kept(tmp_path, mo
         assert torch.equal(value, resumed.state_dict()[name])
 
 
+def test_weights_that_do_not_fit_are_named():
+    with pytest.raises(DoesNotFitError, match=r"ran out \(.* GiB more were asked for\); a smaller"):
+        small(10**11)
+
+
 def test_other_errors_keep_their_words():
-    with pytest.raises(RuntimeError, match="shape"), named_shortage(None):
+    with pytest.raises(RuntimeError, match="shape"), named_shortage():
         raise RuntimeError("shape")
-    with pytest.raises(DoesNotFitError, match="MemoryError"), named_shortage(None):
+    with pytest.raises(DoesNotFitError, match="memory ran out; a smaller"), named_shortage():
         raise MemoryError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,7 +73,7 @@ def check_room(x: Tensor, edges: int, model: nn.Module) -> None:
 
 
 @contextmanager
-def named_shortage(checkpoint: str | Path | None) -> Generator[None]:
+def named_shortage(checkpoint: str | Path | None = None) -> Generator[None]:
     """Turn an allocator's failure into words about what to change, and about what is kept.
 
     Args:
@@ -88,9 +89,12 @@ def named_shortage(checkpoint: str | Path | None) -> Generator[None]:
         words = str(error)
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in words:
             raise
+        asked = re.search(r"allocate (\d+) bytes", words)
+        what = (
+            f"{int(asked[1]) / _GIB:.1f} GiB more were asked for" if asked else words.splitlines()[0] if words else ""
+        )
         kept = checkpoint is not None and Path(checkpoint).exists()
         raise DoesNotFitError(
-            f"memory ran out in training ({words.splitlines()[0] if words else 'MemoryError'}); "
-            f"a smaller batch_size or hidden needs less"
+            f"memory ran out{what and f' ({what})'}; a smaller batch_size or hidden needs less"
             + (f"; finished epochs are kept in {checkpoint}, same settings go on from there" if kept else "")
         ) from error

@@ -21,6 +21,7 @@ from retain.link.models.norms import NORMS
 from retain.link.models.predictor import LinkPredictor
 from retain.link.models.pure import PureGCN
 from retain.link.models.sage import GraphSAGE
+from retain.link.room import named_shortage
 
 ENCODERS: dict[str, type[Encoder]] = {"gcn": GCN, "sage": GraphSAGE, "pure": PureGCN}
 DECODERS: dict[str, type[Dot] | type[HadamardMLP]] = {
@@ -95,10 +96,16 @@ class ModelSettings:
         object.__setattr__(self, "completion", tuple(self.completion))  # JSON makes a list of it
 
     def build(self, in_channels: int, seed: int = 0) -> PairModel:
-        """Return a freshly initialised model; no global generator is moved."""
+        """Return a freshly initialised model; no global generator is moved.
+
+        Raises:
+            DoesNotFitError: there is no memory for its weights.
+            ValueError: nodes have no features.
+
+        """
         if in_channels < 1:
             raise ValueError(f"in_channels is {in_channels}: nodes have no features; accepted: at least 1")
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), named_shortage():
             torch.manual_seed(seed)
             return self._build(in_channels)
 
