@@ -90,9 +90,7 @@ def named_shortage(checkpoint: str | Path | None = None) -> Generator[None]:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in words:
             raise
         asked = re.search(r"allocate (\d+) bytes", words)
-        what = (
-            f"{int(asked[1]) / _GIB:.1f} GiB more were asked for" if asked else words.splitlines()[0] if words else ""
-        )
+        what = f"{int(asked[1]) / _GIB:.1f} GiB more were asked for" if asked else words.partition("\n")[0]
         kept = checkpoint is not None and Path(checkpoint).exists()
         raise DoesNotFitError(
             f"memory ran out{what and f' ({what})'}; a smaller batch_size or hidden needs less"
