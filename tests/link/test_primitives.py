@@ -13,9 +13,10 @@ from retain.link import messages, overlap
 from retain.link.builtin import block_model
 from retain.link.counts import pair_counts
 from retain.link.messages import MessageGraph, as_messages
+from retain.link.models.buddy import propagated
 from retain.link.neighbors import common_neighbors, pool, residual_neighbors, square_rows
 from retain.link.overlap import square_dense
-from retain.link.propagation import propagate, without_own_edge
+from retain.link.propagation import mostly_zero, propagate, propagate_sparse, without_own_edge
 from retain.link.sketches import cardinality, sketch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -138,6 +139,26 @@ def test_propagation_is_pygs_and_forgets_a_pairs_own_edge(case, device):
             alone = propagate(graph.without(targets[:, number : number + 1].to(device)), x.to(device))
             assert torch.allclose(ends[number], alone[i])
             assert torch.allclose(ends[targets.size(1) + number], alone[j])
+
+
+@given(case=cases(), seed=st.integers(0, 99))
+def test_sparse_features_are_propagated_as_dense_ones(case, seed):
+    edges, _, dense, _ = case
+    x = torch.rand(len(dense), 60, generator=torch.Generator().manual_seed(seed))
+    x = x * (x > 0.97)
+    graph = MessageGraph(edges, len(dense))
+    out = torch.full_like(x, torch.nan)
+    propagate_sparse(graph, x, out)
+    assert torch.allclose(out, propagate(graph, x), atol=1e-6)
+    both = propagated(graph, x)
+    assert torch.equal(both, torch.cat([out if mostly_zero(x) else propagate(graph, x), x]))
+
+
+@pytest.mark.parametrize(("x", "is_sparse"), [(torch.eye(40), True), (torch.ones(3, 3), False)])
+def test_only_features_that_are_mostly_zero_take_sparse_products(x, is_sparse):
+    assert mostly_zero(x) == is_sparse
+    assert not mostly_zero(x.half())  # scipy has no half precision
+    assert not mostly_zero(x.to("meta"))
 
 
 def balls(dense, hops):

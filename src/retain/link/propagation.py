@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from scipy.sparse import csr_matrix, diags_array
 from torch import Tensor
 from torch.autograd import Function
 
@@ -23,6 +24,29 @@ def propagate(graph: MessageGraph, x: Tensor) -> Tensor:
 
     """
     return _Propagate.apply(x, graph)  # pyright: ignore[reportReturnType]
+
+
+def mostly_zero(x: Tensor) -> bool:
+    """Return whether features are of the kind that a product of sparse matrices is faster for, on the CPU."""
+    fit = x.is_cpu and x.layout == torch.strided and x.dtype in (torch.float32, torch.float64)
+    return fit and int(torch.count_nonzero(x)) < 0.05 * x.numel()
+
+
+def propagate_sparse(graph: MessageGraph, x: Tensor, out: Tensor) -> None:
+    """Write what `propagate` returns, by a product of sparse matrices; no gradient passes to x.
+
+    Args:
+        graph: A.
+        x: [nodes, channels], `mostly_zero`.
+        out: of the same shape, adjacent, on the CPU.
+
+    """
+    nodes, rows = x.size(0), graph.rows
+    scale = (graph.degree + 1).to(x.dtype).rsqrt().numpy()
+    weights = scale[rows.row.numpy()] * scale[rows.col.numpy()]
+    adjacency = csr_matrix((weights, rows.col.numpy(), rows.pointers.numpy()), shape=(nodes, nodes))
+    product: Any = (adjacency + diags_array(scale * scale, format="csr")) @ csr_matrix(x.numpy())
+    product.toarray(out=out.numpy())
 
 
 def neighbor_mean(graph: MessageGraph, x: Tensor) -> Tensor:

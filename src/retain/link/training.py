@@ -20,6 +20,7 @@ from retain.link.graph import Graph, Split
 from retain.link.messages import MessageGraph
 from retain.link.metrics import evaluate
 from retain.link.models.base import PairModel, in_chunks
+from retain.link.propagation import mostly_zero
 from retain.link.room import check_room, named_shortage
 from retain.link.sampling import EdgeBatch, EdgeBatches
 
@@ -195,8 +196,7 @@ def features(graph: Graph, model: nn.Module) -> Tensor:
     """Return the node features, sparse (CSR) where an encoder's first product gains from it."""
     from retain.link.models import GCN, GraphSAGE, PureGCN
 
-    sparse = isinstance(getattr(model, "encoder", None), (GCN, GraphSAGE, PureGCN)) and graph.x.is_cpu
-    if sparse and (graph.x != 0).float().mean() < 0.05:
+    if isinstance(getattr(model, "encoder", None), (GCN, GraphSAGE, PureGCN)) and mostly_zero(graph.x):
         import warnings
 
         with warnings.catch_warnings():

@@ -11,7 +11,7 @@ from torch.autograd import Function
 from retain.link.messages import MessageGraph, as_messages
 from retain.link.models.base import Encoding
 from retain.link.models.sketched import SketchHead, SketchModel
-from retain.link.propagation import propagate, without_own_edge
+from retain.link.propagation import mostly_zero, propagate, propagate_sparse, without_own_edge
 
 
 class BUDDY(SketchModel):
@@ -80,4 +80,15 @@ class _Halves(Function):
 
 def propagated(graph: MessageGraph, x: Tensor) -> Tensor:
     """Return ÂX above X, made once for a graph and features: [2 · nodes, features]."""
-    return graph.remember("propagated", lambda: torch.cat([propagate(graph, x), x]), x)
+    return graph.remember("propagated", lambda: _stacked(graph, x), x)
+
+
+def _stacked(graph: MessageGraph, x: Tensor) -> Tensor:
+    both = x.new_empty(2 * x.size(0), x.size(1))
+    smooth, same = both.chunk(2)
+    same.copy_(x)
+    if mostly_zero(x):
+        propagate_sparse(graph, x, smooth)
+    else:
+        smooth.copy_(propagate(graph, x))
+    return both
