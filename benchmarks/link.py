@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch_geometric.utils import negative_sampling
 
-from link_models import measure_growth, measure_models
+from link_models import measure_growth, measure_models, measure_once
 from retain.link.builtin import block_model
 from retain.link.composition import Random
 from retain.link.data import load
@@ -154,7 +154,7 @@ def main() -> None:
         "audit_epochs": round(statistics.median(taken["audit"]) / epoch_seconds, 2),
         "audit_added_mib": {str(nodes): round(value, 1) for nodes, value in added.items()},
     }
-    result |= measure_models(options.models_data, options.root, 6, 3)
+    result |= measure_models(options.models_data, options.root, 6) | measure_once(options.models_data, options.root, 3)
     result |= measure_growth(options.threads, options.figure)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
