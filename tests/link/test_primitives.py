@@ -159,6 +159,7 @@ def test_only_features_that_are_mostly_zero_take_sparse_products(x, is_sparse):
     assert mostly_zero(x) == is_sparse
     assert not mostly_zero(x.half())  # scipy has no half precision
     assert not mostly_zero(x.to("meta"))
+    assert not mostly_zero(x.clone().requires_grad_())
 
 
 def balls(dense, hops):

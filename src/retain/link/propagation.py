@@ -29,7 +29,7 @@ def propagate(graph: MessageGraph, x: Tensor) -> Tensor:
 def mostly_zero(x: Tensor) -> bool:
     """Return whether features are of the kind that a product of sparse matrices is faster for, on the CPU."""
     fit = x.is_cpu and x.layout == torch.strided and x.dtype in (torch.float32, torch.float64)
-    return fit and int(torch.count_nonzero(x)) < 0.05 * x.numel()
+    return fit and not x.requires_grad and int(torch.count_nonzero(x)) < 0.05 * x.numel()
 
 
 def propagate_sparse(graph: MessageGraph, x: Tensor, out: Tensor) -> None:
