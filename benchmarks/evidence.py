@@ -85,7 +85,7 @@ def losses(found: Comparison, ours: str = OURS) -> list[str]:
         return [f"No rival is closer than {ours} in any cell, as far as intervals of 95 % tell."]
     return [
         f"* {row['of']} is closer at {'text' if row['task'] == 'text' else row['mode']} {row['budget']:.0%} by "
-        f"{-row['mean']:.3f} [{-row['high']:.3f}, {-row['low']:.3f}]."
+        f"{-row['mean']:.4f} [{-row['high']:.4f}, {-row['low']:.4f}]."
         for row in rows
     ]
 
