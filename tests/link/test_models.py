@@ -246,6 +246,20 @@ def test_dropout_keeps_the_share_and_the_mean():
     assert float((rows - 0.7).abs().max()) < 0.07  # no column is kept more often
 
 
+@pytest.mark.parametrize("encoder", ["gcn", "sage"])
+def test_an_encoder_without_relu_is_affine(encoder):
+    settings = ModelSettings(encoder=encoder, encoder_norm="none", hidden=8, linear=True)
+    edges = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 4]])
+    one, two = torch.randn(2, 5, 6, dtype=torch.float64)
+
+    def apart(encode):
+        return encode(one + two, edges) - encode(one, edges) - encode(two, edges) + encode(torch.zeros_like(one), edges)
+
+    assert float(apart(settings.build(6).double().eval().encoder).detach().abs().max()) < 1e-12
+    other = replace(settings, linear=False)
+    assert float(apart(other.build(6).double().eval().encoder).detach().abs().max()) > 1e-3
+
+
 def test_presets_are_the_references_and_build():
     for model in ("neognn", "ncn", "ncnc", "elph", "buddy"):
         for data in ("Cora", "CiteSeer", "PubMed", "Photo"):
@@ -254,9 +268,15 @@ def test_presets_are_the_references_and_build():
             TrainSettings(**training)
     assert preset("ncn", "CiteSeer")[0].two_layers
     assert preset("buddy", "PubMed")[0].hops == 3
+    assert preset("elph", "Cora")[0].linear
     with pytest.raises(ValueError, match="model is 'gcn'; accepted: neognn"):
         preset("gcn", "Cora")
-    for wrong, text in (({"model": "x"}, "model is 'x'"), ({"hops": 4}, "hops is 4"), ({"completion": (1.0,)}, "comp")):
+    for wrong, text in (
+        ({"model": "x"}, "model is 'x'"),
+        ({"hops": 4}, "hops is 4"),
+        ({"linear": True, "encoder": "pure"}, "linear is True"),
+        ({"completion": (1.0,)}, "comp"),
+    ):
         with pytest.raises(ValueError, match=text):
             ModelSettings(**wrong)
     with pytest.raises(ValueError, match="no features"):

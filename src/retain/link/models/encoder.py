@@ -24,6 +24,7 @@ class Encoder(nn.Module, ABC):
         dropout: share of channels dropped in training.
         input_dropout: share of features dropped in training.
         output_dropout: share of the embedding's channels dropped in training.
+        linear: leave out the ReLU between layers.
 
     """
 
@@ -36,6 +37,8 @@ class Encoder(nn.Module, ABC):
         dropout: float = 0.0,
         input_dropout: float = 0.0,
         output_dropout: float = 0.0,
+        *,
+        linear: bool = False,
     ) -> None:
         super().__init__()
         if layers < 1:
@@ -47,6 +50,7 @@ class Encoder(nn.Module, ABC):
         self.dropout = ByteDropout(dropout)
         self.input_dropout = ByteDropout(input_dropout)
         self.output_dropout = ByteDropout(output_dropout)
+        self.linear = linear
 
     @abstractmethod
     def convolution(self, first: int, second: int) -> nn.Module:
@@ -72,5 +76,5 @@ class Encoder(nn.Module, ABC):
         for number, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
             x = norm(self.convolve(convolution, x, edge_index))
             if number < last:
-                x = self.dropout(torch.relu(x))
+                x = self.dropout(x if self.linear else torch.relu(x))
         return self.output_dropout(x)

@@ -63,6 +63,7 @@ def preset(model: str, data: str) -> tuple[ModelSettings, dict[str, Any]]:
     """
     if model in ("elph", "buddy"):
         more: dict[str, Any] = {"hops": 3, "dropout": 0.2} if data == "PubMed" else {}
+        more["linear"] = model == "elph"
         return ModelSettings(model=model, **{**_SKETCHED, **more}), dict(_SKETCHED_TRAIN)
     if model in ("ncn", "ncnc"):
         own, training = _NCN_BY_DATA.get(data, _NCN_BY_DATA["Cora"])

@@ -48,6 +48,7 @@ class ModelSettings:
         encoder_dropout: share of channels dropped in the encoder; None for `dropout`.
         input_dropout: share of features dropped.
         output_dropout: share of channels dropped of what the encoder returns.
+        linear: leave out the ReLU between the encoder's layers; `pure` has none.
         hops: of neighbourhoods that ELPH and BUDDY count, 1 to 3.
         two_layers: whether NCN and NCNC join by two hidden layers.
         completion: NCNC's largest weight, scale, offset and prior.
@@ -71,6 +72,7 @@ class ModelSettings:
     two_layers: bool = False
     completion: tuple[float, float, float, float] = (1.0, 5.0, 3.0, 0.5)
     output_dropout: float = 0.0
+    linear: bool = False
 
     def __post_init__(self) -> None:
         choices = {
@@ -89,6 +91,8 @@ class ModelSettings:
         for name in ("dropout", "encoder_dropout", "input_dropout", "output_dropout"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: 0 up to 1")
+        if self.linear and self.encoder == "pure":
+            raise ValueError("linear is True with encoder='pure', which is linear already; accepted: gcn, sage")
         if not 1 <= self.hops <= 3:
             raise ValueError(f"hops is {self.hops}; accepted: 1 to 3")
         if len(self.completion) != 4:
@@ -115,8 +119,8 @@ class ModelSettings:
             return BUDDY(in_channels, self.hidden, norm, dropout, hops=self.hops)
         inner = dropout if self.encoder_dropout is None else self.encoder_dropout
         kind = ENCODERS[self.encoder]
-        drops = (inner, self.input_dropout, self.output_dropout)
-        encoder = kind(in_channels, self.hidden, self.layers, self.encoder_norm, *drops)
+        sizes, drops = (in_channels, self.hidden, self.layers), (inner, self.input_dropout, self.output_dropout)
+        encoder = kind(*sizes, self.encoder_norm, *drops, **({"linear": True} if self.linear else {}))
         if self.model == "neognn":
             return NeoGNN(encoder, norm, dropout)
         if self.model == "elph":
