@@ -269,6 +269,9 @@ def test_presets_are_the_references_and_build():
     assert preset("ncn", "CiteSeer")[0].two_layers
     assert preset("buddy", "PubMed")[0].hops == 3
     assert preset("elph", "Cora")[0].linear
+    ncn = preset("ncn", "Cora")[0].build(20)
+    assert not any(isinstance(part, nn.LayerNorm) for part in ncn.encoder.modules())
+    assert any(isinstance(part, nn.LayerNorm) for part in ncn.node_mlp.modules())
     with pytest.raises(ValueError, match="model is 'gcn'; accepted: neognn"):
         preset("gcn", "Cora")
     for wrong, text in (

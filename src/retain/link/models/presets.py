@@ -2,9 +2,8 @@
 
 Read from the command lines and defaults of the authors' repositories (GraphPKU/NeuralCommonNeighbor,
 melifluos/subgraph-sketching, seongjunyun/Neo-GNNs). What of theirs has no place here: NCN's edge dropout and second
-learning rate (the predictor's is taken); NCN's encoder has a norm here, theirs none. Neo-GNN's authors give none for
-these data sets: theirs for ogbl-collab are taken, with Adam's usual rate, and two layers, since three do worse in
-validation.
+learning rate (the predictor's is taken). Neo-GNN's authors give none for these data sets: theirs for ogbl-collab are
+taken, with Adam's usual rate, and two layers, since three do worse in validation.
 """
 
 from __future__ import annotations

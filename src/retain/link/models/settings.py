@@ -39,7 +39,7 @@ class ModelSettings:
     Args:
         encoder: `gcn`, `sage` or `pure` (weightless propagation); BUDDY has none.
         decoder: `dot`, `hadamard` or `concat`, of the model `pair`.
-        encoder_norm: `batch`, `layer`, `graph` or `none`, over nodes.
+        encoder_norm: `batch`, `layer`, `graph` or `none`, over nodes; of NCN and NCNC on `pure` in xlin alone.
         decoder_norm: the same choice, over pairs.
         hidden: channels.
         layers: of the encoder.
@@ -120,7 +120,11 @@ class ModelSettings:
         inner = dropout if self.encoder_dropout is None else self.encoder_dropout
         kind = ENCODERS[self.encoder]
         sizes, drops = (in_channels, self.hidden, self.layers), (inner, self.input_dropout, self.output_dropout)
-        encoder = kind(*sizes, self.encoder_norm, *drops, **({"linear": True} if self.linear else {}))
+        # As NCN's authors have it: the norm over nodes stands in xlin, behind propagation that has no weights.
+        bare = self.encoder == "pure" and self.model in ("ncn", "ncnc")
+        encoder = kind(
+            *sizes, "none" if bare else self.encoder_norm, *drops, **({"linear": True} if self.linear else {})
+        )
         if self.model == "neognn":
             return NeoGNN(encoder, norm, dropout)
         if self.model == "elph":
