@@ -1,5 +1,6 @@
 """Why Hits@100 here differs from what is printed: the models' own protocol, with one thing changed after another.
 
+What the models' own settings give is told by `retain link reproduce --preset --arms fixed/own`.
 `python benchmarks/link_published.py --root DATA_FOLDER --folder runs` trains every variant on every split, goes on
 where it was stopped, and prints the table; `--write` keeps the numbers in docs/results/link-published.json.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,11 +20,13 @@ from unittest import mock
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from machine import machine
 from retain.link import training
 from retain.link.data import load
 from retain.link.graph import Protocol, prepare, split
+from retain.link.models import PairModel
 from retain.link.published import HITS_AT_100
 from retain.link.reproduction import settings_for
 from retain.link.trained import held_out_scores
@@ -33,6 +36,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results" / "link-published.js
 # What the other variants change: the protocol under which the models are compared with what is printed.
 PROTOCOL = {"validation": 0.1, "test": 0.2, "validation_edges_at_test": True}
 TRAIN = {"epochs": 100, "patience": 20, "directions": 1}
+HIDDEN = {"validation_edges_at_test": False}  # as NCN's authors have it
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Variant:
         train: of the training.
         protocol: of the split and of what is seen at test.
         targets: whether the pairs of a batch stay among the edges that messages pass over.
+        change: done to the model before it is trained.
 
     """
 
@@ -55,6 +60,13 @@ class Variant:
     train: dict[str, Any] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
     targets: bool = False
+    change: Callable[[PairModel], None] | None = None
+
+
+def norm_behind_propagation(model: PairModel) -> None:
+    """Give the encoder of NCN or NCNC a LayerNorm that its authors don't have."""
+    encoder: Any = model.get_submodule("encoder")
+    encoder.norms = nn.ModuleList(nn.LayerNorm(encoder.out_channels) for _ in encoder.norms)
 
 
 def baseline(model: str) -> list[Variant]:
@@ -71,7 +83,7 @@ def baseline(model: str) -> list[Variant]:
             "and no validation edges at test",
             wide,
             last,
-            {"validation_edges_at_test": False},
+            HIDDEN,
             targets=True,
         ),
     ]
@@ -82,15 +94,10 @@ VARIANTS = [
     *baseline("sage"),
     Variant("neognn", "2 layers, as here"),
     Variant("neognn", "3 layers, as its authors on ogbl-collab", {"layers": 3}),
-    Variant("ncn", "as its authors, validation edges at test"),
-    Variant("ncn", "as its authors", {}, {}, {"validation_edges_at_test": False}),
-    Variant(
-        "ncn",
-        "and no dropout after propagation",
-        {"output_dropout": 0.0},
-        {},
-        {"validation_edges_at_test": False},
-    ),
+    Variant("elph", "a ReLU between its GNN's layers", {"linear": False}),
+    Variant("ncn", "validation edges at test"),
+    Variant("ncn", "no dropout after propagation", {"output_dropout": 0.0}, {}, HIDDEN),
+    Variant("ncnc", "a norm behind propagation", {}, {}, HIDDEN, change=norm_behind_propagation),
 ]
 
 
@@ -112,6 +119,8 @@ def measure(variant: Variant, data: str, root: str, seed: int) -> dict[str, floa
     graph = prepare(load(data, root), protocol)
     edges = split(graph, protocol, seed)
     model = replace(made, **variant.settings).build(graph.x.size(1), seed)
+    if variant.change is not None:
+        variant.change(model)
     with unmasked(variant.targets):
         done = fit(model, graph, edges, TrainSettings(**{**TRAIN, **own, **variant.train, "seed": seed}))
     test = held_out_scores(model, graph, edges, protocol, 100)["hits@100"]
@@ -152,6 +161,7 @@ def main() -> None:
     parser.add_argument("--data", default="Cora,CiteSeer", help="data sets, with commas")
     parser.add_argument("--root", default="data", help="folder of downloaded data sets")
     parser.add_argument("--folder", type=Path, default=Path("published"), help="folder of finished trainings")
+    parser.add_argument("--models", help="train these alone, with commas; the table has all that is finished")
     parser.add_argument("--seeds", type=int, default=5, help="splits")
     parser.add_argument("--write", action="store_true", help="keep the numbers in docs/results/link-published.json")
     arguments = parser.parse_args()
@@ -163,6 +173,8 @@ def main() -> None:
     console = Console(width=130)
     for data in names:
         for variant in VARIANTS:
+            if arguments.models and variant.model not in arguments.models.split(","):
+                continue
             for seed in range(arguments.seeds):
                 file = _file(arguments.folder, variant, data, seed)
                 if not file.is_file():

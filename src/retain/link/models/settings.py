@@ -122,9 +122,8 @@ class ModelSettings:
         sizes, drops = (in_channels, self.hidden, self.layers), (inner, self.input_dropout, self.output_dropout)
         # As NCN's authors have it: the norm over nodes stands in xlin, behind propagation that has no weights.
         bare = self.encoder == "pure" and self.model in ("ncn", "ncnc")
-        encoder = kind(
-            *sizes, "none" if bare else self.encoder_norm, *drops, **({"linear": True} if self.linear else {})
-        )
+        more = {"linear": True} if self.linear else {}
+        encoder = kind(*sizes, "none" if bare else self.encoder_norm, *drops, **more)
         if self.model == "neognn":
             return NeoGNN(encoder, norm, dropout)
         if self.model == "elph":
