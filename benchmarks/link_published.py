@@ -128,12 +128,12 @@ def measure(variant: Variant, data: str, root: str, seed: int) -> dict[str, floa
 
 
 def rows(folder: Path, names: list[str], seeds: int) -> Iterator[dict[str, Any]]:
-    """Yield what is finished, a row for each data set and variant."""
+    """Yield a row for each data set and variant of which all splits are finished."""
     for data in names:
         for variant in VARIANTS:
             found = [_file(folder, variant, data, seed) for seed in range(seeds)]
             values = [json.loads(file.read_text()) for file in found if file.is_file()]
-            if values:
+            if len(values) == seeds:
                 test, seen = ([value[part] for value in values] for part in ("test", "validation"))
                 spread = stdev(test) if len(test) > 1 else 0.0
                 known, deviation = HITS_AT_100[data, variant.model]
