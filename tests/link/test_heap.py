@@ -15,10 +15,10 @@ import torch
 from retain.link.heap import reuse_large_blocks
 asked = reuse_large_blocks(int(sys.argv[1]), 64)
 x = torch.zeros(200_000, 64)
-for _ in range(5):
+for _ in range(20):
     x + 1
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
+for _ in range(20):
     x + 1
 print(asked, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -40,5 +40,5 @@ def test_a_large_tensor_takes_the_pages_of_the_last_one():
     asked, kept = faults(200_000)
     if asked == "False":
         pytest.skip("the C library is not glibc")
-    # How much is left over depends on what else stands in the heap.
+    # The heap takes some tensors to settle, and not always to the same place.
     assert kept * 2 < faults(1_000)[1]
