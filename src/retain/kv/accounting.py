@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
+    from retain.kv.layer import RetainLayer
+
 
 @dataclass(frozen=True)
 class HeadReport:
@@ -21,6 +23,28 @@ class HeadReport:
     bytes_full: int
     bytes_kept: int
     capacity_retained: float | None
+
+
+def head_reports(layer: RetainLayer) -> list[HeadReport]:
+    """Return one report for each KV head of a layer that has seen tokens."""
+    assert layer.storage is not None
+    assert layer.padding is not None
+    tokens_seen = len(layer.padding) * layer.seen - int(layer.padding.sum())
+    kept = layer.storage.kept.sum(0).tolist()
+    nbytes = layer.storage.nbytes_by_head
+    shares = None if layer.capacity is None else layer.capacity.mean(0).tolist()
+    return [
+        HeadReport(
+            layer=layer.index,
+            head=layer.first_head + head,
+            tokens_seen=tokens_seen,
+            tokens_kept=kept[head],
+            bytes_full=layer.bytes_full // layer.heads,
+            bytes_kept=nbytes[head],
+            capacity_retained=None if shares is None else shares[head],
+        )
+        for head in range(layer.heads)
+    ]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from retain.kv.accounting import CacheReport
+from retain.kv.accounting import CacheReport, head_reports
 from retain.kv.allocation import Allocation
 from retain.kv.attention import Attachment
 from retain.kv.layer import RetainLayer
@@ -235,7 +235,7 @@ class RetainCache(Cache):
     def report(self) -> CacheReport:
         """Return what was seen and kept: tokens, bytes and capacity by layer and head."""
         seen = [layer for layer in self.retained if layer.storage is not None]
-        heads = tuple(head for layer in seen for head in layer.head_reports())
+        heads = tuple(head for layer in seen for head in head_reports(layer))
         shares = [share for head in heads if (share := head.capacity_retained) is not None]
         other = sum(
             part.nbytes

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from retain.kv.accounting import HeadReport
 from retain.kv.attention import Call, mark
 from retain.kv.measuring import capacity_share
 from retain.kv.moments import Moments
@@ -377,25 +376,8 @@ class RetainLayer(DynamicLayer):
         assert self.storage is not None
         return self.storage.kept.shape[1]
 
-    def head_reports(self) -> list[HeadReport]:
-        """Return one report for each KV head."""
-        assert self.storage is not None
-        assert self.padding is not None
-        tokens_seen = len(self.padding) * self.seen - int(self.padding.sum())
-        kept = self.storage.kept.sum(0).tolist()
-        nbytes = self.storage.nbytes_by_head
-        shares = None if self.capacity is None else self.capacity.mean(0).tolist()
+    @property
+    def first_head(self) -> int:
+        """Which of the model's KV heads the first one here is: not 0 where heads are split over devices."""
         sharding = self._sharding(self.heads)
-        first = 0 if sharding is None else sharding.rank * self.heads
-        return [
-            HeadReport(
-                layer=self.index,
-                head=first + head,
-                tokens_seen=tokens_seen,
-                tokens_kept=kept[head],
-                bytes_full=self.bytes_full // self.heads,
-                bytes_kept=nbytes[head],
-                capacity_retained=None if shares is None else shares[head],
-            )
-            for head in range(self.heads)
-        ]
+        return 0 if sharding is None else sharding.rank * self.heads
