@@ -4,6 +4,8 @@ import os
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 
@@ -82,6 +84,19 @@ def test_a_read_only_folder_can_be_looked_at(tmp_path, folder):
         first, second = said.stdout.splitlines()
     assert first == "3 [1.0, 4.0, 9.0]"
     assert "can't be written; accepted: a folder that this user may write to" in second
+
+
+def test_many_may_make_the_same_store_at_once(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        for n in range(40):
+            start = Barrier(8)
+
+            def make(n=n, start=start):
+                start.wait()
+                Store(tmp_path / str(n)).close()
+
+            for made in [pool.submit(make) for _ in range(8)]:
+                made.result()
 
 
 def test_claims_are_exclusive_and_those_of_the_dead_come_back(tmp_path):

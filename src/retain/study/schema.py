@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -10,6 +11,7 @@ import retain
 
 FILE = "study.db"
 VERSION = 1
+_PATIENCE = 60.0  # seconds to wait for what another process holds
 _APPLICATION = 0x5265746E  # "Retn": tells a store from any other database
 _TABLES = """
 CREATE TABLE studies (name TEXT PRIMARY KEY, kind TEXT NOT NULL, about TEXT NOT NULL);
@@ -76,7 +78,7 @@ def explain(error: sqlite3.Error, path: Path) -> str:
 def _open(path: Path, write: bool) -> sqlite3.Connection:
     if write:
         connection = _autocommit(str(path))
-        connection.execute("PRAGMA journal_mode = WAL")
+        _log_ahead(connection)
         # A run is safe when it is said to be, also from a power cut.
         connection.execute("PRAGMA synchronous = FULL")
         return connection
@@ -91,9 +93,24 @@ def _open(path: Path, write: bool) -> sqlite3.Connection:
     return connection
 
 
+def _log_ahead(connection: sqlite3.Connection) -> None:
+    # SQLite waits its time-out for a lock, but not for this one: of two processes that make the same store, one is
+    # refused at once.
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+        else:
+            return
+
+
 def _autocommit(address: str) -> sqlite3.Connection:
     # Transactions are begun where they are meant.
-    return sqlite3.connect(address, timeout=60.0, isolation_level=None, uri=address.startswith("file:"))
+    return sqlite3.connect(address, timeout=_PATIENCE, isolation_level=None, uri=address.startswith("file:"))
 
 
 def _check(connection: sqlite3.Connection, path: Path, write: bool) -> None:
