@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import link_direct as direct
+from machine import status
 from retain.link.builtin import block_model
 from retain.link.composition import Fixed
 from retain.link.data import load
@@ -202,12 +203,6 @@ def evaluation(graph: Graph, parts: Split, rounds: int) -> tuple[list[float], li
     return [one for one, _ in taken], [other for _, other in taken]
 
 
-def peak_gib() -> float:
-    # Not `ru_maxrss`, in which a process inherits the peak of the one that started it.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
-
-
 def grown(name: str, edges: int) -> dict[str, float]:
     """Time graph building, the first step (with all that is kept) and further steps of a model on a block model."""
     graph = block_model(nodes=edges // 4, classes=5, degree=8, features=64)
@@ -226,7 +221,8 @@ def grown(name: str, edges: int) -> dict[str, float]:
         "edges": graph.edges.size(1),
         "first": first,
         "epoch": each * (2 * parts.train.size(1) / size),
-        "peak_gib": peak_gib(),
+        # Not `ru_maxrss`, in which a process inherits the peak of the one that started it.
+        "peak_gib": status("VmHWM") / 2**30,
     }
 
 

@@ -33,6 +33,15 @@ def test_words_follow_the_intervals():
     assert len(to_dict(cells)["rows"]) == 8
 
 
+def test_arms_are_compared_with_the_usual_batches_under_their_norms():
+    arms = ("fixed/layer", "random/layer", "random own/batch", "fixed own/batch", "random/batch")
+    cells = [cell(arm, [0.1, 0.2]) for arm in arms]
+    assert findings.compared(cells) == [("random/layer", "fixed/layer"), ("random own/batch", "fixed own/batch")]
+    assert ("fixed/layer", "fixed/batch") in findings.compared([*cells, cell("fixed/batch", [0.1])])
+    assert "| difference |" not in findings.markdown(cells[:1])
+    assert "replicates" not in findings.markdown(cells[:1])
+
+
 def test_a_study_is_compared_with_what_authors_print():
     def own(data, model, values):
         return Cell(data, model, "fixed own/none", Group({"model": model}, {"hits@100": dict(enumerate(values))}), {})

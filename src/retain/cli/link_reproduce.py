@@ -62,7 +62,6 @@ def reproduce(
     from retain.link.graph import Protocol
     from retain.link.training import TrainSettings
 
-    asked = [parse_arm(key.strip()) for key in arms.split(",")] if arms else list(study.ARMS)
     if show:
         cells = study.finished(folder)
     else:
@@ -71,7 +70,7 @@ def reproduce(
                 [name.strip() for name in data.split(",")],
                 folder,
                 models=[name.strip() for name in models.split(",")] if models else study.MODELS,
-                arms=asked,
+                arms=[parse_arm(key.strip()) for key in arms.split(",")] if arms else study.ARMS,
                 seeds=positive(seeds),
                 train=TrainSettings(epochs=epochs, directions=directions, batch_size=batch_size, patience=patience),
                 protocol=Protocol(validation, test, largest_component, validation_edges_at_test),
@@ -83,8 +82,7 @@ def reproduce(
                 watch=watch,
                 command=command_line(),
             )
-    compared = [(arm.key, "fixed/batch") for arm in asked if arm.key != "fixed/batch"]
-    text = findings.markdown(cells, compared)
+    text = findings.markdown(cells)
     if markdown is not None:
         markdown.parent.mkdir(parents=True, exist_ok=True)
         markdown.write_text(text, encoding="utf-8")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from retain.link import published
+from retain.link.arms import OWN
 from retain.link.reproduction import Cell
 from retain.study.intervals import Interval, over_seeds
 
@@ -101,14 +102,25 @@ def verdicts(cells: Sequence[Cell]) -> list[str]:
     ]
 
 
-def markdown(cells: Sequence[Cell], arms: Sequence[tuple[str, str]] = (("random/batch", "fixed/batch"),)) -> str:
-    """Return tables of every data set, paired differences, and what replicates, as Markdown.
+def compared(cells: Sequence[Cell]) -> list[tuple[str, str]]:
+    """Return which ways of training to compare, of and minus.
 
-    Args:
-        cells: of a study.
-        arms: which ways of training to compare, of and minus.
-
+    Each is compared with the usual batches under the same norms, and these under other norms with BatchNorm.
     """
+    arms = list(dict.fromkeys(cell.arm for cell in cells))
+    found: list[tuple[str, str]] = []
+    for arm in arms:
+        name, _, norms = arm.partition("/")
+        own = f" {OWN}" if name.endswith(f" {OWN}") else ""
+        minus = "fixed/batch" if name == "fixed" else f"fixed{own}/{norms}"
+        if minus != arm and minus in arms:
+            found.append((arm, minus))
+    return found
+
+
+def markdown(cells: Sequence[Cell]) -> str:
+    """Return tables of every data set, paired differences, and what replicates, as Markdown."""
+    arms = compared(cells)
     parts: list[str] = []
     for data in dict.fromkeys(cell.data for cell in cells):
         own = [cell for cell in cells if cell.data == data]
@@ -119,16 +131,18 @@ def markdown(cells: Sequence[Cell], arms: Sequence[tuple[str, str]] = (("random/
             seeds = str(len(next(iter(cell.group.values.values()))))
             judged = ", ".join(f"{count} {verdict}" for verdict, count in sorted(cell.verdicts.items()))
             parts.append(_row((cell.model, cell.arm, seeds, *values, judged)))
-        parts += ["", _row(("model", "difference", *COMPARED)), _row(["---"] * (len(COMPARED) + 2))]
-        for of, minus in arms:
-            for (_, model), (one, other) in _pairs(own, of, minus).items():
-                gaps = [difference(one, other, metric) for metric in COMPARED]
-                parts.append(_row((model, f"{of} − {minus}", *(_gap(gap) for gap in gaps))))
+        differences = [
+            _row((model, f"{of} − {minus}", *(_gap(difference(one, other, metric)) for metric in COMPARED)))
+            for of, minus in arms
+            for (_, model), (one, other) in _pairs(own, of, minus).items()
+        ]
+        if differences:
+            parts += ["", _row(("model", "difference", *COMPARED)), _row(["---"] * (len(COMPARED) + 2)), *differences]
         parts.append("")
-    parts += ["### What replicates", ""]
-    for of, minus in arms:
-        # The paper claims nothing of other ways of training.
-        said = sentences(cells, of, minus) if of.startswith("random") else []
+    # The paper claims nothing of other ways of training.
+    claims = [(of, minus, sentences(cells, of, minus)) for of, minus in arms if of.startswith("random")]
+    parts += ["### What replicates", ""] if claims else []
+    for of, minus, said in claims:
         parts += [f"{of} against {minus}:", "", *(f"* {text}" for text in said), ""] if said else []
     parts += published.lines(cells)
     parts += ["How trainings were judged:", "", *(f"* {text}" for text in verdicts(cells)), ""]
