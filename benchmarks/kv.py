@@ -36,6 +36,7 @@ except ImportError:
 # Their press for each of our policies, with the settings that ours takes from the papers.
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "capkv": ("CapPress", {}),
+    "capkv-profile": ("CapPress", {}),
     "capkv-spread": ("CapPress", {}),
     "capkv-window": ("CapPress", {}),
     "capkv-paper": ("CapPress", {}),
@@ -53,6 +54,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 WHY_DIFFERENT = {
     "capkv": "other weights: attention, expected attention and salience in place of the mean query",
+    "capkv-profile": "other weights: attention, expected attention and salience in place of the mean query",
     "capkv-spread": "other weights: attention, expected attention and salience in place of the mean query",
     "capkv-window": "other weights: attention in place of the mean query",
     "capkv-paper": "the press brings keys and query to length one, and averages the rotary embedding over the future",
@@ -81,7 +83,7 @@ class Probe:
         self.correlations: dict[str, list[float]] = defaultdict(list)
         self.bytes: dict[str, list[int]] = {"ours": [], "kvpress": []}
         self.caches = {name: RetainCache(model, name, budget, measure_capacity=False) for name in names}
-        self.measuring = RetainCache(model, "capkv", budget, measure_capacity=True)
+        self.measuring = RetainCache(model, budget=budget, measure_capacity=True)
         self.presses = {name: press_of(name, budget) for name in names if name in PEERS}
         self.carrier = RetainCache(model, "full", 1.0, measure_capacity=False)
         self.call: Any = None
@@ -115,7 +117,7 @@ class Probe:
                 self._time(("kvpress", name), self._press, name, module, kwargs, output[1])
             layer = self.caches[name].layers[index]
             self._time(("ours", name), self._own, layer)
-        self._time(("ours", "capkv with capacity"), self._own, self.measuring.layers[index])
+        self._time(("ours", "default with capacity"), self._own, self.measuring.layers[index])
         full = call.key.nbytes + call.value.nbytes
         stored = sum(part.storage.nbytes for part in self.measuring.retained if part.index < index)
         self.bytes["ours"].append(stored + full)
@@ -230,7 +232,7 @@ def main() -> None:
     print(f"\nScoring and eviction, % of a prefill ({machine()}), budget {options.budget:.0%}: median [min-max]")
     header = "".join(f"{f'ours {t}':>26}{f'kvpress {t}':>26}" for t in options.tokens)
     print(f"{'policy':<20}{header}   Spearman with kvpress")
-    for name in [*names, "capkv with capacity"]:
+    for name in [*names, "default with capacity"]:
         cells = ""
         for tokens in options.tokens:
             for side in ("ours", "kvpress"):
@@ -247,7 +249,7 @@ def main() -> None:
         "capkv_percent_4k": shares["ours", "capkv", longest],
         **{
             f"{name.replace('-', '_')}_percent_4k": shares["ours", name, longest]
-            for name in ("capkv-window", "capkv-paper")
+            for name in ("capkv-profile", "capkv-window", "capkv-paper")
             if name in names
         },
         "kvpress_cap_percent_4k": shares["kvpress", "capkv", longest],

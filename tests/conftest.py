@@ -1,7 +1,10 @@
 import os
 
+import pytest
 import torch
 from hypothesis import settings
+
+from retain.kv.models import cache_folder
 
 # Tests never ask a hub, and give the same examples every time.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,3 +13,16 @@ os.environ["TRITON_INTERPRET"] = "1"
 settings.register_profile("retain", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("retain")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """A cache folder of the run's own, so that profiles of tiny models stay out of the user's; models are shared."""
+    models = cache_folder() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    own = tmp_path_factory.getbasetemp() / "retain"
+    own.mkdir()
+    (own / "models").symlink_to(models)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RETAIN_CACHE", str(own))
+        yield

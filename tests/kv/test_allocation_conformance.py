@@ -25,12 +25,6 @@ def conformance(test):
     return test
 
 
-@pytest.fixture(autouse=True)
-def _own_profiles(tmp_path_factory, monkeypatch):
-    """Profiles of the tiny models are measured once for the whole run, outside the user's cache."""
-    monkeypatch.setenv("RETAIN_CACHE", str(tmp_path_factory.getbasetemp() / "retain"))
-
-
 def feed(model, cache, ids, mask=None, at=()):
     """Read token ids in pieces that end at the given columns; logits of the last token."""
     logits = None

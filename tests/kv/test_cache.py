@@ -51,7 +51,7 @@ def test_protection_that_does_not_fit(model):
 
 
 def test_unknown_policy_lists_the_known_ones(model):
-    with pytest.raises(ValueError, match=r"'capvk'.*Did you mean 'capkv'.*Known: capkv, .*streaming-llm"):
+    with pytest.raises(ValueError, match=r"'capvk'.*Did you mean 'capkv'.*Known: capkv-profile, .*streaming-llm"):
         RetainCache(model, "capvk")
     with pytest.raises(TypeError, match="policy is 3"):
         RetainCache(model, 3)  # type: ignore[arg-type]
@@ -136,8 +136,8 @@ def test_crop_before_eviction_works(model):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_finite_keys_are_refused(name, bad):
     model = build("llama")
-    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = bad
     cache = RetainCache(model, name, 0.5)
+    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = bad
     with pytest.raises(ValueError, match="NaN"):
         model(prompt(20), past_key_values=cache)
     assert cache.retained[1].storage is None
@@ -168,29 +168,31 @@ def test_model_is_as_before_once_its_caches_are_gone():
     assert torch.equal(answer(model, {"input_ids": prompt(20)}), expected)
 
 
-def test_dropped_cache_is_freed_without_a_garbage_collection(model):
+@pytest.mark.parametrize("policy", ["capkv-profile", "capkv"])
+def test_dropped_cache_is_freed_without_a_garbage_collection(model, policy):
     import weakref
 
     gc.disable()
     try:
-        cache = RetainCache(model, budget=0.5)
+        cache = RetainCache(model, policy, budget=0.5)
         answer(model, {"input_ids": prompt(20)}, cache)
-        keys = weakref.ref(cache.retained[0].storage.keys)
+        keys = weakref.ref(cache.retained[0].storage.tensors[0])
         del cache
         assert keys() is None
     finally:
         gc.enable()
 
 
-def test_copied_cache_answers_and_leaves_the_original(model):
+@pytest.mark.parametrize("policy", ["capkv-profile", "capkv"])
+def test_copied_cache_answers_and_leaves_the_original(model, policy):
     document, question = prompt(30), prompt(6, seed=1)
-    cache = RetainCache(model, budget=0.5)
+    cache = RetainCache(model, policy, budget=0.5)
     model(document, past_key_values=cache)
-    before = cache.retained[0].storage.keys.clone()
+    before = cache.retained[0].storage.entries.keys.clone()
     both = torch.cat((document, question), 1)
     first = answer(model, {"input_ids": both}, copy.deepcopy(cache))
     assert torch.equal(answer(model, {"input_ids": both}, copy.deepcopy(cache)), first)
-    assert torch.equal(cache.retained[0].storage.keys, before)
+    assert torch.equal(cache.retained[0].storage.entries.keys, before)
     assert cache.get_seq_length() == 30
 
 
@@ -203,7 +205,7 @@ def test_beams_equal_the_full_cache_at_full_budget(model):
 
 def test_rows_can_be_reordered_repeated_and_selected(model):
     prompts = [prompt(17), prompt(29)]
-    cache = RetainCache(model, budget=0.5)
+    cache = RetainCache(model, "capkv", budget=0.5)
     model(**left_padded(prompts), past_key_values=cache)
     positions = cache.kept_positions(0).clone()
     cache.reorder_cache(torch.tensor([1, 0]))
@@ -231,7 +233,7 @@ def test_hybrid_model_keeps_its_sliding_layers():
 
 
 def test_report_says_what_is_held(model):
-    cache = RetainCache(model, budget=0.5)
+    cache = RetainCache(model, "capkv", budget=0.5)
     assert str(cache.report()) == "nothing seen yet"
     model(prompt(40), past_key_values=cache)
     report = cache.report()
@@ -277,5 +279,5 @@ def test_half_precision_keeps_its_dtype():
     model = build("llama").to(torch.bfloat16)
     cache = RetainCache(model, budget=0.5)
     answer(model, {"input_ids": prompt(30)}, cache)
-    assert cache.retained[0].storage.keys.dtype == torch.bfloat16
+    assert cache.retained[0].storage.entries.keys.dtype == torch.bfloat16
     assert 0 < cache.report().capacity_retained <= 1

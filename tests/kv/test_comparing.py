@@ -35,11 +35,6 @@ def folder(tmp_path_factory):
     return str(place)
 
 
-@pytest.fixture(autouse=True)
-def _own_profiles(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("RETAIN_CACHE", str(tmp_path_factory.getbasetemp() / "retain"))
-
-
 def small(place, **more):
     tasks = (("text", "continuation"), ("multikey", "agnostic"))
     return compare(

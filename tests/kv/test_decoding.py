@@ -14,11 +14,6 @@ from retain.kv.weights import ExpectedAttention, MeanQuery
 from tests.kv.tiny import VOCABULARY, answer, build, prompt, tiny
 
 
-@pytest.fixture(autouse=True)
-def _own_profiles(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("RETAIN_CACHE", str(tmp_path_factory.getbasetemp() / "retain"))
-
-
 def read(model, cache, ids, pieces):
     """Read ids in pieces of these lengths, the rest token by token; logits of each last token."""
     found, start = [], 0

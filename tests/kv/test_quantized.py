@@ -113,7 +113,7 @@ def test_what_is_beyond_the_scale_is_cut_off():
 def test_wrong_settings_are_named(tmp_path):
     model = build("llama")
     with pytest.raises(ValueError, match=r"quantized is 'int4'; accepted: 'quanto', 'hqq', 'fp8', or None"):
-        RetainCache(model, quantized="int4")
+        RetainCache(model, "capkv", quantized="int4")
     with pytest.raises(TypeError, match="quantized is 4; accepted: a name, a Quantization, or None"):
         RetainCache(model, quantized=4)
     with pytest.raises(ValueError, match="residual is 0"):
@@ -123,7 +123,7 @@ def test_wrong_settings_are_named(tmp_path):
     for backend, here in HERE.items():
         if not here:
             with pytest.raises(ImportError, match=f"quantized is '{backend}', which needs .*; install it, or choose"):
-                RetainCache(model, quantized=backend)
+                RetainCache(model, "capkv", quantized=backend)
             continue
         cache = RetainCache(model, "keydiff", 12, quantized=backend)
         answer(model, {"input_ids": prompt(20)}, cache)

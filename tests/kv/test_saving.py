@@ -19,11 +19,6 @@ from tests.kv.tiny import answer, build, left_padded, prompt, tiny
 MOVING = Policy(weights=ExpectedAttention(future=0, pooled=True, diagonal=True, half_life=20.0), name="moving")
 
 
-@pytest.fixture(autouse=True)
-def _own_profiles(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("RETAIN_CACHE", str(tmp_path_factory.getbasetemp() / "retain"))
-
-
 def fill(model, cache, rows=None):
     inputs = {"input_ids": prompt(30)} if rows is None else left_padded(rows)
     with torch.no_grad():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table as RichTable
 
 from retain.cli.console import out
+from retain.kv.named import DEFAULT_POLICY
 from retain.report.figures import Point, lines
 from retain.report.page import Code, Figure, Page, Table, Text
 
@@ -93,7 +94,7 @@ def conclusions(found: Demo) -> list[str]:
         )
         for budget in sorted({row.budget for row in rows[1:]}, reverse=True):
             ranked = sorted((row for row in rows[1:] if row.budget == budget), key=lambda row: row.mean_kl)
-            own = next((row for row in ranked if row.policy == "capkv"), None)
+            own = next((row for row in ranked if row.policy == DEFAULT_POLICY), None)
             best = ranked[0]
             if own is None:
                 continue
@@ -102,7 +103,7 @@ def conclusions(found: Demo) -> list[str]:
             else:
                 tail = f"number {ranked.index(own) + 1} of {len(ranked)}; {best.policy} is closer at {best.mean_kl:.3f}"
             lines.append(
-                f"{name} at {budget:.0%}: capkv answers {sum(own.correct)} of {len(own.correct)} "
+                f"{name} at {budget:.0%}: {own.policy} answers {sum(own.correct)} of {len(own.correct)} "
                 f"with KL {own.mean_kl:.3f}, {tail}."
             )
     lines.append(
@@ -140,12 +141,12 @@ def add(page: Page, found: Demo) -> None:
             Figure(figure, caption, "KL divergence against budget, one line for each policy"),
             Table(_COLUMNS, _cells(found, aware), _COLUMNS_MEAN),
         )
-    quarter = next(row for row in found.rows if row.policy == "capkv" and row.budget < 0.5)
+    quarter = next(row for row in found.rows if row.policy == DEFAULT_POLICY and row.budget < 0.5)
     page.add(
-        "What CapKV kept, layer by layer",
+        f"What {quarter.policy} kept, layer by layer",
         Figure(
             quarter.report.figure(),
-            f"At a budget of {quarter.budget:.0%}. The share of capacity differs by head: some need few entries.",
+            f"At a budget of {quarter.budget:.0%}, split over the heads by what each of them reads.",
             "Tokens kept and share of capacity retained by layer and KV head",
         ),
     )

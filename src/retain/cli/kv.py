@@ -128,6 +128,9 @@ def _read_file(option: str, file: Path) -> str:
 def calibrate_model(
     text_file: Annotated[Path | None, typer.Option(help="Measure on this text; without it, Python's manual.")] = None,
     random: Annotated[bool, typer.Option("--random", help="Measure on random tokens in place of text.")] = False,
+    from_weights: Annotated[
+        bool, typer.Option("--from-weights", help="Run nothing: estimate it from slow rotary pairs of the weights.")
+    ] = False,
     tokens: Annotated[int | None, typer.Option(help="Tokens of the text, which is read twice.")] = None,
     seed: Annotated[int, typer.Option(help="Of random tokens.")] = 0,
     out_file: Annotated[
@@ -141,22 +144,27 @@ def calibrate_model(
 ) -> None:
     """Measure once how much of its cache each head of a model reads: what `--allocation profile` follows."""
     from retain.kv.calibration import calibrate, write_profile
+    from retain.kv.slow_pairs import profile_from_weights
 
-    if random and text_file is not None:
-        raise ValueError("--random and --text-file are both given; accepted: one of them")
+    ways = {"--random": random, "--from-weights": from_weights, "--text-file": text_file is not None}
+    if len(given := [name for name, asked in ways.items() if asked]) > 1:
+        raise ValueError(f"{' and '.join(given)} are both given; accepted: one of them")
     text = None if text_file is None else _read_file("--text-file", text_file)
     start = time.perf_counter()
     with progress() as say:
         network, tokenizer = load(model, device=device, dtype=dtype, attn=attn, say=say)
         say("measuring the head profile")
-        profile = calibrate(network, None if random else tokenizer, text, tokens=tokens, seed=seed)
+        if from_weights:
+            profile = profile_from_weights(network)
+        else:
+            profile = calibrate(network, None if random else tokenizer, text, tokens=tokens, seed=seed)
     place = write_profile(profile, out_file)
     seconds = time.perf_counter() - start
     if as_json:
         facts = {"model": profile.model, "source": profile.source, "attention": profile.attention}
         print_json({**facts, "file": str(place), "seconds": seconds})
         return
-    table = Table(title=f"Most attention a cached entry gets, by head: {profile.source}")
+    table = Table(title=f"What each head reads of its cache: {profile.source}")
     for column in ("layer", "least", "mean", "most"):
         table.add_column(column, justify="right")
     for layer, heads in enumerate(profile.attention):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from retain.kv.profile import HeadProfile, Profile
     from retain.kv.selection import Greedy, Rounds, Top, TwoStage
     from retain.kv.signals import Signals
+    from retain.kv.slow_pairs import profile_from_weights
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -48,6 +49,7 @@ __all__ = [
     "get_policy",
     "load",
     "policies",
+    "profile_from_weights",
     "profile_of",
     "read_profile",
     "write_profile",
@@ -81,6 +83,7 @@ _HOME = {
     "policies": "retain.kv.named",
     "profile_of": "retain.kv.calibration",
     "read_profile": "retain.kv.calibration",
+    "profile_from_weights": "retain.kv.slow_pairs",
     "write_profile": "retain.kv.calibration",
 }
 

@@ -27,6 +27,7 @@ class Request:
         shares: gives what each entry contributes, comparable between heads, [batch, kv_heads, tokens]; −inf
             where there is none.
         sharding: where the other heads are; None if all are here.
+        most: entries that a head may hold while others can take them; None if there is no limit.
 
     """
 
@@ -38,6 +39,7 @@ class Request:
     layers: int
     shares: Callable[[], Tensor] = field(repr=False)
     sharding: Sharding | None = None
+    most: int | None = None
 
     @property
     def heads(self) -> int:

@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from retain.kv.accounting import CacheReport
 from retain.kv.allocation import Allocation
 from retain.kv.cache import RetainCache
+from retain.kv.models import window_of
 from retain.kv.named import DEFAULT_POLICY
 from retain.kv.policy import Policy
 
@@ -93,7 +94,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> Tensor
 
 def check_length(model: PreTrainedModel, tokens: int) -> None:
     """Raise if a model's window does not hold this many tokens."""
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    window = window_of(model)
     if window is not None and tokens > window:
         raise ValueError(
             f"prompt and answer have {tokens} tokens, more than the model's window of {window}. Shorten the "

@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from retain.kv.accounting import CacheReport, head_reports
 from retain.kv.allocation import Allocation
-from retain.kv.attention import Attachment
+from retain.kv.attention import Attachment, attention_modules
 from retain.kv.layer import RetainLayer
+from retain.kv.models import window_of
 from retain.kv.named import DEFAULT_POLICY, get_allocation, get_policy
 from retain.kv.policy import Policy
 from retain.kv.pool import Pool
@@ -50,7 +51,8 @@ class RetainCache(Cache):
         interval: with `evict="always"`, generated tokens between evictions: the cache holds at most budget +
             interval entries while it generates (the paper evicts every 512).
         positions: `"original"` leaves kept keys where they were; `"compact"` turns them to stand right before the
-            next token, so that a text longer than the model's window stays within it.
+            next token, so that a text longer than the model's window stays within it; no head then gets more than
+            half of that window from a head profile.
         measure_capacity: measure the share of the capacity that the kept entries carry, under the default
             policy's objective so that policies compare. Costs about as much as scoring. Only for what is evicted
             layer by layer from one prefill; elsewhere the full set is never there to compare with.
@@ -62,7 +64,7 @@ class RetainCache(Cache):
         ImportError: quantised layers need a package that is not installed.
 
     Example:
-        >>> cache = RetainCache(model, policy="capkv", budget=0.25)       # doctest: +SKIP
+        >>> cache = RetainCache(model, budget=0.25)                       # doctest: +SKIP
         >>> model.generate(**inputs, past_key_values=cache)               # doctest: +SKIP
         >>> print(cache.report())                                         # doctest: +SKIP
 
@@ -98,7 +100,7 @@ class RetainCache(Cache):
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"model is a {type(model).__name__}; accepted: a transformers PreTrainedModel")
         decoder = model.get_decoder()
-        modules = _attention_modules(decoder)
+        modules = attention_modules(decoder)
         layers: list[Any] = list(DynamicCache(config=model.config).layers)
         full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full:
@@ -124,6 +126,7 @@ class RetainCache(Cache):
             compact=positions == "compact",
             measure_capacity=measure_capacity and evict == "prefill" and not shared,
             layers=len(full),
+            most=_most(model) if positions == "compact" else None,
             sharding=Sharding.of(model),
             quantization=_quantization(quantized, self.policy),
         )
@@ -271,16 +274,14 @@ def _quantization(given: str | Quantization | None, policy: Policy) -> Quantizat
     if policy.allocation.ragged:
         raise ValueError(
             f"quantized is {given!r}, which heads of unequal length ({policy.allocation}) do not support; accepted: "
-            "None, or an allocation of equal heads, 'equal' or 'pyramid'"
+            "None, or an allocation of equal heads, 'equal' or 'pyramid' (with the policy 'capkv', which is best then)"
         )
     quantization = Quantization(given) if isinstance(given, str) else given
     quantization.check()
     return quantization
 
 
-def _attention_modules(decoder: nn.Module) -> dict[int, nn.Module]:
-    return {
-        index: module
-        for module in decoder.modules()
-        if isinstance(index := getattr(module, "layer_idx", None), int) and "Attention" in type(module).__name__
-    }
+def _most(model: PreTrainedModel) -> int | None:
+    """Return what a head may hold of keys that are moved together: half of the window, new tokens need the rest."""
+    window = window_of(model)
+    return None if window is None else window // 2

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.resources
 import json
 import logging
+import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from transformers.cache_utils import DynamicLayer
 
 from retain.kv.attention import Attachment, Call, mark
 from retain.kv.identity import fingerprint
-from retain.kv.models import cache_folder
+from retain.kv.models import cache_folder, window_of
 from retain.kv.profile import Profile
 from retain.kv.sharding import Sharding
 from retain.kv.signals import Signals
 
 _TOKENS = 700
+_LEAST, _ROOM = 32, 32  # tokens that tell something, and room for what stands between the two readings
+_SHORTEST = 2 * _LEAST + _ROOM
 _AGAIN = "\n\nRepeat the text above.\n\n"
 _log = logging.getLogger("retain.kv")
 
@@ -48,14 +52,15 @@ def calibrate(
         seed: of random tokens.
 
     Raises:
-        ValueError: fewer than 32 tokens, or twice as many do not fit into the model's window.
+        ValueError: fewer than 32 tokens, or twice as many do not fit into the model's window; attention that is
+            not finite.
 
     """
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    most = _TOKENS if window is None else (window - 32) // 2
+    window = window_of(model)
+    most = _TOKENS if window is None else (window - _ROOM) // 2
     tokens = min(_TOKENS, most) if tokens is None else tokens
-    if tokens < 32:
-        raise ValueError(f"tokens is {tokens}; accepted: at least 32")
+    if tokens < _LEAST:
+        raise ValueError(f"tokens is {tokens}; accepted: at least {_LEAST}")
     if window is not None and tokens > most:
         raise ValueError(f"tokens is {tokens}, read twice; accepted: at most {most} for this model")
     between = torch.empty(1, 0, dtype=torch.long)
@@ -68,17 +73,24 @@ def calibrate(
         first = _ids(tokenizer, text or _manual())[:, :tokens]
         between = _ids(tokenizer, _AGAIN)
         source = f"{first.shape[1]} tokens of {'the text given' if text else 'the Python manual'}"
-        if first.shape[1] < 32:
-            raise ValueError(f"text has {first.shape[1]} tokens; accepted: at least 32")
+        if first.shape[1] < _LEAST:
+            raise ValueError(f"text has {first.shape[1]} tokens; accepted: at least {_LEAST}")
     ids = torch.cat((first, between, first), dim=1).to(model.device)
     decoder = model.get_decoder()
     attachment = Attachment(decoder)
     layers = [_Watch(first.shape[1]) for _ in range(model.config.get_text_config().num_hidden_layers)]
     network: Any = model
-    with torch.no_grad():
-        network(ids, past_key_values=Cache(layers=list(layers)), use_cache=True, logits_to_keep=1)
-    del attachment
-    attention = [layers[index].attention for index in _full(model)]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            network(ids, past_key_values=Cache(layers=list(layers)), use_cache=True, logits_to_keep=1)
+    finally:
+        model.train(training)
+        del attachment
+    attention = [layers[index].attention for index in compressed_layers(model)]
+    if not all(math.isfinite(value) for layer in attention for value in layer):
+        raise ValueError("the model's attention is NaN or infinite: no head profile can be measured")
     sharding = Sharding.of(model)
     if sharding is not None and sharding.splits(len(attention[0])):
         attention = sharding.whole(torch.tensor(attention, device=model.device), 1).tolist()
@@ -107,7 +119,7 @@ class _Watch(DynamicLayer):
         self.attention = signals.most_attention(self._first).mean((0, 2)).tolist()
 
 
-def _full(model: PreTrainedModel) -> list[int]:
+def compressed_layers(model: PreTrainedModel) -> list[int]:
     """Return the layers with full attention, which are those that a cache compresses."""
     stock = DynamicCache(config=model.config).layers
     return [index for index, layer in enumerate(stock) if type(layer) is DynamicLayer]
@@ -122,9 +134,20 @@ def profile_of(model: PreTrainedModel) -> Profile:
         found = _agreed(found, model, sharding)
     if found is not None:
         return found
+    window = window_of(model)
+    if window is not None and window < _SHORTEST:
+        raise ValueError(
+            f"allocation is 'profile', which needs a model with a window of {_SHORTEST} tokens, this one has {window}; "
+            "accepted: 'equal'"
+        )
     _log.warning("measuring the head profile of this model, once (a forward pass over 1,400 tokens)")
+    measured = calibrate(model)
+    try:
+        write_profile(measured)
+    except OSError as error:
+        _log.warning("the head profile of this model can't be kept (%s): it is measured again next time", error)
     # As the file has it, so that the first use gives the same budgets as all later ones.
-    return read_profile(write_profile(calibrate(model)))
+    return replace(measured, attention=_rounded(measured.attention))
 
 
 def _find(name: str) -> Profile | None:
@@ -137,7 +160,7 @@ def _find(name: str) -> Profile | None:
 
 def _agreed(found: Profile | None, model: PreTrainedModel, sharding: Sharding) -> Profile | None:
     """Return what the first process has found: on several machines, others may have found something else."""
-    heads = (len(_full(model)), sharding.heads)
+    heads = (len(compressed_layers(model)), sharding.heads)
     numbers = torch.zeros(heads) if found is None else torch.tensor(found.attention, dtype=torch.float64)
     numbers = sharding.first(numbers.to(model.device, torch.float64))
     if not bool(numbers.any()):
@@ -150,8 +173,7 @@ def write_profile(profile: Profile, path: Path | None = None) -> Path:
     """Write a profile as JSON of five digits, atomically; to Retain's cache folder without a path."""
     path = path or _folder() / f"{profile.model}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    attention = [[float(f"{value:.5g}") for value in layer] for layer in profile.attention]
-    content = {"model": profile.model, "source": profile.source, "attention": attention}
+    content = {"model": profile.model, "source": profile.source, "attention": _rounded(profile.attention)}
     half = path.with_suffix(f".{os.getpid()}.part")
     half.write_text(json.dumps(content) + "\n", encoding="utf-8")
     os.replace(half, path)
@@ -175,6 +197,10 @@ def _read(text: str, place: str) -> Profile:
         return Profile(attention, str(facts["model"]), str(facts["source"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{place} holds no head profile ({error}); remove it, and it is measured again") from None
+
+
+def _rounded(attention: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(f"{value:.5g}") for value in layer) for layer in attention)
 
 
 def _folder() -> Path:

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retain.kv.accounting import CacheReport
 from retain.kv.answering import Prompt, check_length, generate, prompt
 from retain.kv.cache import RetainCache
+from retain.kv.named import DEFAULT_POLICY
 from retain.kv.sharing import prefill
 
-RIVALS = ("snapkv", "h2o", "expected-attention", "keydiff")
+POLICIES = (DEFAULT_POLICY, "capkv", "snapkv", "h2o", "expected-attention", "keydiff")
 _PLACES = ("lighthouse", "orchard", "foundry", "cathedral", "harbour", "vineyard", "quarry", "observatory")
 
 
@@ -113,7 +114,7 @@ def run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    policies: tuple[str, ...] = ("capkv", *RIVALS),
+    policies: tuple[str, ...] = POLICIES,
     budgets: tuple[float, ...] = (0.5, 0.25),
     tokens: int = 2000,
     facts: int = 4,

@@ -280,6 +280,7 @@ class RetainLayer(DynamicLayer):
             scaling=call.scaling,
             layer=self.layer,
             layers=self.settings.layers,
+            most=self.settings.most,
             output=None if projection is None else functools.partial(fetched, projection, "weight"),
             rotary=self._rotary,
             rotate=getattr(sys.modules[type(call.module).__module__], "rotate_half", rotate_half),

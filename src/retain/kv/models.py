@@ -51,6 +51,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retain"
 
 
+def window_of(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a model's window holds; None if its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def load(
     model: str | None = None,
     *,

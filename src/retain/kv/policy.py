@@ -103,6 +103,7 @@ class Policy:
             layers=signals.layers,
             shares=lambda: signals.masked(self.estimator.shares(self.weights, self.directions, signals)),
             sharding=signals.sharding,
+            most=signals.most,
         )
 
     def sizes(self, tokens: int, seen: int, protection: Protection) -> tuple[int, int]:

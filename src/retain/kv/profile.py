@@ -94,47 +94,49 @@ class HeadProfile(Allocation):
                 f"{request.heads} heads"
             )
         rows = [
-            _budgets(self, budget, seen, max(least, int(self.floor * budget)))[request.layer]
+            self.budgets(budget, seen, least, request.most)[request.layer]
             for budget, seen, least in zip(request.budget, request.seen, request.least, strict=True)
         ]
         tokens = torch.tensor(rows)
         return tokens if request.sharding is None else request.sharding.part(tokens, 1)
 
-    def budgets(self, budget: int, seen: int, least: int = 0) -> list[list[int]]:
+    def budgets(self, budget: int, seen: int, least: int = 0, most: int | None = None) -> list[list[int]]:
         """Return the entries of every layer and head: whole numbers that sum to budget × layers × heads.
 
         Args:
             budget: mean over all heads.
             seen: tokens that there are, the most that a head can keep.
             least: the fewest that a head keeps.
+            most: the most that a head keeps, unless the mean itself is more; None if there is no limit.
 
         """
-        return _budgets(self, budget, seen, max(least, int(self.floor * budget)))
+        most = seen if most is None else min(seen, max(most, budget))
+        return _budgets(self, budget, most, max(least, int(self.floor * budget)))
 
     def __str__(self) -> str:
         return "head profile"
 
 
 @functools.lru_cache(maxsize=64)
-def _budgets(allocation: HeadProfile, budget: int, seen: int, least: int) -> list[list[int]]:
+def _budgets(allocation: HeadProfile, budget: int, most: int, least: int) -> list[list[int]]:
     assert allocation.profile is not None
     attention = np.array(allocation.profile.attention)
     need = attention.ravel() ** allocation.power
     least, total = min(least, budget), budget * need.size
-    if budget >= seen:
-        return [[seen] * attention.shape[1]] * attention.shape[0]
-    # The total rises with κ from least·heads to seen·heads: halve the interval in which it is met.
-    low, high = 0.0, seen / need.min()
+    if budget >= most:
+        return [[most] * attention.shape[1]] * attention.shape[0]
+    # The total rises with κ from least·heads to most·heads: halve the interval in which it is met.
+    low, high = 0.0, most / need.min()
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if np.clip(middle * need, least, seen).sum() < total else (low, middle)
-    exact = np.clip(high * need, least, seen)
+        low, high = (middle, high) if np.clip(middle * need, least, most).sum() < total else (low, middle)
+    exact = np.clip(high * need, least, most)
     whole = np.floor(exact).astype(int)
     # What rounding down left over goes to the largest remainders.
     left = total - int(whole.sum())
     while left > 0:
-        remainder = np.where(whole < seen, exact - whole, -np.inf)
-        take = np.argsort(-remainder, kind="stable")[: min(left, int((whole < seen).sum()))]
+        remainder = np.where(whole < most, exact - whole, -np.inf)
+        take = np.argsort(-remainder, kind="stable")[: min(left, int((whole < most).sum()))]
         whole[take] += 1
         left -= len(take)
     return whole.reshape(attention.shape).tolist()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retain.kv.fidelity import Cell, evaluate
 from retain.kv.kinds import OWN
 from retain.kv.models import load
+from retain.kv.named import get_allocation, get_policy
 from retain.kv.prompts import continued, read_prompts
 from retain.kv.tasks import make
 from retain.study.jobs import Context
@@ -40,10 +41,22 @@ def loaded(model: str | None, device: str, dtype: str, attn: str) -> tuple[PreTr
     return load(model, device=device, dtype=dtype, attn=attn)
 
 
+def contestants(settings: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """Return policy, allocation and budget of every cache that the settings name, budgets fastest.
+
+    An allocation that is the policy's own is not measured twice.
+    """
+    splits = settings["allocations"]
+    return [
+        (policy, split, budget)
+        for policy, split, budget in itertools.product(settings["policies"], splits, settings["budgets"])
+        if split == OWN or OWN not in splits or get_policy(policy).allocation != get_allocation(split)
+    ]
+
+
 def cells_of(settings: Mapping[str, Any]) -> list[Cell]:
-    """Return every cache that the settings name, budgets fastest."""
-    every = itertools.product(settings["policies"], settings["allocations"], settings["budgets"])
-    return [Cell(policy, budget, None if split == OWN else split) for policy, split, budget in every]
+    """Return every cache that the settings name."""
+    return [Cell(policy, budget, None if split == OWN else split) for policy, split, budget in contestants(settings)]
 
 
 def compare_run(settings: Mapping[str, Any], seed: int, context: Context) -> dict[str, Any]:
@@ -114,8 +127,7 @@ def _model(settings: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedToke
 
 
 def _rows(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    names = [("full", OWN, 1.0)]
-    names += list(itertools.product(settings["policies"], settings["allocations"], settings["budgets"]))
+    names = [("full", OWN, 1.0), *contestants(settings)]
     return [
         {
             "settings": {"policy": policy, "allocation": allocation, "budget": budget},

@@ -25,6 +25,7 @@ class Settings:
         layers: number of layers.
         sharding: how the heads are split over processes; None if they are not.
         quantization: how what is kept is quantised; None if it is not.
+        most: entries that a head may hold while others can take them; None if there is no limit.
 
     """
 
@@ -38,3 +39,4 @@ class Settings:
     layers: int
     sharding: Sharding | None = None
     quantization: Quantization | None = None
+    most: int | None = None

@@ -51,6 +51,7 @@ class Signals:
         received: attention that each entry received before these queries, [batch, kv_heads, tokens].
         moments: exponentially weighted moments of earlier queries, by half-life.
         sharding: where the layer's other heads are; None if all are here.
+        most: entries that a head may hold while others can take them; None if there is no limit.
         memo: what is computed is kept here, and found here by other signals of the very same call.
 
     """
@@ -75,6 +76,7 @@ class Signals:
         received: Tensor | None = None,
         moments: Mapping[float, Moments] | None = None,
         sharding: Sharding | None = None,
+        most: int | None = None,
         memo: dict[Any, Any] | None = None,
     ) -> None:
         self.queries, self.keys, self.values = queries, keys, values
@@ -84,7 +86,7 @@ class Signals:
         self.batch, self.kv_heads, self.tokens, self.dim = keys.shape
         self.group = queries.shape[1] // self.kv_heads
         self.received, self.moments = received, dict(moments or {})
-        self.sharding = sharding
+        self.sharding, self.most = sharding, most
         self._valid, self._output = valid, output
         self._positions, self._query_positions, self._places = positions, query_positions, places
         self._memo: dict[Any, Any] = {} if memo is None else memo

@@ -18,14 +18,15 @@ from matplotlib.ticker import PercentFormatter
 # Okabe and Ito's palette, which readers with any common colour blindness can tell apart.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
 _FIXED = {
-    "capkv": _PALETTE[0],
-    "capkv-paper": _PALETTE[5],
+    "capkv-profile": _PALETTE[0],
+    "capkv": _PALETTE[5],
+    "capkv-paper": _PALETTE[7],
     "snapkv": _PALETTE[1],
     "h2o": _PALETTE[2],
     "keydiff": _PALETTE[3],
     "expected-attention": _PALETTE[4],
-    "streaming-llm": _PALETTE[7],
-    "full": _PALETTE[6],
+    "streaming-llm": _PALETTE[6],
+    "full": _PALETTE[7],
     "fixed": _PALETTE[1],
     "random": _PALETTE[0],
     "random+balanced": _PALETTE[2],
