@@ -124,7 +124,7 @@ def expanded_scores(queries: Tensor, keys: Tensor, values: Tensor, tau: float = 
 
 
 def own_scores(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Scores of the default policy, by kernels where they can be used."""
+    """Scores of the policy `capkv`, by kernels where they can be used."""
     return get_policy("capkv").score(Signals(queries, keys, values))
 
 
@@ -205,7 +205,7 @@ def check(run: Run) -> None:
 
 
 def exact_log_weights(queries: Tensor, keys: Tensor, valid: Tensor) -> Tensor:
-    """Log weights of the default policy, step by step, of rows with at least 516 tokens."""
+    """Log weights of the policy `capkv`, step by step, of rows with at least 516 tokens."""
     heads, tokens, dim = keys.shape[1:]
     queries = queries.unflatten(1, (heads, -1))
     number = torch.arange(tokens, device=keys.device)

@@ -32,8 +32,8 @@ from retain.kv.weights import ExpectedAttention, KeySalience, WindowAttention
 
 BUDGETS = (0.5, 0.25, 0.1)
 SETTINGS = (("text", "continuation"), ("multikey", "agnostic"), ("multikey", "aware"))
-# The best one-pass policy of the search that led to the default, without its attention in chunks, which was found to
-# change nothing. The default differs from it by a cheaper estimate of the expected attention and a window of 16.
+# The best one-pass policy of the search that led to `capkv`, without its attention in chunks, which was found to
+# change nothing. `capkv` differs from it by a cheaper estimate of the expected attention and a window of 16.
 SEARCHED = Policy(
     name="searched",
     weights=WindowAttention(window=32, pool=5) + ExpectedAttention() + 2 * KeySalience(),
@@ -92,7 +92,7 @@ def summarise(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each setting, budget, policy and allocation.
 
     Each has the mean KL, its paired change from equal heads under the same policy, and its paired excess over the
-    default policy under the same allocation, all with 95 % intervals.
+    policy `capkv` under the same allocation, all with 95 % intervals.
     """
     found: dict[tuple[str, float], dict[tuple[str, str], dict[int, dict[str, Any]]]] = defaultdict(dict)
     for row in rows:
@@ -131,7 +131,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     table(("policy",), places)
     for policy in dict.fromkeys(policy for policy, _ in heads):
         print(f"| {policy} | {' | '.join(spread(index[(policy, 'profile', *place)], 'change') for place in places)} |")
-    print("\nExcess over the default policy, both under the head profile, with its interval")
+    print("\nExcess over capkv, both under the head profile, with its interval")
     table(("policy",), places)
     for policy in dict.fromkeys(policy for policy, _ in heads):
         if policy != POLICIES[0]:

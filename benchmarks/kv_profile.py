@@ -1,8 +1,9 @@
 """Where a head profile may come from: text, random tokens, a short text, or the weights alone.
 
 The default policy with equal heads, with the profile that ships for the model, and with profiles made in other ways;
-also with the shipped one's numbers given to the wrong heads. KL divergence from the full cache's next-token distribution in
-nats a token. Text, questions, budgets and seeds as in benchmarks/evidence.py; the profile's own text is left out.
+also with the shipped one's numbers given to the wrong heads. KL divergence from the full cache's next-token
+distribution in nats a token. Text, questions and seeds as in benchmarks/evidence.py; the profile's own text is left
+out.
 
     python benchmarks/kv_profile.py --samples 20 --json docs/results/kv-profile.json
 

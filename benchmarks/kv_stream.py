@@ -3,7 +3,7 @@
 Real English is read in chunks; after each, processor seconds, the process's memory and the mean negative
 log-likelihood of the chunk's tokens are noted. At the end the model goes on greedily.
 
-Run with `make bench-kv`. Options: --tokens 100000, --budget 2048, --chunk 512, --json PATH, --figure PATH.
+Run with `make bench-kv`. Options: --tokens 100000, --budget 2048, --chunk 512, --policy capkv-profile, --json PATH, --figure PATH.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from machine import forget_peak, machine, status
-from retain.kv import RetainCache, load
+from retain.kv import DEFAULT_POLICY, RetainCache, load
 from retain.report import figures
 
 FROM = 10_000  # the token from which memory is to stay as it is
@@ -93,7 +93,7 @@ def draw(rows: list[dict[str, float]], path: Path) -> None:
     }
     with figures.style():
         for panel, (name, y) in zip(panels, shown.items(), strict=True):
-            panel.plot(x, y, color=figures.colour("capkv"), linewidth=1.2)
+            panel.plot(x, y, color=figures.colour(DEFAULT_POLICY), linewidth=1.2)
             panel.axvline(8.192, color=figures.colour("full"), linewidth=0.8, linestyle=":")
             panel.set(xlabel="thousand tokens read", title=name, ylim=(0, 1.15 * max(y)))
             panel.grid(alpha=0.25)
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument("--policy", default=DEFAULT_POLICY)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
@@ -117,15 +118,20 @@ def main() -> None:
     text = "\n\n".join(value for _, value in sorted(pydoc_data.topics.topics.items()))
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
     ids = ids.repeat(1, -(-options.tokens // ids.shape[1]))[:, : options.tokens]
-    # Unequal heads are left out: in 100,000 tokens some of them would keep more than the model's window.
-    cache = RetainCache(model, "capkv", options.budget, evict="always", positions="compact", measure_capacity=False)
+    cache = RetainCache(model, options.policy, options.budget, evict="always", positions="compact")
     forget_peak()  # loading the model takes more than reading
     rows = read(model, cache, ids, options.chunk)
     words = str(tokenizer.decode(go_on(model, cache, ids[:, -1:], new=80)))
-    result = {**summary(rows), "tokens": options.tokens, "budget": options.budget, "chunk": options.chunk}
+    result = {
+        **summary(rows),
+        "tokens": options.tokens,
+        "budget": options.budget,
+        "chunk": options.chunk,
+        "policy": options.policy,
+    }
     print(f"\n{tokenizer.decode(ids[0, -60:])}\n>>> {words}\n")
     for name, value in result.items():
-        print(f"{name:<32} {value:.4g}")
+        print(f"{name:<32} {value if isinstance(value, str) else f'{value:.4g}'}")
     if options.figure:
         draw(rows, options.figure)
     if options.json:

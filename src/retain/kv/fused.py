@@ -14,7 +14,7 @@ _LEAST_RIDGE = 1e-3
 
 
 def fused_log_weights(weights: Weights, signals: Signals) -> Tensor | None:
-    """Return log weights of window attention + expected attention + salience, as the default policy takes them.
+    """Return log weights of window attention + expected attention + salience, as the policy `capkv` takes them.
 
     Returns:
         [batch, kv_heads, tokens], −inf where there is no entry; None for other weights, for attention weights that

@@ -1,4 +1,4 @@
-"""Log weights of the default policy in two passes over the keys: window attention, expected attention, salience.
+"""Log weights of the policy `capkv` in two passes over the keys: window attention, expected attention, salience.
 
 What the first pass finds for a head (sums of exponentials, the mean of the unit keys) the second needs before it can
 look at a single key again, so K is read twice and no third time. Of the attention of the observation window no more
