@@ -9,7 +9,8 @@ the head profile was measured on is left out, and the seeds are none that a poli
     python benchmarks/evidence.py --samples 40 --folder out/evidence --write
 
 It keeps every finished sample in its folder and goes on from there. `--write` puts the tables into docs/evidence.md and
-the numbers into docs/evidence.json. The last line printed is one JSON object.
+the numbers into docs/evidence.json; for prompts of another length (`--tokens 2048`) into that length's part of the
+page, and into docs/evidence-2048.json. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ OURS = "capkv-spread/profile"
 
 LEFT_OUT = ("full", "random", "capkv-profile")  # the last one is OURS by its short name
 FIRST_SEED = 1000
-PAGE, NUMBERS = Path("docs/evidence.md"), Path("docs/evidence.json")
-START, END = "<!-- written by benchmarks/evidence.py -->", "<!-- end -->"
+TOKENS = 900
+PAGE = Path("docs/evidence.md")
+END = "<!-- end -->"
 
 
 def haystack(folder: Path, dtype: str) -> str:
@@ -122,11 +124,21 @@ def markdown(found: Comparison) -> str:
     return "\n".join(lines)
 
 
+def write(said: str, numbers: dict[str, Any], length: str) -> None:
+    """Put tables into their part of the page and numbers beside it; the length is named where it is not the usual."""
+    start = f"<!-- written by benchmarks/evidence.py{f' --tokens {length}' if length else ''} -->"
+    before, _, after = PAGE.read_text(encoding="utf-8").partition(start)
+    PAGE.write_text(f"{before}{start}\n\n{said}\n{END}{after.partition(END)[2]}", encoding="utf-8")
+    file = PAGE.with_name(f"evidence{f'-{length}' if length else ''}.json")
+    file.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seed", type=int, default=FIRST_SEED)
-    parser.add_argument("--tokens", type=int, default=900)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--policies", nargs="+", default=[name for name in policies() if name not in LEFT_OUT])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25, 0.1])
     parser.add_argument("--folder", type=Path, default=Path("out/evidence"))
@@ -134,7 +146,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="into docs/")
     options = parser.parse_args()
     found = compare(
-        policies=[name for name in policies() if name not in LEFT_OUT],
+        policies=options.policies,
         allocations=("own", "profile"),
         budgets=options.budgets,
         tokens=options.tokens,
@@ -150,10 +162,7 @@ def main() -> None:
     said = markdown(found)
     print(said)
     if options.write:
-        page = PAGE.read_text(encoding="utf-8")
-        before, after = page.split(START)[0], page.split(END)[1]
-        PAGE.write_text(f"{before}{START}\n\n{said}\n{END}{after}", encoding="utf-8")
-        NUMBERS.write_text(json.dumps(facts(found), indent=1) + "\n", encoding="utf-8")
+        write(said, facts(found), "" if options.tokens == TOKENS else str(options.tokens))
     print(json.dumps(facts(found)))
 
 

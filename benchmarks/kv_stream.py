@@ -3,7 +3,8 @@
 Real English is read in chunks; after each, processor seconds, the process's memory and the mean negative
 log-likelihood of the chunk's tokens are noted. At the end the model goes on greedily.
 
-Run with `make bench-kv`. Options: --tokens 100000, --budget 2048, --chunk 512, --policy capkv-profile, --json PATH, --figure PATH.
+Run with `make bench-kv`. Options: --tokens 100000, --budget 2048, --chunk 512, --policy capkv-profile, --json PATH,
+--figure PATH.
 """
 
 from __future__ import annotations
@@ -122,13 +123,7 @@ def main() -> None:
     forget_peak()  # loading the model takes more than reading
     rows = read(model, cache, ids, options.chunk)
     words = str(tokenizer.decode(go_on(model, cache, ids[:, -1:], new=80)))
-    result = {
-        **summary(rows),
-        "tokens": options.tokens,
-        "budget": options.budget,
-        "chunk": options.chunk,
-        "policy": options.policy,
-    }
+    result = {**summary(rows), **{name: getattr(options, name) for name in ("tokens", "budget", "chunk", "policy")}}
     print(f"\n{tokenizer.decode(ids[0, -60:])}\n>>> {words}\n")
     for name, value in result.items():
         print(f"{name:<32} {value if isinstance(value, str) else f'{value:.4g}'}")
