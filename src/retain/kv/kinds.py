@@ -92,6 +92,7 @@ COMPARE = Kind(
     check="retain.kv.kinds:check_compare",
     view="retain.kv.pages:add_records",
     compares="policy",
+    version=2,  # the capacity is measured under another policy's objective than before
     settings={
         "task": "text",
         "mode": "continuation",
