@@ -48,7 +48,7 @@ def main() -> None:
     model, tokenizer = load(dtype="float32")
     text = "\n\n".join(value for _, value in sorted(pydoc_data.topics.topics.items()) if len(value) > 400)
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    names = [name for name in policies() if name != "full"]
+    names = [name for name, policy in policies().items() if name != "full" and not policy.allocation.ragged]
     generator = random.Random(options.seed)
     found: dict[tuple[str, str, float], list[float]] = defaultdict(list)
 

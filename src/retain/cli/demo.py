@@ -29,7 +29,7 @@ def demo(
     figure: Annotated[Path | None, typer.Option(help="Also write the agnostic trade-off as a picture.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Answer from a part of a KV cache under five policies; audit and correct link predictors on two graphs."""
+    """Answer from a part of a KV cache under six policies; audit and correct link predictors on two graphs."""
     if tokens < 400:
         raise ValueError(f"tokens is {tokens}; accepted: at least 400")
     if epochs < 1:
