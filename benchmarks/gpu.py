@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import os
 import platform
 import statistics
@@ -31,8 +30,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpu_exact import exact_log_weights, exact_spread_log_weights
 from retain.gpu import torch_only
-from retain.kv import Signals, get_policy
+from retain.kv import DEFAULT_POLICY, Signals, get_policy
 from retain.kv.kernels import usable
 from retain.kv.ragged import RaggedStorage
 from retain.kv.ragged_attention import attend
@@ -124,8 +124,8 @@ def expanded_scores(queries: Tensor, keys: Tensor, values: Tensor, tau: float = 
 
 
 def own_scores(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Scores of the policy `capkv`, by kernels where they can be used."""
-    return get_policy("capkv").score(Signals(queries, keys, values))
+    """Scores of the default policy, by kernels where they can be used."""
+    return get_policy(DEFAULT_POLICY).score(Signals(queries, keys, values))
 
 
 def copy_bandwidth(run: Run) -> float:
@@ -163,10 +163,11 @@ def check(run: Run) -> None:
         queries = draw(2, 8, tokens, dim) * 2
         starts = torch.tensor([0, 17], device=run.device)
         valid = torch.arange(tokens, device=run.device) >= starts[:, None]
-        log = exact_log_weights(queries.double(), keys.double(), valid)
-        found = _fused(get_policy("capkv"), Signals(queries, keys, values, valid=valid))
-        there = valid[:, None].expand_as(log)
-        errors[f"log weights, {name}"] = float((found - log)[there].abs().max())
+        there = valid[:, None].expand(-1, 2, -1)
+        for policy, exact_of in ((DEFAULT_POLICY, exact_spread_log_weights), ("capkv", exact_log_weights)):
+            log = exact_of(queries.double(), keys.double(), valid)
+            found = _fused(get_policy(policy), Signals(queries, keys, values, valid=valid))
+            errors[f"log weights, {policy} {name}"] = float((found - log)[there].abs().max())
         weights = (log - log.amax(-1, keepdim=True)).exp()
         gram = values.double().mT @ (values.double() * weights[..., None])
         noise = 0.1 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
@@ -202,26 +203,6 @@ def check(run: Run) -> None:
         print(f"error of {name}: {error:.2g}")
     run.result["errors"] = errors
     run.result["wrong"] = wrong
-
-
-def exact_log_weights(queries: Tensor, keys: Tensor, valid: Tensor) -> Tensor:
-    """Log weights of the policy `capkv`, step by step, of rows with at least 516 tokens."""
-    heads, tokens, dim = keys.shape[1:]
-    queries = queries.unflatten(1, (heads, -1))
-    number = torch.arange(tokens, device=keys.device)
-    hidden = (number > number[-16:, None]) | ~valid[:, None, None, None]
-    logits = queries[..., -16:, :] @ keys[:, :, None].mT / dim**0.5
-    attention = logits.masked_fill(hidden, float("-inf")).softmax(-1).mean((2, 3))
-    window = F.avg_pool1d(attention, 5, stride=1, padding=2)
-    recent = queries[..., -min(512, tokens) :, :].flatten(2, 3)
-    spread = recent.var(2, correction=0)
-    expected = keys @ recent.mean(2)[..., None] / dim**0.5 + keys.square() @ spread[..., None] / (2 * dim)
-    unit = F.normalize(keys, dim=-1) * valid[:, None, :, None]
-    cosine = (unit @ F.normalize(unit.sum(2), dim=-1)[..., None]).squeeze(-1)
-    terms, factors = (window.log(), expected.squeeze(-1), -4 * cosine), (1, 1, 2)
-    logs = [x.masked_fill(~valid[:, None], float("-inf")) for x in terms]
-    shares = [x - x.logsumexp(-1, keepdim=True) + math.log(c) for x, c in zip(logs, factors, strict=True)]
-    return torch.stack(shares).logsumexp(0)
 
 
 def _fused(policy: Any, signals: Signals) -> Tensor:

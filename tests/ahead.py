@@ -3,6 +3,7 @@
 Run as a script: the interpreter, which the tests use, accepts what the compiler does not.
 """
 
+import dataclasses
 import sys
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from triton.runtime.jit import JITFunction
 from retain.kv.kernels.compaction import move_to_front
 from retain.kv.kernels.decoding import Plan, decode
 from retain.kv.kernels.leverage import inner_products
-from retain.kv.kernels.observation import Observation, observed_log_weights
+from retain.kv.kernels.observation import Observation, Terms, observed_log_weights
 from retain.link.kernels.least import least
 from retain.link.kernels.matching import matching
 
@@ -38,7 +39,10 @@ def main(dim: int, dtype: torch.dtype) -> None:
     keys = torch.zeros(1, 2, 512, dim, dtype=dtype)
     starts, ends = torch.zeros(1, 2, dtype=torch.int32), torch.full((1, 2, 16), 512, dtype=torch.int32)
     seen = Observation(keys.repeat(1, 4, 1, 1), keys, 0.1, 16, 512, torch.zeros(1, dtype=torch.int32), starts, ends)
-    observed_log_weights(seen, pool=5, beta=4.0, factors=(1.0, 1.0, 2.0))
+    observed_log_weights(seen, Terms(5, 4.0, 1.0, 1.0, 2.0))
+    sampled, more = torch.zeros(1, 8, dtype=torch.long), torch.full((1, 2, 24), 512, dtype=torch.int32)
+    seen = dataclasses.replace(seen, ends=more, sampled=sampled, inner=starts)
+    observed_log_weights(seen, Terms(1, 4.0, 3.0, 1.0, 1.0))
     inner_products(keys, torch.zeros(1, 2, 512), 0.1)
     plan = Plan.of([(0, 400), (404, 600)], 4, torch.device("cpu"))
     entries, positions = keys.view(-1, dim), torch.zeros(1, 4, dtype=torch.int32)

@@ -20,5 +20,5 @@ def test_every_kernel_compiles(tmp_path):
     command = [sys.executable, "-W", "ignore", Path(__file__).with_name("ahead.py"), "64", "bfloat16"]
     compiled = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
     sources = [file.read_text(encoding="utf-8") for file in SOURCE.glob("*/kernels/*.py")]
-    launched = [name for source in sources for name in re.findall(r"launch\(\s*(_\w+),", source)]
+    launched = [name for source in sources for name in re.findall(r"launch\(\s*(\w+),", source)]
     assert set(compiled) == set(launched)

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from retain.kv.kernels import usable
+from retain.kv.sampled import sample
 from retain.kv.signals import Signals
-from retain.kv.weights import ExpectedAttention, KeySalience, Sum, Weights, WindowAttention
+from retain.kv.weights import ExpectedAttention, KeySalience, SampledAttention, Sum, Weights, WindowAttention
 
 _MOST_ROWS = 128  # queries of a window times heads of a group that one program holds
 _LEAST_RIDGE = 1e-3
 
 
 def fused_log_weights(weights: Weights, signals: Signals) -> Tensor | None:
-    """Return log weights of window attention + expected attention + salience, as the policy `capkv` takes them.
+    """Return log weights of window attention + expected attention + salience, with sampled attention or without.
 
     Returns:
         [batch, kv_heads, tokens], −inf where there is no entry; None for other weights, for attention weights that
@@ -25,23 +26,32 @@ def fused_log_weights(weights: Weights, signals: Signals) -> Tensor | None:
         return None
     factors = {type(term): factor for factor, term in weights.terms}
     terms = {type(term): term for term in weights.parts}
-    window, expected, salience = (terms.get(kind) for kind in (WindowAttention, ExpectedAttention, KeySalience))
+    kinds = (WindowAttention, ExpectedAttention, KeySalience, SampledAttention)
+    window, expected, salience, sampled = (terms.get(kind) for kind in kinds)
     if (
-        len(weights.terms) != 3
+        len(weights.terms) != len(terms)
+        or len(terms) != 3 + (sampled is not None)
         or not isinstance(window, WindowAttention)
         or not isinstance(expected, ExpectedAttention)
         or not isinstance(salience, KeySalience)
+        or not (sampled is None or isinstance(sampled, SampledAttention))
         or (window.prefix_only or window.floor != 0)
-        or not (expected.pooled and expected.diagonal and expected.half_life is None)
+        or not expected.diagonal
+        or expected.half_life is not None
     ):
         return None
     count = signals.queries.shape[2]
     width = min(window.window, count)
-    if width * signals.group > _MOST_ROWS:
+    if (width + (sampled.count if sampled else 0)) * signals.group > _MOST_ROWS:
         return None
-    from retain.kv.kernels.observation import Observation, observed_log_weights
+    from retain.kv.kernels.observation import Observation, Terms, observed_log_weights
 
     recent = min(expected.recent or count, count)
+    starts, ends = signals.spans(width)
+    places = None
+    if sampled is not None:
+        places = sample(signals, sampled.count)
+        ends = torch.cat((ends, _sampled_ends(signals, places, sampled.apart, starts)), dim=-1)
     seen = Observation(
         signals.queries,
         signals.keys,
@@ -49,10 +59,14 @@ def fused_log_weights(weights: Weights, signals: Signals) -> Tensor | None:
         width,
         recent,
         _left_out(signals, recent, expected.skip),
-        *signals.spans(width),
+        starts,
+        ends,
+        places,
+        None if expected.pooled or signals.group == 1 else _inner(signals, expected.skip, starts),
     )
-    order = (factors[WindowAttention], factors[ExpectedAttention], factors[KeySalience])
-    return observed_log_weights(seen, pool=window.pool, beta=salience.beta, factors=order)
+    order = (factors[kind] for kind in kinds[:3])
+    mixed = Terms(window.pool, salience.beta, *order, sampled=factors.get(SampledAttention, 1.0))
+    return observed_log_weights(seen, mixed)
 
 
 def fused_inner_products(log_weights: Tensor, ridge: float, signals: Signals) -> Tensor | None:
@@ -78,3 +92,21 @@ def _left_out(signals: Signals, recent: int, skip: int) -> Tensor:
     asked = (positions >= skip).sum(-1)
     asked = torch.where(asked > 0, asked, (positions >= 0).sum(-1))
     return (recent - asked).int()
+
+
+def _sampled_ends(signals: Signals, places: Tensor, apart: int, starts: Tensor) -> Tensor:
+    """One past the last entry that each sampled query reads, int32 [batch, kv_heads, sampled]."""
+    if signals.plain:
+        own = places + (signals.tokens - signals.queries.shape[2] - apart + 1)
+        return own.clamp_min(0).int()[:, None].expand(-1, signals.kv_heads, -1)
+    latest = signals.query_positions.gather(1, places)[:, None, :, None] - apart
+    positions = signals.positions[:, :, None]
+    before = ((positions <= latest) & (positions >= 0)).sum(-1, dtype=torch.int32)
+    return starts[..., None] + before
+
+
+def _inner(signals: Signals, skip: int, starts: Tensor) -> Tensor:
+    """First entry that is no first token of the text, int32 [batch, kv_heads]; the first one if there is no other."""
+    positions = signals.positions
+    left_out = ((positions < skip) & (positions >= 0)).sum(-1, dtype=torch.int32)
+    return starts + torch.where(signals.counts > skip, left_out, 0)

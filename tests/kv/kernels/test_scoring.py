@@ -135,25 +135,28 @@ def test_log_weights_are_those_of_float64(on_cpu, dtype, tokens, dim, heads, gro
             torch.testing.assert_close(found[row, head], exact, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("evicted", [False, True])
-def test_policy_scores_alike_with_and_without_kernels(monkeypatch, evicted):
-    batch, heads, group, tokens, dim = 2, 1, 2, 60, 16
+@pytest.mark.parametrize("name", ["capkv", "capkv-profile"])
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("state", ["whole", "padded", "evicted", "short"])
+def test_policy_scores_alike_with_and_without_kernels(monkeypatch, state, group, name):
+    batch, heads, tokens, dim = 2, 2, 3 if state == "short" else 60, 16
     generator = torch.Generator().manual_seed(3)
-    queries = torch.randn(batch, heads * group, 24, dim, generator=generator)
+    queries = torch.randn(batch, heads * group, 3 if state == "short" else 44, dim, generator=generator)
     keys = torch.randn(batch, heads, tokens, dim, generator=generator)
     values = values_of(batch, heads, tokens, dim, torch.float32)
-    if evicted:
+    if state == "evicted":
         # 40 of 120 tokens kept, the newest 20 among them, and a row with ten places empty; a query is padding.
         kept = torch.stack([torch.randperm(100, generator=generator)[:40].sort().values for _ in range(batch)])
         positions = torch.cat((kept, torch.arange(100, 120).expand(batch, -1)), dim=1)[:, None]
         positions[1, 0] -= 100
-        options = {"positions": positions, "query_positions": torch.arange(96, 120) - torch.tensor([[0], [100]])}
+        options = {"positions": positions, "query_positions": torch.arange(76, 120) - torch.tensor([[0], [100]])}
     else:
-        options = {"valid": torch.arange(tokens) >= torch.tensor([[0], [11]])}
-    policy = get_policy("capkv")
+        options = {"valid": torch.arange(tokens) >= torch.tensor([[0], [11]])} if state == "padded" else {}
+    policy = get_policy(name)
     plain = policy.score(Signals(queries, keys, values, **options))
     monkeypatch.setattr("retain.kv.fused.usable", lambda *tensors: True)
     signals = Signals(queries, keys, values, **options)
+    assert fused_log_weights(policy.weights, signals) is not None
     assert signals.masked(policy.score(signals)).isfinite().eq(plain.isfinite()).all()
     torch.testing.assert_close(policy.score(signals), plain, rtol=1e-4, atol=1e-4)
     shares = policy.estimator.shares(policy.weights, policy.directions, signals)

@@ -1,6 +1,6 @@
 """Triton kernels for what is read often on a GPU; everything here has a form in plain torch that says the same.
 
-* `observation`: log weights of the policy `capkv`, K read twice.
+* `observation`: log weights of the default policy and of `capkv`, K read twice; `passes` and `terms` are its kernels.
 * `gram`, `cholesky`, `leverage`: Σ w v vᵀ, the inverse of its Cholesky factor, vᵀA⁻¹v; V read twice.
 * `compaction`: kept entries moved together in place.
 * `decoding`: attention of one new token over heads of unequal length.

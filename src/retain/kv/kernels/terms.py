@@ -1,0 +1,70 @@
+"""The sum of the terms of log weights, each divided by its own sum."""
+
+# Triton's annotations speak of its compiler's own calls, not of what a kernel may be written as.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportUnknownParameterType=false
+# pyright: reportGeneralTypeIssues=false
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+_TINY = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "splits", "starts_batch", "starts_head"])
+def sum_of_terms(
+    scores: "Any",
+    totals: "Any",
+    starts: "Any",
+    log: "Any",
+    tokens: "Any",
+    heads: "Any",
+    splits: "Any",
+    starts_batch: "Any",
+    starts_head: "Any",
+    beta: "Any",
+    window_factor: "Any",
+    expected_factor: "Any",
+    salience_factor: "Any",
+    sampled_factor: "Any",
+    SAMPLED: tl.constexpr,
+    POOL: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Divide each term by its sum over the head's entries, and add them, in logarithms."""
+    head = tl.program_id(0).to(tl.int64)
+    total = tl.num_programs(0).to(tl.int64)
+    parts = tl.arange(0, BLOCK_S)
+    inside = parts < splits
+    begin = tl.load(starts + head // heads * starts_batch + head % heads * starts_head)
+    own = totals + (head * splits + parts) * 5
+    window_sum = tl.sum(tl.load(own, mask=inside, other=0.0), 0)
+    salience_sum = tl.sum(tl.load(own + 1, mask=inside, other=0.0), 0)
+    peaks = tl.load(own + 3, mask=inside, other=float("-inf"))
+    peak = tl.max(peaks, 0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    mass = tl.sum(tl.load(own + 4, mask=inside, other=0.0) * tl.exp(peaks - peak), 0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = (n >= begin) & (n < tokens)
+    pooled = tl.zeros((BLOCK_N,), tl.float32)
+    for offset in tl.static_range(POOL):
+        near = n + offset - POOL // 2
+        pooled += tl.load(scores + head * tokens + near, mask=(near >= begin) & (near < tokens), other=0.0)
+    # Each logarithm of 0 is −inf by itself: a window may attend to nothing.
+    window_log = tl.log(pooled / POOL) - tl.log(tl.maximum(window_sum, _TINY)) + tl.log(window_factor)
+    expected = tl.load(scores + (total + head) * tokens + n, mask=there, other=float("-inf"))
+    expected_log = expected - peak - tl.log(tl.maximum(mass, _TINY)) + tl.log(expected_factor)
+    cosine = tl.load(scores + (2 * total + head) * tokens + n, mask=there, other=0.0)
+    salience_log = -beta * cosine - tl.log(tl.maximum(salience_sum, _TINY)) + tl.log(salience_factor)
+    highest = tl.maximum(tl.maximum(window_log, expected_log), salience_log)
+    if SAMPLED:
+        sampled_sum = tl.sum(tl.load(own + 2, mask=inside, other=0.0), 0)
+        sampled = tl.load(scores + (3 * total + head) * tokens + n, mask=there, other=0.0)
+        sampled_log = tl.log(sampled) - tl.log(tl.maximum(sampled_sum, _TINY)) + tl.log(sampled_factor)
+        highest = tl.maximum(highest, sampled_log)
+    mixed = tl.exp(window_log - highest) + tl.exp(expected_log - highest) + tl.exp(salience_log - highest)
+    if SAMPLED:
+        mixed += tl.exp(sampled_log - highest)
+    tl.store(log + head * tokens + n, tl.where(there, highest + tl.log(mixed), float("-inf")), mask=n < tokens)
