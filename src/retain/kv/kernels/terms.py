@@ -58,13 +58,12 @@ def sum_of_terms(
     expected_log = expected - peak - tl.log(tl.maximum(mass, _TINY)) + tl.log(expected_factor)
     cosine = tl.load(scores + (2 * total + head) * tokens + n, mask=there, other=0.0)
     salience_log = -beta * cosine - tl.log(tl.maximum(salience_sum, _TINY)) + tl.log(salience_factor)
-    highest = tl.maximum(tl.maximum(window_log, expected_log), salience_log)
+    sampled_log = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     if SAMPLED:
         sampled_sum = tl.sum(tl.load(own + 2, mask=inside, other=0.0), 0)
         sampled = tl.load(scores + (3 * total + head) * tokens + n, mask=there, other=0.0)
         sampled_log = tl.log(sampled) - tl.log(tl.maximum(sampled_sum, _TINY)) + tl.log(sampled_factor)
-        highest = tl.maximum(highest, sampled_log)
-    mixed = tl.exp(window_log - highest) + tl.exp(expected_log - highest) + tl.exp(salience_log - highest)
-    if SAMPLED:
-        mixed += tl.exp(sampled_log - highest)
+    highest = tl.maximum(tl.maximum(window_log, expected_log), tl.maximum(salience_log, sampled_log))
+    mixed = tl.exp(window_log - highest) + tl.exp(expected_log - highest)
+    mixed += tl.exp(salience_log - highest) + tl.exp(sampled_log - highest)
     tl.store(log + head * tokens + n, tl.where(there, highest + tl.log(mixed), float("-inf")), mask=n < tokens)
