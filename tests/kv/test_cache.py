@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from retain.information import capacity
-from retain.kv import Policy, RetainCache, Signals, policies
+from retain.kv import DEFAULT_POLICY, Policy, RetainCache, Signals, policies
 from retain.kv.measuring import capacity_share
 from retain.kv.weights import KeyNorm, WindowAttention
 from tests.kv.tiny import answer, build, left_padded, prompt, tiny
@@ -260,7 +260,7 @@ def test_capacity_share_is_that_of_the_information_core():
     keys, values = torch.randn(2, 2, 30, 8), 50 * torch.randn(2, 2, 30, 8)
     signals = Signals(torch.randn(2, 4, 30, 8), keys, values)
     kept = torch.randperm(30)[:9].sort().values.expand(2, 2, 9)
-    weights = policies()["capkv"].weights.log(signals).exp()
+    weights = policies()[DEFAULT_POLICY].weights.log(signals).exp()
     expected = capacity(values, weights, subset=kept) / capacity(values, weights)
     torch.testing.assert_close(capacity_share(signals, kept), expected, rtol=1e-4, atol=1e-5)
     everything = torch.arange(30).expand(2, 2, 30)
