@@ -15,6 +15,7 @@ from retain.kv import load
 from retain.kv.comparing import Comparison, compare, ranked, spearman
 from retain.kv.fidelity import Cell, evaluate
 from retain.kv.prompts import UserPrompt, read_prompts
+from retain.kv.runs import contestants
 from retain.kv.tasks import make
 from retain.kv.tuning import tune
 from retain.study.summary import Group
@@ -269,3 +270,19 @@ def test_commands_print_json_and_write_pages(folder, tmp_path):
     done = CliRunner().invoke(app, [*tuned, "--target-kl", "1e-9", "--json"])
     assert done.exit_code == 1
     assert json.loads(done.stdout.strip().splitlines()[-1])["recommended"] is None
+
+
+def test_an_allocation_that_is_the_policys_own_is_measured_once():
+    settings = {
+        "policies": ["capkv-profile", "pyramidkv", "capkv"],
+        "allocations": ["own", "profile"],
+        "budgets": [0.5],
+    }
+    assert contestants(settings) == [
+        ("capkv-profile", "own", 0.5),
+        ("pyramidkv", "own", 0.5),
+        ("pyramidkv", "profile", 0.5),
+        ("capkv", "own", 0.5),
+        ("capkv", "profile", 0.5),
+    ]
+    assert len(contestants({**settings, "allocations": ["profile"]})) == 3
