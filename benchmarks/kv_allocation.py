@@ -24,6 +24,7 @@ import torch
 from scipy.stats import t as student
 
 from retain.kv import Policy, load
+from retain.kv.comparing import TASKS
 from retain.kv.estimators import Leverage
 from retain.kv.fidelity import Cell, evaluate
 from retain.kv.named import allocations
@@ -31,7 +32,6 @@ from retain.kv.tasks import make, manual
 from retain.kv.weights import ExpectedAttention, KeySalience, WindowAttention
 
 BUDGETS = (0.5, 0.25, 0.1)
-SETTINGS = (("text", "continuation"), ("multikey", "agnostic"), ("multikey", "aware"))
 # The best one-pass policy of the search that led to `capkv`, without its attention in chunks, which was found to
 # change nothing. `capkv` differs from it by a cheaper estimate of the expected attention and a window of 16.
 SEARCHED = Policy(
@@ -53,7 +53,7 @@ def measure(options: argparse.Namespace) -> None:
     options.rows.parent.mkdir(parents=True, exist_ok=True)
     done = {(row["seed"], row["task"], row["mode"]) for row in complete(options.rows, len(cells) + 1)}
     for seed in range(options.seed, options.seed + options.samples):
-        for task, mode in SETTINGS:
+        for task, mode in TASKS:
             if (seed, task, mode) in done:
                 continue
             more = {"new_tokens": 32} if task == "text" else {}

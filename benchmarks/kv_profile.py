@@ -24,12 +24,12 @@ import torch
 from evidence import FIRST_SEED, haystack
 from machine import machine
 from retain.kv import DEFAULT_POLICY, HeadProfile, Profile, calibrate, load, profile_from_weights, profile_of
+from retain.kv.comparing import TASKS
 from retain.kv.fidelity import Cell, evaluate
 from retain.kv.tasks import make
 from retain.study.intervals import over_seeds
 
 BUDGETS = (0.5, 0.25, 0.1)
-SETTINGS = (("text", "continuation"), ("multikey", "agnostic"), ("multikey", "aware"))
 
 
 def shuffled(profile: Profile) -> Profile:
@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     names = [(name, budget) for name in splits for budget in BUDGETS]
     found: dict[str, dict[str, list[float]]] = {name: {} for name in splits}
     for seed in range(options.seed, options.seed + options.samples):
-        for task, mode in SETTINGS:
+        for task, mode in TASKS:
             example = make(task, tokenizer, tokens=options.tokens, seed=seed, haystack=text)
             rows = evaluate(model, tokenizer, example, cells, mode=mode, answer=False)[1:]
             for (name, budget), row in zip(names, rows, strict=True):

@@ -30,6 +30,29 @@ def _load_asked(
     return tl.load(asked + place, mask=(rows < ROWS)[None, :] & (dims < DIM)[:, None], other=0.0)
 
 
+@triton.jit
+def _load_keys(keys: "Any", n: "Any", there: "Any", dims: "Any", stride_token: "Any", DIM: tl.constexpr):
+    """Load a block of keys, 0 where there is none: [tokens, dim]."""
+    place = keys + n.to(tl.int64)[:, None] * stride_token + dims[None, :]
+    return tl.load(place, mask=there[:, None] & (dims < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _logits(
+    k: "Any",
+    q: "Any",
+    there: "Any",
+    n: "Any",
+    end: "Any",
+    scaling: "Any",
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Return the attention logits of a block, −inf for what a query may not read: [tokens, group * count]."""
+    logits = product(k, q, tl.zeros((BLOCK_N, BLOCK_R), tl.float32)) * scaling
+    return tl.where(there[:, None] & (n[:, None] < end[None, :]), logits, float("-inf"))
+
+
 @triton.jit(
     do_not_specialize=[
         "tokens",
@@ -97,11 +120,7 @@ def first_pass(
     for start in range(first, tl.minimum(first + chunk, tokens), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         there = (n >= begin) & (n < tokens)
-        k = tl.load(
-            keys + n.to(tl.int64)[:, None] * stride_token + dims[None, :],
-            mask=there[:, None] & (dims < DIM)[None, :],
-            other=0.0,
-        )
+        k = _load_keys(keys, n, there, dims, stride_token, DIM)
         wide = k.to(tl.float32)
         length = tl.sqrt(tl.sum(wide * wide, 1))
         share = tl.where(there, 1.0 / tl.maximum(length, _TINY), 0.0)
@@ -115,8 +134,7 @@ def first_pass(
             at = tl.sum(tl.where(bells == g, safe, 0.0), 0)
             bell_mass = tl.where(bells == g, grown + tl.sum(tl.exp(expected - at), 0), bell_mass)
             bell_peak = own
-        logits = product(k, q, tl.zeros((BLOCK_N, BLOCK_R), tl.float32)) * scaling
-        logits = tl.where(there[:, None] & (n[:, None] < end[None, :]), logits, float("-inf"))
+        logits = _logits(k, q, there, n, end, scaling, BLOCK_N, BLOCK_R)
         highest = tl.maximum(peak, tl.max(logits, 0))
         base = tl.where(highest == float("-inf"), 0.0, highest)
         mass = mass * tl.exp(peak - base) + tl.sum(tl.exp(logits - base[None, :]), 0)
@@ -230,11 +248,7 @@ def second_pass(
     for start in range(first, tl.minimum(first + chunk, tokens), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         there = (n >= begin) & (n < tokens)
-        k = tl.load(
-            keys + n.to(tl.int64)[:, None] * stride_token + dims[None, :],
-            mask=there[:, None] & (dims < DIM)[None, :],
-            other=0.0,
-        )
+        k = _load_keys(keys, n, there, dims, stride_token, DIM)
         wide = k.to(tl.float32)
         length = tl.sqrt(tl.sum(wide * wide, 1))
         cosine = tl.sum(wide * centre[None, :], 1) / tl.maximum(length, _TINY)
@@ -252,8 +266,7 @@ def second_pass(
         base = tl.where(highest == float("-inf"), 0.0, highest)
         mass = mass * tl.exp(peak - base) + tl.sum(tl.exp(mixed - base), 0)
         peak = highest
-        logits = product(k, q, tl.zeros((BLOCK_N, BLOCK_R), tl.float32)) * scaling
-        logits = tl.where(there[:, None] & (n[:, None] < end[None, :]), logits, float("-inf"))
+        logits = _logits(k, q, there, n, end, scaling, BLOCK_N, BLOCK_R)
         weights = tl.exp(logits - normal[None, :])
         attention = tl.sum(tl.where(of_window[None, :], weights, 0.0), 1)
         # How many entries' pooled attention this one is part of.
