@@ -47,6 +47,11 @@ def _supported(device: int) -> bool:
     return release >= (3, 3) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def upload(numbers: Any, device: torch.device) -> Tensor:
+    """Return a few numbers as a tensor on a device, without waiting for what that device has still to do."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Run a kernel on the device of its first argument; `options` are its constants, `num_warps` and `num_stages`."""
     with torch.cuda.device_of(arguments[0]):

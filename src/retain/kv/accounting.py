@@ -28,8 +28,7 @@ class HeadReport:
 def head_reports(layer: RetainLayer) -> list[HeadReport]:
     """Return one report for each KV head of a layer that has seen tokens."""
     assert layer.storage is not None
-    assert layer.padding is not None
-    tokens_seen = len(layer.padding) * layer.seen - int(layer.padding.sum())
+    tokens_seen = len(layer.padding) * layer.seen - sum(layer.padding)
     kept = layer.storage.kept.sum(0).tolist()
     nbytes = layer.storage.nbytes_by_head
     shares = None if layer.capacity is None else layer.capacity.mean(0).tolist()

@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from retain.kv.padding import Padding
+
 PREFIX = "retain_"
 SUPPORTED = ("sdpa", "eager")
 
@@ -53,14 +55,15 @@ class Call:
     memo: dict[Any, Any] | None = None
 
     @property
-    def valid(self) -> Tensor | None:
-        """Which new tokens are no padding, bool [batch, new]; None if all are."""
+    def padding(self) -> Padding | None:
+        """Which new tokens are padding; None if none are."""
         if self.mask is None:
             return None
-        if hasattr(self.mask, "_retain_valid"):
-            return self.mask._retain_valid  # pyright: ignore[reportAttributeAccessIssue]
-        last = self.mask[:, 0, -1, -self.key.shape[2] :]
-        return _unless_all(last if last.dtype == torch.bool else last == 0)
+        if not hasattr(self.mask, "_retain_padding"):
+            last = self.mask[:, 0, -1, -self.key.shape[2] :].expand(len(self.key), -1)
+            # Kept with the mask, which all layers get.
+            self.mask._retain_padding = Padding.of(last if last.dtype == torch.bool else last == 0)  # pyright: ignore[reportAttributeAccessIssue]
+        return self.mask._retain_padding  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Observer(Protocol):
@@ -131,15 +134,10 @@ def _mask_function(base: str) -> Callable[..., Any]:
             # Which tokens are padding can't be told from a mask whose queries are all padding themselves.
             first = int(options["kv_offset"])
             valid = attention_mask[:, first : first + int(options["kv_length"])].bool()
-            # Read once here, not once in every layer: on a GPU each reading waits for all that was asked before.
-            mask._retain_valid = _unless_all(valid)
+            mask._retain_padding = Padding.of(valid)
         return mask
 
     return make
-
-
-def _unless_all(valid: Tensor) -> Tensor | None:
-    return None if bool(valid.all()) else valid
 
 
 def _implementation(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

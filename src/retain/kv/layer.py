@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+from retain.gpu import upload
 from retain.kv.attention import Call, mark
 from retain.kv.measuring import capacity_share
 from retain.kv.moments import Moments
@@ -87,8 +88,7 @@ class RetainLayer(DynamicLayer):
         self.appended = 0  # of these, since the last eviction
         self.held: list[int] = []  # entries that each row held then, in the mean over heads and layers
         self._due: list[bool] = []  # which rows evict after the call under way; none if it is empty
-        self.padding: Tensor | None = None  # left padding of each row, long [batch]
-        self._counted: tuple[Tensor | None, list[int]] = None, []  # it, and its numbers
+        self.padding: list[int] = []  # left padding of each row
         self.capacity: Tensor | None = None  # share retained, [batch, kv_heads]
         self.queries: tuple[Tensor, ...] = ()  # the newest, [batch, heads, m, dim], as far as evictions need them
         self.moments: dict[float, Moments] = {}
@@ -113,12 +113,12 @@ class RetainLayer(DynamicLayer):
                 "different attention module. Make a RetainCache with the model that you call"
             )
         self.waiting = False
-        valid = call.valid
-        check_padding(valid, self.padding, self.seen)
+        added = call.padding
+        check_padding(added, self.padding, self.seen)
         batch, _, new, _ = call.key.shape
-        padding = torch.zeros(batch, dtype=torch.long, device=call.key.device) if self.padding is None else self.padding
-        if valid is not None:
-            padding = padding + (~valid).sum(-1)
+        padding = self.padding or [0] * batch
+        if added is not None:
+            padding = [before + now for before, now in zip(padding, added.tokens, strict=True)]
         self._due = self._rows_due(new, padding)
         self.padding = padding
         self.seen += new
@@ -126,16 +126,17 @@ class RetainLayer(DynamicLayer):
         self.is_initialized = True
         if self.storage is None:
             return call
-        self.storage.append(call.key, call.value, self._positions(new), padded=valid is not None)
+        self.storage.append(call.key, call.value, self._positions(new), padded=added is not None)
         if isinstance(self.storage, RaggedStorage):
             return None
         return replace(call, key=self.storage.keys, value=self.storage.values, mask=whole_mask(call, self.storage))
 
     def _positions(self, new: int) -> Tensor:
         """Index of the newest tokens within each row's own text, [batch, new]; negative on padding."""
-        assert self.padding is not None
-        columns = torch.arange(self.seen - new, self.seen, device=self.padding.device)
-        return columns - self.padding[:, None]
+        columns = torch.arange(self.seen - new, self.seen, device=self.device)
+        if not any(self.padding):
+            return columns.expand(len(self.padding), -1)
+        return columns - upload(self.padding, columns.device)[:, None]
 
     def attend(self, call: Call) -> Tensor:
         """Compute an attention call over ragged entries."""
@@ -165,7 +166,7 @@ class RetainLayer(DynamicLayer):
         if self.layer == own.layers - 1 and self._rotary is not None:
             self._rotary.forget()
 
-    def _rows_due(self, new: int, padding: Tensor) -> list[bool]:
+    def _rows_due(self, new: int, padding: list[int]) -> list[bool]:
         """Return which rows are to evict after a call of `new` tokens, given each one's padding; [] for none.
 
         Raises:
@@ -175,9 +176,7 @@ class RetainLayer(DynamicLayer):
         own = self.settings
         if self.storage is not None and not own.always:
             return []
-        if self._counted[0] is not padding:
-            self._counted = padding, padding.tolist()  # padding hardly ever changes, and a GPU waits to be read
-        seen = [self.seen + new - columns for columns in self._counted[1]]
+        seen = [self.seen + new - columns for columns in padding]
         allowed = [tokens_allowed(own.budget, count) for count in seen]
         if self.storage is None or new > 1:
             due = [True] * len(seen)
@@ -335,24 +334,22 @@ class RetainLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
-        if self.padding is not None:
-            self._rows(torch.arange(len(self.padding)).repeat_interleave(repeats))
+        self._rows(torch.arange(len(self.padding)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
-        if self.padding is not None:
+        if self.padding:
             self._rows(torch.arange(len(self.padding))[indices.cpu()])
 
     def _rows(self, index: Tensor) -> None:
         if self.storage is None:
             return
         self.storage.rows(index)
-        for name in ("padding", "capacity"):
-            own: Tensor | None = getattr(self, name)
-            if own is not None:
-                setattr(self, name, own.index_select(0, index.to(own.device)))
+        if self.capacity is not None:
+            self.capacity = self.capacity.index_select(0, index.to(self.capacity.device))
         self.queries = tuple(own.index_select(0, index.to(own.device)) for own in self.queries)
-        self.held = [self.held[row] for row in index.tolist()]
+        rows = index.tolist()
+        self.padding, self.held = ([own[row] for row in rows] for own in (self.padding, self.held))
         self.moments = {half_life: own.rows(index) for half_life, own in self.moments.items()}
 
     def copy(self, pool: Pool | None) -> RetainLayer:
@@ -367,7 +364,7 @@ class RetainLayer(DynamicLayer):
     @property
     def bytes_full(self) -> int:
         """Bytes of keys and values had nothing been evicted, padding included as transformers stores it."""
-        if self.storage is None or self.padding is None:
+        if self.storage is None:
             return 0
         return len(self.padding) * self.heads * self.seen * self.storage.nbytes_entry
 

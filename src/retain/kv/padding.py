@@ -1,38 +1,69 @@
-"""Left padding: what is refused, and the mask over all entries of a layer."""
+"""Left padding: what a mask says of it, what is refused, and the mask over all entries of a layer."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from retain.kv.attention import Call
 from retain.kv.storage import UniformStorage
 
+if TYPE_CHECKING:
+    from retain.kv.attention import Call
 
-def check_padding(valid: Tensor | None, padding: Tensor | None, seen: int) -> None:
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """Which new tokens are padding, and what of it decides: read once for all layers, since a GPU waits to be read.
+
+    Args:
+        valid: bool [batch, new], False on padding.
+        tokens: how many of each row's are padding.
+        holes: rows that have padding behind another token.
+        ends: rows whose last token is padding.
+
+    """
+
+    valid: Tensor
+    tokens: tuple[int, ...]
+    holes: tuple[bool, ...]
+    ends: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, valid: Tensor) -> Padding | None:
+        """Read a mask; None if nothing is padding."""
+        holes = (valid[:, :-1] & ~valid[:, 1:]).any(-1)
+        found = torch.stack(((~valid).sum(-1), holes.long(), (~valid[:, -1]).long())).tolist()
+        if not any(found[0]):
+            return None
+        return cls(valid, tuple(found[0]), tuple(map(bool, found[1])), tuple(map(bool, found[2])))
+
+
+def check_padding(padding: Padding | None, earlier: Sequence[int], seen: int) -> None:
     """Refuse what is not left padding.
 
     Args:
-        valid: False where new tokens are padding, bool [batch, new]; None if none are.
-        padding: of each row so far, long [batch]; None before the first call.
+        padding: of the new tokens; None if none are.
+        earlier: tokens of padding that each row has had so far; empty before the first call.
         seen: columns of the model's input so far.
 
     Raises:
         ValueError: a row is padded elsewhere than before its first token.
 
     """
-    if valid is None:
+    if padding is None:
         return
-    holes = valid[:, :-1] & ~valid[:, 1:]
-    if bool((holes.any(-1) & ~valid[:, -1]).any()):
+    if any(hole and end for hole, end in zip(padding.holes, padding.ends, strict=True)):
         raise ValueError(
             "attention_mask pads on the right (the last token of a row is masked); accepted: left padding. "
             "Set tokenizer.padding_side = 'left'"
         )
-    if bool(holes.any()):
+    if any(padding.holes):
         raise ValueError("attention_mask masks tokens inside a prompt; accepted: left padding only")
-    started = torch.zeros_like(valid[:, 0]) if padding is None else padding < seen
-    if seen and bool((started & ~valid.all(-1)).any()):
+    if seen and any(before < seen and new for before, new in zip(earlier, padding.tokens, strict=True)):
         raise ValueError("attention_mask masks tokens after the first of a row; accepted: left padding only")
 
 

@@ -42,9 +42,9 @@ class Rows(Cache):
             raise ValueError(f"caches have seen {seen} tokens; accepted: caches that have seen as many")
         for number, cache in enumerate(caches):
             padding = cache.retained[0].padding
-            if padding is not None and (len(padding) != 1 or int(padding.sum())):
+            if len(padding) > 1 or any(padding):
                 raise ValueError(
-                    f"caches[{number}] holds {len(padding)} rows with {int(padding.sum())} tokens of padding; "
+                    f"caches[{number}] holds {len(padding)} rows with {sum(padding)} tokens of padding; "
                     "accepted: one row without padding"
                 )
         self.caches = tuple(caches)

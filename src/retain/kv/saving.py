@@ -171,8 +171,7 @@ def _place(path: str | Path, model: PreTrainedModel) -> Path:
 def _retained(layer: RetainLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     storage = layer.storage
     assert storage is not None
-    assert layer.padding is not None
-    tensors = {"padding": layer.padding, **{f"columns.{name}": x for name, x in storage.columns.items()}}
+    tensors = {"padding": torch.tensor(layer.padding), **{f"columns.{name}": x for name, x in storage.columns.items()}}
     if isinstance(storage, RaggedStorage):
         kind = "ragged"
         tensors |= {
@@ -217,7 +216,7 @@ def _restore(layer: RetainLayer, tensors: dict[str, Tensor], facts: dict[str, An
         layer.storage = UniformStorage(keys, values, positions, tensors.get("places"), columns)
     for name in _COUNTS:
         setattr(layer, name, facts[name])
-    layer.padding, layer.capacity = tensors["padding"], tensors.get("capacity")
+    layer.padding, layer.capacity = tensors["padding"].tolist(), tensors.get("capacity")
     layer.queries = (tensors["queries"],) if "queries" in tensors else ()
     known = {name.split(".", 1)[1].rsplit(".", 1)[0] for name in tensors if name.startswith("moments.")}
     layer.moments = {
