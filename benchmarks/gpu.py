@@ -146,7 +146,7 @@ def check(run: Run) -> None:
         return
     from retain.kv.kernels.compaction import move_to_front
     from retain.kv.kernels.decoding import Plan, decode
-    from retain.kv.kernels.leverage import inner_products
+    from retain.kv.kernels.leverage import factorize, inner_products
 
     errors: dict[str, float] = {}
     tokens = 533 if run.small else 5003
@@ -173,8 +173,7 @@ def check(run: Run) -> None:
         noise = 0.1 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
         matrix = gram + noise[..., None, None] * torch.eye(dim, device=run.device, dtype=torch.float64)
         exact = (values.double() * torch.linalg.solve(matrix, values.double().mT).mT).sum(-1)
-        inner = inner_products(values, log.float(), 0.1)
-        assert inner is not None
+        inner = inner_products(values, log.float(), factorize(values, log.float(), 0.1))
         errors[f"leverage, {name}"] = float(((inner - exact) / exact)[there].abs().max())
         lengths = [[tokens, 3], [tokens // 2, 0]]
         packed = tuple(draw(sum(map(sum, lengths)), dim) for _ in range(2))

@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from retain.kv.kernels.compaction import move_to_front
 from retain.kv.kernels.decoding import Plan, decode
-from retain.kv.kernels.leverage import inner_products
+from retain.kv.kernels.leverage import factorize, inner_products, part_factor
 from retain.kv.kernels.observation import Observation, Terms, observed_log_weights
 from retain.link.kernels.least import least
 from retain.link.kernels.matching import matching
@@ -43,7 +43,10 @@ def main(dim: int, dtype: torch.dtype) -> None:
     sampled, more = torch.zeros(1, 8, dtype=torch.long), torch.full((1, 2, 24), 512, dtype=torch.int32)
     seen = dataclasses.replace(seen, ends=more, sampled=sampled, inner=starts)
     observed_log_weights(seen, Terms(1, 4.0, 3.0, 1.0, 1.0))
-    inner_products(keys, torch.zeros(1, 2, 512), 0.1)
+    weights = torch.zeros(1, 2, 512)
+    factor = factorize(keys, weights, 0.1)
+    inner_products(keys, weights, factor)
+    part_factor(keys, weights, torch.zeros(1, 2, 9, dtype=torch.long), factor)
     plan = Plan.of([(0, 400), (404, 600)], 4, torch.device("cpu"))
     entries, positions = keys.view(-1, dim), torch.zeros(1, 4, dtype=torch.int32)
     decode(torch.zeros(1, 8, dim, dtype=dtype), entries, entries, positions, plan, 0.1)

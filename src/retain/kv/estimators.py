@@ -10,7 +10,7 @@ from torch import Tensor
 
 from retain.information import Factor, factorize
 from retain.kv.directions import Constant, Directions, Value
-from retain.kv.fused import fused_inner_products, fused_log_weights
+from retain.kv.fused import FusedFactor, fused_log_weights
 from retain.kv.signals import Signals
 from retain.kv.weights import Weights
 
@@ -44,14 +44,24 @@ def capacity_factor(weights: Weights, directions: Directions, ridge: float, rela
     )
 
 
+def fused_factor(
+    weights: Weights, directions: Directions, ridge: float, relative: bool, signals: Signals
+) -> FusedFactor | None:
+    """Return the same factorised by kernels; None where they can't be used. Computed once for each call."""
+    if not relative or not isinstance(directions, Value):
+        return None
+    return signals.memo(
+        ("fused", weights, ridge), lambda: FusedFactor.of(log_weights(weights, signals), ridge, signals)
+    )
+
+
 def inner_products(weights: Weights, directions: Directions, ridge: float, relative: bool, signals: Signals) -> Tensor:
     """Return uᵀA⁻¹u with A of the whole cache, [batch, kv_heads, tokens]; computed once for each call."""
 
     def compute() -> Tensor:
-        if relative and isinstance(directions, Value):
-            fused = fused_inner_products(log_weights(weights, signals), ridge, signals)
-            if fused is not None:
-                return fused
+        fused = fused_factor(weights, directions, ridge, relative, signals)
+        if fused is not None:
+            return fused.inner_products()
         return capacity_factor(weights, directions, ridge, relative, signals).leverage(directions.vectors(signals))
 
     return signals.memo(("inner", weights, directions, ridge, relative), compute)

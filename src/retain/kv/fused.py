@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from retain.kv.kernels import usable
 from retain.kv.sampled import sample
 from retain.kv.signals import Signals
+from retain.kv.verdicts import Declined
 from retain.kv.weights import ExpectedAttention, KeySalience, SampledAttention, Sum, Weights, WindowAttention
 
 _MOST_ROWS = 128  # queries of a window times heads of a group that one program holds
@@ -69,16 +72,53 @@ def fused_log_weights(weights: Weights, signals: Signals) -> Tensor | None:
     return observed_log_weights(seen, mixed)
 
 
-def fused_inner_products(log_weights: Tensor, ridge: float, signals: Signals) -> Tensor | None:
-    """Return vᵀA⁻¹v with A = σ²I + Σ w v vᵀ and σ² relative to the trace, [batch, kv_heads, tokens].
+class FusedFactor:
+    """A = σ²I + Σ w v vᵀ of a whole cache, factorised by kernels, with σ² relative to the trace.
 
-    None where no kernel can be used, or where the values call for more than float32 and one scale.
+    Args:
+        log_weights: [batch, kv_heads, tokens].
+        ridge: λ.
+        signals: of the layer.
+
     """
-    if ridge < _LEAST_RIDGE or not usable(signals.values):
-        return None
-    from retain.kv.kernels.leverage import inner_products
 
-    return inner_products(signals.values, log_weights, ridge)
+    def __init__(self, log_weights: Tensor, ridge: float, signals: Signals) -> None:
+        from retain.kv.kernels.leverage import factorize
+
+        self._log_weights, self._signals = log_weights, signals
+        self._factor = factorize(signals.values, log_weights, ridge)
+
+    @classmethod
+    def of(cls, log_weights: Tensor, ridge: float, signals: Signals) -> FusedFactor | None:
+        """Return it; None where no kernel can be used, or where the values call for more than float32 and one scale.
+
+        If the latter is not to be asked at once, what settles the signals' verdicts gets `Declined`.
+        """
+        if ridge < _LEAST_RIDGE or not usable(signals.values):
+            return None
+        own = cls(log_weights, ridge, signals)
+        try:
+            own._require(own._factor)
+        except Declined:
+            return None
+        return own
+
+    def _require(self, factor: Any) -> None:
+        self._signals.require(~factor.failed.any(), Declined())
+
+    def inner_products(self) -> Tensor:
+        """Return vᵀA⁻¹v, [batch, kv_heads, tokens]."""
+        from retain.kv.kernels.leverage import inner_products
+
+        return inner_products(self._signals.values, self._log_weights, self._factor)
+
+    def share(self, kept: Tensor) -> Tensor:
+        """Return the share of the capacity that the kept entries carry; long [batch, kv_heads, width], −1 for none."""
+        from retain.kv.kernels.leverage import part_factor
+
+        part = part_factor(self._signals.values, self._log_weights, kept, self._factor)
+        self._require(part)
+        return part.capacity / self._factor.capacity
 
 
 def _left_out(signals: Signals, recent: int, skip: int) -> Tensor:

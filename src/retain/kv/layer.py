@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from retain.gpu import upload
+from retain.gpu import torch_only, upload
 from retain.kv.attention import Call, mark
 from retain.kv.measuring import capacity_share
 from retain.kv.moments import Moments
@@ -29,7 +29,8 @@ from retain.kv.rotary import RotaryEmbedding
 from retain.kv.settings import Settings
 from retain.kv.sharding import Sharding
 from retain.kv.signals import Signals, rotate_half
-from retain.kv.storage import Entries, UniformStorage, check_finite
+from retain.kv.storage import Entries, UniformStorage, all_finite
+from retain.kv.verdicts import Declined, Verdicts
 
 
 class RetainLayer(DynamicLayer):
@@ -203,13 +204,22 @@ class RetainLayer(DynamicLayer):
         self.queries = tuple(held)
 
     def _evict(self, call: Call, attention: Tensor | None) -> None:
-        own = self.settings
         if self.storage is None:
             entries = Entries(call.key, call.value, self._positions(call.key.shape[2])[:, None])
         else:
             entries = self.storage.entries
-        signals = self._signals(call, entries, attention)
-        seen = signals.seen.clamp_min(0).tolist()
+        try:
+            self._choose(entries, self._signals(call, entries, attention))
+        except Declined:
+            if call.memo is not None:
+                call.memo.clear()
+            with torch_only():
+                self._choose(entries, self._signals(call, entries, attention))
+
+    def _choose(self, entries: Entries, signals: Signals) -> None:
+        """Evict from all entries what the policy does not keep; nothing has changed if this raises."""
+        own = self.settings
+        seen = signals.seen_tokens
         # Rows that are not due keep all that they hold.
         allowed = [
             tokens_allowed(own.budget, count) if due else count for count, due in zip(seen, self._due, strict=True)
@@ -218,7 +228,7 @@ class RetainLayer(DynamicLayer):
         goes_on = own.always and (own.policy.weights.remembers or self.pool is not None)
         if own.policy.keep_all or (allowed == seen and not goes_on):
             stored: UniformStorage | RaggedStorage = self.storage or UniformStorage.all(entries)
-            check_finite(stored, self.index)
+            self._require_finite(stored, signals)
             self.capacity = torch.ones(signals.batch, signals.kv_heads) if own.measure_capacity else None
             self._store(stored, allowed)
             return
@@ -235,14 +245,23 @@ class RetainLayer(DynamicLayer):
         if own.compact and self._rotary is not None:
             entries = compacted(signals, entries, kept, self._rotary)
         form = RaggedStorage if own.policy.allocation.ragged else UniformStorage
-        stored = form.gather(entries, kept)
-        check_finite(stored, self.index)
-        self.capacity = capacity_share(signals, kept) if own.measure_capacity else None
+        counted = self.pool is None and own.policy.selection.as_budgeted
+        stored = form.gather(entries, kept, budget.tokens if counted else None)
+        capacity = capacity_share(signals, kept) if own.measure_capacity else None
+        self._require_finite(stored, signals)
+        self.capacity = capacity
         self.evicted = self.evicted or allowed != seen
         self.moments = signals.next_moments
         self._store(stored, allowed)
         if own.policy.observed is None:
             self.queries = ()
+
+    def _require_finite(self, stored: UniformStorage | RaggedStorage, signals: Signals) -> None:
+        """Ask for everything that has to hold of this layer."""
+        error = f"keys or values of layer {self.index} contain NaN or Inf: nothing was cached"
+        signals.require(all_finite(stored), ValueError(error))
+        if signals.verdicts is not None:
+            signals.verdicts.settle()
 
     def _renewed(self, claims: Tensor, entries: Entries) -> Tensor:
         """Return new claims for the rows that evict and the earlier ones for all others, as if each were alone."""
@@ -267,12 +286,12 @@ class RetainLayer(DynamicLayer):
         queries = torch.cat(self.queries, dim=2) if self.queries else call.query
         projection = getattr(call.module, "o_proj", None)
         first = self.storage is None
-        valid = entries.positions[:, 0] >= 0
+        sharding = self._sharding(entries.keys.shape[1])
         return Signals(
             queries,
             entries.keys,
             entries.values,
-            valid=valid if first and not bool(valid.all()) else None,
+            valid=entries.positions[:, 0] >= 0 if first and any(self.padding) else None,
             positions=None if first else entries.positions,
             query_positions=None if first else self._positions(queries.shape[2]),
             places=entries.places,
@@ -286,7 +305,10 @@ class RetainLayer(DynamicLayer):
             attention=attention if queries.shape[2] == call.query.shape[2] else None,
             received=entries.columns.get("received"),
             moments=self.moments,
-            sharding=self._sharding(entries.keys.shape[1]),
+            sharding=sharding,
+            seen_tokens=[max(0, self.seen - columns) for columns in self.padding],
+            # Processes that choose together must not part ways.
+            verdicts=Verdicts() if sharding is None else None,
             # Where the budget holds at all times, what was asked of the signals is carried on.
             memo=None if self.settings.always else call.memo,
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from retain.information.linalg import gram, psd_cholesky
-from retain.kv.estimators import Leverage, capacity_factor, linear_weights
+from retain.kv.estimators import Leverage, capacity_factor, fused_factor, linear_weights
 from retain.kv.named import DEFAULT_POLICY, policies
 from retain.kv.signals import Signals
 
@@ -20,7 +20,11 @@ def capacity_share(signals: Signals, kept: Tensor) -> Tensor:  # long [batch, kv
     reference = policies()[DEFAULT_POLICY]
     estimator = reference.estimator
     assert isinstance(estimator, Leverage)
-    factor = capacity_factor(reference.weights, reference.directions, estimator.ridge, estimator.relative, signals)
+    objective = (reference.weights, reference.directions, estimator.ridge, estimator.relative, signals)
+    fused = fused_factor(*objective)
+    if fused is not None:
+        return fused.share(kept)
+    factor = capacity_factor(*objective)
     index = kept.clamp_min(0)
     weights = linear_weights(reference.weights, signals).gather(2, index).masked_fill(kept < 0, 0)
     vectors = reference.directions.vectors(signals)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retain.gpu import upload
 from retain.kv.allocation import Allocation, Equal, Request
 from retain.kv.directions import Directions, Value
 from retain.kv.estimators import Estimator, Leverage
@@ -87,18 +88,18 @@ class Policy:
         # A layer that keeps fewer than the mean also protects fewer; heads of one layer are protected alike.
         sized = allowed if self.allocation.ragged else tokens.amax(-1).tolist()
         sizes = [self.sizes(kept, count, protection) for kept, count in zip(sized, request.seen, strict=True)]
-        sinks, window = (torch.tensor(size, device=signals.device)[:, None, None] for size in zip(*sizes, strict=True))
+        sinks, window = (_per_row(size, signals.device) for size in zip(*sizes, strict=True))
         newest = torch.arange(signals.tokens, device=signals.device) >= signals.tokens - window
         return Budget(tokens, (newest | (signals.positions < sinks)) & (signals.positions >= 0))
 
     def request(self, signals: Signals, allowed: list[int], protection: Protection) -> Request:
         """Return what the allocation is asked for this layer; arguments as of `budget`."""
-        seen = signals.seen.clamp_min(0).tolist()
+        seen = signals.seen_tokens
         return Request(
             budget=tuple(allowed),
             seen=tuple(seen),
             least=tuple(sum(self.sizes(a, s, protection)) for a, s in zip(allowed, seen, strict=True)),
-            room=signals.counts.expand(-1, signals.kv_heads).cpu(),
+            room=signals.room,
             layer=signals.layer,
             layers=signals.layers,
             shares=lambda: signals.masked(self.estimator.shares(self.weights, self.directions, signals)),
@@ -135,3 +136,8 @@ class Policy:
             "allocation": str(self.allocation),
             "paper": self.paper,
         }
+
+
+def _per_row(numbers: tuple[int, ...], device: torch.device) -> Tensor | int:
+    """Return one number of each row as [batch, 1, 1], or as it is if it is the same for all."""
+    return numbers[0] if len(set(numbers)) == 1 else upload(numbers, device)[:, None, None]

@@ -8,7 +8,7 @@ from torch import Tensor
 from retain.kv.allocation import MarginalCapacity, Request, claims
 from retain.kv.policy import Policy
 from retain.kv.ragged import RaggedStorage
-from retain.kv.selection import Budget
+from retain.kv.selection import NOT_A_NUMBER, Budget
 from retain.kv.sharding import Sharding, largest
 from retain.kv.signals import Signals
 
@@ -39,8 +39,9 @@ class Pool:
         """
         assert isinstance(policy.allocation, MarginalCapacity)
         scores = signals.masked(policy.score(signals).clamp_min(_LOWEST))
-        if bool(scores.isnan().any()):
-            raise ValueError("the policy's scores contain NaN, as they do when keys, values or queries hold NaN or Inf")
+        signals.require(~scores.isnan().any(), ValueError(NOT_A_NUMBER))
+        if signals.verdicts is not None:
+            signals.verdicts.settle()  # before other layers give up anything
         order = scores.masked_fill(budget.protected, float("inf")).argsort(-1, descending=True)
         return torch.empty_like(scores).scatter_(-1, order, claims(request, policy.allocation.safeguard))
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from retain.gpu import upload
 from retain.kv.room import Room, room_for, writable
 from retain.kv.storage import FILL, Entries, pick_vectors, vector_numbers
 
@@ -58,26 +59,34 @@ class RaggedStorage:
             self.append(*tail, padded=bool((tail[2] < 0).any()))
 
     @classmethod
-    def gather(cls, entries: Entries, kept: Tensor) -> RaggedStorage:
+    def gather(cls, entries: Entries, kept: Tensor, counts: Tensor | None = None) -> RaggedStorage:
         """Copy the kept entries out of all of them, so that those can be freed.
 
         Args:
             entries: all of them.
             kept: long [batch, kv_heads, width], ascending, −1 for none.
+            counts: how many each row and head keeps, long [batch, kv_heads] on the CPU; None to count them.
 
         """
-        there = kept >= 0
+        if counts is None:
+            counts = (kept >= 0).sum(-1).cpu()
+            there = (kept >= 0).flatten().nonzero().squeeze(-1)
+        else:
+            there = _last_of_each(counts.flatten(), kept.shape[2], kept.device)
         index = kept.clamp_min(0)
 
-        def beside(x: Tensor) -> Tensor:
-            return x.expand(-1, kept.shape[1], -1).gather(2, index)[there]
+        def packed(x: Tensor) -> Tensor:
+            return x.flatten().index_select(0, there)
 
-        keys, values = (pick_vectors(x, vector_numbers(x, index)[there]) for x in (entries.keys, entries.values))
+        def beside(x: Tensor) -> Tensor:
+            return packed(x.expand(-1, kept.shape[1], -1).gather(2, index))
+
+        keys, values = (pick_vectors(x, packed(vector_numbers(x, index))) for x in (entries.keys, entries.values))
         return cls(
             keys,
             values,
             beside(entries.positions).to(torch.int32),
-            there.sum(-1).tolist(),
+            counts.tolist(),
             places=None if entries.places is None else beside(entries.places).to(torch.int32),
             columns={name: beside(x) for name, x in entries.columns.items()},
         )
@@ -202,7 +211,7 @@ class RaggedStorage:
         """Where the tail goes on, long [batch * kv_heads * new], in `tensors`."""
         if self._first_free is None:
             ends = [start + count - at for start, count in self.spans]
-            self._first_free = torch.tensor(ends, device=self._keys.device)
+            self._first_free = upload(ends, self._keys.device)
         if new == 1:
             return self._first_free + at
         return (self._first_free[:, None] + torch.arange(at, at + new, device=self._keys.device)).flatten()
@@ -279,3 +288,18 @@ class RaggedStorage:
     def _tail_of(self, x: Tensor) -> Tensor:
         own = torch.stack([x[start + n - self.tail : start + n] for start, n in self.spans])
         return own.unflatten(0, (len(self.lengths), -1))
+
+
+def _last_of_each(counts: Tensor, width: int, device: torch.device) -> Tensor:
+    """Where the last places of each of several lists of one width are, so many as counted: long [sum of counts].
+
+    Args:
+        counts: long [lists], on the CPU.
+        width: of every list.
+        device: of the result, which is not waited for.
+
+    """
+    total = int(counts.sum())
+    shift = torch.arange(1, len(counts) + 1) * width - counts.cumsum(0)
+    shift, counts = (x.to(device, non_blocking=True) for x in (shift, counts))
+    return torch.arange(total, device=device) + shift.repeat_interleave(counts, output_size=total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from retain.gpu import upload
 from retain.kv.signals import NEGATIVE, Signals
 
 _BLOCK = 4  # queries that are worked on at a time
@@ -37,9 +38,10 @@ def sample(signals: Signals, count: int) -> Tensor:
 
 
 def _attention(signals: Signals, count: int, apart: int) -> Tensor:
-    places = sample(signals, count)
     if signals.plain:
-        return _plain(signals, places[0].tolist(), apart)
+        total = signals.queries.shape[2]
+        return _plain(signals, [-(-number * total // count) - 1 for number in range(1, count + 1)], apart)
+    places = sample(signals, count)
     latest = signals.query_positions.gather(1, places) - apart
     index = places[:, None, :, None].expand(-1, signals.queries.shape[1], -1, signals.dim)
     queries = signals.grouped(signals.queries.gather(2, index).float() * signals.scaling).flatten(2, 3)
@@ -60,12 +62,13 @@ def _plain(signals: Signals, places: list[int], apart: int) -> Tensor:
     received = torch.zeros(signals.batch, signals.kv_heads, signals.tokens, device=signals.device)
     for start in range(0, len(seen), _BLOCK):
         index, latest = zip(*seen[start : start + _BLOCK], strict=True)
-        queries = signals.grouped(signals.queries[:, :, list(index)].float() * signals.scaling).flatten(2, 3)
+        asked = signals.queries.index_select(2, upload(index, signals.device))
+        queries = signals.grouped(asked.float() * signals.scaling).flatten(2, 3)
         # Queries ascend, so that only the newest columns lie beyond some of them.
         first, columns = latest[0] + 1, latest[-1] + 1
         logits = queries @ signals.keys32[:, :, :columns].mT
-        beyond = torch.arange(first, columns) > torch.tensor(latest)[:, None]
-        logits.unflatten(2, (signals.group, -1))[..., first:].masked_fill_(beyond.to(signals.device), NEGATIVE)
+        beyond = torch.arange(first, columns, device=signals.device) > upload(latest, signals.device)[:, None]
+        logits.unflatten(2, (signals.group, -1))[..., first:].masked_fill_(beyond, NEGATIVE)
         weights = logits.softmax(-1)
         share = weights.new_full((1, weights.shape[2]), 1 / (signals.group * len(seen)))
         received[..., :columns] += (share @ weights).squeeze(2)

@@ -17,6 +17,7 @@ from retain.kv.signals import Signals
 if TYPE_CHECKING:
     from retain.kv.policy import Policy
 
+NOT_A_NUMBER = "the policy's scores contain NaN, as they do when keys, values or queries hold NaN or Inf"
 _LOWEST = torch.finfo(torch.float32).min / 2
 
 
@@ -33,6 +34,10 @@ class Budget:
     tokens: Tensor
     protected: Tensor
 
+    def on(self, device: torch.device) -> Tensor:
+        """Return `tokens` on another device, which is not waited for."""
+        return self.tokens.to(device, non_blocking=True)
+
     @functools.cached_property
     def width(self) -> int:
         """Most entries that any row and head keeps."""
@@ -47,6 +52,11 @@ class Budget:
 class Selection(ABC):
     """Base of all selections; a new one defines `choose`."""
 
+    @property
+    def as_budgeted(self) -> bool:
+        """Whether each head keeps the budget's number for certain, so that nobody has to count."""
+        return False
+
     @abstractmethod
     def choose(self, policy: Policy, signals: Signals, budget: Budget) -> Tensor:
         """Return the kept tokens, ascending: long [batch, kv_heads, budget.width].
@@ -57,8 +67,17 @@ class Selection(ABC):
         """
 
 
+class _AsBudgeted(Selection):
+    """A selection of the budget's numbers."""
+
+    @property
+    def as_budgeted(self) -> bool:
+        """They are."""
+        return True
+
+
 @dataclass(frozen=True)
-class Top(Selection):
+class Top(_AsBudgeted):
     """Keep the tokens of the highest scores."""
 
     def choose(self, policy: Policy, signals: Signals, budget: Budget) -> Tensor:
@@ -70,7 +89,7 @@ class Top(Selection):
 
 
 @dataclass(frozen=True)
-class TwoStage(Selection):
+class TwoStage(_AsBudgeted):
     """Fill a share of the budget by weight alone, the rest by score (CriticalKV, 2502.03805)."""
 
     first: float = 0.5
@@ -91,7 +110,7 @@ class TwoStage(Selection):
         return "two stages"
 
 
-class ByCapacity(Selection):
+class ByCapacity(_AsBudgeted):
     """Base of the selections that work on the objective itself and so need the estimator Leverage."""
 
     def choose(self, policy: Policy, signals: Signals, budget: Budget) -> Tensor:
@@ -105,7 +124,7 @@ class ByCapacity(Selection):
         protected = (budget.protected & valid).expand(-1, signals.kv_heads, -1)
         chosen = torch.full((signals.batch, signals.kv_heads, budget.width), -1, device=signals.device)
         for tokens in budget.tokens.unique().tolist():
-            own = budget.tokens.to(signals.device) == tokens
+            own = budget.on(signals.device) == tokens
             kept = self.select(vectors[own], weights[own], tokens, valid[own], protected[own], estimator)
             chosen[..., budget.width - tokens :][own] = kept
         return chosen
@@ -189,14 +208,20 @@ def highest(scores: Tensor, signals: Signals, budget: Budget) -> Tensor:
     ranked = ranked.masked_fill(budget.protected, float("inf"))
     # NaN sorts above everything: if there is one, it is among the chosen.
     values, best = ranked.topk(budget.width, dim=-1, sorted=not budget.even)
-    if bool(values.isnan().any()):
-        raise ValueError(
-            "the policy's scores contain NaN, as they do when keys, values or queries hold NaN or Inf: "
-            "nothing was evicted"
-        )
+    signals.require(~values.isnan().any(), ValueError(NOT_A_NUMBER))
     if budget.even:
-        # The places of a mask come out ascending: cheaper than sorting.
-        chosen = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, best, True)
-        return chosen.nonzero()[:, -1].view(best.shape)
-    extra = torch.arange(budget.width, device=scores.device) >= budget.tokens.to(scores.device)[..., None]
+        return _ascending(best, ranked.shape[-1])
+    extra = torch.arange(budget.width, device=scores.device) >= budget.on(scores.device)[..., None]
     return best.masked_fill(extra, -1).sort(dim=-1).values
+
+
+def _ascending(places: Tensor, tokens: int) -> Tensor:
+    """Sort different places below `tokens`, [batch, kv_heads, width], by marking them: cheaper than sorting."""
+    chosen = torch.zeros(*places.shape[:2], tokens, dtype=torch.bool, device=places.device).scatter_(-1, places, True)
+    if not places.is_cuda:
+        return chosen.nonzero()[:, -1].view(places.shape)
+    # How many a mask holds a GPU would have to tell; here it is known.
+    width = places.shape[-1]
+    order = torch.where(chosen, chosen.cumsum(-1, dtype=torch.int32) - 1, width).long()
+    found = places.new_empty(*places.shape[:2], width + 1)
+    return found.scatter_(-1, order, torch.arange(tokens, device=places.device).expand_as(order))[..., :width]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from retain.kv.moments import Moments
 from retain.kv.sharding import Sharding
+from retain.kv.verdicts import Verdicts
 
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Positions [batch, m] → cosines and sines [batch, m, rotary_dim] of the model's rotary embedding."""
@@ -53,6 +54,8 @@ class Signals:
         sharding: where the layer's other heads are; None if all are here.
         most: entries that a head may hold while others can take them; None if there is no limit.
         memo: what is computed is kept here, and found here by other signals of the very same call.
+        seen_tokens: tokens of each row's own text so far, where they are known without asking the device.
+        verdicts: where conditions that must hold are noted, for who settles them; None to ask at once.
 
     """
 
@@ -78,6 +81,8 @@ class Signals:
         sharding: Sharding | None = None,
         most: int | None = None,
         memo: dict[Any, Any] | None = None,
+        seen_tokens: Sequence[int] | None = None,
+        verdicts: Verdicts | None = None,
     ) -> None:
         self.queries, self.keys, self.values = queries, keys, values
         self.scaling = scaling if scaling is not None else 1 / math.sqrt(keys.shape[-1])
@@ -86,7 +91,8 @@ class Signals:
         self.batch, self.kv_heads, self.tokens, self.dim = keys.shape
         self.group = queries.shape[1] // self.kv_heads
         self.received, self.moments = received, dict(moments or {})
-        self.sharding, self.most = sharding, most
+        self.sharding, self.most, self.verdicts = sharding, most, verdicts
+        self._seen_tokens = seen_tokens
         self._valid, self._output = valid, output
         self._positions, self._query_positions, self._places = positions, query_positions, places
         self._memo: dict[Any, Any] = {} if memo is None else memo
@@ -156,6 +162,27 @@ class Signals:
     def seen(self) -> Tensor:
         """Tokens of each row's own text so far, long [batch]."""
         return self.query_positions[:, -1] + 1
+
+    @functools.cached_property
+    def seen_tokens(self) -> list[int]:
+        """The same as numbers, at least 0."""
+        if self._seen_tokens is not None:
+            return list(self._seen_tokens)
+        return [self.tokens] * self.batch if self.plain else self.seen.clamp_min(0).tolist()
+
+    @functools.cached_property
+    def room(self) -> Tensor:
+        """Valid entries of each row and head, long [batch, kv_heads], on the CPU."""
+        if self.valid is None:
+            return torch.full((self.batch, self.kv_heads), self.tokens)
+        return self.counts.expand(-1, self.kv_heads).cpu()
+
+    def require(self, right: Tensor, error: Exception) -> None:
+        """Raise an error, now or when it is settled, unless a condition holds: a bool of no dimensions."""
+        if self.verdicts is not None:
+            self.verdicts.require(right, error)
+        elif not bool(right):
+            raise error
 
     def memo(self, name: object, compute: Callable[[], T]) -> T:
         """Return what `compute` gives, computed at the first call for this name."""

@@ -133,16 +133,17 @@ class UniformStorage:
         return cls(entries.keys, entries.values, positions, entries.places, entries.columns)
 
     @classmethod
-    def gather(cls, entries: Entries, kept: Tensor) -> UniformStorage:
+    def gather(cls, entries: Entries, kept: Tensor, counts: Tensor | None = None) -> UniformStorage:
         """Copy the kept entries out of all of them, so that those can be freed.
 
         Args:
             entries: all of them.
             kept: long [batch, kv_heads, width], ascending, −1 for none.
+            counts: how many each row and head keeps, long [batch, kv_heads] on the CPU; None to count them.
 
         """
         empty = kept < 0
-        uneven = bool(empty.any())
+        uneven = bool(empty.any()) if counts is None else int(counts.min()) < kept.shape[2]
         index = kept.clamp_min(0) if uneven else kept
         keys, values = (_pick(x, index) for x in (entries.keys, entries.values))
         if uneven:
@@ -152,13 +153,16 @@ class UniformStorage:
             own = x.expand(-1, kept.shape[1], -1).gather(2, index)
             return own.masked_fill(empty, fill) if uneven else own
 
-        return cls(
+        stored = cls(
             keys,
             values,
             beside(entries.positions, -1).to(torch.int32),
             None if entries.places is None else beside(entries.places, -1).to(torch.int32),
             {name: beside(x, 0) for name, x in entries.columns.items()},
         )
+        if counts is not None:
+            stored._full = not uneven
+        return stored
 
     def _stored(self, name: str) -> Tensor:
         part = self._parts[name]
@@ -318,13 +322,9 @@ def _tokens_first(x: Tensor) -> bool:
     return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
 
 
-def check_finite(storage: Storage, layer: int) -> None:
-    """Raise if keys or values are not finite; what is evicted has reached every later layer, where this finds it.
+def all_finite(storage: Storage) -> Tensor:
+    """Whether no key or value is NaN or Inf, a bool of no dimensions.
 
-    Raises:
-        ValueError: they hold NaN or Inf.
-
+    What is evicted has reached every later layer, where this finds it.
     """
-    total = sum(x.sum(dtype=torch.float32) for x in storage.tensors)
-    if not bool(torch.isfinite(torch.as_tensor(total))):
-        raise ValueError(f"keys or values of layer {layer} contain NaN or Inf: nothing was cached")
+    return torch.stack([x.sum(dtype=torch.float32) for x in storage.tensors]).sum().isfinite()

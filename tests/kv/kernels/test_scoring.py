@@ -1,19 +1,22 @@
 """Scores by kernel, through Triton's interpreter, against float64."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from retain.kv import Signals, get_policy
-from retain.kv.fused import fused_log_weights
+from retain.kv.fused import FusedFactor, fused_log_weights
+from retain.kv.measuring import capacity_share
+from retain.kv.verdicts import Declined, Verdicts
 from retain.kv.weights import KeySalience, WindowAttention
 
 pytest.importorskip("triton")
 
 from retain.kv.kernels.cholesky import inverse_factor
 from retain.kv.kernels.gram import weighted_gram
-from retain.kv.kernels.leverage import inner_products
+from retain.kv.kernels.leverage import factorize, inner_products, part_factor
 
 # The interpreter computes with NumPy, which warns of log 0 and of NaN, where a GPU gives −inf and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -65,7 +68,7 @@ def test_leverage_is_that_of_float64(dtype, tokens, dim):
     largest = gram.diagonal(dim1=-2, dim2=-1).amax()
     assert (found - gram).abs().max() < TOLERANCE[dtype] / 5 * largest
     there = log_weights > -math.inf
-    result = inner_products(values, log_weights, 0.1)
+    result = inner_products(values, log_weights, factorize(values, log_weights, 0.1))
     torch.testing.assert_close(result[there].double(), inner[there], rtol=TOLERANCE[dtype], atol=0)
 
 
@@ -81,7 +84,35 @@ def test_factor_is_inverted_block_by_block():
 @pytest.mark.parametrize("broken", [math.nan, math.inf, 0.0, 1e30])
 def test_values_that_a_kernel_cannot_hold_are_left_to_torch(broken):
     values = torch.full((1, 1, 20, 16), broken)
-    assert inner_products(values, torch.zeros(1, 1, 20), 0.1) is None
+    assert factorize(values, torch.zeros(1, 1, 20), 0.1).failed.all()
+
+
+def test_values_that_a_kernel_cannot_hold_are_scored_all_the_same(on_cpu):
+    values = torch.zeros(1, 1, 20, 16)
+    values[..., 3, :] = 1e-9
+    signals = Signals(values, values, values)
+    policy = get_policy("capkv")
+    assert FusedFactor.of(torch.zeros(1, 1, 20), 0.1, signals) is None
+    assert policy.score(signals)[..., 3].isfinite().all()
+    # Who settles what is asked learns of it then.
+    verdicts = Verdicts()
+    policy.score(Signals(values, values, values, verdicts=verdicts))
+    with pytest.raises(Declined):
+        verdicts.settle()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_share_of_the_capacity_is_that_of_plain_torch(monkeypatch, dtype):
+    generator = torch.Generator().manual_seed(4)
+    queries, keys = (2 * torch.randn(2, heads, 120, 32, generator=generator).to(dtype) for heads in (4, 2))
+    signals = partial(Signals, queries, keys, values_of(2, 2, 120, 32, dtype))
+    kept = torch.stack([torch.randperm(120, generator=generator)[:30].sort().values for _ in range(4)]).view(2, 2, -1)
+    kept[0, 0, :12] = -1
+    kept[1, 1] = -1
+    exact = capacity_share(signals(), kept)
+    assert 0 < exact[0, 0] < exact[0, 1] < 1
+    monkeypatch.setattr("retain.kv.fused.usable", lambda *tensors: True)
+    torch.testing.assert_close(capacity_share(signals(), kept), exact, rtol=1e-4, atol=1e-5)
 
 
 def log_weight_oracle(queries, keys, start, window, pool, beta, skip, recent):

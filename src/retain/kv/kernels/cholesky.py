@@ -4,7 +4,7 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportUnknownParameterType=false
 # pyright: reportGeneralTypeIssues=false
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,7 +17,27 @@ from retain.kv.kernels.product import product
 _BLOCK = 32
 
 
-def inverse_factor(gram: Tensor, dim: int, ridge: float, least: float = 1e-12) -> tuple[Tensor, Tensor, Tensor]:
+class Factor(NamedTuple):
+    """The Cholesky factor L of I + G/σ² for each row and head.
+
+    Args:
+        inverse: L⁻¹, float32 [batch, kv_heads, D, D], lower triangular, entries in [−1, 1].
+        noise: σ², float32 [batch, kv_heads].
+        failed: int32 [batch, kv_heads], other than 0 where G is not finite or its trace out of range.
+
+    """
+
+    inverse: Tensor
+    noise: Tensor
+    failed: Tensor
+
+    @property
+    def capacity(self) -> Tensor:
+        """½ log det(I + G/σ²) in nats, [batch, kv_heads]."""
+        return -self.inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def inverse_factor(gram: Tensor, dim: int, ridge: float, least: float = 1e-12, noise: Tensor | None = None) -> Factor:
     """Invert the lower Cholesky factor L of I + G/σ², with σ² = ridge · tr(G)/dim.
 
     All eigenvalues are at least 1 and at most 1 + dim/ridge, so float32 needs no jitter.
@@ -27,15 +47,13 @@ def inverse_factor(gram: Tensor, dim: int, ridge: float, least: float = 1e-12) -
         dim: rows and columns that are not padding.
         ridge: λ > 0.
         least: smallest trace of G in whose squares nothing is lost.
-
-    Returns:
-        L⁻¹ [batch, kv_heads, D, D], lower triangular, entries in [−1, 1]; σ² [batch, kv_heads]; and which of them
-        failed, int32 [batch, kv_heads], other than 0 where G is not finite or its trace out of range.
+        noise: σ² of a larger set that this one is part of, [batch, kv_heads], in place of the set's own.
 
     """
     gram = gram.contiguous()
     inverse, scratch = torch.empty_like(gram), torch.empty_like(gram)
-    noise = gram.new_empty(gram.shape[:2])
+    given = noise is not None
+    noise = gram.new_empty(gram.shape[:2]) if noise is None else noise.contiguous()
     failed = torch.empty(gram.shape[:2], dtype=torch.int32, device=gram.device)
     wide = gram.shape[-1]
     launch(
@@ -49,12 +67,13 @@ def inverse_factor(gram: Tensor, dim: int, ridge: float, least: float = 1e-12) -
         ridge,
         least,
         DIM=dim,
+        GIVEN=given,
         WIDE=wide,
         BLOCK=min(_BLOCK, wide),
         num_warps=4,
         num_stages=1,
     )
-    return inverse, noise, failed
+    return Factor(inverse, noise, failed)
 
 
 @triton.jit
@@ -67,6 +86,7 @@ def _factor(
     ridge: "Any",
     least: "Any",
     DIM: tl.constexpr,
+    GIVEN: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -77,9 +97,13 @@ def _factor(
     every = tl.arange(0, WIDE)
     part = tl.arange(0, BLOCK)
     trace = tl.sum(tl.load(gram + every * (WIDE + 1)))
-    bad = tl.where((trace >= least) & (trace <= 1e12), 0, 1)  # also of NaN
-    variance = ridge * trace / DIM
-    tl.store(noise + head, variance)
+    if GIVEN:
+        bad = tl.where(trace <= 1e12, 0, 1)  # also of NaN; a part of a set may be nothing
+        variance = tl.load(noise + head)
+    else:
+        bad = tl.where((trace >= least) & (trace <= 1e12), 0, 1)
+        variance = ridge * trace / DIM
+        tl.store(noise + head, variance)
     tl.store(inverse + every[:, None] * WIDE + every[None, :], tl.zeros((WIDE, WIDE), tl.float32))
     for j in range(WIDE // BLOCK):
         own = j * BLOCK + part

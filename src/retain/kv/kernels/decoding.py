@@ -59,7 +59,8 @@ class Plan:
         size = np.where(late, part, np.minimum(part, sizes[head] - number * part))
         size[ends - 1] = -1
         items = torch.from_numpy(np.stack((head, start, size, new), axis=1).astype(np.int32))
-        return cls(items.to(device), torch.from_numpy(spans.astype(np.int32)).to(device))
+        parts = torch.from_numpy(spans.astype(np.int32))
+        return cls(*(x.to(device, non_blocking=True) for x in (items, parts)))
 
 
 def decode(

@@ -1,4 +1,4 @@
-"""vᵀA⁻¹v of each value in one pass, from the inverse of a Cholesky factor."""
+"""Capacity of a cache and what each value contributes to it, from Gram matrices and their Cholesky factors."""
 
 # Triton's annotations speak of its compiler's own calls, not of what a kernel may be written as.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportUnknownParameterType=false
@@ -12,31 +12,52 @@ import triton.language as tl
 from torch import Tensor
 
 from retain.gpu import launch, power_of_two
-from retain.kv.kernels.cholesky import inverse_factor
+from retain.kv.kernels.cholesky import Factor, inverse_factor
 from retain.kv.kernels.gram import weighted_gram
 from retain.kv.kernels.grid import rows_of, split_tokens
 from retain.kv.kernels.product import product
 
 
-def inner_products(values: Tensor, log_weights: Tensor, ridge: float) -> Tensor | None:
-    """vᵀA⁻¹v with A = σ²I + Σ w v vᵀ, σ² = ridge · tr/dim, the largest weight of a head counting as 1.
-
-    V is read twice, and nothing of its size is written.
+def factorize(values: Tensor, log_weights: Tensor, ridge: float) -> Factor:
+    """Factorise A = σ²I + Σ w v vᵀ, σ² = ridge · tr/dim, the largest weight of a head counting as 1.
 
     Args:
         values: [batch, kv_heads, tokens, value_dim], float32, bfloat16 or float16.
-        log_weights: float32 [batch, kv_heads, tokens], −inf for those that do not exist, which get 0.
+        log_weights: float32 [batch, kv_heads, tokens], −inf for those that do not exist.
         ridge: λ, at least 1e-3: below that, 16-bit factors lose too much.
 
-    Returns:
-        float32 [batch, kv_heads, tokens]; None if a Gram matrix is not finite or out of range,
-        as that of zeros is.
+    """
+    least = 1e-4 if values.dtype == torch.float16 else 1e-12
+    return inverse_factor(weighted_gram(values, log_weights), values.shape[-1], ridge, least)
 
+
+def part_factor(values: Tensor, log_weights: Tensor, kept: Tensor, whole: Factor) -> Factor:
+    """Factorise the same of some of the entries, with the σ² of all; arguments as of `factorize`.
+
+    Args:
+        values: as there.
+        log_weights: as there.
+        kept: long [batch, kv_heads, width], which entries those are, −1 for none.
+        whole: of all entries.
+
+    """
+    tokens = log_weights.shape[-1]
+    chosen = torch.zeros(*kept.shape[:2], tokens + 1, dtype=torch.bool, device=kept.device)
+    chosen.scatter_(-1, kept.where(kept >= 0, tokens), True)
+    part = log_weights.masked_fill(~chosen[..., :tokens], float("-inf"))
+    # Each set counts its own largest weight as 1.
+    scale = (part.amax(-1) - log_weights.amax(-1)).exp()
+    gram = weighted_gram(values, part) * scale[..., None, None]
+    return inverse_factor(gram, values.shape[-1], 0.0, noise=whole.noise)
+
+
+def inner_products(values: Tensor, log_weights: Tensor, factor: Factor) -> Tensor:
+    """vᵀA⁻¹v of each value, float32 [batch, kv_heads, tokens]; 0 where there is none.
+
+    Arguments are those of `factorize` and what it returned. With it V is read twice, and nothing of its size is written.
     """
     values = rows_of(values)
     batch, heads, tokens, dim = values.shape
-    least = 1e-4 if values.dtype == torch.float16 else 1e-12
-    inverse, noise, failed = inverse_factor(weighted_gram(values, log_weights), dim, ridge, least)
     wide = power_of_two(dim)
     block = 128
     splits, chunk = split_tokens(tokens, batch * heads, block, 2, values.device)
@@ -46,8 +67,8 @@ def inner_products(values: Tensor, log_weights: Tensor, ridge: float) -> Tensor 
         (batch * heads, splits),
         values,
         log_weights.contiguous(),
-        inverse,
-        noise,
+        factor.inverse,
+        factor.noise,
         inner,
         tokens,
         chunk,
@@ -59,8 +80,7 @@ def inner_products(values: Tensor, log_weights: Tensor, ridge: float) -> Tensor 
         num_warps=4 if wide <= 64 else 8,
         num_stages=3,
     )
-    # Asked last, so that the device has all its work by then.
-    return None if bool(failed.any()) else inner
+    return inner
 
 
 @triton.jit(do_not_specialize=["tokens", "chunk", "heads"])
