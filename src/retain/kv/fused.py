@@ -10,7 +10,7 @@ from torch import Tensor
 from retain.kv.kernels import usable
 from retain.kv.sampled import sample
 from retain.kv.signals import Signals
-from retain.kv.verdicts import Declined
+from retain.kv.verdicts import KernelsDeclinedError
 from retain.kv.weights import ExpectedAttention, KeySalience, SampledAttention, Sum, Weights, WindowAttention
 
 _MOST_ROWS = 128  # queries of a window times heads of a group that one program holds
@@ -92,19 +92,19 @@ class FusedFactor:
     def of(cls, log_weights: Tensor, ridge: float, signals: Signals) -> FusedFactor | None:
         """Return it; None where no kernel can be used, or where the values call for more than float32 and one scale.
 
-        If the latter is not to be asked at once, what settles the signals' verdicts gets `Declined`.
+        If the latter is not to be asked at once, what settles the signals' verdicts gets `KernelsDeclinedError`.
         """
         if ridge < _LEAST_RIDGE or not usable(signals.values):
             return None
         own = cls(log_weights, ridge, signals)
         try:
             own._require(own._factor)
-        except Declined:
+        except KernelsDeclinedError:
             return None
         return own
 
     def _require(self, factor: Any) -> None:
-        self._signals.require(~factor.failed.any(), Declined())
+        self._signals.require(~factor.failed.any(), KernelsDeclinedError())
 
     def inner_products(self) -> Tensor:
         """Return vᵀA⁻¹v, [batch, kv_heads, tokens]."""

@@ -8,7 +8,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from retain.kv.offloading import fetched
 from retain.kv.sharding import Sharding, gathered
@@ -45,6 +45,8 @@ def _digest(model: PreTrainedModel, sharded: bool) -> str:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     decoder = model.get_decoder()
     prefix = next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
+    named: list[str] = []
+    signs: list[Tensor] = []
     with torch.no_grad():
         for name, weight in sorted(decoder.state_dict().items()):
             if sharded:
@@ -53,9 +55,24 @@ def _digest(model: PreTrainedModel, sharded: bool) -> str:
                 owner, _, own = name.rpartition(".")
                 found = fetched(decoder.get_submodule(owner), own)
                 weight = weight if found is None else found
-            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            named.append(f"{name}{tuple(weight.shape)}")
+            sample = torch.empty(0, dtype=torch.bool)
             if weight.is_floating_point() and weight.device.type != "meta":
                 flat = weight.reshape(-1)
-                part = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE]
-                digest.update(bytes((part > 0).cpu().tolist()))
+                sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE] > 0
+            signs.append(sample)
+    for name, own in zip(named, _fetched_together(signs), strict=True):
+        digest.update(name.encode())
+        digest.update(bytes(own))
     return digest.hexdigest()[:16]
+
+
+def _fetched_together(parts: list[Tensor]) -> list[list[bool]]:
+    """Return what tensors of one dimension hold, each device asked once: every answer makes the program wait for it."""
+    found: list[list[bool]] = [[] for _ in parts]
+    for device in {part.device for part in parts}:
+        here = [number for number, part in enumerate(parts) if part.device == device]
+        together = torch.cat([parts[number] for number in here]).cpu()
+        for number, own in zip(here, together.split([len(parts[number]) for number in here]), strict=True):
+            found[number] = own.tolist()
+    return found

@@ -30,7 +30,7 @@ from retain.kv.settings import Settings
 from retain.kv.sharding import Sharding
 from retain.kv.signals import Signals, rotate_half
 from retain.kv.storage import Entries, UniformStorage, all_finite
-from retain.kv.verdicts import Declined, Verdicts
+from retain.kv.verdicts import KernelsDeclinedError, Verdicts
 
 
 class RetainLayer(DynamicLayer):
@@ -210,7 +210,7 @@ class RetainLayer(DynamicLayer):
             entries = self.storage.entries
         try:
             self._choose(entries, self._signals(call, entries, attention))
-        except Declined:
+        except KernelsDeclinedError:
             if call.memo is not None:
                 call.memo.clear()
             with torch_only():
@@ -227,7 +227,9 @@ class RetainLayer(DynamicLayer):
         # What remembers goes on remembering, and what competes claims, also where all may stay.
         goes_on = own.always and (own.policy.weights.remembers or self.pool is not None)
         if own.policy.keep_all or (allowed == seen and not goes_on):
-            stored: UniformStorage | RaggedStorage = self.storage or UniformStorage.all(entries)
+            stored: UniformStorage | RaggedStorage = self.storage or UniformStorage.all(
+                entries, padded=any(self.padding)
+            )
             self._require_finite(stored, signals)
             self.capacity = torch.ones(signals.batch, signals.kv_heads) if own.measure_capacity else None
             self._store(stored, allowed)

@@ -162,32 +162,35 @@ class RaggedStorage:
     @property
     def positions(self) -> Tensor:
         """Index of each entry within its row's own text, int32 [batch, kv_heads, width], −1 where there is none."""
-        return self._aligned(self.packed_positions, self._tail_beside(self.tail_positions), -1)
+        return self._aligner()(self.packed_positions, self._tail_beside(self.tail_positions), -1)
 
     @property
     def entries(self) -> Entries:
         """All entries, right-aligned; padding in this view only."""
-        places = self.packed_places
+        aligned, places = self._aligner(), self.packed_places
         beside = self._tail_beside(self.tail_positions)
         return Entries(
-            self._aligned(self.packed_keys, self.tail_keys, 0),
-            self._aligned(self.packed_values, self.tail_values, 0),
-            self.positions.long(),
-            None if places is None else self._aligned(places, beside, -1),
-            {name: self._aligned(x, x.new_full(beside.shape, FILL[name]), 0) for name, x in self.columns.items()},
+            aligned(self.packed_keys, self.tail_keys, 0),
+            aligned(self.packed_values, self.tail_values, 0),
+            aligned(self.packed_positions, beside, -1).long(),
+            None if places is None else aligned(places, beside, -1),
+            {name: aligned(x, x.new_full(beside.shape, FILL[name]), 0) for name, x in self.columns.items()},
         )
 
     def _tail_beside(self, x: Tensor) -> Tensor:
         return x[:, None].expand(-1, len(self.lengths[0]), -1)
 
-    def _aligned(self, packed: Tensor, tail: Tensor, fill: float) -> Tensor:
-        """Packed entries [packed, …] right-aligned before the tail [batch, kv_heads, new, …]."""
-        width = max(itertools.chain(*self.lengths))
-        lengths = torch.tensor(self.lengths, device=packed.device)
-        there = torch.arange(width, device=packed.device) >= width - lengths[..., None]
-        aligned = packed.new_full((*there.shape, *packed.shape[1:]), fill)
-        aligned[there] = packed
-        return torch.cat((aligned, tail.to(packed.dtype)), dim=2)
+    def _aligner(self) -> Callable[[Tensor, Tensor, float], Tensor]:
+        """Return what puts packed entries [packed, …] right-aligned before a tail [batch, kv_heads, new, …]."""
+        counts = torch.tensor(self.lengths)
+        width = int(counts.max())
+        there = _last_of_each(counts.flatten(), width, self.tail_positions.device)
+
+        def aligned(packed: Tensor, tail: Tensor, fill: float) -> Tensor:
+            every = packed.new_full((counts.numel() * width, *packed.shape[1:]), fill).index_copy_(0, there, packed)
+            return torch.cat((every.unflatten(0, (*counts.shape, width)), tail.to(packed.dtype)), dim=2)
+
+        return aligned
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, *, padded: bool = False) -> None:
         """Add the entries of new tokens; `positions` is [batch, new]; `padded` if some are padding."""

@@ -75,7 +75,7 @@ def _seen(query: Tensor, storage: RaggedStorage, mask: Tensor | None) -> Tensor 
     """Return what each new token may read of the tail, bool [batch, new, tail]; None for all that came before it."""
     there = storage.tail_positions >= 0
     new, tail = query.shape[2], storage.tail
-    if storage.tail_full and (mask is None or (new == 1 and bool(mask.all()))):
+    if storage.tail_full and (mask is None or new == 1):  # of one token a mask says no more than its position
         return None
     before = there[:, None, : tail - new].expand(-1, new, -1)
     if mask is None:

@@ -127,10 +127,12 @@ class UniformStorage:
         self._full: bool | None = None  # what `full` says; None until it is asked
 
     @classmethod
-    def all(cls, entries: Entries) -> UniformStorage:
-        """Store all entries as they are."""
+    def all(cls, entries: Entries, *, padded: bool = True) -> UniformStorage:
+        """Store all entries as they are; `padded` if some may be empty places."""
         positions = entries.positions.clamp_min(-1).to(torch.int32).expand(entries.keys.shape[:3])
-        return cls(entries.keys, entries.values, positions, entries.places, entries.columns)
+        stored = cls(entries.keys, entries.values, positions, entries.places, entries.columns)
+        stored._full = None if padded else True
+        return stored
 
     @classmethod
     def gather(cls, entries: Entries, kept: Tensor, counts: Tensor | None = None) -> UniformStorage:

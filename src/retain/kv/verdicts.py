@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Declined(Exception):
+class KernelsDeclinedError(Exception):
     """Kernels can't compute this call's scores; plain torch can."""
 
 

@@ -278,7 +278,7 @@ def _run_epoch(
     size = split.train.size(1)
     batches.set_epoch(number)
     passes = settings.composition.passes
-    total, steps = 0.0, 0
+    sum_of_losses, steps = torch.zeros((), dtype=torch.float64, device=x.device), 0
     devices = [x.device] if x.is_cuda else []
     with torch.random.fork_rng(devices=devices):
         # From seed, epoch and rank alone, so that a resumed run draws the same dropout.
@@ -288,13 +288,14 @@ def _run_epoch(
             scores = model(x, rest, batch.pairs)
             loss = torch.stack([step_loss(part, batch) for part in scores]).sum() / passes
             torch.autograd.backward(loss)
-            total += loss.item()
+            sum_of_losses += loss.detach()  # not read here: a GPU would have to catch up in every step
             if count % passes == 0:
                 if settings.clip is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
                 optimizer.step()
                 optimizer.zero_grad()
                 steps += 1
+    total = float(sum_of_losses)
     if not math.isfinite(total):
         raise FloatingPointError(f"the loss of epoch {number} is {total}: lower the learning rate or clip")
     return total / steps

@@ -9,14 +9,14 @@ import torch
 from retain.kv import Signals, get_policy
 from retain.kv.fused import FusedFactor, fused_log_weights
 from retain.kv.measuring import capacity_share
-from retain.kv.verdicts import Declined, Verdicts
+from retain.kv.verdicts import KernelsDeclinedError, Verdicts
 from retain.kv.weights import KeySalience, WindowAttention
 
 pytest.importorskip("triton")
 
 from retain.kv.kernels.cholesky import inverse_factor
 from retain.kv.kernels.gram import weighted_gram
-from retain.kv.kernels.leverage import factorize, inner_products, part_factor
+from retain.kv.kernels.leverage import factorize, inner_products
 
 # The interpreter computes with NumPy, which warns of log 0 and of NaN, where a GPU gives −inf and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -97,7 +97,7 @@ def test_values_that_a_kernel_cannot_hold_are_scored_all_the_same(on_cpu):
     # Who settles what is asked learns of it then.
     verdicts = Verdicts()
     policy.score(Signals(values, values, values, verdicts=verdicts))
-    with pytest.raises(Declined):
+    with pytest.raises(KernelsDeclinedError):
         verdicts.settle()
 
 

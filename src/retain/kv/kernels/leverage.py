@@ -54,7 +54,7 @@ def part_factor(values: Tensor, log_weights: Tensor, kept: Tensor, whole: Factor
 def inner_products(values: Tensor, log_weights: Tensor, factor: Factor) -> Tensor:
     """vᵀA⁻¹v of each value, float32 [batch, kv_heads, tokens]; 0 where there is none.
 
-    Arguments are those of `factorize` and what it returned. With it V is read twice, and nothing of its size is written.
+    Arguments are those of `factorize` and what it returned. Between them V is read twice, nothing of its size written.
     """
     values = rows_of(values)
     batch, heads, tokens, dim = values.shape

@@ -1,0 +1,53 @@
+"""Trains, audits and evaluates every link predictor on a pretended GPU and on the CPU; prints a JSON line for each."""
+
+import json
+import sys
+import warnings
+
+import torch
+
+from retain.link.builtin import block_model
+from retain.link.composition import Random
+from retain.link.graph import Protocol, split
+from retain.link.models import MODELS, ModelSettings
+from retain.link.trained import audit_trained, held_out_scores
+from retain.link.training import TrainSettings, fit
+from tests.pretended.device import NAME
+
+CASES = (
+    {},
+    {"encoder": "sage", "encoder_norm": "layer"},
+    {"encoder": "pure", "decoder": "concat"},
+    *({"model": name} for name in MODELS if name != "pair"),
+)
+PROTOCOL = Protocol(0.1, 0.2)
+
+
+def run(device, case):
+    """Losses, metric, audit and test scores of one training."""
+    graph = block_model(nodes=120, classes=3, degree=6, feature_signal=2.0, features=16, seed=1)
+    parts = split(graph, PROTOCOL, seed=0)
+    torch.manual_seed(0)
+    model = ModelSettings(hidden=16, **case).build(16).to(device)
+    settings = TrainSettings(epochs=1, batch_size=64, composition=Random())
+    result = fit(model, graph, parts, settings)
+    numbers = [*(epoch.loss for epoch in result.epochs), result.metric]
+    numbers += held_out_scores(model, graph, parts, PROTOCOL).values()
+    if not case:  # the audit asks every model alike
+        report = audit_trained(model, graph, parts, batch_size=64)
+        numbers += [found.mean for part in report.parts.values() for found in part.statistics.values()]
+    return numbers
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for case in CASES:
+        try:
+            expected = run("cpu", case)
+            found = run(NAME, case)
+            print(json.dumps({"case": case, "numbers": [expected, found]}), flush=True)
+        except Exception as error:
+            print(json.dumps({"case": case, "error": f"{type(error).__name__}: {error}"}), flush=True)
+            if "--raise" in sys.argv:
+                raise

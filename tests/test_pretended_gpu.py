@@ -1,0 +1,64 @@
+"""On a GPU everything gives what it gives on the CPU, and waits for it seldom: shown on a pretended one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.pretended.build import build
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or torch.version.cuda is not None, reason="needs g++, and a torch without CUDA"
+)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("pretended"))
+
+
+def lines(script, library, *, interpret):
+    own = {"PRETENDED_CUDA": str(library), "TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **own}
+    command = [sys.executable, "-W", "ignore", "-m", f"tests.pretended.{script}"]
+    printed = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+def waits_by_layer(line, part):
+    return len(line["waits"][part]) / line["waits"]["layers"]
+
+
+def test_caches_answer_alike(library):
+    pytest.importorskip("transformers")
+    for line in lines("cache", library, interpret=False):
+        assert line.get("same"), line
+
+
+def test_caches_answer_alike_by_kernels(library):
+    pytest.importorskip("transformers")
+    pytest.importorskip("triton")
+    found = lines("cache", library, interpret=True)
+    for line in found:
+        assert line.get("same"), line
+    default = found[0]
+    assert default["case"][2:] == ["capkv-profile", {}]
+    # Scores by kernel, and so the capacity, and decoding over heads of unequal length.
+    assert {"first_pass", "second_pass", "_gram", "_factor", "_quadratic_form", "_part"} <= set(default["launched"])
+    # All that must hold of a layer is asked at once, and of a step nothing.
+    assert len(default["waits"]["made"]) == 1
+    assert waits_by_layer(default, "prefill") == 1
+    assert waits_by_layer(default, "steps") == 0
+
+
+def test_link_predictors_train_and_audit_alike(library):
+    pytest.importorskip("torch_geometric")
+    for line in lines("link", library, interpret=False):
+        expected, found = line.get("numbers", [None, line])
+        assert found == pytest.approx(expected, abs=1e-6, nan_ok=True), line["case"]
