@@ -13,7 +13,7 @@ from retain.kv.signals import Signals
 from retain.kv.verdicts import KernelsDeclinedError
 from retain.kv.weights import ExpectedAttention, KeySalience, SampledAttention, Sum, Weights, WindowAttention
 
-_MOST_ROWS = 128  # queries of a window times heads of a group that one program holds
+_MOST_ROWS = 128  # queries of a window, or of a sample, times heads of a group that one program holds
 _LEAST_RIDGE = 1e-3
 
 
@@ -45,7 +45,7 @@ def fused_log_weights(weights: Weights, signals: Signals) -> Tensor | None:
         return None
     count = signals.queries.shape[2]
     width = min(window.window, count)
-    if (width + (sampled.count if sampled else 0)) * signals.group > _MOST_ROWS:
+    if max(width, sampled.count if sampled else 0) * signals.group > _MOST_ROWS:
         return None
     from retain.kv.kernels.observation import Observation, Terms, observed_log_weights
 

@@ -17,7 +17,8 @@ from retain.kv.kernels.moments import query_moments
 from retain.kv.kernels.passes import first_pass, second_pass
 from retain.kv.kernels.terms import sum_of_terms
 
-_BLOCK = 64
+_BLOCK = 64  # keys
+_MOST_ROWS = 64  # queries of all heads of a group that four warps hold beside the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,47 +87,66 @@ def observed_log_weights(seen: Observation, terms: Terms) -> Tensor:  # [batch, 
     heads, group = batch * kv_heads, seen.queries.shape[1] // kv_heads
     queries = rows_of(seen.queries)
     gaussians = _gaussians(seen, queries)
-    asked = queries[:, :, queries.shape[2] - seen.window :]
+    newest = queries[:, :, queries.shape[2] - seen.window :].contiguous()
+    sampled, count = newest, 0  # a kernel for no sample does not look at it
     if seen.sampled is not None:
-        index = seen.sampled[:, None, :, None].expand(-1, queries.shape[1], -1, dim)
-        asked = torch.cat((asked, queries.gather(2, index)), dim=2)
-    count = asked.shape[2]
-    wide, rows, bells = power_of_two(dim), power_of_two(group * count), power_of_two(gaussians.shape[2], 1)
-    block = _BLOCK // 2 if keys.dtype == torch.float32 or rows > 64 else _BLOCK  # so that registers suffice
-    splits, chunk = split_tokens(tokens, heads, block, 2, keys.device)
-    width = wide + 2 * rows + 2 * bells
+        count = seen.sampled.shape[1]
+        sampled = queries.gather(2, seen.sampled[:, None, :, None].expand(-1, queries.shape[1], -1, dim))
+    whole: dict[str, int] = {
+        "DIM": dim,
+        "GROUP": group,
+        "WINDOW": seen.window,
+        "SAMPLED": count,
+        "GAUSSIANS": gaussians.shape[2],
+        "BLOCK_D": power_of_two(dim),
+        "BLOCK_W": power_of_two(group * seen.window),
+        "BLOCK_S": power_of_two(group * count) if count else 0,
+        # A column of each Gaussian, and one of the length.
+        "COLUMNS": power_of_two(gaussians.shape[2] + 1, 8),
+        "BLOCK_N": _BLOCK // 2 if keys.dtype == torch.float32 else _BLOCK,
+        "num_warps": 4 if group * max(seen.window, count) <= _MOST_ROWS else 8,  # so that registers suffice
+        "num_stages": 3,
+    }
+    splits, chunk = split_tokens(tokens, heads, whole["BLOCK_N"], 2, keys.device)
+    width = whole["BLOCK_D"] + 2 * (whole["BLOCK_W"] + whole["BLOCK_S"] + whole["COLUMNS"])
     sums = torch.empty(heads, splits, width, dtype=torch.float32, device=keys.device)
     totals = torch.empty(heads, splits, 5, dtype=torch.float32, device=keys.device)
     # Window attention, expected attention, cosine, sampled attention.
-    scores = torch.empty(3 + (count > seen.window), batch, kv_heads, tokens, dtype=torch.float32, device=keys.device)
+    scores = torch.empty(3 + (count > 0), batch, kv_heads, tokens, dtype=torch.float32, device=keys.device)
     inner = seen.starts if seen.inner is None else seen.inner
-    whole = {
-        "DIM": dim,
-        "ROWS": group * count,
-        "COUNT": count,
-        "GAUSSIANS": gaussians.shape[2],
-        "BLOCK_D": wide,
-        "BLOCK_R": rows,
-        "BLOCK_G": bells,
-        "BLOCK_N": block,
-        "num_warps": 4,
-        "num_stages": 3,
-    }
-    where = (keys, asked.contiguous(), gaussians, seen.starts, seen.ends, sums)
+    # What the first pass finds of each key for itself.
+    found = torch.empty(gaussians.shape[2] + 1, heads, tokens, dtype=torch.float32, device=keys.device)
+    where = (seen.starts, seen.ends, sums)
     sizes = (tokens, chunk, kv_heads, seen.scaling, *keys.stride()[:3], *seen.starts.stride(), *seen.ends.stride())
-    launch(first_pass, (heads, splits), *where, inner, *sizes, *inner.stride(), **whole)
+    launch(
+        first_pass,
+        (heads, splits),
+        keys,
+        newest,
+        sampled,
+        gaussians,
+        *where,
+        found,
+        inner,
+        *sizes,
+        *inner.stride(),
+        **whole,
+    )
     parts = power_of_two(splits, 1)
     launch(
         second_pass,
         (heads, splits),
+        keys,
+        newest,
+        sampled,
+        found,
         *where,
         scores,
         totals,
         *sizes,
         terms.beta,
-        WINDOW=seen.window,
         POOL=terms.pool,
-        BLOCK_S=parts,
+        BLOCK_P=parts,
         **whole,
     )
     log = torch.empty(batch, kv_heads, tokens, dtype=torch.float32, device=keys.device)
@@ -144,9 +164,9 @@ def observed_log_weights(seen: Observation, terms: Terms) -> Tensor:  # [batch, 
         *seen.starts.stride(),
         terms.beta,
         *factors,
-        SAMPLED=count > seen.window,
+        SAMPLED=count > 0,
         POOL=terms.pool,
-        BLOCK_S=parts,
+        BLOCK_P=parts,
         BLOCK_N=1024,
         num_warps=4,
     )

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 _TINY = tl.constexpr(1.1754943508222875e-38)
+_LN_2 = tl.constexpr(0.6931471805599453)
+_LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "splits", "starts_batch", "starts_head"])
@@ -30,22 +32,22 @@ def sum_of_terms(
     sampled_factor: "Any",
     SAMPLED: tl.constexpr,
     POOL: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Divide each term by its sum over the head's entries, and add them, in logarithms."""
     head = tl.program_id(0).to(tl.int64)
     total = tl.num_programs(0).to(tl.int64)
-    parts = tl.arange(0, BLOCK_S)
+    parts = tl.arange(0, BLOCK_P)
     inside = parts < splits
     begin = tl.load(starts + head // heads * starts_batch + head % heads * starts_head)
     own = totals + (head * splits + parts) * 5
     window_sum = tl.sum(tl.load(own, mask=inside, other=0.0), 0)
     salience_sum = tl.sum(tl.load(own + 1, mask=inside, other=0.0), 0)
-    peaks = tl.load(own + 3, mask=inside, other=float("-inf"))
+    # Expected attention comes in powers of two.
+    peaks = tl.load(own + 3, mask=inside, other=_LOWEST)
     peak = tl.max(peaks, 0)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    mass = tl.sum(tl.load(own + 4, mask=inside, other=0.0) * tl.exp(peaks - peak), 0)
+    mass = tl.sum(tl.load(own + 4, mask=inside, other=0.0) * tl.exp2(peaks - peak), 0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = (n >= begin) & (n < tokens)
     pooled = tl.zeros((BLOCK_N,), tl.float32)
@@ -55,7 +57,7 @@ def sum_of_terms(
     # Each logarithm of 0 is −inf by itself: a window may attend to nothing.
     window_log = tl.log(pooled / POOL) - tl.log(tl.maximum(window_sum, _TINY)) + tl.log(window_factor)
     expected = tl.load(scores + (total + head) * tokens + n, mask=there, other=float("-inf"))
-    expected_log = expected - peak - tl.log(tl.maximum(mass, _TINY)) + tl.log(expected_factor)
+    expected_log = (expected - peak) * _LN_2 - tl.log(tl.maximum(mass, _TINY)) + tl.log(expected_factor)
     cosine = tl.load(scores + (2 * total + head) * tokens + n, mask=there, other=0.0)
     salience_log = -beta * cosine - tl.log(tl.maximum(salience_sum, _TINY)) + tl.log(salience_factor)
     sampled_log = tl.full((BLOCK_N,), float("-inf"), tl.float32)
