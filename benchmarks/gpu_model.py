@@ -70,7 +70,7 @@ def caches(model: Any) -> dict[str, Any]:
         for name, allocation in (("uniform", "equal"), ("ragged", Skewed())):
 
             def make(budget: float = budget, allocation: Any = allocation) -> RetainCache:
-                return RetainCache(model, "capkv", budget, allocation=allocation, measure_capacity=False)
+                return RetainCache(model, budget=budget, allocation=allocation)
 
             made[f"{budget:.0%} {name}"] = make
     return made

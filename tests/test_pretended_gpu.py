@@ -23,12 +23,12 @@ def library(tmp_path_factory):
     return build(tmp_path_factory.mktemp("pretended"))
 
 
-def lines(script, library, *, interpret):
+def lines(script, library, *options, interpret):
     own = {"PRETENDED_CUDA": str(library), "TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **own}
-    command = [sys.executable, "-W", "ignore", "-m", f"tests.pretended.{script}"]
+    command = [sys.executable, "-W", "ignore", "-m", f"tests.pretended.{script}", *options]
     printed = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    return [json.loads(line) for line in printed.splitlines()]
+    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
 
 def waits_by_layer(line, part):
@@ -62,3 +62,12 @@ def test_link_predictors_train_and_audit_alike(library):
     for line in lines("link", library, interpret=False):
         expected, found = line.get("numbers", [None, line])
         assert found == pytest.approx(expected, abs=1e-6, nan_ok=True), line["case"]
+
+
+def test_the_benchmark_measures_everything(library):
+    pytest.importorskip("torch_geometric")
+    pytest.importorskip("triton")
+    (found,) = lines("benchmark", library, "--small", interpret=True)
+    assert found["skipped"] == found["wrong"] == []
+    assert all(row["ours"] > 0 for row in found["score"] + found["decoding"])
+    assert len(found["end_to_end"]) == 5

@@ -1,4 +1,5 @@
 // What PyTorch's own library asks of a CUDA device, answered for one that does nothing: one device, no waiting.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -11,6 +12,7 @@ struct CUDAHooks : CUDAHooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  Generator getNewGenerator(DeviceIndex) const override { return detail::createCPUGenerator(); }
   std::string showConfig() const override { return "pretended"; }
   DeviceIndex deviceCount() const override { return 1; }
   DeviceIndex getCurrentDevice() const override { return 0; }

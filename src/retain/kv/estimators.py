@@ -129,6 +129,9 @@ class Leverage(Estimator):
 
     def score(self, weights: Weights, directions: Directions, signals: Signals) -> Tensor:
         """Return log w + power · log uᵀA⁻¹u."""
+        fused = fused_factor(weights, directions, self.ridge, self.relative, signals)
+        if fused is not None:
+            return fused.scores(self.power)
         inner = inner_products(weights, directions, self.ridge, self.relative, signals)
         return log_weights(weights, signals) + self.power * inner.log()
 

@@ -112,6 +112,12 @@ class FusedFactor:
 
         return inner_products(self._signals.values, self._log_weights, self._factor)
 
+    def scores(self, power: float) -> Tensor:
+        """Return log (w · (vᵀA⁻¹v)^power), [batch, kv_heads, tokens]."""
+        from retain.kv.kernels.leverage import inner_products
+
+        return inner_products(self._signals.values, self._log_weights, self._factor, power)
+
     def share(self, kept: Tensor) -> Tensor:
         """Return the share of the capacity that the kept entries carry; long [batch, kv_heads, width], −1 for none."""
         from retain.kv.kernels.leverage import part_factor

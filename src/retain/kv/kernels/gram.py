@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retain.gpu import launch, power_of_two
 from retain.kv.kernels.grid import rows_of, split_tokens
-from retain.kv.kernels.product import product
+from retain.kv.kernels.product import cut, product
 
 
 def weighted_gram(values: Tensor, log_weights: Tensor) -> Tensor:
@@ -91,12 +91,12 @@ def _gram(
         )
         # The root on both sides keeps the exponents of small weights in range of 16 bits.
         rows = v.to(tl.float32) * tl.exp(0.5 * (log - peak))[:, None]
-        high = rows.to(v.dtype)
         if v.dtype == tl.float32:
-            gram = product(tl.trans(high), high, gram)
+            gram = product(tl.trans(rows), rows, gram)
         else:
             # (h + l)(h + l)ᵀ without the square of the rounding error l; h·2lᵀ is made symmetric by the reader.
-            low = (2.0 * (rows - high.to(tl.float32))).to(v.dtype)
+            wide = cut(rows) if v.dtype == tl.bfloat16 else rows.to(v.dtype).to(tl.float32)
+            high, low = wide.to(v.dtype), (2.0 * (rows - wide)).to(v.dtype)
             left = tl.trans(high)
             gram = product(left, high, gram)
             gram = product(left, low, gram)

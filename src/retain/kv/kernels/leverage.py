@@ -51,9 +51,10 @@ def part_factor(values: Tensor, log_weights: Tensor, kept: Tensor, whole: Factor
     return inverse_factor(gram, values.shape[-1], 0.0, noise=whole.noise)
 
 
-def inner_products(values: Tensor, log_weights: Tensor, factor: Factor) -> Tensor:
+def inner_products(values: Tensor, log_weights: Tensor, factor: Factor, power: float | None = None) -> Tensor:
     """vᵀA⁻¹v of each value, float32 [batch, kv_heads, tokens]; 0 where there is none.
 
+    With a power, log (w · (vᵀA⁻¹v)^power) in place of it, −inf where there is none.
     Arguments are those of `factorize` and what it returned. Between them V is read twice, nothing of its size written.
     """
     values = rows_of(values)
@@ -73,7 +74,9 @@ def inner_products(values: Tensor, log_weights: Tensor, factor: Factor) -> Tenso
         tokens,
         chunk,
         heads,
+        float(power or 0),
         *values.stride()[:3],
+        SCORE=power is not None,
         DIM=dim,
         BLOCK_D=wide,
         BLOCK_N=block,
@@ -93,9 +96,11 @@ def _quadratic_form(
     tokens: "Any",
     chunk: "Any",
     heads: "Any",
+    power: "Any",
     stride_batch: "Any",
     stride_head: "Any",
     stride_token: "Any",
+    SCORE: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -114,7 +119,8 @@ def _quadratic_form(
     low = (matrix - high.to(tl.float32)).to(values.dtype.element_ty)
     for start in range(first, tl.minimum(first + chunk, tokens), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        there = tl.load(log_weights + n, mask=n < tokens, other=float("-inf")) > float("-inf")
+        log = tl.load(log_weights + n, mask=n < tokens, other=float("-inf"))
+        there = log > float("-inf")
         v = tl.load(
             values + n.to(tl.int64)[:, None] * stride_token + dims[None, :],
             mask=there[:, None] & (dims < DIM)[None, :],
@@ -124,4 +130,7 @@ def _quadratic_form(
         if v.dtype != tl.float32:
             y = product(v, low, y)
         y = product(v, high, y)
-        tl.store(inner + n, tl.sum(y * y, 1) / variance, mask=n < tokens)
+        found = tl.sum(y * y, 1) / variance
+        if SCORE:
+            found = tl.where(there, log + power * tl.log(found), float("-inf"))
+        tl.store(inner + n, found, mask=n < tokens)

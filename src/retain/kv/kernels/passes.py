@@ -14,7 +14,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from retain.kv.kernels.product import product
+from retain.kv.kernels.product import cut, product
 
 _TINY = tl.constexpr(1.1754943508222875e-38)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -97,7 +97,7 @@ def _features(k: "Any", mean: "Any", spread: "Any", BLOCK_N: tl.constexpr, COLUM
     else:
         # Squares of 16-bit floats are out of float16's range, and exact in two parts of bfloat16 if the keys are. The
         # first is cut off, not rounded: a mask costs a lane less than a conversion and back.
-        high = (square.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        high = cut(square)
         total = product((square - high).to(tl.bfloat16), spread.to(tl.bfloat16), total)
         total = product(high.to(tl.bfloat16), spread.to(tl.bfloat16), total)
     return tl.sum(tl.reshape(total, (BLOCK_N, 4, COLUMNS)), 1)

@@ -1,0 +1,207 @@
+"""How near the memory bound the kernels' machine code can come on an H100: from the code alone, nothing is run.
+
+    python benchmarks/gpu_ceiling.py [--dims 128 64] [--dtype bfloat16] [--json FILE]
+
+Compiles every kernel for sm_90, which needs no GPU. For those that read the cache it finds the loop over the tokens and
+counts what a token costs each part of a multiprocessor: instructions issued, those of pipes of half and of eighth rate,
+matrix units, and memory. The largest of them is the bound; its share of memory's is the ceiling: no run can be better,
+and a real one, in which parts wait for each other, is worse. Shape: Llama-3-8B's groups of 4 query heads, the default
+policy. Needs Triton, whose package brings the disassembler. Last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from retain.kv.kernels.compaction import move_to_front
+from retain.kv.kernels.decoding import Plan, decode
+from retain.kv.kernels.leverage import factorize, inner_products, part_factor
+from retain.kv.kernels.observation import Observation, Terms, observed_log_weights
+from retain.link.kernels.least import least
+from retain.link.kernels.matching import matching
+
+GROUP, WINDOW, SAMPLED = 4, 8, 16
+# Of an H100 SXM, by NVIDIA's data sheet and the table of throughputs in the CUDA programming guide (9.0).
+BANDWIDTH, PROCESSORS, CLOCK = 3.35e12, 132, 1.98e9
+MULTIPLICATIONS = 2048  # of 16-bit matrices, per multiprocessor and clock
+# Warp instructions per multiprocessor and clock.
+ISSUED, HALF, EIGHTH = 4, 2, 0.5
+_HALF = ("FSEL", "FSET", "FMNMX", "ISETP", "FSETP", "SEL", "LOP3", "SHF", "PRMT", "VIADD", "IADD3", "PLOP3", "F2FP")
+_EIGHTH = ("MUFU", "F2F", "I2F", "F2I")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel: its machine code and the constants that it was compiled with."""
+
+    kernel: Any
+    options: dict[str, Any]
+
+
+def compile_all(dim: int, dtype: torch.dtype) -> dict[str, Compiled]:
+    """Compile every kernel for heads of a dimension, by its name."""
+    found: dict[str, Compiled] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        assert kernel.asm["cubin"]
+        found.setdefault(self.__name__, Compiled(kernel, options))
+
+    target = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    driver.set_active(target)
+    JITFunction.run = compile_only
+    try:
+        _launch_all(dim, dtype)
+    finally:
+        JITFunction.run = run
+    return found
+
+
+def _launch_all(dim: int, dtype: torch.dtype) -> None:
+    tokens = 512
+    keys = torch.zeros(1, 2, tokens, dim, dtype=dtype)
+    starts = torch.zeros(1, 2, dtype=torch.int32)
+    ends = torch.full((1, 2, WINDOW + SAMPLED), tokens, dtype=torch.int32)
+    sampled = torch.zeros(1, SAMPLED, dtype=torch.long)
+    queries = keys.repeat(1, GROUP, 1, 1)
+    first = torch.zeros(1, dtype=torch.int32)
+    whole = Observation(queries, keys, 0.1, WINDOW, tokens, first, starts, ends, sampled, starts)
+    observed_log_weights(whole, Terms(1, 4.0, 3.0, 1.0, 1.0))
+    weights = torch.zeros(1, 2, tokens)
+    factor = factorize(keys, weights, 0.1)
+    inner_products(keys, weights, factor, 1.0)
+    part_factor(keys, weights, torch.zeros(1, 2, 9, dtype=torch.long), factor)
+    plan = Plan.of([(0, 400), (404, 600)], 4, torch.device("cpu"))
+    entries, positions = keys.view(-1, dim), torch.zeros(1, 4, dtype=torch.int32)
+    decode(torch.zeros(1, 2 * GROUP, dim, dtype=dtype), entries, entries, positions, plan, 0.1)
+    move_to_front(keys, torch.zeros(1, 2, 9, dtype=torch.long))
+    numbers = torch.zeros(8, dtype=torch.long)
+    matching(numbers, numbers, numbers, numbers, common=True)
+    matching(numbers, numbers, numbers, numbers, common=False)
+    least(numbers, numbers, torch.zeros(8, 128))
+
+
+def bytes_read(dim: int, size: int) -> dict[str, int]:
+    """Bytes that each kernel reads and writes for a token of a KV head."""
+    entry, features = dim * size, 4 * (GROUP + 1)
+    return {
+        "first_pass": entry + features,
+        "second_pass": entry + features + 16,
+        "_gram": entry + 4,
+        "_quadratic_form": entry + 8,
+        "_part": 2 * entry,
+    }
+
+
+def ceiling(one: Compiled, read: int) -> dict[str, float]:
+    """Clocks of a multiprocessor for a token of a KV head, by part of it, and the ceiling that they set."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(one.kernel.asm["cubin"])
+        file.flush()
+        usage = _printed("cuobjdump", "-res-usage", file.name)
+        body = _loop(_printed("nvdisasm", "-c", file.name))
+    warps, tokens = one.kernel.metadata.num_warps, one.options["BLOCK_N"]
+    names = Counter(name.split(".")[0] for name in body)
+
+    def clocks(kinds: tuple[str, ...], rate: float) -> float:
+        return warps * sum(names[kind] for kind in kinds) / rate / tokens
+
+    found = {
+        "issue": warps * len(body) / ISSUED / tokens,
+        "half rate": clocks(_HALF, HALF),
+        "eighth rate": clocks(_EIGHTH, EIGHTH),
+        "matrix": warps * sum(map(_multiplications, body)) / MULTIPLICATIONS / tokens,
+        "memory": read / (BANDWIDTH / PROCESSORS / CLOCK),
+    }
+    registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK"))
+    return found | {
+        "ceiling": found["memory"] / max(found.values()),
+        "registers": registers,
+        "bytes_spilled": stack,
+    }
+
+
+def _printed(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _loop(code: str) -> list[str]:
+    """Return the instructions of the smallest loop that uses the matrix units: that over the tokens."""
+    instructions: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    loops: list[list[str]] = []
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)(.*);", line):
+            instructions.append((found[1], found[2]))
+    for number, (name, operands) in enumerate(instructions):
+        target = re.search(r"\.L_x_\d+", operands) if name.startswith("BRA") else None
+        if target and labels.get(target[0], number) < number:
+            body = [own for own, _ in instructions[labels[target[0]] : number + 1]]
+            if any(map(_multiplications, body)):
+                loops.append(body)
+    return min(loops, key=len)
+
+
+def _multiplications(name: str) -> float:
+    """Multiplications of one warp's matrix instruction; 0 of any other."""
+    if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):
+        rows, columns, depth = map(int, found.groups())
+        return rows * columns * depth / 4  # by four warps together
+    if name.startswith("HMMA.16816"):
+        return 16 * 8 * 16
+    return 16 * 8 * 8 if name.startswith("HMMA.1688") else 0
+
+
+def main() -> None:
+    """Compile, print a table and the JSON line."""
+    parser = argparse.ArgumentParser(description="Ceilings of the kernels on an H100, from their machine code.")
+    parser.add_argument("--dims", nargs="+", type=int, default=[128, 64], help="head dimensions")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="of keys and values")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype)
+    result: dict[str, Any] = {"gpu": "H100 SXM, sm_90", "dtype": options.dtype, "triton": triton.__version__}
+    parts = ("issue", "half rate", "eighth rate", "matrix", "memory")
+    print(f"{'dim':>4} {'kernel':>16} " + " ".join(f"{part:>11}" for part in parts) + "  ceiling registers spilled")
+    for dim in options.dims:
+        kernels = compile_all(dim, dtype)
+        rows = {name: ceiling(kernels[name], read) for name, read in bytes_read(dim, dtype.itemsize).items()}
+        for name, row in rows.items():
+            clocks = " ".join(f"{row[part]:>11.1f}" for part in parts)
+            tail = f"{row['ceiling']:>8.0%} {row['registers']:>9} {row['bytes_spilled']:>7}"
+            print(f"{dim:>4} {name:>16} {clocks} {tail}")
+        scoring = [row for name, row in rows.items() if name != "_part"]
+        needed = 4 * dim * dtype.itemsize / (BANDWIDTH / PROCESSORS / CLOCK)
+        whole = needed / sum(max(row[part] for part in parts) for row in scoring)
+        print(f"{dim:>4} {'scoring':>16} {whole:.0%} of the bound of reading K and V twice")
+        result[str(dim)] = {"kernels": rows, "scoring": whole, "compiled": sorted(kernels)}
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

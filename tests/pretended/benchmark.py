@@ -1,0 +1,46 @@
+"""Runs the benchmark for GPUs on a pretended one, its kernels through the interpreter; what times it prints are void."""
+
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import tests.pretended.device  # noqa: F401, which changes torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+
+class Event:
+    """What times work on a device; here, the program's own time."""
+
+    def __init__(self, **options):
+        self.at = 0.0
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return 1000 * (other.at - self.at)
+
+
+def main():
+    torch.cuda.Event = Event
+    torch.cuda.is_available = lambda: True
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(
+        name="pretended", total_memory=2**33, multi_processor_count=8, major=9, minor=0
+    )
+    for name in ("_sleep", "synchronize", "empty_cache", "reset_peak_memory_stats"):
+        setattr(torch.cuda, name, lambda *arguments: None)
+    torch.cuda.memory_allocated = torch.cuda.max_memory_allocated = lambda: 0
+    import gpu
+
+    gpu.main()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    main()
