@@ -47,6 +47,10 @@ def test_caches_answer_alike_by_kernels(library):
     found = lines("cache", library, interpret=True)
     for line in found:
         assert line.get("same"), line
+    # Heads of equal length stay in their buffers when they evict again.
+    assert [line["case"][2:] for line in found if "_move" in line.get("launched", ())] == [
+        ["capkv", {"evict": "always", "interval": 3}]
+    ]
     default = found[0]
     assert default["case"][2:] == ["capkv-profile", {}]
     # Scores by kernel, and so the capacity, and decoding over heads of unequal length.

@@ -1,4 +1,4 @@
-"""Runs the benchmark for GPUs on a pretended one, its kernels through the interpreter; what times it prints are void."""
+"""Runs the benchmark for GPUs on a pretended one, its kernels through the interpreter; its times are void."""
 
 import sys
 import time

@@ -28,7 +28,8 @@ def cases():
     """Model, its attention, policy and options; heads of dimension 16 for kernels, which take no smaller ones."""
     if KERNELS:
         yield from (("qwen3", "sdpa", "capkv-profile", own) for own in ({}, *OPTIONS))
-        yield from (("qwen3", "sdpa", name, {}) for name in ("capkv", "h2o"))
+        yield from (("qwen3", "sdpa", "capkv", own) for own in ({}, {"evict": "always", "interval": 3}))
+        yield "qwen3", "sdpa", "h2o", {}
         return
     for name in policies():
         yield "llama", "sdpa", name, {}
@@ -50,8 +51,8 @@ def compare(family, attention, name, options):
     found = answer(model, {key: x.to(NAME) for key, x in inputs.items()}, cache)
     return {
         "same": torch.equal(found.cpu(), expected) and same_report(cache, cpu),
-        "launched": sorted(set(LAUNCHED)),
         "waits": waits(model, name, options),
+        "launched": sorted(set(LAUNCHED)),
     }
 
 

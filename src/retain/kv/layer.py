@@ -246,9 +246,8 @@ class RetainLayer(DynamicLayer):
             entries.columns["received"] = signals.next_received
         if own.compact and self._rotary is not None:
             entries = compacted(signals, entries, kept, self._rotary)
-        form = RaggedStorage if own.policy.allocation.ragged else UniformStorage
-        counted = self.pool is None and own.policy.selection.as_budgeted
-        stored = form.gather(entries, kept, budget.tokens if counted else None)
+        counts = budget.tokens if self.pool is None and own.policy.selection.as_budgeted else None
+        stored = self._kept(entries, kept, counts, signals)
         capacity = capacity_share(signals, kept) if own.measure_capacity else None
         self._require_finite(stored, signals)
         self.capacity = capacity
@@ -257,6 +256,19 @@ class RetainLayer(DynamicLayer):
         self._store(stored, allowed)
         if own.policy.observed is None:
             self.queries = ()
+
+    def _kept(
+        self, entries: Entries, kept: Tensor, counts: Tensor | None, signals: Signals
+    ) -> UniformStorage | RaggedStorage:
+        """Return a storage of the kept entries: the one that there is where they can stay in its buffers."""
+        if self.settings.policy.allocation.ragged:
+            return RaggedStorage.gather(entries, kept, counts)
+        if type(self.storage) is UniformStorage and not self.settings.compact:
+            if signals.verdicts is not None:
+                signals.verdicts.settle()  # what has moved can't be chosen again
+            if self.storage.keep(entries, kept, counts):
+                return self.storage
+        return UniformStorage.gather(entries, kept, counts)
 
     def _require_finite(self, stored: UniformStorage | RaggedStorage, signals: Signals) -> None:
         """Ask for everything that has to hold of this layer."""

@@ -20,6 +20,7 @@ class Room:
 
     def __init__(self, filled: int = 0, end: int = 0) -> None:
         self.filled, self.end = filled, max(filled, end)
+        self.shared = False  # by copies, for each of which what is there must stay
 
     def take(self, at: int, new: int) -> bool:
         """Take places for new entries from `at` on; False if there are too few, or a copy has written there."""

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from retain.kv.kernels import usable
 from retain.kv.room import Room, room_for, writable
 
 # What an entry that was just appended gets in a column beside keys and values; NaN: nothing was claimed yet.
@@ -271,6 +272,40 @@ class UniformStorage:
             self._room = Room(self.width + new, self.width + new + room)
         self.width += new
 
+    def keep(self, entries: Entries, kept: Tensor, counts: Tensor | None) -> bool:
+        """Forget all but the kept entries, which move to the front of the buffers that they are in.
+
+        The buffers stay, so that what comes next finds room and nothing is copied or allocated for it again.
+
+        Args:
+            entries: those of `entries`, columns as they are to be.
+            kept: long [batch, kv_heads, width], ascending.
+            counts: how many each row and head keeps, long [batch, kv_heads] on the CPU; None if they were not counted.
+
+        Returns:
+            Whether it was done: by a kernel alone, only where all keep as many, and not if somebody else has the
+            buffers too.
+
+        """
+        keys, values = self._parts["keys"], self._parts["values"]
+        width, end = kept.shape[2], keys.shape[2]
+        even = counts is not None and int(counts.min()) == width
+        if self._room.shared or not (even and usable(keys, values) and writable(keys, values)):
+            return False
+        from retain.kv.kernels.compaction import move_to_front
+
+        for x in (keys, values):
+            move_to_front(x, kept)
+        beside = {"positions": entries.positions.to(torch.int32), **entries.columns}
+        if entries.places is not None:
+            beside["places"] = entries.places.to(torch.int32)
+        for name, x in beside.items():
+            part = x.new_zeros(*kept.shape[:2], end)
+            part[:, :, :width] = x.expand(-1, kept.shape[1], -1).gather(2, kept)
+            self._parts[name] = part
+        self.width, self._room, self._full = width, Room(width, end), True
+        return True
+
     def rows(self, index: Tensor) -> None:
         """Keep, reorder or repeat rows of the batch: row j becomes what row index[j] was."""
         index = index.to(self.positions.device)
@@ -286,6 +321,7 @@ class UniformStorage:
 
     def copy(self) -> UniformStorage:
         """Return a storage that shares the tensors."""
+        self._room.shared = True
         other = copy.copy(self)
         other._parts = dict(self._parts)
         return other

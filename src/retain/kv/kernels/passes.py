@@ -7,7 +7,7 @@ with the lanes until the end. Exponentials are powers of two.
 
 # Triton's annotations speak of its compiler's own calls, not of what a kernel may be written as.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportUnknownParameterType=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportCallIssue=false
 
 from typing import Any
 
