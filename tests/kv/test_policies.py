@@ -18,9 +18,9 @@ from retain.kv.directions import Constant, OutputValue, Value
 from retain.kv.estimators import Leverage, Trace
 from retain.kv.profile import HeadProfile, Profile
 from retain.kv.protection import Protection, tokens_allowed
+from retain.kv.rotary import rotate_half
 from retain.kv.sampled import sampled_attention
 from retain.kv.selection import Budget
-from retain.kv.signals import rotate_half
 from retain.kv.weights import (
     ExpectedAttention,
     KeyNorm,

@@ -81,6 +81,18 @@ def waits(model, name, options):
     return found | {"layers": len(cache.retained)}
 
 
+def declined():
+    """Values that no kernel can hold are scored all the same."""
+    found = []
+    for device in ("cpu", NAME):
+        model = build("qwen3").to(device)
+        model.model.layers[1].self_attn.v_proj.weight.data.zero_()
+        LAUNCHED.clear()
+        cache = RetainCache(model, "capkv-profile", 0.4)
+        found.append(answer(model, {"input_ids": prompt(40).to(device)}, cache).cpu())
+    return {"same": torch.equal(*found), "launched": sorted(set(LAUNCHED))}
+
+
 def life(folder):
     """A cache's copies, its file and beams give on the device what they give on the CPU."""
     found = {}
@@ -116,5 +128,6 @@ if __name__ == "__main__":
             print(json.dumps({"case": case, "error": f"{type(error).__name__}: {error}"}), flush=True)
             if "--raise" in sys.argv:
                 raise
+    print(json.dumps({"case": ["values of zero"], **declined()}))
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps({"case": ["copies, a file, beams"], **life(Path(folder))}))

@@ -29,6 +29,7 @@ _INDEXING = {
 # Their results' shapes, or the result itself, are known on the device alone.
 _WAITING = {
     aten._local_scalar_dense.default,
+    aten.equal.default,
     aten.nonzero.default,
     aten.masked_select.default,
     aten._unique2.default,

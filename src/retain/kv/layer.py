@@ -20,15 +20,15 @@ from retain.kv.moments import Moments
 from retain.kv.offloading import fetched
 from retain.kv.padding import check_padding, whole_mask
 from retain.kv.places import compacted
-from retain.kv.pool import Pool
+from retain.kv.pool import Pool, renewed
 from retain.kv.protection import tokens_allowed
 from retain.kv.quantized import QuantizedStorage
-from retain.kv.ragged import RaggedStorage
+from retain.kv.ragged import RaggedStorage, store
 from retain.kv.ragged_attention import attend
-from retain.kv.rotary import RotaryEmbedding
+from retain.kv.rotary import RotaryEmbedding, rotate_half
 from retain.kv.settings import Settings
 from retain.kv.sharding import Sharding
-from retain.kv.signals import Signals, rotate_half
+from retain.kv.signals import Signals
 from retain.kv.storage import Entries, UniformStorage, all_finite
 from retain.kv.verdicts import KernelsDeclinedError, Verdicts
 
@@ -240,14 +240,17 @@ class RetainLayer(DynamicLayer):
         else:
             request = own.policy.request(signals, allowed, own.protection)
             claims = self.pool.claims(signals, own.policy, budget, request)
-            entries.columns["claim"] = self._renewed(claims, entries)
+            entries.columns["claim"] = renewed(claims, entries, self._due)
             kept = self.pool.admit(self.layer, entries.columns["claim"], allowed, signals.sharding)
         if own.always and signals.next_received is not None:
             entries.columns["received"] = signals.next_received
         if own.compact and self._rotary is not None:
             entries = compacted(signals, entries, kept, self._rotary)
         counts = budget.tokens if self.pool is None and own.policy.selection.as_budgeted else None
-        stored = self._kept(entries, kept, counts, signals)
+        if self.storage is not None:
+            signals.settle()  # what has moved within its buffers can't be chosen again
+        ragged = own.policy.allocation.ragged
+        stored = store(entries, kept, counts, ragged=ragged, earlier=None if own.compact else self.storage)
         capacity = capacity_share(signals, kept) if own.measure_capacity else None
         self._require_finite(stored, signals)
         self.capacity = capacity
@@ -257,33 +260,11 @@ class RetainLayer(DynamicLayer):
         if own.policy.observed is None:
             self.queries = ()
 
-    def _kept(
-        self, entries: Entries, kept: Tensor, counts: Tensor | None, signals: Signals
-    ) -> UniformStorage | RaggedStorage:
-        """Return a storage of the kept entries: the one that there is where they can stay in its buffers."""
-        if self.settings.policy.allocation.ragged:
-            return RaggedStorage.gather(entries, kept, counts)
-        if type(self.storage) is UniformStorage and not self.settings.compact:
-            if signals.verdicts is not None:
-                signals.verdicts.settle()  # what has moved can't be chosen again
-            if self.storage.keep(entries, kept, counts):
-                return self.storage
-        return UniformStorage.gather(entries, kept, counts)
-
     def _require_finite(self, stored: UniformStorage | RaggedStorage, signals: Signals) -> None:
         """Ask for everything that has to hold of this layer."""
         error = f"keys or values of layer {self.index} contain NaN or Inf: nothing was cached"
         signals.require(all_finite(stored), ValueError(error))
-        if signals.verdicts is not None:
-            signals.verdicts.settle()
-
-    def _renewed(self, claims: Tensor, entries: Entries) -> Tensor:
-        """Return new claims for the rows that evict and the earlier ones for all others, as if each were alone."""
-        earlier = entries.columns.get("claim")
-        if earlier is None or all(self._due):
-            return claims
-        due = torch.tensor(self._due, device=claims.device)[:, None, None]
-        return torch.where(due, claims, earlier.masked_fill(entries.positions < 0, float("-inf")))
+        signals.settle()
 
     def _store(self, stored: UniformStorage | RaggedStorage, allowed: list[int]) -> None:
         earlier = self.held or [0] * len(allowed)

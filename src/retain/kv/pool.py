@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from retain.gpu import upload
 from retain.kv.allocation import MarginalCapacity, Request, claims
 from retain.kv.policy import Policy
 from retain.kv.ragged import RaggedStorage
 from retain.kv.selection import NOT_A_NUMBER, Budget
 from retain.kv.sharding import Sharding, largest
 from retain.kv.signals import Signals
+from retain.kv.storage import Entries
 
 _LOWEST = torch.finfo(torch.float32).min / 2
 
@@ -40,8 +42,7 @@ class Pool:
         assert isinstance(policy.allocation, MarginalCapacity)
         scores = signals.masked(policy.score(signals).clamp_min(_LOWEST))
         signals.require(~scores.isnan().any(), ValueError(NOT_A_NUMBER))
-        if signals.verdicts is not None:
-            signals.verdicts.settle()  # before other layers give up anything
+        signals.settle()  # before other layers give up anything
         order = scores.masked_fill(budget.protected, float("inf")).argsort(-1, descending=True)
         return torch.empty_like(scores).scatter_(-1, order, claims(request, policy.allocation.safeguard))
 
@@ -86,3 +87,12 @@ class Pool:
     def settle(self, layer: int, storage: RaggedStorage) -> None:
         """Remember what a layer has stored."""
         self._storages[layer] = storage
+
+
+def renewed(claims: Tensor, entries: Entries, due: list[bool]) -> Tensor:
+    """Return new claims for the rows that evict and the earlier ones for all others, as if each were alone."""
+    earlier = entries.columns.get("claim")
+    if earlier is None or all(due):
+        return claims
+    now = upload(due, claims.device)[:, None, None]
+    return torch.where(now, claims, earlier.masked_fill(entries.positions < 0, float("-inf")))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retain.gpu import upload
 from retain.kv.room import Room, room_for, writable
-from retain.kv.storage import FILL, Entries, pick_vectors, vector_numbers
+from retain.kv.storage import FILL, Entries, UniformStorage, pick_vectors, vector_numbers
 
 if TYPE_CHECKING:
     from retain.kv.kernels.decoding import Plan
@@ -291,6 +291,31 @@ class RaggedStorage:
     def _tail_of(self, x: Tensor) -> Tensor:
         own = torch.stack([x[start + n - self.tail : start + n] for start, n in self.spans])
         return own.unflatten(0, (len(self.lengths), -1))
+
+
+def store(
+    entries: Entries,
+    kept: Tensor,
+    counts: Tensor | None,
+    *,
+    ragged: bool,
+    earlier: UniformStorage | RaggedStorage | None = None,
+) -> UniformStorage | RaggedStorage:
+    """Store the kept entries alone.
+
+    Args:
+        entries: all of them.
+        kept: long [batch, kv_heads, width], ascending, −1 for none.
+        counts: how many each row and head keeps, long [batch, kv_heads] on the CPU; None to count them.
+        ragged: whether heads may keep different numbers.
+        earlier: the storage that the entries are in, which is used again if they can stay in its buffers.
+
+    """
+    if ragged:
+        return RaggedStorage.gather(entries, kept, counts)
+    if type(earlier) is UniformStorage and earlier.keep(entries, kept, counts):
+        return earlier
+    return UniformStorage.gather(entries, kept, counts)
 
 
 def _last_of_each(counts: Tensor, width: int, device: torch.device) -> Tensor:

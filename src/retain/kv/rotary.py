@@ -10,6 +10,12 @@ import torch
 from torch import Tensor, nn
 
 
+def rotate_half(x: Tensor) -> Tensor:  # [..., rotary_dim]
+    """Rotate each pair (x_j, x_{j + rotary_dim/2}) by 90 degrees, as Llama and its kin pair dimensions."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
 class RotaryEmbedding:
     """The model's rotary embedding for one layer type: cosines and sines of positions.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from retain.kv.moments import Moments
+from retain.kv.rotary import rotate_half
 from retain.kv.sharding import Sharding
 from retain.kv.verdicts import Verdicts
 
@@ -19,12 +20,6 @@ Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 T = TypeVar("T")
 NEGATIVE = float("-inf")
-
-
-def rotate_half(x: Tensor) -> Tensor:  # [..., rotary_dim]
-    """Rotate each pair (x_j, x_{j + rotary_dim/2}) by 90 degrees, as Llama and its kin pair dimensions."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
 
 
 class Signals:
@@ -92,8 +87,7 @@ class Signals:
         self.group = queries.shape[1] // self.kv_heads
         self.received, self.moments = received, dict(moments or {})
         self.sharding, self.most, self.verdicts = sharding, most, verdicts
-        self._seen_tokens = seen_tokens
-        self._valid, self._output = valid, output
+        self._valid, self._output, self._seen_tokens = valid, output, seen_tokens
         self._positions, self._query_positions, self._places = positions, query_positions, places
         self._memo: dict[Any, Any] = {} if memo is None else memo
 
@@ -183,6 +177,11 @@ class Signals:
             self.verdicts.require(right, error)
         elif not bool(right):
             raise error
+
+    def settle(self) -> None:
+        """Raise the error of what was noted and does not hold."""
+        if self.verdicts is not None:
+            self.verdicts.settle()
 
     def memo(self, name: object, compute: Callable[[], T]) -> T:
         """Return what `compute` gives, computed at the first call for this name."""

@@ -16,9 +16,8 @@ from retain.kv.identity import fingerprint
 from retain.kv.models import window_of
 from retain.kv.offloading import device_of, fetched
 from retain.kv.profile import Profile
-from retain.kv.rotary import RotaryEmbedding, rotaries_of
+from retain.kv.rotary import RotaryEmbedding, rotaries_of, rotate_half
 from retain.kv.sharding import Sharding
-from retain.kv.signals import rotate_half
 
 _WINDOW = 8192  # of a model that does not say its own
 # Together with the power of .7 that budgets take, they follow the sixth power of the share.

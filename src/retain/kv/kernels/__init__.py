@@ -1,7 +1,8 @@
 """Triton kernels for what is read often on a GPU; everything here has a form in plain torch that says the same.
 
-* `observation`: log weights of the default policy and of `capkv`, K read twice; `passes` and `terms` are its kernels.
-* `gram`, `cholesky`, `leverage`: Σ w v vᵀ, the inverse of its Cholesky factor, vᵀA⁻¹v; V read twice.
+* `observation`: log weights of the default policy and of `capkv`, K read twice; its kernels are `first`, `second` and
+  `terms`.
+* `gram`, `cholesky`, `leverage`: Σ w v vᵀ, the inverse of its Cholesky factor, vᵀA⁻¹v and capacities; V read twice.
 * `compaction`: kept entries moved together in place.
 * `decoding`: attention of one new token over heads of unequal length.
 

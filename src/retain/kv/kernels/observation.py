@@ -12,9 +12,10 @@ import triton
 from torch import Tensor
 
 from retain.gpu import launch, power_of_two
+from retain.kv.kernels.first import first_pass
 from retain.kv.kernels.grid import rows_of, split_tokens
 from retain.kv.kernels.moments import query_moments
-from retain.kv.kernels.passes import first_pass, second_pass
+from retain.kv.kernels.second import second_pass
 from retain.kv.kernels.terms import sum_of_terms
 
 _BLOCK = 64  # keys

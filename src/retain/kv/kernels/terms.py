@@ -9,9 +9,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-_TINY = tl.constexpr(1.1754943508222875e-38)
+from retain.kv.kernels.blocks import LOWEST, TINY
+
 _LN_2 = tl.constexpr(0.6931471805599453)
-_LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "splits", "starts_batch", "starts_head"])
@@ -45,7 +45,7 @@ def sum_of_terms(
     window_sum = tl.sum(tl.load(own, mask=inside, other=0.0), 0)
     salience_sum = tl.sum(tl.load(own + 1, mask=inside, other=0.0), 0)
     # Expected attention comes in powers of two.
-    peaks = tl.load(own + 3, mask=inside, other=_LOWEST)
+    peaks = tl.load(own + 3, mask=inside, other=LOWEST)
     peak = tl.max(peaks, 0)
     mass = tl.sum(tl.load(own + 4, mask=inside, other=0.0) * tl.exp2(peaks - peak), 0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -55,16 +55,16 @@ def sum_of_terms(
         near = n + offset - POOL // 2
         pooled += tl.load(scores + head * tokens + near, mask=(near >= begin) & (near < tokens), other=0.0)
     # Each logarithm of 0 is −inf by itself: a window may attend to nothing.
-    window_log = tl.log(pooled / POOL) - tl.log(tl.maximum(window_sum, _TINY)) + tl.log(window_factor)
+    window_log = tl.log(pooled / POOL) - tl.log(tl.maximum(window_sum, TINY)) + tl.log(window_factor)
     expected = tl.load(scores + (total + head) * tokens + n, mask=there, other=float("-inf"))
-    expected_log = (expected - peak) * _LN_2 - tl.log(tl.maximum(mass, _TINY)) + tl.log(expected_factor)
+    expected_log = (expected - peak) * _LN_2 - tl.log(tl.maximum(mass, TINY)) + tl.log(expected_factor)
     cosine = tl.load(scores + (2 * total + head) * tokens + n, mask=there, other=0.0)
-    salience_log = -beta * cosine - tl.log(tl.maximum(salience_sum, _TINY)) + tl.log(salience_factor)
+    salience_log = -beta * cosine - tl.log(tl.maximum(salience_sum, TINY)) + tl.log(salience_factor)
     sampled_log = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     if SAMPLED:
         sampled_sum = tl.sum(tl.load(own + 2, mask=inside, other=0.0), 0)
         sampled = tl.load(scores + (3 * total + head) * tokens + n, mask=there, other=0.0)
-        sampled_log = tl.log(sampled) - tl.log(tl.maximum(sampled_sum, _TINY)) + tl.log(sampled_factor)
+        sampled_log = tl.log(sampled) - tl.log(tl.maximum(sampled_sum, TINY)) + tl.log(sampled_factor)
     highest = tl.maximum(tl.maximum(window_log, expected_log), tl.maximum(salience_log, sampled_log))
     mixed = tl.exp(window_log - highest) + tl.exp(expected_log - highest)
     mixed += tl.exp(salience_log - highest) + tl.exp(sampled_log - highest)

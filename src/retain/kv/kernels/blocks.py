@@ -1,0 +1,71 @@
+"""What the log weights' two passes do alike with a block of keys.
+
+What is summed over the dimensions of a key is a matrix product with it, so that nothing is passed between lanes for it.
+"""
+
+# Triton's annotations speak of its compiler's own calls, not of what a kernel may be written as.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportUnknownParameterType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportCallIssue=false
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from retain.kv.kernels.product import product
+
+TINY = tl.constexpr(1.1754943508222875e-38)
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Below every exponent that there is, and finite: differences of two stay numbers.
+LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def load_asked(
+    asked: "Any",
+    head: "Any",
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Load the queries of a KV head, transposed: [dim, group * count]."""
+    rows = tl.arange(0, BLOCK_R)
+    dims = tl.arange(0, BLOCK_D)
+    place = head * ROWS * DIM + rows[None, :] * DIM + dims[:, None]
+    return tl.load(asked + place, mask=(rows < ROWS)[None, :] & (dims < DIM)[:, None], other=0.0)
+
+
+@triton.jit
+def load_ends(place: "Any", stride: "Any", ROWS: tl.constexpr, COUNT: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Load one past the last key that each query of a KV head may read: int32 [group * count]."""
+    rows = tl.arange(0, BLOCK_R)
+    return tl.load(place + rows % COUNT * stride, mask=rows < ROWS, other=0)
+
+
+@triton.jit
+def load_keys(keys: "Any", n: "Any", there: "Any", dims: "Any", stride_token: "Any", DIM: tl.constexpr):
+    """Load a block of keys, 0 where there is none: [tokens, dim]."""
+    place = keys + n.to(tl.int64)[:, None] * stride_token + dims[None, :]
+    return tl.load(place, mask=there[:, None] & (dims < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def column(features: "Any", which: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return one column: [tokens]."""
+    return tl.sum(tl.where((tl.arange(0, COLUMNS) == which)[None, :], features, 0.0), 1)
+
+
+@triton.jit
+def query_products(
+    k: "Any",
+    q: "Any",
+    there: "Any",
+    n: "Any",
+    end: "Any",
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Return the query-key products of a block, −inf for what a query may not read: [tokens, rows]."""
+    products = product(k, q, tl.zeros((BLOCK_N, BLOCK_R), tl.float32))
+    return tl.where(there[:, None] & (n[:, None] < end[None, :]), products, float("-inf"))
