@@ -1,12 +1,12 @@
 """How near the memory bound the kernels' machine code can come on an H100: from the code alone, nothing is run.
 
-    python benchmarks/gpu_ceiling.py [--dims 128 64] [--dtype bfloat16] [--json FILE]
+    python benchmarks/gpu_ceiling.py [--dims 128 64] [--group 4] [--dtype bfloat16] [--json FILE]
 
 Compiles every kernel for sm_90, which needs no GPU. For those that read the cache it finds the loop over the tokens and
 counts what a token costs each part of a multiprocessor: instructions issued, those of pipes of half and of eighth rate,
 matrix units, and memory. The largest of them is the bound; its share of memory's is the ceiling: no run can be better,
-and a real one, in which parts wait for each other, is worse. Shape: Llama-3-8B's groups of 4 query heads, the default
-policy. Needs Triton, whose package brings the disassembler. Last line: one JSON object.
+and a real one, in which parts wait for each other, is worse. Shape: the default policy, groups of 4 query heads as
+Llama-3-8B's. Needs Triton, whose package brings the disassembler. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from retain.kv.kernels.observation import Observation, Terms, observed_log_weigh
 from retain.link.kernels.least import least
 from retain.link.kernels.matching import matching
 
-GROUP, WINDOW, SAMPLED = 4, 8, 16
+WINDOW, SAMPLED = 8, 16  # queries of each head, of the default policy
 # Of an H100 SXM, by NVIDIA's data sheet and the table of throughputs in the CUDA programming guide (9.0).
 BANDWIDTH, PROCESSORS, CLOCK = 3.35e12, 132, 1.98e9
 MULTIPLICATIONS = 2048  # of 16-bit matrices, per multiprocessor and clock
@@ -54,7 +54,7 @@ class Compiled:
     options: dict[str, Any]
 
 
-def compile_all(dim: int, dtype: torch.dtype) -> dict[str, Compiled]:
+def compile_all(dim: int, group: int, dtype: torch.dtype) -> dict[str, Compiled]:
     """Compile every kernel for heads of a dimension, by its name."""
     found: dict[str, Compiled] = {}
     run = JITFunction.run
@@ -72,19 +72,19 @@ def compile_all(dim: int, dtype: torch.dtype) -> dict[str, Compiled]:
     driver.set_active(target)
     JITFunction.run = compile_only
     try:
-        _launch_all(dim, dtype)
+        _launch_all(dim, group, dtype)
     finally:
         JITFunction.run = run
     return found
 
 
-def _launch_all(dim: int, dtype: torch.dtype) -> None:
+def _launch_all(dim: int, group: int, dtype: torch.dtype) -> None:
     tokens = 512
     keys = torch.zeros(1, 2, tokens, dim, dtype=dtype)
     starts = torch.zeros(1, 2, dtype=torch.int32)
     ends = torch.full((1, 2, WINDOW + SAMPLED), tokens, dtype=torch.int32)
     sampled = torch.zeros(1, SAMPLED, dtype=torch.long)
-    queries = keys.repeat(1, GROUP, 1, 1)
+    queries = keys.repeat(1, group, 1, 1)
     first = torch.zeros(1, dtype=torch.int32)
     whole = Observation(queries, keys, 0.1, WINDOW, tokens, first, starts, ends, sampled, starts)
     observed_log_weights(whole, Terms(1, 4.0, 3.0, 1.0, 1.0))
@@ -94,7 +94,7 @@ def _launch_all(dim: int, dtype: torch.dtype) -> None:
     part_factor(keys, weights, torch.zeros(1, 2, 9, dtype=torch.long), factor)
     plan = Plan.of([(0, 400), (404, 600)], 4, torch.device("cpu"))
     entries, positions = keys.view(-1, dim), torch.zeros(1, 4, dtype=torch.int32)
-    decode(torch.zeros(1, 2 * GROUP, dim, dtype=dtype), entries, entries, positions, plan, 0.1)
+    decode(torch.zeros(1, 2 * group, dim, dtype=dtype), entries, entries, positions, plan, 0.1)
     move_to_front(keys, torch.zeros(1, 2, 9, dtype=torch.long))
     numbers = torch.zeros(8, dtype=torch.long)
     matching(numbers, numbers, numbers, numbers, common=True)
@@ -102,9 +102,9 @@ def _launch_all(dim: int, dtype: torch.dtype) -> None:
     least(numbers, numbers, torch.zeros(8, 128))
 
 
-def bytes_read(dim: int, size: int) -> dict[str, int]:
+def bytes_read(dim: int, group: int, size: int) -> dict[str, int]:
     """Bytes that each kernel reads and writes for a token of a KV head."""
-    entry, features = dim * size, 4 * (GROUP + 1)
+    entry, features = dim * size, 4 * (group + 1)
     return {
         "first_pass": entry + features,
         "second_pass": entry + features + 16,
@@ -179,16 +179,24 @@ def main() -> None:
     """Compile, print a table and the JSON line."""
     parser = argparse.ArgumentParser(description="Ceilings of the kernels on an H100, from their machine code.")
     parser.add_argument("--dims", nargs="+", type=int, default=[128, 64], help="head dimensions")
+    parser.add_argument("--group", type=int, default=4, help="query heads for a KV head")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="of keys and values")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
-    result: dict[str, Any] = {"gpu": "H100 SXM, sm_90", "dtype": options.dtype, "triton": triton.__version__}
+    result: dict[str, Any] = {
+        "gpu": "H100 SXM, sm_90",
+        "group": options.group,
+        "dtype": options.dtype,
+        "triton": triton.__version__,
+    }
     parts = ("issue", "half rate", "eighth rate", "matrix", "memory")
     print(f"{'dim':>4} {'kernel':>16} " + " ".join(f"{part:>11}" for part in parts) + "  ceiling registers spilled")
     for dim in options.dims:
-        kernels = compile_all(dim, dtype)
-        rows = {name: ceiling(kernels[name], read) for name, read in bytes_read(dim, dtype.itemsize).items()}
+        kernels = compile_all(dim, options.group, dtype)
+        rows = {
+            name: ceiling(kernels[name], read) for name, read in bytes_read(dim, options.group, dtype.itemsize).items()
+        }
         for name, row in rows.items():
             clocks = " ".join(f"{row[part]:>11.1f}" for part in parts)
             tail = f"{row['ceiling']:>8.0%} {row['registers']:>9} {row['bytes_spilled']:>7}"

@@ -67,7 +67,7 @@ def same_report(one, other):
 
 
 def waits(model, name, options):
-    """Where a cache waits while it is made, in a prefill without padding, and in five steps; layers of the model."""
+    """Where a cache waits while it is made, in a prefill with padding or without, and in five steps; layers."""
     found = {}
     WAITS.clear()
     cache = RetainCache(model, name, 0.4, **options)
@@ -78,6 +78,10 @@ def waits(model, name, options):
             for one in [ids] if ids is not None else prompt(5).split(1, dim=1):
                 model(one.to(NAME), past_key_values=cache)
             found[part] = list(WAITS)
+        WAITS.clear()
+        padded = {key: x.to(NAME) for key, x in left_padded([prompt(17), prompt(29)]).items()}
+        model(**padded, past_key_values=RetainCache(model, name, 0.4, **options))
+        found["padded"] = list(WAITS)
     return found | {"layers": len(cache.retained)}
 
 

@@ -116,7 +116,7 @@ class _Watch(DynamicLayer):
 
     def after(self, call: Call, attention: Tensor | None) -> None:
         signals = Signals(call.query, call.key, call.value, scaling=call.scaling)
-        self.attention = signals.most_attention(self._first).mean((0, 2)).tolist()
+        self.attention = _most_attention(signals, self._first).mean((0, 2)).tolist()
 
 
 def compressed_layers(model: PreTrainedModel) -> list[int]:
@@ -216,3 +216,23 @@ def _manual() -> str:
     import pydoc_data.topics
 
     return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()) if len(text) > 1500)
+
+
+def _most_attention(signals: Signals, first: int, block: int = 128) -> Tensor:
+    """Return the most attention that each of the first entries gets from any of as many last queries.
+
+    Args:
+        signals: of a layer.
+        first: number of entries, and of queries.
+        block: queries that are worked on at a time.
+
+    Returns:
+        [batch, kv_heads, first], the most over the GQA group too.
+
+    """
+    most = torch.zeros(signals.batch, signals.kv_heads, first, device=signals.device)
+    total = signals.queries.shape[2]
+    for start in range(total - first, total, block):
+        weights = signals.attention_of(slice(start, min(start + block, total)), signals.tokens)
+        most = torch.maximum(most, weights[..., :first].amax((2, 3)))
+    return most

@@ -89,6 +89,7 @@ class Signals:
         self.sharding, self.most, self.verdicts = sharding, most, verdicts
         self._valid, self._output, self._seen_tokens = valid, output, seen_tokens
         self._positions, self._query_positions, self._places = positions, query_positions, places
+        self._counts = seen_tokens if positions is None else None  # valid entries of each row, if nobody need count
         self._memo: dict[Any, Any] = {} if memo is None else memo
 
     @property
@@ -110,6 +111,8 @@ class Signals:
             valid = self._valid[:, None]
         else:
             return None
+        if self._counts is not None:
+            return valid if min(self._counts) < self.tokens else None
         return None if bool(valid.all()) else valid
 
     @property
@@ -150,6 +153,8 @@ class Signals:
         if self._positions is None and self.valid is None:
             return None
         asked = self.query_positions >= 0
+        if self._counts is not None:
+            return asked if min(self._counts) < self.queries.shape[2] else None
         return None if bool(asked.all()) else asked
 
     @functools.cached_property
@@ -169,6 +174,8 @@ class Signals:
         """Valid entries of each row and head, long [batch, kv_heads], on the CPU."""
         if self.valid is None:
             return torch.full((self.batch, self.kv_heads), self.tokens)
+        if self._counts is not None:
+            return torch.tensor(self._counts)[:, None].expand(-1, self.kv_heads)
         return self.counts.expand(-1, self.kv_heads).cpu()
 
     def require(self, right: Tensor, error: Exception) -> None:
@@ -231,7 +238,7 @@ class Signals:
 
         """
         window = min(window, self.queries.shape[2])
-        return self.memo(("attention", window), lambda: self._attention(slice(-window, None), self.tokens))
+        return self.memo(("attention", window), lambda: self.attention_of(slice(-window, None), self.tokens))
 
     def attention_from_last(self, window: int) -> Tensor:
         """Attention that each token receives from the call's last `window` queries, on average.
@@ -290,8 +297,8 @@ class Signals:
             ends = ends.masked_fill((self.query_positions[:, -window:] < 0)[:, None], 0)
         return starts.expand(self.batch, self.kv_heads), ends.expand(self.batch, self.kv_heads, -1)
 
-    def _attention(self, rows: slice, columns: int) -> Tensor:
-        """Attention weights of some of the queries over the first `columns` entries."""
+    def attention_of(self, rows: slice, columns: int) -> Tensor:
+        """Attention weights of some queries over the first entries, [batch, kv_heads, group, rows, columns]."""
         if self.attention is not None:
             return self.grouped(self.attention[:, :, rows, :columns].float())
         queries = self.grouped(self.queries[:, :, rows].float() * self.scaling).flatten(2, 3)
@@ -326,27 +333,9 @@ class Signals:
             stop = min(start + block, total)
             # The entries of later queries are out of sight, unless some of these have been evicted.
             columns = self.tokens if self._positions is not None else self.tokens - total + stop
-            weights = self._attention(slice(start, stop), columns)
+            weights = self.attention_of(slice(start, stop), columns)
             received[..., :columns] += weights.sum(3).mean(2)
         return received
-
-    def most_attention(self, first: int, block: int = 128) -> Tensor:
-        """Return the most attention that each of the first entries gets from any of as many last queries.
-
-        Args:
-            first: number of entries, and of queries.
-            block: queries that are worked on at a time.
-
-        Returns:
-            [batch, kv_heads, first], the most over the GQA group too.
-
-        """
-        most = torch.zeros(self.batch, self.kv_heads, first, device=self.device)
-        total = self.queries.shape[2]
-        for start in range(total - first, total, block):
-            weights = self._attention(slice(start, min(start + block, total)), self.tokens)
-            most = torch.maximum(most, weights[..., :first].amax((2, 3)))
-        return most
 
     def query_moments(self, half_life: float) -> Moments:
         """Mean and mean square of all queries so far, the weight of each halved with every `half_life` tokens."""

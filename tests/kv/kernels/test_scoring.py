@@ -144,6 +144,7 @@ def log_weight_oracle(queries, keys, start, window, pool, beta, skip, recent):
         (torch.float32, 130, 128, 1, 4, (0, 7)),
         (torch.bfloat16, 70, 80, 1, 1, (60, 0)),
         (torch.float32, 3, 64, 1, 3, None),
+        (torch.bfloat16, 150, 64, 1, 8, None),
     ],
 )
 def test_log_weights_are_those_of_float64(on_cpu, dtype, tokens, dim, heads, group, padding):
