@@ -48,8 +48,10 @@ test-ray: $(VENV)/.ready
 bench-link: $(VENV)/.ready
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/link.py --threads 1 $(BENCH_DATA) --json docs/results/link-bench.json
 
-# Kernels and caches on a GPU; without one it says so. The torch of this environment must be a build for CUDA.
+# What the kernels' machine code allows, anywhere; then kernels and caches on a GPU, without which it says so. For that
+# the torch of this environment must be a build for CUDA.
 bench-gpu: $(VENV)/.ready
+	$(BIN)/python -W ignore benchmarks/gpu_ceiling.py --json docs/results/gpu-ceiling.json
 	$(BIN)/python benchmarks/gpu.py --json out/gpu.json
 
 # Which policy stays closest to the full cache, in short: 8 samples. What is finished is kept in out/evidence.

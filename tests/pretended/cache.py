@@ -97,6 +97,21 @@ def declined():
     return {"same": torch.equal(*found), "launched": sorted(set(LAUNCHED))}
 
 
+def refused():
+    """Keys that are not finite are refused, whatever computes the scores."""
+    model = build("qwen3").to(NAME)
+    told = []
+    for bad in (float("nan"), float("inf")):
+        model.model.layers[1].self_attn.k_norm.weight.data[0] = bad
+        cache = RetainCache(model, "capkv", 0.4)
+        try:
+            with torch.no_grad():
+                model(prompt(40).to(NAME), past_key_values=cache)
+        except ValueError as error:
+            told.append("NaN" in str(error) and cache.retained[1].storage is None)
+    return {"same": told == [True, True]}
+
+
 def life(folder):
     """A cache's copies, its file and beams give on the device what they give on the CPU."""
     found = {}
@@ -133,5 +148,6 @@ if __name__ == "__main__":
             if "--raise" in sys.argv:
                 raise
     print(json.dumps({"case": ["values of zero"], **declined()}))
+    print(json.dumps({"case": ["keys that are not finite"], **refused()}))
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps({"case": ["copies, a file, beams"], **life(Path(folder))}))

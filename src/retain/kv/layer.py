@@ -217,7 +217,7 @@ class RetainLayer(DynamicLayer):
                 self._choose(entries, self._signals(call, entries, attention))
 
     def _choose(self, entries: Entries, signals: Signals) -> None:
-        """Evict from all entries what the policy does not keep; nothing has changed if this raises."""
+        """Evict from all entries what the policy does not keep; if scores can't be had, nothing has changed."""
         own = self.settings
         seen = signals.seen_tokens
         # Rows that are not due keep all that they hold.

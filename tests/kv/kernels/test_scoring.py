@@ -167,6 +167,19 @@ def test_log_weights_are_those_of_float64(on_cpu, dtype, tokens, dim, heads, gro
             torch.testing.assert_close(found[row, head], exact, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_key_of_no_length_is_like_any_other(monkeypatch, dtype):
+    generator = torch.Generator().manual_seed(5)
+    queries, keys = (torch.randn(1, heads, 90, 32, generator=generator).to(dtype) for heads in (4, 2))
+    keys[0, 0, 7] = 0
+    keys[0, 1, 8] = 1e-4
+    weights = get_policy("capkv-profile").weights
+    plain = weights.log(Signals(queries, keys, keys))
+    monkeypatch.setattr("retain.kv.fused.usable", lambda *tensors: True)
+    found = fused_log_weights(weights, Signals(queries, keys, keys))
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["capkv", "capkv-profile"])
 @pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("state", ["whole", "padded", "evicted", "short"])

@@ -13,7 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from retain.kv.kernels.blocks import LOG2_E, LOWEST, TINY, column, load_asked, load_ends, load_keys, query_products
+from retain.kv.kernels.blocks import LOG2_E, LOWEST, column, load_asked, load_ends, load_keys, query_products
 from retain.kv.kernels.product import cut, product
 
 # Rows that one lane holds two of: what a matrix unit's result looks like.
@@ -184,7 +184,10 @@ def first_pass(
         features = _features(k, mean, spread, BLOCK_N, COLUMNS)
         tl.store(found + columns[None, :] * plane + n[:, None], features, mask=kept[None, :] & (n < tokens)[:, None])
         length = tl.sqrt(column(features, GAUSSIANS, COLUMNS))
-        share = tl.where(there, 1.0 / tl.maximum(length, TINY), 0.0)
+        # A key of no length points nowhere.
+        share = tl.where(length > 0.0, 1.0 / length, 0.0)
+        if k.dtype == tl.float16:
+            share = tl.minimum(share, 65504.0)
         high = share.to(k.dtype).to(tl.float32)
         shares = tl.where(pair[:, None] == 0, high[None, :], tl.where(pair[:, None] == 1, (share - high)[None, :], 0.0))
         unit = product(shares.to(k.dtype), k, unit)
