@@ -25,6 +25,11 @@ def torch_only() -> Generator[None, None, None]:
         _enabled.reset(token)
 
 
+def enabled() -> bool:
+    """Whether kernels may be used here: not inside `torch_only`."""
+    return _enabled.get()
+
+
 def on_gpu(*tensors: Tensor) -> bool:
     """Whether Triton kernels may be used on these: on a CUDA device that they suit, nothing to be differentiated."""
     return (
@@ -52,10 +57,37 @@ def upload(numbers: Any, device: torch.device) -> Tensor:
     return torch.tensor(numbers).to(device, non_blocking=True)
 
 
+class KernelsDeclinedError(Exception):
+    """Kernels can't compute what they were asked; plain torch can."""
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run a kernel on the device of its first argument; `options` are its constants, `num_warps` and `num_stages`."""
-    with torch.cuda.device_of(arguments[0]):
-        kernel[grid](*arguments, **options)
+    """Run a kernel on the device of its first argument; `options` are its constants, `num_warps` and `num_stages`.
+
+    A device of little shared memory gets fewer stages.
+
+    Raises:
+        KernelsDeclinedError: it has too little for a single one.
+
+    """
+    from triton.runtime.errors import OutOfResources
+
+    first = arguments[0]
+    name = (kernel, first.dtype, first.device, *sorted(options.items()))
+    stages = _fitting.setdefault(name, options.pop("num_stages", 1))
+    while stages > 0:
+        try:
+            with torch.cuda.device_of(first):
+                kernel[grid](*arguments, **options, num_stages=stages)
+        except OutOfResources:
+            stages = _fitting[name] = stages - 1
+        else:
+            return
+    raise KernelsDeclinedError
+
+
+# Stages that a kernel was found to fit with, by what it is compiled for.
+_fitting: dict[Any, int] = {}
 
 
 def power_of_two(size: int, least: int = 16) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from retain.gpu import enabled
 from retain.information import Factor, factorize
 from retain.kv.directions import Constant, Directions, Value
 from retain.kv.fused import FusedFactor, fused_log_weights
@@ -51,7 +52,7 @@ def fused_factor(
     if not relative or not isinstance(directions, Value):
         return None
     return signals.memo(
-        ("fused", weights, ridge), lambda: FusedFactor.of(log_weights(weights, signals), ridge, signals)
+        ("fused", weights, ridge, enabled()), lambda: FusedFactor.of(log_weights(weights, signals), ridge, signals)
     )
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retain.gpu import KernelsDeclinedError
 from retain.kv.kernels import usable
 from retain.kv.sampled import sample
 from retain.kv.signals import Signals
-from retain.kv.verdicts import KernelsDeclinedError
 from retain.kv.weights import ExpectedAttention, KeySalience, SampledAttention, Sum, Weights, WindowAttention
 
 _MOST_ROWS = 128  # queries of a window, or of a sample, times heads of a group that one program holds

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from retain.gpu import torch_only, upload
+from retain.gpu import KernelsDeclinedError, torch_only, upload
 from retain.kv.attention import Call, mark
 from retain.kv.measuring import capacity_share
 from retain.kv.moments import Moments
@@ -30,7 +30,7 @@ from retain.kv.settings import Settings
 from retain.kv.sharding import Sharding
 from retain.kv.signals import Signals
 from retain.kv.storage import Entries, UniformStorage, all_finite
-from retain.kv.verdicts import KernelsDeclinedError, Verdicts
+from retain.kv.verdicts import Verdicts
 
 
 class RetainLayer(DynamicLayer):

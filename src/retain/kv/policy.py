@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retain.gpu import upload
+from retain.gpu import KernelsDeclinedError, torch_only, upload
 from retain.kv.allocation import Allocation, Equal, Request
 from retain.kv.directions import Directions, Value
 from retain.kv.estimators import Estimator, Leverage
@@ -72,7 +72,15 @@ class Policy:
     def score(self, signals: Signals) -> Tensor:
         """Return what each token is worth, [batch, kv_heads, tokens]: only the order within a head counts."""
         parts = (self.weights, self.directions, self.estimator)
-        return signals.memo(("score", *parts), lambda: self.estimator.score(self.weights, self.directions, signals))
+
+        def compute() -> Tensor:
+            return self.estimator.score(self.weights, self.directions, signals)
+
+        try:
+            return signals.memo(("score", *parts), compute)
+        except KernelsDeclinedError:
+            with torch_only():
+                return signals.memo(("score", *parts), compute)
 
     def budget(self, signals: Signals, allowed: list[int], protection: Protection) -> Budget:
         """Return this layer's budget.

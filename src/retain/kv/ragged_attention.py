@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from retain.gpu import KernelsDeclinedError
 from retain.kv.kernels import usable
 from retain.kv.ragged import RaggedStorage
 
@@ -25,7 +28,8 @@ def attend(query: Tensor, storage: RaggedStorage, mask: Tensor | None, scaling: 
     """
     if query.shape[2] == 1 and usable(query, *storage.tensors):
         # What the mask says of one token, its position says too.
-        return _decode(query, storage, scaling)
+        with contextlib.suppress(KernelsDeclinedError):
+            return _decode(query, storage, scaling)
     return _by_head(query, storage, _seen(query, storage, mask), scaling)
 
 

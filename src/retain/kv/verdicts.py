@@ -6,10 +6,6 @@ import torch
 from torch import Tensor
 
 
-class KernelsDeclinedError(Exception):
-    """Kernels can't compute this call's scores; plain torch can."""
-
-
 class Verdicts:
     """Conditions on a layer's numbers and the errors that they raise, collected until `settle` looks at them."""
 

@@ -6,13 +6,16 @@ from functools import partial
 import pytest
 import torch
 
+from retain.gpu import KernelsDeclinedError, enabled, launch, torch_only
 from retain.kv import Signals, get_policy
 from retain.kv.fused import FusedFactor, fused_log_weights
 from retain.kv.measuring import capacity_share
-from retain.kv.verdicts import KernelsDeclinedError, Verdicts
+from retain.kv.verdicts import Verdicts
 from retain.kv.weights import KeySalience, WindowAttention
 
 pytest.importorskip("triton")
+
+from triton.runtime.errors import OutOfResources
 
 from retain.kv.kernels.cholesky import inverse_factor
 from retain.kv.kernels.gram import weighted_gram
@@ -28,6 +31,22 @@ TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 3e-4, torch.float16: 1e-4}
 @pytest.fixture
 def on_cpu(monkeypatch):
     monkeypatch.setattr("retain.kv.fused.usable", lambda *tensors: True)
+
+
+class Kernel:
+    """A kernel by name, launched as Triton's are."""
+
+    def __init__(self, grids, name):
+        self.grids, self.name = grids, name
+
+    def __getitem__(self, grid):
+        return self.grids[grid]
+
+    def __hash__(self):
+        return hash(self.name)
+
+    def __eq__(self, other):
+        return self.name == other.name
 
 
 def values_of(batch, heads, tokens, dim, dtype, seed=0):
@@ -99,6 +118,39 @@ def test_values_that_a_kernel_cannot_hold_are_scored_all_the_same(on_cpu):
     policy.score(Signals(values, values, values, verdicts=verdicts))
     with pytest.raises(KernelsDeclinedError):
         verdicts.settle()
+
+
+def test_a_kernel_gets_as_many_stages_as_fit(monkeypatch):
+    tried = []
+
+    def small(*arguments, num_stages, **options):
+        tried.append(num_stages)
+        if num_stages > room:
+            raise OutOfResources(200_000, 100_000, "shared memory")
+
+    kernel, x = {(1,): small}, torch.zeros(1)
+    monkeypatch.setattr("retain.gpu._fitting", {})
+    room = 2
+    launch(Kernel(kernel, "a"), (1,), x, num_stages=3)
+    launch(Kernel(kernel, "a"), (1,), x, num_stages=3)
+    assert tried == [3, 2, 2]
+    room = 0
+    with pytest.raises(KernelsDeclinedError):
+        launch(Kernel(kernel, "b"), (1,), x, num_stages=2)
+
+
+def test_what_no_device_has_room_for_is_left_to_torch(on_cpu, monkeypatch):
+    def none(*arguments, **options):
+        raise KernelsDeclinedError
+
+    generator = torch.Generator().manual_seed(6)
+    queries, keys = (torch.randn(1, heads, 60, 16, generator=generator) for heads in (4, 2))
+    policy = get_policy("capkv-profile")
+    with torch_only():
+        monkeypatch.setattr("retain.kv.fused.usable", lambda *tensors: enabled())
+        expected = policy.score(Signals(queries, keys, keys))
+    monkeypatch.setattr("retain.kv.kernels.leverage.launch", none)
+    torch.testing.assert_close(policy.score(Signals(queries, keys, keys)), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
