@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -130,6 +131,8 @@ def main(path: Path, out: Path) -> None:
     (out / f"{sharding.rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+    # All is written. Once in dozens of runs threads of torch's that still live abort the interpreter as it ends.
+    os._exit(0)
 
 
 def follow(tokens: torch.Tensor) -> dict[str, torch.Tensor]:

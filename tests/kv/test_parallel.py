@@ -46,6 +46,7 @@ def processes(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONFAULTHANDLER"] = "1"  # says where a process was that something outside of Python ended
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
     done = subprocess.run(
         [*command, str(ROOT / "tests/kv/parallel.py"), str(path), str(out)],
