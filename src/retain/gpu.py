@@ -72,21 +72,26 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     """
     from triton.runtime.errors import OutOfResources
 
-    first = arguments[0]
-    name = (kernel, first.dtype, first.device, *sorted(options.items()))
-    stages = _fitting.setdefault(name, options.pop("num_stages", 1))
+    first: Tensor = arguments[0]
+    stages: int = options.pop("num_stages", 1)
+
+    def name() -> Any:
+        return (kernel, first.dtype, first.device, *sorted(options.items()))
+
+    if _fitting:  # most devices have room for all, and a launch no time to look
+        stages = _fitting.get(name(), stages)
     while stages > 0:
         try:
             with torch.cuda.device_of(first):
                 kernel[grid](*arguments, **options, num_stages=stages)
         except OutOfResources:
-            stages = _fitting[name] = stages - 1
+            stages = _fitting[name()] = stages - 1
         else:
             return
     raise KernelsDeclinedError
 
 
-# Stages that a kernel was found to fit with, by what it is compiled for.
+# Fewer stages that a kernel was found to fit with, by what it is compiled for.
 _fitting: dict[Any, int] = {}
 
 

@@ -87,6 +87,7 @@ class FusedFactor:
 
         self._log_weights, self._signals = log_weights, signals
         self._factor = factorize(signals.values, log_weights, ridge)
+        self._inner: Tensor | None = None  # until it is asked for
 
     @classmethod
     def of(cls, log_weights: Tensor, ridge: float, signals: Signals) -> FusedFactor | None:
@@ -110,10 +111,13 @@ class FusedFactor:
         """Return vᵀA⁻¹v, [batch, kv_heads, tokens]."""
         from retain.kv.kernels.leverage import inner_products
 
-        return inner_products(self._signals.values, self._log_weights, self._factor)
+        self._inner = inner_products(self._signals.values, self._log_weights, self._factor)
+        return self._inner
 
     def scores(self, power: float) -> Tensor:
         """Return log (w · (vᵀA⁻¹v)^power), [batch, kv_heads, tokens]."""
+        if self._inner is not None:  # shares were asked for before: the values need not be read again
+            return self._log_weights + power * self._inner.log()
         from retain.kv.kernels.leverage import inner_products
 
         return inner_products(self._signals.values, self._log_weights, self._factor, power)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,14 +35,18 @@ def sample(signals: Signals, count: int) -> Tensor:
         own = torch.full((signals.batch, 1), total, device=signals.device)
     else:
         own = signals.asked.sum(-1, keepdim=True)
-    steps = torch.arange(1, count + 1, device=signals.device)
-    return total - own + torch.div(steps * own + count - 1, count, rounding_mode="floor") - 1
+    return _place(torch.arange(1, count + 1, device=signals.device), own, total, count)
+
+
+def _place(number: Any, own: Any, total: int, count: int) -> Any:
+    """Where query `number` of `count`, from 1 on, stands among `total`, the row's own the last `own` of them."""
+    return total - own + (number * own + count - 1) // count - 1
 
 
 def _attention(signals: Signals, count: int, apart: int) -> Tensor:
     if signals.plain:
         total = signals.queries.shape[2]
-        return _plain(signals, [-(-number * total // count) - 1 for number in range(1, count + 1)], apart)
+        return _plain(signals, [_place(number, total, total, count) for number in range(1, count + 1)], apart)
     places = sample(signals, count)
     latest = signals.query_positions.gather(1, places) - apart
     index = places[:, None, :, None].expand(-1, signals.queries.shape[1], -1, signals.dim)

@@ -151,18 +151,8 @@ class UniformStorage:
         keys, values = (_pick(x, index) for x in (entries.keys, entries.values))
         if uneven:
             keys, values = (x.masked_fill_(empty[..., None], 0) for x in (keys, values))
-
-        def beside(x: Tensor, fill: float) -> Tensor:
-            own = x.expand(-1, kept.shape[1], -1).gather(2, index)
-            return own.masked_fill(empty, fill) if uneven else own
-
-        stored = cls(
-            keys,
-            values,
-            beside(entries.positions, -1).to(torch.int32),
-            None if entries.places is None else beside(entries.places, -1).to(torch.int32),
-            {name: beside(x, 0) for name, x in entries.columns.items()},
-        )
+        beside = _pick_beside(entries, index, empty if uneven else None)
+        stored = cls(keys, values, beside.pop("positions"), beside.pop("places", None), beside)
         if counts is not None:
             stored._full = not uneven
         return stored
@@ -296,13 +286,8 @@ class UniformStorage:
 
         for x in (keys, values):
             move_to_front(x, kept)
-        beside = {"positions": entries.positions.to(torch.int32), **entries.columns}
-        if entries.places is not None:
-            beside["places"] = entries.places.to(torch.int32)
-        for name, x in beside.items():
-            part = x.new_zeros(*kept.shape[:2], end)
-            part[:, :, :width] = x.expand(-1, kept.shape[1], -1).gather(2, kept)
-            self._parts[name] = part
+        for name, x in _pick_beside(entries, kept).items():
+            self._parts[name] = torch.nn.functional.pad(x, (0, end - width))
         self.width, self._room, self._full = width, Room(width, end), True
         return True
 
@@ -325,6 +310,27 @@ class UniformStorage:
         other = copy.copy(self)
         other._parts = dict(self._parts)
         return other
+
+
+def _pick_beside(entries: Entries, index: Tensor, empty: Tensor | None = None) -> dict[str, Tensor]:
+    """Gather what stands beside keys and values: positions, places if there are any, columns.
+
+    Args:
+        entries: all of them.
+        index: long [batch, kv_heads, width].
+        empty: bool, as index, where no entry is to be; None for nowhere.
+
+    """
+    beside = {"positions": entries.positions, "places": entries.places, **entries.columns}
+    found: dict[str, Tensor] = {}
+    for name, x in beside.items():
+        if x is None:
+            continue
+        own = x.expand(-1, index.shape[1], -1).gather(2, index)
+        whole = name in _NAMES
+        own = own if empty is None else own.masked_fill(empty, -1 if whole else 0)
+        found[name] = own.to(torch.int32) if whole else own
+    return found
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""What the log weights' two passes do alike with a block of keys.
+"""What kernels do alike with a block of keys, values or queries.
 
 What is summed over the dimensions of a key is a matrix product with it, so that nothing is passed between lanes for it.
 """
 
 # Triton's annotations speak of its compiler's own calls, not of what a kernel may be written as.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportUnknownParameterType=false
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from typing import Any
 
@@ -21,32 +21,30 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def load_asked(
+def load_queries(
     asked: "Any",
+    ends: "Any",
+    stride: "Any",
     head: "Any",
     DIM: tl.constexpr,
-    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Load the queries of a KV head, transposed: [dim, group * count]."""
+    """Load the queries of a KV head, [dim, group * count], and one past the last key that each may read, int32."""
     rows = tl.arange(0, BLOCK_R)
     dims = tl.arange(0, BLOCK_D)
-    place = head * ROWS * DIM + rows[None, :] * DIM + dims[:, None]
-    return tl.load(asked + place, mask=(rows < ROWS)[None, :] & (dims < DIM)[:, None], other=0.0)
+    there = rows < GROUP * COUNT
+    place = asked + head * GROUP * COUNT * DIM + rows[None, :] * DIM + dims[:, None]
+    q = tl.load(place, mask=there[None, :] & (dims < DIM)[:, None], other=0.0)
+    return q, tl.load(ends + rows % COUNT * stride, mask=there, other=0)
 
 
 @triton.jit
-def load_ends(place: "Any", stride: "Any", ROWS: tl.constexpr, COUNT: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Load one past the last key that each query of a KV head may read: int32 [group * count]."""
-    rows = tl.arange(0, BLOCK_R)
-    return tl.load(place + rows % COUNT * stride, mask=rows < ROWS, other=0)
-
-
-@triton.jit
-def load_keys(keys: "Any", n: "Any", there: "Any", dims: "Any", stride_token: "Any", DIM: tl.constexpr):
-    """Load a block of keys, 0 where there is none: [tokens, dim]."""
-    place = keys + n.to(tl.int64)[:, None] * stride_token + dims[None, :]
+def load_entries(entries: "Any", n: "Any", there: "Any", dims: "Any", stride_token: "Any", DIM: tl.constexpr):
+    """Load a block of keys, values or queries, 0 where there is none: [tokens, dim]."""
+    place = entries + n.to(tl.int64)[:, None] * stride_token + dims[None, :]
     return tl.load(place, mask=there[:, None] & (dims < DIM)[None, :], other=0.0)
 
 

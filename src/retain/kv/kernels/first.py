@@ -13,7 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from retain.kv.kernels.blocks import LOG2_E, LOWEST, column, load_asked, load_ends, load_keys, query_products
+from retain.kv.kernels.blocks import LOG2_E, LOWEST, column, load_entries, load_queries, query_products
 from retain.kv.kernels.product import cut, product
 
 # Rows that one lane holds two of: what a matrix unit's result looks like.
@@ -160,8 +160,7 @@ def first_pass(
     found += head * tokens
     begin = tl.load(starts + row * starts_batch + head % heads * starts_head)
     counted = tl.load(inner + row * inner_batch + head % heads * inner_head)
-    end = load_ends(ends, ends_query, GROUP * WINDOW, WINDOW, BLOCK_W)
-    q = load_asked(newest, head, DIM, GROUP * WINDOW, BLOCK_D, BLOCK_W)
+    q, end = load_queries(newest, ends, ends_query, head, DIM, GROUP, WINDOW, BLOCK_D, BLOCK_W)
     gaussians += head * GAUSSIANS * DIM
     mean = _load_gaussians(gaussians, 0.0, DIM, GAUSSIANS, BLOCK_D, COLUMNS)
     mean = _in_parts(mean, keys.dtype.element_ty, COLUMNS)
@@ -173,14 +172,14 @@ def first_pass(
     bell_peak = tl.full((BLOCK_N // _TILE, _TILE // 2, COLUMNS), LOWEST, tl.float32)
     bell_mass = tl.zeros((BLOCK_N // _TILE, _TILE // 2, COLUMNS), tl.float32)
     if SAMPLED > 0:
-        far_end = load_ends(ends + WINDOW * ends_query, ends_query, GROUP * SAMPLED, SAMPLED, BLOCK_S)
-        far_q = load_asked(sampled, head, DIM, GROUP * SAMPLED, BLOCK_D, BLOCK_S)
+        ends += WINDOW * ends_query
+        far_q, far_end = load_queries(sampled, ends, ends_query, head, DIM, GROUP, SAMPLED, BLOCK_D, BLOCK_S)
         far_peak = tl.full((BLOCK_N // _TILE, _TILE // 2, BLOCK_S), LOWEST, tl.float32)
         far_mass = tl.zeros((BLOCK_N // _TILE, _TILE // 2, BLOCK_S), tl.float32)
     for start in range(first, tl.minimum(first + chunk, tokens), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         there = (n >= begin) & (n < tokens)
-        k = load_keys(keys, n, there, dims, stride_token, DIM)
+        k = load_entries(keys, n, there, dims, stride_token, DIM)
         features = _features(k, mean, spread, BLOCK_N, COLUMNS)
         tl.store(found + columns[None, :] * plane + n[:, None], features, mask=kept[None, :] & (n < tokens)[:, None])
         length = tl.sqrt(column(features, GAUSSIANS, COLUMNS))

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retain.gpu import launch, power_of_two
+from retain.kv.kernels.blocks import load_entries
 from retain.kv.kernels.grid import rows_of, split_tokens
 from retain.kv.kernels.product import cut, product
 
@@ -84,11 +85,7 @@ def _gram(
         n = start + tl.arange(0, BLOCK_N)
         log = tl.load(log_weights + n, mask=n < tokens, other=float("-inf"))
         there = log > float("-inf")
-        v = tl.load(
-            values + n.to(tl.int64)[:, None] * stride_token + dims[None, :],
-            mask=there[:, None] & (dims < DIM)[None, :],
-            other=0.0,
-        )
+        v = load_entries(values, n, there, dims, stride_token, DIM)
         # The root on both sides keeps the exponents of small weights in range of 16 bits.
         rows = v.to(tl.float32) * tl.exp(0.5 * (log - peak))[:, None]
         if v.dtype == tl.float32:

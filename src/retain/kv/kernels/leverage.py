@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retain.gpu import launch, power_of_two
+from retain.kv.kernels.blocks import load_entries
 from retain.kv.kernels.cholesky import Factor, inverse_factor
 from retain.kv.kernels.gram import weighted_gram
 from retain.kv.kernels.grid import rows_of, split_tokens
@@ -121,11 +122,7 @@ def _quadratic_form(
         n = start + tl.arange(0, BLOCK_N)
         log = tl.load(log_weights + n, mask=n < tokens, other=float("-inf"))
         there = log > float("-inf")
-        v = tl.load(
-            values + n.to(tl.int64)[:, None] * stride_token + dims[None, :],
-            mask=there[:, None] & (dims < DIM)[None, :],
-            other=0.0,
-        )
+        v = load_entries(values, n, there, dims, stride_token, DIM)
         y = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         if v.dtype != tl.float32:
             y = product(v, low, y)

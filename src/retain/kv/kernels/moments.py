@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retain.gpu import launch, power_of_two
+from retain.kv.kernels.blocks import load_entries
 
 
 def query_moments(queries: Tensor, recent: int, first: Tensor) -> Tensor:
@@ -70,12 +71,7 @@ def _moments(
     for start in range(0, RECENT, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         inside = (n >= first) & (n < RECENT)
-        place = (count - RECENT + n).to(tl.int64)
-        q = tl.load(
-            queries + place[:, None] * stride_token + dims[None, :],
-            mask=inside[:, None] & (dims < DIM)[None, :],
-            other=0.0,
-        ).to(tl.float32)
+        q = load_entries(queries, count - RECENT + n, inside, dims, stride_token, DIM).to(tl.float32)
         mean += tl.sum(q, 0)
         square += tl.sum(q * q, 0)
     asked = tl.maximum(RECENT - first, 1).to(tl.float32)

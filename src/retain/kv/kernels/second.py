@@ -9,7 +9,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from retain.kv.kernels.blocks import LOG2_E, LOWEST, TINY, column, load_asked, load_ends, load_keys, query_products
+from retain.kv.kernels.blocks import LOG2_E, LOWEST, TINY, column, load_entries, load_queries, query_products
 from retain.kv.kernels.product import product
 
 
@@ -96,8 +96,7 @@ def second_pass(
     kept = columns <= GAUSSIANS
     plane = total * tokens
     found += head * tokens
-    end = load_ends(ends, ends_query, GROUP * WINDOW, WINDOW, BLOCK_W)
-    q = load_asked(newest, head, DIM, GROUP * WINDOW, BLOCK_D, BLOCK_W)
+    q, end = load_queries(newest, ends, ends_query, head, DIM, GROUP, WINDOW, BLOCK_D, BLOCK_W)
     # The centre in two parts, which its product adds up again.
     rest = centre - centre.to(keys.dtype.element_ty).to(tl.float32)
     pair = tl.arange(0, 16)
@@ -106,8 +105,8 @@ def second_pass(
     if SAMPLED > 0:
         far_place = own + 2 * (BLOCK_W + COLUMNS) + tl.arange(0, BLOCK_S)[None, :]
         far_normal = _normal(far_place, many, splits, BLOCK_S)
-        far_end = load_ends(ends + WINDOW * ends_query, ends_query, GROUP * SAMPLED, SAMPLED, BLOCK_S)
-        far_q = load_asked(sampled, head, DIM, GROUP * SAMPLED, BLOCK_D, BLOCK_S)
+        ends += WINDOW * ends_query
+        far_q, far_end = load_queries(sampled, ends, ends_query, head, DIM, GROUP, SAMPLED, BLOCK_D, BLOCK_S)
     salience_sum = tl.zeros((BLOCK_N,), tl.float32)
     attention_sum = tl.zeros((BLOCK_N,), tl.float32)
     sampled_sum = tl.zeros((BLOCK_N,), tl.float32)
@@ -116,7 +115,7 @@ def second_pass(
     for start in range(first, tl.minimum(first + chunk, tokens), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         there = (n >= begin) & (n < tokens)
-        k = load_keys(keys, n, there, dims, stride_token, DIM)
+        k = load_entries(keys, n, there, dims, stride_token, DIM)
         place = found + columns[None, :] * plane + n[:, None]
         features = tl.load(place, mask=kept[None, :] & there[:, None], other=0.0)
         length = tl.sqrt(column(features, GAUSSIANS, COLUMNS))
