@@ -7,7 +7,7 @@ BENCH := .venv-bench
 .PHONY: demo test test-oldest lint format bench-kv bench-link bench-gpu evidence bench-evidence-peers bench-study docs test-ray clean
 
 demo: $(VENV)/.ready
-	$(BIN)/retain demo --report out/demo.html
+	$(BIN)/suffice demo --report out/demo.html
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from retain.kv import policies
-from retain.kv.comparing import Comparison, compare
-from retain.kv.runs import loaded
-from retain.kv.tasks import manual
+from suffice.kv import policies
+from suffice.kv.eval.compare import Comparison, compare
+from suffice.kv.eval.runs import loaded
+from suffice.kv.eval.tasks import manual
 
 OURS = "capkv-spread/profile"
 

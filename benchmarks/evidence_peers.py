@@ -31,14 +31,14 @@ from torch import Tensor
 import peers
 from evidence import FIRST_SEED, haystack, losses, table
 from machine import machine
-from retain.kv.comparing import TASKS, Comparison, finished
-from retain.kv.fidelity import Cell, compare, evaluate
-from retain.kv.kinds import OWN, digest
-from retain.kv.runs import loaded
-from retain.kv.tasks import make
-from retain.study import Kind, Planned, Store, run_study
-from retain.study.jobs import Context
-from retain.study.summary import group
+from suffice.kv.eval.compare import TASKS, Comparison, finished
+from suffice.kv.eval.fidelity import Cell, compare, evaluate
+from suffice.kv.eval.run_kinds import OWN, digest
+from suffice.kv.eval.runs import loaded
+from suffice.kv.eval.tasks import make
+from suffice.study import Kind, Planned, Store, run_study
+from suffice.study.jobs import Context
+from suffice.study.summary import group
 
 MEASURED = (("capkv", "profile"), ("capkv", OWN))  # ours, in the same prefill
 OURS = "/".join(MEASURED[0])
@@ -81,7 +81,7 @@ def sample(settings: Mapping[str, Any], seed: int) -> tuple[Any, Any, Any, Tenso
 
 
 def measure(settings: Mapping[str, Any], seed: int, context: Context) -> dict[str, Any]:
-    """Measure every press and ours on one example; rows as those of `retain kv compare`."""
+    """Measure every press and ours on one example; rows as those of `suffice kv compare`."""
     model, tokenizer, example, ids = sample(settings, seed)
     context.say(f"{settings['task']}, {settings['mode']}, sample {seed}")
     prefill, budgets, presses = peers.Prefill(), settings["budgets"], settings["presses"]

@@ -31,12 +31,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import gpu_exact
-from retain.gpu import torch_only
-from retain.kv import DEFAULT_POLICY, Signals, get_policy
-from retain.kv.kernels import usable
-from retain.kv.ragged import RaggedStorage
-from retain.kv.ragged_attention import attend
-from retain.kv.verdicts import Verdicts
+from suffice.gpu import torch_only
+from suffice.kv import DEFAULT_POLICY, Signals, get_policy
+from suffice.kv.kernels import usable
+from suffice.kv.policy.deferred_checks import Verdicts
+from suffice.kv.storage.ragged import RaggedStorage
+from suffice.kv.storage.ragged_attention import attend
 
 HEADS, KV_HEADS = 32, 8
 
@@ -177,7 +177,7 @@ def compact(run: Run, bandwidth: float) -> None:
     index = kept[..., None].expand(-1, -1, -1, dim)
     row: dict[str, Any] = {"gather": run.time("gather", lambda: keys.gather(2, index))}
     if usable(keys):
-        from retain.kv.kernels.compaction import move_to_front
+        from suffice.kv.kernels.compaction import move_to_front
 
         row["in_place"] = run.time("compaction", lambda: move_to_front(keys, kept))
         if row["in_place"]:

@@ -28,12 +28,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from retain.kv.kernels.compaction import move_to_front
-from retain.kv.kernels.decoding import Plan, decode
-from retain.kv.kernels.leverage import factorize, inner_products, part_factor
-from retain.kv.kernels.observation import Observation, Terms, observed_log_weights
-from retain.link.kernels.least import least
-from retain.link.kernels.matching import matching
+from suffice.kv.kernels.compaction import move_to_front
+from suffice.kv.kernels.decoding import Plan, decode
+from suffice.kv.kernels.leverage import factorize, inner_products, part_factor
+from suffice.kv.kernels.observation import Observation, Terms, observed_log_weights
+from suffice.link.sparse.kernels.least import least
+from suffice.link.sparse.kernels.matching import matching
 
 WINDOW, SAMPLED = 8, 16  # queries of each head, of the default policy
 # Of an H100 SXM, by NVIDIA's data sheet and the table of throughputs in the CUDA programming guide (9.0).

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retain.kv import DEFAULT_POLICY, Signals, fused, get_policy
-from retain.kv.ragged import RaggedStorage
+from suffice.kv import DEFAULT_POLICY, Signals, get_policy
+from suffice.kv.policy import fused
+from suffice.kv.storage.ragged import RaggedStorage
 
 if TYPE_CHECKING:
     from gpu import Run
@@ -74,9 +75,9 @@ def check(run: Run) -> None:
     if not (run.device.type == "cuda" or run.interpreted):
         run.skip("correctness", "no CUDA; with TRITON_INTERPRET=1 the kernels run on the CPU")
         return
-    from retain.kv.kernels.compaction import move_to_front
-    from retain.kv.kernels.decoding import Plan, decode
-    from retain.kv.kernels.leverage import factorize, inner_products, part_factor
+    from suffice.kv.kernels.compaction import move_to_front
+    from suffice.kv.kernels.decoding import Plan, decode
+    from suffice.kv.kernels.leverage import factorize, inner_products, part_factor
 
     errors: dict[str, float] = {}
     tokens = 533 if run.small else 5003

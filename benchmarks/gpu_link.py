@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from retain.gpu import on_gpu, torch_only
-from retain.link.messages import MessageGraph
-from retain.link.neighbors import common_neighbors
-from retain.link.sketches import sketch
+from suffice.gpu import on_gpu, torch_only
+from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.sparse.neighbors import common_neighbors
+from suffice.link.sparse.sketches import sketch
 
 if TYPE_CHECKING:
     from gpu import Run

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from retain.kv import RetainCache
-from retain.kv.allocation import Allocation, Request
+from suffice.kv import CompressedCache
+from suffice.kv.budget.allocation import Allocation, Request
 
 if TYPE_CHECKING:
     from gpu import Run
@@ -69,8 +69,8 @@ def caches(model: Any) -> dict[str, Any]:
     for budget in (0.25, 0.1):
         for name, allocation in (("uniform", "equal"), ("ragged", Skewed())):
 
-            def make(budget: float = budget, allocation: Any = allocation) -> RetainCache:
-                return RetainCache(model, budget=budget, allocation=allocation)
+            def make(budget: float = budget, allocation: Any = allocation) -> CompressedCache:
+                return CompressedCache(model, budget=budget, allocation=allocation)
 
             made[f"{budget:.0%} {name}"] = make
     return made
@@ -154,7 +154,7 @@ def _one(run: Run, model: Any, make: Any, ids: Tensor) -> dict[str, Any]:
 
 def _decode(run: Run, model: Any, base: Any, batch: int) -> tuple[float, float]:
     """Tokens a second, and peak memory in GiB, of so many rows."""
-    cache = base.copy() if isinstance(base, RetainCache) else copy.deepcopy(base)
+    cache = base.copy() if isinstance(base, CompressedCache) else copy.deepcopy(base)
     if batch > 1:
         cache.batch_repeat_interleave(batch)
     _free(run)

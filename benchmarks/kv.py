@@ -24,9 +24,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from machine import machine
-from retain.kv import RetainCache, Signals, get_policy, load
-from retain.kv.attention import Call
-from retain.kv.layer import RetainLayer
+from suffice.kv import CompressedCache, Signals, get_policy, load
+from suffice.kv.attention.hook import Call
+from suffice.kv.cache.layer import CompressedLayer
 
 try:
     import kvpress
@@ -82,17 +82,17 @@ class Probe:
         self.seconds: dict[tuple[str, str], float] = defaultdict(float)
         self.correlations: dict[str, list[float]] = defaultdict(list)
         self.bytes: dict[str, list[int]] = {"ours": [], "kvpress": []}
-        self.caches = {name: RetainCache(model, name, budget, measure_capacity=False) for name in names}
-        self.measuring = RetainCache(model, budget=budget, measure_capacity=True)
+        self.caches = {name: CompressedCache(model, name, budget, measure_capacity=False) for name in names}
+        self.measuring = CompressedCache(model, budget=budget, measure_capacity=True)
         self.presses = {name: press_of(name, budget) for name in names if name in PEERS}
-        self.carrier = RetainCache(model, "full", 1.0, measure_capacity=False)
+        self.carrier = CompressedCache(model, "full", 1.0, measure_capacity=False)
         self.call: Any = None
         self.returned: list[int] = []  # bytes that CapPress keeps of each layer
 
     def run(self, ids: Tensor) -> None:
         """One prefill with everything in it."""
         hooks = []
-        for layer in self.carrier.retained:
+        for layer in self.carrier.compressed_layers:
             module = layer._module()
             module.rotary_emb = self.model.model.rotary_emb
             layer.after = self._record(layer, layer.after)
@@ -102,7 +102,7 @@ class Probe:
         for hook in hooks:
             hook.remove()
 
-    def _record(self, layer: RetainLayer, after: Any) -> Any:
+    def _record(self, layer: CompressedLayer, after: Any) -> Any:
         def record(call: Call, attention: Any) -> None:
             self.call = call
             after(call, attention)
@@ -119,7 +119,7 @@ class Probe:
             self._time(("ours", name), self._own, layer)
         self._time(("ours", "default with capacity"), self._own, self.measuring.layers[index])
         full = call.key.nbytes + call.value.nbytes
-        stored = sum(part.storage.nbytes for part in self.measuring.retained if part.index < index)
+        stored = sum(part.storage.nbytes for part in self.measuring.compressed_layers if part.index < index)
         self.bytes["ours"].append(stored + full)
         if self.returned:
             self.bytes["kvpress"].append(sum(self.returned[:-1]) + full)
@@ -131,7 +131,7 @@ class Probe:
         work(*arguments)
         self.seconds[name] += time.perf_counter() - start
 
-    def _own(self, layer: RetainLayer) -> None:
+    def _own(self, layer: CompressedLayer) -> None:
         layer.update(self.call.key, self.call.value)
         layer.before(self.call)
         layer.after(self.call, None)

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from scipy.stats import t as student
 
-from retain.kv import Policy, load
-from retain.kv.comparing import TASKS
-from retain.kv.estimators import Leverage
-from retain.kv.fidelity import Cell, evaluate
-from retain.kv.named import allocations
-from retain.kv.tasks import make, manual
-from retain.kv.weights import ExpectedAttention, KeySalience, WindowAttention
+from suffice.kv import Policy, load
+from suffice.kv.eval.compare import TASKS
+from suffice.kv.eval.fidelity import Cell, evaluate
+from suffice.kv.eval.tasks import make, manual
+from suffice.kv.policy.estimators import Leverage
+from suffice.kv.policy.registry import allocations
+from suffice.kv.policy.weights import ExpectedAttention, KeySalience, WindowAttention
 
 BUDGETS = (0.5, 0.25, 0.1)
 # The best one-pass policy of the search that led to `capkv`, without its attention in chunks, which was found to

@@ -31,8 +31,8 @@ from transformers import Cache, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from machine import forget_peak, machine, status
-from retain.kv import RetainCache, load
-from retain.kv.sharing import prefill
+from suffice.kv import CompressedCache, load
+from suffice.kv.cache.shared_prefill import prefill
 
 try:
     import kvpress
@@ -58,7 +58,7 @@ def fill(model: Any, ids: Tensor, name: str, budget: float) -> tuple[Any, Cache]
     """Read a prompt under a setting; the model to go on with, and the cache."""
     with torch.no_grad():
         if name in OURS:
-            cache: Cache = RetainCache(model, POLICY, budget, allocation=OURS[name], measure_capacity=False)
+            cache: Cache = CompressedCache(model, POLICY, budget, allocation=OURS[name], measure_capacity=False)
             model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             return model, cache
         cache = DynamicCache(config=model.config)
@@ -91,7 +91,7 @@ def speed(model: Any, ids: Tensor, budgets: list[float], steps: int) -> dict[str
     # Models of their own: kvpress keeps what it masks on the modules, and ours selects its attention there.
     own = twin(model)
     ours = {
-        (name, budget): RetainCache(own, POLICY, budget, allocation=allocation, measure_capacity=False)
+        (name, budget): CompressedCache(own, POLICY, budget, allocation=allocation, measure_capacity=False)
         for budget in budgets
         for name, allocation in OURS.items()
     }
@@ -150,7 +150,7 @@ def attention_ratio(own: tuple[Any, Cache], stock: tuple[Any, Cache], steps: int
 
     ratios = []
     for number in range(2 * steps):
-        pair = [lambda: once(*own, "retain_sdpa"), lambda: once(*stock, "sdpa")]
+        pair = [lambda: once(*own, "suffice_sdpa"), lambda: once(*stock, "sdpa")]
         first = number % 2
         times = {first: pair[first](), 1 - first: pair[1 - first]()}
         ratios.append(times[0] / times[1])

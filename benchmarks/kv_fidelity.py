@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retain.kv import RetainCache, load, policies
-from retain.kv.sharing import prefill
+from suffice.kv import CompressedCache, load, policies
+from suffice.kv.cache.shared_prefill import prefill
 
 NAMES = ("river", "castle", "garden", "violin", "harbor", "lantern", "meadow", "orchard")
 TASKS = ("text", "agnostic", "aware")
 
 
-def log_probabilities(model: Any, cache: RetainCache, rest: Tensor, count: int) -> Tensor:
+def log_probabilities(model: Any, cache: CompressedCache, rest: Tensor, count: int) -> Tensor:
     """Log-probabilities for the last `count` of the tokens that follow the cache."""
     with torch.no_grad():
         logits = model(rest[None], past_key_values=copy.deepcopy(cache)).logits[0]
@@ -58,7 +58,7 @@ def main() -> None:
     def measure(task: str, prompt: Tensor, between: Tensor, target: Tensor) -> None:
         """Prefill and evict the prompt, then read `between` and score the target."""
         settings = [("full", 1.0), *((name, budget) for name in names for budget in options.budgets)]
-        caches = [RetainCache(model, name, budget, measure_capacity=False) for name, budget in settings]
+        caches = [CompressedCache(model, name, budget, measure_capacity=False) for name, budget in settings]
         # The last token of the prompt is read after eviction, so that the first of the target is predicted.
         head, rest = prompt[:-1], torch.cat((prompt[-1:], between, target))
         prefill(model, {"input_ids": head[None]}, caches)

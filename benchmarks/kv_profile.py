@@ -23,11 +23,11 @@ import torch
 
 from evidence import FIRST_SEED, haystack
 from machine import machine
-from retain.kv import DEFAULT_POLICY, HeadProfile, Profile, calibrate, load, profile_from_weights, profile_of
-from retain.kv.comparing import TASKS
-from retain.kv.fidelity import Cell, evaluate
-from retain.kv.tasks import make
-from retain.study.intervals import over_seeds
+from suffice.kv import DEFAULT_POLICY, HeadProfile, Profile, calibrate, load, profile_from_weights, profile_of
+from suffice.kv.eval.compare import TASKS
+from suffice.kv.eval.fidelity import Cell, evaluate
+from suffice.kv.eval.tasks import make
+from suffice.study.intervals import over_seeds
 
 BUDGETS = (0.5, 0.25, 0.1)
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from machine import forget_peak, machine, status
-from retain.kv import DEFAULT_POLICY, RetainCache, load
-from retain.report import figures
+from suffice.kv import DEFAULT_POLICY, CompressedCache, load
+from suffice.report import figures
 
 FROM = 10_000  # the token from which memory is to stay as it is
 
 
-def read(model: Any, cache: RetainCache, ids: Tensor, chunk: int) -> list[dict[str, float]]:
+def read(model: Any, cache: CompressedCache, ids: Tensor, chunk: int) -> list[dict[str, float]]:
     """Read all of it; one row for each chunk."""
     rows = []
     for start in range(0, ids.shape[1], chunk):
@@ -55,7 +55,7 @@ def read(model: Any, cache: RetainCache, ids: Tensor, chunk: int) -> list[dict[s
     return rows
 
 
-def go_on(model: Any, cache: RetainCache, token: Tensor, new: int) -> Tensor:
+def go_on(model: Any, cache: CompressedCache, token: Tensor, new: int) -> Tensor:
     """Greedy continuation, [new]."""
     found = []
     for _ in range(new):
@@ -119,7 +119,7 @@ def main() -> None:
     text = "\n\n".join(value for _, value in sorted(pydoc_data.topics.topics.items()))
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
     ids = ids.repeat(1, -(-options.tokens // ids.shape[1]))[:, : options.tokens]
-    cache = RetainCache(model, options.policy, options.budget, evict="always", positions="compact")
+    cache = CompressedCache(model, options.policy, options.budget, evict="always", positions="compact")
     forget_peak()  # loading the model takes more than reading
     rows = read(model, cache, ids, options.chunk)
     words = str(tokenizer.decode(go_on(model, cache, ids[:, -1:], new=80)))

@@ -1,4 +1,4 @@
-"""Training and audit of `retain.link`: speed against a plain PyG loop, the sampler's share, the audit's cost.
+"""Training and audit of `suffice.link`: speed against a plain PyG loop, the sampler's share, the audit's cost.
 
     python benchmarks/link.py [--data Cora --models-data Photo --root DATA_FOLDER] [--rounds 4] [--json FILE]
 
@@ -27,15 +27,15 @@ import torch
 from torch_geometric.utils import negative_sampling
 
 from link_models import measure_growth, measure_models, measure_once
-from retain.link.builtin import block_model
-from retain.link.composition import Random
-from retain.link.data import load
-from retain.link.graph import Graph, Protocol, Split, split
-from retain.link.metrics import evaluate
-from retain.link.models import LinkPredictor, ModelSettings, mask_targets
-from retain.link.sampling import EdgeBatches
-from retain.link.trained import audit_trained
-from retain.link.training import TrainSettings, features, fit, score_validation, step_loss
+from suffice.link.auditing.trained import audit_trained
+from suffice.link.batches.composition import Random
+from suffice.link.batches.sampler import EdgeBatches
+from suffice.link.data.datasets import load
+from suffice.link.data.graph import Graph, Protocol, Split, split
+from suffice.link.data.synthetic import block_model
+from suffice.link.metrics import evaluate
+from suffice.link.models import LinkPredictor, ModelSettings, mask_targets
+from suffice.link.train.trainer import TrainSettings, features, fit, score_validation, step_loss
 
 BATCH = 512
 EPOCHS = 5  # of each of our trainings

@@ -1,6 +1,6 @@
 """The models written directly in scipy and PyG, as their authors' loops run them: what `link_models.py` compares with.
 
-Each class trains one batch of positives and negatives with `step` and nothing is shared with `retain.link.models`:
+Each class trains one batch of positives and negatives with `step` and nothing is shared with `suffice.link.models`:
 adjacency matrices of scipy, `torch.sparse` products, `torch_geometric.utils.scatter` for sketches, torch's dropout,
 one forward for positives and one for negatives where the authors do so. The batch's positives are masked from the
 graph for NCN, NCNC, Neo-GNN and ELPH, as in ours; BUDDY's sketches and features keep them, as its authors'.

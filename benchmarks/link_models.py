@@ -28,18 +28,18 @@ from torch import Tensor, nn
 
 import link_direct as direct
 from machine import status
-from retain.link.builtin import block_model
-from retain.link.composition import Fixed
-from retain.link.data import load
-from retain.link.graph import Graph, Protocol, Split, split
-from retain.link.heap import reuse_large_blocks
-from retain.link.messages import MessageGraph, as_messages
-from retain.link.models import ModelSettings, PairModel, preset
-from retain.link.models.base import in_chunks
-from retain.link.models.buddy import propagated
-from retain.link.models.sketched import memory
-from retain.link.sampling import EdgeBatch, EdgeBatches
-from retain.link.training import TrainSettings, adam, features, message_edges, step_loss, without_targets
+from suffice.link.batches.composition import Fixed
+from suffice.link.batches.sampler import EdgeBatch, EdgeBatches
+from suffice.link.data.datasets import load
+from suffice.link.data.graph import Graph, Protocol, Split, split
+from suffice.link.data.synthetic import block_model
+from suffice.link.models import ModelSettings, PairModel, preset
+from suffice.link.models.base import in_chunks
+from suffice.link.models.buddy import propagated
+from suffice.link.models.sketched import memory
+from suffice.link.sparse.adjacency import MessageGraph, as_messages
+from suffice.link.train.allocator import reuse_large_blocks
+from suffice.link.train.trainer import TrainSettings, adam, features, message_edges, step_loss, without_targets
 
 MODELS = ("neognn", "elph", "ncn", "ncnc", "buddy")
 SIZES = (10_000, 100_000, 1_000_000)  # edges
@@ -206,7 +206,7 @@ def evaluation(graph: Graph, parts: Split, rounds: int) -> tuple[list[float], li
 def grown(name: str, edges: int) -> dict[str, float]:
     """Time graph building, the first step (with all that is kept) and further steps of a model on a block model."""
     graph = block_model(nodes=edges // 4, classes=5, degree=8, features=64)
-    reuse_large_blocks(graph.num_nodes, 64)  # as `retain link train` does
+    reuse_large_blocks(graph.num_nodes, 64)  # as `suffice link train` does
     parts = split(graph, Protocol(), 0)
     norms = {"encoder_norm": "none", "decoder_norm": "batch"}
     encoder = "pure" if name in ("ncn", "ncnc") else "gcn"

@@ -1,6 +1,6 @@
 """Why Hits@100 here differs from what is printed: the models' own protocol, with one thing changed after another.
 
-What the models' own settings give is told by `retain link reproduce --preset --arms fixed/own`.
+What the models' own settings give is told by `suffice link reproduce --preset --arms fixed/own`.
 `python benchmarks/link_published.py --root DATA_FOLDER --folder runs` trains every variant on every split, goes on
 where it was stopped, and prints the table; `--write` keeps the numbers in docs/results/link-published.json.
 """
@@ -23,14 +23,14 @@ from rich.table import Table
 from torch import nn
 
 from machine import machine
-from retain.link import training
-from retain.link.data import load
-from retain.link.graph import Protocol, prepare, split
-from retain.link.models import PairModel
-from retain.link.published import HITS_AT_100
-from retain.link.reproduction import settings_for
-from retain.link.trained import held_out_scores
-from retain.link.training import TrainSettings, fit
+from suffice.link.auditing.trained import held_out_scores
+from suffice.link.data.datasets import load
+from suffice.link.data.graph import Protocol, prepare, split
+from suffice.link.models import PairModel
+from suffice.link.study.published import HITS_AT_100
+from suffice.link.study.reproduction import settings_for
+from suffice.link.train import trainer as training
+from suffice.link.train.trainer import TrainSettings, fit
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "link-published.json"
 # What the other variants change: the protocol under which the models are compared with what is printed.

@@ -19,13 +19,13 @@ import torch
 
 from link_models import MODELS, Ours, Theirs, authors
 from machine import machine
-from retain.link.composition import Fixed
-from retain.link.data import load
-from retain.link.graph import Graph, Protocol, split
-from retain.link.metrics import evaluate
-from retain.link.sampling import EdgeBatches
-from retain.link.training import score_validation
-from retain.study.intervals import over_seeds
+from suffice.link.batches.composition import Fixed
+from suffice.link.batches.sampler import EdgeBatches
+from suffice.link.data.datasets import load
+from suffice.link.data.graph import Graph, Protocol, split
+from suffice.link.metrics import evaluate
+from suffice.link.train.trainer import score_validation
+from suffice.study.intervals import over_seeds
 
 
 def pair(name: str, graph: Graph, seed: int, epochs: int) -> tuple[float, float]:

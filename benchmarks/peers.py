@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from retain.kv import Policy
-from retain.kv.allocation import Equal
-from retain.kv.fidelity import Cell
-from retain.kv.selection import Budget, Selection
-from retain.kv.signals import Signals
-from retain.kv.weights import Uniform
+from suffice.kv import Policy
+from suffice.kv.budget.allocation import Equal
+from suffice.kv.eval.fidelity import Cell
+from suffice.kv.policy.attention_stats import Signals
+from suffice.kv.policy.selection import Budget, Selection
+from suffice.kv.policy.weights import Uniform
 
 if importlib.util.find_spec("kvpress") is None:
     sys.exit(

@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from retain.study import Kind, Spec, Store
-from retain.study.owners import Owner
+from suffice.study import Kind, Spec, Store
+from suffice.study.owners import Owner
 
 POLICIES = [f"policy-{number}" for number in range(20)]
 METRICS = [f"metric-{number}" for number in range(10)]
@@ -62,7 +62,7 @@ def fill(folder: Path, seeds: int) -> int:
         while (claim := store.claim("bench", owner)) is not None:
             values = {metric: dice.gauss(claim.settings["budget"], 0.1) for metric in METRICS}
             curve = [[step / 20, dice.random(), dice.random()] for step in range(21)]
-            store.finish(claim.key, owner, {"values": values, "curve": curve}, {"source": "bench", "retain": "x"}, 1.0)
+            store.finish(claim.key, owner, {"values": values, "curve": curve}, {"source": "bench", "suffice": "x"}, 1.0)
     return len(plan)
 
 
@@ -71,7 +71,7 @@ def timed(arguments: list[str], repeats: int) -> list[tuple[float, float]]:
     seconds: list[tuple[float, float]] = []
     for _ in range(repeats):
         start, before = time.perf_counter(), os.times()
-        command = [sys.executable, "-c", "from retain.cli import main; main()", *arguments]
+        command = [sys.executable, "-c", "from suffice.cli import main; main()", *arguments]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         after = os.times()
         cpu = after.children_user + after.children_system - before.children_user - before.children_system

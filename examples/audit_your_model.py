@@ -6,7 +6,7 @@ python examples/audit_your_model.py
 import torch
 from torch_geometric.nn import GCNConv
 
-from retain.link import EdgeSet, Protocol, audit, load, split
+from suffice.link import EdgeSet, Protocol, audit, load, split
 
 
 class Mine(torch.nn.Module):
@@ -26,7 +26,7 @@ class Mine(torch.nn.Module):
 
 
 torch.manual_seed(0)
-graph = load("digits")  # or your own edge list, see retain.link.read_graph
+graph = load("digits")  # or your own edge list, see suffice.link.read_graph
 parts = split(graph, Protocol(), seed=0)
 model, messages = Mine(graph.x.size(1)), parts.messages()
 optimizer = torch.optim.Adam(model.parameters(), 1e-2)

@@ -5,7 +5,7 @@ python examples/correct_it.py
 
 import argparse
 
-from retain.link import TrainSettings, correct, load, parse_arm
+from suffice.link import TrainSettings, correct, load, parse_arm
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--data", default="digits")

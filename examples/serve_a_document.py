@@ -5,9 +5,9 @@ python examples/serve_a_document.py
 
 import argparse
 
-from retain.kv import RetainCache, load
-from retain.kv.answering import generate, prompt
-from retain.kv.sharing import prefill
+from suffice.kv import CompressedCache, load
+from suffice.kv.cache.shared_prefill import prefill
+from suffice.kv.eval.answer import generate, prompt
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--quick", action="store_true", help="a short document")
@@ -19,7 +19,7 @@ document = f"{filler}The access code of the harbour is 482913. {filler}The code 
 questions = ["What is the access code of the harbour?", "What is the code of the orchard?"]
 
 parts = [prompt(tokenizer, document, question) for question in questions]
-cache = RetainCache(model, policy="capkv", budget=0.25, allocation="profile")
+cache = CompressedCache(model, policy="capkv", budget=0.25, allocation="profile")
 prefill(model, {"input_ids": parts[0].document.to(model.device)}, [cache])  # once, before any question is known
 print(cache.report())
 for question, part in zip(questions, parts, strict=True):

@@ -1,13 +1,13 @@
 """Run a grid on a Ray cluster, or on one that is started on this machine.
 
-pip install 'retain[scale,graph]'
+pip install 'suffice[scale,graph]'
 python examples/study_on_ray.py --ray local      # or auto, or HOST:6379
 """
 
 import argparse
 
-from retain.link.kinds import CORRECT
-from retain.study import Spec, Store, group, run_study, summarise
+from suffice.link.study.run_kinds import CORRECT
+from suffice.study import Spec, Store, group, run_study, summarise
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--ray", default="local")

@@ -5,7 +5,7 @@ python examples/tune_a_budget.py
 
 import argparse
 
-from retain.kv.tuning import tune
+from suffice.kv.eval.tune import tune
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--quick", action="store_true", help="short prompts and two budgets")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from retain.cli import app
+from suffice.cli import app
 
 pytest.importorskip("torch_geometric")
 
@@ -18,7 +18,7 @@ def without(monkeypatch):
 
     def hide(*packages):
         util = SimpleNamespace(find_spec=lambda name: None if name in packages else find(name))
-        monkeypatch.setattr(importlib.import_module("retain.cli.demo"), "importlib", SimpleNamespace(util=util))
+        monkeypatch.setattr(importlib.import_module("suffice.cli.demo"), "importlib", SimpleNamespace(util=util))
 
     return hide
 
@@ -30,10 +30,10 @@ def test_link_half_alone(without, tmp_path):
     found = json.loads(CliRunner().invoke(app, arguments, catch_exceptions=False).stdout)
     assert [study["graph"] for study in found["link"]] == ["digits", "block-model"]
     assert "rows" not in found
-    assert "pip install 'retain[kv]'" in found["skipped"][0]
+    assert "pip install 'suffice[kv]'" in found["skipped"][0]
     html = page.read_text(encoding="utf-8")
     assert html.count("<svg") == 4  # response curves and embeddings of each graph
-    assert "retain[kv]" in html
+    assert "suffice[kv]" in html
     separate = [row for row in found["link"][0]["rows"] if row["arm"] == "separate"]
     assert {row["split"] for row in separate if row["metric"] == "a_pure"} == {"heldout", "train"}
 
@@ -41,6 +41,6 @@ def test_link_half_alone(without, tmp_path):
 def test_neither_half(without, tmp_path):
     without("transformers", "torch_geometric")
     result = CliRunner().invoke(app, ["demo", "--report", str(tmp_path / "demo.html")], catch_exceptions=False)
-    assert "pip install 'retain[kv]'" in result.stdout
-    assert "pip install 'retain[graph]'" in result.stdout
+    assert "pip install 'suffice[kv]'" in result.stdout
+    assert "pip install 'suffice[graph]'" in result.stdout
     assert "torch-geometric" in (tmp_path / "demo.html").read_text(encoding="utf-8")

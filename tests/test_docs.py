@@ -31,7 +31,7 @@ def test_block_runs(page, code, read, tmp_path, monkeypatch):
     compiled = compile(code, page, "exec")
     if read:
         return
-    if "retain.link" in code:
+    if "suffice.link" in code:
         pytest.importorskip("torch_geometric")
     monkeypatch.chdir(tmp_path)
     exec(compiled, {"__name__": "docs"})

@@ -14,7 +14,7 @@ _EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 def test_link_example_runs(capsys):
     pytest.importorskip("torch_geometric")
-    code = next(code for code in _EXAMPLES if "retain.link" in code)
+    code = next(code for code in _EXAMPLES if "suffice.link" in code)
     exec(compile(code, "README.md", "exec"), {})
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("fixed:0.5 dominated")
@@ -23,7 +23,7 @@ def test_link_example_runs(capsys):
 
 @pytest.mark.model
 def test_python_example_runs(capsys):
-    code = next(code for code in _EXAMPLES if "retain.kv" in code)
+    code = next(code for code in _EXAMPLES if "suffice.kv" in code)
     exec(compile(code, "README.md", "exec"), {})
     said = capsys.readouterr().out
     assert "482913" in said

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "src" / "retain"
+SOURCE = Path(__file__).parent.parent / "src" / "suffice"
 FORBIDDEN = {
     "information": {"kv", "link", "report", "cli", "study"},
     "report": {"kv", "link", "cli", "study", "information"},
@@ -23,12 +23,12 @@ def test_arrows_point_downwards(room):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            rooms = {name.split(".")[1] for name in names if name.startswith("retain.")}
+            rooms = {name.split(".")[1] for name in names if name.startswith("suffice.")}
             assert not rooms & FORBIDDEN[room], f"{file.name} imports {rooms & FORBIDDEN[room]}"
 
 
-@pytest.mark.parametrize(("half", "stranger"), [("retain.kv", "torch_geometric"), ("retain.link", "transformers")])
+@pytest.mark.parametrize(("half", "stranger"), [("suffice.kv", "torch_geometric"), ("suffice.link", "transformers")])
 def test_each_half_imports_without_the_others_libraries(half, stranger):
     pytest.importorskip("transformers" if half.endswith("kv") else "torch_geometric")
-    code = f"import sys; sys.modules[{stranger!r}] = None; import {half}; import retain.cli"
+    code = f"import sys; sys.modules[{stranger!r}] = None; import {half}; import suffice.cli"
     subprocess.run([sys.executable, "-c", code], check=True)

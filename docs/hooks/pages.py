@@ -10,7 +10,7 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
-_SOURCE = Path(__file__).parents[2] / "src" / "retain"
+_SOURCE = Path(__file__).parents[2] / "src" / "suffice"
 _ROOMS = ("information", "kv", "link", "study", "report")
 
 
@@ -39,7 +39,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def policies() -> str:
     """Return the page of policies: their parts, and what the docstrings of the parts say."""
-    from retain.kv.named import policies as named
+    from suffice.kv.policy.registry import policies as named
 
     lines = ["# Each policy", "A policy is weights × directions × estimator; the parts say what they compute."]
     for policy in named().values():
@@ -54,16 +54,16 @@ def policies() -> str:
         for part in (policy.weights, policy.directions, policy.estimator):
             lines += [f"`{type(one).__name__}`: {_first(one)}" for one in _flat(part)]
         lines.append(
-            f"```python\nfrom retain.kv import RetainCache\n\ncache = RetainCache(model, policy={policy.name!r}, budget=0.25)\n```"
+            f"```python\nfrom suffice.kv import CompressedCache\n\ncache = CompressedCache(model, policy={policy.name!r}, budget=0.25)\n```"
         )
     return "\n\n".join(lines)
 
 
 def models() -> str:
     """Return the page of link predictors: what their docstrings say, and where they are."""
-    from retain.link.models import settings
+    from suffice.link.models import settings
 
-    lines = ["# Each model", "An option of every command of `retain link` (`--model`, `--encoder`, `--decoder`)."]
+    lines = ["# Each model", "An option of every command of `suffice link` (`--model`, `--encoder`, `--decoder`)."]
     for title, names in (("Encoders", settings.ENCODERS), ("Decoders", settings.DECODERS)):
         lines.append(f"## {title}")
         lines += [f"### {name}\n\n{_whole(kind)}" for name, kind in names.items()]
@@ -76,9 +76,9 @@ def models() -> str:
 
 def reference(room: str) -> str:
     """Return the page of a room: every public module that says something of itself."""
-    lines = [f"# retain.{room}"]
+    lines = [f"# suffice.{room}"]
     for file in sorted((_SOURCE / room).rglob("*.py")):
-        module = ".".join(("retain", *file.relative_to(_SOURCE).with_suffix("").parts)).removesuffix(".__init__")
+        module = ".".join(("suffice", *file.relative_to(_SOURCE).with_suffix("").parts)).removesuffix(".__init__")
         public = [
             n for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.FunctionDef | ast.ClassDef)
         ]

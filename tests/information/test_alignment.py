@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retain.information.alignment import class_information, cluster_nmi, linear_probe, trace_ratio
+from suffice.information.alignment import class_information, cluster_nmi, linear_probe, trace_ratio
 
 
 def _blobs(distance: float, seed: int = 0, items: int = 150) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retain.information import (
+from suffice.information import (
     NotPositiveDefiniteError,
     capacity,
     deletion_cost,

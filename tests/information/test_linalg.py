@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retain.information import NotPositiveDefiniteError, gram, psd_cholesky, working_dtype
+from suffice.information import NotPositiveDefiniteError, gram, psd_cholesky, working_dtype
 from tests.information.oracle import dense_gram, draw_set, numbers, seeds, sizes
 
 

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retain.information import capacity, leverage_scores, select_by_leverage, select_greedy, select_top
+from suffice.information import capacity, leverage_scores, select_by_leverage, select_greedy, select_top
 from tests.information.oracle import (
     best_capacity,
     dense_capacity,

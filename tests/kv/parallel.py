@@ -14,10 +14,10 @@ from torch import distributed as dist
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from retain.kv import RetainCache
-from retain.kv.calibration import calibrate
-from retain.kv.identity import fingerprint
-from retain.kv.sharding import Sharding, largest
+from suffice.kv import CompressedCache
+from suffice.kv.budget.calibration import calibrate
+from suffice.kv.hf.fingerprint import fingerprint
+from suffice.kv.hf.tensor_parallel import Sharding, largest
 from tests.kv.tiny import answer, left_padded, prompt
 
 BUDGET, NEW = 18, 10
@@ -45,14 +45,14 @@ def inputs() -> dict[str, torch.Tensor]:
 
 def run(model: PreTrainedModel, policy: str, allocation: str) -> dict[str, Any]:
     """Tokens of an answer, and what the heads that are here then hold."""
-    cache = RetainCache(model, policy, BUDGET, allocation=allocation, **SETTINGS)
+    cache = CompressedCache(model, policy, BUDGET, allocation=allocation, **SETTINGS)
     return {"tokens": answer(model, inputs(), cache, NEW).tolist(), "kept": kept(cache)}
 
 
-def kept(cache: RetainCache) -> dict[str, Any]:
+def kept(cache: CompressedCache) -> dict[str, Any]:
     """Positions held by layer and head, the head's number that of the whole model."""
     numbers = [(head.layer, head.head) for head in cache.report().heads]
-    rows = [cache.kept_positions(layer.index).transpose(0, 1).tolist() for layer in cache.retained]
+    rows = [cache.kept_positions(layer.index).transpose(0, 1).tolist() for layer in cache.compressed_layers]
     heads = [[[p for p in row if p >= 0] for row in head] for layer in rows for head in layer]
     return {f"{layer}.{head}": own for (layer, head), own in zip(numbers, heads, strict=True)}
 
@@ -116,16 +116,16 @@ def main(path: Path, out: Path) -> None:
     stock = counted.calls
     found: dict[str, Any] = {"fingerprint": fingerprint(model), "exchanged": {}, "cases": {}}
     for policy, allocation in CASES:
-        RetainCache(model, policy, BUDGET, allocation=allocation)  # a profile is looked up here
+        CompressedCache(model, policy, BUDGET, allocation=allocation)  # a profile is looked up here
         before = counted.calls
         found["cases"][f"{policy}/{allocation}"] = run(model, policy, allocation)
         found["exchanged"][f"{policy}/{allocation}"] = counted.calls - before - stock
     found["selection"] = selection(sharding)
     found["profile"] = calibrate(model, tokens=64).attention
-    cache = RetainCache(model, "capkv", BUDGET, allocation="marginal", **SETTINGS)
+    cache = CompressedCache(model, "capkv", BUDGET, allocation="marginal", **SETTINGS)
     tokens = answer(model, inputs(), cache, NEW)
     file = cache.save(model, out / "cache.safetensors")
-    again = RetainCache.load(out / "cache.safetensors", model)
+    again = CompressedCache.load(out / "cache.safetensors", model)
     more = [answer(model, follow(tokens), each, 6).tolist() for each in (cache, again)]
     found["saved"] = {"file": file.name, "goes on": more[0] == more[1]}
     (out / f"{sharding.rank}.json").write_text(json.dumps(found))

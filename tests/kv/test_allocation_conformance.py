@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retain.kv import RetainCache, policies
-from retain.kv.named import allocations
-from retain.kv.ragged import RaggedStorage
+from suffice.kv import CompressedCache, policies
+from suffice.kv.policy.registry import allocations
+from suffice.kv.storage.ragged import RaggedStorage
 from tests.kv.tiny import FAMILIES, left_padded, prompt, tiny
 
 every = [
@@ -39,7 +39,10 @@ def feed(model, cache, ids, mask=None, at=()):
 
 def kept(cache, row):
     """Positions that a row keeps, by layer and head."""
-    return [[head[head >= 0].tolist() for head in cache.kept_positions(layer.index)[row]] for layer in cache.retained]
+    return [
+        [head[head >= 0].tolist() for head in cache.kept_positions(layer.index)[row]]
+        for layer in cache.compressed_layers
+    ]
 
 
 def check_budget(cache, name, budget, seen, later=0):
@@ -60,7 +63,7 @@ def test_prompt_at_once(name, family, allocation):
     prompts = [prompt(n) for n in LENGTHS]
     inputs = left_padded(prompts)
     question = prompt(2, seed=5, rows=3)
-    cache = RetainCache(model, name, BUDGET, allocation=allocation)
+    cache = CompressedCache(model, name, BUDGET, allocation=allocation)
     feed(model, cache, inputs["input_ids"], inputs["attention_mask"])
     check_budget(cache, name, BUDGET, LENGTHS)
     ids = torch.cat((inputs["input_ids"], question), 1)
@@ -74,19 +77,21 @@ def test_prompt_at_once(name, family, allocation):
                 ids[:, stop - 1 : stop], attention_mask=mask[:, :stop], position_ids=positions, past_key_values=cache
             ).logits[:, -1]
     for row, own in enumerate(prompts):
-        alone = RetainCache(model, name, BUDGET, allocation=allocation)
+        alone = CompressedCache(model, name, BUDGET, allocation=allocation)
         feed(model, alone, own)
         if row == 0:
             assert kept(alone, 0) == first
         expected = feed(model, alone, torch.cat((own, question[row : row + 1]), 1)[:, own.shape[1] :], at=(1,))
         torch.testing.assert_close(logits[row : row + 1], expected, atol=2e-4, rtol=1e-3)
     report = cache.report()
-    held = sum(layer.storage.nbytes for layer in cache.retained)
-    slid = sum(x.nbytes for layer in cache.layers if layer not in cache.retained for x in (layer.keys, layer.values))
+    held = sum(layer.storage.nbytes for layer in cache.compressed_layers)
+    slid = sum(
+        x.nbytes for layer in cache.layers if layer not in cache.compressed_layers for x in (layer.keys, layer.values)
+    )
     assert report.bytes_kept == held + slid
     if name != "full":
         # Nothing larger stands behind what is kept than room for a sixteenth more.
-        for layer in cache.retained:
+        for layer in cache.compressed_layers:
             behind = sum(x.untyped_storage().nbytes() for x in layer.storage.tensors)
             assert layer.storage.nbytes <= behind <= layer.storage.nbytes * 17 / 16
 
@@ -99,15 +104,15 @@ def test_prompt_in_chunks(name, family, allocation):
     width = inputs["input_ids"].shape[1]
     ends = tuple(range(CHUNK, width, CHUNK))
     settings = {"allocation": allocation, "evict": "always", "interval": 3}
-    cache = RetainCache(model, name, BUDGET, **settings)
+    cache = CompressedCache(model, name, BUDGET, **settings)
     logits = feed(model, cache, inputs["input_ids"], inputs["attention_mask"], ends)
     check_budget(cache, name, BUDGET, LENGTHS)
     for row, own in enumerate(prompts):
         # The same boundaries, seen from the row; those in its padding fall away.
         start = width - own.shape[1]
-        alone = RetainCache(model, name, BUDGET, **settings)
+        alone = CompressedCache(model, name, BUDGET, **settings)
         expected = feed(model, alone, own, at=tuple(end - start for end in ends if end > start))
         assert kept(alone, 0) == kept(cache, row)
         torch.testing.assert_close(logits[row : row + 1], expected, atol=2e-4, rtol=1e-3)
     if cache.policy.allocation.ragged and name != "full":
-        assert all(isinstance(layer.storage, RaggedStorage) for layer in cache.retained)
+        assert all(isinstance(layer.storage, RaggedStorage) for layer in cache.compressed_layers)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
-from retain.information import capacity
-from retain.kv import DEFAULT_POLICY, Policy, RetainCache, Signals, policies
-from retain.kv.measuring import capacity_share
-from retain.kv.weights import KeyNorm, WindowAttention
+from suffice.information import capacity
+from suffice.kv import DEFAULT_POLICY, CompressedCache, Policy, Signals, policies
+from suffice.kv.policy.capacity_share import capacity_share
+from suffice.kv.policy.weights import KeyNorm, WindowAttention
 from tests.kv.tiny import answer, build, left_padded, prompt, tiny
 
 
@@ -37,31 +37,31 @@ def model():
 )
 def test_impossible_budget(model, budget, error, words):
     with pytest.raises(error, match=words):
-        RetainCache(model, budget=budget)
+        CompressedCache(model, budget=budget)
 
 
 def test_protection_that_does_not_fit(model):
     with pytest.raises(ValueError, match="need 12"):
-        RetainCache(model, budget=10, sinks=4, window=8)
+        CompressedCache(model, budget=10, sinks=4, window=8)
     with pytest.raises(ValueError, match="sinks is -1"):
-        RetainCache(model, sinks=-1)
-    cache = RetainCache(model, budget=0.25, sinks=4, window=20)
+        CompressedCache(model, sinks=-1)
+    cache = CompressedCache(model, budget=0.25, sinks=4, window=20)
     with pytest.raises(ValueError, match="budget is 10 tokens here"):
         model(prompt(40), past_key_values=cache)
 
 
 def test_unknown_policy_lists_the_known_ones(model):
     with pytest.raises(ValueError, match=r"'capvk'.*Did you mean 'capkv'.*Known: capkv-profile, .*streaming-llm"):
-        RetainCache(model, "capvk")
+        CompressedCache(model, "capvk")
     with pytest.raises(TypeError, match="policy is 3"):
-        RetainCache(model, 3)  # type: ignore[arg-type]
+        CompressedCache(model, 3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="weights is 'attention'"):
         Policy(weights="attention")  # type: ignore[arg-type]
 
 
 def test_model_must_be_a_model():
     with pytest.raises(TypeError, match="model is a str"):
-        RetainCache("llama")  # type: ignore[arg-type]
+        CompressedCache("llama")  # type: ignore[arg-type]
 
 
 def test_model_without_full_attention_is_refused():
@@ -70,13 +70,13 @@ def test_model_without_full_attention_is_refused():
         num_key_value_heads=1, sliding_window=8,
     )  # fmt: skip
     with pytest.raises(ValueError, match="no layer with full attention"):
-        RetainCache(MistralForCausalLM(config))
+        CompressedCache(MistralForCausalLM(config))
 
 
 def test_right_padding_is_refused(model):
     ids, mask = prompt(20, rows=2), torch.ones(2, 20, dtype=torch.long)
     mask[1, -4:] = 0
-    cache = RetainCache(model)
+    cache = CompressedCache(model)
     with pytest.raises(ValueError, match="pads on the right"):
         model(ids, attention_mask=mask, past_key_values=cache)
     assert cache.get_seq_length() == 0
@@ -86,22 +86,22 @@ def test_holes_in_the_mask_are_refused(model):
     mask = torch.ones(1, 20, dtype=torch.long)
     mask[0, 7] = 0
     with pytest.raises(ValueError, match="inside a prompt"):
-        model(prompt(20), attention_mask=mask, past_key_values=RetainCache(model))
+        model(prompt(20), attention_mask=mask, past_key_values=CompressedCache(model))
 
 
 @pytest.mark.parametrize("other", ["llama", "qwen2"])
 @pytest.mark.parametrize("attached", [False, True])
 def test_cache_of_another_model_is_refused(model, other, attached):
     stranger = build(other, seed=1)
-    keep = RetainCache(stranger) if attached else None
+    keep = CompressedCache(stranger) if attached else None
     with pytest.raises(ValueError, match="another model"):
-        stranger(prompt(20), past_key_values=RetainCache(model))
+        stranger(prompt(20), past_key_values=CompressedCache(model))
     del keep
 
 
 def test_changed_attention_implementation_is_noticed():
     model = build("llama")
-    cache = RetainCache(model)
+    cache = CompressedCache(model)
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="attention implementation was changed"):
         model(prompt(20), past_key_values=cache)
@@ -111,18 +111,18 @@ def test_unsupported_attention_implementation_is_refused():
     model = build("llama")
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="attn_implementation is 'flex_attention'; accepted: sdpa, eager"):
-        RetainCache(model)
+        CompressedCache(model)
 
 
 def test_crop_after_eviction_is_refused(model):
-    cache = RetainCache(model, budget=0.5)
+    cache = CompressedCache(model, budget=0.5)
     model(prompt(20), past_key_values=cache)
-    with pytest.raises(ValueError, match="crop of a RetainCache that has evicted"):
+    with pytest.raises(ValueError, match="crop of a CompressedCache that has evicted"):
         cache.crop(-3)
 
 
 def test_crop_before_eviction_works(model):
-    cache, stock = RetainCache(model, budget=1.0), DynamicCache(config=model.config)
+    cache, stock = CompressedCache(model, budget=1.0), DynamicCache(config=model.config)
     for each in (cache, stock):
         model(prompt(20), past_key_values=each)
         each.crop(-6)
@@ -136,18 +136,18 @@ def test_crop_before_eviction_works(model):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_finite_keys_are_refused(name, bad):
     model = build("llama")
-    cache = RetainCache(model, name, 0.5)
+    cache = CompressedCache(model, name, 0.5)
     model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = bad
     with pytest.raises(ValueError, match="NaN"):
         model(prompt(20), past_key_values=cache)
-    assert cache.retained[1].storage is None
+    assert cache.compressed_layers[1].storage is None
 
 
 def test_two_models_with_two_caches():
     first, second = build("llama", seed=1), build("llama", seed=2)
     inputs = {"input_ids": prompt(24)}
-    alone = [answer(m, inputs, RetainCache(m, budget=0.5)) for m in (first, second)]
-    caches = [RetainCache(m, budget=0.5) for m in (first, second)]
+    alone = [answer(m, inputs, CompressedCache(m, budget=0.5)) for m in (first, second)]
+    caches = [CompressedCache(m, budget=0.5) for m in (first, second)]
     together = [answer(m, inputs, cache) for m, cache in zip((first, second), caches, strict=True)]
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
@@ -155,12 +155,12 @@ def test_two_models_with_two_caches():
 def test_model_is_as_before_once_its_caches_are_gone():
     model = build("llama")
     expected = answer(model, {"input_ids": prompt(20)})
-    first, second = RetainCache(model), RetainCache(model)
+    first, second = CompressedCache(model), CompressedCache(model)
     assert torch.equal(answer(model, {"input_ids": prompt(20)}), expected)
     copied = copy.deepcopy(second)
     del first, second
     gc.collect()
-    assert model.config._attn_implementation == "retain_sdpa"
+    assert model.config._attn_implementation == "suffice_sdpa"
     del copied
     gc.collect()
     assert model.config._attn_implementation == "sdpa"
@@ -174,9 +174,9 @@ def test_dropped_cache_is_freed_without_a_garbage_collection(model, policy):
 
     gc.disable()
     try:
-        cache = RetainCache(model, policy, budget=0.5)
+        cache = CompressedCache(model, policy, budget=0.5)
         answer(model, {"input_ids": prompt(20)}, cache)
-        keys = weakref.ref(cache.retained[0].storage.tensors[0])
+        keys = weakref.ref(cache.compressed_layers[0].storage.tensors[0])
         del cache
         assert keys() is None
     finally:
@@ -186,13 +186,13 @@ def test_dropped_cache_is_freed_without_a_garbage_collection(model, policy):
 @pytest.mark.parametrize("policy", ["capkv-profile", "capkv"])
 def test_copied_cache_answers_and_leaves_the_original(model, policy):
     document, question = prompt(30), prompt(6, seed=1)
-    cache = RetainCache(model, policy, budget=0.5)
+    cache = CompressedCache(model, policy, budget=0.5)
     model(document, past_key_values=cache)
-    before = cache.retained[0].storage.entries.keys.clone()
+    before = cache.compressed_layers[0].storage.entries.keys.clone()
     both = torch.cat((document, question), 1)
     first = answer(model, {"input_ids": both}, copy.deepcopy(cache))
     assert torch.equal(answer(model, {"input_ids": both}, copy.deepcopy(cache)), first)
-    assert torch.equal(cache.retained[0].storage.entries.keys, before)
+    assert torch.equal(cache.compressed_layers[0].storage.entries.keys, before)
     assert cache.get_seq_length() == 30
 
 
@@ -200,12 +200,14 @@ def test_beams_equal_the_full_cache_at_full_budget(model):
     inputs = {"input_ids": prompt(20), "attention_mask": torch.ones(1, 20, dtype=torch.long)}
     options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
     expected = model.generate(**inputs, **options)
-    assert torch.equal(model.generate(**inputs, **options, past_key_values=RetainCache(model, budget=1.0)), expected)
+    assert torch.equal(
+        model.generate(**inputs, **options, past_key_values=CompressedCache(model, budget=1.0)), expected
+    )
 
 
 def test_rows_can_be_reordered_repeated_and_selected(model):
     prompts = [prompt(17), prompt(29)]
-    cache = RetainCache(model, "capkv", budget=0.5)
+    cache = CompressedCache(model, "capkv", budget=0.5)
     model(**left_padded(prompts), past_key_values=cache)
     positions = cache.kept_positions(0).clone()
     cache.reorder_cache(torch.tensor([1, 0]))
@@ -218,7 +220,7 @@ def test_rows_can_be_reordered_repeated_and_selected(model):
 
 
 def test_reset_makes_an_empty_cache(model):
-    cache = RetainCache(model, budget=0.5)
+    cache = CompressedCache(model, budget=0.5)
     first = answer(model, {"input_ids": prompt(20)}, cache)
     cache.reset()
     assert cache.get_seq_length() == 0
@@ -228,17 +230,17 @@ def test_reset_makes_an_empty_cache(model):
 
 def test_hybrid_model_keeps_its_sliding_layers():
     model = tiny("gemma3")
-    cache = RetainCache(model, budget=0.5)
-    assert [type(layer).__name__ for layer in cache.layers] == ["DynamicSlidingWindowLayer", "RetainLayer"] * 2
+    cache = CompressedCache(model, budget=0.5)
+    assert [type(layer).__name__ for layer in cache.layers] == ["DynamicSlidingWindowLayer", "CompressedLayer"] * 2
 
 
 def test_report_says_what_is_held(model):
-    cache = RetainCache(model, "capkv", budget=0.5)
+    cache = CompressedCache(model, "capkv", budget=0.5)
     assert str(cache.report()) == "nothing seen yet"
     model(prompt(40), past_key_values=cache)
     report = cache.report()
     assert "20 of 40 tokens" in str(report)
-    assert "RetainCache(policy='capkv', budget=0.5, 20 of 40 tokens" in repr(cache)
+    assert "CompressedCache(policy='capkv', budget=0.5, 20 of 40 tokens" in repr(cache)
     facts = report.to_dict()
     assert facts["tokens_seen"] == 40
     assert len(facts["heads"]) == 6
@@ -250,7 +252,7 @@ def test_report_says_what_is_held(model):
 
 
 def test_capacity_can_be_left_unmeasured(model):
-    cache = RetainCache(model, budget=0.5, measure_capacity=False)
+    cache = CompressedCache(model, budget=0.5, measure_capacity=False)
     model(prompt(40), past_key_values=cache)
     assert cache.report().capacity_retained is None
 
@@ -269,7 +271,7 @@ def test_capacity_share_is_that_of_the_information_core():
 
 def test_own_policy_by_composition(model):
     own = Policy(weights=WindowAttention(window=8) + 0.5 * KeyNorm(), name="mine")
-    cache = RetainCache(model, own, 0.5)
+    cache = CompressedCache(model, own, 0.5)
     model(prompt(40), past_key_values=cache)
     assert cache.report().policy == "mine"
     assert policies()["capkv"].with_(window=3).name == "custom"
@@ -277,7 +279,7 @@ def test_own_policy_by_composition(model):
 
 def test_half_precision_keeps_its_dtype():
     model = build("llama").to(torch.bfloat16)
-    cache = RetainCache(model, budget=0.5)
+    cache = CompressedCache(model, budget=0.5)
     answer(model, {"input_ids": prompt(30)}, cache)
-    assert cache.retained[0].storage.entries.keys.dtype == torch.bfloat16
+    assert cache.compressed_layers[0].storage.entries.keys.dtype == torch.bfloat16
     assert 0 < cache.report().capacity_retained <= 1

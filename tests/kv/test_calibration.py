@@ -7,22 +7,22 @@ import json
 import pytest
 import torch
 
-from retain.kv import (
+from suffice.kv import (
+    CompressedCache,
     HeadProfile,
-    RetainCache,
     calibrate,
     profile_from_weights,
     profile_of,
     read_profile,
     write_profile,
 )
-from retain.kv.identity import fingerprint
+from suffice.kv.hf.fingerprint import fingerprint
 from tests.kv.tiny import FAMILIES, VOCABULARY, build, prompt, tiny
 
 
 @pytest.fixture(autouse=True)
 def _own_profiles(tmp_path, monkeypatch):
-    monkeypatch.setenv("RETAIN_CACHE", str(tmp_path))
+    monkeypatch.setenv("SUFFICE_CACHE", str(tmp_path))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
@@ -90,7 +90,7 @@ def test_lengths_are_checked(tokens, words):
 def test_profile_of_another_model_is_refused():
     profile = calibrate(tiny("qwen2"), tokens=32)
     with pytest.raises(ValueError, match="profile is that of model"):
-        RetainCache(tiny("llama"), allocation=HeadProfile(profile))
+        CompressedCache(tiny("llama"), allocation=HeadProfile(profile))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_file_holds_plain_numbers(tmp_path):
 def test_profile_from_weights_is_the_share_of_slow_pairs(family):
     model = build(family)
     found = profile_from_weights(model)
-    layers = RetainCache(model, "capkv").retained
+    layers = CompressedCache(model, "capkv").compressed_layers
     assert len(found.attention) == len(layers)
     for own, layer in zip(found.attention, layers, strict=True):
         module = model.get_decoder().layers[layer.index].self_attn
@@ -146,7 +146,7 @@ def test_profile_from_weights_follows_a_head_that_turns_slowly():
         module.k_proj.weight[12:][[i for i in range(12) if i not in (5, 11)]] = 0
     found = profile_from_weights(model)
     assert found.attention[1][1] == max(value for layer in found.attention for value in layer) == pytest.approx(1)
-    cache = RetainCache(model, budget=40, allocation=HeadProfile(profile=found))
+    cache = CompressedCache(model, budget=40, allocation=HeadProfile(profile=found))
     model(prompt(90), past_key_values=cache)
     kept = {(head.layer, head.head): head.tokens_kept for head in cache.report().heads}
     assert max(kept, key=kept.get) == (1, 1)
@@ -164,17 +164,17 @@ def test_profile_from_weights_needs_projections_that_it_knows():
 def test_models_without_room_or_sense_are_refused():
     short = build("llama", max_position_embeddings=64)
     with pytest.raises(ValueError, match="a window of 96 tokens, this one has 64; accepted: 'equal'"):
-        RetainCache(short)
+        CompressedCache(short)
     model = build("llama", seed=5)
     model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = float("inf")
     with pytest.raises(ValueError, match="attention is NaN or infinite"):
-        RetainCache(model)
+        CompressedCache(model)
 
 
 def test_profile_that_can_not_be_kept_is_used_all_the_same(caplog, tmp_path):
     (tmp_path / "profiles").write_text("a file where the folder should be")
     model = build("llama", seed=6)
-    first, second = (RetainCache(model).policy.allocation.profile for _ in range(2))
+    first, second = (CompressedCache(model).policy.allocation.profile for _ in range(2))
     assert first == second
     assert "can't be kept" in caplog.text
 
@@ -183,7 +183,7 @@ def test_heads_keep_no_more_than_half_a_window_where_keys_are_moved_together():
     model = build("llama", max_position_embeddings=128)
     ids = prompt(95).repeat(1, 4)
     for positions, limit in (("original", 10**9), ("compact", 64)):
-        cache = RetainCache(model, "capkv-profile", 40, evict="always", positions=positions)
+        cache = CompressedCache(model, "capkv-profile", 40, evict="always", positions=positions)
         for start in range(0, ids.shape[1], 60):
             model(ids[:, start : start + 60], past_key_values=cache)
         kept = [head.tokens_kept for head in cache.report().heads]

@@ -9,16 +9,16 @@ from scipy.stats import spearmanr
 from scipy.stats import t as student
 from typer.testing import CliRunner
 
-from retain import RetainError
-from retain.cli import app
-from retain.kv import load
-from retain.kv.comparing import Comparison, compare, ranked, spearman
-from retain.kv.fidelity import Cell, evaluate
-from retain.kv.prompts import UserPrompt, read_prompts
-from retain.kv.runs import contestants
-from retain.kv.tasks import make
-from retain.kv.tuning import tune
-from retain.study.summary import Group
+from suffice import SufficeError
+from suffice.cli import app
+from suffice.kv import load
+from suffice.kv.eval.compare import Comparison, compare, ranked, spearman
+from suffice.kv.eval.fidelity import Cell, evaluate
+from suffice.kv.eval.prompts import UserPrompt, read_prompts
+from suffice.kv.eval.runs import contestants
+from suffice.kv.eval.tasks import make
+from suffice.kv.eval.tune import tune
+from suffice.study.summary import Group
 from tests.kv.tiny import TOKENS, build, tokenizer
 
 PROMPTS = [
@@ -74,7 +74,7 @@ def test_comparison_is_what_each_sample_gives_by_hand(folder, tmp_path):
 
 def test_finished_samples_are_not_measured_again(folder, tmp_path, monkeypatch):
     small(folder, folder=tmp_path, samples=1)
-    monkeypatch.setattr("retain.kv.runs.evaluate", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr("suffice.kv.eval.runs.evaluate", lambda *_, **__: pytest.fail("measured again"))
     small(folder, folder=tmp_path, samples=1)
 
 
@@ -200,7 +200,7 @@ def test_impossible_comparisons_are_refused_before_any_work(changes, words):
 def test_a_prompt_longer_than_the_window_keeps_the_others(folder, tmp_path):
     long = UserPrompt("many words " * 900)
     options = {"policies": ["h2o"], "allocations": ["own"], "budgets": [0.5], "new_tokens": 4, "model": folder}
-    with pytest.raises(RetainError, match=r"1 of 3 samples are not done.*more than the model's window"):
+    with pytest.raises(SufficeError, match=r"1 of 3 samples are not done.*more than the model's window"):
         tune([*PROMPTS[:2], long], target_kl=1.0, folder=tmp_path, **options)
 
 
@@ -266,7 +266,7 @@ def test_commands_print_json_and_write_pages(folder, tmp_path):
     tuned += ["--allocations", "own", "--budgets", "90%,50%", "--folder", str(tmp_path / "kept")]
     done = CliRunner().invoke(app, [*tuned, "--target-kl", "9"])
     assert done.exit_code == 0, done.output
-    assert "cache = RetainCache(model, policy='h2o', budget=0.5)" in done.stdout
+    assert "cache = CompressedCache(model, policy='h2o', budget=0.5)" in done.stdout
     done = CliRunner().invoke(app, [*tuned, "--target-kl", "1e-9", "--json"])
     assert done.exit_code == 1
     assert json.loads(done.stdout.strip().splitlines()[-1])["recommended"] is None

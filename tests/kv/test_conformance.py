@@ -7,7 +7,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from retain.kv import RetainCache, policies
+from suffice.kv import CompressedCache, policies
 from tests.kv.tiny import FAMILIES, answer, build, left_padded, prompt, tiny
 
 POLICIES = tuple(policies())
@@ -24,7 +24,7 @@ def prefill(model, ids, cache):
 @every_policy
 def test_full_budget_changes_no_token(name, family):
     model, inputs = tiny(family), {"input_ids": prompt(23)}
-    assert torch.equal(answer(model, inputs, RetainCache(model, name, 1.0)), answer(model, inputs))
+    assert torch.equal(answer(model, inputs, CompressedCache(model, name, 1.0)), answer(model, inputs))
 
 
 @every_family
@@ -32,12 +32,12 @@ def test_full_budget_changes_no_token(name, family):
 def test_padded_rows_equal_single_runs(name, family):
     model, prompts = tiny(family), [prompt(17), prompt(29), prompt(22)]
     for budget in (0.5, 14):
-        cache = RetainCache(model, name, budget)
+        cache = CompressedCache(model, name, budget)
         together = answer(model, left_padded(prompts), cache)
         for row, own in enumerate(prompts):
-            alone = RetainCache(model, name, budget)
+            alone = CompressedCache(model, name, budget)
             assert torch.equal(answer(model, {"input_ids": own}, alone)[0], together[row])
-            for layer in alone.retained:
+            for layer in alone.compressed_layers:
                 single = layer.storage.positions[0]
                 batched = cache.kept_positions(layer.index)[row]
                 assert torch.equal(batched[batched >= 0], single[single >= 0])
@@ -48,7 +48,7 @@ def test_padded_rows_equal_single_runs(name, family):
 def test_budget_is_respected_exactly(name, family):
     model = tiny(family)
     for budget, kept in ((0.25, 10), (0.5, 20), (13, 13)):
-        cache = RetainCache(model, name, budget)
+        cache = CompressedCache(model, name, budget)
         prefill(model, prompt(40), cache)
         heads = cache.report().heads
         expected = 40 if name == "full" else kept
@@ -62,10 +62,10 @@ def test_budget_is_respected_exactly(name, family):
 @every_policy
 def test_kept_entries_are_those_of_the_full_cache_at_their_positions(name, family):
     model, ids = tiny(family), prompt(31)
-    cache, stock = RetainCache(model, name, 0.4), DynamicCache(config=model.config)
+    cache, stock = CompressedCache(model, name, 0.4), DynamicCache(config=model.config)
     prefill(model, ids, cache)
     prefill(model, ids, stock)
-    for layer in cache.retained:
+    for layer in cache.compressed_layers:
         positions = cache.kept_positions(layer.index).long()
         there = positions >= 0
         assert bool(((positions.diff(dim=-1) > 0) | ~there[..., 1:]).all())
@@ -79,16 +79,16 @@ def test_kept_entries_are_those_of_the_full_cache_at_their_positions(name, famil
 @every_policy
 def test_reported_bytes_are_the_tensors_bytes(name, family):
     model = tiny(family)
-    cache = RetainCache(model, name, 0.3)
+    cache = CompressedCache(model, name, 0.3)
     answer(model, left_padded([prompt(33), prompt(20)]), cache, new=3)
     report = cache.report()
-    slid = [layer for layer in cache.layers if layer not in cache.retained]
+    slid = [layer for layer in cache.layers if layer not in cache.compressed_layers]
     assert report.bytes_kept == sum(
         own.nbytes
-        for own in [*(x for layer in cache.retained for x in layer.storage.tensors[:2])]
+        for own in [*(x for layer in cache.compressed_layers for x in layer.storage.tensors[:2])]
         + [x for layer in slid for x in (layer.keys, layer.values)]
     )
-    for layer in cache.retained:
+    for layer in cache.compressed_layers:
         # Nothing larger stands behind the kept tensors than room for a sixteenth more.
         if name != "full":
             for own in layer.storage.tensors[:2]:
@@ -102,10 +102,10 @@ def test_reported_bytes_are_the_tensors_bytes(name, family):
 @every_policy
 def test_same_input_same_result(name, family):
     model, inputs = tiny(family), {"input_ids": prompt(26)}
-    caches = [RetainCache(model, name, 0.4) for _ in range(2)]
+    caches = [CompressedCache(model, name, 0.4) for _ in range(2)]
     first, second = (answer(model, inputs, cache) for cache in caches)
     assert torch.equal(first, second)
-    for layer in caches[0].retained:
+    for layer in caches[0].compressed_layers:
         assert torch.equal(layer.storage.positions, caches[1].kept_positions(layer.index))
 
 
@@ -113,9 +113,9 @@ def test_same_input_same_result(name, family):
 @every_policy
 def test_sinks_and_window_are_protected(name, family):
     model = tiny(family)
-    cache = RetainCache(model, name, 12, sinks=3, window=5)
+    cache = CompressedCache(model, name, 12, sinks=3, window=5)
     prefill(model, prompt(40), cache)
-    for layer in cache.retained:
+    for layer in cache.compressed_layers:
         for head in cache.kept_positions(layer.index)[0].tolist():
             assert {0, 1, 2, 35, 36, 37, 38, 39} <= set(head)
 
@@ -131,9 +131,9 @@ def test_later_tokens_see_exactly_the_kept_entries(name, allocation, attn, famil
     """Against dense attention over everything with a mask that hides what was evicted, head by head."""
     document, question = prompt(30, rows=2), prompt(new, seed=1, rows=2)
     model = build(family, attn)
-    cache = RetainCache(model, name, 0.4, allocation=allocation)
+    cache = CompressedCache(model, name, 0.4, allocation=allocation)
     prefill(model, document, cache)
-    kept = {layer.index: cache.kept_positions(layer.index).long() for layer in cache.retained}
+    kept = {layer.index: cache.kept_positions(layer.index).long() for layer in cache.compressed_layers}
     got = prefill(model, question, cache).logits
     del cache
 

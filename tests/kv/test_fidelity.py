@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from retain.kv import Policy, RetainCache
-from retain.kv.allocation import Equal
-from retain.kv.calibration import calibrate
-from retain.kv.fidelity import Cell, divergence, evaluate
-from retain.kv.profile import HeadProfile
-from retain.kv.selection import Selection
-from retain.kv.tasks import make
-from retain.kv.weights import Uniform
+from suffice.kv import CompressedCache, Policy
+from suffice.kv.budget.allocation import Equal
+from suffice.kv.budget.calibration import calibrate
+from suffice.kv.budget.head_profile import HeadProfile
+from suffice.kv.eval.fidelity import Cell, divergence, evaluate
+from suffice.kv.eval.tasks import make
+from suffice.kv.policy.selection import Selection
+from suffice.kv.policy.weights import Uniform
 from tests.kv.tiny import TOKENS, build, tokenizer
 
 CELLS = [
@@ -32,7 +32,7 @@ def model():
 
 def read(model, cell, prompt, rest):
     """A cache of its own, then token after token: log-probabilities before each token of the rest and after."""
-    cache = RetainCache(model, cell.policy, cell.budget, allocation=cell.allocation)
+    cache = CompressedCache(model, cell.policy, cell.budget, allocation=cell.allocation)
     rows = []
     with torch.no_grad():
         rows.append(model(prompt, past_key_values=cache).logits[0, -1])
@@ -64,7 +64,7 @@ def test_rows_are_what_each_cache_gives_alone(model, task, mode, chat):
         change = float(likelihood + functional.cross_entropy(full, gold))
         assert row["log_likelihood_change"] == pytest.approx(change, abs=1e-3)
         assert row["top1"] == pytest.approx(float((own.argmax(-1) == full.argmax(-1)).float().mean()))
-        cache = RetainCache(model, cell.policy, cell.budget, allocation=cell.allocation)
+        cache = CompressedCache(model, cell.policy, cell.budget, allocation=cell.allocation)
         with torch.no_grad():
             model(first, past_key_values=cache)
         report = cache.report()
@@ -196,7 +196,7 @@ def test_wrong_arguments_are_named(model, options, words):
 
 @pytest.mark.model
 def test_the_default_model_finds_a_needle_and_loses_it_with_the_cache():
-    from retain.kv import load
+    from suffice.kv import load
 
     small, own = load(dtype="float32")
     example = replace(make("single", own, tokens=300, seed=1), new_tokens=8)

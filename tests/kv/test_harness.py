@@ -10,8 +10,8 @@ import warnings
 import pytest
 import torch
 
-from retain.kv.fidelity import Cell, evaluate
-from retain.kv.tasks import make
+from suffice.kv.eval.fidelity import Cell, evaluate
+from suffice.kv.eval.tasks import make
 from tests.kv.tiny import TOKENS, build, tokenizer
 
 pytest.importorskip("lm_eval")
@@ -24,7 +24,7 @@ with warnings.catch_warnings():
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from retain.kv.harness import RetainLM
+    from suffice.kv.eval.lm_eval import CompressedLM
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ OPEN = [(example.document + "\n" + example.question, {"until": ["e"], "max_gen_t
 
 
 def test_at_full_budget_it_is_the_harness_s_own_model(model):
-    own = RetainLM(model, tokenizer=tokenizer(), budget=1.0, batch_size=2)
+    own = CompressedLM(model, tokenizer=tokenizer(), budget=1.0, batch_size=2)
     peer = HFLM(pretrained=model, tokenizer=tokenizer(), batch_size=2)
     ours = own.loglikelihood(instances("loglikelihood", CHOICES), disable_tqdm=True)
     theirs = peer.loglikelihood(instances("loglikelihood", CHOICES), disable_tqdm=True)
@@ -62,15 +62,15 @@ def test_continuations_are_scored_from_the_compressed_cache(model):
     example = EXAMPLES[0]
     parts, gold = example.prompt(tokenizer()), example.gold(tokenizer())
     _, row = evaluate(model, tokenizer(), example, [Cell("h2o", 0.3, "pooled")], mode="aware", answer=False)
-    own = RetainLM(model, tokenizer=tokenizer(), policy="h2o", budget=0.3, allocation="pooled")
+    own = CompressedLM(model, tokenizer=tokenizer(), policy="h2o", budget=0.3, allocation="pooled")
     (found, _), again = own._loglikelihood_tokens([(None, parts.ids[0].tolist(), gold[0].tolist())] * 2)
     assert found == again[0] == pytest.approx(row["log_likelihood"] * gold.shape[1], rel=1e-4)
-    full = RetainLM(model, tokenizer=tokenizer(), budget=1.0)
+    full = CompressedLM(model, tokenizer=tokenizer(), budget=1.0)
     assert abs(full._loglikelihood_tokens([(None, parts.ids[0].tolist(), gold[0].tolist())])[0][0] - found) > 0.01
 
 
 def test_a_context_longer_than_the_window_is_cut_from_the_left(model):
-    own = RetainLM(model, tokenizer=tokenizer(), budget=1.0)
+    own = CompressedLM(model, tokenizer=tokenizer(), budget=1.0)
     generator = torch.Generator().manual_seed(0)
     long = torch.randint(1, TOKENS, (1500,), generator=generator).tolist()
     cut, whole = (own._loglikelihood_tokens([(None, ids, [5, 6, 7])])[0] for ids in (long, long[-1022:]))
@@ -118,7 +118,7 @@ def task(folder):
 
 def test_tasks_run_from_python(model, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    own = RetainLM(model, tokenizer=tokenizer(), policy="capkv", budget=0.3, batch_size=2)
+    own = CompressedLM(model, tokenizer=tokenizer(), policy="capkv", budget=0.3, batch_size=2)
     found = simple_evaluate(
         model=own, tasks=task(tmp_path), task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
     )
@@ -140,7 +140,7 @@ def test_tasks_run_from_python(model, tmp_path, monkeypatch):
 
 def test_the_command_line_knows_the_model():
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "retain.kv.harness", "--model", "retain", "--model_args",
+        [sys.executable, "-W", "ignore", "-m", "suffice.kv.eval.lm_eval", "--model", "suffice", "--model_args",
          "policy=h3o", "--tasks", "arc_easy"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -150,10 +150,10 @@ def test_the_command_line_knows_the_model():
 
 def test_wrong_arguments_are_named(model):
     with pytest.raises(ValueError, match="tokenizer is None"):
-        RetainLM(model)
+        CompressedLM(model)
     with pytest.raises(ValueError, match=r"budget is 1\.5"):
-        RetainLM(model, tokenizer=tokenizer(), budget=1.5)
-    own = RetainLM(model, tokenizer=tokenizer())
+        CompressedLM(model, tokenizer=tokenizer(), budget=1.5)
+    own = CompressedLM(model, tokenizer=tokenizer())
     with pytest.raises(ValueError, match="loglikelihood_rolling"):
         own.loglikelihood_rolling([])
     with pytest.raises(ValueError, match="request 0 has a context of 0"):

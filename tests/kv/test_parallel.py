@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from retain.kv import RetainCache
-from retain.kv.calibration import calibrate, profile_of
-from retain.kv.identity import fingerprint
-from retain.kv.sharding import Sharding, columns, largest
+from suffice.kv import CompressedCache
+from suffice.kv.budget.calibration import calibrate, profile_of
+from suffice.kv.hf.fingerprint import fingerprint
+from suffice.kv.hf.tensor_parallel import Sharding, columns, largest
 from tests.kv.parallel import CASES, SETTINGS, inputs, run
 from tests.kv.tiny import answer, build, left_padded, prompt
 
@@ -34,7 +34,7 @@ def model(tmp_path_factory, own_cache):
 @pytest.fixture(scope="module")
 def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RETAIN_CACHE", str(tmp_path_factory.mktemp("retain")))
+        patch.setenv("SUFFICE_CACHE", str(tmp_path_factory.mktemp("suffice")))
         yield
 
 
@@ -97,7 +97,7 @@ def test_each_process_saves_its_heads(model, processes):
         {"file": f"cache-{rank}-of-2.safetensors", "goes on": True} for rank in (1, 2)
     ]
     with pytest.raises(ValueError, match="holds a cache of process 2 of 2, this is one process; accepted: the same"):
-        RetainCache.load(out / "cache-2-of-2.safetensors", single)
+        CompressedCache.load(out / "cache-2-of-2.safetensors", single)
 
 
 def test_the_largest_of_two_processes(processes):
@@ -146,12 +146,12 @@ def test_a_device_map_changes_nothing(model, spread, policy, allocation):
 def test_a_cache_of_a_spread_model_is_that_of_the_model(model, spread, tmp_path):
     """Its identity is that of the weights, wherever they wait; what is loaded lies where it is computed with."""
     single = model[0]
-    cache = RetainCache(spread, "capkv", 18, **SETTINGS)
+    cache = CompressedCache(spread, "capkv", 18, **SETTINGS)
     answer(spread, inputs(), cache, 4)
     cache.save(spread, tmp_path / "cache.safetensors")
     for each in (single, spread):
-        loaded = RetainCache.load(tmp_path / "cache.safetensors", each)
-        assert {layer.storage.keys.device.type for layer in loaded.retained} == {"cpu"}
+        loaded = CompressedCache.load(tmp_path / "cache.safetensors", each)
+        assert {layer.storage.keys.device.type for layer in loaded.compressed_layers} == {"cpu"}
         # The room for new tokens is not in the file.
         assert replace(loaded.report(), bytes_index=0) == replace(cache.report(), bytes_index=0)
 
@@ -172,11 +172,11 @@ def test_layers_need_nothing_but_their_own_tensors(attention, allocation):
         network = build("llama", attention)
         for layer in network.model.layers if moves else ():
             layer.register_forward_pre_hook(before, with_kwargs=True)
-        cache = RetainCache(network, "capkv", 18, allocation=allocation, **SETTINGS)
+        cache = CompressedCache(network, "capkv", 18, allocation=allocation, **SETTINGS)
         batch = left_padded([prompt(61), prompt(20, seed=2)])  # of the first chunk, a row has padding alone
         with torch.no_grad():
             out = network.generate(
                 **batch, past_key_values=cache, prefill_chunk_size=20, max_new_tokens=8, do_sample=False
             )
-        found.append((out.tolist(), [cache.kept_positions(layer.index).tolist() for layer in cache.retained]))
+        found.append((out.tolist(), [cache.kept_positions(layer.index).tolist() for layer in cache.compressed_layers]))
     assert found[0] == found[1]

@@ -11,17 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from retain.information import capacity, select_by_leverage
-from retain.kv import Greedy, Policy, Rounds, Signals, get_policy
-from retain.kv.allocation import Equal, MarginalCapacity, PooledScores, Pyramid, Request
-from retain.kv.directions import Constant, OutputValue, Value
-from retain.kv.estimators import Leverage, Trace
-from retain.kv.profile import HeadProfile, Profile
-from retain.kv.protection import Protection, tokens_allowed
-from retain.kv.rotary import rotate_half
-from retain.kv.sampled import sampled_attention
-from retain.kv.selection import Budget
-from retain.kv.weights import (
+from suffice.information import capacity, select_by_leverage
+from suffice.kv import Greedy, Policy, Rounds, Signals, get_policy
+from suffice.kv.budget.allocation import Equal, MarginalCapacity, PooledScores, Pyramid, Request
+from suffice.kv.budget.head_profile import HeadProfile, Profile
+from suffice.kv.budget.protection import Protection, tokens_allowed
+from suffice.kv.hf.rotary import rotate_half
+from suffice.kv.policy.directions import Constant, OutputValue, Value
+from suffice.kv.policy.estimators import Leverage, Trace
+from suffice.kv.policy.sampled_attention import sampled_attention
+from suffice.kv.policy.selection import Budget
+from suffice.kv.policy.weights import (
     ExpectedAttention,
     KeyNorm,
     KeySalience,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import cache_utils
 
-from retain.kv import RetainCache
-from retain.kv.quantized import Quantization, QuantizedStorage
+from suffice.kv import CompressedCache
+from suffice.kv.storage.quantized import Quantization, QuantizedStorage
 from tests.kv.tiny import answer, build, left_padded, prompt, tiny
 
 HERE = {
@@ -29,7 +29,9 @@ backends = pytest.mark.parametrize(
 def caches(backend, **settings):
     """The same cache as it is, and quantised."""
     model = tiny("qwen3")  # 16 dimensions
-    return model, *(RetainCache(model, "keydiff", 12, quantized=quantized, **settings) for quantized in (None, backend))
+    return model, *(
+        CompressedCache(model, "keydiff", 12, quantized=quantized, **settings) for quantized in (None, backend)
+    )
 
 
 def batch():
@@ -46,7 +48,7 @@ def fill(model, cache):
 def test_entries_are_those_kept_to_the_precision_that_is_left(backend, allocation):
     model, plain, quantized = caches(backend, allocation=allocation)
     torch.testing.assert_close(fill(model, quantized), fill(model, plain))  # a prefill reads what it has computed
-    for own, other in zip(plain.retained, quantized.retained, strict=True):
+    for own, other in zip(plain.compressed_layers, quantized.compressed_layers, strict=True):
         assert isinstance(other.storage, QuantizedStorage)
         assert torch.equal(own.storage.positions, other.storage.positions)
         for name in ("keys", "values"):
@@ -81,11 +83,11 @@ def test_a_model_goes_on_from_it(backend, settings):
         head.tokens_kept for head in plain.report().heads
     ]
     assert tokens.shape == (2, 12)
-    for layer in quantized.retained:
+    for layer in quantized.compressed_layers:
         assert layer.storage._whole is None
         assert bool(torch.isfinite(layer.storage.keys).all())
     other = quantized.copy()
-    before = [layer.storage.keys for layer in quantized.retained]
+    before = [layer.storage.keys for layer in quantized.compressed_layers]
     other.batch_select_indices(torch.tensor([1]))
     with torch.no_grad():
         model(
@@ -94,7 +96,7 @@ def test_a_model_goes_on_from_it(backend, settings):
             attention_mask=torch.ones(1, 55),
             position_ids=torch.tensor([[20, 21, 22]]),
         )
-    for kept, layer in zip(before, quantized.retained, strict=True):
+    for kept, layer in zip(before, quantized.compressed_layers, strict=True):
         assert torch.equal(kept, layer.storage.keys)
 
 
@@ -103,7 +105,7 @@ def test_what_is_beyond_the_scale_is_cut_off():
     """The scale of 8-bit numbers is that of the first entries; torch makes NaN of what is larger."""
     model, _, cache = caches("fp8")
     fill(model, cache)
-    storage = cache.retained[0].storage
+    storage = cache.compressed_layers[0].storage
     most = float(storage.keys.abs().amax())
     new = torch.full((2, 2, 1, 16), 100 * most)
     storage.append(new, new, torch.tensor([[40], [9]]))
@@ -113,19 +115,19 @@ def test_what_is_beyond_the_scale_is_cut_off():
 def test_wrong_settings_are_named(tmp_path):
     model = build("llama")
     with pytest.raises(ValueError, match=r"quantized is 'int4'; accepted: 'quanto', 'hqq', 'fp8', or None"):
-        RetainCache(model, "capkv", quantized="int4")
+        CompressedCache(model, "capkv", quantized="int4")
     with pytest.raises(TypeError, match="quantized is 4; accepted: a name, a Quantization, or None"):
-        RetainCache(model, quantized=4)
+        CompressedCache(model, quantized=4)
     with pytest.raises(ValueError, match="residual is 0"):
         Quantization(residual=0)
     with pytest.raises(ValueError, match=r"heads of unequal length .* do not support; accepted: None, or an alloc"):
-        RetainCache(model, allocation="pooled", quantized="quanto")
+        CompressedCache(model, allocation="pooled", quantized="quanto")
     for backend, here in HERE.items():
         if not here:
             with pytest.raises(ImportError, match=f"quantized is '{backend}', which needs .*; install it, or choose"):
-                RetainCache(model, "capkv", quantized=backend)
+                CompressedCache(model, "capkv", quantized=backend)
             continue
-        cache = RetainCache(model, "keydiff", 12, quantized=backend)
+        cache = CompressedCache(model, "keydiff", 12, quantized=backend)
         answer(model, {"input_ids": prompt(20)}, cache)
         with pytest.raises(ValueError, match="a cache with quantized entries is not saved"):
             cache.save(model, tmp_path / "x")

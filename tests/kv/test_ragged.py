@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retain.kv import RetainCache
-from retain.kv.ragged import RaggedStorage
-from retain.kv.ragged_attention import attend
-from retain.kv.storage import Entries, UniformStorage
+from suffice.kv import CompressedCache
+from suffice.kv.storage.ragged import RaggedStorage
+from suffice.kv.storage.ragged_attention import attend
+from suffice.kv.storage.uniform import Entries, UniformStorage
 from tests.kv.tiny import prompt, tiny
 
 DIM, VALUE_DIM = 8, 6
@@ -206,7 +206,7 @@ def test_prefill_and_decoding_may_run_in_different_modes(allocation):
     found = []
     plain, inference, gradients = torch.no_grad, torch.inference_mode, torch.enable_grad
     for modes in ((plain, plain), (inference, plain), (plain, gradients)):
-        cache = RetainCache(model, "knorm", 40, allocation=allocation)
+        cache = CompressedCache(model, "knorm", 40, allocation=allocation)
         with modes[0]():
             model(ids, past_key_values=cache)
             model(ids[:, :1], past_key_values=cache)

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from retain.kv import RetainCache
-from retain.kv.rows import Rows
-from retain.kv.sharing import prefill
+from suffice.kv import CompressedCache
+from suffice.kv.cache.batched import Rows
+from suffice.kv.cache.shared_prefill import prefill
 from tests.kv.tiny import FAMILIES, answer, left_padded, prompt, tiny
 
 SETTINGS = [
@@ -19,7 +19,7 @@ SETTINGS = [
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_each_row_goes_on_as_its_cache_would_alone(family, attn):
     model = tiny(family, attn)
-    caches = [RetainCache(model, name, budget, allocation=split) for name, budget, split in SETTINGS]
+    caches = [CompressedCache(model, name, budget, allocation=split) for name, budget, split in SETTINGS]
     prefill(model, {"input_ids": prompt(31)}, caches)
     more = prompt(6, seed=3)
     rows = Rows([cache.copy() for cache in caches])
@@ -39,14 +39,14 @@ def test_caches_that_do_not_go_together_are_refused():
     model = tiny("llama")
     with pytest.raises(ValueError, match="caches is empty"):
         Rows([])
-    first, second = RetainCache(model), RetainCache(model)
+    first, second = CompressedCache(model), CompressedCache(model)
     prefill(model, {"input_ids": prompt(20)}, [first])
     prefill(model, {"input_ids": prompt(21)}, [second])
     with pytest.raises(ValueError, match=r"seen \[20, 21\] tokens"):
         Rows([first, second])
     with pytest.raises(ValueError, match="the batch has 2 rows; accepted: 1"):
         model(prompt(3, rows=2), past_key_values=Rows([first.copy()]))
-    padded = RetainCache(model)
+    padded = CompressedCache(model)
     prefill(model, left_padded([prompt(20), prompt(15)]), [padded])
     with pytest.raises(ValueError, match="holds 2 rows with 5 tokens of padding"):
         Rows([padded])

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from retain.kv import Policy, RetainCache
-from retain.kv.named import allocations
-from retain.kv.weights import ExpectedAttention, KeyNorm
+from suffice.kv import CompressedCache, Policy
+from suffice.kv.policy.registry import allocations
+from suffice.kv.policy.weights import ExpectedAttention, KeyNorm
 from tests.kv.tiny import answer, build, left_padded, prompt, tiny
 
 MOVING = Policy(weights=ExpectedAttention(future=0, pooled=True, diagonal=True, half_life=20.0), name="moving")
@@ -47,12 +47,12 @@ def go_on(model, cache, rows=1):
 )
 def test_a_loaded_cache_goes_on_as_the_saved_one(tmp_path, family, allocation, policy, settings):
     model = tiny(family)
-    cache = RetainCache(model, policy, 12, allocation=allocation, **settings)
+    cache = CompressedCache(model, policy, 12, allocation=allocation, **settings)
     rows = [prompt(30), prompt(22)]
     fill(model, cache, rows)
     file = cache.save(model, tmp_path / "a cache.safetensors")
     own = None if isinstance(policy, str) else cache.policy
-    loaded = RetainCache.load(file, model, own)
+    loaded = CompressedCache.load(file, model, own)
     assert loaded.report() == cache.report()
     assert loaded.settings == cache.settings
     assert torch.equal(go_on(model, loaded, 2), go_on(model, cache, 2))
@@ -62,12 +62,12 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(tmp_path, family, allocation, p
 def test_another_process_goes_on(tmp_path):
     """The same weights, built again where nothing of this process is left."""
     model = build("llama")
-    cache = RetainCache(model, "capkv", 12, allocation="pooled")
+    cache = CompressedCache(model, "capkv", 12, allocation="pooled")
     fill(model, cache)
     file = cache.save(model, tmp_path / "cache.safetensors")
     script = (
-        "import sys, torch; from retain.kv import RetainCache; from tests.kv.tiny import build, prompt, answer\n"
-        "model = build('llama'); cache = RetainCache.load(sys.argv[1], model)\n"
+        "import sys, torch; from suffice.kv import CompressedCache; from tests.kv.tiny import build, prompt, answer\n"
+        "model = build('llama'); cache = CompressedCache.load(sys.argv[1], model)\n"
         "ids = torch.cat((prompt(30), prompt(5, seed=3)), 1)\n"
         "print(answer(model, {'input_ids': ids}, cache).tolist())"
     )
@@ -78,7 +78,7 @@ def test_another_process_goes_on(tmp_path):
 
 def test_what_does_not_fit_is_refused(tmp_path):
     model = tiny("llama")
-    cache = RetainCache(model, "capkv", 12)
+    cache = CompressedCache(model, "capkv", 12)
     with pytest.raises(ValueError, match="has seen nothing"):
         cache.save(model, tmp_path / "x")
     fill(model, cache)
@@ -86,47 +86,48 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="model is not the one"):
         cache.save(tiny("qwen2"), tmp_path / "y")
     with pytest.raises(FileNotFoundError, match="accepted: a file that `save` wrote"):
-        RetainCache.load(tmp_path / "none", model)
+        CompressedCache.load(tmp_path / "none", model)
     with pytest.raises(ValueError, match=r"holds a cache of model \w+, this model is \w+"):
-        RetainCache.load(file, build("llama", seed=1))
+        CompressedCache.load(file, build("llama", seed=1))
     with pytest.raises(ValueError, match=r"in torch.float32, this model is in torch.bfloat16"):
-        RetainCache.load(file, build("llama").to(torch.bfloat16))
+        CompressedCache.load(file, build("llama").to(torch.bfloat16))
     with pytest.raises(ValueError, match="policy is 'custom'"):
-        RetainCache.load(file, model, Policy(weights=KeyNorm()))
+        CompressedCache.load(file, model, Policy(weights=KeyNorm()))
     (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(ValueError, match="is no saved RetainCache"):
-        RetainCache.load(tmp_path / "text", model)
+    with pytest.raises(ValueError, match="is no saved CompressedCache"):
+        CompressedCache.load(tmp_path / "text", model)
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="is no saved RetainCache"):
-        RetainCache.load(tmp_path / "other", model)
+    with pytest.raises(ValueError, match="is no saved CompressedCache"):
+        CompressedCache.load(tmp_path / "other", model)
     with safe_open(file, "pt") as held:
-        facts = json.loads(held.metadata()["retain"])
+        facts = json.loads(held.metadata()["suffice"])
         tensors = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
-    save_file(tensors, tmp_path / "newer", {"retain": json.dumps({**facts, "format": 99})})
-    with pytest.raises(ValueError, match=r"has format 99.*Update retain"):
-        RetainCache.load(tmp_path / "newer", model)
+    save_file(tensors, tmp_path / "newer", {"suffice": json.dumps({**facts, "format": 99})})
+    with pytest.raises(ValueError, match=r"has format 99.*Update suffice"):
+        CompressedCache.load(tmp_path / "newer", model)
 
 
 def test_a_policy_of_ones_own_is_asked_for(tmp_path):
     model, own = tiny("llama"), Policy(weights=KeyNorm(), name="mine")
-    cache = RetainCache(model, own, 12)
+    cache = CompressedCache(model, own, 12)
     fill(model, cache)
     file = cache.save(model, tmp_path / "x")
     with pytest.raises(ValueError, match=r"policy is None.*name mine, weights exp\(−‖k‖\)"):
-        RetainCache.load(file, model)
-    assert RetainCache.load(file, model, own).policy == own
+        CompressedCache.load(file, model)
+    assert CompressedCache.load(file, model, own).policy == own
 
 
 @pytest.mark.parametrize("allocation", list(allocations()))
 def test_one_document_answers_many_questions(allocation):
     """Copies share what is stored; the original stays as it is, whatever the copies do."""
     model = tiny("gemma3")
-    cache = RetainCache(model, "capkv", 12, allocation=allocation, evict="always", interval=2)
+    cache = CompressedCache(model, "capkv", 12, allocation=allocation, evict="always", interval=2)
     fill(model, cache)
     before = cache.report()
     copied = cache.copy()
     stored = [
-        (one.storage.tensors, two.storage.tensors) for one, two in zip(cache.retained, copied.retained, strict=True)
+        (one.storage.tensors, two.storage.tensors)
+        for one, two in zip(cache.compressed_layers, copied.compressed_layers, strict=True)
     ]
     assert all(a.data_ptr() == b.data_ptr() for one, two in stored for a, b in zip(one, two, strict=True) if a.numel())
     first = go_on(model, copied)
@@ -139,7 +140,7 @@ def test_one_document_answers_many_questions(allocation):
 def test_several_turns_on_one_cache(allocation):
     """Each turn goes on from the tokens before; what was kept is read as if all had come at once."""
     model = tiny("llama")
-    cache = RetainCache(model, "keydiff", 0.5, allocation=allocation)
+    cache = CompressedCache(model, "keydiff", 0.5, allocation=allocation)
     ids, tokens = prompt(20), []
     for turn in range(3):
         tokens = answer(model, {"input_ids": ids}, cache, new=3)
@@ -153,7 +154,7 @@ def test_several_turns_on_one_cache(allocation):
 @pytest.mark.parametrize("allocation", ["equal", "profile", "marginal"])
 def test_rows_of_a_ragged_cache(allocation):
     model = tiny("llama")
-    cache = RetainCache(model, "capkv", 12, allocation=allocation)
+    cache = CompressedCache(model, "capkv", 12, allocation=allocation)
     fill(model, cache, [prompt(17), prompt(29)])
     go = {"input_ids": prompt(1, seed=4, rows=2)}
     model(**go, past_key_values=cache)
@@ -186,10 +187,10 @@ def test_beams_do_not_mix_rows(allocation):
         **inputs,
         **options,
         return_dict_in_generate=True,
-        past_key_values=RetainCache(model, "capkv", 12, allocation=allocation),
+        past_key_values=CompressedCache(model, "capkv", 12, allocation=allocation),
     )
     for ids, score in zip(found.sequences, found.sequences_scores, strict=True):
-        alone = RetainCache(model, "capkv", 12, allocation=allocation)
+        alone = CompressedCache(model, "capkv", 12, allocation=allocation)
         with torch.no_grad():
             logits = [model(ids[None, :20], past_key_values=alone).logits[:, -1]]
             logits += [model(ids[None, i : i + 1], past_key_values=alone).logits[:, -1] for i in range(20, 24)]

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from retain.kv import RetainCache
-from retain.kv.sharing import prefill
+from suffice.kv import CompressedCache
+from suffice.kv.cache.shared_prefill import prefill
 from tests.kv.tiny import answer, left_padded, prompt, tiny
 
 
@@ -13,7 +13,7 @@ def test_shared_prefill_fills_each_cache_as_its_own_would(family, share):
     settings = [("full", 1.0), ("capkv", 0.5), ("pyramidkv", 0.4), ("h2o", 12), ("h2o", 0.6), ("capkv", 0.3)]
     document = left_padded([prompt(31), prompt(24)])
     question = prompt(5, seed=2, rows=2)
-    caches = [RetainCache(model, name, budget) for name, budget in settings]
+    caches = [CompressedCache(model, name, budget) for name, budget in settings]
     shared = prefill(model, document, caches, share=share)
     assert len(shared.seconds) == len(settings)
     inputs = {
@@ -21,11 +21,11 @@ def test_shared_prefill_fills_each_cache_as_its_own_would(family, share):
         "attention_mask": torch.cat((document["attention_mask"], torch.ones_like(question)), 1),
     }
     for (name, budget), cache in zip(settings, caches, strict=True):
-        alone = RetainCache(model, name, budget)
+        alone = CompressedCache(model, name, budget)
         with torch.no_grad():
             logits = model(**document, past_key_values=alone).logits[:, -1]
         torch.testing.assert_close(shared.logits, logits)
-        for index in (layer.index for layer in alone.retained):
+        for index in (layer.index for layer in alone.compressed_layers):
             assert torch.equal(cache.kept_positions(index), alone.kept_positions(index))
         assert torch.equal(answer(model, inputs, cache), answer(model, inputs, alone))
 
@@ -34,7 +34,7 @@ def test_bad_caches_are_refused():
     model = tiny("llama")
     with pytest.raises(ValueError, match="caches is empty"):
         prefill(model, {"input_ids": prompt(10)}, [])
-    used = RetainCache(model)
+    used = CompressedCache(model)
     prefill(model, {"input_ids": prompt(20)}, [used])
     with pytest.raises(ValueError, match=r"caches\[1\] has seen 20 tokens"):
-        prefill(model, {"input_ids": prompt(20)}, [RetainCache(model), used])
+        prefill(model, {"input_ids": prompt(20)}, [CompressedCache(model), used])

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retain.kv.tasks import TASKS, Passage, lives, make, manual, needles, qa
-from retain.kv.tasks.haystack import vocabulary
+from suffice.kv.eval.tasks import TASKS, Passage, lives, make, manual, needles, qa
+from suffice.kv.eval.tasks.haystack import vocabulary
 from tests.kv.tiny import tokenizer
 
 ASKING = [task for task in TASKS if task != "text"]

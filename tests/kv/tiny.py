@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from retain.kv.tasks import manual
+from suffice.kv.eval.tasks import manual
 
 VOCABULARY = 97
 TOKENS = 400  # of the tokenizer

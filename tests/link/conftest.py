@@ -9,8 +9,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch_geometric.nn  # noqa: F401
 
-from retain.link.builtin import block_model
-from retain.link.graph import Graph, Protocol, Split, split
+from suffice.link.data.graph import Graph, Protocol, Split, split
+from suffice.link.data.synthetic import block_model
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +28,8 @@ def data_root(tmp_path: Path) -> Path:
     """A scratch copy of downloaded data sets, where this machine has them."""
     import shutil
 
-    found = Path(os.environ.get("RETAIN_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    found = Path(os.environ.get("SUFFICE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
     if not (found / "planetoid" / "Cora" / "raw").is_dir():
-        pytest.skip("no downloaded data sets: set RETAIN_TEST_DATA")
+        pytest.skip("no downloaded data sets: set SUFFICE_TEST_DATA")
     shutil.copytree(found / "planetoid" / "Cora", tmp_path / "planetoid" / "Cora")
     return tmp_path

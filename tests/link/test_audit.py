@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch_geometric.nn import MLP
 
-from retain.link.auditing import EdgeSet, audit
-from retain.link.composition import Fixed
-from retain.link.corrections import freeze_statistics, replace_batch_norm, train_corrected
-from retain.link.layers import FrozenBatchNorm
-from retain.link.models import ModelSettings, PairScorer
-from retain.link.trained import audit_trained
-from retain.link.training import TrainSettings, fit
+from suffice.link.auditing.audit import EdgeSet, audit
+from suffice.link.auditing.norm_layers import FrozenBatchNorm
+from suffice.link.auditing.trained import audit_trained
+from suffice.link.batches.composition import Fixed
+from suffice.link.corrections import freeze_statistics, replace_batch_norm, train_corrected
+from suffice.link.models import ModelSettings, PairScorer
+from suffice.link.train.trainer import TrainSettings, fit
 
 
 class Decoder(nn.Module):

@@ -6,9 +6,9 @@ from torch_geometric.data import Data
 from torch_geometric.loader import LinkLoader
 from torch_geometric.sampler import BaseSampler, SamplerOutput
 
-from retain.link.composition import Fixed, Random, Separate, balanced_weights, parse
-from retain.link.negatives import TooFewNegativesError, draw_negatives, edge_keys
-from retain.link.sampling import EdgeBatches, LabelledBatches
+from suffice.link.batches.composition import Fixed, Random, Separate, balanced_weights, parse
+from suffice.link.batches.negatives import TooFewNegativesError, draw_negatives, edge_keys
+from suffice.link.batches.sampler import EdgeBatches, LabelledBatches
 
 COMPOSITIONS = [Fixed(0.5), Fixed(0.1), Separate(), Random(0.05, 0.95), Random(0.0, 1.0)]
 

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retain.link.builtin import block_model, digits
-from retain.link.data import from_ogb, load
-from retain.link.graph import Graph, Protocol, prepare, split
-from retain.link.negatives import edge_keys
-from retain.link.tables import read_graph
+from suffice.link.batches.negatives import edge_keys
+from suffice.link.data.datasets import from_ogb, load
+from suffice.link.data.files import read_graph
+from suffice.link.data.graph import Graph, Protocol, prepare, split
+from suffice.link.data.synthetic import block_model, digits
 
 
 @given(seed=st.integers(0, 50), negatives=st.sampled_from([0.5, 1.0, 3.0]))

@@ -6,25 +6,25 @@ import sys
 import pytest
 import torch
 
-from retain.link import distributed
-from retain.link.composition import Random
-from retain.link.graph import Graph, Split
-from retain.link.models import ModelSettings
-from retain.link.sampling import EdgeBatches
-from retain.link.training import TrainSettings, fit
+from suffice.link.batches.composition import Random
+from suffice.link.batches.sampler import EdgeBatches
+from suffice.link.data.graph import Graph, Split
+from suffice.link.models import ModelSettings
+from suffice.link.train import distributed
+from suffice.link.train.trainer import TrainSettings, fit
 
 # Two processes, as torchrun starts them: what each trained on, and what it ended with.
 SCRIPT = """
 import json, os, sys, warnings
 warnings.simplefilter("ignore")
 import torch
-from retain.link.builtin import block_model
-from retain.link.composition import Random
-from retain.link.distributed import process_group, ranks
-from retain.link.graph import Protocol, split
-from retain.link.models import ModelSettings
-from retain.link.trained import held_out_scores
-from retain.link.training import TrainSettings, fit
+from suffice.link.data.synthetic import block_model
+from suffice.link.batches.composition import Random
+from suffice.link.train.distributed import process_group, ranks
+from suffice.link.data.graph import Protocol, split
+from suffice.link.models import ModelSettings
+from suffice.link.auditing.trained import held_out_scores
+from suffice.link.train.trainer import TrainSettings, fit
 
 torch.set_num_threads(1)
 graph = block_model(nodes=300, classes=3, degree=8, feature_signal=2.0, features=16, seed=1)
@@ -69,8 +69,8 @@ def test_two_processes_end_as_one_model_that_is_as_good(name, pair, graph: Graph
     settings = TrainSettings(Random(), epochs=10, batch_size=128, directions=1, metric="auc", seed=1)
     alone = fit(model, graph, parts, settings)
     assert len(alone.epochs[-1].fractions) == pytest.approx(len(one[name]["fractions"]), abs=3)
-    from retain.link.graph import Protocol
-    from retain.link.trained import held_out_scores
+    from suffice.link.auditing.trained import held_out_scores
+    from suffice.link.data.graph import Protocol
 
     assert abs(held_out_scores(model, graph, parts, Protocol(0.1, 0.2))["auc"] - one[name]["auc"]) < 0.06
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from retain.link.models import ModelSettings, PairScorer
-from retain.link.negatives import draw_negatives
-from retain.link.training import TrainSettings
+from suffice.link.batches.negatives import draw_negatives
+from suffice.link.models import ModelSettings, PairScorer
+from suffice.link.train.trainer import TrainSettings
 
 DOCS = (Path(__file__).parents[2] / "docs" / "link.md").read_text(encoding="utf-8")
 MODELS = (Path(__file__).parents[2] / "docs" / "link-models.md").read_text(encoding="utf-8")

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from retain.link.heap import reuse_large_blocks
+from suffice.link.train.allocator import reuse_large_blocks
 
 _FAULTS = """
 import resource, sys
 import torch
-from retain.link.heap import reuse_large_blocks
+from suffice.link.train.allocator import reuse_large_blocks
 asked = reuse_large_blocks(int(sys.argv[1]), 64)
 x = torch.zeros(200_000, 64)
 for _ in range(20):

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from retain.link import neighbors, sketches
-from retain.link.messages import MessageGraph
+from suffice.link.sparse import neighbors, sketches
+from suffice.link.sparse.adjacency import MessageGraph
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retain.link.metrics import auc, average_precision, evaluate, hits_at_k, mean_reciprocal_rank
+from suffice.link.metrics import auc, average_precision, evaluate, hits_at_k, mean_reciprocal_rank
 
 # Few distinct values, so that ties are common.
 SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=40).map(torch.tensor)

@@ -7,19 +7,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from retain.link import checkpoint as files
-from retain.link import messages as compressed
-from retain.link.builtin import block_model
-from retain.link.count_memory import symmetric
-from retain.link.counts import pair_counts
-from retain.link.embeddings import embeddings
-from retain.link.graph import Protocol, split
-from retain.link.messages import MessageGraph
-from retain.link.models import GCN, MODELS, NORMS, GraphSAGE, ModelSettings, PairScorer, preset
-from retain.link.models.dropout import ByteDropout
-from retain.link.sketches import sketch
-from retain.link.trained import audit_trained, held_out_scores
-from retain.link.training import TrainSettings, fit, message_edges, score_validation
+from suffice.link.auditing.trained import audit_trained, held_out_scores
+from suffice.link.data import checkpoint as files
+from suffice.link.data.graph import Protocol, split
+from suffice.link.data.synthetic import block_model
+from suffice.link.models import GCN, MODELS, NORMS, GraphSAGE, ModelSettings, PairScorer, preset
+from suffice.link.models.dropout import ByteDropout
+from suffice.link.sparse import adjacency as compressed
+from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.sparse.count_cache import symmetric
+from suffice.link.sparse.distance_counts import pair_counts
+from suffice.link.sparse.sketches import sketch
+from suffice.link.train.alignment import embeddings
+from suffice.link.train.trainer import TrainSettings, fit, message_edges, score_validation
 
 BASE = ModelSettings(hidden=16, encoder="pure", layers=1)
 KINDS = [
@@ -178,7 +178,7 @@ def test_ncn_and_ncnc_against_dense_loops(graph, parts):
 
 @pytest.mark.parametrize("small", [2**26, 0])
 def test_neognn_against_dense_matrices(small, graph, parts, monkeypatch):
-    monkeypatch.setattr("retain.link.overlap.SMALL", small)
+    monkeypatch.setattr("suffice.link.sparse.overlap.SMALL", small)
     model = warmed(replace(BASE, model="neognn", encoder_norm="none", decoder_norm="none"), graph)
     adjacency = dense(graph, parts)
     with torch.no_grad():
@@ -227,7 +227,7 @@ def test_large_graphs_take_the_other_path(graph, parts, monkeypatch):
         expected = scores(model, graph.x, parts.messages(), parts.test)
         with monkeypatch.context() as patch:
             patch.setattr(compressed, "SMALL", 0)
-            patch.setattr("retain.link.overlap.SMALL", 0)
+            patch.setattr("suffice.link.sparse.overlap.SMALL", 0)
             assert torch.allclose(scores(model, graph.x, parts.messages(), parts.test), expected, atol=1e-4)
 
 
@@ -311,7 +311,7 @@ def test_a_large_graph_is_given_to_every_encoder_in_compressed_rows(monkeypatch)
     model = ModelSettings(encoder="sage", hidden=8).build(4)
     plain = fit(model, graph, parts, TrainSettings(epochs=2))
     assert isinstance(message_edges(model, parts, 60), torch.Tensor)
-    monkeypatch.setattr("retain.link.training._MANY_EDGES", 10)
+    monkeypatch.setattr("suffice.link.train.trainer._MANY_EDGES", 10)
     assert isinstance(message_edges(model, parts, 60), MessageGraph)
     again = fit(ModelSettings(encoder="sage", hidden=8).build(4), graph, parts, TrainSettings(epochs=2))
     assert again.epochs[-1].loss == pytest.approx(plain.epochs[-1].loss, rel=1e-3)

@@ -9,15 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch_geometric.nn import GCNConv
 
-from retain.link import messages, overlap
-from retain.link.builtin import block_model
-from retain.link.counts import pair_counts
-from retain.link.messages import MessageGraph, as_messages
-from retain.link.models.buddy import propagated
-from retain.link.neighbors import common_neighbors, pool, residual_neighbors, square_rows
-from retain.link.overlap import square_dense
-from retain.link.propagation import mostly_zero, propagate, propagate_sparse, without_own_edge
-from retain.link.sketches import cardinality, sketch
+from suffice.link.data.synthetic import block_model
+from suffice.link.models.buddy import propagated
+from suffice.link.sparse import adjacency as messages
+from suffice.link.sparse import overlap
+from suffice.link.sparse.adjacency import MessageGraph, as_messages
+from suffice.link.sparse.distance_counts import pair_counts
+from suffice.link.sparse.neighbors import common_neighbors, pool, residual_neighbors, square_rows
+from suffice.link.sparse.overlap import square_dense
+from suffice.link.sparse.propagation import mostly_zero, propagate, propagate_sparse, without_own_edge
+from suffice.link.sparse.sketches import cardinality, sketch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from retain.cli.link import app
-from retain.link import findings, published
-from retain.link.arms import parse_arm
-from retain.link.reproduction import Cell, finished, reproduce, settings_for, to_dict
-from retain.link.training import TrainSettings
-from retain.study.summary import Group
+from suffice.cli.link import app
+from suffice.link.study import findings, published
+from suffice.link.study.arms import parse_arm
+from suffice.link.study.reproduction import Cell, finished, reproduce, settings_for, to_dict
+from suffice.link.train.trainer import TrainSettings
+from suffice.study.summary import Group
 
 
 def cell(arm, values, model="gcn", metric="edge_nmi"):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retain.link import training
-from retain.link.builtin import block_model
-from retain.link.graph import Protocol, split
-from retain.link.models import ModelSettings
-from retain.link.room import DoesNotFitError, check_room, free_bytes, least_bytes, named_shortage
-from retain.link.training import TrainSettings, fit
+from suffice.link.data.graph import Protocol, split
+from suffice.link.data.synthetic import block_model
+from suffice.link.models import ModelSettings
+from suffice.link.train import trainer as training
+from suffice.link.train.memory_check import DoesNotFitError, check_room, free_bytes, least_bytes, named_shortage
+from suffice.link.train.trainer import TrainSettings, fit
 
 GRAPH = block_model(nodes=120, classes=2, degree=6, features=8)
 PARTS = split(GRAPH, Protocol(), 0)

@@ -9,18 +9,18 @@ import torch
 from scipy import stats
 from typer.testing import CliRunner
 
-from retain.cli.link import app
-from retain.link.arms import ARMS, parse_arm
-from retain.link.embeddings import incident_means, measure
-from retain.link.figures import audit_response, embedding_map
-from retain.link.intervals import bootstrap, over_seeds
-from retain.link.kinds import describe_arm, read_arm
-from retain.link.models import ModelSettings
-from retain.link.pages import audit_page, study_page
-from retain.link.runs import correct, edge_maps
-from retain.link.trained import audit_trained
-from retain.link.training import TrainSettings
-from retain.study import Store
+from suffice.cli.link import app
+from suffice.link.auditing.bootstrap import bootstrap, over_seeds
+from suffice.link.auditing.trained import audit_trained
+from suffice.link.models import ModelSettings
+from suffice.link.study.arms import ARMS, parse_arm
+from suffice.link.study.correct import correct, edge_maps
+from suffice.link.study.figures import audit_response, embedding_map
+from suffice.link.study.report_sections import audit_page, study_page
+from suffice.link.study.run_kinds import describe_arm, read_arm
+from suffice.link.train.alignment import incident_means, measure
+from suffice.link.train.trainer import TrainSettings
+from suffice.study import Store
 
 QUICK = TrainSettings(epochs=2, batch_size=256)
 
@@ -95,7 +95,7 @@ def test_the_page_of_a_study_shows_differences_and_maps(graph, tmp_path):
     study = correct(graph, arms=ARMS[:2], train=QUICK, seeds=2, folder=tmp_path)
     maps = edge_maps(graph, ARMS[:2], tmp_path)
     assert [len(x) == len(y) for x, y in maps.values()] == [True, True]
-    html = study_page(study, "retain link correct", maps).html()
+    html = study_page(study, "suffice link correct", maps).html()
     assert html.count("<svg") == 2
     assert "random/batch − fixed/batch" in html
     assert "t-SNE" in html
@@ -120,7 +120,7 @@ def test_an_arm_can_keep_the_models_own_norms():
 
 def test_an_audit_draws_its_page(graph, parts):
     report = audit_trained(ModelSettings(hidden=16).build(16), graph, parts)
-    html = audit_page(report, "retain link audit").html()
+    html = audit_page(report, "suffice link audit").html()
     assert report.verdict.why in html.replace("&#39;", "'")
     assert len(audit_response(report).axes[0].lines) == 2
 
@@ -195,8 +195,8 @@ def test_correct_prints_one_object(tmp_path):
 
 def test_import_is_light_and_names_resolve():
     code = (
-        "import sys, retain.link as link; assert 'transformers' not in sys.modules; "
-        "assert 'torch_geometric' not in sys.modules; import retain.link.pages; "
+        "import sys, suffice.link as link; assert 'transformers' not in sys.modules; "
+        "assert 'torch_geometric' not in sys.modules; import suffice.link.study.report_sections; "
         "[getattr(link, name) for name in link.__all__]; assert callable(link.audit) and callable(link.correct)"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from retain.link import checkpoint as files
-from retain.link.composition import Random, Separate
-from retain.link.models import DECODERS, ENCODERS, NORMS, ModelSettings, PairScorer, mask_targets
-from retain.link.sampling import EdgeBatches
-from retain.link.training import TrainSettings, features, fit, step_loss
+from suffice.link.batches.composition import Random, Separate
+from suffice.link.batches.sampler import EdgeBatches
+from suffice.link.data import checkpoint as files
+from suffice.link.models import DECODERS, ENCODERS, NORMS, ModelSettings, PairScorer, mask_targets
+from suffice.link.train.trainer import TrainSettings, features, fit, step_loss
 
 SMALL = ModelSettings(hidden=16)
 QUICK = TrainSettings(epochs=4, batch_size=128, metric="auc", seed=1)
@@ -98,10 +98,10 @@ def test_early_stopping_keeps_the_best_epoch(graph, parts):
 _SCRIPT = """
 import sys, time, torch
 torch.set_num_threads(1)
-from retain.link.builtin import block_model
-from retain.link.graph import Protocol, split
-from retain.link.models import ModelSettings
-from retain.link.training import TrainSettings, fit
+from suffice.link.data.synthetic import block_model
+from suffice.link.data.graph import Protocol, split
+from suffice.link.models import ModelSettings
+from suffice.link.train.trainer import TrainSettings, fit
 graph = block_model(nodes=300, classes=3, degree=8, feature_signal=2.0, features=16, seed=1)
 model = ModelSettings(model=sys.argv[2], hidden=16, dropout=0.2).build(16)
 model.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # so that an epoch takes a second

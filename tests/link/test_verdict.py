@@ -2,9 +2,9 @@
 
 import pytest
 
-from retain.link.intervals import Interval
-from retain.link.layers import NormLayer
-from retain.link.verdict import judge
+from suffice.link.auditing.bootstrap import Interval
+from suffice.link.auditing.norm_layers import NormLayer
+from suffice.link.auditing.verdict import judge
 
 HONEST = {
     "a_pure": 0.82,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from retain.kv import RetainCache, policies
+from suffice.kv import CompressedCache, policies
 from tests.kv.tiny import answer, build, left_padded, prompt
 from tests.pretended.device import LAUNCHED, NAME, WAITS
 
@@ -43,11 +43,11 @@ def compare(family, attention, name, options):
     """Answer two padded prompts on both devices."""
     model = build(family, attention)
     inputs = left_padded([prompt(17), prompt(29)])
-    cpu = RetainCache(model, name, 0.4, **options)
+    cpu = CompressedCache(model, name, 0.4, **options)
     expected = answer(model, inputs, cpu)
     model.to(NAME)
     LAUNCHED.clear()
-    cache = RetainCache(model, name, 0.4, **options)
+    cache = CompressedCache(model, name, 0.4, **options)
     found = answer(model, {key: x.to(NAME) for key, x in inputs.items()}, cache)
     return {
         "same": torch.equal(found.cpu(), expected) and same_report(cache, cpu),
@@ -70,7 +70,7 @@ def waits(model, name, options):
     """Where a cache waits while it is made, in a prefill with padding or without, and in five steps; layers."""
     found = {}
     WAITS.clear()
-    cache = RetainCache(model, name, 0.4, **options)
+    cache = CompressedCache(model, name, 0.4, **options)
     found["made"] = list(WAITS)
     with torch.no_grad():
         for part, ids in (("prefill", prompt(40)), ("steps", None)):
@@ -80,9 +80,9 @@ def waits(model, name, options):
             found[part] = list(WAITS)
         WAITS.clear()
         padded = {key: x.to(NAME) for key, x in left_padded([prompt(17), prompt(29)]).items()}
-        model(**padded, past_key_values=RetainCache(model, name, 0.4, **options))
+        model(**padded, past_key_values=CompressedCache(model, name, 0.4, **options))
         found["padded"] = list(WAITS)
-    return found | {"layers": len(cache.retained)}
+    return found | {"layers": len(cache.compressed_layers)}
 
 
 def declined():
@@ -92,7 +92,7 @@ def declined():
         model = build("qwen3").to(device)
         model.model.layers[1].self_attn.v_proj.weight.data.zero_()
         LAUNCHED.clear()
-        cache = RetainCache(model, "capkv-profile", 0.4)
+        cache = CompressedCache(model, "capkv-profile", 0.4)
         found.append(answer(model, {"input_ids": prompt(40).to(device)}, cache).cpu())
     return {"same": torch.equal(*found), "launched": sorted(set(LAUNCHED))}
 
@@ -103,12 +103,12 @@ def refused():
     told = []
     for bad in (float("nan"), float("inf")):
         model.model.layers[1].self_attn.k_norm.weight.data[0] = bad
-        cache = RetainCache(model, "capkv", 0.4)
+        cache = CompressedCache(model, "capkv", 0.4)
         try:
             with torch.no_grad():
                 model(prompt(40).to(NAME), past_key_values=cache)
         except ValueError as error:
-            told.append("NaN" in str(error) and cache.retained[1].storage is None)
+            told.append("NaN" in str(error) and cache.compressed_layers[1].storage is None)
     return {"same": told == [True, True]}
 
 
@@ -119,7 +119,7 @@ def life(folder):
     for device in ("cpu", NAME):
         model = build("qwen3").to(device)
         ids = prompt(40).to(device)
-        cache = RetainCache(model, "capkv-profile", 0.4)
+        cache = CompressedCache(model, "capkv-profile", 0.4)
         with torch.no_grad():
             model(ids, past_key_values=cache)
         if device == "cpu":
@@ -129,9 +129,9 @@ def life(folder):
         with torch.no_grad():
             logits = [
                 model(ids[:, :1].expand(count, -1), past_key_values=one).logits.cpu()
-                for one, count in ((cache, 1), (rows, 2), (RetainCache.load(path, model), 1))
+                for one, count in ((cache, 1), (rows, 2), (CompressedCache.load(path, model), 1))
             ]
-        beams = model.generate(ids, past_key_values=RetainCache(model, "h2o", 0.4), num_beams=3, max_new_tokens=5)
+        beams = model.generate(ids, past_key_values=CompressedCache(model, "h2o", 0.4), num_beams=3, max_new_tokens=5)
         found[device] = (*logits, beams.cpu().float())
     pairs = zip(found["cpu"], found[NAME], strict=True)
     return {"same": all(torch.allclose(one, other, atol=1e-4) for one, other in pairs)}

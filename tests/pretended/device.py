@@ -45,9 +45,9 @@ LAUNCHED: list[str] = []
 
 
 def _waits(operation: object) -> None:
-    own = [frame for frame in traceback.extract_stack() if "/src/retain/" in frame.filename]
+    own = [frame for frame in traceback.extract_stack() if "/src/suffice/" in frame.filename]
     if own:
-        WAITS.append(f"{own[-1].filename.rsplit('/src/retain/', 1)[1]}:{own[-1].lineno} {operation}")
+        WAITS.append(f"{own[-1].filename.rsplit('/src/suffice/', 1)[1]}:{own[-1].lineno} {operation}")
 
 
 class OnDevice(Tensor):
@@ -162,10 +162,10 @@ torch.cuda.set_rng_state = lambda new_state, device=None: None
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     # Modules of kernels take these names from there when they are imported, which is not before they are needed.
-    import retain.gpu
+    import suffice.gpu
 
-    retain.gpu._supported = lambda device: True
-    retain.gpu.launch = _launch
-    import retain.kv.kernels.grid
+    suffice.gpu._supported = lambda device: True
+    suffice.gpu.launch = _launch
+    import suffice.kv.kernels.grid
 
-    retain.kv.kernels.grid.processors = lambda device: 8
+    suffice.kv.kernels.grid.processors = lambda device: 8

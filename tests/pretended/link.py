@@ -6,12 +6,12 @@ import warnings
 
 import torch
 
-from retain.link.builtin import block_model
-from retain.link.composition import Random
-from retain.link.graph import Protocol, split
-from retain.link.models import MODELS, ModelSettings
-from retain.link.trained import audit_trained, held_out_scores
-from retain.link.training import TrainSettings, fit
+from suffice.link.auditing.trained import audit_trained, held_out_scores
+from suffice.link.batches.composition import Random
+from suffice.link.data.graph import Protocol, split
+from suffice.link.data.synthetic import block_model
+from suffice.link.models import MODELS, ModelSettings
+from suffice.link.train.trainer import TrainSettings, fit
 from tests.pretended.device import NAME
 
 CASES = (

@@ -5,21 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from retain.report.figures import Point, head_map, lines
-from retain.report.page import Code, Figure, KeptText, Page, Table, Text
-from retain.report.plots import Difference, forest, scatter_maps
+from suffice.report.figures import Point, head_map, lines
+from suffice.report.page import Code, Figure, KeptText, Page, Table, Text
+from suffice.report.plots import Difference, forest, scatter_maps
 
 pytest.importorskip("aiohttp")
 from tests.report.browser import CHROMIUM, look
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-PICTURES = os.environ.get("RETAIN_TEST_PICTURES")  # a folder: keep what was seen
+PICTURES = os.environ.get("SUFFICE_TEST_PICTURES")  # a folder: keep what was seen
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     page = Page(
-        "A study of <b>everything</b>", "Two of two runs are done. " * 3, "retain report 'my study' --to x.html"
+        "A study of <b>everything</b>", "Two of two runs are done. " * 3, "suffice report 'my study' --to x.html"
     )
     names = ("capkv", "snapkv", "h2o", "expected-attention")
     series = {
@@ -42,7 +42,7 @@ def address(tmp_path_factory):
     words = [f"word{i} " for i in range(200)]
     page.add("What was kept", KeptText(words, [(i * 37 % 101) / 100 for i in range(200)], "capkv at 25 %."))
     wide = Table([f"a long column {i}" for i in range(14)], [[f"{i * j}" for i in range(14)] for j in range(3)])
-    page.add("Wide", wide, Text("x" * 300), Code("retain " + "--option value " * 30))
+    page.add("Wide", wide, Text("x" * 300), Code("suffice " + "--option value " * 30))
     return page.save(tmp_path_factory.mktemp("page") / "page.html").as_uri()
 
 

@@ -3,8 +3,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from retain.report.figures import Point, colour, head_map, lines, save
-from retain.report.page import Code, Figure, Page, Table, Text
+from suffice.report.figures import Point, colour, head_map, lines, save
+from suffice.report.page import Code, Figure, Page, Table, Text
 
 
 class Checker(HTMLParser):
@@ -30,7 +30,7 @@ class Checker(HTMLParser):
 
 @pytest.fixture
 def page():
-    page = Page(title="<i>Title</i>", lead="Lead & more", command="retain demo --seed 0")
+    page = Page(title="<i>Title</i>", lead="Lead & more", command="suffice demo --seed 0")
     figure = lines(
         {"capkv": [Point(0.25, 1.0, 0.5, 1.5), Point(0.5, 0.2, 0.1, 0.3)], "<h2o>": [Point(0.25, 2), Point(0.5, 1)]},
         x_label="budget",
@@ -72,7 +72,7 @@ def test_figures_take_the_pages_colour(page):
 def test_page_says_how_it_was_made(page, tmp_path):
     path = page.save(tmp_path / "Ordner mit ä" / "page.html")
     text = path.read_text(encoding="utf-8")
-    assert "<code>retain demo --seed 0</code>" in text
+    assert "<code>suffice demo --seed 0</code>" in text
     assert re.search(r"torch \d", text)
 
 

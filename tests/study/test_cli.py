@@ -1,4 +1,4 @@
-"""`retain study` from a YAML file to a table, JSON and files."""
+"""`suffice study` from a YAML file to a table, JSON and files."""
 
 import csv
 import json
@@ -6,8 +6,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from retain.cli import app
-from retain.study import StoreError
+from suffice.cli import app
+from suffice.study import StoreError
 
 YAML = """
 kind: tests.study.tiny:SQUARE
@@ -18,7 +18,7 @@ seeds: 2
 """
 
 
-def retain(*arguments, status=0):
+def suffice(*arguments, status=0):
     result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == status, result.output
     return result.stdout
@@ -32,19 +32,19 @@ def spec(tmp_path):
 
 
 def test_run_status_show_export(spec, tmp_path):
-    found = json.loads(retain("study", "run", spec, "--workers", "0", "--json"))
+    found = json.loads(suffice("study", "run", spec, "--workers", "0", "--json"))
     assert (found["done"], found["new"], found["failed"]) == (6, 6, 0)
     assert (spec.with_suffix("") / "study.db").exists()
-    assert "6 done, 0 failed" in retain("study", "status", spec)
-    assert json.loads(retain("study", "status", spec, "--json"))["studies"][0]["done"] == 6
-    rows = json.loads(retain("study", "show", spec.with_suffix(""), "--metric", "y", "--json"))["rows"]
+    assert "6 done, 0 failed" in suffice("study", "status", spec)
+    assert json.loads(suffice("study", "status", spec, "--json"))["studies"][0]["done"] == 6
+    rows = json.loads(suffice("study", "show", spec.with_suffix(""), "--metric", "y", "--json"))["rows"]
     assert [(row["x"], row["mean"], row["seeds"]) for row in rows] == [(1, 1.5, 2), (2, 4.5, 2), (3, 9.5, 2)]
-    table = retain("study", "show", spec, "--where", "x=2")
+    table = suffice("study", "show", spec, "--where", "x=2")
     assert "4.500" in table
     assert "9.500" not in table
-    assert "2 more rows" in retain("study", "show", spec, "--limit", "1")
+    assert "2 more rows" in suffice("study", "show", spec, "--limit", "1")
     for ending in ("csv", "jsonl", "json", "parquet"):
-        retain("study", "export", spec, "--to", tmp_path / f"rows.{ending}")
+        suffice("study", "export", spec, "--to", tmp_path / f"rows.{ending}")
     with open(tmp_path / "rows.csv", encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
     lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -53,18 +53,18 @@ def test_run_status_show_export(spec, tmp_path):
     frame = pandas.read_parquet(tmp_path / "rows.parquet")
     assert [float(row["y"]) for row in table] == [line["y"] for line in lines] == list(frame["y"])
     assert [run["result"]["values"]["y"] for run in whole["runs"]] == [1, 4, 9, 2, 5, 10]
-    assert whole["command"].startswith("retain")
+    assert whole["command"].startswith("suffice")
 
 
 def test_failures_are_shown_and_retried(spec):
     spec.write_text(YAML.format(fail="raise"), encoding="utf-8")
-    retain("study", "run", spec, "--workers", "0", "--quiet", status=1)
-    said = retain("study", "status", spec)
+    suffice("study", "run", spec, "--workers", "0", "--quiet", status=1)
+    said = suffice("study", "status", spec)
     assert "6 failed" in said
     assert "RuntimeError: no square today" in said
-    failures = json.loads(retain("study", "status", spec, "--json"))["studies"][0]["failures"]
+    failures = json.loads(suffice("study", "status", spec, "--json"))["studies"][0]["failures"]
     assert "Traceback" in failures[0]["error"]
-    retain("study", "run", spec, "--workers", "0", "--retry", status=1)
+    suffice("study", "run", spec, "--workers", "0", "--retry", status=1)
 
 
 def test_quiet_prints_nothing(spec):
@@ -92,13 +92,13 @@ def test_plain_lines_without_a_terminal(spec):
     ],
 )
 def test_bad_input_is_named(spec, arguments, error, said):
-    retain("study", "run", spec, "--workers", "0", "--quiet")
+    suffice("study", "run", spec, "--workers", "0", "--quiet")
     with pytest.raises(error, match=said):
-        retain("study", *(argument.format(spec) for argument in arguments))
+        suffice("study", *(argument.format(spec) for argument in arguments))
 
 
 def test_kinds_are_listed():
     pytest.importorskip("torch_geometric")
-    found = json.loads(retain("study", "kinds", "--json"))
+    found = json.loads(suffice("study", "kinds", "--json"))
     assert found["link.correct"]["settings"]["data"] == "digits"
-    assert "link.correct" in retain("study", "kinds")
+    assert "link.correct" in suffice("study", "kinds")

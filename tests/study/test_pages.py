@@ -5,9 +5,9 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from retain.cli import app
-from retain.study import Kind, Planned, Spec, Store, over_seeds, run_study
-from retain.study.pages import study_page
+from suffice.cli import app
+from suffice.study import Kind, Planned, Spec, Store, over_seeds, run_study
+from suffice.study.pages import study_page
 from tests.study.tiny import SQUARE
 
 
@@ -27,12 +27,12 @@ KIND = Kind("policies", "tests.study.test_pages:policies", {"task": "text"}, com
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("ein Bericht ä")
-    run_study(place, KIND, Spec("policies", "policies", seeds=4), about={"command": "retain study run <x>.yaml"})
+    run_study(place, KIND, Spec("policies", "policies", seeds=4), about={"command": "suffice study run <x>.yaml"})
     return place
 
 
 def test_html_has_results_curves_differences_and_configuration(folder):
-    html = study_page(folder, kinds={"policies": KIND}, command="retain report x").html()
+    html = study_page(folder, kinds={"policies": KIND}, command="suffice report x").html()
     headings = re.findall(r"<h2>(.*?)</h2>", html)
     assert headings == ["Results", "By budget", "Differences from capkv", "How it was made"]
     assert html.count("<svg") == html.count("<details>") == 2  # every figure has a table of its numbers
@@ -41,8 +41,8 @@ def test_html_has_results_curves_differences_and_configuration(folder):
     expected = over_seeds([1 / 0.25 + seed * 0.01 for seed in range(4)])
     assert f"<td>{expected}</td>" in html
     assert "1.000 [1.000, 1.000]" in html  # the paired difference has no spread
-    assert "retain study run &lt;x&gt;.yaml" in html
-    assert re.search(r"with python 3\.\d+\.\d+, machine .*, retain ", html)
+    assert "suffice study run &lt;x&gt;.yaml" in html
+    assert re.search(r"with python 3\.\d+\.\d+, machine .*, suffice ", html)
 
 
 def test_markdown_has_the_same_and_its_figures_beside_it(folder, tmp_path):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from retain.study.progress import duration, labels
-from retain.study.spec import Planned
+from suffice.study.progress import duration, labels
+from suffice.study.spec import Planned
 
 
 def test_a_run_is_named_by_what_differs_and_a_setting_of_many_parts_by_its_name():

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from retain.study import Planned, Spec, Store, run_study
+from suffice.study import Planned, Spec, Store, run_study
 from tests.study.tiny import READING, SQUARE
 
 ray = pytest.importorskip("ray")
@@ -49,7 +49,7 @@ def test_failures_keep_their_traceback(cluster, tmp_path):
 
 
 def test_inputs_reach_a_node_that_does_not_see_the_folder(cluster, tmp_path, monkeypatch):
-    from retain.study import ray_executor
+    from suffice.study import ray_executor
 
     (tmp_path / "inputs").mkdir()
     (tmp_path / "inputs" / "text").write_text("twelve signs")

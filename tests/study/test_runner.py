@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from retain.study import Planned, Spec, Store, StoreError, run_study
+from suffice.study import Planned, Spec, Store, StoreError, run_study
 from tests.study.tiny import SQUARE
 
 
@@ -83,7 +83,7 @@ def test_failed_runs_can_be_retried(tmp_path):
 
 _CALL = """
 import sys
-from retain.study import Spec, run_study
+from suffice.study import Spec, run_study
 from tests.study.tiny import SQUARE
 spec = Spec("squares", "square", settings=dict(log=sys.argv[2], sleep=float(sys.argv[4])),
             grid=dict(x=list(range(int(sys.argv[3])))))
@@ -166,7 +166,7 @@ def test_a_full_disk_loses_no_finished_run(tmp_path, monkeypatch):
     study = spec(100)
     with Store(tmp_path) as store:
         store.plan("squares", SQUARE, study.plan(SQUARE))
-    from retain.study import schema
+    from suffice.study import schema
 
     plain = schema._open
 
@@ -206,5 +206,5 @@ def test_results_are_json(tmp_path):
     with Store(tmp_path) as store:
         (record,) = store.records("squares")
     json.dumps(record.result)
-    assert record.made["retain"]
+    assert record.made["suffice"]
     assert record.seconds >= 0

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retain.study import Spec
-from retain.study.keys import canonical, run_key
-from retain.study.kinds import find_kind
+from suffice.study import Spec
+from suffice.study.keys import canonical, run_key
+from suffice.study.kinds import find_kind
 from tests.study.tiny import READING, SQUARE
 
 KNOWN = {"square": SQUARE, "reading": READING}

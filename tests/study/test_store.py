@@ -9,9 +9,9 @@ from threading import Barrier
 
 import pytest
 
-from retain.study import Planned, Store, StoreError, run_study
-from retain.study.owners import Owner
-from retain.study.schema import FILE, VERSION
+from suffice.study import Planned, Store, StoreError, run_study
+from suffice.study.owners import Owner
+from suffice.study.schema import FILE, VERSION
 from tests.study.tiny import SQUARE
 
 
@@ -30,7 +30,7 @@ def test_a_store_of_a_newer_version_is_left_alone(folder):
         db.execute(f"PRAGMA user_version = {VERSION + 1}")
     before = (folder / FILE).read_bytes()
     for write in (True, False):
-        with pytest.raises(StoreError, match=rf"a store of a newer version \({VERSION + 1}; .*install a newer retain"):
+        with pytest.raises(StoreError, match=rf"a store of a newer version \({VERSION + 1}; .*install a newer suffice"):
             Store(folder, write=write)
     assert (folder / FILE).read_bytes() == before
 
@@ -57,7 +57,7 @@ def test_a_folder_that_can_not_be_made_is_named(tmp_path):
 
 _AS_NOBODY = """
 import os, sys
-from retain.study import Store, StoreError, run_study
+from suffice.study import Store, StoreError, run_study
 from tests.study.tiny import SQUARE
 folder = sys.argv[1]
 os.setuid(65534)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from retain.study import Planned, Store, differences, group, over_seeds, run_study, summarise
-from retain.study.intervals import t_quantile
+from suffice.study import Planned, Store, differences, group, over_seeds, run_study, summarise
+from suffice.study.intervals import t_quantile
 from tests.study.tiny import SQUARE
 
 

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from retain.study import Kind
+from suffice.study import Kind
 
 
 def square(settings, seed, context):

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from retain.kv.kernels import compaction
-from retain.kv.storage import UniformStorage
+from suffice.kv.kernels import compaction
+from suffice.kv.storage.uniform import UniformStorage
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -43,7 +43,7 @@ def test_all_entries_stay_where_they_are(monkeypatch):
 @pytest.fixture
 def storage(monkeypatch):
     """Keys, values and a column of 24 entries, five of them appended, in buffers with room for more."""
-    monkeypatch.setattr("retain.kv.storage.usable", lambda *tensors: True)
+    monkeypatch.setattr("suffice.kv.storage.uniform.usable", lambda *tensors: True)
     generator = torch.Generator().manual_seed(1)
     keys, values = torch.randn(2, 2, 3, 19, 16, generator=generator)
     positions = torch.arange(19, dtype=torch.int32).expand(2, 3, -1).clone()

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from retain.kv import ragged_attention
-from retain.kv.kernels.decoding import Plan
-from retain.kv.ragged import RaggedStorage
+from suffice.kv.kernels.decoding import Plan
+from suffice.kv.storage import ragged_attention
+from suffice.kv.storage.ragged import RaggedStorage
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

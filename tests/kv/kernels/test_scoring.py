@@ -6,20 +6,20 @@ from functools import partial
 import pytest
 import torch
 
-from retain.gpu import KernelsDeclinedError, enabled, launch, torch_only
-from retain.kv import Signals, get_policy
-from retain.kv.fused import FusedFactor, fused_log_weights
-from retain.kv.measuring import capacity_share
-from retain.kv.verdicts import Verdicts
-from retain.kv.weights import KeySalience, WindowAttention
+from suffice.gpu import KernelsDeclinedError, enabled, launch, torch_only
+from suffice.kv import Signals, get_policy
+from suffice.kv.policy.capacity_share import capacity_share
+from suffice.kv.policy.deferred_checks import Verdicts
+from suffice.kv.policy.fused import FusedFactor, fused_log_weights
+from suffice.kv.policy.weights import KeySalience, WindowAttention
 
 pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from retain.kv.kernels.cholesky import inverse_factor
-from retain.kv.kernels.gram import weighted_gram
-from retain.kv.kernels.leverage import factorize, inner_products
+from suffice.kv.kernels.cholesky import inverse_factor
+from suffice.kv.kernels.gram import weighted_gram
+from suffice.kv.kernels.leverage import factorize, inner_products
 
 # The interpreter computes with NumPy, which warns of log 0 and of NaN, where a GPU gives −inf and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -30,7 +30,7 @@ TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 3e-4, torch.float16: 1e-4}
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    monkeypatch.setattr("retain.kv.fused.usable", lambda *tensors: True)
+    monkeypatch.setattr("suffice.kv.policy.fused.usable", lambda *tensors: True)
 
 
 class Kernel:
@@ -129,7 +129,7 @@ def test_a_kernel_gets_as_many_stages_as_fit(monkeypatch):
             raise OutOfResources(200_000, 100_000, "shared memory")
 
     kernel, x = {(1,): small}, torch.zeros(1)
-    monkeypatch.setattr("retain.gpu._fitting", {})
+    monkeypatch.setattr("suffice.gpu._fitting", {})
     room = 2
     launch(Kernel(kernel, "a"), (1,), x, num_stages=3)
     launch(Kernel(kernel, "a"), (1,), x, num_stages=3)
@@ -147,9 +147,9 @@ def test_what_no_device_has_room_for_is_left_to_torch(on_cpu, monkeypatch):
     queries, keys = (torch.randn(1, heads, 60, 16, generator=generator) for heads in (4, 2))
     policy = get_policy("capkv-profile")
     with torch_only():
-        monkeypatch.setattr("retain.kv.fused.usable", lambda *tensors: enabled())
+        monkeypatch.setattr("suffice.kv.policy.fused.usable", lambda *tensors: enabled())
         expected = policy.score(Signals(queries, keys, keys))
-    monkeypatch.setattr("retain.kv.kernels.leverage.launch", none)
+    monkeypatch.setattr("suffice.kv.kernels.leverage.launch", none)
     torch.testing.assert_close(policy.score(Signals(queries, keys, keys)), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -163,7 +163,7 @@ def test_share_of_the_capacity_is_that_of_plain_torch(monkeypatch, dtype):
     kept[1, 1] = -1
     exact = capacity_share(signals(), kept)
     assert 0 < exact[0, 0] < exact[0, 1] < 1
-    monkeypatch.setattr("retain.kv.fused.usable", lambda *tensors: True)
+    monkeypatch.setattr("suffice.kv.policy.fused.usable", lambda *tensors: True)
     torch.testing.assert_close(capacity_share(signals(), kept), exact, rtol=1e-4, atol=1e-5)
 
 
@@ -227,7 +227,7 @@ def test_a_key_of_no_length_is_like_any_other(monkeypatch, dtype):
     keys[0, 1, 8] = 1e-4
     weights = get_policy("capkv-profile").weights
     plain = weights.log(Signals(queries, keys, keys))
-    monkeypatch.setattr("retain.kv.fused.usable", lambda *tensors: True)
+    monkeypatch.setattr("suffice.kv.policy.fused.usable", lambda *tensors: True)
     found = fused_log_weights(weights, Signals(queries, keys, keys))
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-3)
 
@@ -251,7 +251,7 @@ def test_policy_scores_alike_with_and_without_kernels(monkeypatch, state, group,
         options = {"valid": torch.arange(tokens) >= torch.tensor([[0], [11]])} if state == "padded" else {}
     policy = get_policy(name)
     plain = policy.score(Signals(queries, keys, values, **options))
-    monkeypatch.setattr("retain.kv.fused.usable", lambda *tensors: True)
+    monkeypatch.setattr("suffice.kv.policy.fused.usable", lambda *tensors: True)
     signals = Signals(queries, keys, values, **options)
     assert fused_log_weights(policy.weights, signals) is not None
     assert signals.masked(policy.score(signals)).isfinite().eq(plain.isfinite()).all()

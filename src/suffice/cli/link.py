@@ -1,0 +1,380 @@
+"""`suffice link …`: train, audit, correct and align link predictors."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from suffice.cli.command_line import command_line
+from suffice.cli.console import finite, out, print_json, progress
+from suffice.cli.link_options import (
+    AtTest,
+    Balanced,
+    BatchSize,
+    Checkpoint,
+    CompositionName,
+    Data,
+    Decoder,
+    DecoderNorm,
+    Device,
+    Directions,
+    Encoder,
+    EncoderNorm,
+    Epochs,
+    Features,
+    Folder,
+    Hidden,
+    Json,
+    Labels,
+    Largest,
+    Model,
+    Patience,
+    Preset,
+    Quiet,
+    Rate,
+    Report,
+    Root,
+    Seed,
+    Seeds,
+    Test,
+    Validation,
+    Workers,
+    positive,
+)
+from suffice.cli.link_reproduce import reproduce
+from suffice.cli.link_show import show_rows, study_table
+from suffice.cli.watching import watching
+
+if TYPE_CHECKING:
+    from suffice.link import Graph, ModelSettings, PairModel, Protocol, Split, TrainSettings
+
+app = typer.Typer(help="Audit link predictors for composition bias.", no_args_is_help=True)
+
+
+@app.command()
+def train(
+    data: Data = "digits",
+    features: Features = None,
+    labels: Labels = None,
+    root: Root = Path("data"),
+    composition: CompositionName = "fixed:0.5",
+    balanced: Balanced = False,
+    model: Model = "pair",
+    encoder: Encoder = "gcn",
+    decoder: Decoder = "hadamard",
+    encoder_norm: EncoderNorm = "batch",
+    decoder_norm: DecoderNorm = "batch",
+    hidden: Hidden = 64,
+    preset: Preset = False,
+    epochs: Epochs = 30,
+    directions: Directions = 2,
+    patience: Patience = None,
+    batch_size: BatchSize = 512,
+    learning_rate: Rate = 5e-3,
+    validation: Validation = 0.05,
+    test: Test = 0.10,
+    largest_component: Largest = False,
+    validation_edges_at_test: AtTest = False,
+    checkpoint: Checkpoint = None,
+    seed: Seed = 0,
+    seeds: Seeds = 1,
+    device: Device = "cpu",
+    as_json: Json = False,
+    report: Report = None,
+) -> None:
+    """Train a link predictor and print its test metrics; under torchrun, on all its processes together."""
+    from suffice.link.auditing.bootstrap import over_seeds
+    from suffice.link.auditing.trained import held_out_scores
+    from suffice.link.batches.composition import parse
+    from suffice.link.data.graph import Protocol
+    from suffice.link.train.distributed import process_group, ranks
+    from suffice.link.train.trainer import TrainSettings
+
+    made, own = _chosen(model, data, preset, encoder, decoder, encoder_norm, decoder_norm, hidden)
+    rates: dict[str, Any] = {"directions": directions, "batch_size": batch_size, "learning_rate": learning_rate}
+    protocol = Protocol(validation, test, largest_component, validation_edges_at_test)
+    graph = _graph(data, features, labels, root, protocol)
+    found: list[dict[str, float]] = []
+    with process_group(device) as own_device:
+        for number in range(seed, seed + positive(seeds)):
+            settings = TrainSettings(
+                parse(composition),
+                balanced=balanced,
+                epochs=epochs,
+                patience=patience,
+                seed=number,
+                **{**rates, **own},
+            )
+            path = _numbered(checkpoint, number, seeds)
+            net, parts = _train(graph, made, settings, protocol, own_device, path)
+            found.append(held_out_scores(net, graph, parts, protocol))
+        if ranks()[0] > 0:
+            return
+    rows = [{"metric": name, **asdict(over_seeds([run[name] for run in found]))} for name in found[0]]
+    result = {"graph": graph.name, "model": asdict(made), "protocol": asdict(protocol), "rows": rows}
+    show_rows(result, rows, as_json, report, "Test metrics of a link predictor")
+
+
+@app.command()
+def audit(
+    data: Data = "digits",
+    features: Features = None,
+    labels: Labels = None,
+    root: Root = Path("data"),
+    composition: CompositionName = "fixed:0.5",
+    balanced: Balanced = False,
+    model: Model = "pair",
+    encoder: Encoder = "gcn",
+    decoder: Decoder = "hadamard",
+    encoder_norm: EncoderNorm = "batch",
+    decoder_norm: DecoderNorm = "batch",
+    hidden: Hidden = 64,
+    preset: Preset = False,
+    epochs: Epochs = 30,
+    directions: Directions = 2,
+    batch_size: BatchSize = 512,
+    learning_rate: Rate = 5e-3,
+    checkpoint: Checkpoint = None,
+    seed: Seed = 0,
+    seeds: Seeds = 1,
+    device: Device = "cpu",
+    as_json: Json = False,
+    report: Report = None,
+) -> None:
+    """Audit a link predictor: that of a checkpoint if there is one, else one trained for it."""
+    from suffice.link.auditing.trained import audit_trained, load_trained
+    from suffice.link.batches.composition import parse
+    from suffice.link.data.graph import Protocol, split
+    from suffice.link.study.report_sections import audit_page
+    from suffice.link.train.trainer import TrainSettings
+
+    made, own = _chosen(model, data, preset, encoder, decoder, encoder_norm, decoder_norm, hidden)
+    rates: dict[str, Any] = {"directions": directions, "batch_size": batch_size, "learning_rate": learning_rate}
+    found: list[Any] = []
+    for number in range(seed, seed + positive(seeds)):
+        path = _numbered(checkpoint, number, seeds)
+        if path is not None and path.exists():
+            net, facts = load_trained(path, device)
+            protocol = Protocol(**facts["protocol"])
+            graph = _graph(data, features, labels, root, protocol)
+            if facts["graph"] != graph.name:
+                raise ValueError(f"data is {graph.name}; accepted for {path}: {facts['graph']}")
+            parts, size = split(graph, protocol, facts["settings"]["seed"]), facts["settings"]["batch_size"]
+        else:
+            protocol = Protocol()
+            graph = _graph(data, features, labels, root, protocol)
+            settings = TrainSettings(
+                parse(composition),
+                balanced=balanced,
+                epochs=epochs,
+                seed=number,
+                **{**rates, **own},
+            )
+            net, parts = _train(graph, made, settings, protocol, device, path)
+            size = settings.batch_size
+        found.append(audit_trained(net, graph, parts, batch_size=size, seed=number))
+    if report is not None:
+        audit_page(found[0], command_line()).save(report)
+    if as_json:
+        print_json(finite({"audits": [one.to_dict() for one in found]}))
+        return
+    for one in found:
+        for name, part in one.parts.items():
+            table = Table("statistic", "mean [95 % interval]", title=f"{name} edges")
+            for key, value in part.statistics.items():
+                table.add_row(key, str(value).replace("[", r"\["))
+            out.print(table)
+        out.print(str(one.verdict), markup=False)
+
+
+@app.command()
+def correct(
+    data: Data = "digits",
+    features: Features = None,
+    labels: Labels = None,
+    root: Root = Path("data"),
+    model: Model = "pair",
+    encoder: Encoder = "gcn",
+    decoder: Decoder = "hadamard",
+    hidden: Hidden = 64,
+    preset: Preset = False,
+    epochs: Epochs = 30,
+    directions: Directions = 2,
+    batch_size: BatchSize = 512,
+    validation: Validation = 0.05,
+    test: Test = 0.10,
+    largest_component: Largest = False,
+    validation_edges_at_test: AtTest = False,
+    arms: Annotated[str, typer.Option(help="Arms as NAME/NORM or NAME/ENCODER-DECODER, with commas.")] = "",
+    folder: Folder = None,
+    seed: Seed = 0,
+    seeds: Seeds = 5,
+    device: Device = "cpu",
+    as_json: Json = False,
+    report: Report = None,
+    figure: Annotated[Path | None, typer.Option(help="Also write the response curves as a picture.")] = None,
+    workers: Workers = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Train biased and corrected side by side; show audit, Hits and alignment of all."""
+    from suffice.link.data.graph import Protocol
+    from suffice.link.study.arms import ARMS, parse_arm
+    from suffice.link.study.correct import correct as run
+    from suffice.link.study.correct import edge_maps
+    from suffice.link.study.figures import response
+    from suffice.link.study.report_sections import study_page
+    from suffice.link.train.trainer import TrainSettings
+    from suffice.report.figures import save
+
+    asked = [parse_arm(key.strip()) for key in arms.split(",")] if arms else list(ARMS)
+    made, own = _chosen(model, data, preset, encoder, decoder, "batch", "batch", hidden)
+    rates: dict[str, Any] = {"directions": directions, "batch_size": batch_size}
+    protocol = Protocol(validation, test, largest_component, validation_edges_at_test)
+    graph = _graph(data, features, labels, root, protocol)
+    with tempfile.TemporaryDirectory() as scratch, watching(quiet) as watch:
+        home = folder or Path(scratch)
+        study = run(
+            graph,
+            arms=asked,
+            model=made,
+            train=TrainSettings(epochs=epochs, **{**rates, **own}),
+            protocol=protocol,
+            seeds=seeds,
+            seed=seed,
+            device=device,
+            folder=home,
+            workers=workers,
+            watch=watch,
+            command=command_line(),
+        )
+        if report is not None:
+            pair = asked[:2] if graph.y is not None else []
+            study_page(study, command_line(), edge_maps(graph, pair, home, protocol=protocol, seed=seed)).save(report)
+    if figure is not None:
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        save(response(study.curves(), f"{study.graph}, held-out edges"), str(figure))
+    if as_json:
+        print_json(finite(study.to_dict()))
+        return
+    out.print(study_table(study))
+
+
+@app.command()
+def align(
+    data: Data = "digits",
+    features: Features = None,
+    labels: Labels = None,
+    root: Root = Path("data"),
+    composition: CompositionName = "fixed:0.5",
+    balanced: Balanced = False,
+    model: Model = "pair",
+    encoder: Encoder = "gcn",
+    decoder: Decoder = "hadamard",
+    encoder_norm: EncoderNorm = "batch",
+    decoder_norm: DecoderNorm = "batch",
+    hidden: Hidden = 64,
+    preset: Preset = False,
+    epochs: Epochs = 30,
+    directions: Directions = 2,
+    seed: Seed = 0,
+    seeds: Seeds = 1,
+    device: Device = "cpu",
+    as_json: Json = False,
+    report: Report = None,
+) -> None:
+    """Measure what a training keeps of the classes, against raw features and an untrained model."""
+    from suffice.link.auditing.bootstrap import over_seeds
+    from suffice.link.batches.composition import parse
+    from suffice.link.data.graph import Protocol
+    from suffice.link.train.alignment import alignment, raw_alignment
+    from suffice.link.train.trainer import TrainSettings
+
+    made, own = _chosen(model, data, preset, encoder, decoder, encoder_norm, decoder_norm, hidden)
+    protocol, rates = Protocol(), dict[str, Any](directions=directions)
+    graph = _graph(data, features, labels, root, protocol)
+    runs: dict[str, list[dict[str, float]]] = {"trained": [], "untrained": [], "raw features": []}
+    for number in range(seed, seed + positive(seeds)):
+        settings = TrainSettings(parse(composition), balanced=balanced, epochs=epochs, seed=number, **{**rates, **own})
+        net, parts = _train(graph, made, settings, protocol, device, None)
+        fresh = made.build(graph.x.size(1), number).to(device)
+        runs["trained"].append(alignment(net, graph, parts, seed=number))
+        runs["untrained"].append(alignment(fresh, graph, parts, seed=number))
+        runs["raw features"].append(raw_alignment(graph, seed=number))
+    rows = [
+        {"of": name, "metric": metric, **asdict(over_seeds([one[metric] for one in found]))}
+        for name, found in runs.items()
+        for metric in found[0]
+    ]
+    show_rows({"graph": graph.name, "rows": rows}, rows, as_json, report, "Alignment with the classes")
+
+
+def _chosen(
+    model: str,
+    data: str,
+    published: bool,
+    encoder: str,
+    decoder: str,
+    encoder_norm: str,
+    decoder_norm: str,
+    hidden: int,
+) -> tuple[ModelSettings, dict[str, Any]]:
+    """Return the model asked for and what of the training comes with it: all but the epochs of a preset."""
+    from suffice.link.models import ModelSettings, preset
+
+    if not published:
+        return ModelSettings(encoder, decoder, encoder_norm, decoder_norm, hidden, model=model), {}
+    made, training = preset(model, data)
+    return made, {name: value for name, value in training.items() if name != "epochs"}
+
+
+def _graph(data: str, features: Path | None, labels: Path | None, root: Path, protocol: Protocol) -> Graph:
+    from suffice.link.data.datasets import load
+    from suffice.link.data.files import read_graph
+    from suffice.link.data.graph import prepare
+
+    own = Path(data).suffix in (".csv", ".parquet", ".npz")
+    return prepare(read_graph(data, features, labels) if own else load(data, root), protocol)
+
+
+def _train(
+    graph: Graph,
+    model: ModelSettings,
+    settings: TrainSettings,
+    protocol: Protocol,
+    device: str,
+    path: Path | None,
+) -> tuple[PairModel, Split]:
+    from suffice.link.data.graph import split
+    from suffice.link.train.allocator import reuse_large_blocks
+    from suffice.link.train.trainer import fit
+
+    reuse_large_blocks(graph.num_nodes, model.hidden)
+    parts = split(graph, protocol, settings.seed)
+    net = model.build(graph.x.size(1), settings.seed).to(device)
+    facts = {"model": asdict(model), "protocol": asdict(protocol), "graph": graph.name, "in": graph.x.size(1)}
+    with progress() as say:
+        fit(
+            net,
+            graph,
+            parts,
+            settings,
+            checkpoint=path,
+            facts=facts,
+            progress=lambda epoch: say(
+                f"epoch {epoch.number}: loss {epoch.loss:.4f}, {settings.metric} {epoch.metric:.3f}"
+            ),
+        )
+    return net, parts
+
+
+def _numbered(path: Path | None, seed: int, seeds: int) -> Path | None:
+    return path if path is None or seeds == 1 else path.with_name(f"{path.stem}-{seed}{path.suffix}")
+
+
+# The last of the commands; it has a file of its own.
+app.command()(reproduce)

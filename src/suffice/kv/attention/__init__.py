@@ -1,0 +1,1 @@
+"""The registered attention function and the padding of attention calls."""

@@ -1,0 +1,1 @@
+"""The compressed cache: layers, reports, serialization, batches of caches."""

@@ -1,0 +1,1 @@
+"""Measurements on a compressed cache: answers, fidelity, comparisons, tuning."""

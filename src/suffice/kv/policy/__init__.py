@@ -1,0 +1,1 @@
+"""Eviction policies: weights, directions, estimators, selections, and the registry of named policies."""

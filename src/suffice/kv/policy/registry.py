@@ -1,0 +1,228 @@
+"""The named policies: one entry each. Add one here and it gets the whole conformance suite."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import TypeVar
+
+from suffice.kv.budget.allocation import Allocation, Equal, MarginalCapacity, PooledScores, Pyramid
+from suffice.kv.budget.head_profile import HeadProfile
+from suffice.kv.policy.directions import Constant, Key, OutputValue, Value
+from suffice.kv.policy.estimators import Leverage, OneDirection, Trace
+from suffice.kv.policy.policy import Policy
+from suffice.kv.policy.selection import TwoStage
+from suffice.kv.policy.weights import (
+    AccumulatedAttention,
+    ExpectedAttention,
+    KeyNorm,
+    KeySalience,
+    LastQueryAttention,
+    MeanQuery,
+    Random,
+    Recency,
+    SampledAttention,
+    Uniform,
+    WindowAttention,
+)
+
+DEFAULT_POLICY = "capkv-profile"
+
+_SNAPKV = WindowAttention(window=64, pool=5, prefix_only=True)
+
+# What some queries from all over the text asked for counts, and keys unlike the rest.
+_SPREAD = (
+    3 * WindowAttention(window=8, pool=1)
+    + SampledAttention(count=16, apart=32)
+    + ExpectedAttention(future=0, recent=512, diagonal=True)
+    + KeySalience()
+)
+
+_POLICIES = (
+    # The default: nothing measured stays closer to the full cache (docs/evidence.md has the tables).
+    Policy(
+        name="capkv-profile",
+        weights=_SPREAD,
+        directions=Value(),
+        estimator=Leverage(power=0.5, ridge=0.1),
+        allocation=HeadProfile(),
+        paper="2604.25975",
+    ),
+    # At equal budgets for all heads nothing measured stays closer over text and questions together.
+    Policy(
+        name="capkv",
+        weights=WindowAttention(window=16, pool=5)
+        + ExpectedAttention(future=0, recent=512, pooled=True, diagonal=True)
+        + 2 * KeySalience(),
+        directions=Value(),
+        estimator=Leverage(power=0.5, ridge=0.1),
+        paper="2604.25975",
+    ),
+    # The default with equal budgets for all heads.
+    Policy(
+        name="capkv-spread",
+        weights=_SPREAD,
+        directions=Value(),
+        estimator=Leverage(power=0.5, ridge=0.1),
+        paper="2604.25975",
+    ),
+    # Attention of the last queries alone, and the exact cost of deletion: only good where the last queries ask for
+    # what will be needed.
+    Policy(
+        name="capkv-window",
+        weights=WindowAttention(window=32, pool=9),
+        directions=Value(),
+        estimator=Leverage(ridge=0.1),
+        paper="2604.25975",
+    ),
+    # Algorithm 1 as written: the mean query's weights, at the paper's temperature, and A = I + Σ w u uᵀ.
+    Policy(
+        name="capkv-paper",
+        weights=MeanQuery(tau=5.0),
+        directions=Value(),
+        estimator=Leverage(ridge=1.0, relative=False),
+        paper="2604.25975",
+    ),
+    Policy(
+        name="h2o",
+        weights=AccumulatedAttention(),
+        directions=Constant(),
+        estimator=Trace(),
+        paper="2306.14048",
+    ),
+    Policy(
+        name="tova",
+        weights=LastQueryAttention(),
+        directions=Constant(),
+        estimator=Trace(),
+        paper="2401.06104",
+    ),
+    Policy(
+        name="snapkv",
+        weights=_SNAPKV,
+        directions=Constant(),
+        estimator=Trace(),
+        window=64,
+        paper="2404.14469",
+    ),
+    Policy(
+        name="pyramidkv",
+        weights=_SNAPKV,
+        directions=Constant(),
+        estimator=Trace(),
+        allocation=Pyramid(beta=20),
+        window=64,
+        paper="2406.02069",
+    ),
+    Policy(
+        name="expected-attention",
+        weights=ExpectedAttention(future=512),
+        directions=Value(),
+        estimator=Trace(power=1),
+        paper="2510.00636",
+    ),
+    Policy(
+        name="vatp",
+        weights=_SNAPKV,
+        directions=Value(),
+        estimator=Trace(norm=1, power=1),
+        window=64,
+        paper="2406.12335",
+    ),
+    Policy(
+        name="criticalkv",
+        weights=WindowAttention(window=64, pool=5, prefix_only=True, floor=1e-4),
+        directions=OutputValue(),
+        estimator=Trace(norm=1, power=1),
+        selection=TwoStage(first=0.5),
+        window=64,
+        paper="2502.03805",
+    ),
+    Policy(
+        name="knorm",
+        weights=KeyNorm(),
+        directions=Constant(),
+        estimator=Trace(),
+        paper="2406.11430",
+    ),
+    Policy(
+        name="keydiff",
+        weights=Uniform(),
+        directions=Key(unit=True),
+        estimator=OneDirection(),
+        paper="2504.15364",
+    ),
+    Policy(
+        name="key-leverage",
+        weights=Uniform(),
+        directions=Key(rotary=False, centred=True),
+        estimator=Leverage(ridge=1e-4),
+        paper="2507.08143",
+    ),
+    Policy(
+        name="streaming-llm",
+        weights=Recency(),
+        directions=Constant(),
+        estimator=Trace(),
+        paper="2309.17453",
+    ),
+    Policy(name="random", weights=Random(), directions=Constant(), estimator=Trace()),
+    Policy(name="full", weights=Uniform(), directions=Constant(), estimator=Trace(), keep_all=True),
+)
+
+
+_ALLOCATIONS: dict[str, Allocation] = {
+    "equal": Equal(),
+    "pyramid": Pyramid(),
+    "pooled": PooledScores(),
+    "marginal": MarginalCapacity(),
+    "profile": HeadProfile(),
+}
+
+
+def allocations() -> dict[str, Allocation]:
+    """Return every named allocation."""
+    return dict(_ALLOCATIONS)
+
+
+def get_allocation(name: str | Allocation) -> Allocation:
+    """Return the allocation of this name; an allocation is returned as it is.
+
+    Raises:
+        ValueError: no such name; the message lists the known ones.
+        TypeError: neither a name nor an allocation.
+
+    """
+    return _named("allocation", name, Allocation, _ALLOCATIONS)
+
+
+def policies() -> dict[str, Policy]:
+    """Return every named policy, the default first."""
+    return {policy.name: policy for policy in _POLICIES}
+
+
+def get_policy(name: str | Policy) -> Policy:
+    """Return the policy of this name; a policy is returned as it is.
+
+    Raises:
+        ValueError: no such name; the message lists the known ones.
+        TypeError: neither a name nor a policy.
+
+    """
+    return _named("policy", name, Policy, policies())
+
+
+Part = TypeVar("Part")
+
+
+def _named(what: str, name: object, kind: type[Part], known: Mapping[str, Part]) -> Part:
+    if isinstance(name, kind):
+        return name
+    if not isinstance(name, str):
+        raise TypeError(f"{what} is {name!r}; accepted: an instance of {kind.__name__}, or one of {', '.join(known)}")
+    key = name.lower().replace("_", "-")
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{what} is {name!r}, which is not known.{hint} Known: {', '.join(known)}")
+    return known[key]

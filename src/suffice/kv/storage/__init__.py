@@ -1,0 +1,1 @@
+"""Storage of kept keys and values: equal heads, unequal heads, quantised."""

@@ -1,0 +1,1 @@
+"""Mini-batches of labelled edges: composition, sampling, negatives."""

@@ -1,0 +1,1 @@
+"""Sparse graph primitives: adjacency, neighbourhoods, propagation, overlap and sketches."""

@@ -1,0 +1,1 @@
+"""Studies of link predictors: arms, runs, results and reports."""
