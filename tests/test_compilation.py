@@ -21,7 +21,7 @@ def test_every_kernel_compiles(tmp_path):
     command = [sys.executable, "-W", "ignore", ROOT / "benchmarks" / "gpu_ceiling.py", "--dims", "64"]
     printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     found = json.loads(printed.splitlines()[-1])["64"]
-    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "src" / "suffice").glob("*/kernels/*.py")]
+    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "src" / "suffice").glob("**/kernels/*.py")]
     launched = [name for source in sources for name in re.findall(r"launch\(\s*(\w+),", source)]
     assert set(found["compiled"]) == set(launched)
     for name, row in found["kernels"].items():
