@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import gpu_exact
-from suffice.gpu import torch_only
+from suffice.gpu import disable_kernels
 from suffice.kv import DEFAULT_POLICY, Signals, get_policy
 from suffice.kv.kernels import usable
 from suffice.kv.policy.deferred_checks import Verdicts
@@ -155,7 +155,7 @@ def score(run: Run, bandwidth: float) -> None:
                 row: dict[str, Any] = {"tokens": tokens, "batch": batch, "dim": dim}
                 with torch.no_grad():
                     row["ours"] = run.time(what, ours) if usable(queries, keys, values) else None
-                    with torch_only():
+                    with disable_kernels():
                         row["torch"] = run.time(f"{what}, plain torch", ours, 3)
                     theirs = partial(expanded_scores, queries, keys, values)
                     row["kvpress"] = run.time(f"{what}, kvpress's formulation", theirs, 3)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from suffice.gpu import on_gpu, torch_only
+from suffice.gpu import can_use_kernels, disable_kernels
 from suffice.link.sparse.adjacency import MessageGraph
 from suffice.link.sparse.neighbors import common_neighbors
 from suffice.link.sparse.sketches import sketch
@@ -37,13 +37,13 @@ def measure(run: Run, bandwidth: float) -> bool:
     rows: dict[str, Any] = {}
     right = True
     for name, own in work.items():
-        with torch_only():
+        with disable_kernels():
             row: dict[str, Any] = {"torch": run.time(f"{name}, plain torch", own, 3), "ours": None}
-        if on_gpu(graph.rows.col):
+        if can_use_kernels(graph.rows.col):
             row["ours"] = run.time(name, own, 3)
             if row["ours"]:
                 row["of_copy"] = bytes_needed[name] / row["ours"] / bandwidth
-            with torch_only():
+            with disable_kernels():
                 exact = own()
             right = right and _equal(own(), exact)
         else:

@@ -1,4 +1,7 @@
-"""What kernels on a GPU have in common: whether they may be used, and how they are launched."""
+"""Helpers for computing on a GPU: when Triton kernels may be used, how they are launched, asynchronous copies.
+
+Every Triton kernel of the package has an equivalent in plain PyTorch, which is used wherever the kernel is not.
+"""
 
 from __future__ import annotations
 
@@ -12,62 +15,77 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_enabled: ContextVar[bool] = ContextVar("suffice_kernels", default=True)
+_kernels_enabled: ContextVar[bool] = ContextVar("suffice_kernels", default=True)
+
+_reduced_stages: dict[Any, int] = {}
+"""Number of pipeline stages with which a kernel fits the device, for kernels that did not fit with all of theirs."""
+
+
+class KernelFallbackError(Exception):
+    """A Triton kernel cannot compute a result that plain PyTorch can compute."""
 
 
 @contextlib.contextmanager
-def torch_only() -> Generator[None, None, None]:
-    """Use plain torch inside this context, as on a machine without Triton: for comparisons."""
-    token = _enabled.set(False)
+def disable_kernels() -> Generator[None, None, None]:
+    """Context manager in which plain PyTorch is used instead of the Triton kernels.
+
+    Example:
+        >>> with disable_kernels():
+        ...     kernels_enabled()
+        False
+
+    """
+    token = _kernels_enabled.set(False)
     try:
         yield
     finally:
-        _enabled.reset(token)
+        _kernels_enabled.reset(token)
 
 
-def enabled() -> bool:
-    """Whether kernels may be used here: not inside `torch_only`."""
-    return _enabled.get()
+def kernels_enabled() -> bool:
+    """Return whether Triton kernels are enabled, which they are outside of `disable_kernels`."""
+    return _kernels_enabled.get()
 
 
-def on_gpu(*tensors: Tensor) -> bool:
-    """Whether Triton kernels may be used on these: on a CUDA device that they suit, nothing to be differentiated."""
+def can_use_kernels(*tensors: Tensor) -> bool:
+    """Return whether Triton kernels can process these tensors.
+
+    Kernels need a supported CUDA device and a supported version of Triton. They have no backward pass, so they are not
+    used for tensors that require a gradient.
+    """
     return (
-        _enabled.get()
+        kernels_enabled()
         and all(x.is_cuda for x in tensors)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-        and _supported(tensors[0].device.index)
+        and _is_supported(tensors[0].device.index)
     )
 
 
 @functools.cache
-def _supported(device: int) -> bool:
-    """Whether Triton is installed, and the device has the matrix units that the kernels are written for."""
+def _is_supported(device: int) -> bool:
+    """Return whether Triton 3.3 or newer is installed and the device has compute capability 8.0 or newer."""
     if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return False
     import triton
 
-    # 3.2 fails to compile loads whose mask comes from another load.
-    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return release >= (3, 3) and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def upload(numbers: Any, device: torch.device) -> Tensor:
-    """Return a few numbers as a tensor on a device, without waiting for what that device has still to do."""
-    return torch.tensor(numbers).to(device, non_blocking=True)
-
-
-class KernelsDeclinedError(Exception):
-    """Kernels can't compute what they were asked; plain torch can."""
+    # Triton 3.2 fails to compile a load whose mask depends on another load.
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return version >= (3, 3) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run a kernel on the device of its first argument; `options` are its constants, `num_warps` and `num_stages`.
+    """Launch a Triton kernel on the device of its first argument.
 
-    A device of little shared memory gets fewer stages.
+    If the device has too little shared memory for `num_stages` pipeline stages, fewer are used.
+
+    Args:
+        kernel: Function decorated with `triton.jit`.
+        grid: Number of programs in each dimension.
+        arguments: Arguments of the kernel; the first is a tensor.
+        options: Compile-time constants of the kernel, `num_warps` and `num_stages` (1 by default).
 
     Raises:
-        KernelsDeclinedError: it has too little for a single one.
+        KernelFallbackError: The device has too little shared memory for a single stage.
 
     """
     from triton.runtime.errors import OutOfResources
@@ -75,26 +93,36 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     first: Tensor = arguments[0]
     stages: int = options.pop("num_stages", 1)
 
-    def name() -> Any:
+    def key() -> Any:
         return (kernel, first.dtype, first.device, *sorted(options.items()))
 
-    if _fitting:  # most devices have room for all, and a launch no time to look
-        stages = _fitting.get(name(), stages)
+    if _reduced_stages:  # Empty on most devices. Then the key, which takes time to build, is not needed.
+        stages = _reduced_stages.get(key(), stages)
     while stages > 0:
         try:
             with torch.cuda.device_of(first):
                 kernel[grid](*arguments, **options, num_stages=stages)
         except OutOfResources:
-            stages = _fitting[name()] = stages - 1
+            stages = _reduced_stages[key()] = stages - 1
         else:
             return
-    raise KernelsDeclinedError
+    raise KernelFallbackError
 
 
-# Fewer stages that a kernel was found to fit with, by what it is compiled for.
-_fitting: dict[Any, int] = {}
+def block_size(size: int, minimum: int = 16) -> int:
+    """Return the smallest power of two that is at least `size` and `minimum`.
+
+    Triton requires block sizes that are powers of two, and at least 16 for the operands of `tl.dot`.
+    """
+    return max(minimum, 1 << (size - 1).bit_length())
 
 
-def power_of_two(size: int, least: int = 16) -> int:
-    """Return the smallest power of two that is at least `size` and `least`."""
-    return max(least, 1 << (size - 1).bit_length())
+def async_tensor(data: Any, device: torch.device) -> Tensor:
+    """Create a tensor on a device without waiting for the work that is queued on that device.
+
+    Args:
+        data: A number or a (nested) sequence of numbers, as for `torch.tensor`.
+        device: Device of the tensor.
+
+    """
+    return torch.tensor(data).to(device, non_blocking=True)

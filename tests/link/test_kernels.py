@@ -19,8 +19,8 @@ def graph():
 
 
 def by_kernel(monkeypatch):
-    monkeypatch.setattr(neighbors, "on_gpu", lambda *tensors: True)
-    monkeypatch.setattr(sketches, "on_gpu", lambda *tensors: True)
+    monkeypatch.setattr(neighbors, "can_use_kernels", lambda *tensors: True)
+    monkeypatch.setattr(sketches, "can_use_kernels", lambda *tensors: True)
 
 
 def test_lists_are_those_of_sets(monkeypatch, graph):

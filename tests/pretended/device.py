@@ -164,7 +164,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     # Modules of kernels take these names from there when they are imported, which is not before they are needed.
     import suffice.gpu
 
-    suffice.gpu._supported = lambda device: True
+    suffice.gpu._is_supported = lambda device: True
     suffice.gpu.launch = _launch
     import suffice.kv.kernels.grid
 

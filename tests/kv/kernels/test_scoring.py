@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from suffice.gpu import KernelsDeclinedError, enabled, launch, torch_only
+from suffice.gpu import KernelFallbackError, disable_kernels, kernels_enabled, launch
 from suffice.kv import Signals, get_policy
 from suffice.kv.policy.capacity_share import capacity_share
 from suffice.kv.policy.deferred_checks import Verdicts
@@ -116,7 +116,7 @@ def test_values_that_a_kernel_cannot_hold_are_scored_all_the_same(on_cpu):
     # Who settles what is asked learns of it then.
     verdicts = Verdicts()
     policy.score(Signals(values, values, values, verdicts=verdicts))
-    with pytest.raises(KernelsDeclinedError):
+    with pytest.raises(KernelFallbackError):
         verdicts.settle()
 
 
@@ -129,25 +129,25 @@ def test_a_kernel_gets_as_many_stages_as_fit(monkeypatch):
             raise OutOfResources(200_000, 100_000, "shared memory")
 
     kernel, x = {(1,): small}, torch.zeros(1)
-    monkeypatch.setattr("suffice.gpu._fitting", {})
+    monkeypatch.setattr("suffice.gpu._reduced_stages", {})
     room = 2
     launch(Kernel(kernel, "a"), (1,), x, num_stages=3)
     launch(Kernel(kernel, "a"), (1,), x, num_stages=3)
     assert tried == [3, 2, 2]
     room = 0
-    with pytest.raises(KernelsDeclinedError):
+    with pytest.raises(KernelFallbackError):
         launch(Kernel(kernel, "b"), (1,), x, num_stages=2)
 
 
 def test_what_no_device_has_room_for_is_left_to_torch(on_cpu, monkeypatch):
     def none(*arguments, **options):
-        raise KernelsDeclinedError
+        raise KernelFallbackError
 
     generator = torch.Generator().manual_seed(6)
     queries, keys = (torch.randn(1, heads, 60, 16, generator=generator) for heads in (4, 2))
     policy = get_policy("capkv-profile")
-    with torch_only():
-        monkeypatch.setattr("suffice.kv.policy.fused.usable", lambda *tensors: enabled())
+    with disable_kernels():
+        monkeypatch.setattr("suffice.kv.policy.fused.usable", lambda *tensors: kernels_enabled())
         expected = policy.score(Signals(queries, keys, keys))
     monkeypatch.setattr("suffice.kv.kernels.leverage.launch", none)
     torch.testing.assert_close(policy.score(Signals(queries, keys, keys)), expected, rtol=1e-4, atol=1e-4)

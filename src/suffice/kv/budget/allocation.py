@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from suffice.gpu import upload
+from suffice.gpu import async_tensor
 from suffice.kv.hf.tensor_parallel import Sharding, largest
 
 
@@ -197,7 +197,7 @@ def claims(request: Request, safeguard: float) -> Tensor:
     ranked = request.shares().sort(-1, descending=True).values
     order = torch.arange(ranked.shape[-1], device=ranked.device)
     own = [max(least, int(safeguard * budget)) for least, budget in zip(request.least, request.budget, strict=True)]
-    first = order < upload(own, ranked.device)[:, None, None]
+    first = order < async_tensor(own, ranked.device)[:, None, None]
     return ranked.masked_fill(first & (ranked > -math.inf), math.inf)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from suffice.gpu import upload
+from suffice.gpu import async_tensor
 from suffice.kv.budget.allocation import MarginalCapacity, Request, claims
 from suffice.kv.hf.tensor_parallel import Sharding, largest
 from suffice.kv.policy.attention_stats import Signals
@@ -94,5 +94,5 @@ def renewed(claims: Tensor, entries: Entries, due: list[bool]) -> Tensor:
     earlier = entries.columns.get("claim")
     if earlier is None or all(due):
         return claims
-    now = upload(due, claims.device)[:, None, None]
+    now = async_tensor(due, claims.device)[:, None, None]
     return torch.where(now, claims, earlier.masked_fill(entries.positions < 0, float("-inf")))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from suffice.gpu import KernelsDeclinedError, torch_only, upload
+from suffice.gpu import KernelFallbackError, async_tensor, disable_kernels
 from suffice.kv.attention.hook import Call, mark
 from suffice.kv.attention.padding import check_padding, whole_mask
 from suffice.kv.budget.protection import tokens_allowed
@@ -137,7 +137,7 @@ class CompressedLayer(DynamicLayer):
         columns = torch.arange(self.seen - new, self.seen, device=self.device)
         if not any(self.padding):
             return columns.expand(len(self.padding), -1)
-        return columns - upload(self.padding, columns.device)[:, None]
+        return columns - async_tensor(self.padding, columns.device)[:, None]
 
     def attend(self, call: Call) -> Tensor:
         """Compute an attention call over ragged entries."""
@@ -210,10 +210,10 @@ class CompressedLayer(DynamicLayer):
             entries = self.storage.entries
         try:
             self._choose(entries, self._signals(call, entries, attention))
-        except KernelsDeclinedError:
+        except KernelFallbackError:
             if call.memo is not None:
                 call.memo.clear()
-            with torch_only():
+            with disable_kernels():
                 self._choose(entries, self._signals(call, entries, attention))
 
     def _choose(self, entries: Entries, signals: Signals) -> None:

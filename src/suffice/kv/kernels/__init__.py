@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from suffice.gpu import on_gpu
+from suffice.gpu import can_use_kernels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,4 +23,4 @@ def usable(*tensors: Tensor) -> bool:
     """Whether the kernels can work on these tensors [..., dim], which must be of one dtype."""
     dtype = tensors[0].dtype
     suited = dtype in _DTYPES and all(x.dtype == dtype and 16 <= x.shape[-1] <= 128 for x in tensors)
-    return suited and on_gpu(*tensors)
+    return suited and can_use_kernels(*tensors)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from suffice.gpu import launch, power_of_two
+from suffice.gpu import block_size, launch
 from suffice.kv.kernels.grid import processors, rows_of
 from suffice.kv.kernels.product import product
 
@@ -45,7 +45,7 @@ class Plan:
     def of(cls, packed: list[tuple[int, int]], tail: int, device: torch.device) -> "Plan":
         """Cut heads, row by row, whose packed entries start there and are so many, with a tail of so many or more."""
         first, sizes = np.asarray(packed, dtype=np.int64).T
-        fair = power_of_two(int((sizes + tail).sum()) // (4 * processors(device)) + 1)
+        fair = triton.next_power_of_2(int((sizes + tail).sum()) // (4 * processors(device)) + 1)
         part = min(max(fair, _LEAST), _MOST)
         counts = -(-sizes // part)
         whole = tail // part
@@ -94,7 +94,7 @@ def decode(
     out = query.new_empty(batch, heads, value_dim)
     partial = torch.empty(parts, group, value_dim, dtype=torch.float32, device=query.device)
     peaks, masses = torch.empty(2, parts, group, dtype=torch.float32, device=query.device)
-    wide = power_of_two(value_dim)
+    wide = block_size(value_dim)
     launch(
         _part,
         (parts,),
@@ -113,8 +113,8 @@ def decode(
         GROUP=group,
         DIM=dim,
         VALUE_DIM=value_dim,
-        BLOCK_G=power_of_two(group),
-        BLOCK_D=power_of_two(dim),
+        BLOCK_G=block_size(group),
+        BLOCK_D=block_size(dim),
         BLOCK_V=wide,
         BLOCK_N=_BLOCK // 2 if keys.dtype == torch.float32 else _BLOCK,  # so that registers suffice
         num_warps=4,

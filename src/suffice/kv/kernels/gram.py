@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from suffice.gpu import launch, power_of_two
+from suffice.gpu import block_size, launch
 from suffice.kv.kernels.blocks import load_entries
 from suffice.kv.kernels.grid import rows_of, split_tokens
 from suffice.kv.kernels.product import cut, product
@@ -31,7 +31,7 @@ def weighted_gram(values: Tensor, log_weights: Tensor) -> Tensor:
     """
     values = rows_of(values)
     batch, heads, tokens, dim = values.shape
-    block, wide = 64, power_of_two(dim)
+    block, wide = 64, block_size(dim)
     splits, chunk = split_tokens(tokens, batch * heads, block, 1, values.device)
     log_weights = log_weights.contiguous()
     peaks = log_weights.amax(-1)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from suffice.gpu import launch, power_of_two
+from suffice.gpu import block_size, launch
 from suffice.kv.kernels.blocks import load_entries
 from suffice.kv.kernels.cholesky import Factor, inverse_factor
 from suffice.kv.kernels.gram import weighted_gram
@@ -60,7 +60,7 @@ def inner_products(values: Tensor, log_weights: Tensor, factor: Factor, power: f
     """
     values = rows_of(values)
     batch, heads, tokens, dim = values.shape
-    wide = power_of_two(dim)
+    wide = block_size(dim)
     block = 128
     splits, chunk = split_tokens(tokens, batch * heads, block, 2, values.device)
     inner = torch.empty(batch, heads, tokens, dtype=torch.float32, device=values.device)

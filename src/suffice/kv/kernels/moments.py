@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from suffice.gpu import launch, power_of_two
+from suffice.gpu import block_size, launch
 from suffice.kv.kernels.blocks import load_entries
 
 
@@ -38,7 +38,7 @@ def query_moments(queries: Tensor, recent: int, first: Tensor) -> Tensor:
         first.stride(0),
         RECENT=recent,
         DIM=dim,
-        BLOCK_D=power_of_two(dim),
+        BLOCK_D=block_size(dim),
         BLOCK_N=64,
         num_warps=4,
     )

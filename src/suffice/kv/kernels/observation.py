@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from suffice.gpu import launch, power_of_two
+from suffice.gpu import block_size, launch
 from suffice.kv.kernels.first_pass import first_pass
 from suffice.kv.kernels.grid import rows_of, split_tokens
 from suffice.kv.kernels.moments import query_moments
@@ -99,11 +99,11 @@ def observed_log_weights(seen: Observation, terms: Terms) -> Tensor:  # [batch, 
         "WINDOW": seen.window,
         "SAMPLED": count,
         "GAUSSIANS": gaussians.shape[2],
-        "BLOCK_D": power_of_two(dim),
-        "BLOCK_W": power_of_two(group * seen.window),
-        "BLOCK_S": power_of_two(group * count) if count else 0,
+        "BLOCK_D": block_size(dim),
+        "BLOCK_W": block_size(group * seen.window),
+        "BLOCK_S": block_size(group * count) if count else 0,
         # A column of each Gaussian, and one of the length.
-        "COLUMNS": power_of_two(gaussians.shape[2] + 1, 8),
+        "COLUMNS": block_size(gaussians.shape[2] + 1, minimum=8),
         "BLOCK_N": _BLOCK // 2 if keys.dtype == torch.float32 else _BLOCK,
         "num_warps": 4 if group * max(seen.window, count) <= _MOST_ROWS else 8,  # so that registers suffice
         "num_stages": 3,
@@ -133,7 +133,7 @@ def observed_log_weights(seen: Observation, terms: Terms) -> Tensor:  # [batch, 
         *inner.stride(),
         **whole,
     )
-    parts = power_of_two(splits, 1)
+    parts = triton.next_power_of_2(splits)
     launch(
         second_pass,
         (heads, splits),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from suffice.gpu import enabled
+from suffice.gpu import kernels_enabled
 from suffice.information import Factor, factorize
 from suffice.kv.policy.attention_stats import Signals
 from suffice.kv.policy.directions import Constant, Directions, Value
@@ -52,7 +52,8 @@ def fused_factor(
     if not relative or not isinstance(directions, Value):
         return None
     return signals.memo(
-        ("fused", weights, ridge, enabled()), lambda: FusedFactor.of(log_weights(weights, signals), ridge, signals)
+        ("fused", weights, ridge, kernels_enabled()),
+        lambda: FusedFactor.of(log_weights(weights, signals), ridge, signals),
     )
 
 

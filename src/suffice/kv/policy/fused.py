@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from suffice.gpu import KernelsDeclinedError
+from suffice.gpu import KernelFallbackError
 from suffice.kv.kernels import usable
 from suffice.kv.policy.attention_stats import Signals
 from suffice.kv.policy.sampled_attention import sample
@@ -93,19 +93,19 @@ class FusedFactor:
     def of(cls, log_weights: Tensor, ridge: float, signals: Signals) -> FusedFactor | None:
         """Return it; None where no kernel can be used, or where the values call for more than float32 and one scale.
 
-        If the latter is not to be asked at once, what settles the signals' verdicts gets `KernelsDeclinedError`.
+        If the latter is not to be asked at once, what settles the signals' verdicts gets `KernelFallbackError`.
         """
         if ridge < _LEAST_RIDGE or not usable(signals.values):
             return None
         own = cls(log_weights, ridge, signals)
         try:
             own._require(own._factor)
-        except KernelsDeclinedError:
+        except KernelFallbackError:
             return None
         return own
 
     def _require(self, factor: Any) -> None:
-        self._signals.require(~factor.failed.any(), KernelsDeclinedError())
+        self._signals.require(~factor.failed.any(), KernelFallbackError())
 
     def inner_products(self) -> Tensor:
         """Return vᵀA⁻¹v, [batch, kv_heads, tokens]."""

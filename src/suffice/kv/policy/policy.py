@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from suffice.gpu import KernelsDeclinedError, torch_only, upload
+from suffice.gpu import KernelFallbackError, async_tensor, disable_kernels
 from suffice.kv.budget.allocation import Allocation, Equal, Request
 from suffice.kv.budget.protection import Protection
 from suffice.kv.policy.attention_stats import Signals
@@ -78,8 +78,8 @@ class Policy:
 
         try:
             return signals.memo(("score", *parts), compute)
-        except KernelsDeclinedError:
-            with torch_only():
+        except KernelFallbackError:
+            with disable_kernels():
                 return signals.memo(("score", *parts), compute)
 
     def budget(self, signals: Signals, allowed: list[int], protection: Protection) -> Budget:
@@ -148,4 +148,4 @@ class Policy:
 
 def _per_row(numbers: tuple[int, ...], device: torch.device) -> Tensor | int:
     """Return one number of each row as [batch, 1, 1], or as it is if it is the same for all."""
-    return numbers[0] if len(set(numbers)) == 1 else upload(numbers, device)[:, None, None]
+    return numbers[0] if len(set(numbers)) == 1 else async_tensor(numbers, device)[:, None, None]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from suffice.gpu import upload
+from suffice.gpu import async_tensor
 from suffice.kv.policy.attention_stats import NEGATIVE, Signals
 
 _BLOCK = 4  # queries that are worked on at a time
@@ -68,12 +68,12 @@ def _plain(signals: Signals, places: list[int], apart: int) -> Tensor:
     received = torch.zeros(signals.batch, signals.kv_heads, signals.tokens, device=signals.device)
     for start in range(0, len(seen), _BLOCK):
         index, latest = zip(*seen[start : start + _BLOCK], strict=True)
-        asked = signals.queries.index_select(2, upload(index, signals.device))
+        asked = signals.queries.index_select(2, async_tensor(index, signals.device))
         queries = signals.grouped(asked.float() * signals.scaling).flatten(2, 3)
         # Queries ascend, so that only the newest columns lie beyond some of them.
         first, columns = latest[0] + 1, latest[-1] + 1
         logits = queries @ signals.keys32[:, :, :columns].mT
-        beyond = torch.arange(first, columns, device=signals.device) > upload(latest, signals.device)[:, None]
+        beyond = torch.arange(first, columns, device=signals.device) > async_tensor(latest, signals.device)[:, None]
         logits.unflatten(2, (signals.group, -1))[..., first:].masked_fill_(beyond, NEGATIVE)
         weights = logits.softmax(-1)
         share = weights.new_full((1, weights.shape[2]), 1 / (signals.group * len(seen)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from suffice.gpu import upload
+from suffice.gpu import async_tensor
 from suffice.kv.storage.growth import Room, room_for, writable
 from suffice.kv.storage.uniform import FILL, Entries, UniformStorage, pick_vectors, vector_numbers
 
@@ -214,7 +214,7 @@ class RaggedStorage:
         """Where the tail goes on, long [batch * kv_heads * new], in `tensors`."""
         if self._first_free is None:
             ends = [start + count - at for start, count in self.spans]
-            self._first_free = upload(ends, self._keys.device)
+            self._first_free = async_tensor(ends, self._keys.device)
         if new == 1:
             return self._first_free + at
         return (self._first_free[:, None] + torch.arange(at, at + new, device=self._keys.device)).flatten()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from suffice.gpu import KernelsDeclinedError
+from suffice.gpu import KernelFallbackError
 from suffice.kv.kernels import usable
 from suffice.kv.storage.ragged import RaggedStorage
 
@@ -28,7 +28,7 @@ def attend(query: Tensor, storage: RaggedStorage, mask: Tensor | None, scaling: 
     """
     if query.shape[2] == 1 and usable(query, *storage.tensors):
         # What the mask says of one token, its position says too.
-        with contextlib.suppress(KernelsDeclinedError):
+        with contextlib.suppress(KernelFallbackError):
             return _decode(query, storage, scaling)
     return _by_head(query, storage, _seen(query, storage, mask), scaling)
 

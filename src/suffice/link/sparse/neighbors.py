@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from suffice.gpu import on_gpu
+from suffice.gpu import can_use_kernels
 from suffice.link.sparse.adjacency import MessageGraph, pointers
 
 
@@ -49,7 +49,7 @@ def common_neighbors(graph: MessageGraph, pairs: Tensor) -> Neighbors:
     first, second = pairs
     swap = graph.degree[second] < graph.degree[first]
     few, many = torch.where(swap, second, first), torch.where(swap, first, second)
-    if on_gpu(graph.rows.col):
+    if can_use_kernels(graph.rows.col):
         return _matching(graph, few, many, common=True)
     node, owner = graph.rows.expand(few)
     keep = graph.contains(many.index_select(0, owner), node).nonzero().flatten()
@@ -66,7 +66,7 @@ def residual_neighbors(graph: MessageGraph, pairs: Tensor) -> tuple[Neighbors, N
     """
 
     def one(these: Tensor, those: Tensor) -> Neighbors:
-        if on_gpu(graph.rows.col):
+        if can_use_kernels(graph.rows.col):
             return _matching(graph, these, those, common=False)
         node, owner = graph.rows.expand(these)
         others = those.index_select(0, owner)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from suffice.gpu import on_gpu
+from suffice.gpu import can_use_kernels
 from suffice.link.sparse.adjacency import MessageGraph
 from suffice.link.sparse.neighbors import bags
 
@@ -162,7 +162,7 @@ def _growth(graph: MessageGraph, low: Tensor, table: Tensor, own: Tensor) -> Ten
 
 def least(index: Tensor, starts: Tensor, table: Tensor) -> Tensor:
     """Least of each column over lists of rows, infinite where a list is empty, [lists, columns]."""
-    if on_gpu(table):
+    if can_use_kernels(table):
         from suffice.link.sparse.kernels import least as kernel
 
         return kernel.least(index, starts, table)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from suffice.gpu import launch, power_of_two
+from suffice.gpu import block_size, launch
 
 _ROWS = 8  # rows that are read at a time
 _COLUMNS = 256
@@ -28,7 +28,7 @@ def least(index: Tensor, starts: Tensor, table: Tensor) -> Tensor:
     lists, columns = starts.numel() - 1, table.shape[1]
     found = table.new_empty(lists, columns)
     if lists:
-        block = min(power_of_two(columns), _COLUMNS)
+        block = min(block_size(columns), _COLUMNS)
         grid = (lists, triton.cdiv(columns, block))
         launch(_least, grid, index, starts, table, found, columns, BLOCK_N=_ROWS, BLOCK_C=block, num_warps=4)
     return found
