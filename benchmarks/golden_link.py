@@ -47,19 +47,18 @@ from suffice.link.batches.composition import Fixed, Random, Separate, balanced_w
 from suffice.link.batches.negatives import draw_negatives
 from suffice.link.batches.sampler import EdgeBatches, LabelledBatches
 from suffice.link.corrections import freeze_statistics, replace_batch_norm, train_corrected
-from suffice.link.data.datasets import load
-from suffice.link.data.files import read_graph
-from suffice.link.data.graph import Graph, Protocol, Split, prepare, split
-from suffice.link.data.graph_file import read_saved_graph, save_graph
+from suffice.link.data.datasets import load_graph
+from suffice.link.data.files import read_graph, read_saved_graph, save_graph
+from suffice.link.data.graph import Graph, Split, SplitConfig, prepare_graph, split_edges
 from suffice.link.data.synthetic import block_model, digits
 from suffice.link.metrics import evaluate, mean_reciprocal_rank
-from suffice.link.models import ModelSettings, PairScorer, mask_targets, preset
-from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.models import ModelSettings, PairScorer, preset
+from suffice.link.sparse.adjacency import Adjacency, remove_edges
 from suffice.link.sparse.count_cache import symmetric
 from suffice.link.sparse.distance_counts import pair_counts
 from suffice.link.sparse.neighbors import common_neighbors, pool, residual_neighbors, square_rows
 from suffice.link.sparse.overlap import overlap, square_dense
-from suffice.link.sparse.propagation import neighbor_mean, propagate, propagate_sparse, without_own_edge
+from suffice.link.sparse.propagation import neighbor_mean, propagate, propagate_sparse, propagate_without_own_edge
 from suffice.link.sparse.sketches import sketch
 from suffice.link.study import figures, findings, published
 from suffice.link.study import reproduction as reproducing
@@ -111,7 +110,7 @@ def now(given: Any) -> Any:
 
 def make_graph(name: str) -> Graph:
     if name in ("digits", "blocks"):
-        return load({"digits": "digits", "blocks": "block-model"}[name])
+        return load_graph({"digits": "digits", "blocks": "block-model"}[name])
     if name == "digits of 3":
         return digits(3)
     if name == "large":
@@ -130,22 +129,22 @@ def read_graphs(graph: Graph, folder: Path, table: Path, *columns: Path) -> list
     return [read_saved_graph(folder / save_graph(graph, folder)), read_graph(table), read_graph(*columns)]
 
 
-def protocol(kind: str = "usual") -> Protocol:
+def protocol(kind: str = "usual") -> SplitConfig:
     if kind == "wide":
-        return Protocol(0.1, 0.2, negatives=2.0)
+        return SplitConfig(0.1, 0.2, negatives=2.0)
     if kind == "largest":
-        return Protocol(largest_component=True)
-    return Protocol(validation_edges_at_test=True) if kind == "seen" else Protocol()
+        return SplitConfig(largest_component=True)
+    return SplitConfig(validation_edges_at_test=True) if kind == "seen" else SplitConfig()
 
 
 def make_split(graph: Graph, seed: int = 0, kind: str = "usual") -> Split:
-    return split(prepare(graph, protocol(kind)), protocol(kind), seed)
+    return split_edges(prepare_graph(graph, protocol(kind)), protocol(kind), seed)
 
 
 def split_parts(parts: Split) -> dict[str, Tensor]:
     found = {"train": parts.train, "validation": parts.validation, "test": parts.test, "known": parts.known}
     found |= {"validation negatives": parts.validation_negatives, "test negatives": parts.test_negatives}
-    return {**found, "messages": parts.messages(), "all messages": parts.messages(validation=True)}
+    return {**found, "messages": parts.message_edges(), "all messages": parts.message_edges(validation=True)}
 
 
 def negatives(graph: Graph, count: int, seed: int) -> Tensor:
@@ -198,8 +197,8 @@ def epochs_of(done: Any) -> dict[str, Any]:
 
 def outputs(model: Any, graph: Graph, parts: Split) -> dict[str, Any]:
     """Return scores, from edges and from compressed rows, embeddings, and metrics under both protocols."""
-    messages, test = parts.messages(), (parts.test, parts.test_negatives)
-    rows = MessageGraph(messages, graph.num_nodes)
+    messages, test = parts.message_edges(), (parts.test, parts.test_negatives)
+    rows = Adjacency(messages, graph.num_nodes)
     scorer = PairScorer(model, graph.x, messages)
     found: dict[str, Any] = {
         kind: held_out_scores(model, graph, parts, protocol(kind), 10) for kind in ("usual", "seen")
@@ -216,7 +215,7 @@ def presets() -> dict[str, Any]:
 
 
 def defaults() -> list[Any]:
-    return [asdict(ModelSettings()), TrainSettings().describe(), asdict(Protocol()), MIXES["drawn"], MIXES["even"]]
+    return [asdict(ModelSettings()), TrainSettings().describe(), asdict(SplitConfig()), MIXES["drawn"], MIXES["even"]]
 
 
 def audit_all(model: Any, graph: Graph, parts: Split) -> Any:
@@ -226,7 +225,7 @@ def audit_all(model: Any, graph: Graph, parts: Split) -> Any:
 def audit_short(model: Any, graph: Graph, parts: Split, score: Any = None, **more: Any) -> dict[str, Any]:
     positives = torch.cat([parts.validation, parts.test], dim=1)
     edges = EdgeSet(positives, torch.cat([parts.validation_negatives, parts.test_negatives], dim=1))
-    scorer = score or PairScorer(model, graph.x, parts.messages())
+    scorer = score or PairScorer(model, graph.x, parts.message_edges())
     module = None if score else model
     return report_parts(audit(scorer, edges, module=module, batch_size=96, repeats=4, **now(more)))
 
@@ -258,7 +257,7 @@ def replace_norms(model: Any, norm: str) -> int:
 
 
 def freeze(model: Any, graph: Graph, parts: Split, mix: str | None) -> int:
-    score = PairScorer(model, graph.x, mask_targets(parts.messages(), parts.train[:, ::2], graph.num_nodes))
+    score = PairScorer(model, graph.x, remove_edges(parts.message_edges(), parts.train[:, ::2], graph.num_nodes))
     chosen = None if mix is None else MIXES[mix]
     more: dict[str, Any] = {"known": parts.known, "composition": chosen, "batch_size": 128, "seed": 2}
     return len(freeze_statistics(model, score, parts.train, graph.num_nodes, **more))
@@ -273,16 +272,16 @@ def aligned_features(graph: Graph) -> list[Any]:
     return [raw_alignment(graph), [measure(graph.x, graph.y) for measure in direct]]
 
 
-def views(graph: Graph) -> tuple[dict[str, MessageGraph], Tensor]:
+def views(graph: Graph) -> tuple[dict[str, Adjacency], Tensor]:
     """Return a graph's messages, two views of them that lack edges, and pairs of which some are edges."""
     known = graph.edges[:, :: max(1, graph.edges.size(1) // 150)]
-    whole = MessageGraph(graph.edges, graph.num_nodes)
+    whole = Adjacency(graph.edges, graph.num_nodes)
     view = whole.without(known[:, ::2])
     pairs = torch.cat([known, negatives(graph, 100, 3)], dim=1)
     return {"whole": whole, "view": view, "view of view": view.without(known)}, pairs
 
 
-def neighbours(view: MessageGraph, pairs: Tensor, x: Tensor) -> dict[str, Any]:
+def neighbours(view: Adjacency, pairs: Tensor, x: Tensor) -> dict[str, Any]:
     first, second = residual_neighbors(view, pairs)
     square, count = square_rows(view, pairs[0])
     lists = {"common": common_neighbors(view, pairs), "first": first, "second": second, "square": square}
@@ -292,20 +291,24 @@ def neighbours(view: MessageGraph, pairs: Tensor, x: Tensor) -> dict[str, Any]:
     return {**found, "more": [count, view.edge_index, view.degree, view.contains(pairs[0], pairs[1])]}
 
 
-def overlaps(view: MessageGraph, pairs: Tensor, x: Tensor) -> dict[str, Any]:
+def overlaps(view: Adjacency, pairs: Tensor, x: Tensor) -> dict[str, Any]:
     found = with_gradient(lambda weight: overlap(view, pairs, weight, 0.3), x[:, 0])
     return found if view.num_nodes > 8192 else {**found, "square": square_dense(view, pairs[0])}
 
 
-def propagations(view: MessageGraph, pairs: Tensor, x: Tensor) -> dict[str, Any]:
+def propagations(view: Adjacency, pairs: Tensor, x: Tensor) -> dict[str, Any]:
     found = {"sum": with_gradient(lambda z: propagate(view, z), x)}
     found["mean"] = with_gradient(lambda z: neighbor_mean(view, z), x)
     sparse = torch.empty_like(x)
     propagate_sparse(view, x * (x > 1.5), sparse)
-    return {**found, "without": without_own_edge(view, torch.cat([propagate(view, x), x]), pairs), "sparse": sparse}
+    return {
+        **found,
+        "without": propagate_without_own_edge(view, torch.cat([propagate(view, x), x]), pairs),
+        "sparse": sparse,
+    }
 
 
-def sketches(view: MessageGraph, pairs: Tensor, hops: int, **more: Any) -> dict[str, Any]:
+def sketches(view: Adjacency, pairs: Tensor, hops: int, **more: Any) -> dict[str, Any]:
     made = sketch(view, hops, **now(more))
     counts = pair_counts(view, made, pairs)
     kept = {"minhash": made.minhash, "registers": made.registers, "sizes": made.sizes, "growth": made.growth}

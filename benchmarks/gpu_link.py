@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from suffice.gpu import can_use_kernels, disable_kernels
-from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.neighbors import common_neighbors
 from suffice.link.sparse.sketches import sketch
 
@@ -22,7 +22,7 @@ def measure(run: Run, bandwidth: float) -> bool:
     generator = torch.Generator(run.device).manual_seed(0)
     # Degrees as uneven as those of real graphs: the ids are products of two uniform ones.
     ends = torch.rand(2, 2, edges, device=run.device, generator=generator).prod(0).mul(nodes).long()
-    graph = MessageGraph(ends.clamp_(max=nodes - 1), nodes)
+    graph = Adjacency(ends.clamp_(max=nodes - 1), nodes)
     asked = torch.randint(nodes, (2, pairs), device=run.device, generator=generator)
     degree = graph.degree
     least = torch.minimum(degree[asked[0]], degree[asked[1]]).sum()

@@ -30,11 +30,12 @@ from link_models import measure_growth, measure_models, measure_once
 from suffice.link.auditing.trained import audit_trained
 from suffice.link.batches.composition import Random
 from suffice.link.batches.sampler import EdgeBatches
-from suffice.link.data.datasets import load
-from suffice.link.data.graph import Graph, Protocol, Split, split
+from suffice.link.data.datasets import load_graph
+from suffice.link.data.graph import Graph, Split, SplitConfig, split_edges
 from suffice.link.data.synthetic import block_model
 from suffice.link.metrics import evaluate
-from suffice.link.models import LinkPredictor, ModelSettings, mask_targets
+from suffice.link.models import EncoderDecoder, ModelSettings
+from suffice.link.sparse.adjacency import remove_edges
 from suffice.link.train.trainer import TrainSettings, features, fit, score_validation, step_loss
 
 BATCH = 512
@@ -42,9 +43,9 @@ EPOCHS = 5  # of each of our trainings
 SIZES = (2_000, 20_000, 200_000)
 
 
-def plain_epoch(model: LinkPredictor, graph: Graph, parts: Split, optimizer: torch.optim.Optimizer) -> int:
+def plain_epoch(model: EncoderDecoder, graph: Graph, parts: Split, optimizer: torch.optim.Optimizer) -> int:
     model.train()
-    messages, edges = parts.messages(), 0
+    messages, edges = parts.message_edges(), 0
     for index in torch.randperm(parts.train.size(1)).split(BATCH // 2):
         positives = parts.train[:, index]
         negatives = negative_sampling(messages, graph.num_nodes, num_neg_samples=index.numel())
@@ -68,7 +69,7 @@ def sampling(graph: Graph, parts: Split, seed: int) -> tuple[float, int]:
     return time.perf_counter() - start, edges
 
 
-def validating(model: LinkPredictor, graph: Graph, parts: Split) -> float:
+def validating(model: EncoderDecoder, graph: Graph, parts: Split) -> float:
     start = time.perf_counter()
     evaluate(*score_validation(model, features(graph, model), parts))
     return time.perf_counter() - start
@@ -77,11 +78,11 @@ def validating(model: LinkPredictor, graph: Graph, parts: Split) -> float:
 def added_mib(nodes: int) -> float:
     """Return what an audit adds to the peak memory of training steps, in MiB."""
     graph = block_model(nodes)
-    parts = split(graph, Protocol(), 0)
+    parts = split_edges(graph, SplitConfig(), 0)
     model = ModelSettings().build(graph.x.size(1))
     # The first steps still fill the allocator's arenas.
     for batch in islice(_batches(graph, parts, 0), 3):
-        messages = mask_targets(parts.messages(), batch.pairs, graph.num_nodes)
+        messages = remove_edges(parts.message_edges(), batch.pairs, graph.num_nodes)
         step_loss(model(features(graph, model), messages, batch.pairs), batch).backward()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     audit_trained(model, graph, parts)
@@ -90,7 +91,7 @@ def added_mib(nodes: int) -> float:
 
 def _batches(graph: Graph, parts: Split, seed: int) -> EdgeBatches:
     return EdgeBatches(
-        parts.messages(), graph.num_nodes, Random(), batch_size=BATCH, known=parts.known, balanced=True, seed=seed
+        parts.message_edges(), graph.num_nodes, Random(), batch_size=BATCH, known=parts.known, balanced=True, seed=seed
     )
 
 
@@ -109,8 +110,8 @@ def main() -> None:
     if options.added:
         print(added_mib(options.added))
         return
-    graph = load(options.data, options.root)
-    parts = split(graph, Protocol(), 0)
+    graph = load_graph(options.data, options.root)
+    parts = split_edges(graph, SplitConfig(), 0)
     plain = ModelSettings().build(graph.x.size(1))
     optimizer = torch.optim.Adam(plain.parameters(), lr=5e-3)
     taken: dict[str, list[float]] = {"plain": [], "ours": [], "sampler": [], "validation": [], "audit": []}

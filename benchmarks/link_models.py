@@ -30,16 +30,16 @@ import link_direct as direct
 from machine import status
 from suffice.link.batches.composition import Fixed
 from suffice.link.batches.sampler import EdgeBatch, EdgeBatches
-from suffice.link.data.datasets import load
-from suffice.link.data.graph import Graph, Protocol, Split, split
+from suffice.link.data.datasets import load_graph
+from suffice.link.data.graph import Graph, Split, SplitConfig, split_edges
 from suffice.link.data.synthetic import block_model
-from suffice.link.models import ModelSettings, PairModel, preset
-from suffice.link.models.base import in_chunks
+from suffice.link.models import LinkPredictor, ModelSettings, preset
+from suffice.link.models.base import score_in_chunks
 from suffice.link.models.buddy import propagated
 from suffice.link.models.sketched import memory
-from suffice.link.sparse.adjacency import MessageGraph, as_messages
+from suffice.link.sparse.adjacency import Adjacency, as_adjacency, remove_edges
 from suffice.link.train.allocator import reuse_large_blocks
-from suffice.link.train.trainer import TrainSettings, adam, features, message_edges, step_loss, without_targets
+from suffice.link.train.trainer import TrainSettings, adam, features, message_edges, step_loss
 
 MODELS = ("neognn", "elph", "ncn", "ncnc", "buddy")
 SIZES = (10_000, 100_000, 1_000_000)  # edges
@@ -60,15 +60,15 @@ class Ours:
     """One of our models, its optimiser, and the trainer's step."""
 
     def __init__(self, settings: ModelSettings, rate: float, graph: Graph, parts: Split) -> None:
-        self.model: PairModel = settings.build(graph.x.size(1)).train()
+        self.model: LinkPredictor = settings.build(graph.x.size(1)).train()
         self.x = features(graph, self.model)
         self.parts = parts
-        self.messages = as_messages(message_edges(self.model, parts, graph.num_nodes), graph.num_nodes)
+        self.messages = as_adjacency(message_edges(self.model, parts, graph.num_nodes), graph.num_nodes)
         self.optimizer = adam(self.model, TrainSettings(learning_rate=rate))
 
     def step(self, batch: EdgeBatch) -> None:
-        rest = without_targets(self.messages, self.parts.train, batch.index)
-        scores = self.model.training_scores(self.x, rest, batch.pairs)
+        rest = remove_edges(self.messages, self.parts.train[:, batch.index], self.x.size(0))
+        scores = self.model.training_logits(self.x, rest, batch.pairs)
         torch.autograd.backward(torch.stack([step_loss(part, batch) for part in scores]).sum())
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -166,7 +166,7 @@ def preprocessing(graph: Graph, parts: Split, rounds: int) -> tuple[list[float],
     links = torch.cat([parts.known, negatives], dim=1)
 
     def ours() -> None:
-        messages = MessageGraph(parts.messages(), graph.num_nodes)
+        messages = Adjacency(parts.message_edges(), graph.num_nodes)
         propagated(messages, graph.x)
         memory(messages, 2).counts(links)
 
@@ -190,7 +190,7 @@ def evaluation(graph: Graph, parts: Split, rounds: int) -> tuple[list[float], li
     smooth = direct.smooth_features(graph.x, parts.train)
     counts = direct.Tables(graph.num_nodes, parts.train).features(pairs)
     model.encode(ours.x, ours.messages)
-    in_chunks(model, model.encode(ours.x, ours.messages), pairs)  # makes the counts
+    score_in_chunks(model, model.encode(ours.x, ours.messages), pairs)  # makes the counts
 
     def their_scores() -> list[Tensor]:
         parts_of = zip(pairs.split(2**13, dim=1), counts.split(2**13), strict=True)
@@ -198,7 +198,7 @@ def evaluation(graph: Graph, parts: Split, rounds: int) -> tuple[list[float], li
 
     taken: list[tuple[float, float]] = []
     for _ in range(rounds):
-        one = clock(lambda: in_chunks(model, model.encode(ours.x, ours.messages), pairs))
+        one = clock(lambda: score_in_chunks(model, model.encode(ours.x, ours.messages), pairs))
         taken.append((one, clock(their_scores)))
     return [one for one, _ in taken], [other for _, other in taken]
 
@@ -207,7 +207,7 @@ def grown(name: str, edges: int) -> dict[str, float]:
     """Time graph building, the first step (with all that is kept) and further steps of a model on a block model."""
     graph = block_model(nodes=edges // 4, classes=5, degree=8, features=64)
     reuse_large_blocks(graph.num_nodes, 64)  # as `suffice link train` does
-    parts = split(graph, Protocol(), 0)
+    parts = split_edges(graph, SplitConfig(), 0)
     norms = {"encoder_norm": "none", "decoder_norm": "batch"}
     encoder = "pure" if name in ("ncn", "ncnc") else "gcn"
     size = max(256, parts.train.size(1) // 50)
@@ -256,8 +256,8 @@ def draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def data_of(data: str, root: str) -> tuple[Graph, Split]:
-    graph = load(data, root)
-    return graph, split(graph, Protocol(0.1, 0.2), 0)
+    graph = load_graph(data, root)
+    return graph, split_edges(graph, SplitConfig(0.1, 0.2), 0)
 
 
 def measure_models(data: str, root: str, batches: int) -> dict[str, Any]:

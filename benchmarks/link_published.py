@@ -24,9 +24,9 @@ from torch import nn
 
 from machine import machine
 from suffice.link.auditing.trained import held_out_scores
-from suffice.link.data.datasets import load
-from suffice.link.data.graph import Protocol, prepare, split
-from suffice.link.models import PairModel
+from suffice.link.data.datasets import load_graph
+from suffice.link.data.graph import SplitConfig, prepare_graph, split_edges
+from suffice.link.models import LinkPredictor
 from suffice.link.study.published import HITS_AT_100
 from suffice.link.study.reproduction import settings_for
 from suffice.link.train import trainer as training
@@ -60,10 +60,10 @@ class Variant:
     train: dict[str, Any] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
     targets: bool = False
-    change: Callable[[PairModel], None] | None = None
+    change: Callable[[LinkPredictor], None] | None = None
 
 
-def norm_behind_propagation(model: PairModel) -> None:
+def norm_behind_propagation(model: LinkPredictor) -> None:
     """Give the encoder of NCN or NCNC a LayerNorm that its authors don't have."""
     encoder: Any = model.get_submodule("encoder")
     encoder.norms = nn.ModuleList(nn.LayerNorm(encoder.out_channels) for _ in encoder.norms)
@@ -107,7 +107,7 @@ def unmasked(targets: bool) -> Iterator[None]:
     if not targets:
         yield
         return
-    with mock.patch.object(training, "without_targets", lambda messages, *_: messages):
+    with mock.patch.object(training, "remove_edges", lambda edge_index, *_: edge_index):
         yield
 
 
@@ -115,9 +115,9 @@ def measure(variant: Variant, data: str, root: str, seed: int) -> dict[str, floa
     """Return Hits@100 of the test and the validation, in percent."""
     made, own = settings_for(variant.model, published=data)
     component = variant.model not in ("ncn", "ncnc")
-    protocol = Protocol(**{**PROTOCOL, "largest_component": component, **variant.protocol})
-    graph = prepare(load(data, root), protocol)
-    edges = split(graph, protocol, seed)
+    protocol = SplitConfig(**{**PROTOCOL, "largest_component": component, **variant.protocol})
+    graph = prepare_graph(load_graph(data, root), protocol)
+    edges = split_edges(graph, protocol, seed)
     model = replace(made, **variant.settings).build(graph.x.size(1), seed)
     if variant.change is not None:
         variant.change(model)

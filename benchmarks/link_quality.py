@@ -21,8 +21,8 @@ from link_models import MODELS, Ours, Theirs, authors
 from machine import machine
 from suffice.link.batches.composition import Fixed
 from suffice.link.batches.sampler import EdgeBatches
-from suffice.link.data.datasets import load
-from suffice.link.data.graph import Graph, Protocol, split
+from suffice.link.data.datasets import load_graph
+from suffice.link.data.graph import Graph, SplitConfig, split_edges
 from suffice.link.metrics import evaluate
 from suffice.link.train.trainer import score_validation
 from suffice.study.intervals import over_seeds
@@ -30,7 +30,7 @@ from suffice.study.intervals import over_seeds
 
 def pair(name: str, graph: Graph, seed: int, epochs: int) -> tuple[float, float]:
     """Return Hits@100 of ours and of the direct code, in percent, after the same batches."""
-    parts = split(graph, Protocol(0.1, 0.2), seed)
+    parts = split_edges(graph, SplitConfig(0.1, 0.2), seed)
     settings, training = authors(name, graph.name)
     rate = training["learning_rate"]
     torch.manual_seed(seed)
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to add the data set to")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    graph = load(options.data, options.root)
+    graph = load_graph(options.data, options.root)
     rows: dict[str, Any] = {}
     for name in options.models.split(","):
         found = [pair(name, graph, seed, options.epochs) for seed in range(options.seeds)]

@@ -6,7 +6,7 @@ python examples/audit_your_model.py
 import torch
 from torch_geometric.nn import GCNConv
 
-from suffice.link import EdgeSet, Protocol, audit, load, split
+from suffice.link import EdgeSet, SplitConfig, audit, load_graph, split_edges
 
 
 class Mine(torch.nn.Module):
@@ -26,9 +26,9 @@ class Mine(torch.nn.Module):
 
 
 torch.manual_seed(0)
-graph = load("digits")  # or your own edge list, see suffice.link.read_graph
-parts = split(graph, Protocol(), seed=0)
-model, messages = Mine(graph.x.size(1)), parts.messages()
+graph = load_graph("digits")  # or your own edge list, see suffice.link.read_graph
+parts = split_edges(graph, SplitConfig(), seed=0)
+model, messages = Mine(graph.x.size(1)), parts.message_edges()
 optimizer = torch.optim.Adam(model.parameters(), 1e-2)
 for _ in range(30):
     negatives = torch.randint(graph.num_nodes, parts.train.shape)

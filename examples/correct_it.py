@@ -5,7 +5,7 @@ python examples/correct_it.py
 
 import argparse
 
-from suffice.link import TrainSettings, correct, load, parse_arm
+from suffice.link import TrainSettings, correct, load_graph, parse_arm
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--data", default="digits")
@@ -15,7 +15,7 @@ arguments = parser.parse_args()
 
 arms = [parse_arm(key) for key in ("fixed/batch", "random/batch")]
 study = correct(
-    load(arguments.data),
+    load_graph(arguments.data),
     arms=arms,
     train=TrainSettings(epochs=arguments.epochs),
     seeds=arguments.seeds,

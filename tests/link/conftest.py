@@ -9,7 +9,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch_geometric.nn  # noqa: F401
 
-from suffice.link.data.graph import Graph, Protocol, Split, split
+from suffice.link.data.graph import Graph, Split, SplitConfig, split_edges
 from suffice.link.data.synthetic import block_model
 
 
@@ -20,7 +20,7 @@ def graph() -> Graph:
 
 @pytest.fixture(scope="session")
 def parts(graph: Graph) -> Split:
-    return split(graph, Protocol(0.1, 0.2), seed=0)
+    return split_edges(graph, SplitConfig(0.1, 0.2), seed=0)
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ def test_trained_models_are_told_apart(graph, parts):
 
 def test_frozen_statistics_are_those_of_the_population(graph, parts):
     model = ModelSettings(decoder="concat", encoder_norm="none", hidden=16).build(graph.x.size(1))
-    scorer = PairScorer(model, graph.x, parts.messages())
+    scorer = PairScorer(model, graph.x, parts.message_edges())
     seen = []
     model.decoder.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     changes = freeze_statistics(

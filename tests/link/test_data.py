@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from suffice.link.batches.negatives import edge_keys
-from suffice.link.data.datasets import from_ogb, load
+from suffice.link.data.datasets import from_ogb, load_graph
 from suffice.link.data.files import read_graph
-from suffice.link.data.graph import Graph, Protocol, prepare, split
+from suffice.link.data.graph import Graph, SplitConfig, prepare_graph, split_edges
 from suffice.link.data.synthetic import block_model, digits
 
 
 @given(seed=st.integers(0, 50), negatives=st.sampled_from([0.5, 1.0, 3.0]))
 def test_a_split_shares_nothing_between_its_parts(graph, seed, negatives):
-    parts = split(graph, Protocol(0.1, 0.2, negatives=negatives), seed)
+    parts = split_edges(graph, SplitConfig(0.1, 0.2, negatives=negatives), seed)
     sets = [set(edge_keys(edges, graph.num_nodes).tolist()) for edges in (parts.train, parts.validation, parts.test)]
     assert set.union(*sets) == set(edge_keys(graph.edges, graph.num_nodes).tolist())
     assert sum(map(len, sets)) == graph.edges.size(1)
@@ -29,13 +29,13 @@ def test_a_split_shares_nothing_between_its_parts(graph, seed, negatives):
 
 
 def test_messages_hold_validation_edges_only_where_the_protocol_says(parts):
-    assert parts.messages().size(1) == 2 * parts.train.size(1)
-    assert parts.messages(validation=True).size(1) == 2 * (parts.train.size(1) + parts.validation.size(1))
+    assert parts.message_edges().size(1) == 2 * parts.train.size(1)
+    assert parts.message_edges(validation=True).size(1) == 2 * (parts.train.size(1) + parts.validation.size(1))
 
 
 def test_largest_component():
     edges = torch.tensor([[0, 1, 3], [1, 2, 4]])
-    small = prepare(Graph("g", torch.arange(5.0)[:, None], edges), Protocol(largest_component=True))
+    small = prepare_graph(Graph("g", torch.arange(5.0)[:, None], edges), SplitConfig(largest_component=True))
     assert small.x.flatten().tolist() == [0, 1, 2]
     assert small.edges.tolist() == [[0, 1], [1, 2]]
 
@@ -71,14 +71,14 @@ def test_digits_are_joined_to_their_neighbours():
 
 
 def test_planetoid_by_name(data_root):
-    graph = load("cora", data_root)
+    graph = load_graph("cora", data_root)
     assert (graph.num_nodes, graph.edges.size(1), graph.classes.unique().numel()) == (2708, 5278, 7)
 
 
 def test_ogb_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "ogb.linkproppred", None)
     with pytest.raises(ImportError, match="pip install ogb"):
-        load("ogbl-collab")
+        load_graph("ogbl-collab")
 
 
 def test_ogb_parts_are_made_disjoint():
@@ -96,7 +96,7 @@ def test_ogb_parts_are_made_disjoint():
             return parts
 
     graph = from_ogb(Fake(), "ogbl-test")
-    own = split(graph, Protocol(), 0)
+    own = split_edges(graph, SplitConfig(), 0)
     assert own.train.T.tolist() == [[0, 1], [1, 2]]
     assert own.validation.T.tolist() == [[2, 3]]
     assert own.validation_negatives.T.tolist() == [[0, 4]]
@@ -111,7 +111,7 @@ def test_the_same_graph_from_csv_and_npz(tmp_path):
     (tmp_path / "y.csv").write_text("class\n" + "\n".join(y))
     one = read_graph(tmp_path / "g.npz")
     two = read_graph(tmp_path / "e.csv", tmp_path / "x.csv", tmp_path / "y.csv")
-    for graph in (one, two, load(str(tmp_path / "g.npz"))):
+    for graph in (one, two, load_graph(str(tmp_path / "g.npz"))):
         assert graph.edges.tolist() == [[0, 1, 0], [1, 2, 3]]
         assert torch.equal(graph.x, torch.eye(4))
         assert graph.classes.tolist() == [0, 1, 0, 1]
@@ -163,9 +163,9 @@ def test_parquet_needs_its_packages(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: load("Kora"), "name is 'Kora'; accepted: block-model"),
-        (lambda: Protocol(validation=0), "validation, test are 0, 0.1"),
-        (lambda: Protocol(negatives=0), "negatives is 0"),
+        (lambda: load_graph("Kora"), "name is 'Kora'; accepted: block-model"),
+        (lambda: SplitConfig(validation=0), "validation, test are 0, 0.1"),
+        (lambda: SplitConfig(negatives=0), "negatives is 0"),
         (lambda: block_model(edge_signal=2), "edge_signal is 2"),
         (lambda: block_model(degree=1e6), "degree is 1000000"),
         (lambda: digits(0), "neighbours is 0"),
@@ -182,6 +182,6 @@ def test_errors_name_the_argument(make, message):
 def test_an_empty_split_and_too_few_negatives_are_named():
     tiny = Graph("g", torch.ones(4, 1), torch.tensor([[0, 1, 2], [1, 2, 3]]))
     with pytest.raises(ValueError, match="an empty split"):
-        split(tiny, Protocol(), 0)
+        split_edges(tiny, SplitConfig(), 0)
     with pytest.raises(ValueError, match=r"count is .* negatives; accepted: at most the 3 pairs"):
-        split(tiny, Protocol(0.34, 0.34, negatives=9), 0)
+        split_edges(tiny, SplitConfig(0.34, 0.34, negatives=9), 0)

@@ -21,14 +21,14 @@ import torch
 from suffice.link.data.synthetic import block_model
 from suffice.link.batches.composition import Random
 from suffice.link.train.distributed import process_group, ranks
-from suffice.link.data.graph import Protocol, split
+from suffice.link.data.graph import SplitConfig, split_edges
 from suffice.link.models import ModelSettings
 from suffice.link.auditing.trained import held_out_scores
 from suffice.link.train.trainer import TrainSettings, fit
 
 torch.set_num_threads(1)
 graph = block_model(nodes=300, classes=3, degree=8, feature_signal=2.0, features=16, seed=1)
-parts = split(graph, Protocol(0.1, 0.2), 0)
+parts = split_edges(graph, SplitConfig(0.1, 0.2), 0)
 found = {}
 with process_group("cpu"):
     for name in ("pair", "buddy"):
@@ -39,7 +39,7 @@ with process_group("cpu"):
         found[name] = {
             "parameters": [float(value.double().sum()) for value in model.state_dict().values()],
             "fractions": done.epochs[-1].fractions,
-            "auc": held_out_scores(model, graph, parts, Protocol(0.1, 0.2))["auc"],
+            "auc": held_out_scores(model, graph, parts, SplitConfig(0.1, 0.2))["auc"],
         }
     with open(os.path.join(sys.argv[1], f"{ranks()[0]}.json"), "w") as file:
         json.dump(found, file)
@@ -70,9 +70,9 @@ def test_two_processes_end_as_one_model_that_is_as_good(name, pair, graph: Graph
     alone = fit(model, graph, parts, settings)
     assert len(alone.epochs[-1].fractions) == pytest.approx(len(one[name]["fractions"]), abs=3)
     from suffice.link.auditing.trained import held_out_scores
-    from suffice.link.data.graph import Protocol
+    from suffice.link.data.graph import SplitConfig
 
-    assert abs(held_out_scores(model, graph, parts, Protocol(0.1, 0.2))["auc"] - one[name]["auc"]) < 0.06
+    assert abs(held_out_scores(model, graph, parts, SplitConfig(0.1, 0.2))["auc"] - one[name]["auc"]) < 0.06
 
 
 def test_the_ranks_batches_are_together_those_of_one_process(graph: Graph, parts: Split):

@@ -27,7 +27,7 @@ def test_examples_run(graph, parts, capsys):
         "positives": parts.train,
         "negatives": draw_negatives(parts.known, graph.num_nodes, 64, 5),
         "model": model,
-        "score": PairScorer(model, graph.x, parts.messages()),
+        "score": PairScorer(model, graph.x, parts.message_edges()),
         "num_nodes": graph.num_nodes,
         "graph": graph,
         "parts": parts,

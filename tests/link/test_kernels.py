@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from suffice.link.sparse import neighbors, sketches
-from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.sparse.adjacency import Adjacency
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def graph():
     generator = torch.Generator().manual_seed(0)
     edges = torch.randint(0, 99, (2, 400), generator=generator)
     hub = torch.stack([torch.zeros(90, dtype=torch.long), torch.arange(1, 91)])
-    return MessageGraph(torch.cat([edges, hub], dim=1), 100)
+    return Adjacency(torch.cat([edges, hub], dim=1), 100)
 
 
 def by_kernel(monkeypatch):

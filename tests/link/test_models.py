@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 from suffice.link.auditing.trained import audit_trained, held_out_scores
 from suffice.link.data import checkpoint as files
-from suffice.link.data.graph import Protocol, split
+from suffice.link.data.graph import SplitConfig, split_edges
 from suffice.link.data.synthetic import block_model
 from suffice.link.models import GCN, MODELS, NORMS, GraphSAGE, ModelSettings, PairScorer, preset
 from suffice.link.models.dropout import ByteDropout
 from suffice.link.sparse import adjacency as compressed
-from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.count_cache import symmetric
 from suffice.link.sparse.distance_counts import pair_counts
 from suffice.link.sparse.sketches import sketch
@@ -38,7 +38,7 @@ def model(request, graph):
 def warmed(settings, graph):
     """A model in eval mode whose norms have seen something."""
     model = settings.build(graph.x.size(1), seed=3).train()
-    messages = MessageGraph(graph.edges, graph.num_nodes)
+    messages = Adjacency(graph.edges, graph.num_nodes)
     with torch.no_grad():
         for step in range(3):
             pairs = torch.randint(graph.num_nodes, (2, 64), generator=torch.Generator().manual_seed(step))
@@ -52,7 +52,7 @@ def scores(model, x, messages, pairs):
 
 
 def test_a_score_does_not_know_which_end_comes_first(model, graph, parts):
-    one, two = (scores(model, graph.x, parts.messages(), pairs) for pairs in (parts.test, parts.test.flip(0)))
+    one, two = (scores(model, graph.x, parts.message_edges(), pairs) for pairs in (parts.test, parts.test.flip(0)))
     assert torch.allclose(one, two, atol=1e-4)
     assert one.std() > 1e-4
 
@@ -60,8 +60,8 @@ def test_a_score_does_not_know_which_end_comes_first(model, graph, parts):
 def test_renaming_nodes_changes_nothing(model, graph, parts):
     order = torch.randperm(graph.num_nodes, generator=torch.Generator().manual_seed(0))
     places = order.argsort()
-    one = scores(model, graph.x, MessageGraph(parts.messages(), graph.num_nodes), parts.test)
-    renamed = MessageGraph(places[parts.messages()], graph.num_nodes, keys=order)
+    one = scores(model, graph.x, Adjacency(parts.message_edges(), graph.num_nodes), parts.test)
+    renamed = Adjacency(places[parts.message_edges()], graph.num_nodes, keys=order)
     assert torch.allclose(one, scores(model, graph.x[order], renamed, places[parts.test]), atol=1e-4)
 
 
@@ -70,8 +70,8 @@ def test_in_eval_mode_a_score_does_not_know_its_batch(settings, graph, parts):
     model = warmed(settings, graph)
     # Some of the pairs are edges of the graph.
     pairs = torch.cat([parts.test, parts.train[:, :9], parts.test_negatives], dim=1)
-    together = scores(model, graph.x, parts.messages(), pairs)
-    apart = torch.cat([scores(model, graph.x, parts.messages(), part) for part in pairs.split(7, dim=1)])
+    together = scores(model, graph.x, parts.message_edges(), pairs)
+    apart = torch.cat([scores(model, graph.x, parts.message_edges(), part) for part in pairs.split(7, dim=1)])
     assert torch.allclose(together, apart, atol=1e-4)
 
 
@@ -79,8 +79,8 @@ def test_in_eval_mode_a_score_does_not_know_its_batch(settings, graph, parts):
 def test_a_planted_edge_does_not_leak(settings, graph, parts):
     model = warmed(settings, graph)
     for planted in parts.test[:, :4].split(1, dim=1):
-        without = MessageGraph(parts.messages(), graph.num_nodes)
-        having = MessageGraph(torch.cat([parts.messages(), planted], dim=1), graph.num_nodes)
+        without = Adjacency(parts.message_edges(), graph.num_nodes)
+        having = Adjacency(torch.cat([parts.message_edges(), planted], dim=1), graph.num_nodes)
         expected = scores(model, graph.x, without, planted)
         assert torch.allclose(scores(model, graph.x, having.without(planted), planted), expected, atol=1e-4)
         if settings.model == "buddy":  # keeps constants of the whole graph and takes its own edge off
@@ -97,9 +97,9 @@ def test_a_planted_edge_does_not_leak(settings, graph, parts):
 def test_gradients_reach_every_parameter(settings, graph, parts):
     model = settings.build(graph.x.size(1)).train()
     pairs = torch.cat([parts.train[:, :40], parts.test_negatives[:, :40]], dim=1)
-    messages = MessageGraph(parts.messages(), graph.num_nodes).without(pairs)
+    messages = Adjacency(parts.message_edges(), graph.num_nodes).without(pairs)
     labels = torch.arange(80) < 40
-    for part in model.training_scores(graph.x, messages, pairs):
+    for part in model.training_logits(graph.x, messages, pairs):
         F.binary_cross_entropy_with_logits(part, labels.float()).backward(retain_graph=True)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -129,23 +129,23 @@ def test_every_model_trains_resumes_and_is_audited(name, graph, parts, tmp_path)
     for one, two in zip(whole.state_dict().values(), halves.state_dict().values(), strict=True):
         assert torch.equal(one, two)
     again = settings.build(graph.x.size(1), seed=5)
-    again.load_state_dict(files.part(files.load(path)[0], "model"))
+    again.load_state_dict(files.select_prefix(files.load_checkpoint(path)[0], "model"))
     expected = score_validation(whole, graph.x, parts)
     for one, two in zip(expected, score_validation(again, graph.x, parts), strict=True):
         assert torch.allclose(one, two, atol=1e-5)
     report = audit_trained(whole, graph, parts, batch_size=64)
     assert any(layer.sees == "edge batch" for layer in report.layers)
-    assert held_out_scores(whole, graph, parts, Protocol())["auc"] > 0.6
+    assert held_out_scores(whole, graph, parts, SplitConfig())["auc"] > 0.6
     maps = embeddings(whole, graph, parts)
     assert maps["node"][0].shape == (graph.num_nodes, 16)
     assert maps["edge"][0].isfinite().all()
-    scorer = PairScorer(whole, graph.x, parts.messages())
+    scorer = PairScorer(whole, graph.x, parts.message_edges())
     assert torch.allclose(scorer(parts.validation), expected[0], atol=1e-5)
 
 
 def dense(graph, parts):
     adjacency = torch.zeros(graph.num_nodes, graph.num_nodes)
-    adjacency[parts.messages()[0], parts.messages()[1]] = 1
+    adjacency[parts.message_edges()[0], parts.message_edges()[1]] = 1
     return adjacency
 
 
@@ -154,7 +154,7 @@ def test_ncn_and_ncnc_against_dense_loops(graph, parts):
     for name in ("ncn", "ncnc"):
         model = warmed(replace(BASE, model=name, encoder_norm="layer", decoder_norm="layer"), graph)
         with torch.no_grad():
-            h = model.encoder(graph.x, parts.messages())
+            h = model.encoder(graph.x, parts.message_edges())
             pooled = h + model.node_mlp(h)
 
             def plain(i, j, sums, h=h, model=model):
@@ -173,7 +173,7 @@ def test_ncn_and_ncnc_against_dense_loops(graph, parts):
                             q = torch.sigmoid(5 * (plain(other, k, sums(other, k)) - 3))
                             total = total + 0.5 * q / (0.5 * q + 1 - q) * pooled[k]
                 expected.append(plain(i, j, total))
-        assert torch.allclose(scores(model, graph.x, parts.messages(), pairs), torch.stack(expected), atol=1e-4)
+        assert torch.allclose(scores(model, graph.x, parts.message_edges(), pairs), torch.stack(expected), atol=1e-4)
 
 
 @pytest.mark.parametrize("small", [2**26, 0])
@@ -187,9 +187,9 @@ def test_neognn_against_dense_matrices(small, graph, parts, monkeypatch):
         reach = adjacency + 0.1 * adjacency @ adjacency
         z = ((reach * f) @ (reach * f).T)[parts.test[0], parts.test[1]]
         structure = torch.sigmoid(model.overlap_last(model.overlap_mlp(z[:, None]))).squeeze(-1)
-        gnn = torch.sigmoid(model.decoder(model.encoder(graph.x, parts.messages()), parts.test))
+        gnn = torch.sigmoid(model.decoder(model.encoder(graph.x, parts.message_edges()), parts.test))
         share = torch.softmax(model.mixture, 0)
-    found = scores(model, graph.x, parts.messages(), parts.test)
+    found = scores(model, graph.x, parts.message_edges(), parts.test)
     assert torch.allclose(torch.sigmoid(found), share[0] * structure + share[1] * gnn, atol=1e-5)
 
 
@@ -197,16 +197,16 @@ def test_elph_and_buddy_against_their_parts(graph, parts):
     adjacency = dense(graph, parts) + torch.eye(graph.num_nodes)
     scale = adjacency.sum(1).rsqrt()
     smooth = (scale[:, None] * adjacency * scale) @ graph.x
-    base = MessageGraph(parts.messages(), graph.num_nodes)
+    base = Adjacency(parts.message_edges(), graph.num_nodes)
     counts = symmetric(pair_counts(base, sketch(base), parts.test), 2)
     for name in ("elph", "buddy"):
         model = warmed(replace(BASE, model=name), graph)
         with torch.no_grad():
-            h = model.encoder(graph.x, parts.messages()) if name == "elph" else model.encoder(smooth)
+            h = model.encoder(graph.x, parts.message_edges()) if name == "elph" else model.encoder(smooth)
             product = h[parts.test[0]] * h[parts.test[1]]
             both = torch.cat([model.head.count_mlp(counts), model.head.product_mlp(product)], dim=1)
             expected = model.last(both).squeeze(-1)
-        assert torch.allclose(scores(model, graph.x, parts.messages(), parts.test), expected, atol=1e-4)
+        assert torch.allclose(scores(model, graph.x, parts.message_edges(), parts.test), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -224,11 +224,11 @@ def test_odd_pairs_and_graphs(name, graph):
 def test_large_graphs_take_the_other_path(graph, parts, monkeypatch):
     for name in ("ncn", "ncnc", "neognn"):
         model = warmed(replace(BASE, model=name), graph)
-        expected = scores(model, graph.x, parts.messages(), parts.test)
+        expected = scores(model, graph.x, parts.message_edges(), parts.test)
         with monkeypatch.context() as patch:
             patch.setattr(compressed, "SMALL", 0)
             patch.setattr("suffice.link.sparse.overlap.SMALL", 0)
-            assert torch.allclose(scores(model, graph.x, parts.messages(), parts.test), expected, atol=1e-4)
+            assert torch.allclose(scores(model, graph.x, parts.message_edges(), parts.test), expected, atol=1e-4)
 
 
 def test_dropout_keeps_the_share_and_the_mean():
@@ -291,11 +291,11 @@ def test_presets_are_the_references_and_build():
 def test_an_encoder_embeds_alike_over_compressed_rows(kind, channels):
     torch.manual_seed(0)
     edges = torch.randint(29, (2, 60))  # of 30 nodes, so that one has no edge
-    edges = MessageGraph(edges, 30).edge_index
+    edges = Adjacency(edges, 30).edge_index
     x = torch.randn(30, channels)
     encoder = kind(channels, 16)
     found = []
-    for messages in (edges, MessageGraph(edges, 30)):
+    for messages in (edges, Adjacency(edges, 30)):
         inputs = x.clone().requires_grad_()
         out = encoder(inputs, messages)
         encoder.zero_grad()
@@ -307,11 +307,11 @@ def test_an_encoder_embeds_alike_over_compressed_rows(kind, channels):
 
 def test_a_large_graph_is_given_to_every_encoder_in_compressed_rows(monkeypatch):
     graph = block_model(nodes=60, classes=2, degree=6, features=4)
-    parts = split(graph, Protocol(), 0)
+    parts = split_edges(graph, SplitConfig(), 0)
     model = ModelSettings(encoder="sage", hidden=8).build(4)
     plain = fit(model, graph, parts, TrainSettings(epochs=2))
     assert isinstance(message_edges(model, parts, 60), torch.Tensor)
     monkeypatch.setattr("suffice.link.train.trainer._MANY_EDGES", 10)
-    assert isinstance(message_edges(model, parts, 60), MessageGraph)
+    assert isinstance(message_edges(model, parts, 60), Adjacency)
     again = fit(ModelSettings(encoder="sage", hidden=8).build(4), graph, parts, TrainSettings(epochs=2))
     assert again.epochs[-1].loss == pytest.approx(plain.epochs[-1].loss, rel=1e-3)

@@ -13,11 +13,11 @@ from suffice.link.data.synthetic import block_model
 from suffice.link.models.buddy import propagated
 from suffice.link.sparse import adjacency as messages
 from suffice.link.sparse import overlap
-from suffice.link.sparse.adjacency import MessageGraph, as_messages
+from suffice.link.sparse.adjacency import Adjacency, as_adjacency
 from suffice.link.sparse.distance_counts import pair_counts
 from suffice.link.sparse.neighbors import common_neighbors, pool, residual_neighbors, square_rows
 from suffice.link.sparse.overlap import square_dense
-from suffice.link.sparse.propagation import mostly_zero, propagate, propagate_sparse, without_own_edge
+from suffice.link.sparse.propagation import mostly_zero, propagate, propagate_sparse, propagate_without_own_edge
 from suffice.link.sparse.sketches import cardinality, sketch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -52,7 +52,7 @@ def test_neighbours_of_masked_pairs_against_sets(case, device, small):
     edges, pairs, dense, masked = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(messages, "SMALL", small)
-        graph = MessageGraph(edges.to(device), len(dense))
+        graph = Adjacency(edges.to(device), len(dense))
         view = graph.without(pairs.to(device))
         near = [set(row.nonzero().flatten().tolist()) for row in masked]
         common = common_neighbors(view, pairs.to(device))
@@ -76,7 +76,7 @@ def test_pooled_features_and_their_gradients_against_a_dense_product(case, seed,
     edges, pairs, dense, masked = case
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(dense), 3, generator=generator, dtype=torch.float64)
-    graph = MessageGraph(edges.to(device), len(dense)).without(pairs.to(device))
+    graph = Adjacency(edges.to(device), len(dense)).without(pairs.to(device))
     found = common_neighbors(graph, pairs.to(device))
     weight = torch.rand(found.node.numel(), generator=generator, dtype=torch.float64).to(device)
     for weights in (None, weight):
@@ -98,7 +98,7 @@ def test_pooled_features_and_their_gradients_against_a_dense_product(case, seed,
 @given(case=cases(), beta=st.sampled_from([0.0, 0.1, 0.7]))
 def test_powers_and_overlap_against_dense_matrices(case, beta, device):
     edges, pairs, dense, masked = case
-    view = MessageGraph(edges.to(device), len(dense)).without(pairs.to(device))
+    view = Adjacency(edges.to(device), len(dense)).without(pairs.to(device))
     nodes = torch.arange(len(dense)).flip(0).repeat(2)
     rows, count = square_rows(view, nodes.to(device))
     found = torch.zeros(len(nodes), len(dense))
@@ -126,7 +126,7 @@ def test_propagation_is_pygs_and_forgets_a_pairs_own_edge(case, device):
     layer = GCNConv(4, 4, bias=False).double()
     with torch.no_grad():
         layer.lin.weight.copy_(torch.eye(4))
-    graph = MessageGraph(edges.to(device), len(dense))
+    graph = Adjacency(edges.to(device), len(dense))
     one, two = x.clone().to(device).requires_grad_(), x.clone().requires_grad_()
     ours, theirs = propagate(graph, one), layer(two, dense.nonzero().T)
     assert torch.allclose(ours.cpu(), theirs)
@@ -134,7 +134,7 @@ def test_propagation_is_pygs_and_forgets_a_pairs_own_edge(case, device):
     (theirs**2).sum().backward()
     assert torch.allclose(one.grad.cpu(), two.grad)
     for targets in (dense.nonzero().T, torch.cat([dense.nonzero().T, loose], dim=1), loose):
-        ends = without_own_edge(graph, torch.cat([ours.detach(), x.to(device)]), targets.to(device))
+        ends = propagate_without_own_edge(graph, torch.cat([ours.detach(), x.to(device)]), targets.to(device))
         assert ends.shape == (2 * targets.size(1), 4)
         for number, (i, j) in enumerate(targets.T.tolist()):
             alone = propagate(graph.without(targets[:, number : number + 1].to(device)), x.to(device))
@@ -147,7 +147,7 @@ def test_sparse_features_are_propagated_as_dense_ones(case, seed):
     edges, _, dense, _ = case
     x = torch.rand(len(dense), 60, generator=torch.Generator().manual_seed(seed))
     x = x * (x > 0.97)
-    graph = MessageGraph(edges, len(dense))
+    graph = Adjacency(edges, len(dense))
     out = torch.full_like(x, torch.nan)
     propagate_sparse(graph, x, out)
     assert torch.allclose(out, propagate(graph, x), atol=1e-6)
@@ -177,7 +177,7 @@ def test_sketches_of_edges_are_those_of_the_graph_without_each(case, hops, devic
     edges, pairs, dense, _ = case
     if edges.numel() == 0:
         return
-    graph = MessageGraph(edges.to(device), len(dense))
+    graph = Adjacency(edges.to(device), len(dense))
     found = pair_counts(graph, sketch(graph, hops), edges.to(device))
     for number in range(edges.size(1)):
         own = edges[:, number : number + 1].to(device)
@@ -190,7 +190,7 @@ def test_sketches_of_edges_are_those_of_the_graph_without_each(case, hops, devic
 @pytest.mark.parametrize("device", DEVICES)
 def test_sketched_counts_lie_within_the_bound_of_theory(device):
     data = block_model(nodes=400, classes=4, degree=12, features=4, seed=3)
-    graph = MessageGraph(data.edges.to(device), 400)
+    graph = Adjacency(data.edges.to(device), 400)
     dense = torch.zeros(400, 400)
     dense[graph.edge_index[0].cpu(), graph.edge_index[1].cpu()] = 1
     reach = balls(dense, 2)
@@ -216,7 +216,7 @@ def test_sketched_counts_lie_within_the_bound_of_theory(device):
     assert 0.8 < float(errors.std()) < 1.1
     assert float((errors.abs() > 3).float().mean()) < 0.01
     sizes = torch.tensor([0.0, 1, 5, 50, 300, 1000, 5000, 100_000])
-    many = MessageGraph(torch.empty(2, 0, dtype=torch.long), 100_000)
+    many = Adjacency(torch.empty(2, 0, dtype=torch.long), 100_000)
     base = sketch(many, 1, permutations=1).registers[0]
     for size in sizes.int().tolist():
         merged = base[:size].min(dim=0, keepdim=True).values if size else torch.full_like(base[:1], 1024)
@@ -226,7 +226,7 @@ def test_sketched_counts_lie_within_the_bound_of_theory(device):
 
 def test_counts_by_distance_of_a_graph_small_enough_to_count_by_hand():
     # A path 0-1-2-3-4 and a triangle 4-5-6.
-    graph = MessageGraph(torch.tensor([[0, 1, 2, 3, 4, 4, 5], [1, 2, 3, 4, 5, 6, 6]]), 7)
+    graph = Adjacency(torch.tensor([[0, 1, 2, 3, 4, 4, 5], [1, 2, 3, 4, 5, 6, 6]]), 7)
     found = pair_counts(graph, sketch(graph, 2, permutations=4096, p=16), torch.tensor([[1], [3]]))[0]
     # B1(1) = 012, B1(3) = 234, B2(1) = 0123, B2(3) = 123456
     expected = [1, 1, 1, 0, 1, 0, 1, 2]
@@ -235,7 +235,7 @@ def test_counts_by_distance_of_a_graph_small_enough_to_count_by_hand():
 
 @given(st.integers(0, 5))
 def test_nothing_to_ask_for_is_no_error(nodes):
-    graph = MessageGraph(torch.empty(2, 0, dtype=torch.long), nodes)
+    graph = Adjacency(torch.empty(2, 0, dtype=torch.long), nodes)
     none = torch.empty(2, 0, dtype=torch.long)
     assert lists(common_neighbors(graph, none)) == []
     assert pool(torch.ones(nodes, 2), common_neighbors(graph, none)).shape == (0, 2)
@@ -246,14 +246,14 @@ def test_nothing_to_ask_for_is_no_error(nodes):
 
 def test_bad_graphs_are_named():
     with pytest.raises(ValueError, match=r"edge_index has shape \(3, 1\); accepted"):
-        MessageGraph(torch.zeros(3, 1).long(), 3)
+        Adjacency(torch.zeros(3, 1).long(), 3)
     with pytest.raises(ValueError, match=r"edge_index holds ids 0 to 7; accepted: 0 to 3"):
-        MessageGraph(torch.tensor([[0], [7]]), 4)
+        Adjacency(torch.tensor([[0], [7]]), 4)
     with pytest.raises(ValueError, match="keys has shape"):
-        MessageGraph(torch.tensor([[0], [1]]), 4, keys=torch.zeros(2))
+        Adjacency(torch.tensor([[0], [1]]), 4, keys=torch.zeros(2))
     with pytest.raises(ValueError, match="hops is 4; accepted: 1 to 3"):
-        sketch(MessageGraph(torch.tensor([[0], [1]]), 4), 4)
-    graph = as_messages(torch.tensor([[0, 1, 2, 2], [1, 0, 2, 1]]), 3)
+        sketch(Adjacency(torch.tensor([[0], [1]]), 4), 4)
+    graph = as_adjacency(torch.tensor([[0, 1, 2, 2], [1, 0, 2, 1]]), 3)
     assert graph.edge_index.tolist() == [[0, 1, 1, 2], [1, 0, 2, 1]]
-    assert as_messages(graph, 3) is graph
+    assert as_adjacency(graph, 3) is graph
     assert math.isclose(float(cardinality(torch.full((1, 256), 1024.0))), 0.0)

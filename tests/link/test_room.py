@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from suffice.link.data.graph import Protocol, split
+from suffice.link.data.graph import SplitConfig, split_edges
 from suffice.link.data.synthetic import block_model
 from suffice.link.models import ModelSettings
 from suffice.link.train import trainer as training
@@ -13,7 +13,7 @@ from suffice.link.train.memory_check import DoesNotFitError, check_room, free_by
 from suffice.link.train.trainer import TrainSettings, fit
 
 GRAPH = block_model(nodes=120, classes=2, degree=6, features=8)
-PARTS = split(GRAPH, Protocol(), 0)
+PARTS = split_edges(GRAPH, SplitConfig(), 0)
 
 
 def small(hidden: int = 8):

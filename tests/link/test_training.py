@@ -11,7 +11,8 @@ import torch
 from suffice.link.batches.composition import Random, Separate
 from suffice.link.batches.sampler import EdgeBatches
 from suffice.link.data import checkpoint as files
-from suffice.link.models import DECODERS, ENCODERS, NORMS, ModelSettings, PairScorer, mask_targets
+from suffice.link.models import DECODERS, ENCODERS, NORMS, ModelSettings, PairScorer
+from suffice.link.sparse.adjacency import remove_edges
 from suffice.link.train.trainer import TrainSettings, features, fit, step_loss
 
 SMALL = ModelSettings(hidden=16)
@@ -28,8 +29,8 @@ def test_every_model_trains_and_renaming_nodes_changes_nothing(encoder, decoder,
     order = torch.randperm(graph.num_nodes, generator=torch.Generator().manual_seed(0))
     places = order.argsort()
     with torch.no_grad():
-        one = model(graph.x, parts.messages(), parts.test)
-        two = model(graph.x[order], places[parts.messages()], places[parts.test])
+        one = model(graph.x, parts.message_edges(), parts.test)
+        two = model(graph.x[order], places[parts.message_edges()], places[parts.test])
     assert torch.allclose(one, two, atol=1e-4)
 
 
@@ -40,14 +41,14 @@ def test_sparse_features_give_the_same_scores(encoder, graph, parts):
     x = features(thin, model)
     assert x.layout == torch.sparse_csr
     with torch.no_grad():
-        sparse, dense = (model(part, parts.messages(), parts.test) for part in (x, thin.x))
+        sparse, dense = (model(part, parts.message_edges(), parts.test) for part in (x, thin.x))
     assert torch.allclose(sparse, dense, atol=1e-5)
 
 
-def test_mask_targets_against_sets(parts, graph):
-    kept = mask_targets(parts.messages(), parts.train[:, :40].flip(0), graph.num_nodes)
+def test_remove_edges_against_sets(parts, graph):
+    kept = remove_edges(parts.message_edges(), parts.train[:, :40].flip(0), graph.num_nodes)
     gone = {tuple(edge) for edge in parts.train[:, :40].T.tolist()}
-    expected = {e for e in map(tuple, parts.messages().T.tolist()) if e not in gone and e[::-1] not in gone}
+    expected = {e for e in map(tuple, parts.message_edges().T.tolist()) if e not in gone and e[::-1] not in gone}
     assert set(map(tuple, kept.T.tolist())) == expected
 
 
@@ -68,7 +69,7 @@ def test_the_trainer_against_a_loop_written_out(directions, graph, parts):
         for first, second in zip(passes[::2], passes[1::2], strict=True):
             optimizer.zero_grad()
             for batch in (first, second):
-                messages = mask_targets(parts.messages(), batch.pairs, graph.num_nodes)
+                messages = remove_edges(parts.message_edges(), batch.pairs, graph.num_nodes)
                 (step_loss(plain(graph.x, messages, batch.pairs), batch) / 2).backward()
             torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
             optimizer.step()
@@ -99,13 +100,13 @@ _SCRIPT = """
 import sys, time, torch
 torch.set_num_threads(1)
 from suffice.link.data.synthetic import block_model
-from suffice.link.data.graph import Protocol, split
+from suffice.link.data.graph import SplitConfig, split_edges
 from suffice.link.models import ModelSettings
 from suffice.link.train.trainer import TrainSettings, fit
 graph = block_model(nodes=300, classes=3, degree=8, feature_signal=2.0, features=16, seed=1)
 model = ModelSettings(model=sys.argv[2], hidden=16, dropout=0.2).build(16)
 model.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # so that an epoch takes a second
-fit(model, graph, split(graph, Protocol(0.1, 0.2), 0),
+fit(model, graph, split_edges(graph, SplitConfig(0.1, 0.2), 0),
     TrainSettings(epochs=8, batch_size=128, metric="auc", seed=1), checkpoint=sys.argv[1])
 """
 
@@ -121,7 +122,7 @@ def test_a_training_killed_in_mid_epoch_goes_on_to_the_same_result(tmp_path, gra
     time.sleep(0.3)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    done = len(files.load(path)[1]["epochs"])
+    done = len(files.load_checkpoint(path)[1]["epochs"])
     assert 1 <= done < 8
     model, whole = (replace(SMALL, model=kind, dropout=0.2).build(16) for _ in range(2))
     settings = replace(QUICK, epochs=8)
@@ -138,27 +139,27 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path, graph, parts):
         fit(SMALL.build(16), graph, parts, replace(QUICK, epochs=2), checkpoint=path)
     path.write_bytes(b"half")
     with pytest.raises(files.CheckpointError, match="can't be read"):
-        files.load(path)
+        files.load_checkpoint(path)
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = files.save(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {"n": 1})
+    path = files.save_checkpoint(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {"n": 1})
 
     def full(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
-        files.save(path, {"x": torch.zeros(2)}, {"n": 2})
-    assert files.load(path)[1] == {"n": 1}
+        files.save_checkpoint(path, {"x": torch.zeros(2)}, {"n": 2})
+    assert files.load_checkpoint(path)[1] == {"n": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_pair_scorer_embeds_once_a_mode(graph, parts):
     model = SMALL.build(16).eval()
-    scorer = PairScorer(model, graph.x, parts.messages())
+    scorer = PairScorer(model, graph.x, parts.message_edges())
     with torch.no_grad():
-        expected = model(graph.x, parts.messages(), parts.test)
+        expected = model(graph.x, parts.message_edges(), parts.test)
         assert torch.equal(scorer(parts.test), expected)
         assert scorer.embed() is scorer.embed()
         model.train()

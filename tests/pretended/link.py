@@ -8,7 +8,7 @@ import torch
 
 from suffice.link.auditing.trained import audit_trained, held_out_scores
 from suffice.link.batches.composition import Random
-from suffice.link.data.graph import Protocol, split
+from suffice.link.data.graph import SplitConfig, split_edges
 from suffice.link.data.synthetic import block_model
 from suffice.link.models import MODELS, ModelSettings
 from suffice.link.train.trainer import TrainSettings, fit
@@ -20,13 +20,13 @@ CASES = (
     {"encoder": "pure", "decoder": "concat"},
     *({"model": name} for name in MODELS if name != "pair"),
 )
-PROTOCOL = Protocol(0.1, 0.2)
+PROTOCOL = SplitConfig(0.1, 0.2)
 
 
 def run(device, case):
     """Losses, metric, audit and test scores of one training."""
     graph = block_model(nodes=120, classes=3, degree=6, feature_signal=2.0, features=16, seed=1)
-    parts = split(graph, PROTOCOL, seed=0)
+    parts = split_edges(graph, PROTOCOL, seed=0)
     torch.manual_seed(0)
     model = ModelSettings(hidden=16, **case).build(16).to(device)
     settings = TrainSettings(epochs=1, batch_size=64, composition=Random())

@@ -51,7 +51,7 @@ from suffice.cli.link_show import show_rows, study_table
 from suffice.cli.watching import watching
 
 if TYPE_CHECKING:
-    from suffice.link import Graph, ModelSettings, PairModel, Protocol, Split, TrainSettings
+    from suffice.link import Graph, LinkPredictor, ModelSettings, Split, SplitConfig, TrainSettings
 
 app = typer.Typer(help="Audit link predictors for composition bias.", no_args_is_help=True)
 
@@ -91,13 +91,13 @@ def train(
     from suffice.link.auditing.bootstrap import over_seeds
     from suffice.link.auditing.trained import held_out_scores
     from suffice.link.batches.composition import parse
-    from suffice.link.data.graph import Protocol
+    from suffice.link.data.graph import SplitConfig
     from suffice.link.train.distributed import process_group, ranks
     from suffice.link.train.trainer import TrainSettings
 
     made, own = _chosen(model, data, preset, encoder, decoder, encoder_norm, decoder_norm, hidden)
     rates: dict[str, Any] = {"directions": directions, "batch_size": batch_size, "learning_rate": learning_rate}
-    protocol = Protocol(validation, test, largest_component, validation_edges_at_test)
+    protocol = SplitConfig(validation, test, largest_component, validation_edges_at_test)
     graph = _graph(data, features, labels, root, protocol)
     found: list[dict[str, float]] = []
     with process_group(device) as own_device:
@@ -149,7 +149,7 @@ def audit(
     """Audit a link predictor: that of a checkpoint if there is one, else one trained for it."""
     from suffice.link.auditing.trained import audit_trained, load_trained
     from suffice.link.batches.composition import parse
-    from suffice.link.data.graph import Protocol, split
+    from suffice.link.data.graph import SplitConfig, split_edges
     from suffice.link.study.report_sections import audit_page
     from suffice.link.train.trainer import TrainSettings
 
@@ -160,13 +160,13 @@ def audit(
         path = _numbered(checkpoint, number, seeds)
         if path is not None and path.exists():
             net, facts = load_trained(path, device)
-            protocol = Protocol(**facts["protocol"])
+            protocol = SplitConfig(**facts["protocol"])
             graph = _graph(data, features, labels, root, protocol)
             if facts["graph"] != graph.name:
                 raise ValueError(f"data is {graph.name}; accepted for {path}: {facts['graph']}")
-            parts, size = split(graph, protocol, facts["settings"]["seed"]), facts["settings"]["batch_size"]
+            parts, size = split_edges(graph, protocol, facts["settings"]["seed"]), facts["settings"]["batch_size"]
         else:
-            protocol = Protocol()
+            protocol = SplitConfig()
             graph = _graph(data, features, labels, root, protocol)
             settings = TrainSettings(
                 parse(composition),
@@ -222,7 +222,7 @@ def correct(
     quiet: Quiet = False,
 ) -> None:
     """Train biased and corrected side by side; show audit, Hits and alignment of all."""
-    from suffice.link.data.graph import Protocol
+    from suffice.link.data.graph import SplitConfig
     from suffice.link.study.arms import ARMS, parse_arm
     from suffice.link.study.correct import correct as run
     from suffice.link.study.correct import edge_maps
@@ -234,7 +234,7 @@ def correct(
     asked = [parse_arm(key.strip()) for key in arms.split(",")] if arms else list(ARMS)
     made, own = _chosen(model, data, preset, encoder, decoder, "batch", "batch", hidden)
     rates: dict[str, Any] = {"directions": directions, "batch_size": batch_size}
-    protocol = Protocol(validation, test, largest_component, validation_edges_at_test)
+    protocol = SplitConfig(validation, test, largest_component, validation_edges_at_test)
     graph = _graph(data, features, labels, root, protocol)
     with tempfile.TemporaryDirectory() as scratch, watching(quiet) as watch:
         home = folder or Path(scratch)
@@ -290,12 +290,12 @@ def align(
     """Measure what a training keeps of the classes, against raw features and an untrained model."""
     from suffice.link.auditing.bootstrap import over_seeds
     from suffice.link.batches.composition import parse
-    from suffice.link.data.graph import Protocol
+    from suffice.link.data.graph import SplitConfig
     from suffice.link.train.alignment import alignment, raw_alignment
     from suffice.link.train.trainer import TrainSettings
 
     made, own = _chosen(model, data, preset, encoder, decoder, encoder_norm, decoder_norm, hidden)
-    protocol, rates = Protocol(), dict[str, Any](directions=directions)
+    protocol, rates = SplitConfig(), dict[str, Any](directions=directions)
     graph = _graph(data, features, labels, root, protocol)
     runs: dict[str, list[dict[str, float]]] = {"trained": [], "untrained": [], "raw features": []}
     for number in range(seed, seed + positive(seeds)):
@@ -332,29 +332,29 @@ def _chosen(
     return made, {name: value for name, value in training.items() if name != "epochs"}
 
 
-def _graph(data: str, features: Path | None, labels: Path | None, root: Path, protocol: Protocol) -> Graph:
-    from suffice.link.data.datasets import load
+def _graph(data: str, features: Path | None, labels: Path | None, root: Path, protocol: SplitConfig) -> Graph:
+    from suffice.link.data.datasets import load_graph
     from suffice.link.data.files import read_graph
-    from suffice.link.data.graph import prepare
+    from suffice.link.data.graph import prepare_graph
 
     own = Path(data).suffix in (".csv", ".parquet", ".npz")
-    return prepare(read_graph(data, features, labels) if own else load(data, root), protocol)
+    return prepare_graph(read_graph(data, features, labels) if own else load_graph(data, root), protocol)
 
 
 def _train(
     graph: Graph,
     model: ModelSettings,
     settings: TrainSettings,
-    protocol: Protocol,
+    protocol: SplitConfig,
     device: str,
     path: Path | None,
-) -> tuple[PairModel, Split]:
-    from suffice.link.data.graph import split
+) -> tuple[LinkPredictor, Split]:
+    from suffice.link.data.graph import split_edges
     from suffice.link.train.allocator import reuse_large_blocks
     from suffice.link.train.trainer import fit
 
     reuse_large_blocks(graph.num_nodes, model.hidden)
-    parts = split(graph, protocol, settings.seed)
+    parts = split_edges(graph, protocol, settings.seed)
     net = model.build(graph.x.size(1), settings.seed).to(device)
     facts = {"model": asdict(model), "protocol": asdict(protocol), "graph": graph.name, "in": graph.x.size(1)}
     with progress() as say:

@@ -56,7 +56,7 @@ def reproduce(
     markdown: Annotated[Path | None, typer.Option(help="Also write tables and findings as Markdown.")] = None,
 ) -> None:
     """Run the paper's study: every model on every data set in every way of training."""
-    from suffice.link.data.graph import Protocol
+    from suffice.link.data.graph import SplitConfig
     from suffice.link.study import findings
     from suffice.link.study import reproduction as study
     from suffice.link.study.arms import parse_arm
@@ -73,7 +73,7 @@ def reproduce(
                 arms=[parse_arm(key.strip()) for key in arms.split(",")] if arms else study.ARMS,
                 seeds=positive(seeds),
                 train=TrainSettings(epochs=epochs, directions=directions, batch_size=batch_size, patience=patience),
-                protocol=Protocol(validation, test, largest_component, validation_edges_at_test),
+                protocol=SplitConfig(validation, test, largest_component, validation_edges_at_test),
                 hidden=hidden,
                 published=preset,
                 root=root,

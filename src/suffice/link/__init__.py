@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from suffice.link.batches.sampler import EdgeBatch, EdgeBatches, LabelledBatches
     from suffice.link.corrections import Change, freeze_statistics, replace_batch_norm, train_corrected
     from suffice.link.data.checkpoint import CheckpointError
-    from suffice.link.data.datasets import load
+    from suffice.link.data.datasets import load_graph
     from suffice.link.data.files import read_graph
-    from suffice.link.data.graph import Graph, Protocol, Split, prepare, split
+    from suffice.link.data.graph import Graph, Split, SplitConfig, prepare_graph, split_edges
     from suffice.link.metrics import auc, average_precision, evaluate, hits_at_k, mean_reciprocal_rank
-    from suffice.link.models import LinkPredictor, ModelSettings, PairModel, PairScorer, preset
-    from suffice.link.sparse.adjacency import MessageGraph
+    from suffice.link.models import EncoderDecoder, LinkPredictor, ModelSettings, PairScorer, preset
+    from suffice.link.sparse.adjacency import Adjacency
     from suffice.link.study.arms import ARMS, Arm, parse_arm
     from suffice.link.study.correct import correct, edge_maps
     from suffice.link.study.reproduction import reproduce
@@ -40,11 +40,11 @@ _HOMES = {
     "batches.composition": ("Composition", "Fixed", "Random", "Separate", "balanced_weights"),
     "study.results": ("Study",),
     "corrections": ("Change", "freeze_statistics", "replace_batch_norm", "train_corrected"),
-    "data.datasets": ("load",),
-    "data.graph": ("Graph", "Protocol", "Split", "prepare", "split"),
+    "data.datasets": ("load_graph",),
+    "data.graph": ("Graph", "SplitConfig", "Split", "prepare_graph", "split_edges"),
     "metrics": ("auc", "average_precision", "evaluate", "hits_at_k", "mean_reciprocal_rank"),
-    "sparse.adjacency": ("MessageGraph",),
-    "models": ("LinkPredictor", "ModelSettings", "PairModel", "PairScorer", "preset"),
+    "sparse.adjacency": ("Adjacency",),
+    "models": ("EncoderDecoder", "ModelSettings", "LinkPredictor", "PairScorer", "preset"),
     "batches.negatives": ("TooFewNegativesError", "draw_negatives"),
     "study.reproduction": ("reproduce",),
     "study.correct": ("correct", "edge_maps"),
@@ -56,6 +56,7 @@ _HOMES = {
 
 __all__ = [
     "ARMS",
+    "Adjacency",
     "Arm",
     "AuditReport",
     "Change",
@@ -64,18 +65,17 @@ __all__ = [
     "EdgeBatch",
     "EdgeBatches",
     "EdgeSet",
+    "EncoderDecoder",
     "Fixed",
     "Graph",
     "LabelledBatches",
     "LinkPredictor",
-    "MessageGraph",
     "ModelSettings",
-    "PairModel",
     "PairScorer",
-    "Protocol",
     "Random",
     "Separate",
     "Split",
+    "SplitConfig",
     "Study",
     "TooFewNegativesError",
     "TrainResult",
@@ -94,16 +94,16 @@ __all__ = [
     "freeze_statistics",
     "held_out_scores",
     "hits_at_k",
-    "load",
+    "load_graph",
     "mean_reciprocal_rank",
     "parse_arm",
-    "prepare",
+    "prepare_graph",
     "preset",
     "raw_alignment",
     "read_graph",
     "replace_batch_norm",
     "reproduce",
-    "split",
+    "split_edges",
     "train_corrected",
 ]
 

@@ -18,7 +18,7 @@ class CheckpointError(ValueError):
     """A file is no checkpoint of ours, or one of another run."""
 
 
-def save(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
+def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
     """Write a checkpoint; a reader sees the old file or the new one, never half of either.
 
     Args:
@@ -46,7 +46,7 @@ def save(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, Any]) ->
     return target
 
 
-def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint: its tensors and its facts.
 
     Raises:
@@ -76,12 +76,12 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put the tensors of `pack_optimizer` back."""
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in part(tensors, "optimizer").items():
+    for key, value in select_prefix(tensors, "optimizer").items():
         number, name = key.split("/")
         state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def select_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors whose names begin with `prefix/`, without it."""
     return {key[len(prefix) + 1 :]: value for key, value in tensors.items() if key.startswith(prefix + "/")}

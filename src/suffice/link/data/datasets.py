@@ -26,7 +26,7 @@ _OGB = ("ogbl-collab", "ogbl-ppa")
 NAMES = (*_BUILT_IN, *_PYG, *_OGB)
 
 
-def load(name: str, root: str | Path = "data") -> Graph:
+def load_graph(name: str, root: str | Path = "data") -> Graph:
     """Return a graph by its name, or from a user's CSV, Parquet or NPZ file.
 
     Args:

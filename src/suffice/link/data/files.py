@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from suffice.link.data.graph import Graph, check_edges
+from suffice.link.data.checkpoint import load_checkpoint, save_checkpoint, select_prefix
+from suffice.link.data.graph import Graph, Split, check_edges
 
 _ENDINGS = (".csv", ".parquet", ".npz")
 
@@ -56,6 +59,38 @@ def read_graph(
         pairs, x = _read(path)[:, :2], _read(Path(features))
         y = None if labels is None else _read(Path(labels))[:, 0]
     return _graph(name or path.stem, pairs, x, y)
+
+
+def save_graph(graph: Graph, folder: str | Path) -> str:
+    """Write a graph unless it is there, and return its path within the folder."""
+    tensors: dict[str, Tensor] = {"x": graph.x, "edges": graph.edges}
+    if graph.y is not None:
+        tensors["y"] = graph.y
+    if graph.official_split is not None:
+        tensors |= {f"official/{name}": getattr(graph.official_split, name) for name in Split.__dataclass_fields__}
+    digest = hashlib.sha256(graph.name.encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    place = f"inputs/{''.join(c if c.isalnum() else '-' for c in graph.name)}-{digest.hexdigest()[:12]}.safetensors"
+    if not (Path(folder) / place).exists():
+        save_checkpoint(Path(folder) / place, tensors, {"name": graph.name})
+    return place
+
+
+@lru_cache(maxsize=2)
+def read_saved_graph(path: Path) -> Graph:
+    """Read what `save_graph` wrote; the last ones are kept, since the runs of a study share them.
+
+    Raises:
+        CheckpointError: the file is missing or no graph of ours.
+
+    """
+    tensors, facts = load_checkpoint(path)
+    official = select_prefix(tensors, "official")
+    return Graph(
+        str(facts["name"]), tensors["x"], tensors["edges"], tensors.get("y"), Split(**official) if official else None
+    )
 
 
 def _graph(name: str, pairs: NDArray[Any], x: NDArray[Any], y: NDArray[Any] | None) -> Graph:

@@ -22,7 +22,7 @@ class Graph:
         x: features, float32 [nodes, features].
         edges: each edge once, the smaller id first, long [2, edges].
         y: class of each node, long [nodes]; None if the data set has none.
-        official: split that comes with the data set, if one does.
+        official_split: split that comes with the data set, if one does.
 
     Raises:
         ValueError: ids out of range, self-loops, duplicates, or labels that don't fit the nodes.
@@ -33,7 +33,7 @@ class Graph:
     x: Tensor
     edges: Tensor
     y: Tensor | None = None
-    official: Split | None = None
+    official_split: Split | None = None
 
     def __post_init__(self) -> None:
         check_edges(self.edges, self.num_nodes)
@@ -72,7 +72,7 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Protocol:
+class SplitConfig:
     """How a graph is split and what a model may see; part of every result.
 
     Args:
@@ -124,7 +124,7 @@ class Split:
             [self.train, self.validation, self.test, self.validation_negatives, self.test_negatives], dim=1
         )
 
-    def messages(self, *, validation: bool = False) -> Tensor:
+    def message_edges(self, *, validation: bool = False) -> Tensor:
         """Return the edges that messages pass over, both directions one after the other: long [2, 2·edges]."""
         edges = torch.cat([self.train, self.validation], dim=1) if validation else self.train
         return torch.cat([edges, edges.flip(0)], dim=1)
@@ -134,15 +134,15 @@ class Split:
         return Split(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
 
 
-def prepare(graph: Graph, protocol: Protocol) -> Graph:
+def prepare_graph(graph: Graph, protocol: SplitConfig) -> Graph:
     """Return the graph that the protocol works on: all of it, or its largest component."""
     if not protocol.largest_component:
         return graph
     data = LargestConnectedComponents()(graph.to_data())
-    return replace(Graph.from_data(data, graph.name), official=None)
+    return replace(Graph.from_data(data, graph.name), official_split=None)
 
 
-def split(graph: Graph, protocol: Protocol, seed: int) -> Split:
+def split_edges(graph: Graph, protocol: SplitConfig, seed: int) -> Split:
     """Split the edges (PyG's `RandomLinkSplit`) and draw negatives that no two parts share.
 
     A split that comes with the data set is taken as it is.
@@ -156,8 +156,8 @@ def split(graph: Graph, protocol: Protocol, seed: int) -> Split:
         ValueError: a part would hold no edge, or there are too few negatives.
 
     """
-    if graph.official is not None:
-        return graph.official
+    if graph.official_split is not None:
+        return graph.official_split
     for name in ("validation", "test"):
         if int(getattr(protocol, name) * graph.edges.size(1)) < 1:
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from suffice.link.sparse.adjacency import MessageGraph, as_messages
+from suffice.link.sparse.adjacency import Adjacency, as_adjacency
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,24 @@ class Encoding:
 
     nodes: Tensor
     x: Tensor
-    messages: Tensor | MessageGraph
+    messages: Tensor | Adjacency
     pooled: Tensor | None = None
 
     @property
-    def graph(self) -> MessageGraph:
+    def graph(self) -> Adjacency:
         """The messages in compressed rows."""
-        return as_messages(self.messages, self.x.size(0))
+        return as_adjacency(self.messages, self.x.size(0))
 
 
-class PairModel(nn.Module, ABC):
+class LinkPredictor(nn.Module, ABC):
     """Base of all link predictors: `encode`, `edge_embedding` and `score`.
 
     Scores don't depend on the order of a pair's ends, on how nodes are numbered, or, in eval mode, on what else is
     scored (GraphNorm apart, which always mixes rows).
     """
 
-    # Whether the model looks at neighbourhoods: such a model is given a `MessageGraph`, which keeps what is constant.
-    structural: ClassVar[bool] = True
+    # Whether the model looks at neighbourhoods: such a model is given a `Adjacency`, which keeps what is constant.
+    uses_adjacency: ClassVar[bool] = True
     chunk: ClassVar[int] = 2**16  # pairs that are scored at a time where there are many
     encoder: nn.Module
     last: nn.Module
@@ -54,7 +54,7 @@ class PairModel(nn.Module, ABC):
         return (self.encoder,)
 
     @abstractmethod
-    def encode(self, x: Tensor, messages: Tensor | MessageGraph) -> Encoding:
+    def encode(self, x: Tensor, messages: Tensor | Adjacency) -> Encoding:
         """Embed the nodes.
 
         Args:
@@ -71,12 +71,12 @@ class PairModel(nn.Module, ABC):
         """Return logits of pairs [2, edges]: [edges]."""
         return self.last(self.edge_embedding(encoding, pairs)).squeeze(-1)
 
-    def forward(self, x: Tensor, edge_index: Tensor | MessageGraph, pairs: Tensor) -> Tensor:
+    def forward(self, x: Tensor, edge_index: Tensor | Adjacency, pairs: Tensor) -> Tensor:
         """Score pairs.
 
         Args:
             x: features, [nodes, features].
-            edge_index: edges that messages pass over, without the pairs themselves (see `mask_targets`).
+            edge_index: edges that messages pass over, without the pairs themselves (see `remove_edges`).
             pairs: [2, edges].
 
         Returns:
@@ -85,7 +85,7 @@ class PairModel(nn.Module, ABC):
         """
         return self.score(self.encode(x, edge_index), pairs)
 
-    def training_scores(self, x: Tensor, edge_index: Tensor | MessageGraph, pairs: Tensor) -> tuple[Tensor, ...]:
+    def training_logits(self, x: Tensor, edge_index: Tensor | Adjacency, pairs: Tensor) -> tuple[Tensor, ...]:
         """Return logits whose losses are summed in training; the first are the model's scores."""
         return (self(x, edge_index, pairs),)
 
@@ -95,7 +95,7 @@ def dense_block(channels: int, hidden: int, norm: nn.Module, dropout: nn.Module)
     return nn.Sequential(nn.Linear(channels, hidden), norm, dropout, nn.ReLU())
 
 
-def in_chunks(model: PairModel, encoding: Encoding, pairs: Tensor) -> Tensor:
+def score_in_chunks(model: LinkPredictor, encoding: Encoding, pairs: Tensor) -> Tensor:
     """Score many pairs, as many at a time as suits the model: [edges]."""
     if pairs.size(1) <= model.chunk:
         return model.score(encoding, pairs)

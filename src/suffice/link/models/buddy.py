@@ -10,8 +10,8 @@ from torch.autograd import Function
 
 from suffice.link.models.base import Encoding
 from suffice.link.models.sketched import SketchHead, SketchModel
-from suffice.link.sparse.adjacency import MessageGraph, as_messages
-from suffice.link.sparse.propagation import mostly_zero, propagate, propagate_sparse, without_own_edge
+from suffice.link.sparse.adjacency import Adjacency, as_adjacency
+from suffice.link.sparse.propagation import mostly_zero, propagate, propagate_sparse, propagate_without_own_edge
 
 
 class BUDDY(SketchModel):
@@ -36,9 +36,9 @@ class BUDDY(SketchModel):
         self.head = SketchHead(hops, hidden, norm, dropout)
         self.last = nn.Linear(self.head.out_channels, 1)
 
-    def encode(self, x: Tensor, messages: Tensor | MessageGraph) -> Encoding:
+    def encode(self, x: Tensor, messages: Tensor | Adjacency) -> Encoding:
         """Map the propagated features of every node."""
-        graph = as_messages(messages, x.size(0))
+        graph = as_adjacency(messages, x.size(0))
         return Encoding(self.encoder(propagated(graph.base, x)[: x.size(0)]), x, graph)
 
     def product(self, encoding: Encoding, pairs: Tensor) -> Tensor:
@@ -47,17 +47,17 @@ class BUDDY(SketchModel):
         base = encoding.graph.base
         known = (base.rows.find(pairs[0] * base.num_nodes + pairs[1]) >= 0).nonzero().flatten()
         if known.numel():
-            own = self.encoder(without_own_edge(base, propagated(base, encoding.x), pairs[:, known]))
+            own = self.encoder(propagate_without_own_edge(base, propagated(base, encoding.x), pairs[:, known]))
             first = first.index_put((known,), own[: known.numel()])
             second = second.index_put((known,), own[known.numel() :])
         return first * second
 
-    def forward(self, x: Tensor, edge_index: Tensor | MessageGraph, pairs: Tensor) -> Tensor:
+    def forward(self, x: Tensor, edge_index: Tensor | Adjacency, pairs: Tensor) -> Tensor:
         """Score pairs; in training only the ends of the batch are mapped."""
-        graph = as_messages(edge_index, x.size(0))
+        graph = as_adjacency(edge_index, x.size(0))
         if not self.training or pairs.numel() > 2 * x.size(0):
             return super().forward(x, graph, pairs)
-        ends = self.encoder(without_own_edge(graph.base, propagated(graph.base, x), pairs))
+        ends = self.encoder(propagate_without_own_edge(graph.base, propagated(graph.base, x), pairs))
         return self.join(graph, pairs, _Halves.apply(ends))  # pyright: ignore[reportArgumentType]
 
 
@@ -78,12 +78,12 @@ class _Halves(Function):
         return found
 
 
-def propagated(graph: MessageGraph, x: Tensor) -> Tensor:
+def propagated(graph: Adjacency, x: Tensor) -> Tensor:
     """Return ÂX above X, made once for a graph and features: [2 · nodes, features]."""
     return graph.remember("propagated", lambda: _stacked(graph, x), x)
 
 
-def _stacked(graph: MessageGraph, x: Tensor) -> Tensor:
+def _stacked(graph: Adjacency, x: Tensor) -> Tensor:
     both = x.new_empty(2 * x.size(0), x.size(1))
     smooth, same = both.chunk(2)
     same.copy_(x)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from suffice.link.models.base import Encoding
 from suffice.link.models.encoder import Encoder
 from suffice.link.models.sketched import SketchHead, SketchModel
-from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.sparse.adjacency import Adjacency
 
 
 class ELPH(SketchModel):
@@ -27,7 +27,7 @@ class ELPH(SketchModel):
         self.head = SketchHead(hops, encoder.out_channels, norm, dropout)
         self.last = nn.Linear(self.head.out_channels, 1)
 
-    def encode(self, x: Tensor, messages: Tensor | MessageGraph) -> Encoding:
+    def encode(self, x: Tensor, messages: Tensor | Adjacency) -> Encoding:
         """Embed the nodes."""
         graph = Encoding(x, x, messages).graph
         return Encoding(self.encoder(x, graph), x, graph)

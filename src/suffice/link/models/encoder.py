@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from suffice.link.models.dropout import ByteDropout, drop_features
 from suffice.link.models.norms import make_norm
-from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.sparse.adjacency import Adjacency
 
 
 class Encoder(nn.Module, ABC):
@@ -56,11 +56,11 @@ class Encoder(nn.Module, ABC):
     def convolution(self, first: int, second: int) -> nn.Module:
         """Return one layer from `first` to `second` channels."""
 
-    def convolve(self, convolution: nn.Module, x: Tensor, messages: Tensor | MessageGraph) -> Tensor:
+    def convolve(self, convolution: nn.Module, x: Tensor, messages: Tensor | Adjacency) -> Tensor:
         """Run one layer."""
-        return convolution(x, messages.edge_index if isinstance(messages, MessageGraph) else messages)
+        return convolution(x, messages.edge_index if isinstance(messages, Adjacency) else messages)
 
-    def forward(self, x: Tensor, edge_index: Tensor | MessageGraph) -> Tensor:
+    def forward(self, x: Tensor, edge_index: Tensor | Adjacency) -> Tensor:
         """Embed the nodes.
 
         Args:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import GCNConv
 
 from suffice.link.models.encoder import Encoder
-from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.propagation import propagate
 
 
@@ -19,9 +19,9 @@ class GCN(Encoder):
         """Return a `GCNConv`."""
         return GCNConv(first, second)
 
-    def convolve(self, convolution: nn.Module, x: Tensor, messages: Tensor | MessageGraph) -> Tensor:
+    def convolve(self, convolution: nn.Module, x: Tensor, messages: Tensor | Adjacency) -> Tensor:
         """Run one layer; over a message graph without PyG's tensor of messages."""
-        if not isinstance(messages, MessageGraph):
+        if not isinstance(messages, Adjacency):
             return super().convolve(convolution, x, messages)
         layer = cast(GCNConv, convolution)
         return propagate(messages, layer.lin(x)) + layer.bias

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from suffice.link.models.base import Encoding, PairModel, dense_block
+from suffice.link.models.base import Encoding, LinkPredictor, dense_block
 from suffice.link.models.dropout import ByteDropout
 from suffice.link.models.encoder import Encoder
 from suffice.link.models.norms import make_norm
-from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.neighbors import Neighbors, common_neighbors, pool
 
 
-class NCN(PairModel):
+class NCN(LinkPredictor):
     """Score lin(β · f(Σ_{k∈N(i)∩N(j)} h'_k) + g(h_i ⊙ h_j)), with h' = h + xlin(h).
 
     Args:
@@ -53,7 +53,7 @@ class NCN(PairModel):
         """What `encode` runs."""
         return self.encoder, self.node_mlp
 
-    def encode(self, x: Tensor, messages: Tensor | MessageGraph) -> Encoding:
+    def encode(self, x: Tensor, messages: Tensor | Adjacency) -> Encoding:
         """Embed the nodes, and what is summed of them."""
         encoding = Encoding(x, x, messages)
         h = self.encoder(x, graph := encoding.graph)

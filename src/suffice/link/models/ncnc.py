@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from suffice.link.models.base import Encoding
 from suffice.link.models.encoder import Encoder
 from suffice.link.models.ncn import NCN, fast_scores
-from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.neighbors import common_neighbors, pool, residual_neighbors
 
 _CHUNK = 2**12  # rows of 256 channels that stay in a processor's cache
@@ -65,7 +65,7 @@ class NCNC(NCN):
 
     @torch.no_grad()
     def _weights(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        graph: MessageGraph = encoding.graph
+        graph: Adjacency = encoding.graph
         assert encoding.pooled is not None
         # The score is symmetric, and hubs bring the same pair many times.
         low, high = pairs.min(dim=0).values, pairs.max(dim=0).values

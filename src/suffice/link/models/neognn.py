@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from suffice.link.models.base import Encoding, PairModel
+from suffice.link.models.base import Encoding, LinkPredictor
 from suffice.link.models.encoder import Encoder
 from suffice.link.models.hadamard import HadamardMLP
 from suffice.link.models.norms import make_norm
-from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.overlap import overlap
 
 
-class NeoGNN(PairModel):
+class NeoGNN(LinkPredictor):
     """Mix σ(g(Σ_k Ã_ik Ã_jk f(s_k)²)) and a GNN's probability by a learned softmax; Ã = A + βA², s = Σ f_edge(A).
 
     The logit of the mixture is returned. In training the losses of both parts are added to the mixture's.
@@ -47,7 +47,7 @@ class NeoGNN(PairModel):
         self.mixture = nn.Parameter(torch.zeros(2))
         self.beta = beta
 
-    def encode(self, x: Tensor, messages: Tensor | MessageGraph) -> Encoding:
+    def encode(self, x: Tensor, messages: Tensor | Adjacency) -> Encoding:
         """Embed the nodes."""
         graph = Encoding(x, x, messages).graph
         return Encoding(self.encoder(x, graph), x, graph)
@@ -60,7 +60,7 @@ class NeoGNN(PairModel):
         """Return the mixture's logits, [edges]."""
         return self._scores(encoding, pairs)[0]
 
-    def training_scores(self, x: Tensor, edge_index: Tensor | MessageGraph, pairs: Tensor) -> tuple[Tensor, ...]:
+    def training_logits(self, x: Tensor, edge_index: Tensor | Adjacency, pairs: Tensor) -> tuple[Tensor, ...]:
         """Return the logits of the mixture, of the overlap and of the GNN."""
         return self._scores(self.encode(x, edge_index), pairs)
 

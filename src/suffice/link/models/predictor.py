@@ -6,24 +6,24 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from suffice.link.models.base import Encoding, PairModel
+from suffice.link.models.base import Encoding, LinkPredictor
 from suffice.link.models.dot import Dot
 from suffice.link.models.encoder import Encoder
 from suffice.link.models.hadamard import HadamardMLP
-from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.sparse.adjacency import Adjacency
 
 
-class LinkPredictor(PairModel):
+class EncoderDecoder(LinkPredictor):
     """Logits of pairs of nodes."""
 
-    structural: ClassVar[bool] = False
+    uses_adjacency: ClassVar[bool] = False
 
     def __init__(self, encoder: Encoder, decoder: Dot | HadamardMLP) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
 
-    def encode(self, x: Tensor, messages: Tensor | MessageGraph) -> Encoding:
+    def encode(self, x: Tensor, messages: Tensor | Adjacency) -> Encoding:
         """Embed the nodes."""
         return Encoding(self.encoder(x, messages), x, messages)
 

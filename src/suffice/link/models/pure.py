@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from suffice.link.models.dropout import ByteDropout, drop_features
 from suffice.link.models.encoder import Encoder
 from suffice.link.models.norms import make_norm
-from suffice.link.sparse.adjacency import MessageGraph, as_messages
+from suffice.link.sparse.adjacency import Adjacency, as_adjacency
 from suffice.link.sparse.propagation import propagate
 
 
@@ -52,9 +52,9 @@ class PureGCN(Encoder):
         """There are no weights between steps."""
         return nn.Identity()
 
-    def forward(self, x: Tensor, edge_index: Tensor | MessageGraph) -> Tensor:
+    def forward(self, x: Tensor, edge_index: Tensor | Adjacency) -> Tensor:
         """Embed the nodes: [nodes, hidden]."""
-        graph = as_messages(edge_index, x.size(0))
+        graph = as_adjacency(edge_index, x.size(0))
         h = self.dropout(F.linear(drop_features(self.input_dropout, x), self.linear.weight, self.linear.bias))
         total = torch.zeros_like(h)
         for norm, weight in zip(self.norms, self.weights, strict=True):

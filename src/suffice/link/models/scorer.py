@@ -1,12 +1,12 @@
-"""Scoring of pairs on a fixed graph, and masking of the pairs that are to be scored."""
+"""Scoring of pairs on a fixed graph."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from suffice.link.models.base import Encoding, PairModel
-from suffice.link.sparse.adjacency import MessageGraph, as_messages
+from suffice.link.models.base import Encoding, LinkPredictor
+from suffice.link.sparse.adjacency import Adjacency, as_adjacency
 
 
 class PairScorer:
@@ -22,10 +22,10 @@ class PairScorer:
 
     """
 
-    def __init__(self, model: PairModel, x: Tensor, edge_index: Tensor | MessageGraph) -> None:
+    def __init__(self, model: LinkPredictor, x: Tensor, edge_index: Tensor | Adjacency) -> None:
         self.model = model
         self.x = x
-        self.edge_index = as_messages(edge_index, x.size(0)) if model.structural else edge_index
+        self.edge_index = as_adjacency(edge_index, x.size(0)) if model.uses_adjacency else edge_index
         self._kept: tuple[tuple[bool, ...], Encoding] | None = None
 
     def encode(self) -> Encoding:
@@ -44,16 +44,3 @@ class PairScorer:
     def __call__(self, pairs: Tensor) -> Tensor:
         """Logits of the pairs, [edges]."""
         return self.model.score(self.encode(), pairs)
-
-
-def mask_targets(edge_index: Tensor, pairs: Tensor, num_nodes: int) -> Tensor:
-    """Return the message edges without the pairs that are to be scored, in either direction.
-
-    Args:
-        edge_index: [2, edges].
-        pairs: [2, targets].
-        num_nodes: nodes of the graph.
-
-    """
-    targets = torch.cat([pairs[0] * num_nodes + pairs[1], pairs[1] * num_nodes + pairs[0]])
-    return edge_index[:, ~torch.isin(edge_index[0] * num_nodes + edge_index[1], targets)]

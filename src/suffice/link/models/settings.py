@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from suffice.link.models.base import PairModel
+from suffice.link.models.base import LinkPredictor
 from suffice.link.models.buddy import BUDDY
 from suffice.link.models.concat import ConcatMLP
 from suffice.link.models.dot import Dot
@@ -18,7 +18,7 @@ from suffice.link.models.ncn import NCN
 from suffice.link.models.ncnc import NCNC
 from suffice.link.models.neognn import NeoGNN
 from suffice.link.models.norms import NORMS
-from suffice.link.models.predictor import LinkPredictor
+from suffice.link.models.predictor import EncoderDecoder
 from suffice.link.models.pure import PureGCN
 from suffice.link.models.sage import GraphSAGE
 from suffice.link.train.memory_check import named_shortage
@@ -99,7 +99,7 @@ class ModelSettings:
             raise ValueError(f"completion is {self.completion}; accepted: largest weight, scale, offset, prior")
         object.__setattr__(self, "completion", tuple(self.completion))  # JSON makes a list of it
 
-    def build(self, in_channels: int, seed: int = 0) -> PairModel:
+    def build(self, in_channels: int, seed: int = 0) -> LinkPredictor:
         """Return a freshly initialised model; no global generator is moved.
 
         Raises:
@@ -113,7 +113,7 @@ class ModelSettings:
             torch.manual_seed(seed)
             return self._build(in_channels)
 
-    def _build(self, in_channels: int) -> PairModel:
+    def _build(self, in_channels: int) -> LinkPredictor:
         norm, dropout = self.decoder_norm, self.dropout
         if self.model == "buddy":
             return BUDDY(in_channels, self.hidden, norm, dropout, hops=self.hops)
@@ -143,4 +143,4 @@ class ModelSettings:
                 offset=offset,
                 prior=prior,
             )
-        return LinkPredictor(encoder, DECODERS[self.decoder](self.hidden, self.hidden, norm, dropout))
+        return EncoderDecoder(encoder, DECODERS[self.decoder](self.hidden, self.hidden, norm, dropout))

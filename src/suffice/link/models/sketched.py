@@ -7,10 +7,10 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from suffice.link.models.base import Encoding, PairModel
+from suffice.link.models.base import Encoding, LinkPredictor
 from suffice.link.models.dropout import ByteDropout
 from suffice.link.models.norms import make_norm
-from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.count_cache import CountMemory
 
 
@@ -34,7 +34,7 @@ class SketchHead(nn.Module):
         self.product_mlp = nn.Sequential(nn.Linear(hidden, hidden), make_norm(norm, hidden), nn.ReLU(inplace=True))
         self.dropout = ByteDropout(dropout)
 
-    def forward(self, graph: MessageGraph, pairs: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, graph: Adjacency, pairs: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
         """Return the hidden layers, [edges, k(k + 2)] and [edges, hidden].
 
         Args:
@@ -48,7 +48,7 @@ class SketchHead(nn.Module):
         return self.dropout(self.count_mlp(counts)), self.dropout(self.product_mlp(product))
 
 
-class SketchModel(PairModel):
+class SketchModel(LinkPredictor):
     """Base of models of counts and products; a new one defines `encode` and `product`."""
 
     head: SketchHead
@@ -66,7 +66,7 @@ class SketchModel(PairModel):
         """Return logits of pairs [2, edges]: [edges]."""
         return self.join(encoding.graph, pairs, self.product(encoding, pairs))
 
-    def join(self, graph: MessageGraph, pairs: Tensor, product: Tensor) -> Tensor:
+    def join(self, graph: Adjacency, pairs: Tensor, product: Tensor) -> Tensor:
         """Return the logits of pairs from the product of their ends' features, [edges]."""
         counts, products = self.head(graph, pairs, product)
         # The last layer over both hidden ones, which needn't be copied side by side for it.
@@ -75,6 +75,6 @@ class SketchModel(PairModel):
         return counts @ weight[: counts.size(1)] + products @ weight[counts.size(1) :] + self.last.bias
 
 
-def memory(graph: MessageGraph, hops: int) -> CountMemory:
+def memory(graph: Adjacency, hops: int) -> CountMemory:
     """Return a graph's sketches and the counts made of them so far."""
     return graph.remember(f"counts of {hops} hops", lambda: CountMemory(graph, hops))

@@ -64,7 +64,7 @@ class Rows:
         return torch.where(self.codes.index_select(0, places) == codes, places, -1)
 
 
-class MessageGraph:
+class Adjacency:
     """An undirected graph: both directions of every edge, no self-loop, none twice.
 
     Args:
@@ -78,7 +78,7 @@ class MessageGraph:
 
     """
 
-    _view: tuple[MessageGraph, Tensor]
+    _view: tuple[Adjacency, Tensor]
 
     def __init__(self, edge_index: Tensor, num_nodes: int, *, keys: Tensor | None = None) -> None:
         if edge_index.ndim != 2 or edge_index.size(0) != 2:
@@ -131,7 +131,7 @@ class MessageGraph:
         """Where the graph is."""
         return self.keys.device
 
-    def without(self, pairs: Tensor) -> MessageGraph:
+    def without(self, pairs: Tensor) -> Adjacency:
         """Return a view that lacks the given edges in both directions; pairs that are no edges are ignored.
 
         The graph that the first view was made of stays its `base`, with all that was remembered.
@@ -140,7 +140,7 @@ class MessageGraph:
             pairs: long [2, pairs].
 
         """
-        view = MessageGraph.__new__(MessageGraph)
+        view = Adjacency.__new__(Adjacency)
         view.num_nodes, view.keys, view.base, view._made = self.num_nodes, self.keys, self.base, {}
         view._view = (self, pairs)
         return view
@@ -174,9 +174,34 @@ class MessageGraph:
         return bitmap
 
 
-def as_messages(edge_index: Tensor | MessageGraph, num_nodes: int) -> MessageGraph:
+def as_adjacency(edge_index: Tensor | Adjacency, num_nodes: int) -> Adjacency:
     """Return the message graph of an edge index; one that is given stays what it is."""
-    return edge_index if isinstance(edge_index, MessageGraph) else MessageGraph(edge_index, num_nodes)
+    return edge_index if isinstance(edge_index, Adjacency) else Adjacency(edge_index, num_nodes)
+
+
+def remove_edges(edge_index: Tensor | Adjacency, pairs: Tensor, num_nodes: int) -> Tensor | Adjacency:
+    """Remove pairs from a graph in both directions, so that a model does not see the edges that it scores.
+
+    Args:
+        edge_index: edges, long [2, edges], or an adjacency.
+        pairs: edges to remove, long [2, pairs]; pairs that are not edges are ignored.
+        num_nodes: number of nodes.
+
+    Returns:
+        The other edges in their order, long [2, remaining]; of an adjacency, a view without the pairs.
+
+    """
+    if isinstance(edge_index, Adjacency):
+        return edge_index.without(pairs)
+    # Only edges between endpoints of the pairs can be among them, and those are few: only they are compared.
+    is_endpoint = torch.zeros(num_nodes, dtype=torch.bool, device=edge_index.device)
+    is_endpoint[pairs] = True
+    candidates = (is_endpoint[edge_index[0]] & is_endpoint[edge_index[1]]).nonzero().flatten()
+    row, col = edge_index[:, candidates]
+    removed = candidates[torch.isin(row * num_nodes + col, _codes(pairs, num_nodes))]
+    keep = torch.ones(edge_index.size(1), dtype=torch.bool, device=edge_index.device)
+    keep[removed] = False
+    return edge_index[:, keep]
 
 
 def pointers(count: Tensor) -> Tensor:

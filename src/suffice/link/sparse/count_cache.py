@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.distance_counts import pair_counts
 from suffice.link.sparse.sketches import sketch
 
@@ -23,7 +23,7 @@ class CountMemory:
 
     """
 
-    def __init__(self, graph: MessageGraph, hops: int) -> None:
+    def __init__(self, graph: Adjacency, hops: int) -> None:
         self.graph, self.hops = graph, hops
         self.sketches = sketch(graph, hops)
         # One row more, for pairs that are no edges.

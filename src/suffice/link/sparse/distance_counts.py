@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from suffice.link.sparse.adjacency import MessageGraph, pointers
+from suffice.link.sparse.adjacency import Adjacency, pointers
 from suffice.link.sparse.sketches import Sketches, bits, estimate, least
 
 _PAIRS = 2**9  # whose sketches stay in a processor's cache
 
 
-def pair_counts(graph: MessageGraph, sketches: Sketches, pairs: Tensor) -> Tensor:
+def pair_counts(graph: Adjacency, sketches: Sketches, pairs: Tensor) -> Tensor:
     """Return how many nodes are at which distances from both ends of each pair, [pairs, k(k + 2)].
 
     First A[a, b], nodes at distance a of one end and b of the other, for 1 ≤ a, b ≤ k, row after row; then for each
@@ -34,7 +34,7 @@ def pair_counts(graph: MessageGraph, sketches: Sketches, pairs: Tensor) -> Tenso
     return counts
 
 
-def _counts(graph: MessageGraph, sketches: Sketches, pairs: Tensor, *, own: bool) -> Tensor:
+def _counts(graph: Adjacency, sketches: Sketches, pairs: Tensor, *, own: bool) -> Tensor:
     """Count for pairs that all are edges (`own`), or none."""
     hops, n = sketches.hops, pairs.size(1)
     minhash, registers = (_Ends(graph, sketches, kind, own=own) for kind in (0, 1))
@@ -77,7 +77,7 @@ class _Ends:
 
     """
 
-    def __init__(self, graph: MessageGraph, sketches: Sketches, kind: int, *, own: bool) -> None:
+    def __init__(self, graph: Adjacency, sketches: Sketches, kind: int, *, own: bool) -> None:
         self.graph, self.own, self.hops = graph, own, sketches.hops
         self.tables = sketches.minhash if kind == 0 else sketches.registers
         self.growth = [kinds[kind] for kinds in sketches.growth]

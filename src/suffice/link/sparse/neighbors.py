@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from suffice.gpu import can_use_kernels
-from suffice.link.sparse.adjacency import MessageGraph, pointers
+from suffice.link.sparse.adjacency import Adjacency, pointers
 
 
 class Neighbors(NamedTuple):
@@ -36,7 +36,7 @@ class Neighbors(NamedTuple):
         return cls(node, owner, pointers(torch.bincount(owner, minlength=lists)))
 
 
-def common_neighbors(graph: MessageGraph, pairs: Tensor) -> Neighbors:
+def common_neighbors(graph: Adjacency, pairs: Tensor) -> Neighbors:
     """Return N(i) ∩ N(j) for each pair (i, j).
 
     The end with fewer neighbours is expanded, each looked up at the other end.
@@ -56,7 +56,7 @@ def common_neighbors(graph: MessageGraph, pairs: Tensor) -> Neighbors:
     return Neighbors.of(node.index_select(0, keep), owner.index_select(0, keep), pairs.size(1))
 
 
-def residual_neighbors(graph: MessageGraph, pairs: Tensor) -> tuple[Neighbors, Neighbors]:
+def residual_neighbors(graph: Adjacency, pairs: Tensor) -> tuple[Neighbors, Neighbors]:
     """Return N(i) − N(j) and N(j) − N(i) for each pair (i, j), without i and j themselves.
 
     Args:
@@ -76,14 +76,14 @@ def residual_neighbors(graph: MessageGraph, pairs: Tensor) -> tuple[Neighbors, N
     return one(pairs[0], pairs[1]), one(pairs[1], pairs[0])
 
 
-def _matching(graph: MessageGraph, these: Tensor, those: Tensor, *, common: bool) -> Neighbors:
+def _matching(graph: Adjacency, these: Tensor, those: Tensor, *, common: bool) -> Neighbors:
     from suffice.link.sparse.kernels.matching import matching
 
     node, counts = matching(graph.rows.pointers, graph.rows.col, these, those, common=common)
     return Neighbors(node, torch.repeat_interleave(counts), pointers(counts))
 
 
-def square_rows(graph: MessageGraph, nodes: Tensor) -> tuple[Neighbors, Tensor]:
+def square_rows(graph: Adjacency, nodes: Tensor) -> tuple[Neighbors, Tensor]:
     """Return rows of A²: for each node, where walks of two steps lead, and how many lead there, float [total].
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from suffice.link.sparse.adjacency import SMALL, MessageGraph, Rows, pointers
+from suffice.link.sparse.adjacency import SMALL, Adjacency, Rows, pointers
 from suffice.link.sparse.neighbors import Neighbors, bags, square_rows
 
 # A² and A in one number of 16 bits: no count of walks is above the number of nodes, which is at most 8,192 here.
@@ -19,7 +19,7 @@ _EDGE = 2**14
 _ENTRIES = 2**22
 
 
-def overlap(graph: MessageGraph, pairs: Tensor, weight: Tensor, beta: float) -> Tensor:
+def overlap(graph: Adjacency, pairs: Tensor, weight: Tensor, beta: float) -> Tensor:
     """Return Σ_k Ã_ik Ã_jk w_k for each pair (i, j), with Ã = A + βA²: [pairs].
 
     On graphs of up to 8,192 nodes A² is kept dense, and rows of a view are corrected for the edges that it lacks;
@@ -44,7 +44,7 @@ def overlap(graph: MessageGraph, pairs: Tensor, weight: Tensor, beta: float) -> 
     return torch.cat(sums)  # pyright: ignore[reportArgumentType]
 
 
-def square_dense(graph: MessageGraph, nodes: Tensor) -> Tensor:
+def square_dense(graph: Adjacency, nodes: Tensor) -> Tensor:
     """Return rows of A², float [n, nodes], from a dense A² of the graph's base that is made once.
 
     Args:
@@ -56,7 +56,7 @@ def square_dense(graph: MessageGraph, nodes: Tensor) -> Tensor:
         return (table.index_select(0, nodes) & (_EDGE - 1)).float()
 
 
-def _steps_of(graph: MessageGraph) -> _Steps:
+def _steps_of(graph: Adjacency) -> _Steps:
     base = graph.base
     return base.remember("steps", lambda: _Steps(base))
 
@@ -69,7 +69,7 @@ class _Steps:
 
     """
 
-    def __init__(self, graph: MessageGraph) -> None:
+    def __init__(self, graph: Adjacency) -> None:
         n = graph.num_nodes
         self.table = torch.zeros(n, n, dtype=torch.int16, device=graph.device)
         columns: list[Tensor] = []
@@ -87,7 +87,7 @@ class _Steps:
         self.lock = Lock()
 
     @contextmanager
-    def of(self, graph: MessageGraph, nodes: Tensor) -> Generator[Tensor]:
+    def of(self, graph: Adjacency, nodes: Tensor) -> Generator[Tensor]:
         """Let the rows of some nodes be those of a view of the graph: [nodes, nodes].
 
         With A = A' + R, where the view lacks R, A'² = A² - A'R - RA' - R². Few numbers of a row change: they are
@@ -156,7 +156,7 @@ def _steps(first: Rows, second: Rows, nodes: Tensor) -> Tensor:
     return owner[place] * first.num_nodes + end
 
 
-def _listed(graph: MessageGraph, ends: Tensor, place: Tensor, weight: Tensor, beta: float) -> Tensor:
+def _listed(graph: Adjacency, ends: Tensor, place: Tensor, weight: Tensor, beta: float) -> Tensor:
     two, count = square_rows(graph, ends)
     node, owner = graph.rows.expand(ends)
     codes = torch.cat([owner * graph.num_nodes + node, two.owner * graph.num_nodes + two.node])

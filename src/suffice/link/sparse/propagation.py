@@ -9,11 +9,11 @@ from scipy.sparse import csr_matrix, diags_array
 from torch import Tensor
 from torch.autograd import Function
 
-from suffice.link.sparse.adjacency import MessageGraph, pointers
+from suffice.link.sparse.adjacency import Adjacency, pointers
 from suffice.link.sparse.neighbors import bags
 
 
-def propagate(graph: MessageGraph, x: Tensor) -> Tensor:
+def propagate(graph: Adjacency, x: Tensor) -> Tensor:
     """Return D^-1/2 (A + I) D^-1/2 x, with D the degrees of A + I: [nodes, channels].
 
     The same as PyG's `gcn_norm` and a sum over edges, without a tensor of messages.
@@ -32,7 +32,7 @@ def mostly_zero(x: Tensor) -> bool:
     return fit and not x.requires_grad and int(torch.count_nonzero(x)) < 0.05 * x.numel()
 
 
-def propagate_sparse(graph: MessageGraph, x: Tensor, out: Tensor) -> None:
+def propagate_sparse(graph: Adjacency, x: Tensor, out: Tensor) -> None:
     """Write what `propagate` returns, by a product of sparse matrices; no gradient passes to x.
 
     Args:
@@ -49,7 +49,7 @@ def propagate_sparse(graph: MessageGraph, x: Tensor, out: Tensor) -> None:
     product.toarray(out=out.numpy())
 
 
-def neighbor_mean(graph: MessageGraph, x: Tensor) -> Tensor:
+def neighbor_mean(graph: Adjacency, x: Tensor) -> Tensor:
     """Return the mean of x over the neighbours of each node, 0 where there are none: [nodes, channels].
 
     Args:
@@ -60,7 +60,7 @@ def neighbor_mean(graph: MessageGraph, x: Tensor) -> Tensor:
     return _Mean.apply(x, graph)  # pyright: ignore[reportReturnType]
 
 
-def without_own_edge(graph: MessageGraph, both: Tensor, pairs: Tensor) -> Tensor:
+def propagate_without_own_edge(graph: Adjacency, both: Tensor, pairs: Tensor) -> Tensor:
     """Return rows of ÂX at the ends of pairs, each in the graph that lacks just this pair: [2 · pairs, channels].
 
     With S_i = Σ_{k∈N(i)∪i} x_k/√d_k the row is S_i/√d_i. Without edge (i, j), d_i falls by one, x_j leaves the sum
@@ -90,7 +90,7 @@ def without_own_edge(graph: MessageGraph, both: Tensor, pairs: Tensor) -> Tensor
     return bags(both, index, starts, weight)
 
 
-def _product(graph: MessageGraph, x: Tensor) -> Tensor:
+def _product(graph: Adjacency, x: Tensor) -> Tensor:
     scale = (graph.degree + 1).to(x.dtype).rsqrt().unsqueeze(-1)
     x = x * scale
     return (bags(x, graph.rows.col, graph.rows.pointers) + x).mul_(scale)
@@ -98,7 +98,7 @@ def _product(graph: MessageGraph, x: Tensor) -> Tensor:
 
 class _Propagate(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, graph: MessageGraph) -> Tensor:
+    def forward(ctx: Any, x: Tensor, graph: Adjacency) -> Tensor:
         ctx.graph = graph
         return _product(graph, x)
 
@@ -109,16 +109,16 @@ class _Propagate(Function):
 
 class _Mean(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, graph: MessageGraph) -> Tensor:
+    def forward(ctx: Any, x: Tensor, graph: Adjacency) -> Tensor:
         ctx.graph = graph
         return bags(x, graph.rows.col, graph.rows.pointers).div_(_count(graph, x))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        graph: MessageGraph = ctx.graph
+        graph: Adjacency = ctx.graph
         shares = gradients[0] / _count(graph, gradients[0])
         return bags(shares, graph.rows.col, graph.rows.pointers), None  # every edge is there in both directions
 
 
-def _count(graph: MessageGraph, x: Tensor) -> Tensor:
+def _count(graph: Adjacency, x: Tensor) -> Tensor:
     return graph.degree.clamp_min(1).to(x.dtype).unsqueeze(-1)

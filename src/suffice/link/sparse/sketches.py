@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from suffice.gpu import can_use_kernels
-from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.neighbors import bags
 
 _CHUNK = 2**16
@@ -49,7 +49,7 @@ class Sketches:
         return len(self.minhash) - 1
 
 
-def sketch(graph: MessageGraph, hops: int = 2, *, permutations: int = 128, p: int = 8, seed: int = 0) -> Sketches:
+def sketch(graph: Adjacency, hops: int = 2, *, permutations: int = 128, p: int = 8, seed: int = 0) -> Sketches:
     """Sketch the neighbourhoods of every node.
 
     Args:
@@ -128,7 +128,7 @@ def _sigma(x: Tensor) -> Tensor:
     return torch.where(x == 1, torch.inf, total)
 
 
-def _growth(graph: MessageGraph, low: Tensor, table: Tensor, own: Tensor) -> Tensor:
+def _growth(graph: Adjacency, low: Tensor, table: Tensor, own: Tensor) -> Tensor:
     """By how much the bits of min(own, least of neighbours) grow without the one neighbour that gives it.
 
     Args:

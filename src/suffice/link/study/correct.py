@@ -15,8 +15,8 @@ from torch import Tensor
 from suffice import SufficeError
 from suffice.link.auditing.trained import load_trained
 from suffice.link.data.checkpoint import CheckpointError
-from suffice.link.data.graph import Graph, Protocol, prepare, split
-from suffice.link.data.graph_file import save_graph
+from suffice.link.data.files import save_graph
+from suffice.link.data.graph import Graph, SplitConfig, prepare_graph, split_edges
 from suffice.link.models import ModelSettings
 from suffice.link.study.arms import ARMS, Arm
 from suffice.link.study.results import Run, Study
@@ -36,7 +36,7 @@ def correct(
     arms: Sequence[Arm] = ARMS,
     model: ModelSettings | None = None,
     train: TrainSettings | None = None,
-    protocol: Protocol | None = None,
+    protocol: SplitConfig | None = None,
     seeds: int = 5,
     seed: int = 0,
     device: str = "cpu",
@@ -70,10 +70,10 @@ def correct(
     """
     if seeds < 1 or not arms or len({arm.key for arm in arms}) < len(arms):
         raise ValueError(f"seeds, arms are {seeds}, {[arm.key for arm in arms]}; accepted: 1 or more, distinct")
-    model, train, protocol = model or ModelSettings(), train or TrainSettings(), protocol or Protocol()
-    graph = prepare(graph, protocol)
+    model, train, protocol = model or ModelSettings(), train or TrainSettings(), protocol or SplitConfig()
+    graph = prepare_graph(graph, protocol)
     numbers = range(seed, seed + seeds)
-    split(graph, protocol, seed)  # refuses what can't be split
+    split_edges(graph, protocol, seed)  # refuses what can't be split
     say = progress or (lambda _: None)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as home:
         data = save_graph(graph, home)
@@ -163,7 +163,7 @@ def stored_maps(records: Sequence[Record], folder: Path, *, most: int = 2) -> di
 
 
 def edge_maps(
-    graph: Graph, arms: Sequence[Arm], folder: str | Path, *, protocol: Protocol | None = None, seed: int = 0
+    graph: Graph, arms: Sequence[Arm], folder: str | Path, *, protocol: SplitConfig | None = None, seed: int = 0
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return incident-edge means and classes of arms that `correct` trained in a folder.
 
@@ -179,9 +179,9 @@ def edge_maps(
         ValueError: the data set has no labels.
 
     """
-    protocol = protocol or Protocol()
-    graph = prepare(graph, protocol)
-    parts = split(graph, protocol, seed)
+    protocol = protocol or SplitConfig()
+    graph = prepare_graph(graph, protocol)
+    parts = split_edges(graph, protocol, seed)
     wanted = {str(describe_arm(arm)): arm.key for arm in arms}
     keys: dict[str, str] = {}
     try:

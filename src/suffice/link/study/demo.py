@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from suffice.link.data.datasets import load
+from suffice.link.data.datasets import load_graph
 from suffice.link.study.arms import parse_arm
 from suffice.link.study.correct import correct, edge_maps
 from suffice.link.study.results import Study
@@ -39,7 +39,7 @@ def run(*, epochs: int = 12, seed: int = 0, device: str = "cpu", say: Callable[[
     arms = [parse_arm(key) for key in ARMS]
     examples: list[Example] = []
     for name in GRAPHS:
-        graph = load(name)
+        graph = load_graph(name)
         with tempfile.TemporaryDirectory() as folder:
             study = correct(
                 graph,

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from suffice.link.data.datasets import load
-from suffice.link.data.graph import Protocol, prepare
-from suffice.link.data.graph_file import save_graph
+from suffice.link.data.datasets import load_graph
+from suffice.link.data.files import save_graph
+from suffice.link.data.graph import SplitConfig, prepare_graph
 from suffice.link.models import ModelSettings, preset
 from suffice.link.study.arms import Arm, parse_arm
 from suffice.link.study.run_kinds import CORRECT, describe_arm, read_arm, settings_of
@@ -77,7 +77,7 @@ def reproduce(
     arms: Sequence[Arm] = ARMS,
     seeds: int = 5,
     train: TrainSettings | None = None,
-    protocol: Protocol | None = None,
+    protocol: SplitConfig | None = None,
     hidden: int = 64,
     published: bool = False,
     root: str | Path = "data",
@@ -112,10 +112,10 @@ def reproduce(
     """
     if not data or not models or not arms or seeds < 1:
         raise ValueError(f"data, models, arms, seeds are {data}, {models}, {arms}, {seeds}; accepted: one or more")
-    train, protocol = train or TrainSettings(), protocol or Protocol()
+    train, protocol = train or TrainSettings(), protocol or SplitConfig()
     plan: list[Planned] = []
     for name in data:
-        file = save_graph(prepare(load(name, root), protocol), folder)
+        file = save_graph(prepare_graph(load_graph(name, root), protocol), folder)
         for seed in range(seeds):
             for model in models:
                 made, own = settings_for(model, hidden=hidden, published=name if published else "")

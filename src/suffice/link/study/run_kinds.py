@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from suffice.link.batches.composition import parse
-from suffice.link.data.graph import Protocol
+from suffice.link.data.graph import SplitConfig
 from suffice.link.models import ModelSettings
 from suffice.link.study.arms import Arm, parse_arm
 from suffice.link.train.trainer import TrainSettings
@@ -39,7 +39,7 @@ class RunSettings:
     reference: str
     model: ModelSettings
     train: TrainSettings
-    protocol: Protocol
+    protocol: SplitConfig
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> RunSettings:
@@ -50,7 +50,7 @@ class RunSettings:
 
         """
         model, train = (_make(kind, settings) for kind in (ModelSettings, TrainSettings))
-        protocol = _make(Protocol, settings)
+        protocol = _make(SplitConfig, settings)
         if settings["arm"] in REFERENCES:
             return cls(None, settings["arm"], model, train, protocol)
         arm = read_arm(settings["arm"])
@@ -114,7 +114,7 @@ def check(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "digest": ""}
 
 
-def settings_of(model: ModelSettings, train: TrainSettings, protocol: Protocol) -> dict[str, Any]:
+def settings_of(model: ModelSettings, train: TrainSettings, protocol: SplitConfig) -> dict[str, Any]:
     """Return the settings that all arms of a study share."""
     parts = {**asdict(model), **train.describe(), **asdict(protocol)}
     return {name: value for name, value in parts.items() if name not in _OF_ARM}
@@ -138,7 +138,7 @@ CORRECT = Kind(
         "labels": None,
         "root": "data",
         "device": "cpu",
-        **settings_of(ModelSettings(), TrainSettings(), Protocol()),
+        **settings_of(ModelSettings(), TrainSettings(), SplitConfig()),
     },
     about="Train a link predictor one way, audit it, and measure what it keeps of the classes.",
 )

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from suffice.link.auditing.trained import audit_trained, held_out_scores
-from suffice.link.data.datasets import load
-from suffice.link.data.files import read_graph
-from suffice.link.data.graph import Graph, Protocol, Split, prepare, split
-from suffice.link.data.graph_file import read_saved_graph
+from suffice.link.data.datasets import load_graph
+from suffice.link.data.files import read_graph, read_saved_graph
+from suffice.link.data.graph import Graph, Split, SplitConfig, prepare_graph, split_edges
 from suffice.link.study.run_kinds import RunSettings
 from suffice.link.train.alignment import alignment, raw_alignment
 from suffice.link.train.allocator import reuse_large_blocks
@@ -98,19 +97,21 @@ def graph_and_split(settings: Mapping[str, Any], seed: int, folder: Path) -> tup
 
 
 @lru_cache(maxsize=1)
-def _graph(folder: Path, data: str, features: str | None, labels: str | None, root: str, protocol: Protocol) -> Graph:
+def _graph(
+    folder: Path, data: str, features: str | None, labels: str | None, root: str, protocol: SplitConfig
+) -> Graph:
     suffix = Path(data).suffix
     if suffix == ".safetensors":
         return read_saved_graph(folder / data)
-    return prepare(read_graph(data, features, labels) if suffix else load(data, root), protocol)
+    return prepare_graph(read_graph(data, features, labels) if suffix else load_graph(data, root), protocol)
 
 
 @lru_cache(maxsize=1)
 def _split(
-    folder: Path, data: str, features: str | None, labels: str | None, root: str, protocol: Protocol, seed: int
+    folder: Path, data: str, features: str | None, labels: str | None, root: str, protocol: SplitConfig, seed: int
 ) -> Split:
     # The arms of a seed share its split, and come one after the other.
-    return split(_graph(folder, data, features, labels, root, protocol), protocol, seed)
+    return split_edges(_graph(folder, data, features, labels, root, protocol), protocol, seed)
 
 
 def _size(graph: Graph) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch_geometric.utils import scatter
 
 from suffice.information.alignment import class_information, cluster_nmi, linear_probe, trace_ratio
 from suffice.link.data.graph import Graph, Split
-from suffice.link.models import PairModel
+from suffice.link.models import LinkPredictor
 from suffice.link.train.trainer import features, message_edges
 
 MEASURES = ("nmi", "trace_ratio", "probe", "class_information")
@@ -35,7 +35,7 @@ def incident_means(edge_embeddings: Tensor, pairs: Tensor, num_nodes: int) -> tu
     return scatter(both, ends, dim_size=num_nodes, reduce="mean")[has], has
 
 
-def embeddings(model: PairModel, graph: Graph, split: Split) -> dict[str, tuple[Tensor, Tensor]]:
+def embeddings(model: LinkPredictor, graph: Graph, split: Split) -> dict[str, tuple[Tensor, Tensor]]:
     """Return what a model makes of the nodes, in eval mode: embeddings and the classes of their nodes.
 
     Returns:
@@ -86,7 +86,7 @@ def _probe(x: Tensor, classes: Tensor, seed: int) -> float:
 
 
 def alignment(
-    model: PairModel,
+    model: LinkPredictor,
     graph: Graph,
     split: Split,
     *,

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from suffice.link.models.base import PairModel
-from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.models.base import LinkPredictor
+from suffice.link.sparse.adjacency import Adjacency
 
 
 def ranks() -> tuple[int, int]:
@@ -55,10 +55,10 @@ class Step(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, messages: Tensor | MessageGraph, pairs: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, messages: Tensor | Adjacency, pairs: Tensor) -> tuple[Tensor, ...]:
         """Return the logits whose losses are added up; of a foreign module, its scores."""
-        if isinstance(self.model, PairModel):
-            return self.model.training_scores(x, messages, pairs)
+        if isinstance(self.model, LinkPredictor):
+            return self.model.training_logits(x, messages, pairs)
         return (self.model(x, messages, pairs),)
 
 

@@ -18,8 +18,8 @@ from suffice.link.batches.sampler import EdgeBatch, EdgeBatches
 from suffice.link.data import checkpoint as files
 from suffice.link.data.graph import Graph, Split
 from suffice.link.metrics import evaluate
-from suffice.link.models.base import PairModel, in_chunks
-from suffice.link.sparse.adjacency import MessageGraph
+from suffice.link.models.base import LinkPredictor, score_in_chunks
+from suffice.link.sparse.adjacency import Adjacency, remove_edges
 from suffice.link.sparse.propagation import mostly_zero
 from suffice.link.train.distributed import ranks, replicate, share_buffers, wait
 from suffice.link.train.memory_check import check_room, named_shortage
@@ -151,7 +151,7 @@ def fit(
     x = features(graph, model).to(device)
     optimizer = adam(model, settings)
     batches = EdgeBatches(
-        split.train if settings.directions == 1 else split.messages(),
+        split.train if settings.directions == 1 else split.message_edges(),
         graph.num_nodes,
         settings.composition,
         batch_size=settings.batch_size,
@@ -187,7 +187,7 @@ def fit(
 
 def adam(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
     """Return Adam over a model's parameters; in one pass for models of neighbourhoods, which have many."""
-    fused = True if getattr(model, "structural", False) else None
+    fused = True if getattr(model, "uses_adjacency", False) else None
     rate, decay = settings.learning_rate, settings.weight_decay
     return torch.optim.Adam(model.parameters(), lr=rate, weight_decay=decay, fused=fused)
 
@@ -205,58 +205,40 @@ def features(graph: Graph, model: nn.Module) -> Tensor:
     return graph.x
 
 
-def message_edges(model: nn.Module, split: Split, num_nodes: int, *, validation: bool = False) -> Tensor | MessageGraph:
+def message_edges(model: nn.Module, split: Split, num_nodes: int, *, validation: bool = False) -> Tensor | Adjacency:
     """Return the edges that messages pass over as a model wants them: for one of neighbourhoods, in compressed rows.
 
     Of a large graph also for our encoders, which then take a twentieth of the time of PyG's messages.
     """
-    messages = split.messages(validation=validation)
-    compressed = getattr(model, "structural", False)
-    if isinstance(model, PairModel) and messages.size(1) > _MANY_EDGES:
+    messages = split.message_edges(validation=validation)
+    compressed = getattr(model, "uses_adjacency", False)
+    if isinstance(model, LinkPredictor) and messages.size(1) > _MANY_EDGES:
         compressed = True
-    return MessageGraph(messages, num_nodes) if compressed else messages
+    return Adjacency(messages, num_nodes) if compressed else messages
 
 
 def score_validation(
-    model: nn.Module, x: Tensor, split: Split, messages: Tensor | MessageGraph | None = None
+    model: nn.Module, x: Tensor, split: Split, messages: Tensor | Adjacency | None = None
 ) -> tuple[Tensor, Tensor]:
     """Scores of validation positives and negatives in eval mode, joint in one pass."""
-    messages = split.messages() if messages is None else messages
+    messages = split.message_edges() if messages is None else messages
     return score_parts(model, x, messages, split.validation, split.validation_negatives)
 
 
 def score_parts(
-    model: nn.Module, x: Tensor, edge_index: Tensor | MessageGraph, positives: Tensor, negatives: Tensor
+    model: nn.Module, x: Tensor, edge_index: Tensor | Adjacency, positives: Tensor, negatives: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Scores of positives and of negatives in eval mode."""
     training = model.training
     model.eval()
     pairs = torch.cat([positives, negatives], dim=1)
     with torch.no_grad():
-        if isinstance(model, PairModel):
-            scores = in_chunks(model, model.encode(x, edge_index), pairs)
+        if isinstance(model, LinkPredictor):
+            scores = score_in_chunks(model, model.encode(x, edge_index), pairs)
         else:
             scores = model(x, edge_index, pairs)
     model.train(training)
     return scores[: positives.size(1)], scores[positives.size(1) :]
-
-
-def without_targets(messages: Tensor | MessageGraph, train: Tensor, targets: Tensor) -> Tensor | MessageGraph:
-    """Return the message edges without a batch's positives.
-
-    Args:
-        messages: as `message_edges` returns them.
-        train: positives that are learned, long [2, train].
-        targets: which of them are in the batch, long [positives].
-
-    """
-    if isinstance(messages, MessageGraph):
-        return messages.without(train[:, targets])
-    size = train.size(1)
-    keep = torch.ones(2 * size, dtype=torch.bool, device=train.device)
-    keep[targets] = False
-    keep[targets + size] = False
-    return messages[:, keep]
 
 
 def step_loss(scores: Tensor, batch: EdgeBatch) -> Tensor:
@@ -267,7 +249,7 @@ def step_loss(scores: Tensor, batch: EdgeBatch) -> Tensor:
 def _run_epoch(
     model: nn.Module,
     x: Tensor,
-    messages: Tensor | MessageGraph,
+    messages: Tensor | Adjacency,
     split: Split,
     batches: EdgeBatches,
     optimizer: torch.optim.Optimizer,
@@ -284,7 +266,7 @@ def _run_epoch(
         # From seed, epoch and rank alone, so that a resumed run draws the same dropout.
         torch.manual_seed(settings.seed * 1_000_003 + number + 7_919 * ranks()[0])
         for count, batch in enumerate(batches, start=1):
-            rest = without_targets(messages, split.train, batch.index % size)
+            rest = remove_edges(messages, split.train[:, batch.index % size], x.size(0))
             scores = model(x, rest, batch.pairs)
             loss = torch.stack([step_loss(part, batch) for part in scores]).sum() / passes
             torch.autograd.backward(loss)
@@ -325,7 +307,7 @@ def _save(
     tensors = {f"model/{key}": value for key, value in model.state_dict().items()}
     tensors |= {f"best/{key}": value for key, value in best.items()}
     tensors |= files.pack_optimizer(optimizer)
-    files.save(path, tensors, {**record, "epochs": [asdict(epoch) for epoch in done], "chosen": chosen})
+    files.save_checkpoint(path, tensors, {**record, "epochs": [asdict(epoch) for epoch in done], "chosen": chosen})
 
 
 def _resume(
@@ -333,13 +315,13 @@ def _resume(
 ) -> tuple[list[Epoch], int, dict[str, Tensor]]:
     if path is None or not Path(path).exists():
         return [], 0, {}
-    tensors, facts = files.load(path)
+    tensors, facts = files.load_checkpoint(path)
     for key, value in record.items():
         if facts.get(key) != json.loads(json.dumps(value)):
             raise files.CheckpointError(
                 f"{path} was made with {key} {facts.get(key)}; accepted: {value}, or another file"
             )
-    model.load_state_dict(files.part(tensors, "model"))
+    model.load_state_dict(files.select_prefix(tensors, "model"))
     files.unpack_optimizer(optimizer, tensors)
     done = [Epoch(e["number"], e["loss"], e["metric"], tuple(e["fractions"])) for e in facts["epochs"]]
-    return done, facts["chosen"], files.part(tensors, "best")
+    return done, facts["chosen"], files.select_prefix(tensors, "best")
