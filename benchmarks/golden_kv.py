@@ -37,7 +37,7 @@ from torch import Tensor
 os.environ["TRITON_INTERPRET"] = "1"  # of the part `kernels`; must be set before Triton is imported
 import suffice  # isort: skip
 from suffice import information  # isort: skip
-from suffice.kv import DEFAULT_POLICY, HeadProfile, Policy, Profile, CompressedCache, Signals, load  # isort: skip
+from suffice.kv import DEFAULT_POLICY, HeadProfile, Policy, Profile, CompressedCache, Signals, load_model  # isort: skip
 from suffice.kv import Equal, Greedy, MarginalCapacity, PooledScores, Pyramid, Rounds, Top, TwoStage  # isort: skip
 from suffice.kv.eval import answer as answering  # isort: skip
 from suffice.kv.budget import calibration  # isort: skip
@@ -48,7 +48,7 @@ from suffice.kv.policy import estimators  # isort: skip
 from suffice.kv.eval import fidelity  # isort: skip
 from suffice.kv.hf import fingerprint as identity  # isort: skip
 from suffice.kv.policy import capacity_share as measuring  # isort: skip
-from suffice.kv.hf import loading as models  # isort: skip
+from suffice import folders  # isort: skip
 from suffice.kv.policy import registry as named  # isort: skip
 from suffice.kv.eval import prompts  # isort: skip
 from suffice.kv.budget import protection  # isort: skip
@@ -345,7 +345,7 @@ def fingerprint(model: Any) -> str:
 
 
 def load_default() -> tuple[Any, Any]:
-    return load(dtype="float32")
+    return load_model(dtype="float32")
 
 
 @contextlib.contextmanager
@@ -368,7 +368,7 @@ def kernels_on_cpu() -> Iterator[list[int]]:
 
 def isolate(folder: Path) -> None:
     """Keep what tiny models leave behind out of the user's cache folder; the default model is shared."""
-    shared = models.cache_folder() / "models"
+    shared = folders.cache_folder() / "models"
     shared.mkdir(parents=True, exist_ok=True)
     (folder / "models").symlink_to(shared)
     os.environ["SUFFICE_CACHE"] = str(folder)

@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from machine import machine
-from suffice.kv import CompressedCache, Signals, get_policy, load
+from suffice.kv import CompressedCache, Signals, get_policy, load_model
 from suffice.kv.attention.hook import Call
 from suffice.kv.cache.layer import CompressedLayer
 
@@ -198,7 +198,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, tokenizer = load(dtype="float32", say=lambda line: print(line, flush=True))
+    model, tokenizer = load_model(dtype="float32", on_progress=lambda line: print(line, flush=True))
     text = "\n\n".join(value for _, value in sorted(pydoc_data.topics.topics.items()))
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
 

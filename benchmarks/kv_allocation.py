@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from scipy.stats import t as student
 
-from suffice.kv import Policy, load
+from suffice.kv import Policy, load_model
 from suffice.kv.eval.compare import TASKS
 from suffice.kv.eval.fidelity import Cell, evaluate
 from suffice.kv.eval.tasks import make, manual
@@ -46,7 +46,7 @@ FACTS = ("task", "mode", "seed", "policy", "allocation", "budget", "tokens_kept"
 def measure(options: argparse.Namespace) -> None:
     """Run the samples that are not in the file yet, and add their rows."""
     torch.set_num_threads(1)
-    model, tokenizer = load(dtype=options.dtype)
+    model, tokenizer = load_model(dtype=options.dtype)
     read = tokenizer(manual(), add_special_tokens=False, verbose=False).input_ids[:700]
     haystack = manual()[len(str(tokenizer.decode(read))) :]
     cells = [Cell(policy, budget, name) for policy in POLICIES for name in allocations() for budget in BUDGETS]

@@ -31,7 +31,7 @@ from transformers import Cache, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from machine import forget_peak, machine, status
-from suffice.kv import CompressedCache, load
+from suffice.kv import CompressedCache, load_model
 from suffice.kv.cache.shared_prefill import prefill
 
 try:
@@ -185,7 +185,7 @@ def inputs(tokens: int) -> tuple[Any, Tensor]:
     """Return the default model in float32, and real English."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, tokenizer = load(dtype="float32")
+    model, tokenizer = load_model(dtype="float32")
     text = "\n\n".join(value for _, value in sorted(pydoc_data.topics.topics.items()))
     return model, tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :tokens]
 

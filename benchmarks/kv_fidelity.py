@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from suffice.kv import CompressedCache, load, policies
+from suffice.kv import CompressedCache, load_model, policies
 from suffice.kv.cache.shared_prefill import prefill
 
 NAMES = ("river", "castle", "garden", "violin", "harbor", "lantern", "meadow", "orchard")
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model, tokenizer = load(dtype="float32")
+    model, tokenizer = load_model(dtype="float32")
     text = "\n\n".join(value for _, value in sorted(pydoc_data.topics.topics.items()) if len(value) > 400)
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     names = [name for name, policy in policies().items() if name != "full" and not policy.allocation.ragged]

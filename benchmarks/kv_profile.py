@@ -23,7 +23,7 @@ import torch
 
 from evidence import FIRST_SEED, haystack
 from machine import machine
-from suffice.kv import DEFAULT_POLICY, HeadProfile, Profile, calibrate, load, profile_from_weights, profile_of
+from suffice.kv import DEFAULT_POLICY, HeadProfile, Profile, calibrate, load_model, profile_from_weights, profile_of
 from suffice.kv.eval.compare import TASKS
 from suffice.kv.eval.fidelity import Cell, evaluate
 from suffice.kv.eval.tasks import make
@@ -57,7 +57,7 @@ def allocations(model: Any, tokenizer: Any) -> dict[str, str | HeadProfile]:
 def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Return KL by allocation and cell, a number for each sample."""
     torch.set_num_threads(1)
-    model, tokenizer = load(dtype="float32")
+    model, tokenizer = load_model(dtype="float32")
     text = Path(haystack(options.folder, "float32")).read_text(encoding="utf-8")
     splits = allocations(model, tokenizer)
     cells = [Cell(DEFAULT_POLICY, budget, split) for split in splits.values() for budget in BUDGETS]

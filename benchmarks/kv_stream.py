@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from machine import forget_peak, machine, status
-from suffice.kv import DEFAULT_POLICY, CompressedCache, load
+from suffice.kv import DEFAULT_POLICY, CompressedCache, load_model
 from suffice.report import figures
 
 FROM = 10_000  # the token from which memory is to stay as it is
@@ -115,7 +115,7 @@ def main() -> None:
         parser.error(f"--tokens is {options.tokens}; accepted: at least {2 * FROM}")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, tokenizer = load(dtype="float32", say=lambda line: print(line, flush=True))
+    model, tokenizer = load_model(dtype="float32", on_progress=lambda line: print(line, flush=True))
     text = "\n\n".join(value for _, value in sorted(pydoc_data.topics.topics.items()))
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
     ids = ids.repeat(1, -(-options.tokens // ids.shape[1]))[:, : options.tokens]

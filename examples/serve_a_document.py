@@ -5,7 +5,7 @@ python examples/serve_a_document.py
 
 import argparse
 
-from suffice.kv import CompressedCache, load
+from suffice.kv import CompressedCache, load_model
 from suffice.kv.cache.shared_prefill import prefill
 from suffice.kv.eval.answer import generate, prompt
 
@@ -13,7 +13,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--quick", action="store_true", help="a short document")
 arguments = parser.parse_args()
 
-model, tokenizer = load()  # or your own transformers model and tokenizer
+model, tokenizer = load_model()  # or your own transformers model and tokenizer
 filler = "The sea was calm that day, and the boats stayed in. " * (20 if arguments.quick else 200)
 document = f"{filler}The access code of the harbour is 482913. {filler}The code of the orchard is 175220. {filler}"
 questions = ["What is the access code of the harbour?", "What is the code of the orchard?"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from suffice.kv.hf.loading import cache_folder
+from suffice.folders import cache_folder
 
 # Tests never ask a hub, and give the same examples every time.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -17,7 +17,7 @@ from transformers.distributed import DistributedConfig
 from suffice.kv import CompressedCache
 from suffice.kv.budget.calibration import calibrate
 from suffice.kv.hf.fingerprint import fingerprint
-from suffice.kv.hf.tensor_parallel import Sharding, largest
+from suffice.kv.hf.tensor_parallel import Sharding, topk_masks
 from tests.kv.tiny import answer, left_padded, prompt
 
 BUDGET, NEW = 18, 10
@@ -87,18 +87,18 @@ def selection(sharding: Sharding) -> bool:
     """The largest of all processes, beside a sort of all of them; with ties, −inf and an empty part."""
     generator = torch.Generator().manual_seed(7)
     for count in (0, 1, 5, 40, 200):
-        parts = torch.randn(sharding.size, 3, 30, generator=generator)
+        parts = torch.randn(sharding.world_size, 3, 30, generator=generator)
         parts[:, 1] = parts[:, 1].round()
         parts[:, 2] = parts[:, 2].where(parts[:, 2] > 0, float("-inf"))
         values = list(parts[sharding.rank])
         values.append(values[0][:0] if sharding.rank else values[0])
-        chosen = largest(values, [count] * 4, sharding)
+        chosen = topk_masks(values, [count] * 4, sharding)
         for row, (own, stay) in enumerate(zip(values, chosen, strict=True)):
             together = parts[:, row].flatten() if row < 3 else parts[0, 0]
             together = together[together > float("-inf")].sort(descending=True).values[:count]
             here = torch.full((30,), float("inf"))
             here[: int(stay.sum())] = own[stay]
-            both = sharding.whole(here[None], 0).flatten()
+            both = sharding.all_gather(here[None], 0).flatten()
             both = both[both < float("inf")].sort(descending=True).values
             if not torch.equal(both, together):
                 return False
@@ -109,7 +109,7 @@ def main(path: Path, out: Path) -> None:
     """Run all cases; called in each process."""
     warnings.simplefilter("ignore")
     model = split(path)
-    sharding = Sharding.of(model)
+    sharding = Sharding.from_model(model)
     assert sharding is not None
     counted = Counted()
     answer(model, inputs(), DynamicCache(config=model.config), NEW)

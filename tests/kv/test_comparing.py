@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from suffice import SufficeError
 from suffice.cli import app
-from suffice.kv import load
+from suffice.kv import load_model
 from suffice.kv.eval.compare import Comparison, compare, ranked, spearman
 from suffice.kv.eval.fidelity import Cell, evaluate
 from suffice.kv.eval.prompts import UserPrompt, read_prompts
@@ -58,7 +58,7 @@ def test_comparison_is_what_each_sample_gives_by_hand(folder, tmp_path):
     assert found.cells == [
         (t, m, b) for t, m in (("text", "continuation"), ("multikey", "agnostic")) for b in (0.5, 40)
     ]
-    network, reader = load(folder)
+    network, reader = load_model(folder)
     for seed in (0, 1):
         example = make("multikey", reader, tokens=300, seed=seed)
         cells = [Cell("h2o", 0.5), Cell("capkv", 40, "pooled")]

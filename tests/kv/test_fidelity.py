@@ -196,9 +196,9 @@ def test_wrong_arguments_are_named(model, options, words):
 
 @pytest.mark.model
 def test_the_default_model_finds_a_needle_and_loses_it_with_the_cache():
-    from suffice.kv import load
+    from suffice.kv import load_model
 
-    small, own = load(dtype="float32")
+    small, own = load_model(dtype="float32")
     example = replace(make("single", own, tokens=300, seed=1), new_tokens=8)
     cells = [Cell("streaming-llm", 0.15), Cell("capkv", 0.5, "profile")]
     full, lost, kept = evaluate(small, own, example, cells, mode="agnostic")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from suffice.kv import CompressedCache
 from suffice.kv.budget.calibration import calibrate, profile_of
 from suffice.kv.hf.fingerprint import fingerprint
-from suffice.kv.hf.tensor_parallel import Sharding, columns, largest
+from suffice.kv.hf.tensor_parallel import Sharding, local_columns, topk_masks
 from tests.kv.parallel import CASES, SETTINGS, inputs, run
 from tests.kv.tiny import answer, build, left_padded, prompt
 
@@ -106,27 +106,27 @@ def test_the_largest_of_two_processes(processes):
 
 def test_the_largest_of_one():
     values = [torch.tensor([3.0, float("-inf"), 5.0, 4.0]), torch.tensor([1.0, 2.0])]
-    found = largest(values, [2, 5])
+    found = topk_masks(values, [2, 5])
     assert [own.tolist() for own in found] == [[False, False, True, True], [True, True]]
 
 
 def test_heads_are_all_here_or_evenly_split():
-    sharding = Sharding(None, rank=1, size=2, heads=8)
-    assert [sharding.splits(heads) for heads in (8, 4)] == [False, True]
-    with pytest.raises(ValueError, match="process 1 of 2 holds 3 of 8 KV heads; accepted: all of them, or 8/2"):
-        sharding.splits(3)
-    assert sharding.part(torch.arange(8), 0).tolist() == [4, 5, 6, 7]
+    sharding = Sharding(None, rank=1, world_size=2, num_kv_heads=8)
+    assert [sharding.is_split(heads) for heads in (8, 4)] == [False, True]
+    with pytest.raises(ValueError, match="process 1 of 2 must be all 8 or 8/2 of them, got 3"):
+        sharding.is_split(3)
+    assert sharding.local_part(torch.arange(8), 0).tolist() == [4, 5, 6, 7]
 
 
 def test_a_projection_that_is_split_without_its_heads_is_named():
     weight = torch.zeros(5, 4)
-    assert columns(weight, 4) is weight
-    with pytest.raises(ValueError, match="output projection has 4 columns here, its heads 8 dimensions"):
-        columns(weight, 8)
+    assert local_columns(weight, 4) is weight
+    with pytest.raises(ValueError, match=r"output projection must have 8 columns, .*, got 4:"):
+        local_columns(weight, 8)
 
 
 def test_a_model_in_one_process_is_not_sharded():
-    assert Sharding.of(build("llama")) is None
+    assert Sharding.from_model(build("llama")) is None
 
 
 @pytest.fixture(scope="module")

@@ -73,10 +73,10 @@ def _kv(
     as_json: bool,
 ) -> None:
     from suffice.kv.eval.demo import run
-    from suffice.kv.hf.loading import load
+    from suffice.kv.hf.loading import load_model
 
     with progress() as say:
-        network, tokenizer = load(model, device=device, say=say)
+        network, tokenizer = load_model(model, device=device, on_progress=say)
         found = run(network, tokenizer, tokens=tokens, seed=seed, say=say)
     demo_kv.add(page, found)
     result |= {"tokens": found.tokens, "rows": [demo_kv.numbers(row) for row in found.rows]}

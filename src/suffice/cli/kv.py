@@ -15,7 +15,8 @@ from suffice.cli.console import out, print_json, progress
 from suffice.cli.kv_measure import compare_caches, tune_budget
 from suffice.cli.kv_options import AttnOption, DeviceOption, DtypeOption, ModelOption, parse_budget
 from suffice.kv.budget.protection import Protection
-from suffice.kv.hf.loading import DEFAULT_MODEL, load
+from suffice.kv.hf.default_model import DEFAULT_MODEL
+from suffice.kv.hf.loading import load_model
 from suffice.kv.policy.registry import DEFAULT_POLICY, allocations, get_allocation, get_policy, policies
 from suffice.report.figures import save
 
@@ -74,7 +75,7 @@ def generate(
     if not text.strip():
         raise ValueError("the prompt is empty; accepted: some text")
     with progress() as say:
-        network, tokenizer = load(model, device=device, dtype=dtype, attn=attn, say=say)
+        network, tokenizer = load_model(model, device=device, dtype=dtype, attn=attn, on_progress=say)
         say(f"generating with {chosen.name}, budget {budget}")
         result, report = answer(
             network,
@@ -152,7 +153,7 @@ def calibrate_model(
     text = None if text_file is None else _read_file("--text-file", text_file)
     start = time.perf_counter()
     with progress() as say:
-        network, tokenizer = load(model, device=device, dtype=dtype, attn=attn, say=say)
+        network, tokenizer = load_model(model, device=device, dtype=dtype, attn=attn, on_progress=say)
         say("measuring the head profile")
         if from_weights:
             profile = profile_from_weights(network)

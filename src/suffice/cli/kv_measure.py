@@ -12,7 +12,7 @@ from suffice.cli.command_line import command_line
 from suffice.cli.console import finite, out, print_json
 from suffice.cli.kv_options import AttnOption, DeviceOption, DtypeOption, ModelOption, parse_budget
 from suffice.cli.watching import watching
-from suffice.kv.hf.loading import DEFAULT_MODEL
+from suffice.kv.hf.default_model import DEFAULT_MODEL
 from suffice.kv.policy.registry import DEFAULT_POLICY
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from suffice.kv.cache.cache import CompressedCache
     from suffice.kv.cache.report import CacheReport, HeadReport
     from suffice.kv.eval.answer import answer
-    from suffice.kv.hf.loading import DEFAULT_MODEL, DefaultModelError, load
+    from suffice.kv.hf.default_model import DEFAULT_MODEL, DefaultModelError
+    from suffice.kv.hf.loading import load_model
     from suffice.kv.policy.attention_stats import Signals
     from suffice.kv.policy.policy import Policy
     from suffice.kv.policy.registry import DEFAULT_POLICY, allocations, get_allocation, get_policy, policies
@@ -47,7 +48,7 @@ __all__ = [
     "calibrate",
     "get_allocation",
     "get_policy",
-    "load",
+    "load_model",
     "policies",
     "profile_from_weights",
     "profile_of",
@@ -57,9 +58,9 @@ __all__ = [
 
 _HOME = {
     "CacheReport": "suffice.kv.cache.report",
-    "DEFAULT_MODEL": "suffice.kv.hf.loading",
+    "DEFAULT_MODEL": "suffice.kv.hf.default_model",
     "DEFAULT_POLICY": "suffice.kv.policy.registry",
-    "DefaultModelError": "suffice.kv.hf.loading",
+    "DefaultModelError": "suffice.kv.hf.default_model",
     "Equal": "suffice.kv.budget.allocation",
     "Greedy": "suffice.kv.policy.selection",
     "HeadProfile": "suffice.kv.budget.head_profile",
@@ -79,7 +80,7 @@ _HOME = {
     "calibrate": "suffice.kv.budget.calibration",
     "get_allocation": "suffice.kv.policy.registry",
     "get_policy": "suffice.kv.policy.registry",
-    "load": "suffice.kv.hf.loading",
+    "load_model": "suffice.kv.hf.loading",
     "policies": "suffice.kv.policy.registry",
     "profile_of": "suffice.kv.budget.calibration",
     "read_profile": "suffice.kv.budget.calibration",

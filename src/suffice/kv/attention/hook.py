@@ -201,12 +201,3 @@ def _detach(reference: weakref.ref[PreTrainedModel]) -> None:
         del _attached[decoder]
         if name.startswith(PREFIX):
             decoder.set_attn_implementation(name.removeprefix(PREFIX))
-
-
-def attention_modules(decoder: nn.Module) -> dict[int, nn.Module]:
-    """Return the attention module of each layer, by the layer's index."""
-    return {
-        index: module
-        for module in decoder.modules()
-        if isinstance(index := getattr(module, "layer_idx", None), int) and "Attention" in type(module).__name__
-    }

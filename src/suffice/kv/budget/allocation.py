@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from suffice.gpu import async_tensor
-from suffice.kv.hf.tensor_parallel import Sharding, largest
+from suffice.kv.hf.tensor_parallel import Sharding, topk_masks
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Request:
     @property
     def heads(self) -> int:
         """KV heads of the layer, those of other processes included."""
-        return self.room.shape[1] if self.sharding is None else self.sharding.heads
+        return self.room.shape[1] if self.sharding is None else self.sharding.num_kv_heads
 
 
 class Allocation(ABC):
@@ -146,7 +146,7 @@ class PooledScores(Allocation):
         """Return for each head how many of the layer's largest shares are its own."""
         ranked = claims(request, self.safeguard)
         counts = [budget * request.heads for budget in request.budget]
-        chosen = largest(list(ranked.flatten(1)), counts, request.sharding)
+        chosen = topk_masks(list(ranked.flatten(1)), counts, request.sharding)
         return torch.stack(chosen).view_as(ranked).sum(-1).cpu()
 
     def __str__(self) -> str:

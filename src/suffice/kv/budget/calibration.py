@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from suffice.folders import cache_folder
 from suffice.kv.attention.hook import Attachment, Call, mark
 from suffice.kv.budget.head_profile import Profile
 from suffice.kv.hf.fingerprint import fingerprint
-from suffice.kv.hf.loading import cache_folder, window_of
+from suffice.kv.hf.model_info import context_window, full_attention_layers
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.attention_stats import Signals
 
@@ -56,7 +57,7 @@ def calibrate(
             not finite.
 
     """
-    window = window_of(model)
+    window = context_window(model)
     most = _TOKENS if window is None else (window - _ROOM) // 2
     tokens = min(_TOKENS, most) if tokens is None else tokens
     if tokens < _LEAST:
@@ -88,12 +89,12 @@ def calibrate(
     finally:
         model.train(training)
         del attachment
-    attention = [layers[index].attention for index in compressed_layers(model)]
+    attention = [layers[index].attention for index in full_attention_layers(model)]
     if not all(math.isfinite(value) for layer in attention for value in layer):
         raise ValueError("the model's attention is NaN or infinite: no head profile can be measured")
-    sharding = Sharding.of(model)
-    if sharding is not None and sharding.splits(len(attention[0])):
-        attention = sharding.whole(torch.tensor(attention, device=model.device), 1).tolist()
+    sharding = Sharding.from_model(model)
+    if sharding is not None and sharding.is_split(len(attention[0])):
+        attention = sharding.all_gather(torch.tensor(attention, device=model.device), 1).tolist()
     return Profile(tuple(map(tuple, attention)), fingerprint(model), source)
 
 
@@ -119,22 +120,16 @@ class _Watch(DynamicLayer):
         self.attention = _most_attention(signals, self._first).mean((0, 2)).tolist()
 
 
-def compressed_layers(model: PreTrainedModel) -> list[int]:
-    """Return the layers with full attention, which are those that a cache compresses."""
-    stock = DynamicCache(config=model.config).layers
-    return [index for index, layer in enumerate(stock) if type(layer) is DynamicLayer]
-
-
 def profile_of(model: PreTrainedModel) -> Profile:
     """Return a model's head profile: measured earlier, shipped, or measured now on random tokens and kept."""
     name = fingerprint(model)
     found = _find(name)
-    sharding = Sharding.of(model)
+    sharding = Sharding.from_model(model)
     if sharding is not None:
         found = _agreed(found, model, sharding)
     if found is not None:
         return found
-    window = window_of(model)
+    window = context_window(model)
     if window is not None and window < _SHORTEST:
         raise ValueError(
             f"allocation is 'profile', which needs a model with a window of {_SHORTEST} tokens, this one has {window}; "
@@ -160,9 +155,9 @@ def _find(name: str) -> Profile | None:
 
 def _agreed(found: Profile | None, model: PreTrainedModel, sharding: Sharding) -> Profile | None:
     """Return what the first process has found: on several machines, others may have found something else."""
-    heads = (len(compressed_layers(model)), sharding.heads)
+    heads = (len(full_attention_layers(model)), sharding.num_kv_heads)
     numbers = torch.zeros(heads) if found is None else torch.tensor(found.attention, dtype=torch.float64)
-    numbers = sharding.first(numbers.to(model.device, torch.float64))
+    numbers = sharding.broadcast(numbers.to(model.device, torch.float64))
     if not bool(numbers.any()):
         return None
     source = "the first process" if found is None else found.source

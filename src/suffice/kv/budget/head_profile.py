@@ -98,7 +98,7 @@ class HeadProfile(Allocation):
             for budget, seen, least in zip(request.budget, request.seen, request.least, strict=True)
         ]
         tokens = torch.tensor(rows)
-        return tokens if request.sharding is None else request.sharding.part(tokens, 1)
+        return tokens if request.sharding is None else request.sharding.local_part(tokens, 1)
 
     def budgets(self, budget: int, seen: int, least: int = 0, most: int | None = None) -> list[list[int]]:
         """Return the entries of every layer and head: whole numbers that sum to budget × layers × heads.

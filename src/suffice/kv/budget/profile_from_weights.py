@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from suffice.kv.attention.hook import attention_modules
-from suffice.kv.budget.calibration import compressed_layers
 from suffice.kv.budget.head_profile import Profile
 from suffice.kv.hf.fingerprint import fingerprint
-from suffice.kv.hf.loading import window_of
-from suffice.kv.hf.offload import device_of, fetched
-from suffice.kv.hf.rotary import RotaryEmbedding, rotaries_of, rotate_half
+from suffice.kv.hf.model_info import attention_modules, context_window, full_attention_layers
+from suffice.kv.hf.offload import execution_device, materialized_weight
+from suffice.kv.hf.rotary import RotaryEmbedding, find_rotate_half, rotary_embeddings
 from suffice.kv.hf.tensor_parallel import Sharding
 
 _WINDOW = 8192  # of a model that does not say its own
@@ -39,15 +36,15 @@ def profile_from_weights(model: PreTrainedModel) -> Profile:
         ValueError: the attention has other projections, or the weights are split over processes.
 
     """
-    if Sharding.of(model) is not None:
+    if Sharding.from_model(model) is not None:
         raise ValueError("model is split over processes; accepted: a whole one, or `calibrate`")
     decoder = model.get_decoder()
     modules = attention_modules(decoder)
-    rotaries = rotaries_of(decoder, modules)
-    slowest = 2 * math.pi / (window_of(model) or _WINDOW)
+    rotaries = rotary_embeddings(decoder, modules)
+    slowest = 2 * math.pi / (context_window(model) or _WINDOW)
     rows: list[tuple[float, ...]] = []
     with torch.no_grad():
-        for index in compressed_layers(model):
+        for index in full_attention_layers(model):
             queries, keys = _row_norms(modules[index], model.config.get_text_config())
             partner, frequency = _pairs(modules[index], rotaries[index], keys.shape[-1])
             energy = _pair_norms(queries, partner) * _pair_norms(keys, partner)[:, None]
@@ -76,25 +73,25 @@ def _row_norms(module: nn.Module, config: Any) -> tuple[Tensor, Tensor]:
 
 def _norms(module: nn.Module, name: str) -> Tensor | None:
     projection = getattr(module, name, None)
-    weight = None if projection is None else fetched(projection, "weight")
+    weight = None if projection is None else materialized_weight(projection, "weight")
     return None if weight is None else weight.float().norm(dim=-1).cpu()
 
 
 def _scale(module: nn.Module, name: str, norms: Tensor) -> Tensor:
     norm: Any = getattr(module, name, None)
     dim = norms.shape[-1]
-    if norm is None or (weight := fetched(norm, "weight")) is None or weight.shape != (dim,):
+    if norm is None or (weight := materialized_weight(norm, "weight")) is None or weight.shape != (dim,):
         return norms.new_ones(dim)
     # What it makes of ones is its scale, whether it is stored as such or less one, as Gemma has it.
-    return norm(torch.ones(1, dim, dtype=weight.dtype, device=device_of(norm)))[0].float().abs().cpu()
+    return norm(torch.ones(1, dim, dtype=weight.dtype, device=execution_device(norm)))[0].float().abs().cpu()
 
 
 def _pairs(module: nn.Module, rotary: RotaryEmbedding | None, dim: int) -> tuple[Tensor, Tensor]:
     """Return the partner of each dimension, itself if it is not rotated, and its turn from a token to the next."""
     partner, frequency = torch.arange(dim), torch.zeros(dim)
     if rotary is not None:
-        cos, sin = (x[0, 0].cpu() for x in rotary(torch.ones(1, 1, dtype=torch.long, device=device_of(module))))
-        rotate = getattr(sys.modules[type(module).__module__], "rotate_half", rotate_half)
+        cos, sin = (x[0, 0].cpu() for x in rotary(torch.ones(1, 1, dtype=torch.long, device=execution_device(module))))
+        rotate = find_rotate_half(module)
         partner[: len(cos)] = rotate(torch.eye(len(cos))).abs().argmax(0)
         frequency[: len(cos)] = torch.atan2(sin, cos).abs()
     return partner, frequency

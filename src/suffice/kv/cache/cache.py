@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from suffice.kv.attention.hook import Attachment, attention_modules
+from suffice.kv.attention.hook import Attachment
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.budget.protection import Protection
@@ -19,8 +19,8 @@ from suffice.kv.cache.global_budget import Pool
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.report import CacheReport, head_reports
 from suffice.kv.cache.settings import Settings
-from suffice.kv.hf.loading import window_of
-from suffice.kv.hf.rotary import rotaries_of
+from suffice.kv.hf.model_info import attention_modules, context_window
+from suffice.kv.hf.rotary import rotary_embeddings
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY, get_allocation, get_policy
@@ -108,8 +108,10 @@ class CompressedCache(Cache):
         for index in full:
             if index not in modules:
                 raise ValueError(f"{type(model).__name__}: no attention module for layer {index} was found")
-        rotaries = rotaries_of(decoder, modules)
-        if positions == "compact" and any(rotary is not None and rotary.adapts for rotary in rotaries.values()):
+        rotaries = rotary_embeddings(decoder, modules)
+        if positions == "compact" and any(
+            rotary is not None and rotary.depends_on_length for rotary in rotaries.values()
+        ):
             raise ValueError(
                 "positions is 'compact', but this model's rotary embedding adapts its frequencies to the length of "
                 "the text; accepted: 'original'"
@@ -127,7 +129,7 @@ class CompressedCache(Cache):
             measure_capacity=measure_capacity and evict == "prefill" and not shared,
             layers=len(full),
             most=_most(model) if positions == "compact" else None,
-            sharding=Sharding.of(model),
+            sharding=Sharding.from_model(model),
             quantization=_quantization(quantized, self.policy),
         )
         pool = Pool(len(full)) if shared else None
@@ -283,5 +285,5 @@ def _quantization(given: str | Quantization | None, policy: Policy) -> Quantizat
 
 def _most(model: PreTrainedModel) -> int | None:
     """Return what a head may hold of keys that are moved together: half of the window, new tokens need the rest."""
-    window = window_of(model)
+    window = context_window(model)
     return None if window is None else window // 2

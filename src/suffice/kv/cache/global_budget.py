@@ -7,7 +7,7 @@ from torch import Tensor
 
 from suffice.gpu import async_tensor
 from suffice.kv.budget.allocation import MarginalCapacity, Request, claims
-from suffice.kv.hf.tensor_parallel import Sharding, largest
+from suffice.kv.hf.tensor_parallel import Sharding, topk_masks
 from suffice.kv.policy.attention_stats import Signals
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.selection import NOT_A_NUMBER, Budget
@@ -63,7 +63,7 @@ class Pool:
         stay = torch.zeros_like(claims, dtype=torch.bool)
         others = {number: storage for number, storage in self._storages.items() if number != layer}
         masks = {number: torch.ones_like(s.columns["claim"], dtype=torch.bool) for number, s in others.items()}
-        heads = claims.shape[1] if sharding is None else sharding.heads
+        heads = claims.shape[1] if sharding is None else sharding.num_kv_heads
         rows = [
             # Layers may be on other devices; their claims come here, what they hold stays there.
             [claims[row].flatten(), *(s.columns["claim"][s.row_span(row)].to(claims.device) for s in others.values())]
@@ -72,7 +72,7 @@ class Pool:
         every = [torch.cat(parts) for parts in rows]
         silent = [own.isnan() for own in every]
         known = [own.masked_fill(none, float("-inf")) for own, none in zip(every, silent, strict=True)]
-        best = largest(known, [mean * heads * self.layers for mean in allowed], sharding)
+        best = topk_masks(known, [mean * heads * self.layers for mean in allowed], sharding)
         for row, parts in enumerate(rows):
             own, *rest = (best[row] | silent[row]).split([part.numel() for part in parts])
             stay[row] = own.view_as(stay[row])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -20,8 +19,8 @@ from suffice.kv.budget.protection import tokens_allowed
 from suffice.kv.cache.global_budget import Pool, renewed
 from suffice.kv.cache.rerotation import compacted
 from suffice.kv.cache.settings import Settings
-from suffice.kv.hf.offload import fetched
-from suffice.kv.hf.rotary import RotaryEmbedding, rotate_half
+from suffice.kv.hf.offload import materialized_weight
+from suffice.kv.hf.rotary import RotaryEmbedding, find_rotate_half
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.attention_stats import Signals
 from suffice.kv.policy.capacity_share import capacity_share
@@ -165,7 +164,7 @@ class CompressedLayer(DynamicLayer):
             if isinstance(self.storage, QuantizedStorage):
                 self.storage.settle()
         if self.layer == own.layers - 1 and self._rotary is not None:
-            self._rotary.forget()
+            self._rotary.clear_cache()
 
     def _rows_due(self, new: int, padding: list[int]) -> list[bool]:
         """Return which rows are to evict after a call of `new` tokens, given each one's padding; [] for none.
@@ -294,9 +293,9 @@ class CompressedLayer(DynamicLayer):
             layer=self.layer,
             layers=self.settings.layers,
             most=self.settings.most,
-            output=None if projection is None else functools.partial(fetched, projection, "weight"),
+            output=None if projection is None else functools.partial(materialized_weight, projection, "weight"),
             rotary=self._rotary,
-            rotate=getattr(sys.modules[type(call.module).__module__], "rotate_half", rotate_half),
+            rotate=find_rotate_half(call.module),
             attention=attention if queries.shape[2] == call.query.shape[2] else None,
             received=entries.columns.get("received"),
             moments=self.moments,
@@ -310,7 +309,7 @@ class CompressedLayer(DynamicLayer):
 
     def _sharding(self, heads: int) -> Sharding | None:
         own = self.settings.sharding
-        return own if own is not None and own.splits(heads) else None
+        return own if own is not None and own.is_split(heads) else None
 
     def get_seq_length(self, *args: Any) -> int:
         """Return how many tokens were seen, padding included: the position of the next one."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from suffice.kv.hf.rotary import RotaryEmbedding, shift
+from suffice.kv.hf.rotary import RotaryEmbedding, shift_positions
 from suffice.kv.policy.attention_stats import Signals
 from suffice.kv.storage.uniform import Entries
 
@@ -28,5 +28,5 @@ def compacted(signals: Signals, entries: Entries, kept: Tensor, rotary: RotaryEm
     steps = (target.expand_as(kept) - places.gather(2, index)).masked_fill(kept < 0, 0)
     # Left of the first kept entry of a short head stand empty places, all of index 0: added, not written.
     every = torch.zeros_like(places).scatter_add(2, index, steps)
-    keys = shift(entries.keys, every, rotary, signals.rotate)
+    keys = shift_positions(entries.keys, every, rotary, signals.rotate)
     return replace(entries, keys=keys, places=places + every)

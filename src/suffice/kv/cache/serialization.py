@@ -21,7 +21,7 @@ from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.hf.fingerprint import fingerprint
-from suffice.kv.hf.offload import device_of
+from suffice.kv.hf.offload import execution_device
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.query_moments import Moments
@@ -155,8 +155,8 @@ def load_cache(path: str | Path, model: PreTrainedModel, policy: Policy | None =
 
 def _process(model: PreTrainedModel) -> list[int] | None:
     """Return which of how many processes holds its part of the heads here; None for one that holds all."""
-    sharding = Sharding.of(model)
-    return None if sharding is None else [sharding.rank, sharding.size]
+    sharding = Sharding.from_model(model)
+    return None if sharding is None else [sharding.rank, sharding.world_size]
 
 
 def _words(process: list[int] | None) -> str:
@@ -204,7 +204,7 @@ def _retained(layer: CompressedLayer) -> tuple[dict[str, Tensor], dict[str, Any]
 def _restore(layer: CompressedLayer, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     module = layer._module()  # pyright: ignore[reportPrivateUsage]
     assert module is not None
-    device = device_of(module)
+    device = execution_device(module)
     tensors = {name: value.to(device) for name, value in tensors.items()}
     columns = {name.removeprefix("columns."): x for name, x in tensors.items() if name.startswith("columns.")}
     keys, values, positions = tensors["keys"], tensors["values"], tensors["positions"]

@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.report import CacheReport
-from suffice.kv.hf.loading import window_of
+from suffice.kv.hf.model_info import context_window
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY
 
@@ -94,7 +94,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> Tensor
 
 def check_length(model: PreTrainedModel, tokens: int) -> None:
     """Raise if a model's window does not hold this many tokens."""
-    window = window_of(model)
+    window = context_window(model)
     if window is not None and tokens > window:
         raise ValueError(
             f"prompt and answer have {tokens} tokens, more than the model's window of {window}. Shorten the "

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.eval.fidelity import Cell
-from suffice.kv.hf.loading import load
+from suffice.kv.hf.loading import load_model
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY
 
@@ -77,7 +77,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
             # The harness's command asks for CUDA unless told otherwise, and takes the CPU where there is none.
             there = torch.cuda.is_available()
             device = device if device and (there or not device.startswith("cuda")) else "cuda:0" if there else "cpu"
-            model, tokenizer = load(pretrained, device=device, dtype=dtype, attn=attn)
+            model, tokenizer = load_model(pretrained, device=device, dtype=dtype, attn=attn)
         self._cell = Cell(policy, budget, allocation)
         # What is wrong with these is said now, not after the first prompt.
         self._cell.cache(model)

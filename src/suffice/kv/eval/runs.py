@@ -14,7 +14,7 @@ from suffice.kv.eval.fidelity import Cell, evaluate
 from suffice.kv.eval.prompts import continued, read_prompts
 from suffice.kv.eval.run_kinds import OWN
 from suffice.kv.eval.tasks import make
-from suffice.kv.hf.loading import load
+from suffice.kv.hf.loading import load_model
 from suffice.kv.policy.registry import get_allocation, get_policy
 from suffice.study.jobs import Context
 
@@ -38,7 +38,7 @@ VALUES = (
 @functools.lru_cache(maxsize=1)
 def loaded(model: str | None, device: str, dtype: str, attn: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a model and its tokenizer; the last ones stay loaded for the next run."""
-    return load(model, device=device, dtype=dtype, attn=attn)
+    return load_model(model, device=device, dtype=dtype, attn=attn)
 
 
 def contestants(settings: Mapping[str, Any]) -> list[tuple[str, str, float]]:

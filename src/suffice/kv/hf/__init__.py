@@ -1,1 +1,1 @@
-"""What the cache needs from transformers: loading, fingerprints, rotary embeddings, tensor parallelism, offloading."""
+"""Access to transformers models: loading, model facts, fingerprints, rotary embeddings, sharding, offloading."""

@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps elsewhere: a `device_map` with layers on "cpu" or "disk"."""
+"""Weights that accelerate offloads to the CPU or to disk (a `device_map` with "cpu" or "disk")."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 
-def fetched(module: nn.Module, name: str) -> Tensor | None:
-    """Return a module's own weight where it is computed with, read from where it waits if need be; None for none."""
+def materialized_weight(module: nn.Module, name: str) -> Tensor | None:
+    """Return a module's own weight on its execution device; load it if it is offloaded; None if there is none."""
     weight: Tensor | None = getattr(module, name, None)
     if weight is None or weight.device.type != "meta":
         return weight
@@ -17,10 +17,10 @@ def fetched(module: nn.Module, name: str) -> Tensor | None:
         return getattr(module, name)
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Return the device that a module computes on."""
-    for part in module.modules():
-        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+def execution_device(module: nn.Module) -> torch.device:
+    """Return the device on which a module computes."""
+    for submodule in module.modules():
+        device = getattr(getattr(submodule, "_hf_hook", None), "execution_device", None)
         if device is not None:
             return torch.device(device)
     return next(module.parameters()).device

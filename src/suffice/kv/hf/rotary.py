@@ -1,8 +1,9 @@
-"""The rotary embedding of a model's layers, asked for positions of our own."""
+"""Rotary position embeddings: a model's own embedding, evaluated at positions that we choose."""
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,75 +12,103 @@ from torch import Tensor, nn
 
 
 def rotate_half(x: Tensor) -> Tensor:  # [..., rotary_dim]
-    """Rotate each pair (x_j, x_{j + rotary_dim/2}) by 90 degrees, as Llama and its kin pair dimensions."""
+    """Rotate each pair (x_j, x_{j + rotary_dim/2}) by 90 degrees, which is how Llama pairs the dimensions."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 
 
-class RotaryEmbedding:
-    """The model's rotary embedding for one layer type: cosines and sines of positions.
+def find_rotate_half(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the `rotate_half` function of the file that defines an attention module; Llama's if it has none."""
+    return getattr(sys.modules[type(module).__module__], "rotate_half", rotate_half)
 
-    All layers of a prefill ask for the same positions: the last answer is kept.
+
+class RotaryEmbedding:
+    """A model's rotary embedding for one layer type.
+
+    All layers ask for the same positions during a prefill, so the last result is cached.
+
+    Args:
+        embedding: the model's `rotary_emb` module.
+        layer_type: passed to the embedding where it rotates the layer types differently; else None.
+
+    Attributes:
+        depends_on_length: whether the frequencies change with the largest position (dynamic NTK, LongRoPE).
+
     """
 
-    def __init__(self, embedding: Any, kind: str | None) -> None:
-        self._embedding, self._kind = embedding, kind
-        rope = embedding.rope_type[kind] if kind else getattr(embedding, "rope_type", "default")
-        # These kinds adapt their frequencies to the positions they are asked for: ask a copy.
-        self.adapts = rope in ("dynamic", "longrope")
+    def __init__(self, embedding: Any, layer_type: str | None) -> None:
+        self._embedding, self._layer_type = embedding, layer_type
+        rope_type = embedding.rope_type[layer_type] if layer_type else getattr(embedding, "rope_type", "default")
+        self.depends_on_length = rope_type in ("dynamic", "longrope")
+        # By number of positions: the positions, and their cosines and sines.
         self._last: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines [batch, m, rotary_dim] of positions [batch, m]."""
-        known = self._last.get(positions.shape[1])
-        if known is not None and known[0].device == positions.device and torch.equal(known[0], positions):
-            return known[1]
-        own = copy.deepcopy(self._embedding) if self.adapts else self._embedding
+        """Return the cosines and sines [batch, tokens, rotary_dim] of positions [batch, tokens]."""
+        last = self._last.get(positions.shape[1])
+        if last is not None and last[0].device == positions.device and torch.equal(last[0], positions):
+            return last[1]
+        # Such an embedding updates its frequencies in place when it is called: call a copy.
+        embedding = copy.deepcopy(self._embedding) if self.depends_on_length else self._embedding
         like = torch.empty(0, dtype=torch.float32, device=positions.device)
-        cos, sin = own(like, positions, self._kind) if self._kind else own(like, positions)
-        # Where layers are spread over devices, the embedding answers on its own.
-        answer = (cos.to(positions.device), sin.to(positions.device))
-        self._last[positions.shape[1]] = (positions, answer)
-        return answer
+        cos, sin = embedding(like, positions, self._layer_type) if self._layer_type else embedding(like, positions)
+        # The embedding may be on another device than the layer if the model is spread over several devices.
+        result = (cos.to(positions.device), sin.to(positions.device))
+        self._last[positions.shape[1]] = (positions, result)
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RotaryEmbedding:
         return self
 
-    def forget(self) -> None:
-        """Free the kept answers."""
+    def clear_cache(self) -> None:
+        """Free the cached results."""
         self._last.clear()
 
 
-def shift(keys: Tensor, steps: Tensor, rotary: RotaryEmbedding, rotate: Callable[[Tensor], Tensor]) -> Tensor:
-    """Turn keys as if each stood so many positions later, in float32, returned in their own dtype.
+def shift_positions(
+    keys: Tensor, shifts: Tensor, rotary: RotaryEmbedding, rotate_half: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Move rotated keys to later positions.
 
     Args:
-        keys: [batch, kv_heads, tokens, dim], after rotary embedding.
-        steps: long [batch, kv_heads, tokens].
+        keys: [batch, kv_heads, tokens, head_dim], after the rotary embedding.
+        shifts: number of positions by which each key moves, long [batch, kv_heads, tokens].
         rotary: the model's rotary embedding.
-        rotate: how that embedding pairs the dimensions.
+        rotate_half: how that embedding pairs the dimensions.
+
+    Returns:
+        The keys in their own dtype; the rotation is computed in float32.
 
     """
-    cos, sin = (t.float().unflatten(0, steps.shape[:2]) for t in rotary(steps.flatten(0, 1)))
-    # An embedding that also scales (YaRN) has scaled the keys already.
+    cos, sin = (x.float().unflatten(0, shifts.shape[:2]) for x in rotary(shifts.flatten(0, 1)))
+    # YaRN also scales the keys. They are scaled already, so only the rotation is applied.
     scale = (cos * cos + sin * sin).sqrt()
-    turned = keys[..., : cos.shape[-1]].float()
-    turned = turned * (cos / scale) + rotate(turned) * (sin / scale)
-    return torch.cat((turned.to(keys.dtype), keys[..., cos.shape[-1] :]), dim=-1)
+    rotated = keys[..., : cos.shape[-1]].float()
+    rotated = rotated * (cos / scale) + rotate_half(rotated) * (sin / scale)
+    return torch.cat((rotated.to(keys.dtype), keys[..., cos.shape[-1] :]), dim=-1)
 
 
-def rotaries_of(decoder: nn.Module, modules: dict[int, nn.Module]) -> dict[int, RotaryEmbedding | None]:
-    """Return the rotary embedding of each layer; layers of one type share theirs."""
+def rotary_embeddings(decoder: nn.Module, modules: dict[int, nn.Module]) -> dict[int, RotaryEmbedding | None]:
+    """Return the rotary embedding of each layer; layers of one type share one object.
+
+    Args:
+        decoder: the transformer.
+        modules: its attention modules, by layer index.
+
+    Returns:
+        The embeddings by layer index; None for a model without a `rotary_emb` module.
+
+    """
     embedding: Any = getattr(decoder, "rotary_emb", None)
     if embedding is None:
         return dict.fromkeys(modules)
-    made: dict[str | None, RotaryEmbedding] = {}
-    found: dict[int, RotaryEmbedding | None] = {}
+    by_type: dict[str | None, RotaryEmbedding] = {}
+    by_layer: dict[int, RotaryEmbedding | None] = {}
     for index, module in modules.items():
-        kind = getattr(module, "layer_type", None)
-        # Gemma 3 rotates its layer types differently and asks which one is meant.
-        kind = kind if hasattr(embedding, f"{kind}_inv_freq") else None
-        if kind not in made:
-            made[kind] = RotaryEmbedding(embedding, kind)
-        found[index] = made[kind]
-    return found
+        layer_type = getattr(module, "layer_type", None)
+        # Gemma 3 has separate frequencies for each layer type; its embedding takes the type as an argument.
+        layer_type = layer_type if hasattr(embedding, f"{layer_type}_inv_freq") else None
+        if layer_type not in by_type:
+            by_type[layer_type] = RotaryEmbedding(embedding, layer_type)
+        by_layer[index] = by_type[layer_type]
+    return by_layer

@@ -1,4 +1,4 @@
-"""Tensor parallelism: which of a model's KV heads this process holds, and the little that processes tell each other."""
+"""Tensor parallelism: which KV heads of a model this process holds, and the collective operations on them."""
 
 from __future__ import annotations
 
@@ -13,196 +13,210 @@ from torch import distributed as dist
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# How the bits of a claim are looked at, from the highest on: shift and number of bits.
+# The radix selection of `topk_masks` reads 32-bit keys in three digits, highest first: (shift, number of bits).
 _DIGITS = ((21, 11), (10, 11), (0, 10))
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """KV heads of a model split over processes, as transformers' tensor parallelism does (`tp_plan="auto"`).
+    """How a model's KV heads are split over processes by transformers' tensor parallelism (`tp_plan="auto"`).
 
-    Process r of n holds the r-th n-th of the heads of every layer, and of the cache their entries alone. All
-    processes see the same tokens.
+    Each process holds `num_kv_heads / world_size` consecutive heads of every layer, in the order of the ranks, and
+    only their cache entries. All processes see the same tokens.
 
     Args:
-        group: the processes.
-        rank: of this process in the group.
-        size: number of processes.
-        heads: KV heads of the whole model.
+        group: the process group.
+        rank: rank of this process in the group.
+        world_size: number of processes in the group.
+        num_kv_heads: number of KV heads of the whole model.
 
     """
 
     group: Any
     rank: int
-    size: int
-    heads: int
+    world_size: int
+    num_kv_heads: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Sharding | None:
-        """Return how a model's heads are split; None if it is not tensor-parallel.
+    def from_model(cls, model: PreTrainedModel) -> Sharding | None:
+        """Return how a model's heads are split; None if the model is not tensor-parallel.
 
         Raises:
-            ValueError: its layers are split over processes.
+            ValueError: the model is pipeline-parallel.
 
         """
-        size = model.tp_size
+        world_size = model.tp_size
         mesh: Any = getattr(model, "_device_mesh", None)
-        if not size or size == 1 or mesh is None:
+        if not world_size or world_size == 1 or mesh is None:
             return None
         names: tuple[str, ...] = mesh.mesh_dim_names or ()
         if "pp" in names and mesh["pp"].size() > 1:
-            raise ValueError("the model is pipeline-parallel; accepted: tensor parallelism, or a device_map")
+            raise ValueError(
+                "model must be on one process, tensor-parallel, or spread by a device_map, got a pipeline-parallel one"
+            )
         group = mesh.get_group("tp") if "tp" in names else mesh.get_group()
         config: Any = model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return cls(group, dist.get_rank(group), size, heads)
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return cls(group, dist.get_rank(group), world_size, num_kv_heads)
 
-    def splits(self, heads: int) -> bool:
-        """Return whether a layer that sees so many KV heads sees a part of them; some models' plans split none.
+    def is_split(self, num_heads: int) -> bool:
+        """Return whether a layer with `num_heads` KV heads on this process is split. Some models' plans split none.
 
         Raises:
-            ValueError: it sees neither all nor its share.
+            ValueError: the layer has neither all KV heads nor this process's share of them.
 
         """
-        if heads == self.heads:
+        if num_heads == self.num_kv_heads:
             return False
-        if heads * self.size != self.heads:
+        if num_heads * self.world_size != self.num_kv_heads:
             raise ValueError(
-                f"process {self.rank} of {self.size} holds {heads} of {self.heads} KV heads; accepted: all of them, "
-                f"or {self.heads}/{self.size}"
+                f"the KV heads of a layer on process {self.rank} of {self.world_size} must be all "
+                f"{self.num_kv_heads} or {self.num_kv_heads}/{self.world_size} of them, got {num_heads}"
             )
         return True
 
-    def part(self, x: Tensor, dim: int) -> Tensor:
-        """Return this process's heads of something given for all heads."""
-        return x.chunk(self.size, dim)[self.rank]
+    def local_part(self, x: Tensor, dim: int) -> Tensor:
+        """Return this process's heads of a tensor that holds all heads along `dim`."""
+        return x.chunk(self.world_size, dim)[self.rank]
 
-    def whole(self, x: Tensor, dim: int) -> Tensor:
-        """Gather the heads of all processes, in their order."""
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """Concatenate the tensors of all processes along `dim`, in the order of the ranks."""
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, dim)
 
-    def total(self, x: Tensor) -> Tensor:
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
         """Return the sum over processes."""
         x = x.clone()
         dist.all_reduce(x, group=self.group)
         return x
 
-    def mean(self, x: Tensor) -> Tensor:  # [batch, tokens]
-        """Return the mean over processes of what is right-aligned and may be longer in others, as long as here."""
+    def all_reduce_mean(self, x: Tensor) -> Tensor:  # [batch, tokens]
+        """Return the mean over processes of right-aligned rows, in this process's width.
+
+        The processes may have rows of different widths; missing tokens on the left count as 0.
+        """
         width = torch.tensor(x.shape[-1], device=x.device)
         dist.all_reduce(width, dist.ReduceOp.MAX, group=self.group)
         padded = torch.nn.functional.pad(x, (int(width) - x.shape[-1], 0))
-        return self.total(padded)[..., padded.shape[-1] - x.shape[-1] :] / self.size
+        return self.all_reduce_sum(padded)[..., padded.shape[-1] - x.shape[-1] :] / self.world_size
 
-    def first(self, x: Tensor) -> Tensor:
-        """Return what the first process has."""
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Return the tensor of the first process."""
         x = x.clone()
         dist.broadcast(x, dist.get_global_rank(self.group, 0), group=self.group)
         return x
 
 
-def gathered(model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
-    """Return a weight of a tensor-parallel model as it is in the model's file; all processes must ask.
+def gather_weight(model: PreTrainedModel, name: str, weight: Tensor) -> Tensor:
+    """Return the whole weight of a tensor-parallel model. All processes must call this function.
 
     Args:
         model: the model.
-        name: of the weight in its state.
-        weight: this process's part.
+        name: name of the weight in the model's state dict.
+        weight: this process's part of it.
 
     """
     if hasattr(weight, "full_tensor"):
         full: Any = weight
         return full.full_tensor()
-    # Transformers that keep plain tensors know from the model's plan how each was split.
+    # Versions of transformers that shard into plain tensors record the split of each weight in the model's plan.
     from transformers.integrations.tensor_parallel import gather_state_dict_for_save
 
-    sharding = Sharding.of(model)
+    sharding = Sharding.from_model(model)
     assert sharding is not None
-    mesh = SimpleNamespace(size=lambda: sharding.size, mesh_dim_names=("tp",), get_group=lambda *_: sharding.group)
+    mesh = SimpleNamespace(
+        size=lambda: sharding.world_size, mesh_dim_names=("tp",), get_group=lambda *_: sharding.group
+    )
     plan: Any = model.tp_plan
-    return gather_state_dict_for_save({name: weight}, plan, mesh, sharding.size)[name]
+    return gather_state_dict_for_save({name: weight}, plan, mesh, sharding.world_size)[name]
 
 
-def columns(weight: Tensor, needed: int) -> Tensor:
-    """Return a projection's weight with the columns of the heads that are here, as a plain tensor [out, needed].
+def local_columns(weight: Tensor, num_columns: int) -> Tensor:
+    """Return the columns of an output projection that belong to this process's heads.
+
+    Args:
+        weight: the projection's weight, a plain or a distributed tensor.
+        num_columns: query heads on this process × head dimension.
+
+    Returns:
+        A plain tensor [out, num_columns].
 
     Raises:
-        ValueError: they are not here.
+        ValueError: the weight has another number of columns.
 
     """
-    split: Any = weight  # a plain tensor has neither of the two methods
-    local: Tensor = split.to_local() if hasattr(split, "to_local") else weight
-    if local.shape[1] != needed and hasattr(split, "full_tensor"):
-        local = split.full_tensor()
-    if local.shape[1] != needed:
+    distributed: Any = weight  # a plain tensor has neither of the two methods
+    local: Tensor = distributed.to_local() if hasattr(distributed, "to_local") else weight
+    if local.shape[1] != num_columns and hasattr(distributed, "full_tensor"):
+        local = distributed.full_tensor()
+    if local.shape[1] != num_columns:
         raise ValueError(
-            f"the attention's output projection has {local.shape[1]} columns here, its heads {needed} dimensions: it "
-            "is split over processes, or packed. Use directions other than OutputValue()"
+            f"the attention's output projection must have {num_columns} columns, one for each dimension of its heads, "
+            f"got {local.shape[1]}: the weight is split over processes, or packed. Use directions other than "
+            "OutputValue()"
         )
     return local
 
 
-def largest(values: list[Tensor], counts: list[int], sharding: Sharding | None = None) -> list[Tensor]:
-    """Return which values of each row are among its largest, of all processes; −inf never is.
+def topk_masks(values: list[Tensor], counts: list[int], sharding: Sharding | None = None) -> list[Tensor]:
+    """Mark the largest values of each row, counted over all processes; −inf is never marked.
 
-    Processes tell each other how many of their values have which leading bits, 64 kB a row in three messages,
-    however many values there are.
+    Between processes this is a radix selection: three messages with counts of leading bits, 64 kB per row, whatever
+    the number of values.
 
     Args:
-        values: of this process, one float32 tensor [any] for each row.
-        counts: how many of each row, over all processes.
-        sharding: the processes; None for this one alone.
+        values: this process's values, one float32 tensor [any] per row.
+        counts: number of values to mark in each row, over all processes.
+        sharding: the processes; None for this process alone.
 
     Returns:
-        Bool, as `values`.
+        Bool tensors with the shapes of `values`.
 
     """
     if sharding is None:
-        return [_largest(own, count) for own, count in zip(values, counts, strict=True)]
-    keys = [_keys(own) for own in values]
+        return [_topk_mask(row, count) for row, count in zip(values, counts, strict=True)]
+    keys = [_sort_keys(row) for row in values]
     device = keys[0].device
-    left = torch.tensor(counts, device=device)
-    found = torch.zeros_like(left)  # leading bits of the smallest value that stays
-    ties = left
-    for number, (shift, bits) in enumerate(_DIGITS):
-        bins = 1 << bits
-        counted = torch.stack(
+    remaining = torch.tensor(counts, device=device)
+    prefix = torch.zeros_like(remaining)  # leading bits of the smallest marked key
+    ties = remaining  # number of keys that begin with the prefix
+    for digit, (shift, bits) in enumerate(_DIGITS):
+        num_bins = 1 << bits
+        histogram = torch.stack(
             [
-                torch.bincount(own[(own >> (shift + bits)) == lead] >> shift & (bins - 1), minlength=bins)
-                for own, lead in zip(keys, found, strict=True)
+                torch.bincount(row[(row >> (shift + bits)) == lead] >> shift & (num_bins - 1), minlength=num_bins)
+                for row, lead in zip(keys, prefix, strict=True)
             ]
         )
-        upto = sharding.total(counted).flip(-1).cumsum(-1)  # values in the so many highest bins
-        if number == 0:
-            left = torch.minimum(left, upto[:, -1])
-        place = (upto < left[:, None]).sum(-1, keepdim=True)
-        above = torch.where(place > 0, upto.gather(1, (place - 1).clamp_min(0)), 0)[:, 0]
-        ties = upto.gather(1, place)[:, 0] - above
-        left = left - above
-        found = (found << bits) | (bins - 1 - place[:, 0])
-    equal = [own == lead for own, lead in zip(keys, found, strict=True)]
-    if not torch.equal(ties, left):
-        # Of equal values, those of the first process and head stay.
-        own = torch.stack([part.sum() for part in equal])
-        before = sharding.whole(own[None], 0)[: sharding.rank].sum(0)
-        left = left - before
+        from_top = sharding.all_reduce_sum(histogram).flip(-1).cumsum(-1)  # keys in the highest bins
+        if digit == 0:
+            remaining = torch.minimum(remaining, from_top[:, -1])
+        bin_from_top = (from_top < remaining[:, None]).sum(-1, keepdim=True)
+        above = torch.where(bin_from_top > 0, from_top.gather(1, (bin_from_top - 1).clamp_min(0)), 0)[:, 0]
+        ties = from_top.gather(1, bin_from_top)[:, 0] - above
+        remaining = remaining - above
+        prefix = (prefix << bits) | (num_bins - 1 - bin_from_top[:, 0])
+    equal = [row == smallest for row, smallest in zip(keys, prefix, strict=True)]
+    if not torch.equal(ties, remaining):
+        # Of equal values, those of the lowest rank and head are marked.
+        num_equal = torch.stack([row.sum() for row in equal])
+        remaining = remaining - sharding.all_gather(num_equal[None], 0)[: sharding.rank].sum(0)
     return [
-        (own > lead) | (same & (same.cumsum(-1) <= room))
-        for own, lead, same, room in zip(keys, found, equal, left, strict=True)
+        (row > smallest) | (same & (same.cumsum(-1) <= num_ties))
+        for row, smallest, same, num_ties in zip(keys, prefix, equal, remaining, strict=True)
     ]
 
 
-def _largest(values: Tensor, count: int) -> Tensor:
-    there = values > float("-inf")
-    if int(there.sum()) <= count:
-        return there
-    return torch.zeros_like(there).scatter_(-1, values.topk(count).indices, True)
+def _topk_mask(values: Tensor, count: int) -> Tensor:
+    candidates = values > float("-inf")
+    if int(candidates.sum()) <= count:
+        return candidates
+    return torch.zeros_like(candidates).scatter_(-1, values.topk(count).indices, True)
 
 
-def _keys(values: Tensor) -> Tensor:
-    """Return whole numbers 0 … 2³² − 1 in the order of float32 values, −1 for −inf."""
+def _sort_keys(values: Tensor) -> Tensor:
+    """Map float32 values to integers 0 … 2³² − 1 in the same order, and −inf to −1."""
     bits = (values.float() + 0.0).view(torch.int32)  # −0 becomes 0
     ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).long() + (1 << 31)
     return ordered.masked_fill(values == float("-inf"), -1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from suffice.kv.hf.tensor_parallel import columns
+from suffice.kv.hf.tensor_parallel import local_columns
 from suffice.kv.policy.attention_stats import Signals
 
 
@@ -78,7 +78,7 @@ class OutputValue(Directions):
                 "`o_proj`; this model's attention has none. Use Value() instead"
             )
         dim = signals.values.shape[-1]
-        here = columns(signals.output, signals.queries.shape[1] * dim)
+        here = local_columns(signals.output, signals.queries.shape[1] * dim)
         return list(here.float().split(dim, dim=1))
 
     def __str__(self) -> str:

@@ -65,7 +65,7 @@ class LastQueryAttention(Weights):
         """Return the log of that attention, the same for every head; processes that share the heads add theirs up."""
         attention = signals.attention_of_last(1).mean((1, 2, 3))
         if signals.sharding is not None:
-            attention = signals.sharding.mean(attention)
+            attention = signals.sharding.all_reduce_mean(attention)
         return attention.log()[:, None].expand(-1, signals.kv_heads, -1)
 
     @property

@@ -71,9 +71,9 @@ class Random(Weights):
         """Return log weights drawn on the CPU, so that every device gets the same."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + signals.layer)
         # One number for each position, whatever was evicted before: drawn position by position.
-        heads = signals.kv_heads if signals.sharding is None else signals.sharding.heads
+        heads = signals.kv_heads if signals.sharding is None else signals.sharding.num_kv_heads
         drawn = torch.rand(int(signals.seen.max()), heads, generator=generator).log().mT
-        drawn = drawn if signals.sharding is None else signals.sharding.part(drawn, 0)
+        drawn = drawn if signals.sharding is None else signals.sharding.local_part(drawn, 0)
         places = signals.positions.clamp_min(0).expand(-1, signals.kv_heads, -1)
         return drawn.to(signals.device).expand(signals.batch, -1, -1).gather(2, places)
 
