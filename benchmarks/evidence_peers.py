@@ -38,7 +38,7 @@ from suffice.kv.eval.runs import loaded
 from suffice.kv.eval.tasks import make
 from suffice.study import Kind, Planned, Store, run_study
 from suffice.study.jobs import Context
-from suffice.study.summary import group
+from suffice.study.results import group_records
 
 MEASURED = (("capkv", "profile"), ("capkv", OWN))  # ours, in the same prefill
 OURS = "/".join(MEASURED[0])
@@ -190,7 +190,7 @@ def results(options: argparse.Namespace, settings: Mapping[str, Any]) -> dict[st
     name = f"peers-{options.seed}-{options.samples}"
     run_study(options.folder, KIND, every, name=name, retry=True, watch=watch)
     with Store(options.folder, write=False) as store:
-        groups = group(finished(list(store.records(name))))
+        groups = group_records(finished(list(store.records(name))))
     shared = {**settings, "samples": options.samples, "seed": options.seed}
     ours = [one for one in groups if one.settings["policy"] not in peers.PRESSES]
     return {

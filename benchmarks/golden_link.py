@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 # --- The library ------------------------------------------------------------------------------------------------------
@@ -40,7 +41,6 @@ from torch import Tensor
 import suffice as library
 from suffice.information.alignment import class_information, cluster_nmi, linear_probe, trace_ratio
 from suffice.link.auditing.audit import EdgeSet, audit
-from suffice.link.auditing.bootstrap import Interval, bootstrap, over_seeds
 from suffice.link.auditing.trained import audit_trained, held_out_scores, load_trained
 from suffice.link.auditing.verdict import judge
 from suffice.link.batches.composition import Fixed, Random, Separate, balanced_weights
@@ -69,10 +69,17 @@ from suffice.link.study.report_sections import study_page as link_page
 from suffice.link.study.run_kinds import CORRECT, KINDS
 from suffice.link.train.alignment import alignment, embeddings, raw_alignment
 from suffice.link.train.trainer import TrainSettings, fit, score_parts
-from suffice.study import Kind, Spec, Store, differences, group, run_study, summarise
+from suffice.study import Kind, Spec, Store, run_study
 from suffice.study.export import write
-from suffice.study.intervals import t_quantile
 from suffice.study.pages import study_page
+from suffice.study.results import (
+    Interval,
+    bootstrap_interval,
+    compare_groups,
+    group_records,
+    mean_interval,
+    summarize,
+)
 
 # What a setting, a metric or a text among their values is called now: what it was called when the file was written.
 RENAMED: dict[str, str] = {}
@@ -249,7 +256,7 @@ def numbers(interval: Interval) -> list[float]:
 
 
 def bounds(values: list[float]) -> list[list[float]]:
-    return [numbers(bootstrap(values, seed=3)), numbers(over_seeds(values))]
+    return [numbers(bootstrap_interval(values, seed=3)), numbers(mean_interval(values))]
 
 
 def replace_norms(model: Any, norm: str) -> int:
@@ -369,7 +376,7 @@ def ways_of_training() -> list[Any]:
         parts,
         PAIRS,
         list(published.HITS_AT_100.values()),
-        [t_quantile(p, n) for p in (0.9, 0.975) for n in (1, 2, 9)],
+        [float(stdtrit(n, p)) for p in (0.9, 0.975) for n in (1, 2, 9)],
     ]
 
 
@@ -403,10 +410,10 @@ def store_parts(folder: Path, name: str, setting: str) -> list[Any]:
     for ending in (".csv", ".jsonl", ".parquet"):
         write(folder / f"table{ending}", name, {}, records)
         tables.append(columns(read_rows(folder / f"table{ending}")))
-    groups = group(records)
+    groups = group_records(records)
     found = [counts["done"], counts["failed"], [record.seed for record in records], tables]
     found += [[{stable(k): v for k, v in record.result.get("values", {}).items()} for record in records]]
-    found += [keyed(summarise(groups)), keyed(differences(groups, setting))]
+    found += [keyed(summarize(groups)), keyed(compare_groups(groups, setting))]
     return [*found, page_numbers(study_page(folder, kinds=KINDS))]
 
 

@@ -27,7 +27,7 @@ from suffice.kv import DEFAULT_POLICY, HeadProfile, Profile, calibrate, load_mod
 from suffice.kv.eval.compare import TASKS
 from suffice.kv.eval.fidelity import Cell, evaluate
 from suffice.kv.eval.tasks import make
-from suffice.study.intervals import over_seeds
+from suffice.study.results import mean_interval
 
 BUDGETS = (0.5, 0.25, 0.1)
 
@@ -81,9 +81,9 @@ def table(found: dict[str, dict[str, list[float]]]) -> list[str]:
     for name, values in found.items():
         row = []
         for cell in cells:
-            gap = over_seeds([one - other for one, other in zip(values[cell], found[shipped][cell], strict=True)])
+            gap = mean_interval([one - other for one, other in zip(values[cell], found[shipped][cell], strict=True)])
             star = "*" if gap.low > 0 or gap.high < 0 else ""
-            row.append(f"{over_seeds(values[cell]).mean:.3f}{star}")
+            row.append(f"{mean_interval(values[cell]).mean:.3f}{star}")
         lines.append(f"| {name} | {' | '.join(row)} |")
     return lines
 

@@ -25,7 +25,7 @@ from suffice.link.data.datasets import load_graph
 from suffice.link.data.graph import Graph, SplitConfig, split_edges
 from suffice.link.metrics import evaluate
 from suffice.link.train.trainer import score_validation
-from suffice.study.intervals import over_seeds
+from suffice.study.results import mean_interval
 
 
 def pair(name: str, graph: Graph, seed: int, epochs: int) -> tuple[float, float]:
@@ -66,7 +66,7 @@ def main() -> None:
     rows: dict[str, Any] = {}
     for name in options.models.split(","):
         found = [pair(name, graph, seed, options.epochs) for seed in range(options.seeds)]
-        gap = over_seeds([one - other for one, other in found])
+        gap = mean_interval([one - other for one, other in found])
         rows[name] = {
             "ours": round(fmean(one for one, _ in found), 1),
             "direct": round(fmean(other for _, other in found), 1),

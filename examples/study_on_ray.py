@@ -7,7 +7,7 @@ python examples/study_on_ray.py --ray local      # or auto, or HOST:6379
 import argparse
 
 from suffice.link.study.run_kinds import CORRECT
-from suffice.study import Spec, Store, group, run_study, summarise
+from suffice.study import Spec, Store, group_records, run_study, summarize
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--ray", default="local")
@@ -24,7 +24,7 @@ spec = Spec(
 outcome = run_study("norms", CORRECT, spec, ray=arguments.ray, threads=1)
 print(f"{outcome.done} done, {outcome.failed} failed, in {outcome.seconds:.0f} s")
 with Store("norms", write=False) as store:
-    rows = summarise(group(store.records("norms")))
+    rows = summarize(group_records(store.records("norms")))
 for row in rows:
     if row["metric"] in ("kappa:heldout", "edge_nmi"):
         print(row["arm"], row["metric"], f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")

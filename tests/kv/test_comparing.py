@@ -18,7 +18,7 @@ from suffice.kv.eval.prompts import UserPrompt, read_prompts
 from suffice.kv.eval.runs import contestants
 from suffice.kv.eval.tasks import make
 from suffice.kv.eval.tune import tune
-from suffice.study.summary import Group
+from suffice.study.results import Group
 from tests.kv.tiny import TOKENS, build, tokenizer
 
 PROMPTS = [

@@ -9,7 +9,7 @@ from suffice.link.study import findings, published
 from suffice.link.study.arms import parse_arm
 from suffice.link.study.reproduction import Cell, finished, reproduce, settings_for, to_dict
 from suffice.link.train.trainer import TrainSettings
-from suffice.study.summary import Group
+from suffice.study.results import Group
 
 
 def cell(arm, values, model="gcn", metric="edge_nmi"):

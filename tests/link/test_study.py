@@ -6,11 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from typer.testing import CliRunner
 
 from suffice.cli.link import app
-from suffice.link.auditing.bootstrap import bootstrap, over_seeds
 from suffice.link.auditing.trained import audit_trained
 from suffice.link.models import ModelSettings
 from suffice.link.study.arms import ARMS, parse_arm
@@ -20,7 +18,7 @@ from suffice.link.study.report_sections import audit_page, study_page
 from suffice.link.study.run_kinds import describe_arm, read_arm
 from suffice.link.train.alignment import incident_means, measure
 from suffice.link.train.trainer import TrainSettings
-from suffice.study import Store
+from suffice.study import Store, mean_interval
 
 QUICK = TrainSettings(epochs=2, batch_size=256)
 
@@ -43,16 +41,6 @@ def test_small_classes_do_not_stop_the_measures():
     assert all(math.isfinite(value) for value in found.values())
 
 
-def test_intervals_against_scipy():
-    values = [1.0, 2.0, 4.0, 7.0]
-    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
-    found = over_seeds(values)
-    assert (found.mean, found.low, found.high) == pytest.approx((3.5, low, high))
-    drawn = bootstrap([*values, math.nan])
-    assert drawn.low < drawn.mean == 3.5 < drawn.high
-    assert bootstrap([2.0, 2.0]).high == 2.0
-
-
 def test_a_study_goes_on_where_it_stopped_and_pairs_by_seed(graph, tmp_path):
     arms = [ARMS[0], ARMS[1], ARMS[4], ARMS[5]]
     lines: list[str] = []
@@ -69,9 +57,9 @@ def test_a_study_goes_on_where_it_stopped_and_pairs_by_seed(graph, tmp_path):
     assert set(begun.values()) == {1}
     one, two = (whole.values(key, "edge_nmi") for key in ("random/batch", "fixed/batch"))
     gain = [a - b for a, b in zip(one, two, strict=True)]
-    assert whole.difference("random/batch", "fixed/batch", "edge_nmi") == over_seeds(gain)
+    assert whole.difference("random/batch", "fixed/batch", "edge_nmi") == mean_interval(gain)
     three, four = (whole.values(key, "edge_nmi") for key in ("random/layer", "fixed/layer"))
-    beyond = over_seeds([g - (a - b) for g, a, b in zip(gain, three, four, strict=True)])
+    beyond = mean_interval([g - (a - b) for g, a, b in zip(gain, three, four, strict=True)])
     (last,) = [row for row in whole.differences() if row["of"].startswith("(") and row["metric"] == "edge_nmi"]
     assert last["of"] == "(random/batch − fixed/batch)"
     assert last["minus"] == "(random/layer − fixed/layer)"

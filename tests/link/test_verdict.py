@@ -2,9 +2,9 @@
 
 import pytest
 
-from suffice.link.auditing.bootstrap import Interval
 from suffice.link.auditing.norm_layers import NormLayer
 from suffice.link.auditing.verdict import judge
+from suffice.study.results import Interval
 
 HONEST = {
     "a_pure": 0.82,

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from suffice.cli import app
-from suffice.study import Kind, Planned, Spec, Store, over_seeds, run_study
+from suffice.study import Kind, Planned, Spec, Store, mean_interval, run_study
 from suffice.study.pages import study_page
 from tests.study.tiny import SQUARE
 
@@ -38,7 +38,7 @@ def test_html_has_results_curves_differences_and_configuration(folder):
     assert html.count("<svg") == html.count("<details>") == 2  # every figure has a table of its numbers
     assert "&lt;h2o&gt; · 0.5" in html
     assert "<h2o>" not in html
-    expected = over_seeds([1 / 0.25 + seed * 0.01 for seed in range(4)])
+    expected = mean_interval([1 / 0.25 + seed * 0.01 for seed in range(4)])
     assert f"<td>{expected}</td>" in html
     assert "1.000 [1.000, 1.000]" in html  # the paired difference has no spread
     assert "suffice study run &lt;x&gt;.yaml" in html
@@ -73,7 +73,7 @@ def test_failures_and_what_is_missing_are_told(tmp_path):
 def test_bad_input_is_named(folder, tmp_path):
     for arguments, said in (
         ({"only": ["lk"]}, "metrics hold 'lk'"),
-        ({"compare": "policy", "baseline": "snapkv"}, "baseline is 'snapkv'; accepted"),
+        ({"compare": "policy", "baseline": "snapkv"}, "baseline must be one of .*, got 'snapkv'"),
     ):
         with pytest.raises(ValueError, match=said):
             study_page(folder, **arguments)

@@ -88,12 +88,12 @@ def train(
     report: Report = None,
 ) -> None:
     """Train a link predictor and print its test metrics; under torchrun, on all its processes together."""
-    from suffice.link.auditing.bootstrap import over_seeds
     from suffice.link.auditing.trained import held_out_scores
     from suffice.link.batches.composition import parse
     from suffice.link.data.graph import SplitConfig
     from suffice.link.train.distributed import process_group, ranks
     from suffice.link.train.trainer import TrainSettings
+    from suffice.study.results import mean_interval
 
     made, own = _chosen(model, data, preset, encoder, decoder, encoder_norm, decoder_norm, hidden)
     rates: dict[str, Any] = {"directions": directions, "batch_size": batch_size, "learning_rate": learning_rate}
@@ -115,7 +115,7 @@ def train(
             found.append(held_out_scores(net, graph, parts, protocol))
         if ranks()[0] > 0:
             return
-    rows = [{"metric": name, **asdict(over_seeds([run[name] for run in found]))} for name in found[0]]
+    rows = [{"metric": name, **asdict(mean_interval([run[name] for run in found]))} for name in found[0]]
     result = {"graph": graph.name, "model": asdict(made), "protocol": asdict(protocol), "rows": rows}
     show_rows(result, rows, as_json, report, "Test metrics of a link predictor")
 
@@ -288,11 +288,11 @@ def align(
     report: Report = None,
 ) -> None:
     """Measure what a training keeps of the classes, against raw features and an untrained model."""
-    from suffice.link.auditing.bootstrap import over_seeds
     from suffice.link.batches.composition import parse
     from suffice.link.data.graph import SplitConfig
     from suffice.link.train.alignment import alignment, raw_alignment
     from suffice.link.train.trainer import TrainSettings
+    from suffice.study.results import mean_interval
 
     made, own = _chosen(model, data, preset, encoder, decoder, encoder_norm, decoder_norm, hidden)
     protocol, rates = SplitConfig(), dict[str, Any](directions=directions)
@@ -306,7 +306,7 @@ def align(
         runs["untrained"].append(alignment(fresh, graph, parts, seed=number))
         runs["raw features"].append(raw_alignment(graph, seed=number))
     rows = [
-        {"of": name, "metric": metric, **asdict(over_seeds([one[metric] for one in found]))}
+        {"of": name, "metric": metric, **asdict(mean_interval([one[metric] for one in found]))}
         for name, found in runs.items()
         for metric in found[0]
     ]

@@ -16,9 +16,9 @@ from suffice.cli.watching import watching
 from suffice.study.export import ENDINGS, rows_of, write
 from suffice.study.keys import source_digest
 from suffice.study.progress import duration
+from suffice.study.results import group_records, metric_names, summarize, varying_settings
 from suffice.study.spec import Spec
 from suffice.study.store import Store
-from suffice.study.summary import group, metrics, summarise, varying
 
 app = typer.Typer(help="Run grids of experiments that survive anything.", no_args_is_help=True)
 
@@ -134,17 +134,17 @@ def show(
     """Show means over seeds with 95 % intervals, a row for each combination of settings."""
     with Store(home(folder), write=False) as store:
         name = store.only(study)
-        groups = group(store.records(name, "done", whole=False))
+        groups = group_records(store.records(name, "done", whole=False))
         counts = store.counts(name)
-    names = varying(groups)
+    names = varying_settings(groups)
     for condition in where or ():
         key, _, value = condition.partition("=")
         if key not in names:
             raise ValueError(f"where is {condition!r}; accepted: NAME=VALUE, NAME one of {', '.join(names)}")
         groups = [one for one in groups if str(one.settings.get(key)) == value]
-    shown = _chosen(metrics(groups), metric)
+    shown = _chosen(metric_names(groups), metric)
     if as_json:
-        rows = [row for row in summarise(groups, names) if row["metric"] in shown]
+        rows = [row for row in summarize(groups, names) if row["metric"] in shown]
         print_json(finite({"study": name, **counts, "rows": rows}))
         return
     table = Table(title=f"{name}: {counts['done']} of {sum(counts.values())} runs", title_justify="left")

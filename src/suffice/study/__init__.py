@@ -1,17 +1,26 @@
 """Studies: grids of runs that survive anything, on this machine or on Ray.
 
 `Spec` says which runs; a `Kind` says what a run is; `run_study` does what is missing in a folder; `Store` holds
-what is finished; `summary` averages over seeds, with intervals. This room knows neither half of the library: a
+what is finished; `results` averages over seeds, with intervals. This room knows neither half of the library: a
 half describes its kinds, and whoever starts a study hands one over.
 """
 
-from suffice.study.intervals import Interval, over_seeds
 from suffice.study.jobs import Context
 from suffice.study.kinds import Kind
+from suffice.study.results import (
+    Group,
+    Interval,
+    PairedDifference,
+    bootstrap_interval,
+    compare_groups,
+    group_records,
+    mean_interval,
+    paired_difference,
+    summarize,
+)
 from suffice.study.runner import Outcome, run_study
 from suffice.study.spec import Planned, Spec
 from suffice.study.store import Record, Store, StoreError
-from suffice.study.summary import Group, differences, group, summarise
 
 __all__ = [
     "Context",
@@ -19,14 +28,17 @@ __all__ = [
     "Interval",
     "Kind",
     "Outcome",
+    "PairedDifference",
     "Planned",
     "Record",
     "Spec",
     "Store",
     "StoreError",
-    "differences",
-    "group",
-    "over_seeds",
+    "bootstrap_interval",
+    "compare_groups",
+    "group_records",
+    "mean_interval",
+    "paired_difference",
     "run_study",
-    "summarise",
+    "summarize",
 ]

@@ -20,11 +20,8 @@ def rows_of(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Return a flat row for each set of values: settings, seed, metrics."""
     rows: list[dict[str, Any]] = []
     for record in records:
-        if record.state != "done":
-            continue
-        several = [(row.get("settings", {}), row["values"]) for row in record.result.get("rows", ())]
-        own = [({}, record.result["values"])] if "values" in record.result else []
-        rows += [{**record.settings, **more, "seed": record.seed, **values} for more, values in own + several]
+        if record.state == "done":
+            rows += [{**record.settings, **own, "seed": record.seed, **values} for own, values in record.rows()]
     return rows
 
 

@@ -13,10 +13,16 @@ from suffice.report.blocks import Code, Figure, Table, Text
 from suffice.report.figures import Point, lines
 from suffice.report.page import Page
 from suffice.report.plots import Difference, forest
-from suffice.study.intervals import Interval
 from suffice.study.kinds import Kind, refuse_unknown, resolve
+from suffice.study.results import (
+    Group,
+    Interval,
+    compare_groups,
+    group_records,
+    metric_names,
+    varying_settings,
+)
 from suffice.study.store import Record, Store
-from suffice.study.summary import Group, differences, group, metrics, varying
 
 _ROWS, _LINES, _PANELS = 400, 8, 3
 
@@ -51,8 +57,8 @@ def study_page(
         name = store.only(study)
         about, counts = store.studies()[name], store.counts(name)
         records = list(store.records(name))
-    groups = group(records)
-    known = metrics(groups)
+    groups = group_records(records)
+    known = metric_names(groups)
     refuse_unknown(only, known, "metrics")
     shown = [metric for metric in known if not only or metric in only]
     seeds = sorted({record.seed for record in records})
@@ -78,7 +84,7 @@ def study_page(
 
 
 def _results(page: Page, groups: Sequence[Group], shown: Sequence[str]) -> None:
-    names = varying(groups)
+    names = varying_settings(groups)
     rows = [
         [_said(one, names), *(str(one.interval(m)) if m in one.values else "" for m in shown), _seeds(one)]
         for one in groups[:_ROWS]
@@ -91,7 +97,7 @@ def _results(page: Page, groups: Sequence[Group], shown: Sequence[str]) -> None:
 
 def _curves(page: Page, groups: Sequence[Group], shown: Sequence[str]) -> None:
     """Draw each metric against the first setting that is a number."""
-    names = varying(groups)
+    names = varying_settings(groups)
     numeric = [
         name
         for name in names
@@ -125,23 +131,23 @@ def _curves(page: Page, groups: Sequence[Group], shown: Sequence[str]) -> None:
 
 
 def _differences(page: Page, groups: Sequence[Group], shown: Sequence[str], setting: str, baseline: str | None) -> None:
-    names = varying(groups)
+    names = varying_settings(groups)
     texts = [name for name in names if all(isinstance(one.settings.get(name), str) for one in groups)]
     if not setting and not texts:
         return
     setting = setting or texts[0]
     # The first value that has anything to be compared with: a full cache, say, has no budget in common with others.
     candidates = [baseline] if baseline else list(dict.fromkeys(one.settings.get(setting) for one in groups))
-    every = (differences(groups, setting, value) for value in candidates if setting in names)
+    every = (compare_groups(groups, setting, value) for value in candidates if setting in names)
     paired = ([row for row in rows if row["metric"] in shown and row["seeds"] > 1] for rows in every)
     rows = next((found for found in paired if found), [])
     if not rows:
         return
     others = [name for name in names if name != setting]
-    minus = rows[0]["minus"]
+    minus = rows[0]["baseline"]
 
     def said(row: Mapping[str, Any]) -> str:
-        return " · ".join([str(row["of"]), *(f"{name} {row[name]}" for name in others)])
+        return " · ".join([str(row[setting]), *(f"{name} {row[name]}" for name in others)])
 
     kept = list(dict.fromkeys(said(row) for row in rows))[:24]
     panels = {
@@ -168,7 +174,7 @@ def _differences(page: Page, groups: Sequence[Group], shown: Sequence[str], sett
 
 
 def _how(page: Page, about: Mapping[str, Any], groups: Sequence[Group], records: Sequence[Record]) -> None:
-    names = varying(groups)
+    names = varying_settings(groups)
     fixed = [[key, str(value)] for key, value in (groups[0].settings if groups else {}).items() if key not in names]
     blocks: list[Table | Text | Code] = [Table(["setting", "value"], fixed, "The same in all runs.")] if fixed else []
     if about.get("command"):
@@ -207,4 +213,4 @@ def _seeds(one: Group) -> int:
 
 
 def _point(x: float, y: Interval) -> Point:
-    return Point(x, y.mean) if math.isnan(y.low) else Point(x, y.mean, y.low, y.high)
+    return Point(x, y.mean) if not y.has_bounds else Point(x, y.mean, y.low, y.high)

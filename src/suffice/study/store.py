@@ -63,6 +63,11 @@ class Record:
     seconds: float | None
     attempts: int
 
+    def rows(self) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+        """Return each set of values of the result with the settings that come with it, beside those of the run."""
+        rows = [(row.get("settings", {}), row["values"]) for row in self.result.get("rows", ())]
+        return [({}, self.result["values"]), *rows] if "values" in self.result else rows
+
 
 class Store:
     """Finished and wanted runs in a folder, in SQLite; processes of one machine may share it.

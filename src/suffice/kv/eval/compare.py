@@ -6,19 +6,18 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from suffice import SufficeError
 from suffice.kv.eval.run_kinds import COMPARE, OWN
 from suffice.kv.policy.registry import DEFAULT_POLICY
-from suffice.study.intervals import over_seeds
 from suffice.study.progress import Watcher
+from suffice.study.results import Group, group_records, paired_difference, summarize
 from suffice.study.runner import run_study
 from suffice.study.spec import Planned
 from suffice.study.store import Record, Store
-from suffice.study.summary import Group, group, summarise
 
 TASKS = (("text", "continuation"), ("multikey", "agnostic"), ("multikey", "aware"))
 _NAMES = ("task", "mode", "policy", "allocation", "budget")
@@ -55,7 +54,7 @@ class Comparison:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return mean and 95 % t interval over samples of every cache and metric."""
-        return summarise(self.groups, _NAMES)
+        return summarize(self.groups, _NAMES)
 
     def find(self, contestant: str, cell: tuple[str, str, float]) -> Group:
         """Return the values of a contestant in a cell."""
@@ -84,8 +83,9 @@ class Comparison:
                 if name == best:
                     continue
                 own = self.find(name, (task, mode, budget)).values[metric]
-                seeds = sorted(own.keys() & base.keys())
-                found = over_seeds([own[seed] - base[seed] for seed in seeds])
+                difference = paired_difference(own, base)
+                if difference is None:
+                    continue
                 rows.append(
                     {
                         "task": task,
@@ -94,10 +94,8 @@ class Comparison:
                         "of": name,
                         "minus": best,
                         "metric": metric,
-                        "mean": found.mean,
-                        "low": found.low,
-                        "high": found.high,
-                        "samples": len(seeds),
+                        **asdict(difference.interval),
+                        "samples": difference.num_seeds,
                     }
                 )
         return rows
@@ -211,7 +209,7 @@ def compare(
         run_study(home, COMPARE, plan, name="compare", about=about, workers=workers, retry=True, watch=watch)
         with Store(home, write=False) as store:
             records = list(store.records("compare"))
-    return Comparison({**shared, "samples": samples, "seed": seed}, group(finished(records)))
+    return Comparison({**shared, "samples": samples, "seed": seed}, group_records(finished(records)))
 
 
 def finished(records: Sequence[Record]) -> Sequence[Record]:

@@ -14,8 +14,8 @@ from suffice.report.blocks import KeptText
 from suffice.report.figures import Point, lines
 from suffice.report.page import Figure, Page, Table, Text
 from suffice.study.keys import canonical
+from suffice.study.results import group_records
 from suffice.study.store import Record
-from suffice.study.summary import group
 
 
 def answer_page(found: Answer, report: CacheReport, command: str) -> Page:
@@ -79,7 +79,7 @@ def add_records(page: Page, records: Sequence[Record], folder: Path) -> None:
         if not whole:
             page.add("Caches", Text("Runs are still missing: there is no seed that every task has."))
             continue
-        groups = group(record for record in own if record.seed in whole)
+        groups = group_records(record for record in own if record.seed in whole)
         add_comparison(page, Comparison({**own[0].settings, "samples": len(whole)}, groups))
 
 

@@ -17,12 +17,11 @@ from suffice.kv.eval.compare import finished
 from suffice.kv.eval.prompts import UserPrompt, write_prompts
 from suffice.kv.eval.run_kinds import OWN, TUNE
 from suffice.kv.policy.registry import DEFAULT_POLICY
-from suffice.study.intervals import t_quantile
 from suffice.study.progress import Watcher
+from suffice.study.results import Group, group_records, mean_bound
 from suffice.study.runner import run_study
 from suffice.study.spec import Planned
 from suffice.study.store import Store
-from suffice.study.summary import Group, group
 
 BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 
@@ -238,7 +237,7 @@ def tune(
         run_study(home, TUNE, plan, name=name, about=about, workers=workers, retry=True, watch=watch)
         with Store(home, write=False) as store:
             records = list(store.records(name))
-    trials = _trials(group(finished(records)), metric, target, 1 - confidence)
+    trials = _trials(group_records(finished(records)), metric, target, 1 - confidence)
     return Tuning(metric, target, confidence, len(given), trials, shared)
 
 
@@ -263,8 +262,7 @@ def _trials(groups: Sequence[Group], metric: str, target: float, error: float) -
         for one in own:
             values = list(one.values[metric].values())
             mean = statistics.fmean(values)
-            spread = statistics.stdev(values) / math.sqrt(len(values))
-            bound = mean + sign * t_quantile(1 - error / len(arms), len(values) - 1) * spread
+            bound = mean_bound(values, confidence=1 - error / len(arms), upper=metric == "kl")
             safe = safe and sign * bound <= sign * target
             met = sum(sign * value <= sign * target for value in values) / len(values)
             kept = one.interval("bytes_kept").mean

@@ -22,10 +22,10 @@ import torch
 from scipy.stats import kendalltau
 from torch import Tensor, nn
 
-from suffice.link.auditing.bootstrap import Interval, bootstrap
 from suffice.link.auditing.norm_layers import NormLayer, as_module, find_norms, frozen_names, mode, untouched
 from suffice.link.auditing.verdict import Verdict, judge
 from suffice.link.metrics import auc
+from suffice.study.results import Interval, bootstrap_interval
 
 Score = Callable[[Tensor], Tensor]
 FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -185,7 +185,7 @@ def _audit_part(
     with untouched(module), mode(module, batch_statistics=True, frozen=frozen):
         draws = [_draw(score, edges, positives, negatives, half) for positives, negatives in orders]
     values = [_statistics(draw, stored, half, threshold) for draw, stored in zip(draws, evaluated, strict=True)]
-    statistics = {name: bootstrap([value[name] for value in values], seed=seed) for name in values[0]}
+    statistics = {name: bootstrap_interval([value[name] for value in values], seed=seed) for name in values[0]}
     curve = tuple(_point(fraction, draws, threshold, seed) for fraction in FRACTIONS)
     return PartReport(statistics, curve)
 
@@ -264,7 +264,7 @@ def _point(fraction: float, draws: list[_Draw], threshold: float, seed: int) -> 
     ]
     return Point(
         fraction,
-        bootstrap(predicted, seed=seed),
-        bootstrap(accuracy, seed=seed),
-        bootstrap(medians, seed=seed),
+        bootstrap_interval(predicted, seed=seed),
+        bootstrap_interval(accuracy, seed=seed),
+        bootstrap_interval(medians, seed=seed),
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from suffice.link.auditing.bootstrap import Interval
 from suffice.link.auditing.norm_layers import NormLayer
+from suffice.study.results import Interval
 
 
 @dataclass(frozen=True)

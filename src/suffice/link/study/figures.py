@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,9 +10,9 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from suffice.link.auditing.audit import AuditReport
-from suffice.link.auditing.bootstrap import Interval
 from suffice.report.figures import Point, lines
 from suffice.report.plots import scatter_maps
+from suffice.study.results import Interval
 
 
 def response(curves: Mapping[str, Sequence[tuple[float, Interval]]], title: str = "") -> Figure:
@@ -26,7 +25,7 @@ def response(curves: Mapping[str, Sequence[tuple[float, Interval]]], title: str 
     """
     series = {
         name: [
-            Point(x, y.mean) if math.isnan(y.low) else Point(x, y.mean, max(y.low, 0.0), min(y.high, 1.0))
+            Point(x, y.mean) if not y.has_bounds else Point(x, y.mean, max(y.low, 0.0), min(y.high, 1.0))
             for x, y in curve
         ]
         for name, curve in curves.items()

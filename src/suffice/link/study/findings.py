@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from suffice.link.study import published
 from suffice.link.study.arms import OWN
 from suffice.link.study.reproduction import Cell
-from suffice.study.intervals import Interval, over_seeds
+from suffice.study.results import Interval
 
 COLUMNS = (
     "hits@100",
@@ -55,9 +55,8 @@ CLAIMS = (
 
 def difference(one: Cell, other: Cell, metric: str) -> Interval | None:
     """Return the paired difference of two cells over the seeds that both have; None if there are none."""
-    first, second = one.group.values.get(metric, {}), other.group.values.get(metric, {})
-    seeds = sorted(first.keys() & second.keys())
-    return over_seeds([first[seed] - second[seed] for seed in seeds]) if seeds else None
+    found = one.group.difference(other.group, metric)
+    return None if found is None else found.interval
 
 
 def sentences(cells: Sequence[Cell], corrected: str = "random/batch", biased: str = "fixed/batch") -> list[str]:
@@ -75,7 +74,7 @@ def sentences(cells: Sequence[Cell], corrected: str = "random/batch", biased: st
         sides: dict[str, list[tuple[str, str]]] = {"yes": [], "no": [], "open": []}
         for (data, model), (one, other) in pairs.items():
             gap = difference(one, other, claim.metric)
-            if gap is None or gap.low != gap.low:
+            if gap is None or not gap.has_bounds:
                 continue
             low, high = sorted((claim.sign * gap.low, claim.sign * gap.high))
             sides["yes" if low > 0 else "no" if high < 0 else "open"].append((data, model))
@@ -163,14 +162,14 @@ def _spread(cell: Cell, metric: str) -> str:
     if metric not in cell.group.values:
         return ""
     found = cell.group.interval(metric)
-    half = "" if found.low != found.low else f" ± {(found.high - found.low) / 2:.3f}"
+    half = "" if not found.has_bounds else f" ± {(found.high - found.low) / 2:.3f}"
     return f"{found.mean:.3f}{half}"
 
 
 def _gap(gap: Interval | None) -> str:
     if gap is None:
         return ""
-    return f"{gap.mean:+.3f}" + ("" if gap.low != gap.low else f" [{gap.low:+.3f}, {gap.high:+.3f}]")
+    return f"{gap.mean:+.3f}" + ("" if not gap.has_bounds else f" [{gap.low:+.3f}, {gap.high:+.3f}]")
 
 
 def _row(cells: Sequence[str]) -> str:

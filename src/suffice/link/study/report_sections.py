@@ -10,11 +10,11 @@ from pathlib import Path
 from torch import Tensor
 
 from suffice.link.auditing.audit import AuditReport
-from suffice.link.auditing.bootstrap import Interval
 from suffice.link.study.correct import stored_maps, whole_study
 from suffice.link.study.figures import audit_response, embedding_map, response
 from suffice.link.study.results import Study
 from suffice.report.page import Figure, Page, Table, Text
+from suffice.study.results import Interval
 from suffice.study.store import Record
 
 

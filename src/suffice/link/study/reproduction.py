@@ -15,10 +15,10 @@ from suffice.link.study.arms import Arm, parse_arm
 from suffice.link.study.run_kinds import CORRECT, describe_arm, read_arm, settings_of
 from suffice.link.train.trainer import TrainSettings
 from suffice.study.progress import Watcher
+from suffice.study.results import Group, group_records
 from suffice.study.runner import run_study
 from suffice.study.spec import Planned
 from suffice.study.store import Store
-from suffice.study.summary import Group, group
 
 MODELS = ("gcn", "sage", "neognn", "elph", "buddy", "ncn", "ncnc")
 ARMS = tuple(parse_arm(f"{name}/batch") for name in ("fixed", "random", "random+balanced", "separate"))
@@ -142,7 +142,7 @@ def finished(folder: str | Path) -> list[Cell]:
     for record in records:
         found = verdicts.setdefault(_names(record.settings), {})
         found[record.result["verdict"]] = found.get(record.result["verdict"], 0) + 1
-    return [Cell(*names, one, verdicts[names]) for one in group(records) for names in [_names(one.settings)]]
+    return [Cell(*names, one, verdicts[names]) for one in group_records(records) for names in [_names(one.settings)]]
 
 
 def to_dict(cells: Sequence[Cell]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from suffice.link.auditing.bootstrap import Interval, over_seeds
 from suffice.link.study.arms import PAIRS
+from suffice.study.results import Interval, mean_interval, paired_difference
 
 Run = dict[str, Any]
 
@@ -73,23 +73,27 @@ class Study:
 
     def mean(self, arm: str, metric: str) -> Interval:
         """Return a metric's mean and 95 % t interval over seeds."""
-        return over_seeds(self.values(arm, metric))
+        return mean_interval(self.values(arm, metric))
 
     def difference(self, one: str, other: str, metric: str) -> Interval:
         """Return the paired difference of two arms."""
         return self._difference([one], [other], metric)
 
     def _difference(self, plus: Sequence[str], less: Sequence[str], metric: str) -> Interval:
-        each = zip(
-            *(self.values(arm, metric) for arm in plus), *(self.values(arm, metric) for arm in less), strict=True
-        )
-        return over_seeds([sum(row[: len(plus)]) - sum(row[len(plus) :]) for row in each])
+        difference = paired_difference(self._sums(plus, metric), self._sums(less, metric))
+        assert difference is not None  # every arm has every seed
+        return difference.interval
+
+    def _sums(self, arms: Sequence[str], metric: str) -> dict[int, float]:
+        """Return the sum of a metric over arms, by seed."""
+        sums = map(sum, zip(*(self.values(arm, metric) for arm in arms), strict=True))
+        return dict(zip(self.settings["seeds"], sums, strict=True))
 
     def curves(self) -> dict[str, list[tuple[float, Interval]]]:
         """Return for each arm the accuracy on held-out edges by fraction of positives, over seeds."""
         return {
             key: [
-                (points[0][0], over_seeds([point[2] for point in points]))
+                (points[0][0], mean_interval([point[2] for point in points]))
                 for points in zip(*(run["curve"] for run in runs), strict=True)
             ]
             for key, runs in self.runs.items()
@@ -122,7 +126,7 @@ def _sides(plus: Sequence[str], less: Sequence[str]) -> tuple[str, str]:
 
 
 def _mean(runs: Sequence[Run], metric: str) -> dict[str, float]:
-    return asdict(over_seeds([run["values"][metric] for run in runs]))
+    return asdict(mean_interval([run["values"][metric] for run in runs]))
 
 
 def _metric(metric: str) -> dict[str, str]:

@@ -1,0 +1,314 @@
+"""Results of a study: means with confidence intervals, paired differences, and groups of runs that differ by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from suffice.study.keys import canonical
+from suffice.study.store import Record
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its confidence interval; both bounds are NaN where a single value gives no interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.mean) or self.has_bounds:
+            return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.mean:.3f}"
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether there were enough values for an interval."""
+        return not math.isnan(self.low)
+
+
+def mean_interval(values: Iterable[float], *, confidence: float = 0.95) -> Interval:
+    """Return the mean of independent values and its Student's t interval.
+
+    Args:
+        values: one value for each seed; paired differences give the paired t interval.
+        confidence: two-sided confidence level, above 0 and below 1.
+
+    Returns:
+        the mean and its bounds; the bounds of a single value are NaN.
+
+    Raises:
+        ValueError: there are no values, or the confidence is out of range.
+
+    Example:
+        >>> str(mean_interval([1.0, 2.0, 3.0]))
+        '2.000 [-0.484, 4.484]'
+
+    """
+    values = list(values)
+    _check_confidence(confidence)
+    mean = _mean(values)
+    margin = _margin(values, mean, (1 + confidence) / 2)
+    return Interval(mean, mean - margin, mean + margin)
+
+
+def mean_bound(values: Iterable[float], *, confidence: float = 0.95, upper: bool = True) -> float:
+    """Return the one-sided Student's t bound of a mean.
+
+    Args:
+        values: independent values.
+        confidence: probability that the true mean is within the bound, above 0 and below 1.
+        upper: True for the upper bound, False for the lower one.
+
+    Returns:
+        the bound; NaN for a single value.
+
+    Raises:
+        ValueError: there are no values, or the confidence is out of range.
+
+    """
+    values = list(values)
+    _check_confidence(confidence)
+    mean = _mean(values)
+    margin = _margin(values, mean, confidence)
+    return mean + margin if upper else mean - margin
+
+
+def bootstrap_interval(
+    values: Iterable[float], *, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """Return the mean of repeated measurements and its percentile bootstrap interval.
+
+    Args:
+        values: one value for each repeat; NaN values are left out.
+        confidence: two-sided confidence level, above 0 and below 1.
+        num_resamples: number of bootstrap resamples.
+        seed: seed of the resampling.
+
+    Returns:
+        the mean and its bounds; all NaN if every value is NaN.
+
+    Raises:
+        ValueError: the confidence is out of range.
+
+    """
+    _check_confidence(confidence)
+    kept = np.array([value for value in values if not math.isnan(value)])
+    if len(kept) == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    mean = float(kept.mean())
+    if bool((kept == kept[0]).all()):
+        return Interval(mean, mean, mean)
+    from scipy import stats  # imported here because it takes longer than all other imports of a study together
+
+    resampled = stats.bootstrap(
+        (kept,),
+        np.mean,
+        n_resamples=num_resamples,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(mean, float(resampled.low), float(resampled.high))
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The mean difference of one metric between two groups of runs, paired by seed.
+
+    Args:
+        interval: mean difference and its Student's t interval.
+        num_seeds: number of seeds that both groups have.
+
+    """
+
+    interval: Interval
+    num_seeds: int
+
+
+def paired_difference(
+    values: Mapping[int, float], baseline: Mapping[int, float], *, confidence: float = 0.95
+) -> PairedDifference | None:
+    """Return the mean of `values - baseline` over the seeds that both have.
+
+    Args:
+        values: a metric by seed.
+        baseline: the metric to subtract, by seed.
+        confidence: two-sided confidence level, above 0 and below 1.
+
+    Returns:
+        the paired difference, or None if no seed is in both.
+
+    Raises:
+        ValueError: the confidence is out of range.
+
+    Example:
+        >>> paired_difference({0: 3.0, 1: 4.0, 2: 9.0}, {0: 1.0, 1: 2.0})
+        PairedDifference(interval=Interval(mean=2.0, low=2.0, high=2.0), num_seeds=2)
+
+    """
+    _check_confidence(confidence)
+    seeds = [seed for seed in values if seed in baseline]
+    if not seeds:
+        return None
+    differences = [values[seed] - baseline[seed] for seed in seeds]
+    return PairedDifference(mean_interval(differences, confidence=confidence), len(seeds))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Finished runs with the same settings and different seeds.
+
+    Args:
+        settings: the settings that all runs of the group share, including those of a result's `rows`.
+        values: `values[metric][seed]` is the value of a metric in the run with a seed.
+
+    """
+
+    settings: Mapping[str, Any]
+    values: dict[str, dict[int, float]] = field(default_factory=dict[str, dict[int, float]])
+
+    def interval(self, metric: str) -> Interval:
+        """Return the mean of a metric over seeds and its 95 % Student's t interval."""
+        return mean_interval(self.values[metric].values())
+
+    def difference(self, baseline: Group, metric: str) -> PairedDifference | None:
+        """Return how a metric differs from another group's, paired by seed; None if no seed has both values."""
+        return paired_difference(self.values.get(metric, {}), baseline.values.get(metric, {}))
+
+
+def group_records(records: Iterable[Record]) -> list[Group]:
+    """Group the finished runs whose settings differ only in the seed; groups keep the order of the records."""
+    groups: dict[tuple[str, str], Group] = {}
+    # Records of one query share their settings objects, so that each is serialized only once. Holding the objects
+    # keeps their ids unique.
+    texts: dict[int, tuple[str, Mapping[str, Any]]] = {}
+    for record in records:
+        if record.state != "done":
+            continue
+        if id(record.settings) not in texts:
+            texts[id(record.settings)] = (canonical(record.settings), record.settings)
+        text, settings = texts[id(record.settings)]
+        for row_settings, values in record.rows():
+            key = (text, canonical(row_settings) if row_settings else "")
+            if key not in groups:
+                groups[key] = Group({**settings, **row_settings})
+            for metric, value in values.items():
+                if isinstance(value, int | float):
+                    groups[key].values.setdefault(metric, {})[record.seed] = float(value)
+    return list(groups.values())
+
+
+def varying_settings(groups: Sequence[Group]) -> list[str]:
+    """Return the names of the settings that are not the same in all groups."""
+    names = list(dict.fromkeys(name for group in groups for name in group.settings))
+    return [name for name in names if len({repr(group.settings.get(name)) for group in groups}) > 1]
+
+
+def metric_names(groups: Sequence[Group]) -> list[str]:
+    """Return the name of every metric, in the order of first appearance."""
+    return list(dict.fromkeys(metric for group in groups for metric in group.values))
+
+
+def summarize(groups: Sequence[Group], names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Return the mean of every metric in every group as rows of a table.
+
+    Args:
+        groups: groups of runs.
+        names: settings to include as columns; by default those that vary.
+
+    Returns:
+        one row for each group and metric: the settings, `metric`, `mean`, `low` and `high` (95 % Student's t
+        interval), and `seeds` (the number of seeds).
+
+    """
+    names = varying_settings(groups) if names is None else names
+    return [
+        {
+            **{name: group.settings.get(name) for name in names},
+            "metric": metric,
+            **asdict(group.interval(metric)),
+            "seeds": len(values),
+        }
+        for group in groups
+        for metric, values in group.values.items()
+    ]
+
+
+def compare_groups(groups: Sequence[Group], setting: str, baseline: Any = None) -> list[dict[str, Any]]:
+    """Compare the values of one setting with a baseline value, all other settings being equal.
+
+    Args:
+        groups: groups of runs.
+        setting: name of the setting whose values are compared.
+        baseline: the value to compare with; by default that of the first group.
+
+    Returns:
+        one row for each other value of the setting, each combination of the other settings that vary, and each
+        metric: these settings, `baseline`, `metric`, `mean`, `low` and `high` of the difference, paired by seed (95 %
+        Student's t interval), and `seeds` (the number of pairs).
+
+    Raises:
+        ValueError: the setting does not vary, or no group has the baseline value.
+
+    """
+    names = varying_settings(groups)
+    if setting not in names:
+        raise ValueError(f"setting must be one that varies ({', '.join(names) or 'none does'}), got {setting!r}")
+    values = [group.settings.get(setting) for group in groups]
+    if baseline is None:
+        baseline = values[0]
+    if baseline not in values:
+        raise ValueError(f"baseline must be one of {list(dict.fromkeys(map(str, values)))}, got {baseline!r}")
+    others = [name for name in names if name != setting]
+
+    def other_settings(group: Group) -> dict[str, Any]:
+        return {name: group.settings.get(name) for name in others}
+
+    baselines = {canonical(other_settings(g)): g for g in groups if g.settings.get(setting) == baseline}
+    rows: list[dict[str, Any]] = []
+    for group in groups:
+        compared = baselines.get(canonical(other_settings(group)))
+        if compared is None or compared is group:
+            continue
+        for metric in group.values:
+            difference = group.difference(compared, metric)
+            if difference is not None:
+                rows.append(
+                    {
+                        **other_settings(group),
+                        setting: group.settings.get(setting),
+                        "baseline": baseline,
+                        "metric": metric,
+                        **asdict(difference.interval),
+                        "seeds": difference.num_seeds,
+                    }
+                )
+    return rows
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be above 0 and below 1, got {confidence}")
+
+
+def _mean(values: Sequence[float]) -> float:
+    if not values:
+        raise ValueError("values must hold at least one number, got none")
+    return math.fsum(values) / len(values)
+
+
+def _margin(values: Sequence[float], mean: float, probability: float) -> float:
+    """Return the t quantile at a probability times the standard error of the mean; NaN for a single value."""
+    count = len(values)
+    if count < 2:
+        return math.nan
+    from scipy.special import stdtrit  # imported here so that commands that need no interval start faster
+
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
+    return float(stdtrit(count - 1, probability)) * deviation / math.sqrt(count)

@@ -1,0 +1,114 @@
+"""Means, intervals and paired differences, compared with SciPy and with direct computations."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from suffice.study import (
+    Interval,
+    Planned,
+    Store,
+    bootstrap_interval,
+    compare_groups,
+    group_records,
+    mean_interval,
+    paired_difference,
+    run_study,
+    summarize,
+)
+from suffice.study.results import mean_bound
+from tests.study.tiny import SQUARE
+
+VALUES = [1.0, 2.0, 4.0, 7.0]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 10, 11, 40, 41, 401, 2000])
+def test_mean_intervals_and_bounds_equal_those_of_scipy(count):
+    values = np.random.default_rng(count).normal(3, 2, count)
+    for confidence in (0.2, 0.8, 0.95, 0.99, 0.9998):
+        low, high = stats.t.interval(confidence, count - 1, np.mean(values), stats.sem(values))
+        found = mean_interval(values, confidence=confidence)
+        assert (found.mean, found.low, found.high) == pytest.approx((np.mean(values), low, high), rel=1e-9)
+        for upper, alternative in ((True, "less"), (False, "greater")):
+            bounds = stats.ttest_1samp(values, 0, alternative=alternative).confidence_interval(confidence)
+            expected = bounds.high if upper else bounds.low
+            assert mean_bound(values, confidence=confidence, upper=upper) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_single_value_has_no_interval():
+    found = mean_interval([2.0])
+    assert str(found) == "2.000"
+    assert not found.has_bounds
+    assert math.isnan(mean_bound([2.0]))
+
+
+def test_bootstrap_intervals_leave_out_nan_and_equal_those_of_scipy():
+    found = bootstrap_interval([*VALUES, math.nan], seed=3)
+    expected = stats.bootstrap(
+        (np.array(VALUES),), np.mean, n_resamples=1000, method="percentile", rng=np.random.default_rng(3)
+    ).confidence_interval
+    assert found == Interval(3.5, expected.low, expected.high)
+    assert bootstrap_interval([2.0, 2.0]) == bootstrap_interval([2.0]) == Interval(2.0, 2.0, 2.0)
+    assert str(bootstrap_interval([math.nan])) == "nan [nan, nan]"
+
+
+def test_paired_differences_use_the_seeds_that_both_have():
+    found = paired_difference({0: 3.0, 1: 5.0, 2: 9.0, 7: 100.0}, {2: 1.0, 1: 4.0, 0: 1.0, 8: -100.0})
+    assert found.num_seeds == 3
+    assert found.interval == mean_interval([2.0, 1.0, 8.0])
+    t, _ = stats.ttest_rel([3.0, 5.0, 9.0], [1.0, 4.0, 1.0])
+    margin = (found.interval.high - found.interval.low) / 2
+    assert found.interval.mean / margin == pytest.approx(t / stats.t.ppf(0.975, 2))
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+@pytest.mark.parametrize("function", [mean_interval, mean_bound, bootstrap_interval])
+def test_a_confidence_out_of_range_is_refused(function):
+    for confidence in (0.0, 1.0, 95):
+        with pytest.raises(ValueError, match=f"confidence must be above 0 and below 1, got {confidence}"):
+            function(VALUES, confidence=confidence)
+
+
+@pytest.mark.parametrize("function", [mean_interval, mean_bound])
+def test_no_values_are_refused(function):
+    with pytest.raises(ValueError, match="values must hold at least one number"):
+        function([])
+
+
+@pytest.fixture
+def groups(tmp_path):
+    plan = [Planned(SQUARE.complete({"x": x, "rate": r}), s) for s in range(4) for x in (1, 3) for r in (0.1, 0.2)]
+    run_study(tmp_path, SQUARE, plan, name="squares")
+    with Store(tmp_path, write=False) as store:
+        return group_records(store.records("squares"))
+
+
+def test_a_summary_has_a_row_for_each_group_and_metric(groups):
+    rows = {(row["x"], row["rate"]): row for row in summarize(groups) if row["metric"] == "y"}
+    values = [9.0, 10.0, 11.0, 12.0]
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    found = rows[3, 0.2]
+    assert (found["mean"], found["low"], found["high"], found["seeds"]) == pytest.approx((10.5, low, high, 4))
+
+
+def test_groups_are_compared_with_those_of_equal_other_settings(groups):
+    rows = [row for row in compare_groups(groups, "x") if row["metric"] == "y"]
+    assert [(row["rate"], row["x"], row["baseline"], row["mean"], row["low"], row["seeds"]) for row in rows] == [
+        (0.1, 3, 1, 8.0, 8.0, 4),
+        (0.2, 3, 1, 8.0, 8.0, 4),
+    ]
+    first, second = groups[0], groups[2]
+    assert (second.settings["x"], second.settings["rate"]) == (3, 0.1)
+    assert second.difference(first, "y").interval.mean == 8.0
+    assert second.difference(first, "z") is None
+
+
+def test_a_comparison_that_is_impossible_is_refused(groups):
+    for setting, baseline, message in (
+        ("sleep", None, r"setting must be one that varies \(rate, x\), got 'sleep'"),
+        ("x", 2, r"baseline must be one of \['1', '3'\], got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare_groups(groups, setting, baseline)
