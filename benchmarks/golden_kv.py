@@ -70,10 +70,10 @@ DEFAULT = RENAMED.get(DEFAULT_POLICY, DEFAULT_POLICY)
 KEYWORDS: dict[str, dict[str, str]] = {
     "cache": {}, "quantized": {}, "signals": {}, "answer": {}, "closeness": {}, "tuned": {}, "information": {},
 }  # fmt: skip
-INFORMATION = {
+INFORMATION = {"gram": information.gram_matrix} | {
     name: getattr(information, name)
     for name in (
-        "noise_variance", "factorize", "capacity", "leverage_scores", "effective_dimension", "deletion_cost", "gram",
+        "noise_variance", "factorize", "capacity", "leverage_scores", "effective_dimension", "deletion_cost",
         "psd_cholesky", "select_top", "select_by_leverage", "select_greedy", "trace_ratio", "class_information",
         "cluster_nmi", "linear_probe",
     )

@@ -74,7 +74,7 @@ def test_degenerate_embeddings():
 @pytest.mark.parametrize(
     ("x", "y", "message"),
     [
-        (torch.ones(3), torch.zeros(3), "vectors must have shape"),
+        (torch.ones(3), torch.zeros(3), "embeddings must have shape"),
         (torch.ones(3, 1), torch.zeros(2), r"classes must have shape \(3,\)"),
         (torch.ones(3, 1), torch.zeros(3), "at least two classes"),
         (torch.full((3, 1), torch.nan), torch.arange(3), "embeddings must be finite"),

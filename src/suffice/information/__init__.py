@@ -1,14 +1,14 @@
 """Linear-Gaussian information of sets of weighted vectors.
 
-* `linalg`: working precision, Gram matrices, Cholesky factors.
-* `capacity`: how much a set carries in nats, and what each of its items contributes.
-* `selection`: which items to keep within a budget.
-* `alignment`: how well embeddings align with classes.
+* `capacity`: the formulas. How much information a set carries in nats, and how much each vector contributes.
+* `selection`: choose the vectors to keep within a budget.
+* `alignment`: measure how well embeddings separate classes.
+* `linalg`: Gram matrices and Cholesky factors in a safe precision.
 """
 
 from suffice.information.alignment import class_information, cluster_nmi, linear_probe, trace_ratio
 from suffice.information.capacity import (
-    Factor,
+    CholeskyFactor,
     capacity,
     deletion_cost,
     effective_dimension,
@@ -16,11 +16,11 @@ from suffice.information.capacity import (
     leverage_scores,
     noise_variance,
 )
-from suffice.information.linalg import NotPositiveDefiniteError, gram, psd_cholesky, working_dtype
+from suffice.information.linalg import NotPositiveDefiniteError, gram_matrix, psd_cholesky, working_dtype
 from suffice.information.selection import select_by_leverage, select_greedy, select_top
 
 __all__ = [
-    "Factor",
+    "CholeskyFactor",
     "NotPositiveDefiniteError",
     "capacity",
     "class_information",
@@ -28,7 +28,7 @@ __all__ = [
     "deletion_cost",
     "effective_dimension",
     "factorize",
-    "gram",
+    "gram_matrix",
     "leverage_scores",
     "linear_probe",
     "noise_variance",

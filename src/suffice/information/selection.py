@@ -1,33 +1,36 @@
-"""Choice of the items to keep: the highest scores, the highest leverages, or the greedy best capacity."""
+"""Selection of the items to keep: by score, by leverage score, or greedily by capacity.
+
+`budget` is the number of items that each function keeps in each batch element.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from suffice.information.arguments import check_count, check_floating, check_mask, check_ridge, check_vectors
 from suffice.information.capacity import noise_variance, row_leverage
-from suffice.information.items import collect_items
 from suffice.information.linalg import matmul, working_dtype
+from suffice.information.validation import check_count, check_floating, check_mask, check_ridge, check_vectors
+from suffice.information.weighted_set import WeightedSet
 
 
 @torch.no_grad()
 def select_top(scores: Tensor, budget: int, *, valid: Tensor | None = None, protected: Tensor | None = None) -> Tensor:
-    """Keep the protected items and the highest scores; among equal scores the first.
+    """Keep the protected items and the items with the highest scores. Ties are broken by position, first item first.
 
     Args:
-        scores: [..., n]; infinite scores rank as such.
-        budget: Items to keep, from 1 to n.
-        valid: Bool [..., n]; all if not given. Invalid items are never kept, whatever their score.
-        protected: Bool [..., n], kept whatever their score and counted in the budget; none if not given.
+        scores: [..., n]. Scores may be infinite.
+        budget: Number of items to keep, from 1 to n.
+        valid: Boolean [..., n]; all valid if None. Invalid items are never kept.
+        protected: Boolean [..., n]; none protected if None. Protected items are always kept, as part of the budget.
 
     Returns:
         Indices of the kept items in ascending order, long, [..., budget].
 
     Raises:
         TypeError: An input has the wrong type or dtype.
-        ValueError: Shapes do not fit, the score of a valid item is NaN, the budget is out of range or less
-            than the protected items or more than the valid ones, or a protected item is not valid.
+        ValueError: Shapes do not match, the score of a valid item is NaN, the budget is out of range, smaller than the
+            number of protected items or larger than the number of valid items, or a protected item is not valid.
 
     Example:
         >>> select_top(torch.tensor([0.3, 0.1, 0.9, 0.7]), 2, protected=torch.arange(4) == 1)
@@ -36,12 +39,12 @@ def select_top(scores: Tensor, budget: int, *, valid: Tensor | None = None, prot
     """
     scores = check_floating("scores", scores)
     if scores.ndim == 0 or scores.numel() == 0:
-        raise ValueError(f"scores must have shape [..., n] with every size at least 1 (got {tuple(scores.shape)})")
+        raise ValueError(f"scores must have shape [..., n] with every size at least 1, got {tuple(scores.shape)}")
     valid, protected = _check_candidates(scores.shape, scores.device, budget, valid, protected)
-    if bad := int((scores.isnan() & valid).sum()):
-        raise ValueError(f"scores must not be NaN (got {bad} NaN)")
+    if num_nan := int((scores.isnan() & valid).sum()):
+        raise ValueError(f"scores must not be NaN, got {num_nan} NaN")
     count = torch.full((*scores.shape[:-1], 1), budget, device=scores.device)
-    return _indices(_highest(scores, count, valid, protected), budget)
+    return _mask_to_indices(_top_mask(scores, count, valid, protected), budget)
 
 
 @torch.no_grad()
@@ -56,29 +59,29 @@ def select_by_leverage(
     ridge: float = 0.1,
     relative: bool = True,
 ) -> Tensor:
-    """Keep the highest leverages, in one go (arXiv 2604.25975, Algorithm 1) or in rounds.
+    """Keep the items with the highest leverage scores, in one round (arXiv 2604.25975, Algorithm 1) or in several.
 
-    In one go two equal items halve each other's leverage and may both be dropped. In rounds the set shrinks
-    from the valid items to the budget by equal factors, and leverages are computed anew on what is left,
-    with the σ² of the full set.
+    In one round, two equal items halve each other's leverage score, and both may be dropped. With several rounds, the
+    set shrinks by the same factor in each round, from the valid items to the budget, and the leverage scores are
+    recomputed for the remaining items. σ² is always that of the full set.
 
     Args:
         vectors: u, [..., n, d].
         weights: w ≥ 0, [..., n]; all 1 if None.
-        budget: Items to keep, from 1 to n.
+        budget: Number of items to keep, from 1 to n.
         rounds: Number of rounds, at least 1.
-        valid: Bool [..., n]; all if not given.
-        protected: Bool [..., n], always kept and counted in the budget; none if not given.
+        valid: Boolean [..., n]; all valid if None. Invalid items are never kept.
+        protected: Boolean [..., n]; none protected if None. Protected items are always kept, as part of the budget.
         ridge: λ of `noise_variance`.
-        relative: Whether σ² follows the trace (see `noise_variance`).
+        relative: Whether σ² is relative to the trace (see `noise_variance`).
 
     Returns:
         Indices of the kept items in ascending order, long, [..., budget].
 
     Raises:
         TypeError: An input has the wrong type or dtype.
-        ValueError: Shapes do not fit, an input is NaN, infinite or negative, the Gram matrix overflows, the
-            budget is out of range or less than the protected items or more than the valid ones, or a
+        ValueError: Shapes do not match, an input is NaN, infinite or negative, the Gram matrix overflows, the budget is
+            out of range, smaller than the number of protected items or larger than the number of valid items, or a
             protected item is not valid.
 
     Example:
@@ -91,7 +94,7 @@ def select_by_leverage(
     check_count("rounds", rounds)
     vectors = check_vectors(vectors)
     candidates, protected = _check_candidates(vectors.shape[:-1], vectors.device, budget, valid, protected)
-    items = collect_items(vectors, weights, valid, relative)
+    items = WeightedSet.from_vectors(vectors, weights, valid, relative)
     noise = noise_variance(items.gram, ridge, relative)
     rows, gram, kept = items.rows, items.gram, candidates
     total = candidates.sum(-1, keepdim=True)  # [..., 1]
@@ -99,9 +102,9 @@ def select_by_leverage(
         if step > 1:
             rows *= kept.unsqueeze(-1)
             gram = matmul(rows.mT, rows)
-        size = (total * (budget / total.double()) ** (step / rounds)).round().long()  # the budget in the last
-        kept = _highest(row_leverage(rows, gram, noise), size, kept, protected)
-    return _indices(kept, budget)
+        size = (total * (budget / total.double()) ** (step / rounds)).round().long()  # `budget` in the last round
+        kept = _top_mask(row_leverage(rows, gram, noise), size, kept, protected)
+    return _mask_to_indices(kept, budget)
 
 
 @torch.no_grad()
@@ -115,26 +118,26 @@ def select_greedy(
     ridge: float = 0.1,
     relative: bool = True,
 ) -> Tensor:
-    """Keep the items that greedily raise the capacity most, starting from the protected ones.
+    """Start from the protected items, and repeatedly add the item that increases the capacity most.
 
-    Capacity is monotone submodular, so that the greedy set has at least (1 − 1/e) of the best gain over
-    the protected items. Works in float64 with rank-one updates: O(n d) for each item that is kept.
+    Capacity is monotone and submodular. The greedy set therefore gains at least (1 − 1/e) of the best possible gain
+    over the protected items. The computation uses float64 and rank-one updates, O(n d) for each kept item.
 
     Args:
         vectors: u, [..., n, d].
         weights: w ≥ 0, [..., n]; all 1 if None.
-        budget: Items to keep, from 1 to n.
-        valid: Bool [..., n]; all if not given.
-        protected: Bool [..., n], always kept and counted in the budget; none if not given.
+        budget: Number of items to keep, from 1 to n.
+        valid: Boolean [..., n]; all valid if None. Invalid items are never kept.
+        protected: Boolean [..., n]; none protected if None. Protected items are always kept, as part of the budget.
         ridge: λ of `noise_variance`.
-        relative: Whether σ² follows the trace (see `noise_variance`).
+        relative: Whether σ² is relative to the trace (see `noise_variance`).
 
     Returns:
         Indices of the kept items in ascending order, long, [..., budget].
 
     Raises:
         TypeError: An input has the wrong type or dtype.
-        ValueError: As for `select_by_leverage`; or the ridge is so small that w ‖u‖² / σ² overflows.
+        ValueError: As for `select_by_leverage`, or the ridge is so small that w ‖u‖² / σ² overflows.
 
     Example:
         >>> vectors = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.6, 0.6]])
@@ -145,60 +148,63 @@ def select_greedy(
     check_ridge(ridge)
     vectors = check_vectors(vectors)
     candidates, protected = _check_candidates(vectors.shape[:-1], vectors.device, budget, valid, protected)
-    items = collect_items(vectors, weights, valid, relative, torch.float64)
+    items = WeightedSet.from_vectors(vectors, weights, valid, relative, torch.float64)
     noise = noise_variance(items.gram, ridge, relative)
     rows = (items.rows / noise.sqrt()[..., None, None]).reshape(-1, *vectors.shape[-2:])  # √w u / σ [b, n, d]
     if not torch.linalg.vector_norm(rows, dim=-1).isfinite().all():
-        raise ValueError(f"ridge must leave w ‖u‖² / σ² within the range of torch.float64 (got {ridge})")
+        raise ValueError(f"ridge must leave w ‖u‖² / σ² within the range of torch.float64, got {ridge}")
 
-    waiting = protected.reshape(rows.shape[:-1]).clone()  # [b, n]
-    closed = ~candidates.reshape(rows.shape[:-1])  # [b, n]
+    pending = protected.reshape(rows.shape[:-1]).clone()  # [b, n], protected items that are not selected yet
+    closed = ~candidates.reshape(rows.shape[:-1])  # [b, n], items that are invalid or selected
     batch = torch.arange(len(rows), device=rows.device)
     for _ in range(budget):
-        length = torch.linalg.vector_norm(rows, dim=-1)  # [b, n], gains ½ log(1 + length²) of capacity
-        best = length.masked_fill(closed, -torch.inf).masked_fill(waiting, torch.inf).argmax(-1)  # [b]
-        closed[batch, best], waiting[batch, best] = True, False
-        # Rows become rows (I + xxᵀ)^(-1/2) with x the chosen one. The root loses half the digits that A⁻¹
-        # would, and lengths stay real: the choice is sound even where σ² is below the rounding error of G.
+        norm = torch.linalg.vector_norm(rows, dim=-1)  # [b, n]; the gain in capacity is ½ log(1 + norm²)
+        best = norm.masked_fill(closed, -torch.inf).masked_fill(pending, torch.inf).argmax(-1)  # [b]
+        closed[batch, best], pending[batch, best] = True, False
+        # Multiply the rows by (I + xxᵀ)^(-1/2), with x the selected row. The square root loses half as many digits as
+        # A⁻¹, and norms stay real, so the selection is sound even if σ² is below the rounding error of G.
         row = rows[batch, best].unsqueeze(-2)  # x [b, 1, d]
         root = (1 + row.square().sum(-1, keepdim=True)).sqrt()  # [b, 1, 1]
         rows.addcmul_((row @ rows.mT).mT, row / (root * (root + 1)), value=-1)
-    return _indices(closed.reshape(candidates.shape) & candidates, budget)
+    return _mask_to_indices(closed.reshape(candidates.shape) & candidates, budget)
 
 
 def _check_candidates(
     shape: torch.Size, device: torch.device, budget: int, valid: Tensor | None, protected: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the masks of valid and of protected items, [..., n] each, once the budget is known to fit."""
+    """Check that the budget fits, and return the masks of the valid and of the protected items, [..., n] each."""
     check_count("budget", budget, shape[-1])
     if valid is None:
         valid = torch.ones(shape, dtype=torch.bool, device=device)
     else:
         valid = check_mask("valid", valid, shape, device)
-        if (fewest := int(valid.sum(-1).min())) < budget:
-            raise ValueError(f"budget must be at most the number of valid items, {fewest} (got {budget})")
+        if (num_valid := int(valid.sum(-1).min())) < budget:
+            raise ValueError(f"budget must be at most the number of valid items, {num_valid}, got {budget}")
     if protected is None:
         protected = torch.zeros(shape, dtype=torch.bool, device=device)
     else:
         protected = check_mask("protected", protected, shape, device)
-        if bad := int((protected & ~valid).sum()):
-            raise ValueError(f"protected must mark valid items only (got {bad} that are not valid)")
-        if (most := int(protected.sum(-1).max())) > budget:
-            raise ValueError(f"budget must be at least the number of protected items, {most} (got {budget})")
+        if num_invalid := int((protected & ~valid).sum()):
+            raise ValueError(f"protected must mark valid items only, got {num_invalid} that are not valid")
+        if (num_protected := int(protected.sum(-1).max())) > budget:
+            raise ValueError(f"budget must be at least the number of protected items, {num_protected}, got {budget}")
     return valid, protected
 
 
-def _highest(scores: Tensor, count: Tensor, valid: Tensor, protected: Tensor) -> Tensor:
-    """Mask [..., n] of the `count` [..., 1] items to keep: protected, then by score, then by position."""
+def _top_mask(scores: Tensor, count: Tensor, valid: Tensor, protected: Tensor) -> Tensor:
+    """Return the mask [..., n] of the `count` [..., 1] items that rank first.
+
+    Protected items rank before all others, then items with higher scores, then items at earlier positions.
+    """
     limit = torch.finfo(working_dtype(scores.dtype)).max
     key = scores.to(working_dtype(scores.dtype)).clamp(-limit, limit)
     key = key.masked_fill(~valid, -torch.inf).masked_fill(protected, torch.inf)
     threshold = key.topk(int(count.max()), dim=-1).values.gather(-1, count - 1)
     above, tied = key > threshold, key == threshold
-    room = count - above.sum(-1, keepdim=True)
-    return above | (tied & (tied.cumsum(-1) <= room))
+    num_tied_kept = count - above.sum(-1, keepdim=True)
+    return above | (tied & (tied.cumsum(-1) <= num_tied_kept))
 
 
-def _indices(kept: Tensor, budget: int) -> Tensor:
-    """Positions [..., budget] of the `budget` true entries in each row of a mask [..., n]."""
-    return kept.nonzero()[:, -1].reshape(*kept.shape[:-1], budget)
+def _mask_to_indices(mask: Tensor, count: int) -> Tensor:
+    """Return the positions [..., count] of the true entries of a mask [..., n] with `count` of them in each row."""
+    return mask.nonzero()[:, -1].reshape(*mask.shape[:-1], count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from suffice.information.linalg import gram, psd_cholesky
+from suffice.information import gram_matrix, psd_cholesky
 from suffice.kv.policy.attention_stats import Signals
 from suffice.kv.policy.estimators import Leverage, capacity_factor, fused_factor, linear_weights
 from suffice.kv.policy.registry import DEFAULT_POLICY, policies
@@ -31,7 +31,7 @@ def capacity_share(signals: Signals, kept: Tensor) -> Tensor:  # long [batch, kv
     vectors = vectors.gather(2, index[..., None].expand(-1, -1, -1, vectors.shape[-1]))
     # In the units of the factor, as its noise is.
     vectors = vectors / factor.vector_scale[..., None, None]
-    ratio = gram(vectors, weights / factor.weight_scale[..., None]) / factor.noise[..., None, None]
+    ratio = gram_matrix(vectors, weights / factor.weight_scale[..., None]) / factor.noise[..., None, None]
     identity = torch.eye(ratio.shape[-1], device=ratio.device)
     part = psd_cholesky(identity + ratio).diagonal(dim1=-2, dim2=-1).log().sum(-1)
     # A head without any capacity has nothing to lose.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from suffice.gpu import kernels_enabled
-from suffice.information import Factor, factorize
+from suffice.information import CholeskyFactor, factorize
 from suffice.kv.policy.attention_stats import Signals
 from suffice.kv.policy.directions import Constant, Directions, Value
 from suffice.kv.policy.fused import FusedFactor, fused_log_weights
@@ -34,7 +34,9 @@ def linear_weights(weights: Weights, signals: Signals) -> Tensor:  # [batch, kv_
     return (log - largest.masked_fill(largest == float("-inf"), 0)).exp()
 
 
-def capacity_factor(weights: Weights, directions: Directions, ridge: float, relative: bool, signals: Signals) -> Factor:
+def capacity_factor(
+    weights: Weights, directions: Directions, ridge: float, relative: bool, signals: Signals
+) -> CholeskyFactor:
     """Return the factorised objective A = σ²I + Σ w u uᵀ of the whole cache; computed once for each call."""
     name = ("factor", weights, directions, ridge, relative)
     return signals.memo(

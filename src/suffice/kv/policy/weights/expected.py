@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from suffice.information.items import CHUNK
-from suffice.information.linalg import psd_cholesky
+from suffice.information import psd_cholesky
+from suffice.information.weighted_set import CHUNK_SIZE
 from suffice.kv.policy.attention_stats import Signals
 from suffice.kv.policy.weights.base import Weights
 
@@ -108,7 +108,7 @@ class ExpectedAttention(FromQueries):
         mean, covariance = self._statistics(signals)  # [batch, kv_heads, gaussians, dim, (dim)]
         keys, scale = signals.keys32, signals.scaling
         if self.diagonal:
-            spread = torch.cat([part.square() @ covariance.mT for part in keys.split(CHUNK, dim=2)], dim=2)
+            spread = torch.cat([part.square() @ covariance.mT for part in keys.split(CHUNK_SIZE, dim=2)], dim=2)
         else:
             # kᵀΣk = ‖kL‖²: one product [tokens, dim] x [dim, gaussians * dim] for all of them.
             # A single query has no covariance, and a matrix of zeros no factor.
