@@ -152,8 +152,8 @@ class Caught(peers.Selection):
     def __init__(self, inner: peers.Selection, tell: Callable[[Tensor], None]) -> None:
         self.inner, self.tell = inner, tell
 
-    def choose(self, policy: Any, signals: Any, budget: Any) -> Tensor:
-        kept = self.inner.choose(policy, signals, budget)
+    def choose(self, policy: Any, stats: Any, budget: Any) -> Tensor:
+        kept = self.inner.choose(policy, stats, budget)
         self.tell(kept)
         return kept
 

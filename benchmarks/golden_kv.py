@@ -37,38 +37,38 @@ from torch import Tensor
 os.environ["TRITON_INTERPRET"] = "1"  # of the part `kernels`; must be set before Triton is imported
 import suffice  # isort: skip
 from suffice import information  # isort: skip
-from suffice.kv import DEFAULT_POLICY, HeadProfile, Policy, Profile, CompressedCache, Signals, load_model  # isort: skip
-from suffice.kv import Equal, Greedy, MarginalCapacity, PooledScores, Pyramid, Rounds, Top, TwoStage  # isort: skip
+from suffice import folders  # isort: skip
+from suffice.kv import DEFAULT_POLICY, CompressedCache, Policy, load_model  # isort: skip
+from suffice.kv.backend import triton_backend  # isort: skip
+from suffice.kv.backend.torch_backend import TORCH_BACKEND  # isort: skip
+from suffice.kv.budget import calibration, protection  # isort: skip
+from suffice.kv.budget import profile_from_weights as slow_pairs  # isort: skip
+from suffice.kv.budget.allocation import AdaKV, Equal, MarginalCapacity, Pyramid  # isort: skip
+from suffice.kv.budget.head_profile import HeadProfile  # isort: skip
+from suffice.kv.budget.profile import Profile  # isort: skip
+from suffice.kv.cache import batched, shared_prefill  # isort: skip
 from suffice.kv.eval import answer as answering  # isort: skip
-from suffice.kv.budget import calibration  # isort: skip
 from suffice.kv.eval import compare as comparing  # isort: skip
-from suffice.kv.eval import demo  # isort: skip
-from suffice.kv.policy import directions  # isort: skip
-from suffice.kv.policy import estimators  # isort: skip
-from suffice.kv.eval import fidelity  # isort: skip
+from suffice.kv.eval import demo, fidelity, prompts, tasks  # isort: skip
+from suffice.kv.eval import tune as tuning  # isort: skip
 from suffice.kv.hf import fingerprint as identity  # isort: skip
 from suffice.kv.policy import capacity_share as measuring  # isort: skip
-from suffice import folders  # isort: skip
+from suffice.kv.policy import directions, estimators, weights  # isort: skip
 from suffice.kv.policy import registry as named  # isort: skip
-from suffice.kv.eval import prompts  # isort: skip
-from suffice.kv.budget import protection  # isort: skip
-from suffice.kv.storage import quantized  # isort: skip
-from suffice.kv.cache import batched as rows  # isort: skip
-from suffice.kv.policy import fused  # isort: skip
-from suffice.kv.storage import ragged_attention  # isort: skip
-from suffice.kv.cache import shared_prefill as sharing  # isort: skip
-from suffice.kv.budget import profile_from_weights as slow_pairs  # isort: skip
-from suffice.kv.storage import uniform as storage  # isort: skip
-from suffice.kv.eval import tasks  # isort: skip
-from suffice.kv.eval import tune as tuning  # isort: skip
-from suffice.kv.policy import weights  # isort: skip
+from suffice.kv.policy.attention_stats import AttentionStats  # isort: skip
+from suffice.kv.policy.entry_positions import EntryPositions  # isort: skip
+from suffice.kv.policy.layer_context import LayerContext  # isort: skip
+from suffice.kv.policy.selection import Greedy, Rounds, TopK, TwoStage  # isort: skip
+from suffice.kv.policy.weight_state import WeightState  # isort: skip
+from suffice.kv.storage import quantized, uniform  # isort: skip
 
-RENAMED: dict[str, str] = {}  # new name of a policy, allocation or task: its name in the file
+RENAMED: dict[str, str] = {"adakv": "pooled"}  # new name of a policy, allocation or task: its name in the file
 NEW = {old: new for new, old in RENAMED.items()}
 DEFAULT = RENAMED.get(DEFAULT_POLICY, DEFAULT_POLICY)
 # Of what is passed on by keyword: the name here, and the new one, as {"interval": "every"}.
 KEYWORDS: dict[str, dict[str, str]] = {
-    "cache": {}, "quantized": {}, "signals": {}, "answer": {}, "closeness": {}, "tuned": {}, "information": {},
+    "cache": {}, "answer": {}, "closeness": {}, "tuned": {}, "information": {},
+    "quantized": {"group": "group_size", "residual": "residual_length"},
 }  # fmt: skip
 INFORMATION = {"gram": information.gram_matrix} | {
     name: getattr(information, name)
@@ -106,7 +106,7 @@ def more_allocations() -> dict[str, Any]:
     return {
         "equal": Equal(),
         "pyramid-5": Pyramid(beta=5),
-        "pooled-half": PooledScores(safeguard=0.5),
+        "pooled-half": AdaKV(safeguard=0.5),
         "marginal-none": MarginalCapacity(safeguard=0.0),
         "profile-steep": HeadProfile(power=1.5, floor=0.05),
     }
@@ -115,11 +115,11 @@ def more_allocations() -> dict[str, Any]:
 def weight_parts() -> dict[str, Any]:
     w = weights
     return {
-        "window": w.WindowAttention(window=8, pool=3),
-        "window-prefix": w.WindowAttention(window=16, pool=5, prefix_only=True, floor=1e-4),
+        "window": w.WindowAttention(window_size=8, kernel_size=3),
+        "window-prefix": w.WindowAttention(window_size=16, kernel_size=5, prefix_only=True, floor=1e-4),
         "last": w.LastQueryAttention(),
         "accumulated": w.AccumulatedAttention(),
-        "sampled": w.SampledAttention(count=7, apart=9),
+        "sampled": w.SampledAttention(count=7, min_distance=9),
         "mean-query": w.MeanQuery(tau=2.0, recent=20),
         "mean-query-moving": w.MeanQuery(half_life=20.0),
         "expected": w.ExpectedAttention(future=64),
@@ -132,7 +132,7 @@ def weight_parts() -> dict[str, Any]:
         "recency": w.Recency(),
         "random": w.Random(seed=3),
         "uniform": w.Uniform(),
-        "sum": w.WindowAttention(window=8) + 0.5 * w.KeyNorm() + 2 * w.KeySalience(),
+        "sum": w.WindowAttention(window_size=8) + 0.5 * w.KeyNorm() + 2 * w.KeySalience(),
         "product": w.KeyNorm() * w.KeySalience(),
     }
 
@@ -162,11 +162,11 @@ def estimator_parts() -> dict[str, Any]:
 
 
 def selection_parts() -> dict[str, Any]:
-    return {"top": Top(), "two-stage": TwoStage(0.3), "rounds": Rounds(3), "greedy": Greedy()}
+    return {"top": TopK(), "two-stage": TwoStage(0.3), "rounds": Rounds(3), "greedy": Greedy()}
 
 
 def compose(weight: Any, direction: Any, estimator: Any, selection: Any = None) -> Any:
-    return Policy(weights=weight, directions=direction, estimator=estimator, selection=selection or Top(), name="own")
+    return Policy(weights=weight, directions=direction, estimator=estimator, selection=selection or TopK(), name="own")
 
 
 def vary(policy: Any, allocation: Any) -> Any:
@@ -180,30 +180,39 @@ def with_profile(allocation: Any, attention: tuple[tuple[float, ...], ...]) -> A
     return replace(allocation, profile=Profile(attention, "fixed", "fixed"))
 
 
+BACKEND = [TORCH_BACKEND]  # what computes the numbers; another one within `kernels_on_cpu`
+
+
 def signals(queries: Tensor, keys: Tensor, values: Tensor, **facts: Any) -> Any:
-    """Take valid, positions, query_positions, output, rotary, received, layer and layers, as the library does."""
-    return Signals(queries, keys, values, **words("signals", facts))
+    """Take valid, positions, query_positions, output, rotary, received, layer and layers."""
+    places = {"valid": "valid", "entries": "positions", "queries": "query_positions"}
+    where = EntryPositions(**{new: facts.pop(old) for new, old in places.items() if old in facts})
+    context = LayerContext(facts.pop("layer", 0), facts.pop("layers", 1))
+    state = WeightState(attention_received=facts.pop("received", None))
+    renamed = {"output_weight" if name == "output" else name: value for name, value in facts.items()}
+    return AttentionStats(queries, keys, values, positions=where, context=context, state=state, **renamed)
 
 
-def score_steps(policy: Any, signals: Any) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    yield "log-weights", lambda: policy.weights.log(signals)
-    yield "log-weights-masked", lambda: estimators.log_weights(policy.weights, signals)
-    yield "linear-weights", lambda: estimators.linear_weights(policy.weights, signals)
-    yield "scores", lambda: policy.score(signals)
-    yield "shares", lambda: policy.estimator.shares(policy.weights, policy.directions, signals)
+def score_steps(policy: Any, given: Any) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    yield "log-weights", lambda: policy.weights.log_weights(given)
+    yield "log-weights-masked", lambda: policy.objective(given, BACKEND[0]).log_weights()
+    yield "linear-weights", lambda: policy.objective(given, BACKEND[0]).linear_weights()
+    yield "scores", lambda: policy.score(given, BACKEND[0])
+    yield "shares", lambda: policy.estimator.contributions(policy.objective(given, BACKEND[0]))
 
 
-def vectors(policy: Any, signals: Any) -> Tensor:
-    return policy.directions.vectors(signals)
+def vectors(policy: Any, given: Any) -> Tensor:
+    return policy.directions.vectors(given)
 
 
-def choose(policy: Any, signals: Any, budget: float, sinks: int | None = None, window: int | None = None) -> Tensor:
-    allowed = [protection.tokens_allowed(budget, seen) for seen in signals.seen_tokens]
-    return policy.select(signals, policy.budget(signals, allowed, protection.Protection(sinks, window)))
+def choose(policy: Any, given: Any, budget: float, sinks: int | None = None, window: int | None = None) -> Tensor:
+    allowed = [protection.num_allowed(budget, seen) for seen in given.num_seen_per_row]
+    objective = policy.objective(given, BACKEND[0])
+    return policy.select(objective, policy.layer_budget(objective, allowed, protection.Protection(sinks, window)))
 
 
-def capacity_share(signals: Any, kept: Tensor) -> Tensor:
-    return measuring.capacity_share(signals, kept)
+def capacity_share(given: Any, kept: Tensor) -> Tensor:
+    return measuring.capacity_share(given, kept, BACKEND[0])
 
 
 def make_cache(model: Any, policy: Any = DEFAULT, budget: float = 0.25, **options: Any) -> Any:
@@ -213,6 +222,8 @@ def make_cache(model: Any, policy: Any = DEFAULT, budget: float = 0.25, **option
     if isinstance(options.get("allocation"), str):
         options["allocation"] = NEW.get(options["allocation"], options["allocation"])
     policy = NEW.get(policy, policy) if isinstance(policy, str) else policy
+    if "positions" in options:
+        options["rerotate"] = options.pop("positions") == "compact"
     return CompressedCache(model, policy, budget, **words("cache", options))
 
 
@@ -260,12 +271,12 @@ def copied(cache: Any) -> Any:
 
 def prefill_together(model: Any, inputs: dict[str, Tensor], caches: list[Any], share: bool) -> Tensor:
     """Fill all caches in one forward pass; logits of the last token."""
-    return sharing.prefill(model, inputs, caches, share=share).logits
+    return shared_prefill.prefill(model, inputs, caches, share_statistics=share).logits
 
 
 def as_rows(caches: list[Any]) -> Any:
     """Return one cache whose row r is `caches[r]`."""
-    return rows.Rows(caches)
+    return batched.BatchedCaches(caches)
 
 
 def read_chunks(model: Any, ids: Tensor, cache: Any, chunk: int | None) -> None:
@@ -273,6 +284,10 @@ def read_chunks(model: Any, ids: Tensor, cache: Any, chunk: int | None) -> None:
 
 
 def answer(model: Any, tokenizer: Any, document: str, question: str | None, **options: Any) -> dict[str, Any]:
+    if "positions" in options:
+        options["rerotate"] = options.pop("positions") == "compact"
+    if "allocation" in options:
+        options["allocation"] = NEW.get(options["allocation"], options["allocation"])
     found, _ = answering.answer(model, tokenizer, document, question, **words("answer", options))
     return {
         "text": found.answer,
@@ -328,7 +343,7 @@ def calibrated(model: Any, tokenizer: Any = None, tokens: int | None = None) -> 
 
 
 def known_profile(model: Any) -> list[list[float]]:
-    return [list(layer) for layer in calibration.profile_of(model).attention]
+    return [list(layer) for layer in calibration.get_profile(model).attention]
 
 
 def profile_of_weights(model: Any) -> list[list[float]]:
@@ -337,7 +352,7 @@ def profile_of_weights(model: Any) -> list[list[float]]:
 
 def profile_budgets(attention: list[list[float]], budget: int, seen: int, least: int, most: int | None) -> Any:
     profile = Profile(tuple(map(tuple, attention)), "fixed", "fixed")
-    return HeadProfile(profile=profile).budgets(budget, seen, least, most)
+    return HeadProfile(profile=profile).entries(budget, seen, least, most)
 
 
 def fingerprint(model: Any) -> str:
@@ -353,17 +368,23 @@ def kernels_on_cpu() -> Iterator[list[int]]:
     """Let the library use its Triton kernels for tensors on the CPU; gives how often it asked whether it may."""
     asked = [0, 0, 0]
 
-    def yes(number: int) -> Callable[..., bool]:
-        def usable(*_: Tensor) -> bool:
+    def counted(number: int, answer: Callable[..., bool]) -> Callable[..., bool]:
+        def ask(*tensors: Tensor) -> bool:
             asked[number] += 1
-            return True
+            return answer(*tensors)
 
-        return usable
+        return ask
 
     with contextlib.ExitStack() as stack:
-        for number, module in enumerate((fused, ragged_attention, storage)):
-            stack.enter_context(mock.patch.object(module, "usable", yes(number)))
-        yield asked
+        patched = ((triton_backend, "supports"), (triton_backend, "can_use_kernels"), (uniform, "usable"))
+        for number, (module, name) in enumerate(patched):
+            answer = getattr(module, name) if name == "supports" else lambda *_: True
+            stack.enter_context(mock.patch.object(module, name, counted(number, answer)))
+        BACKEND[0] = triton_backend.TRITON_BACKEND
+        try:
+            yield asked
+        finally:
+            BACKEND[0] = TORCH_BACKEND
 
 
 def isolate(folder: Path) -> None:
@@ -581,7 +602,7 @@ def fixed_cases() -> Iterator[tuple[str, Any]]:
 def fixed(book: Book, quick: bool) -> None:
     """Every policy, weight, direction, estimator, selection and allocation on fixed tensors."""
     for case, given in fixed_cases():
-        profile = tuple(tuple(0.05 + 0.1 * ((3 * x + h) % 4) for h in range(given.kv_heads)) for x in range(3))
+        profile = tuple(tuple(0.05 + 0.1 * ((3 * x + h) % 4) for h in range(given.keys.shape[1])) for x in range(3))
         every = {f"policy-{name}": policy for name, policy in policies().items()}
         for name, weight in weight_parts().items():
             every[f"weight-{name}"] = compose(weight, direction_parts()["value"], estimator_parts()["leverage"])

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from suffice.kv.storage.ragged_attention import attend
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,7 +37,6 @@ from suffice.kv import DEFAULT_POLICY, Signals, get_policy
 from suffice.kv.kernels import usable
 from suffice.kv.policy.deferred_checks import Verdicts
 from suffice.kv.storage.ragged import RaggedStorage
-from suffice.kv.storage.ragged_attention import attend
 
 HEADS, KV_HEADS = 32, 8
 

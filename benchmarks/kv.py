@@ -24,9 +24,10 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from machine import machine
-from suffice.kv import CompressedCache, Signals, get_policy, load_model
+from suffice.kv import CompressedCache, get_policy, load_model
 from suffice.kv.attention.hook import Call
 from suffice.kv.cache.layer import CompressedLayer
+from suffice.kv.policy.attention_stats import AttentionStats
 
 try:
     import kvpress
@@ -149,7 +150,7 @@ class Probe:
         attention = None
         for name in self.presses:
             layer = self.caches[name].layers[index]
-            signals = Signals(
+            stats = AttentionStats(
                 call.query,
                 call.key,
                 call.value,
@@ -159,9 +160,9 @@ class Probe:
                 output=module.o_proj.weight,
                 rotary=layer._rotary,
             )
-            ours = get_policy(name).score(signals)
+            ours = get_policy(name).score(stats)
             if name == "h2o" and attention is None:
-                logits = call.query @ call.key.repeat_interleave(signals.group, 1).mT * call.scaling
+                logits = call.query @ call.key.repeat_interleave(stats.group, 1).mT * call.scaling
                 logits += torch.full(logits.shape[-2:], float("-inf")).triu(1)
                 attention = logits.softmax(-1)
             theirs = self.presses[name].score(

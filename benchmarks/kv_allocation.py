@@ -36,7 +36,7 @@ BUDGETS = (0.5, 0.25, 0.1)
 # change nothing. `capkv` differs from it by a cheaper estimate of the expected attention and a window of 16.
 SEARCHED = Policy(
     name="searched",
-    weights=WindowAttention(window=32, pool=5) + ExpectedAttention() + 2 * KeySalience(),
+    weights=WindowAttention(window_size=32, kernel_size=5) + ExpectedAttention() + 2 * KeySalience(),
     estimator=Leverage(power=0.5, ridge=0.1),
 )
 POLICIES: tuple[str | Policy, ...] = ("capkv", "capkv-paper", SEARCHED, "h2o", "snapkv", "keydiff")

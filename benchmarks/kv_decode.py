@@ -40,7 +40,7 @@ except ImportError:
     sys.exit("kvpress is missing: run this with `make bench-kv`, which has an environment of its own")
 
 POLICY = "snapkv"  # which entries are kept does not change how long reading them takes; kvpress has the same one
-OURS = {"uniform": "equal", "ragged, pooled scores": "pooled", "ragged, head profile": "profile"}
+OURS = {"uniform": "equal", "ragged, pooled scores": "adakv", "ragged, head profile": "profile"}
 PRESSES: dict[str, Callable[[float], Any]] = {
     "kvpress uniform": lambda ratio: kvpress.SnapKVPress(compression_ratio=ratio),
     "kvpress AdaKV": lambda ratio: kvpress.AdaKVPress(kvpress.SnapKVPress(compression_ratio=ratio)),

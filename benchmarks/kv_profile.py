@@ -23,7 +23,11 @@ import torch
 
 from evidence import FIRST_SEED, haystack
 from machine import machine
-from suffice.kv import DEFAULT_POLICY, HeadProfile, Profile, calibrate, load_model, profile_from_weights, profile_of
+from suffice.kv import DEFAULT_POLICY, calibrate, load_model
+from suffice.kv.budget.calibration import get_profile
+from suffice.kv.budget.head_profile import HeadProfile
+from suffice.kv.budget.profile import Profile
+from suffice.kv.budget.profile_from_weights import profile_from_weights
 from suffice.kv.eval.compare import TASKS
 from suffice.kv.eval.fidelity import Cell, evaluate
 from suffice.kv.eval.tasks import make
@@ -43,7 +47,7 @@ def shuffled(profile: Profile) -> Profile:
 
 def allocations(model: Any, tokenizer: Any) -> dict[str, str | HeadProfile]:
     """Return each way to split a budget, by what the table calls it."""
-    shipped = profile_of(model)
+    shipped = get_profile(model)
     made = {
         "700 tokens of text (shipped)": shipped,
         "128 tokens of text": calibrate(model, tokenizer, tokens=128),

@@ -119,7 +119,7 @@ def main() -> None:
     text = "\n\n".join(value for _, value in sorted(pydoc_data.topics.topics.items()))
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
     ids = ids.repeat(1, -(-options.tokens // ids.shape[1]))[:, : options.tokens]
-    cache = CompressedCache(model, options.policy, options.budget, evict="always", positions="compact")
+    cache = CompressedCache(model, options.policy, options.budget, evict="always", rerotate=True)
     forget_peak()  # loading the model takes more than reading
     rows = read(model, cache, ids, options.chunk)
     words = str(tokenizer.decode(go_on(model, cache, ids[:, -1:], new=80)))

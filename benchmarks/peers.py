@@ -25,7 +25,7 @@ from transformers import DynamicCache
 from suffice.kv import Policy
 from suffice.kv.budget.allocation import Equal
 from suffice.kv.eval.fidelity import Cell
-from suffice.kv.policy.attention_stats import Signals
+from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.selection import Budget, Selection
 from suffice.kv.policy.weights import Uniform
 
@@ -170,11 +170,11 @@ class Prefill:
             self.whole = Places(keys, values)
         return self.whole
 
-    def attentions(self, signals: Signals) -> Tensor:
+    def attentions(self, stats: AttentionStats) -> Tensor:
         """Return causal attention [1, heads, tokens, tokens], which eager attention would have returned."""
         if self.attention is None:
-            keys = signals.keys.repeat_interleave(signals.queries.shape[1] // signals.kv_heads, 1)
-            logits = signals.queries @ keys.mT * self.module.scaling
+            keys = stats.keys.repeat_interleave(stats.queries.shape[1] // stats.kv_heads, 1)
+            logits = stats.queries @ keys.mT * self.module.scaling
             logits += torch.full(logits.shape[-2:], float("-inf")).triu(1)
             self.attention = logits.softmax(-1)
         return self.attention
@@ -222,15 +222,15 @@ class ByPress(Selection):
     prefill: Prefill
     seed: int = 0
 
-    def choose(self, policy: Policy, signals: Signals, budget: Budget) -> Tensor:
+    def choose(self, policy: Policy, stats: AttentionStats, budget: Budget) -> Tensor:
         """Return what the press keeps, −1 where a head keeps fewer than another."""
-        now, keys, values = self.prefill, signals.keys, signals.values
+        now, keys, values = self.prefill, stats.keys, stats.values
         observed = isinstance(self.press, kvpress.ObservedAttentionPress)
-        attention = now.attentions(signals) if observed else None
+        attention = now.attentions(stats) if observed else None
         compress = seeded(self.press.compress, self.seed)
         found = compress(now.module, now.kwargs["hidden_states"], keys, values, attention, now.kwargs)
         if (masked := take_mask(now.module)) is not None:
-            return unmasked(masked, signals.kv_heads, signals.tokens)
+            return unmasked(masked, stats.kv_heads, stats.tokens)
         return now.places(keys, values).find(*found)
 
     def __str__(self) -> str:
@@ -243,9 +243,9 @@ class Given(Selection):
 
     kept: Sequence[Tensor]
 
-    def choose(self, policy: Policy, signals: Signals, budget: Budget) -> Tensor:
+    def choose(self, policy: Policy, stats: AttentionStats, budget: Budget) -> Tensor:
         """Return this layer's."""
-        return self.kept[signals.layer]
+        return self.kept[stats.layer]
 
     def __str__(self) -> str:
         return "given"

@@ -1,64 +1,66 @@
-"""What every policy must do on every family under every allocation, with a prompt at once and in chunks."""
+"""Every policy on every model family under every allocation, with the prompt at once and in chunks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from suffice.kv import CompressedCache, policies
-from suffice.kv.policy.registry import allocations
+from suffice.kv import CompressedCache, allocations, policies
 from suffice.kv.storage.ragged import RaggedStorage
 from tests.kv.tiny import FAMILIES, left_padded, prompt, tiny
 
-every = [
+PARAMETERS = [
     pytest.mark.parametrize("allocation", list(allocations())),
     pytest.mark.parametrize("family", FAMILIES),
     pytest.mark.parametrize("name", list(policies())),
 ]
-# More entries than dimensions at every time: below, all have a leverage of nearly 1, and rounding would choose.
+# Budgets are always larger than the head dimension. With fewer entries, all have a leverage score of nearly 1, and
+# rounding errors would decide which ones are kept.
 LENGTHS, CHUNK, BUDGET = (41, 62, 61), 20, 18
 
 
-def conformance(test):
-    for mark in every:
+def for_every_combination(test):
+    """Parametrize a test by policy, family and allocation."""
+    for mark in PARAMETERS:
         test = mark(test)
     return test
 
 
-def feed(model, cache, ids, mask=None, at=()):
-    """Read token ids in pieces that end at the given columns; logits of the last token."""
+def feed(model, cache, ids, mask=None, ends=()):
+    """Run the model over token ids, in chunks that end at the given columns; return the logits of the last token."""
     logits = None
     with torch.no_grad():
-        for start, stop in zip((0, *at), (*at, ids.shape[1]), strict=True):
-            own = None if mask is None else mask[:, :stop]
-            positions = None if mask is None else (mask[:, :stop].cumsum(-1) - 1).clamp_min(0)[:, start:stop]
-            out = model(ids[:, start:stop], attention_mask=own, position_ids=positions, past_key_values=cache)
-            logits = out.logits[:, -1]
+        for start, stop in zip((0, *ends), (*ends, ids.shape[1]), strict=True):
+            chunk_mask = None if mask is None else mask[:, :stop]
+            positions = None if mask is None else (chunk_mask.cumsum(-1) - 1).clamp_min(0)[:, start:stop]
+            chunk = ids[:, start:stop]
+            output = model(chunk, attention_mask=chunk_mask, position_ids=positions, past_key_values=cache)
+            logits = output.logits[:, -1]
     return logits
 
 
-def kept(cache, row):
-    """Positions that a row keeps, by layer and head."""
+def kept_by_head(cache, row):
+    """Return the positions that a row keeps, by layer and head."""
     return [
         [head[head >= 0].tolist() for head in cache.kept_positions(layer.index)[row]]
         for layer in cache.compressed_layers
     ]
 
 
-def check_budget(cache, name, budget, seen, later=0):
-    """The whole budget, no more; heads of one length where the allocation says so; later tokens on top."""
-    for row, own in enumerate(seen):
-        lengths = [[len(head) - later for head in layer] for layer in kept(cache, row)]
-        total = sum(map(sum, lengths))
-        heads = sum(map(len, lengths))
-        assert total == heads * (own if name == "full" else min(budget, own))
-        if not cache.policy.allocation.ragged:
+def check_budget(cache, name, budget, num_seen):
+    """Check that rows keep exactly their budget, with heads of equal length unless the allocation is per head."""
+    for row, seen in enumerate(num_seen):
+        kept = kept_by_head(cache, row)
+        lengths = [[len(head) for head in layer] for layer in kept]
+        num_heads = sum(map(len, lengths))
+        assert sum(map(sum, lengths)) == num_heads * (seen if name == "full" else min(budget, seen))
+        if not cache.policy.allocation.per_head:
             assert all(len(set(layer)) == 1 for layer in lengths)
-        assert all(own - 1 in head for layer in kept(cache, row) for head in layer)
+        assert all(seen - 1 in head for layer in kept for head in layer)
 
 
-@conformance
-def test_prompt_at_once(name, family, allocation):
+@for_every_combination
+def test_batched_prompts_match_single_prompts(name, family, allocation):
     model = tiny(family)
     prompts = [prompt(n) for n in LENGTHS]
     inputs = left_padded(prompts)
@@ -68,7 +70,7 @@ def test_prompt_at_once(name, family, allocation):
     check_budget(cache, name, BUDGET, LENGTHS)
     ids = torch.cat((inputs["input_ids"], question), 1)
     mask = torch.cat((inputs["attention_mask"], torch.ones_like(question)), 1)
-    first = kept(cache, 0)
+    kept_in_batch = kept_by_head(cache, 0)
     with torch.no_grad():
         for column in (-2, -1):
             stop = ids.shape[1] + column + 1
@@ -76,28 +78,27 @@ def test_prompt_at_once(name, family, allocation):
             logits = model(
                 ids[:, stop - 1 : stop], attention_mask=mask[:, :stop], position_ids=positions, past_key_values=cache
             ).logits[:, -1]
-    for row, own in enumerate(prompts):
+    for row, row_ids in enumerate(prompts):
         alone = CompressedCache(model, name, BUDGET, allocation=allocation)
-        feed(model, alone, own)
+        feed(model, alone, row_ids)
         if row == 0:
-            assert kept(alone, 0) == first
-        expected = feed(model, alone, torch.cat((own, question[row : row + 1]), 1)[:, own.shape[1] :], at=(1,))
+            assert kept_by_head(alone, 0) == kept_in_batch
+        expected = feed(model, alone, question[row : row + 1], ends=(1,))
         torch.testing.assert_close(logits[row : row + 1], expected, atol=2e-4, rtol=1e-3)
-    report = cache.report()
-    held = sum(layer.storage.nbytes for layer in cache.compressed_layers)
-    slid = sum(
+    bytes_compressed = sum(layer.storage.nbytes for layer in cache.compressed_layers)
+    bytes_sliding = sum(
         x.nbytes for layer in cache.layers if layer not in cache.compressed_layers for x in (layer.keys, layer.values)
     )
-    assert report.bytes_kept == held + slid
+    assert cache.report().bytes_kept == bytes_compressed + bytes_sliding
     if name != "full":
-        # Nothing larger stands behind what is kept than room for a sixteenth more.
+        # Evicted entries are freed: buffers exceed the kept entries by spare slots of at most a sixteenth.
         for layer in cache.compressed_layers:
-            behind = sum(x.untyped_storage().nbytes() for x in layer.storage.tensors)
-            assert layer.storage.nbytes <= behind <= layer.storage.nbytes * 17 / 16
+            allocated = sum(x.untyped_storage().nbytes() for x in layer.storage.buffers)
+            assert layer.storage.nbytes <= allocated <= layer.storage.nbytes * 17 / 16
 
 
-@conformance
-def test_prompt_in_chunks(name, family, allocation):
+@for_every_combination
+def test_batched_prompts_in_chunks_match_single_prompts(name, family, allocation):
     model = tiny(family)
     prompts = [prompt(n) for n in LENGTHS]
     inputs = left_padded(prompts)
@@ -107,12 +108,12 @@ def test_prompt_in_chunks(name, family, allocation):
     cache = CompressedCache(model, name, BUDGET, **settings)
     logits = feed(model, cache, inputs["input_ids"], inputs["attention_mask"], ends)
     check_budget(cache, name, BUDGET, LENGTHS)
-    for row, own in enumerate(prompts):
-        # The same boundaries, seen from the row; those in its padding fall away.
-        start = width - own.shape[1]
+    for row, row_ids in enumerate(prompts):
+        # The same chunk boundaries as columns of the row; those within its padding are left out.
+        padding = width - row_ids.shape[1]
         alone = CompressedCache(model, name, BUDGET, **settings)
-        expected = feed(model, alone, own, at=tuple(end - start for end in ends if end > start))
-        assert kept(alone, 0) == kept(cache, row)
+        expected = feed(model, alone, row_ids, ends=tuple(end - padding for end in ends if end > padding))
+        assert kept_by_head(alone, 0) == kept_by_head(cache, row)
         torch.testing.assert_close(logits[row : row + 1], expected, atol=2e-4, rtol=1e-3)
-    if cache.policy.allocation.ragged and name != "full":
+    if cache.policy.allocation.per_head and name != "full":
         assert all(isinstance(layer.storage, RaggedStorage) for layer in cache.compressed_layers)

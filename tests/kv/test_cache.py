@@ -10,7 +10,8 @@ import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from suffice.information import capacity
-from suffice.kv import DEFAULT_POLICY, CompressedCache, Policy, Signals, policies
+from suffice.kv import DEFAULT_POLICY, CompressedCache, Policy, policies
+from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.capacity_share import capacity_share
 from suffice.kv.policy.weights import KeyNorm, WindowAttention
 from tests.kv.tiny import answer, build, left_padded, prompt, tiny
@@ -176,7 +177,7 @@ def test_dropped_cache_is_freed_without_a_garbage_collection(model, policy):
     try:
         cache = CompressedCache(model, policy, budget=0.5)
         answer(model, {"input_ids": prompt(20)}, cache)
-        keys = weakref.ref(cache.compressed_layers[0].storage.tensors[0])
+        keys = weakref.ref(cache.compressed_layers[0].storage.buffers[0])
         del cache
         assert keys() is None
     finally:
@@ -260,17 +261,17 @@ def test_capacity_can_be_left_unmeasured(model):
 def test_capacity_share_is_that_of_the_information_core():
     torch.manual_seed(0)
     keys, values = torch.randn(2, 2, 30, 8), 50 * torch.randn(2, 2, 30, 8)
-    signals = Signals(torch.randn(2, 4, 30, 8), keys, values)
+    stats = AttentionStats(torch.randn(2, 4, 30, 8), keys, values)
     kept = torch.randperm(30)[:9].sort().values.expand(2, 2, 9)
-    weights = policies()[DEFAULT_POLICY].weights.log(signals).exp()
+    weights = policies()[DEFAULT_POLICY].weights.log(stats).exp()
     expected = capacity(values, weights, subset=kept) / capacity(values, weights)
-    torch.testing.assert_close(capacity_share(signals, kept), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(capacity_share(stats, kept), expected, rtol=1e-4, atol=1e-5)
     everything = torch.arange(30).expand(2, 2, 30)
-    torch.testing.assert_close(capacity_share(signals, everything), torch.ones(2, 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(capacity_share(stats, everything), torch.ones(2, 2), rtol=1e-5, atol=1e-5)
 
 
 def test_own_policy_by_composition(model):
-    own = Policy(weights=WindowAttention(window=8) + 0.5 * KeyNorm(), name="mine")
+    own = Policy(weights=WindowAttention(window_size=8) + 0.5 * KeyNorm(), name="mine")
     cache = CompressedCache(model, own, 0.5)
     model(prompt(40), past_key_values=cache)
     assert cache.report().policy == "mine"

@@ -1,4 +1,4 @@
-"""Head profiles: what is measured, where it is kept, and whose it is."""
+"""Head profiles: what is measured, where profiles are stored, and which model they belong to."""
 
 from __future__ import annotations
 
@@ -7,116 +7,144 @@ import json
 import pytest
 import torch
 
-from suffice.kv import (
-    CompressedCache,
-    HeadProfile,
-    calibrate,
-    profile_from_weights,
-    profile_of,
-    read_profile,
-    write_profile,
-)
+from suffice.kv import CompressedCache
+from suffice.kv.budget.allocation import BudgetRequest
+from suffice.kv.budget.calibration import calibrate, get_profile
+from suffice.kv.budget.head_profile import HeadProfile
+from suffice.kv.budget.profile import Profile, read_profile, write_profile
+from suffice.kv.budget.profile_from_weights import profile_from_weights
 from suffice.kv.hf.fingerprint import fingerprint
+from suffice.kv.policy.layer_context import LayerContext
 from tests.kv.tiny import FAMILIES, VOCABULARY, build, prompt, tiny
 
 
 @pytest.fixture(autouse=True)
-def _own_profiles(tmp_path, monkeypatch):
+def _empty_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("SUFFICE_CACHE", str(tmp_path))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
-def test_profile_is_the_most_attention_of_one_reconstruction(family):
-    """Against the attention matrices of transformers' own eager attention."""
+def test_profile_is_the_largest_attention_while_the_text_is_repeated(family):
+    """Against the attention weights that transformers' own eager attention returns."""
     model = build(family, "eager")
-    found = calibrate(model, tokens=40, seed=3)
+    profile = calibrate(model, tokens=40, seed=3)
     ids = torch.randint(VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         attentions = model(torch.cat((ids, ids), 1), output_attentions=True).attentions
-    for layer, attention in zip(found.attention, attentions, strict=True):
-        again = attention[0, :, 40:, :40].amax(1)  # [heads, first]
-        expected = again.unflatten(0, (len(layer), -1)).amax(1).mean(-1)
-        torch.testing.assert_close(torch.tensor(layer), expected, atol=1e-5, rtol=1e-4)
+    for numbers, attention in zip(profile.attention, attentions, strict=True):
+        largest = attention[0, :, 40:, :40].amax(1)  # [heads, first copy]
+        expected = largest.unflatten(0, (len(numbers), -1)).amax(1).mean(-1)
+        torch.testing.assert_close(torch.tensor(numbers), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_only_compressed_layers_are_measured():
+def test_only_layers_with_full_attention_are_measured():
     model = tiny("gemma3")
-    full = [kind for kind in model.config.get_text_config().layer_types if kind == "full_attention"]
-    assert len(calibrate(model, tokens=32).attention) == len(full) < model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    full = [kind for kind in config.layer_types if kind == "full_attention"]
+    assert len(calibrate(model, tokens=32).attention) == len(full) < config.num_hidden_layers
 
 
-def test_profile_is_measured_once_and_said(caplog, tmp_path):
+def test_profile_is_measured_once_and_the_measurement_is_logged(caplog, tmp_path):
     model = tiny("llama")
-    found = profile_of(model)
+    first = get_profile(model)
     assert "measuring the head profile" in caplog.text
     caplog.clear()
-    again = profile_of(model)
+    second = get_profile(model)
     assert not caplog.text
-    assert again.model == found.model == fingerprint(model)
-    for one, other in zip(found.attention, again.attention, strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
-    assert read_profile(tmp_path / "profiles" / f"{found.model}.json") == again
+    assert second.model == first.model == fingerprint(model)
+    for measured, stored in zip(first.attention, second.attention, strict=True):
+        assert measured == pytest.approx(stored, rel=1e-4)
+    assert read_profile(tmp_path / "profiles" / f"{first.model}.json") == second
 
 
-def test_own_measurement_comes_before_any_other(tmp_path):
+def test_stored_profile_is_preferred_to_a_new_measurement():
     model = tiny("llama")
-    write_profile(mine := calibrate(model, tokens=33))
-    assert profile_of(model).source == mine.source == "33 random tokens, seed 0"
+    stored = calibrate(model, tokens=33)
+    write_profile(stored)
+    assert get_profile(model).source == stored.source == "33 random tokens, seed 0"
 
 
-def test_identity_is_of_weights_and_shape_alone():
+def test_fingerprint_depends_on_weights_and_shapes_only():
     model = build("llama")
-    name = fingerprint(model)
-    assert fingerprint(build("llama").to(torch.bfloat16)) == name
-    assert fingerprint(build("llama", "eager")) == name
+    original = fingerprint(model)
+    assert fingerprint(build("llama").to(torch.bfloat16)) == original
+    assert fingerprint(build("llama", "eager")) == original
     with torch.no_grad():
         model.get_decoder().layers[0].mlp.up_proj.weight.neg_()
-    assert fingerprint(model) != name
+    assert fingerprint(model) != original
 
 
-def test_model_is_left_as_it_was():
+def test_calibration_restores_the_attention_implementation():
     model = tiny("llama")
     before = model.config._attn_implementation
     calibrate(model, tokens=32)
     assert model.config._attn_implementation == before
 
 
-@pytest.mark.parametrize(("tokens", "words"), [(31, "at least 32"), (300, "at most 240 for this model")])
-def test_lengths_are_checked(tokens, words):
-    with pytest.raises(ValueError, match=f"tokens is {tokens}.*{words}"):
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (31, "tokens must be at least 32, got 31"),
+        (300, "tokens must be at most 240 for this model, .* got 300"),
+    ],
+)
+def test_number_of_tokens_is_checked(tokens, message):
+    with pytest.raises(ValueError, match=message):
         calibrate(tiny("llama"), tokens=tokens)
 
 
-def test_profile_of_another_model_is_refused():
+def test_profile_of_another_model_is_rejected():
     profile = calibrate(tiny("qwen2"), tokens=32)
-    with pytest.raises(ValueError, match="profile is that of model"):
+    with pytest.raises(ValueError, match=f"profile must be of this model .*, got one of the model {profile.model}"):
         CompressedCache(tiny("llama"), allocation=HeadProfile(profile))
 
 
 @pytest.mark.parametrize(
     "content", ["", "[]", '{"attention": [[1.0]]}', '{"model": "m", "source": "s", "attention": [[0]]}']
 )
-def test_broken_file_is_named(tmp_path, content):
+def test_file_without_a_profile_is_named_in_the_error(tmp_path, content):
     file = tmp_path / "profile.json"
     file.write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"profile\.json holds no head profile"):
+    with pytest.raises(ValueError, match=r"profile\.json must contain a head profile, got other content"):
         read_profile(file)
 
 
-def test_file_holds_plain_numbers(tmp_path):
+def test_profile_is_stored_as_plain_json(tmp_path):
     path = write_profile(calibrate(tiny("llama"), tokens=32), tmp_path / "out" / "mine.json")
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    assert set(facts) == {"model", "source", "attention"}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert set(content) == {"model", "source", "attention"}
     assert not list(path.parent.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        ((), r"the same number of heads in every layer, got \[\]"),
+        (((0.1, 0.2), (0.1,)), r"the same number of heads in every layer, got \[2, 1\]"),
+        (((0.1, 0.0),), "a positive finite number for every head, got 0.0"),
+        (((0.1, float("nan")),), "a positive finite number for every head, got nan"),
+    ],
+)
+def test_profile_must_be_a_table_of_positive_numbers(attention, message):
+    with pytest.raises(ValueError, match=message):
+        Profile(attention, "model", "source")
+
+
+def test_head_profile_requires_a_profile_with_the_shape_of_the_model():
+    request = BudgetRequest((8,), (20,), (0,), torch.full((1, 2), 20), lambda: torch.rand(1, 2, 20), LayerContext(0, 3))
+    with pytest.raises(ValueError, match="profile must be a Profile, got None"):
+        HeadProfile().entries_per_head(request)
+    with pytest.raises(ValueError, match="profile must have 3 layers and 2 heads, got 1 layers and 2 heads"):
+        HeadProfile(Profile(((0.1, 0.2),), "model", "source")).entries_per_head(request)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_profile_from_weights_is_the_share_of_slow_pairs(family):
     model = build(family)
-    found = profile_from_weights(model)
+    profile = profile_from_weights(model)
     layers = CompressedCache(model, "capkv").compressed_layers
-    assert len(found.attention) == len(layers)
-    for own, layer in zip(found.attention, layers, strict=True):
+    assert len(profile.attention) == len(layers)
+    for numbers, layer in zip(profile.attention, layers, strict=True):
         module = model.get_decoder().layers[layer.index].self_attn
         dim = module.head_dim
         if hasattr(module, "qkv_proj"):
@@ -136,54 +164,55 @@ def test_profile_from_weights_is_the_share_of_slow_pairs(family):
         turns = 512 * torch.tensor(base) ** (-torch.arange(dim // 2) * 2 / dim) / (2 * torch.pi)
         assert 0 < int((turns < 1).sum()) < dim // 2
         share = energies[..., turns < 1].sum(-1) / energies.sum(-1)
-        torch.testing.assert_close(torch.tensor(own), share.amax(-1).detach() ** 8.5, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(torch.tensor(numbers), share.amax(-1).detach() ** 8.5, rtol=1e-4, atol=1e-9)
 
 
-def test_profile_from_weights_follows_a_head_that_turns_slowly():
+def test_head_with_slow_pairs_only_keeps_the_most_entries():
     model = build("llama")
     module = model.get_decoder().layers[1].self_attn
-    with torch.no_grad():  # of the second KV head only the slowest pair is left
+    with torch.no_grad():  # the second KV head keeps only its slowest pair
         module.k_proj.weight[12:][[i for i in range(12) if i not in (5, 11)]] = 0
-    found = profile_from_weights(model)
-    assert found.attention[1][1] == max(value for layer in found.attention for value in layer) == pytest.approx(1)
-    cache = CompressedCache(model, budget=40, allocation=HeadProfile(profile=found))
+    profile = profile_from_weights(model)
+    largest = max(value for layer in profile.attention for value in layer)
+    assert profile.attention[1][1] == largest == pytest.approx(1)
+    cache = CompressedCache(model, budget=40, allocation=HeadProfile(profile=profile))
     model(prompt(90), past_key_values=cache)
     kept = {(head.layer, head.head): head.tokens_kept for head in cache.report().heads}
     assert max(kept, key=kept.get) == (1, 1)
 
 
-def test_profile_from_weights_needs_projections_that_it_knows():
+def test_profile_from_weights_requires_known_projections():
     model = build("llama")
     for layer in model.get_decoder().layers:
         layer.self_attn.query = layer.self_attn.q_proj
         del layer.self_attn.q_proj
-    with pytest.raises(ValueError, match="LlamaAttention has neither q_proj and k_proj nor qkv_proj"):
+    with pytest.raises(ValueError, match="must have q_proj and k_proj, or qkv_proj, got LlamaAttention"):
         profile_from_weights(model)
 
 
-def test_models_without_room_or_sense_are_refused():
+def test_models_that_cannot_be_measured_are_rejected():
     short = build("llama", max_position_embeddings=64)
-    with pytest.raises(ValueError, match="a window of 96 tokens, this one has 64; accepted: 'equal'"):
+    with pytest.raises(ValueError, match=r"must be at least 96 tokens .*, got 64\. Use the allocation 'equal'"):
         CompressedCache(short)
     model = build("llama", seed=5)
     model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = float("inf")
-    with pytest.raises(ValueError, match="attention is NaN or infinite"):
+    with pytest.raises(ValueError, match=r"model must have finite attention .*, got NaN or infinite values"):
         CompressedCache(model)
 
 
-def test_profile_that_can_not_be_kept_is_used_all_the_same(caplog, tmp_path):
+def test_profile_that_cannot_be_stored_is_used_all_the_same(caplog, tmp_path):
     (tmp_path / "profiles").write_text("a file where the folder should be")
     model = build("llama", seed=6)
     first, second = (CompressedCache(model).policy.allocation.profile for _ in range(2))
     assert first == second
-    assert "can't be kept" in caplog.text
+    assert "cannot store the head profile" in caplog.text
 
 
-def test_heads_keep_no_more_than_half_a_window_where_keys_are_moved_together():
+def test_heads_keep_at_most_half_of_the_context_window_if_keys_are_rerotated():
     model = build("llama", max_position_embeddings=128)
     ids = prompt(95).repeat(1, 4)
-    for positions, limit in (("original", 10**9), ("compact", 64)):
-        cache = CompressedCache(model, "capkv-profile", 40, evict="always", positions=positions)
+    for rerotate, limit in ((False, 10**9), (True, 64)):
+        cache = CompressedCache(model, "capkv-profile", 40, evict="always", rerotate=rerotate)
         for start in range(0, ids.shape[1], 60):
             model(ids[:, start : start + 60], past_key_values=cache)
         kept = [head.tokens_kept for head in cache.report().heads]

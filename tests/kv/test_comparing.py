@@ -41,7 +41,7 @@ def small(place, **more):
     return compare(
         **{
             "policies": ["capkv", "h2o"],
-            "allocations": ["own", "pooled"],
+            "allocations": ["own", "adakv"],
             "budgets": [0.5, 40],
             "tasks": tasks,
             "tokens": 300,
@@ -61,7 +61,7 @@ def test_comparison_is_what_each_sample_gives_by_hand(folder, tmp_path):
     network, reader = load_model(folder)
     for seed in (0, 1):
         example = make("multikey", reader, tokens=300, seed=seed)
-        cells = [Cell("h2o", 0.5), Cell("capkv", 40, "pooled")]
+        cells = [Cell("h2o", 0.5), Cell("capkv", 40, "adakv")]
         rows = evaluate(network, reader, example, cells, mode="agnostic", measure_capacity=True)
         for row, name, budget in ((rows[1], "h2o", 0.5), (rows[2], "capkv/pooled", 40)):
             own = found.find(name, ("multikey", "agnostic", budget))

@@ -85,13 +85,13 @@ def test_reported_bytes_are_the_tensors_bytes(name, family):
     slid = [layer for layer in cache.layers if layer not in cache.compressed_layers]
     assert report.bytes_kept == sum(
         own.nbytes
-        for own in [*(x for layer in cache.compressed_layers for x in layer.storage.tensors[:2])]
+        for own in [*(x for layer in cache.compressed_layers for x in layer.storage.buffers[:2])]
         + [x for layer in slid for x in (layer.keys, layer.values)]
     )
     for layer in cache.compressed_layers:
         # Nothing larger stands behind the kept tensors than room for a sixteenth more.
         if name != "full":
-            for own in layer.storage.tensors[:2]:
+            for own in layer.storage.buffers[:2]:
                 assert own.untyped_storage().nbytes() <= own.nbytes * 17 / 16
     stock = DynamicCache(config=model.config)
     answer(model, left_padded([prompt(33), prompt(20)]), stock, new=3)
@@ -122,7 +122,7 @@ def test_sinks_and_window_are_protected(name, family):
 
 @pytest.mark.parametrize(
     ("name", "allocation"),
-    [*((name, None) for name in POLICIES), ("capkv", "pooled"), ("h2o", "marginal"), ("keydiff", "marginal")],
+    [*((name, None) for name in POLICIES), ("capkv", "adakv"), ("h2o", "marginal"), ("keydiff", "marginal")],
 )
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

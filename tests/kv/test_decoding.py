@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from suffice.kv import CompressedCache, Policy, Signals, get_policy, policies
-from suffice.kv.policy.query_moments import Moments
+from suffice.kv import CompressedCache, Policy, get_policy, policies
+from suffice.kv.policy.attention_stats import AttentionStats
+from suffice.kv.policy.query_moments import QueryMoments
 from suffice.kv.policy.registry import allocations
 from suffice.kv.policy.weights import ExpectedAttention, MeanQuery
 from tests.kv.tiny import VOCABULARY, answer, build, prompt, tiny
@@ -152,12 +153,12 @@ def test_generate_in_chunks_is_the_plain_loop(allocation, family):
     assert [int(x.argmax()) for x in logits] == got[0].tolist()
 
 
-@pytest.mark.parametrize("allocation", ["equal", "pooled"])
+@pytest.mark.parametrize("allocation", ["equal", "adakv"])
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
 def test_compact_keys_are_those_of_their_new_places(family, allocation):
     """Undo the rotation at the places: the same keys as in a full cache, its rotation undone at the positions."""
     model, ids = tiny(family), longer(60)
-    cache = CompressedCache(model, "keydiff", 16, allocation=allocation, evict="always", positions="compact")
+    cache = CompressedCache(model, "keydiff", 16, allocation=allocation, evict="always", rerotate=True)
     stock = DynamicCache(config=model.config)
     # One piece: later layers of later pieces would see other hidden states than the full cache's.
     read(model, cache, ids, [60])
@@ -172,7 +173,7 @@ def test_compact_keys_are_those_of_their_new_places(family, allocation):
             keys = entries.keys[:, head : head + 1][:, :, there]
             full = stock.layers[layer.index].keys[:, head : head + 1, old]
             own, other = (
-                Signals(x, x, x, rotary=layer._rotary, positions=at[None, None], query_positions=at[None])
+                AttentionStats(x, x, x, rotary=layer._rotary, positions=at[None, None], query_positions=at[None])
                 for x, at in ((keys, places), (full, old))
             )
             torch.testing.assert_close(own.unrotated_keys(), other.unrotated_keys(), atol=1e-5, rtol=1e-4)
@@ -181,7 +182,7 @@ def test_compact_keys_are_those_of_their_new_places(family, allocation):
 def test_compact_texts_may_be_longer_than_the_window():
     """Distances stay within budget + chunk: the same output wherever in an endless text a stretch begins."""
     model = build("llama")
-    cache = CompressedCache(model, "streaming-llm", 12, sinks=0, window=12, evict="always", positions="compact")
+    cache = CompressedCache(model, "streaming-llm", 12, sinks=0, window=12, evict="always", rerotate=True)
     ids = longer(40).repeat(1, 20)  # 800 tokens, a window of 512
     logits = read(model, cache, ids, [40] * 20)
     torch.testing.assert_close(logits[-1], logits[-2], atol=1e-3, rtol=1e-3)
@@ -191,7 +192,7 @@ def test_compact_texts_may_be_longer_than_the_window():
 def test_compact_is_refused_where_rotation_depends_on_length():
     model = build("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
     with pytest.raises(ValueError, match=r"positions is 'compact'.*accepted: 'original'"):
-        CompressedCache(model, positions="compact")
+        CompressedCache(model, rerotate=True)
 
 
 def test_attention_adds_up_over_pieces():
@@ -242,8 +243,8 @@ def test_moments_are_those_of_the_whole_stream(half_life):
             square[row] += weights[i] * queries[row, :, i] ** 2
     joined = None
     for start, stop in ((0, 12), (12, 13), (13, 30)):
-        joined = Moments.of(queries[:, :, start:stop], asked[:, start:stop], half_life).after(joined, half_life)
-    for moments in (Moments.of(queries, asked, half_life), joined):
+        joined = QueryMoments.of(queries[:, :, start:stop], asked[:, start:stop], half_life).after(joined, half_life)
+    for moments in (QueryMoments.of(queries, asked, half_life), joined):
         torch.testing.assert_close(moments.mean, mean, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(moments.square, square, atol=1e-5, rtol=1e-4)
 
@@ -251,12 +252,12 @@ def test_moments_are_those_of_the_whole_stream(half_life):
 def test_weights_of_a_stream_follow_its_moments():
     """With a half-life far longer than the text, all queries count alike, as without one."""
     torch.manual_seed(0)
-    signals = Signals(torch.randn(1, 4, 40, 8), torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8))
-    plain = ExpectedAttention(future=0, pooled=True, diagonal=True, skip=0).log(signals)
-    stream = ExpectedAttention(future=0, pooled=True, diagonal=True, skip=0, half_life=1e7).log(signals)
+    stats = AttentionStats(torch.randn(1, 4, 40, 8), torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8))
+    plain = ExpectedAttention(future=0, pooled=True, diagonal=True, skip=0).log(stats)
+    stream = ExpectedAttention(future=0, pooled=True, diagonal=True, skip=0, half_life=1e7).log(stats)
     torch.testing.assert_close(plain, stream, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(
-        MeanQuery(recent=40).log(signals), MeanQuery(half_life=1e7).log(signals), atol=1e-4, rtol=1e-4
+        MeanQuery(recent=40).log(stats), MeanQuery(half_life=1e7).log(stats), atol=1e-4, rtol=1e-4
     )
 
 
@@ -332,11 +333,11 @@ def test_assisted_decoding_works_or_is_refused_by_name(budget, lookup):
 
 def test_shares_rank_as_scores_within_a_head():
     torch.manual_seed(1)
-    signals = Signals(torch.randn(1, 4, 40, 8), torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8))
+    stats = AttentionStats(torch.randn(1, 4, 40, 8), torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8))
     for name in ("snapkv", "h2o", "keydiff", "capkv-window"):
         policy = get_policy(name).with_(weights=get_policy(name).weights)
-        shares = policy.estimator.shares(policy.weights, policy.directions, signals)
-        scores = policy.score(signals).clamp_min(-1e30)
+        shares = policy.estimator.shares(policy.weights, policy.directions, stats)
+        scores = policy.score(stats).clamp_min(-1e30)
         best = scores[..., 4:].argsort(-1, descending=True)[..., :10]
         ordered = shares[..., 4:].gather(-1, best)
         assert bool((ordered.diff(dim=-1) <= 1e-6).all())

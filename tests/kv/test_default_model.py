@@ -10,10 +10,13 @@ from typer.testing import CliRunner
 
 from suffice.cli import app
 from suffice.cli.kv_options import parse_budget
-from suffice.kv import CompressedCache, DefaultModelError, load_model, policies, profile_of, read_profile
+from suffice.kv import CompressedCache, load_model, policies
+from suffice.kv.budget.calibration import get_profile
+from suffice.kv.budget.profile import read_profile
 from suffice.kv.eval.answer import answer, prompt
 from suffice.kv.eval.demo import document, run
 from suffice.kv.hf import default_model
+from suffice.kv.hf.default_model import DefaultModelError
 
 pytestmark = pytest.mark.model
 
@@ -146,7 +149,7 @@ def test_calibrate_command_refuses_two_sources():
 
 def test_shipped_profile_is_the_default_models(loaded, monkeypatch, tmp_path):
     monkeypatch.setenv("SUFFICE_CACHE", str(tmp_path))
-    found = profile_of(loaded[0])
+    found = get_profile(loaded[0])
     assert "Python manual" in found.source
     assert len(found.attention) == 30
     assert not list(tmp_path.iterdir())

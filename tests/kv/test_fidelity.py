@@ -19,7 +19,7 @@ from tests.kv.tiny import TOKENS, build, tokenizer
 
 CELLS = [
     Cell("capkv", 0.5),
-    Cell("h2o", 60, "pooled"),
+    Cell("h2o", 60, "adakv"),
     Cell("keydiff", 0.3, "marginal"),
     Cell("snapkv", 1.0),
 ]
@@ -88,7 +88,7 @@ class Fixed(Selection):
     def __init__(self, kept):
         self.kept = kept
 
-    def choose(self, policy, signals, budget):
+    def choose(self, policy, stats, budget):
         width = max(map(len, self.kept))
         return torch.tensor([[[-1] * (width - len(own)) + own for own in self.kept]])
 

@@ -61,8 +61,8 @@ def test_at_full_budget_it_is_the_harness_s_own_model(model):
 def test_continuations_are_scored_from_the_compressed_cache(model):
     example = EXAMPLES[0]
     parts, gold = example.prompt(tokenizer()), example.gold(tokenizer())
-    _, row = evaluate(model, tokenizer(), example, [Cell("h2o", 0.3, "pooled")], mode="aware", answer=False)
-    own = CompressedLM(model, tokenizer=tokenizer(), policy="h2o", budget=0.3, allocation="pooled")
+    _, row = evaluate(model, tokenizer(), example, [Cell("h2o", 0.3, "adakv")], mode="aware", answer=False)
+    own = CompressedLM(model, tokenizer=tokenizer(), policy="h2o", budget=0.3, allocation="adakv")
     (found, _), again = own._loglikelihood_tokens([(None, parts.ids[0].tolist(), gold[0].tolist())] * 2)
     assert found == again[0] == pytest.approx(row["log_likelihood"] * gold.shape[1], rel=1e-4)
     full = CompressedLM(model, tokenizer=tokenizer(), budget=1.0)

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from suffice.kv import CompressedCache
-from suffice.kv.budget.calibration import calibrate, profile_of
+from suffice.kv.budget.calibration import calibrate, get_profile
 from suffice.kv.hf.fingerprint import fingerprint
 from suffice.kv.hf.tensor_parallel import Sharding, local_columns, topk_masks
 from tests.kv.parallel import CASES, SETTINGS, inputs, run
@@ -42,7 +42,7 @@ def own_cache(tmp_path_factory):
 def processes(model, tmp_path_factory):
     """What two processes saw, each with half of the heads."""
     single, path = model
-    profile_of(single)  # measured once, and read by both
+    get_profile(single)  # measured once, and read by both
     out = tmp_path_factory.mktemp("out")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}

@@ -121,7 +121,7 @@ def test_wrong_settings_are_named(tmp_path):
     with pytest.raises(ValueError, match="residual is 0"):
         Quantization(residual=0)
     with pytest.raises(ValueError, match=r"heads of unequal length .* do not support; accepted: None, or an alloc"):
-        CompressedCache(model, allocation="pooled", quantized="quanto")
+        CompressedCache(model, allocation="adakv", quantized="quanto")
     for backend, here in HERE.items():
         if not here:
             with pytest.raises(ImportError, match=f"quantized is '{backend}', which needs .*; install it, or choose"):

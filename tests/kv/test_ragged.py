@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from suffice.kv import CompressedCache
+from suffice.kv.storage.base import Entries
 from suffice.kv.storage.ragged import RaggedStorage
-from suffice.kv.storage.ragged_attention import attend
-from suffice.kv.storage.uniform import Entries, UniformStorage
+from suffice.kv.storage.uniform import UniformStorage
 from tests.kv.tiny import prompt, tiny
 
 DIM, VALUE_DIM = 8, 6
@@ -199,7 +199,7 @@ def test_rows_are_reordered_with_their_new_tokens(form):
     assert torch.equal(storage.entries.values, before.values[[1, 0, 1]])
 
 
-@pytest.mark.parametrize("allocation", ["equal", "pooled"])
+@pytest.mark.parametrize("allocation", ["equal", "adakv"])
 def test_prefill_and_decoding_may_run_in_different_modes(allocation):
     """Tensors of inference mode can't be written to outside, and those that gradients flow into not at all."""
     model, ids = tiny("llama"), prompt(60)

@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from suffice.kv import CompressedCache
-from suffice.kv.cache.batched import Rows
+from suffice.kv.cache.batched import BatchedCaches
 from suffice.kv.cache.shared_prefill import prefill
 from tests.kv.tiny import FAMILIES, answer, left_padded, prompt, tiny
 
 SETTINGS = [
     ("full", 1.0, None),
     ("capkv", 0.5, None),
-    ("h2o", 12, "pooled"),
+    ("h2o", 12, "adakv"),
     ("keydiff", 0.4, "marginal"),
     ("tova", 9, None),
 ]
@@ -22,14 +22,14 @@ def test_each_row_goes_on_as_its_cache_would_alone(family, attn):
     caches = [CompressedCache(model, name, budget, allocation=split) for name, budget, split in SETTINGS]
     prefill(model, {"input_ids": prompt(31)}, caches)
     more = prompt(6, seed=3)
-    rows = Rows([cache.copy() for cache in caches])
+    rows = BatchedCaches([cache.copy() for cache in caches])
     assert rows.get_seq_length() == 31
     with torch.no_grad():
         together = model(more.expand(len(caches), -1), past_key_values=rows).logits
         alone = torch.cat([model(more, past_key_values=cache.copy()).logits for cache in caches])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     ids = torch.cat((prompt(31), more), dim=1)
-    rows = Rows([cache.copy() for cache in caches])
+    rows = BatchedCaches([cache.copy() for cache in caches])
     said = answer(model, {"input_ids": ids.expand(len(caches), -1)}, rows)
     for row, cache in enumerate(caches):
         assert torch.equal(said[row], answer(model, {"input_ids": ids}, cache)[0])
@@ -38,15 +38,15 @@ def test_each_row_goes_on_as_its_cache_would_alone(family, attn):
 def test_caches_that_do_not_go_together_are_refused():
     model = tiny("llama")
     with pytest.raises(ValueError, match="caches is empty"):
-        Rows([])
+        BatchedCaches([])
     first, second = CompressedCache(model), CompressedCache(model)
     prefill(model, {"input_ids": prompt(20)}, [first])
     prefill(model, {"input_ids": prompt(21)}, [second])
     with pytest.raises(ValueError, match=r"seen \[20, 21\] tokens"):
-        Rows([first, second])
+        BatchedCaches([first, second])
     with pytest.raises(ValueError, match="the batch has 2 rows; accepted: 1"):
-        model(prompt(3, rows=2), past_key_values=Rows([first.copy()]))
+        model(prompt(3, rows=2), past_key_values=BatchedCaches([first.copy()]))
     padded = CompressedCache(model)
     prefill(model, left_padded([prompt(20), prompt(15)]), [padded])
     with pytest.raises(ValueError, match="holds 2 rows with 5 tokens of padding"):
-        Rows([padded])
+        BatchedCaches([padded])

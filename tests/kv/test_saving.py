@@ -42,7 +42,7 @@ def go_on(model, cache, rows=1):
     [
         ("capkv", {}),
         ("h2o", {"evict": "always", "interval": 2}),
-        (MOVING, {"evict": "always", "interval": 2, "positions": "compact"}),
+        (MOVING, {"evict": "always", "interval": 2, "rerotate": True}),
     ],
 )
 def test_a_loaded_cache_goes_on_as_the_saved_one(tmp_path, family, allocation, policy, settings):
@@ -62,7 +62,7 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(tmp_path, family, allocation, p
 def test_another_process_goes_on(tmp_path):
     """The same weights, built again where nothing of this process is left."""
     model = build("llama")
-    cache = CompressedCache(model, "capkv", 12, allocation="pooled")
+    cache = CompressedCache(model, "capkv", 12, allocation="adakv")
     fill(model, cache)
     file = cache.save(model, tmp_path / "cache.safetensors")
     script = (
@@ -126,7 +126,7 @@ def test_one_document_answers_many_questions(allocation):
     before = cache.report()
     copied = cache.copy()
     stored = [
-        (one.storage.tensors, two.storage.tensors)
+        (one.storage.buffers, two.storage.buffers)
         for one, two in zip(cache.compressed_layers, copied.compressed_layers, strict=True)
     ]
     assert all(a.data_ptr() == b.data_ptr() for one, two in stored for a, b in zip(one, two, strict=True) if a.numel())
@@ -171,7 +171,7 @@ def test_rows_of_a_ragged_cache(allocation):
     assert rows() == [before[0]]
 
 
-@pytest.mark.parametrize("allocation", ["equal", "pooled"])
+@pytest.mark.parametrize("allocation", ["equal", "adakv"])
 def test_beams_do_not_mix_rows(allocation):
     """Beam search over a compressed prompt, against the same search with each beam's cache kept apart by hand."""
     model = tiny("llama")

@@ -14,7 +14,7 @@ def test_shared_prefill_fills_each_cache_as_its_own_would(family, share):
     document = left_padded([prompt(31), prompt(24)])
     question = prompt(5, seed=2, rows=2)
     caches = [CompressedCache(model, name, budget) for name, budget in settings]
-    shared = prefill(model, document, caches, share=share)
+    shared = prefill(model, document, caches, share_statistics=share)
     assert len(shared.seconds) == len(settings)
     inputs = {
         "input_ids": torch.cat((document["input_ids"], question), 1),

@@ -39,16 +39,17 @@ def generate(
     policy: Annotated[str, typer.Option(help="`suffice kv policies` lists them.")] = DEFAULT_POLICY,
     budget: Annotated[str, typer.Option(help="Tokens (500) or a fraction (0.25, 25%) of the prompt.")] = "0.25",
     allocation: Annotated[
-        str | None, typer.Option(help="Split of the budget over heads: equal, pyramid, pooled, marginal or profile.")
+        str | None, typer.Option(help="Split of the budget over heads: equal, pyramid, adakv, marginal or profile.")
     ] = None,
     chunk: Annotated[
         int | None,
         typer.Option(help="Read the prompt so many tokens at a time; never hold more than that + budget."),
     ] = None,
     interval: Annotated[int | None, typer.Option(help="Evict every so many tokens of the answer too.")] = None,
-    positions: Annotated[
-        str, typer.Option(help="original, or compact: moved together, for prompts longer than the model's window.")
-    ] = "original",
+    rerotate: Annotated[
+        bool,
+        typer.Option("--rerotate", help="Rotate kept keys together, for prompts longer than the model's window."),
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
     model: ModelOption = DEFAULT_MODEL,
     device: DeviceOption = "cpu",
@@ -89,7 +90,7 @@ def generate(
             allocation=split,
             chunk=chunk,
             interval=interval,
-            positions=positions,
+            rerotate=rerotate,
         )
     if figure is not None:
         save(report.figure(), str(figure))
@@ -144,7 +145,8 @@ def calibrate_model(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure once how much of its cache each head of a model reads: what `--allocation profile` follows."""
-    from suffice.kv.budget.calibration import calibrate, write_profile
+    from suffice.kv.budget.calibration import calibrate
+    from suffice.kv.budget.profile import write_profile
     from suffice.kv.budget.profile_from_weights import profile_from_weights
 
     ways = {"--random": random, "--from-weights": from_weights, "--text-file": text_file is not None}

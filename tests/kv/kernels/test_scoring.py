@@ -5,12 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+from suffice.kv.policy.fused import FusedFactor, fused_log_weights
 
 from suffice.gpu import KernelFallbackError, disable_kernels, kernels_enabled, launch
 from suffice.kv import Signals, get_policy
 from suffice.kv.policy.capacity_share import capacity_share
 from suffice.kv.policy.deferred_checks import Verdicts
-from suffice.kv.policy.fused import FusedFactor, fused_log_weights
 from suffice.kv.policy.weights import KeySalience, WindowAttention
 
 pytest.importorskip("triton")

@@ -1,84 +1,61 @@
-"""Left padding: what a mask says of it, what is refused, and the mask over all entries of a layer."""
+"""Left padding: what an attention mask says about it, and which masks are refused."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from suffice.kv.storage.uniform import UniformStorage
-
-if TYPE_CHECKING:
-    from suffice.kv.attention.hook import Call
-
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """Which new tokens are padding, and what of it decides: read once for all layers, since a GPU waits to be read.
+    """Which new tokens are padding; read from the device once for all layers.
 
     Args:
         valid: bool [batch, new], False on padding.
-        tokens: how many of each row's are padding.
-        holes: rows that have padding behind another token.
-        ends: rows whose last token is padding.
+        num_padded: number of padding tokens of each row.
+        has_holes: for each row, whether padding follows another token.
+        ends_padded: for each row, whether its last token is padding.
 
     """
 
     valid: Tensor
-    tokens: tuple[int, ...]
-    holes: tuple[bool, ...]
-    ends: tuple[bool, ...]
+    num_padded: tuple[int, ...]
+    has_holes: tuple[bool, ...]
+    ends_padded: tuple[bool, ...]
 
     @classmethod
-    def of(cls, valid: Tensor) -> Padding | None:
-        """Read a mask; None if nothing is padding."""
+    def from_mask(cls, valid: Tensor) -> Padding | None:
+        """Read a mask, bool [batch, new]; None if no token is padding."""
         holes = (valid[:, :-1] & ~valid[:, 1:]).any(-1)
-        found = torch.stack(((~valid).sum(-1), holes.long(), (~valid[:, -1]).long())).tolist()
-        if not any(found[0]):
+        rows = torch.stack(((~valid).sum(-1), holes.long(), (~valid[:, -1]).long())).tolist()
+        if not any(rows[0]):
             return None
-        return cls(valid, tuple(found[0]), tuple(map(bool, found[1])), tuple(map(bool, found[2])))
+        return cls(valid, tuple(rows[0]), tuple(map(bool, rows[1])), tuple(map(bool, rows[2])))
 
 
-def check_padding(padding: Padding | None, earlier: Sequence[int], seen: int) -> None:
-    """Refuse what is not left padding.
+def check_left_padding(padding: Padding | None, earlier: Sequence[int], num_seen: int) -> None:
+    """Raise unless all padding is left padding.
 
     Args:
-        padding: of the new tokens; None if none are.
-        earlier: tokens of padding that each row has had so far; empty before the first call.
-        seen: columns of the model's input so far.
+        padding: of the new tokens; None if there is none.
+        earlier: number of padding tokens that each row has had so far; empty before the first call.
+        num_seen: number of columns of the model's input so far.
 
     Raises:
-        ValueError: a row is padded elsewhere than before its first token.
+        ValueError: a row has padding behind its first token.
 
     """
     if padding is None:
         return
-    if any(hole and end for hole, end in zip(padding.holes, padding.ends, strict=True)):
+    if any(hole and end for hole, end in zip(padding.has_holes, padding.ends_padded, strict=True)):
         raise ValueError(
-            "attention_mask pads on the right (the last token of a row is masked); accepted: left padding. "
+            "attention_mask must pad on the left, got a row whose last token is masked. "
             "Set tokenizer.padding_side = 'left'"
         )
-    if any(padding.holes):
-        raise ValueError("attention_mask masks tokens inside a prompt; accepted: left padding only")
-    if seen and any(before < seen and new for before, new in zip(earlier, padding.tokens, strict=True)):
-        raise ValueError("attention_mask masks tokens after the first of a row; accepted: left padding only")
-
-
-def whole_mask(call: Call, storage: UniformStorage) -> Tensor | None:
-    """Extend the mask over the new tokens to all entries, [batch, 1, new, width]."""
-    new, width = call.query.shape[2], storage.width
-    earlier = storage.valid[:, : width - new]
-    mask = call.mask
-    if mask is None:
-        if new == 1 and storage.full:
-            return None
-        mask = torch.ones(new, new, dtype=torch.bool, device=call.query.device).tril_()[None, None]
-    mask = mask[..., -new:].expand(earlier.shape[0], -1, -1, -1)
-    head = earlier[:, None, None].expand(-1, mask.shape[1], new, -1)
-    if mask.dtype != torch.bool:
-        lowest = torch.finfo(mask.dtype).min
-        head = torch.zeros_like(head, dtype=mask.dtype).masked_fill_(~head, lowest)
-    return torch.cat((head, mask), dim=-1)
+    if any(padding.has_holes):
+        raise ValueError("attention_mask must pad on the left, got masked tokens inside a prompt")
+    if num_seen and any(before < num_seen and new for before, new in zip(earlier, padding.num_padded, strict=True)):
+        raise ValueError("attention_mask must pad on the left, got masked tokens behind the first token of a row")

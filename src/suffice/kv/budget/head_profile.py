@@ -1,4 +1,4 @@
-"""Head profiles: how many entries each head of a model needs, measured once, and budgets that follow."""
+"""The allocation that follows a head profile: heads that read more of their cache keep more entries."""
 
 from __future__ import annotations
 
@@ -10,43 +10,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from suffice.kv.budget.allocation import Allocation, Request, check_part
+from suffice.kv.budget.allocation import Allocation, BudgetRequest, check_fraction
+from suffice.kv.budget.profile import Profile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
-class Profile:
-    """What each head of a model needs of its cache.
-
-    Args:
-        attention: for each compressed layer and KV head, the mean over cached tokens of the most attention that a
-            token gets from any query of one reconstruction pass, between 0 and 1.
-        model: identity of the model, `suffice.kv.hf.fingerprint.fingerprint`.
-        source: what it was measured on.
-
-    """
-
-    attention: tuple[tuple[float, ...], ...]
-    model: str
-    source: str
-
-    def __post_init__(self) -> None:
-        sizes = {len(layer) for layer in self.attention}
-        values = [value for layer in self.attention for value in layer]
-        if len(sizes) != 1 or not values or not all(0 < value < float("inf") for value in values):
-            raise ValueError("attention of a profile must hold a positive number for each layer and head")
-
-
-@dataclass(frozen=True)
 class HeadProfile(Allocation):
-    """Budgets after a head profile: B_h = clip(κ·a_h^power, floor·B, seen), κ such that the total is exact.
+    """Head h keeps B_h = clip(c · a_h^power, floor · B, n) entries, with c such that the mean over heads is exactly B.
+
+    Here a_h is the profile's number for the head, B the budget and n the number of tokens.
 
     Args:
-        profile: the model's; None for the one that the cache looks up, or measures when it is first needed.
-        power: how strongly budgets follow the profile; 0 is equal budgets.
-        floor: part of the mean budget that every head gets, never less than what is protected.
+        profile: of the model. None for the one that a cache looks up, or measures if there is none.
+        power: how strongly the numbers of entries follow the profile; 0 is an equal budget for all heads.
+        floor: fraction of the mean budget that every head gets, at least the protected entries.
+
+    Raises:
+        ValueError: `power` is negative or infinite, or `floor` is not between 0 and 1.
 
     """
 
@@ -55,88 +38,107 @@ class HeadProfile(Allocation):
     floor: float = 0.2
 
     def __post_init__(self) -> None:
-        check_part("floor", self.floor)
+        check_fraction("floor", self.floor)
         if not 0 <= self.power < float("inf"):
-            raise ValueError(f"power is {self.power}; accepted: 0 or more")
+            raise ValueError(f"power must be a finite number of at least 0, got {self.power!r}")
 
     @property
-    def ragged(self) -> bool:
-        """Heads of one layer differ."""
+    def per_head(self) -> bool:
+        """True."""
         return True
 
-    def bound(self, model: PreTrainedModel) -> HeadProfile:
-        """Return the allocation with the profile of a model.
+    def bind(self, model: PreTrainedModel) -> HeadProfile:
+        """Return the allocation with the profile of a model; one without a profile gets the result of `get_profile`.
 
         Raises:
-            ValueError: the profile that it has is another model's.
+            ValueError: the profile belongs to another model.
 
         """
-        from suffice.kv.budget.calibration import profile_of
+        from suffice.kv.budget.calibration import get_profile
         from suffice.kv.hf.fingerprint import fingerprint
 
         if self.profile is None:
-            return replace(self, profile=profile_of(model))
-        if self.profile.model != (own := fingerprint(model)):
+            return replace(self, profile=get_profile(model))
+        if self.profile.model != (expected := fingerprint(model)):
             raise ValueError(
-                f"profile is that of model {self.profile.model}, not of this one, {own}; accepted: None, or what "
-                "`suffice.kv.budget.calibration.calibrate` returns for this model"
+                f"profile must be of this model ({expected}), got one of the model {self.profile.model}. Use None, or "
+                "`suffice.kv.calibrate(model)`"
             )
         return self
 
-    def tokens(self, request: Request) -> Tensor:
-        """Return the budgets of the layer's heads."""
-        if self.profile is None:
-            raise ValueError("profile is None; accepted: a profile, or let a CompressedCache look it up")
-        shape = (len(self.profile.attention), len(self.profile.attention[0]))
-        if shape != (request.layers, request.heads):
-            raise ValueError(
-                f"profile is of {shape[0]} layers and {shape[1]} heads; accepted: {request.layers} layers and "
-                f"{request.heads} heads"
-            )
-        rows = [
-            self.budgets(budget, seen, least, request.most)[request.layer]
-            for budget, seen, least in zip(request.budget, request.seen, request.least, strict=True)
-        ]
-        tokens = torch.tensor(rows)
-        return tokens if request.sharding is None else request.sharding.local_part(tokens, 1)
+    def entries_per_head(self, request: BudgetRequest) -> Tensor:
+        """Return the number of entries of each head of the layer, [batch, num_key_value_heads].
 
-    def budgets(self, budget: int, seen: int, least: int = 0, most: int | None = None) -> list[list[int]]:
-        """Return the entries of every layer and head: whole numbers that sum to budget × layers × heads.
-
-        Args:
-            budget: mean over all heads.
-            seen: tokens that there are, the most that a head can keep.
-            least: the fewest that a head keeps.
-            most: the most that a head keeps, unless the mean itself is more; None if there is no limit.
+        Raises:
+            ValueError: there is no profile, or it has other numbers of layers and heads than the model.
 
         """
-        most = seen if most is None else min(seen, max(most, budget))
-        return _budgets(self, budget, most, max(least, int(self.floor * budget)))
+        attention, context = self._attention(), request.context
+        expected = (context.num_layers, request.num_key_value_heads)
+        shape = (len(attention), len(attention[0]))
+        if shape != expected:
+            raise ValueError(
+                f"profile must have {expected[0]} layers and {expected[1]} heads, got {shape[0]} layers and {shape[1]} "
+                "heads"
+            )
+        rows = [
+            self.entries(budget, num_seen, min_entries, context.max_entries)[context.layer]
+            for budget, num_seen, min_entries in zip(request.budget, request.num_seen, request.min_entries, strict=True)
+        ]
+        entries = torch.tensor(rows)
+        return entries if context.sharding is None else context.sharding.local_part(entries, 1)
+
+    def entries(
+        self, budget: int, num_seen: int, min_entries: int = 0, max_entries: int | None = None
+    ) -> list[list[int]]:
+        """Return the number of entries of every layer and head; they sum to budget × layers × heads.
+
+        Args:
+            budget: mean number of entries over all heads.
+            num_seen: number of tokens, which limits every head.
+            min_entries: smallest number of entries of a head, unless the budget is smaller.
+            max_entries: largest number of entries of a head, unless the budget is larger; None for no limit.
+
+        Raises:
+            ValueError: there is no profile.
+
+        """
+        upper = num_seen if max_entries is None else min(num_seen, max(max_entries, budget))
+        lower = max(min_entries, int(self.floor * budget))
+        return _entries(self._attention(), self.power, budget, lower, upper)
+
+    def _attention(self) -> tuple[tuple[float, ...], ...]:
+        if self.profile is None:
+            raise ValueError("profile must be a Profile, got None. Call `bind(model)` first, as a CompressedCache does")
+        return self.profile.attention
 
     def __str__(self) -> str:
         return "head profile"
 
 
 @functools.lru_cache(maxsize=64)
-def _budgets(allocation: HeadProfile, budget: int, most: int, least: int) -> list[list[int]]:
-    assert allocation.profile is not None
-    attention = np.array(allocation.profile.attention)
-    need = attention.ravel() ** allocation.power
-    least, total = min(least, budget), budget * need.size
-    if budget >= most:
-        return [[most] * attention.shape[1]] * attention.shape[0]
-    # The total rises with κ from least·heads to most·heads: halve the interval in which it is met.
-    low, high = 0.0, most / need.min()
+def _entries(
+    attention: tuple[tuple[float, ...], ...], power: float, budget: int, lower: int, upper: int
+) -> list[list[int]]:
+    """Compute `HeadProfile.entries` between the limits of a head; every layer asks for the same table."""
+    table = np.array(attention)
+    need = table.ravel() ** power
+    lower, total = min(lower, budget), budget * need.size
+    if budget >= upper:
+        return [[upper] * table.shape[1]] * table.shape[0]
+    # Bisection: the total increases with c, from lower · heads to upper · heads.
+    low, high = 0.0, upper / need.min()
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if np.clip(middle * need, least, most).sum() < total else (low, middle)
-    exact = np.clip(high * need, least, most)
-    whole = np.floor(exact).astype(int)
-    # What rounding down left over goes to the largest remainders.
-    left = total - int(whole.sum())
+        low, high = (middle, high) if np.clip(middle * need, lower, upper).sum() < total else (low, middle)
+    exact = np.clip(high * need, lower, upper)
+    entries = np.floor(exact).astype(int)
+    # Entries that are left after rounding down go to the largest remainders.
+    left = total - int(entries.sum())
     while left > 0:
-        remainder = np.where(whole < most, exact - whole, -np.inf)
-        take = np.argsort(-remainder, kind="stable")[: min(left, int((whole < most).sum()))]
-        whole[take] += 1
-        left -= len(take)
-    return whole.reshape(attention.shape).tolist()
+        has_room = entries < upper
+        remainder = np.where(has_room, exact - entries, -np.inf)
+        receivers = np.argsort(-remainder, kind="stable")[: min(left, int(has_room.sum()))]
+        entries[receivers] += 1
+        left -= len(receivers)
+    return entries.reshape(table.shape).tolist()

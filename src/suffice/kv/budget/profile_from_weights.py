@@ -1,4 +1,4 @@
-"""A head profile from a model's weights alone: heads that look far have their energy in slow rotary pairs."""
+"""Estimate the head profile of a model from its weights, without running it."""
 
 from __future__ import annotations
 
@@ -9,96 +9,117 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from suffice.kv.budget.head_profile import Profile
+from suffice.kv.budget.profile import Profile
 from suffice.kv.hf.fingerprint import fingerprint
 from suffice.kv.hf.model_info import attention_modules, context_window, full_attention_layers
 from suffice.kv.hf.offload import execution_device, materialized_weight
 from suffice.kv.hf.rotary import RotaryEmbedding, find_rotate_half, rotary_embeddings
 from suffice.kv.hf.tensor_parallel import Sharding
 
-_WINDOW = 8192  # of a model that does not say its own
-# Together with the power of .7 that budgets take, they follow the sixth power of the share.
-_STEEPNESS = 8.5
+_DEFAULT_CONTEXT_WINDOW = 8192  # for models whose configuration does not state it
+_EXPONENT = 8.5
+"""The profile is the share of slow pairs to this power. `HeadProfile` takes it to a power of 0.7, so that the numbers
+of entries follow about the sixth power of the share."""
 
 
 def profile_from_weights(model: PreTrainedModel) -> Profile:
-    """Estimate how much of its cache each head of a model reads, without running it.
+    """Estimate how much of its cache each head of a model reads.
 
-    A rotary pair that makes less than one turn in the model's window hardly tells positions apart: what a head matches
-    there it finds wherever it stands. For each query head it takes the share of Σ |q_j| |k_j| that lies in such slow
-    pairs j, where |q_j| and |k_j| are norms of the projections' rows that make the pair. The largest share of a GQA
-    group, to a power, stands for what `calibrate` measures. Dimensions that are not rotated count as slow.
+    A rotary pair is slow if it makes less than one turn within the context window. It hardly distinguishes positions,
+    so a head whose queries and keys have their energy in slow pairs finds a matching entry at any distance.
+
+    The energy of pair j of a query head is |q_j| |k_j|, where |q_j| and |k_j| are the norms of the rows of the query
+    and key projections that produce the pair. The share of slow pairs in the total energy, the largest of a GQA group,
+    raised to a fixed power, stands for what `calibrate` measures. Dimensions that are not rotated count as slow.
 
     Args:
-        model: its attention has the projections `q_proj` and `k_proj`, or `qkv_proj`.
+        model: its attention modules must have the projections `q_proj` and `k_proj`, or `qkv_proj`.
 
     Raises:
-        ValueError: the attention has other projections, or the weights are split over processes.
+        ValueError: the attention has other projections, or the model is tensor-parallel.
 
     """
     if Sharding.from_model(model) is not None:
-        raise ValueError("model is split over processes; accepted: a whole one, or `calibrate`")
+        raise ValueError("model must not be tensor-parallel, got one that is split over processes. Use `calibrate`")
     decoder = model.get_decoder()
     modules = attention_modules(decoder)
     rotaries = rotary_embeddings(decoder, modules)
-    slowest = 2 * math.pi / (context_window(model) or _WINDOW)
-    rows: list[tuple[float, ...]] = []
+    slow = 2 * math.pi / (context_window(model) or _DEFAULT_CONTEXT_WINDOW)  # radians per token
+    attention: list[tuple[float, ...]] = []
     with torch.no_grad():
-        for index in full_attention_layers(model):
-            queries, keys = _row_norms(modules[index], model.config.get_text_config())
-            partner, frequency = _pairs(modules[index], rotaries[index], keys.shape[-1])
-            energy = _pair_norms(queries, partner) * _pair_norms(keys, partner)[:, None]
-            share = energy[..., frequency < slowest].sum(-1) / energy.sum(-1)  # [kv_heads, group]
-            least = torch.finfo(torch.float32).eps
-            rows.append(tuple(share.amax(-1).clamp_min(least).pow(_STEEPNESS).tolist()))
-    return Profile(tuple(rows), fingerprint(model), "slow rotary pairs of the weights")
+        for layer in full_attention_layers(model):
+            queries, keys = _row_norms(modules[layer], model.config.get_text_config())
+            partners, frequencies = _rotary_pairs(modules[layer], rotaries[layer], keys.shape[-1])
+            energy = _pair_norms(queries, partners) * _pair_norms(keys, partners)[:, None]
+            # [num_key_value_heads, num_key_value_groups]
+            share = energy[..., frequencies < slow].sum(-1) / energy.sum(-1)
+            smallest = torch.finfo(torch.float32).eps
+            attention.append(tuple(share.amax(-1).clamp_min(smallest).pow(_EXPONENT).tolist()))
+    return Profile(tuple(attention), fingerprint(model), "slow rotary pairs of the weights")
 
 
 def _row_norms(module: nn.Module, config: Any) -> tuple[Tensor, Tensor]:
-    """Return norms of the rows of the query and key projections, [kv_heads, group, dim] and [kv_heads, dim]."""
-    kv_heads, heads = config.num_key_value_heads, config.num_attention_heads
-    queries, keys, fused = (_norms(module, name) for name in ("q_proj", "k_proj", "qkv_proj"))
+    """Return the norms of the rows of the query and key projections.
+
+    Returns:
+        [num_key_value_heads, num_key_value_groups, head_dim] and [num_key_value_heads, head_dim].
+
+    """
+    num_key_value_heads, num_heads = config.num_key_value_heads, config.num_attention_heads
+    queries, keys, fused = (_projection_norms(module, name) for name in ("q_proj", "k_proj", "qkv_proj"))
     if queries is None or keys is None:
         if fused is None:
             raise ValueError(
-                f"{type(module).__name__} has neither q_proj and k_proj nor qkv_proj; accepted: a model that has, or "
-                "`calibrate`, which runs the model"
+                f"attention of the model must have q_proj and k_proj, or qkv_proj, got {type(module).__name__}, which "
+                "has neither. Use `calibrate`, which runs the model"
             )
-        dim = len(fused) // (heads + 2 * kv_heads)
-        queries, keys = fused[: heads * dim], fused[heads * dim : (heads + kv_heads) * dim]
-    queries, keys = queries.view(kv_heads, heads // kv_heads, -1), keys.view(kv_heads, -1)
-    # A norm over a head's dimensions, as Qwen 3 has it, scales them one by one.
-    return queries * _scale(module, "q_norm", queries), keys * _scale(module, "k_norm", keys)
+        head_dim = len(fused) // (num_heads + 2 * num_key_value_heads)
+        num_query_rows, num_key_rows = num_heads * head_dim, num_key_value_heads * head_dim
+        queries, keys = fused[:num_query_rows], fused[num_query_rows : num_query_rows + num_key_rows]
+    queries = queries.view(num_key_value_heads, num_heads // num_key_value_heads, -1)
+    keys = keys.view(num_key_value_heads, -1)
+    return queries * _norm_scale(module, "q_norm", queries), keys * _norm_scale(module, "k_norm", keys)
 
 
-def _norms(module: nn.Module, name: str) -> Tensor | None:
+def _projection_norms(module: nn.Module, name: str) -> Tensor | None:
+    """Return the norms of the rows of a projection on the CPU; None if the module has no such projection."""
     projection = getattr(module, name, None)
     weight = None if projection is None else materialized_weight(projection, "weight")
     return None if weight is None else weight.float().norm(dim=-1).cpu()
 
 
-def _scale(module: nn.Module, name: str, norms: Tensor) -> Tensor:
+def _norm_scale(module: nn.Module, name: str, norms: Tensor) -> Tensor:
+    """Return the scale of each dimension of a head by a query or key norm, as Qwen 3 has them; ones without a norm."""
     norm: Any = getattr(module, name, None)
-    dim = norms.shape[-1]
-    if norm is None or (weight := materialized_weight(norm, "weight")) is None or weight.shape != (dim,):
-        return norms.new_ones(dim)
-    # What it makes of ones is its scale, whether it is stored as such or less one, as Gemma has it.
-    return norm(torch.ones(1, dim, dtype=weight.dtype, device=execution_device(norm)))[0].float().abs().cpu()
+    head_dim = norms.shape[-1]
+    if norm is None or (weight := materialized_weight(norm, "weight")) is None or weight.shape != (head_dim,):
+        return norms.new_ones(head_dim)
+    # The norm of ones is its scale, also for models that store the scale minus 1, such as Gemma.
+    return norm(torch.ones(1, head_dim, dtype=weight.dtype, device=execution_device(norm)))[0].float().abs().cpu()
 
 
-def _pairs(module: nn.Module, rotary: RotaryEmbedding | None, dim: int) -> tuple[Tensor, Tensor]:
-    """Return the partner of each dimension, itself if it is not rotated, and its turn from a token to the next."""
-    partner, frequency = torch.arange(dim), torch.zeros(dim)
+def _rotary_pairs(module: nn.Module, rotary: RotaryEmbedding | None, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Return how the rotary embedding pairs and turns the dimensions of a head.
+
+    Returns:
+        The partner of each dimension, which is itself if it is not rotated, long [head_dim], and the angle by which it
+        turns from one position to the next, in radians, [head_dim].
+
+    """
+    partners, frequencies = torch.arange(head_dim), torch.zeros(head_dim)
     if rotary is not None:
         cos, sin = (x[0, 0].cpu() for x in rotary(torch.ones(1, 1, dtype=torch.long, device=execution_device(module))))
-        rotate = find_rotate_half(module)
-        partner[: len(cos)] = rotate(torch.eye(len(cos))).abs().argmax(0)
-        frequency[: len(cos)] = torch.atan2(sin, cos).abs()
-    return partner, frequency
+        rotate_half = find_rotate_half(module)
+        partners[: len(cos)] = rotate_half(torch.eye(len(cos))).abs().argmax(0)
+        frequencies[: len(cos)] = torch.atan2(sin, cos).abs()
+    return partners, frequencies
 
 
-def _pair_norms(norms: Tensor, partner: Tensor) -> Tensor:
-    """Return the norm of each dimension's pair; both of a pair have it, and one alone counts as two."""
-    alone = partner == torch.arange(len(partner))
-    square = norms.square()
-    return torch.where(alone, 2 * square, square + square[..., partner]).sqrt()
+def _pair_norms(norms: Tensor, partners: Tensor) -> Tensor:
+    """Return the norm of the pair of each dimension, [..., head_dim]; both dimensions of a pair get the same.
+
+    A dimension without a partner counts twice, so that it has the weight of a pair.
+    """
+    is_alone = partners == torch.arange(len(partners))
+    squares = norms.square()
+    return torch.where(is_alone, 2 * squares, squares + squares[..., partners]).sqrt()

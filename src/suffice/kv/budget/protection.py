@@ -1,27 +1,43 @@
-"""What a user allows, and which tokens are protected whatever their score."""
+"""The budget of a row, and the entries that are always kept."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-_SINKS = 4
-_WINDOW_SHARE, _WINDOW_LEAST, _WINDOW_MOST = 0.15, 4, 32
+_DEFAULT_SINKS = 4
+_WINDOW_FRACTION, _MIN_WINDOW, _MAX_WINDOW = 0.15, 4, 32
 
 
-def tokens_allowed(budget: float, seen: int) -> int:
-    """Return how many of `seen` tokens the budget allows: never more than it says, at least 1."""
+def num_allowed(budget: float, num_seen: int) -> int:
+    """Return how many entries a budget allows.
+
+    Args:
+        budget: number of entries (int), or fraction of the tokens seen (float).
+        num_seen: number of tokens seen.
+
+    Returns:
+        Never more than the budget and `num_seen`; at least 1 for a fraction.
+
+    """
     if isinstance(budget, int):
-        return min(budget, seen)
-    # The small term keeps 0.1 * 30 from becoming 2.
-    return max(1, int(budget * seen + 1e-9))
+        return min(budget, num_seen)
+    # The tiny term corrects products that are rounded down: 0.29 * 100 is 28.999999999999996.
+    return max(1, int(budget * num_seen + 1e-9))
 
 
 @dataclass(frozen=True)
 class Protection:
-    """The first tokens (attention sinks) and the last (recent window), which are always kept.
+    """Entries that are always kept: the first tokens (attention sinks) and the last ones (recent window).
 
-    None stands for the default: 4 sinks, and a window of 15 % of the budget but between 4 and 32 tokens. The
-    defaults shrink to fit a small budget; numbers given by a user do not.
+    Args:
+        sinks: number of first tokens. None for 4, or half of a budget that is smaller than 8.
+        window: number of last tokens. None for 15 % of the budget, at least 4 and at most 32, but no more than the
+            budget leaves besides the sinks.
+
+    Raises:
+        TypeError: an argument is neither an int nor None.
+        ValueError: an argument is negative.
+
     """
 
     sinks: int | None = None
@@ -32,63 +48,60 @@ class Protection:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} is {value!r}; accepted: a whole number of tokens, or None")
+                raise TypeError(f"{name} must be a number of tokens (int) or None, got {value!r}")
             if value < 0:
-                raise ValueError(f"{name} is {value}; accepted: 0 or more tokens")
+                raise ValueError(f"{name} must be at least 0, got {value!r}")
 
     @property
-    def least(self) -> int:
-        """Smallest budget in tokens that holds what is protected."""
-        return max(1, self._sinks + (_WINDOW_LEAST if self.window is None else self.window))
+    def min_budget(self) -> int:
+        """Smallest budget, in entries, that has room for the protected ones."""
+        return max(1, self._num_sinks + (_MIN_WINDOW if self.window is None else self.window))
 
     @property
-    def _sinks(self) -> int:
-        return _SINKS if self.sinks is None else self.sinks
+    def _num_sinks(self) -> int:
+        return _DEFAULT_SINKS if self.sinks is None else self.sinks
 
     def check(self, budget: float) -> None:
-        """Raise unless the budget is a fraction in (0, 1] or tokens enough for what is protected.
+        """Raise unless the budget is a fraction in (0, 1], or a number of entries with room for the protected ones.
 
         Raises:
-            TypeError: it is not a number.
-            ValueError: it is out of range.
+            TypeError: the budget is not a number.
+            ValueError: the budget is out of range.
 
         """
-        accepted = "accepted: tokens (a whole number, at least 1) or a fraction of the prompt (0 < budget ≤ 1.0)"
+        accepted = "budget must be a number of tokens (int, at least 1) or a fraction of the prompt (0 < float <= 1.0)"
         if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-            raise TypeError(f"budget is {budget!r} of type {type(budget).__name__}; {accepted}")
-        if isinstance(budget, float):
-            if not 0 < budget <= 1:
-                raise ValueError(f"budget is {budget}; {accepted}. Tokens have no decimal point")
-            return
-        if budget < 1:
-            raise ValueError(f"budget is {budget}; {accepted}")
-        if budget < self.least:
+            raise TypeError(f"{accepted}, got {budget!r}")
+        if (isinstance(budget, float) and not 0 < budget <= 1) or budget <= 0:
+            raise ValueError(f"{accepted}, got {budget!r}")
+        if isinstance(budget, int) and budget < self.min_budget:
             raise ValueError(
-                f"budget is {budget} tokens, smaller than what is protected: {self._sinks} sinks and a recent "
-                f"window of {self.least - self._sinks} need {self.least}. Raise budget, or lower sinks and window"
+                f"budget must be at least {self.min_budget} tokens, because {self._num_sinks} sinks and a recent "
+                f"window of {self.min_budget - self._num_sinks} are protected, got {budget!r}. Raise budget, or lower "
+                "sinks and window"
             )
 
     def sizes(self, budget: int, published_window: int | None = None) -> tuple[int, int]:
-        """Return (sinks, window) for a row's budget.
+        """Return the numbers of sinks and of recent tokens that are protected within the budget of a row.
 
         Args:
-            budget: tokens that the row may keep.
-            published_window: the window that the policy's authors always keep, used if the user named none.
+            budget: number of entries that the row may keep.
+            published_window: the window that the policy's authors always keep. It replaces the default window.
 
         Raises:
-            ValueError: numbers given by the user do not fit into the budget.
+            ValueError: the numbers given by the user do not fit into the budget.
 
         """
         given = (self.sinks or 0) + (self.window or 0)
         if given > budget:
             raise ValueError(
-                f"budget is {budget} tokens here, smaller than what is protected: sinks={self.sinks}, "
-                f"window={self.window}. Raise budget, or lower sinks and window"
+                f"budget must be at least {given} tokens, because sinks={self.sinks} and window={self.window} are "
+                f"protected, got a budget of {budget} for this row. Raise budget, or lower sinks and window"
             )
-        sinks = min(_SINKS, budget // 2) if self.sinks is None else self.sinks
+        sinks = min(_DEFAULT_SINKS, budget // 2) if self.sinks is None else self.sinks
         if self.window is not None:
             return min(sinks, budget - self.window), self.window
         window = published_window
         if window is None:
-            window = min(max(round(_WINDOW_SHARE * budget), _WINDOW_LEAST), _WINDOW_MOST)
+            window = min(max(round(_WINDOW_FRACTION * budget), _MIN_WINDOW), _MAX_WINDOW)
         return sinks, min(window, budget - sinks)

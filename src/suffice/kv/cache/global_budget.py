@@ -1,98 +1,129 @@
-"""One budget for all heads and layers: layers give up what others claim with better right."""
+"""One budget for all heads and layers of a cache: entries compete by priority."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from suffice.gpu import async_tensor
-from suffice.kv.budget.allocation import MarginalCapacity, Request, claims
+from suffice.kv.budget.allocation import BudgetRequest, MarginalCapacity, priorities
 from suffice.kv.hf.tensor_parallel import Sharding, topk_masks
-from suffice.kv.policy.attention_stats import Signals
+from suffice.kv.policy.estimators import score_entries
+from suffice.kv.policy.objective import Objective
 from suffice.kv.policy.policy import Policy
-from suffice.kv.policy.selection import NOT_A_NUMBER, Budget
+from suffice.kv.policy.selection import LOWEST_SCORE, NAN_SCORES, LayerBudget
+from suffice.kv.storage.base import Entries, Storage
 from suffice.kv.storage.ragged import RaggedStorage
-from suffice.kv.storage.uniform import Entries
-
-_LOWEST = torch.finfo(torch.float32).min / 2
 
 
-class Pool:
-    """The entries of all layers of a cache, each with a claim; the largest claims of all stay.
-
-    Layers come one after the other. At every time the pool holds the largest claims of what it has been shown, as
-    many as the whole model may keep, so that after the last layer it holds the largest of all, and never more
-    than the whole budget.
+@dataclass(frozen=True)
+class GlobalSelection:
+    """Which entries of a layer stay, and which entries of other layers stay beside them.
 
     Args:
-        layers: number of layers.
+        kept: indices of the kept entries of the layer, long [batch, num_key_value_heads, most kept], ascending; −1 for
+            none, in front.
+        kept_elsewhere: for each other layer that drops entries, bool [packed], True for those that stay.
 
     """
 
-    def __init__(self, layers: int) -> None:
-        self.layers = layers
+    kept: Tensor
+    kept_elsewhere: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+
+
+class GlobalBudget:
+    """The entries of all layers of a cache compete for one budget; those with lower priority are dropped.
+
+    Layers are processed one after the other. After each of them, the cache holds the entries with the highest
+    priorities of all layers so far, at most as many as the whole model may keep. After the last layer these are the
+    highest of all.
+
+    Args:
+        num_layers: number of compressed layers.
+
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
         self._storages: dict[int, RaggedStorage] = {}
 
-    def claims(self, signals: Signals, policy: Policy, budget: Budget, request: Request) -> Tensor:
-        """Return each entry's claim, [batch, kv_heads, tokens]: −inf where there is none, +inf if it is sure to stay.
+    def priorities(self, policy: Policy, objective: Objective, budget: LayerBudget, request: BudgetRequest) -> Tensor:
+        """Return the priority of each entry of a layer.
 
-        The n-th best entry of a head by the policy's score claims with the head's n-th largest share, so that the
-        number of entries follows the shares and their choice the scores.
-        """
-        assert isinstance(policy.allocation, MarginalCapacity)
-        scores = signals.masked(policy.score(signals).clamp_min(_LOWEST))
-        signals.require(~scores.isnan().any(), ValueError(NOT_A_NUMBER))
-        signals.settle()  # before other layers give up anything
-        order = scores.masked_fill(budget.protected, float("inf")).argsort(-1, descending=True)
-        return torch.empty_like(scores).scatter_(-1, order, claims(request, policy.allocation.safeguard))
-
-    def admit(self, layer: int, claims: Tensor, allowed: list[int], sharding: Sharding | None = None) -> Tensor:
-        """Return which entries of a layer stay, and drop what other layers hold with less right.
-
-        Args:
-            layer: which.
-            claims: of its entries, [batch, kv_heads, tokens]; −inf where there is none. Those without a claim yet
-                (NaN), here or in other layers, stay until their layer evicts and count for nothing until then.
-            allowed: entries of each row, in the mean over heads and layers.
-            sharding: where the other heads of these layers are; None if all are here.
+        The entry with the n-th highest score of a head gets the head's n-th largest contribution as priority. So the
+        contributions decide how many entries a head keeps, and the scores decide which.
 
         Returns:
-            Ascending indices, long [batch, kv_heads, most kept], −1 for none in the first places.
+            [batch, num_key_value_heads, entries]; −inf where there is no entry, +inf for entries that always stay.
 
         """
-        stay = torch.zeros_like(claims, dtype=torch.bool)
-        others = {number: storage for number, storage in self._storages.items() if number != layer}
-        masks = {number: torch.ones_like(s.columns["claim"], dtype=torch.bool) for number, s in others.items()}
-        heads = claims.shape[1] if sharding is None else sharding.num_kv_heads
+        assert isinstance(policy.allocation, MarginalCapacity)
+        stats = objective.stats
+        scores = stats.mask_invalid(score_entries(policy.estimator, objective).clamp_min(LOWEST_SCORE))
+        stats.require(~scores.isnan().any(), ValueError(NAN_SCORES))
+        stats.raise_if_failed()
+        order = scores.masked_fill(budget.protected, float("inf")).argsort(-1, descending=True)
+        return torch.empty_like(scores).scatter_(-1, order, priorities(request, policy.allocation.safeguard))
+
+    def select(
+        self, layer: int, layer_priorities: Tensor, allowed: Sequence[int], sharding: Sharding | None = None
+    ) -> GlobalSelection:
+        """Decide which entries stay, in a layer and in all layers before it; nothing is dropped yet.
+
+        Args:
+            layer: index of the layer.
+            layer_priorities: of its entries, [batch, num_key_value_heads, entries]; −inf where there is no entry.
+                Entries with a NaN priority, here or in other layers, stay and do not count until their layer evicts.
+            allowed: entries of each row, on average over heads and layers.
+            sharding: how the heads of the layers are split over processes; None if all are here.
+
+        """
+        stays = torch.zeros_like(layer_priorities, dtype=torch.bool)
+        others = {index: storage for index, storage in self._storages.items() if index != layer}
+        masks = {index: torch.ones_like(s.columns["priority"], dtype=torch.bool) for index, s in others.items()}
+        heads = layer_priorities.shape[1] if sharding is None else sharding.heads
+        device = layer_priorities.device
+        # Layers may be on different devices: priorities are compared on this one, entries stay where they are.
         rows = [
-            # Layers may be on other devices; their claims come here, what they hold stays there.
-            [claims[row].flatten(), *(s.columns["claim"][s.row_span(row)].to(claims.device) for s in others.values())]
+            [
+                layer_priorities[row].flatten(),
+                *(s.columns["priority"][s.row_slice(row)].to(device) for s in others.values()),
+            ]
             for row in range(len(allowed))
         ]
-        every = [torch.cat(parts) for parts in rows]
-        silent = [own.isnan() for own in every]
-        known = [own.masked_fill(none, float("-inf")) for own, none in zip(every, silent, strict=True)]
-        best = topk_masks(known, [mean * heads * self.layers for mean in allowed], sharding)
+        joined = [torch.cat(parts) for parts in rows]
+        unknown = [row.isnan() for row in joined]
+        known = [row.masked_fill(nan, float("-inf")) for row, nan in zip(joined, unknown, strict=True)]
+        highest = topk_masks(known, [mean * heads * self.num_layers for mean in allowed], sharding)
         for row, parts in enumerate(rows):
-            own, *rest = (best[row] | silent[row]).split([part.numel() for part in parts])
-            stay[row] = own.view_as(stay[row])
-            for (number, storage), kept in zip(others.items(), rest, strict=True):
-                masks[number][storage.row_span(row)] = kept.to(masks[number].device)
-        for number, mask in masks.items():
-            if not bool(mask.all()):
-                others[number].keep(mask)
-        index = torch.arange(claims.shape[-1], device=claims.device).where(stay, -1)
-        return index.sort(-1).values[..., -int(stay.sum(-1).max()) :]
+            own, *rest = (highest[row] | unknown[row]).split([part.numel() for part in parts])
+            stays[row] = own.view_as(stays[row])
+            for (index, storage), kept in zip(others.items(), rest, strict=True):
+                masks[index][storage.row_slice(row)] = kept.to(masks[index].device)
+        entry = torch.arange(layer_priorities.shape[-1], device=device).where(stays, -1)
+        kept = entry.sort(-1).values[..., -int(stays.sum(-1).max()) :]
+        return GlobalSelection(kept, {index: mask for index, mask in masks.items() if not bool(mask.all())})
 
-    def settle(self, layer: int, storage: RaggedStorage) -> None:
-        """Remember what a layer has stored."""
-        self._storages[layer] = storage
+    def drop_elsewhere(self, selection: GlobalSelection) -> None:
+        """Drop the entries of other layers that do not stay."""
+        for index, mask in selection.kept_elsewhere.items():
+            self._storages[index].keep_packed(mask)
+
+    def register(self, layer: int, storage: Storage | None) -> None:
+        """Let the entries that a layer has stored compete from now on, if they have priorities."""
+        if storage is not None and "priority" in storage.columns:
+            # Only allocations of heads of unequal length have priorities.
+            self._storages[layer] = cast(RaggedStorage, storage)
 
 
-def renewed(claims: Tensor, entries: Entries, due: list[bool]) -> Tensor:
-    """Return new claims for the rows that evict and the earlier ones for all others, as if each were alone."""
-    earlier = entries.columns.get("claim")
-    if earlier is None or all(due):
-        return claims
-    now = async_tensor(due, claims.device)[:, None, None]
-    return torch.where(now, claims, earlier.masked_fill(entries.positions < 0, float("-inf")))
+def update_priorities(new: Tensor, entries: Entries, is_due: Sequence[bool]) -> Tensor:
+    """Return new priorities for rows that evict and the earlier ones for all other rows, as if each row were alone."""
+    earlier = entries.columns.get("priority")
+    if earlier is None or all(is_due):
+        return new
+    due = async_tensor(is_due, new.device)[:, None, None]
+    return torch.where(due, new, earlier.masked_fill(entries.positions < 0, float("-inf")))

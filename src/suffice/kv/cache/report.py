@@ -1,4 +1,4 @@
-"""What a cache kept: tokens, bytes and capacity by layer and head, as a table, a dict and a figure."""
+"""Report of what a cache keeps: tokens, bytes and capacity by layer and head, as a table, a dict and a figure."""
 
 from __future__ import annotations
 
@@ -9,12 +9,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-    from suffice.kv.cache.layer import CompressedLayer
-
 
 @dataclass(frozen=True)
 class HeadReport:
-    """One KV head of one layer; tokens and bytes are summed over the rows of the batch, padding left out."""
+    """What one KV head of one layer keeps; tokens and bytes are summed over the rows of the batch, without padding.
+
+    Args:
+        layer: index of the layer in the model.
+        head: index of the KV head in the model.
+        tokens_seen: number of tokens seen.
+        tokens_kept: number of entries kept.
+        bytes_full: bytes that the head would hold without eviction.
+        bytes_kept: bytes of its keys and values.
+        capacity_retained: share of the capacity that the kept entries carry; None if it was not measured.
+
+    """
 
     layer: int
     head: int
@@ -25,40 +34,19 @@ class HeadReport:
     capacity_retained: float | None
 
 
-def head_reports(layer: CompressedLayer) -> list[HeadReport]:
-    """Return one report for each KV head of a layer that has seen tokens."""
-    assert layer.storage is not None
-    tokens_seen = len(layer.padding) * layer.seen - sum(layer.padding)
-    kept = layer.storage.kept.sum(0).tolist()
-    nbytes = layer.storage.nbytes_by_head
-    shares = None if layer.capacity is None else layer.capacity.mean(0).tolist()
-    return [
-        HeadReport(
-            layer=layer.index,
-            head=layer.first_head + head,
-            tokens_seen=tokens_seen,
-            tokens_kept=kept[head],
-            bytes_full=layer.bytes_full // layer.heads,
-            bytes_kept=nbytes[head],
-            capacity_retained=None if shares is None else shares[head],
-        )
-        for head in range(layer.heads)
-    ]
-
-
 @dataclass(frozen=True)
 class CacheReport:
     """What a `CompressedCache` holds.
 
     Args:
         policy: name of the policy.
-        heads: one entry for each compressed layer and KV head.
-        batch: rows of the batch.
-        bytes_full: bytes that the same cache without eviction would hold, sliding-window layers included.
+        heads: one report for each compressed layer and KV head.
+        batch: number of rows of the batch.
+        bytes_full: bytes that the same cache would hold without eviction, including sliding-window layers.
         bytes_kept: bytes of all keys and values that the cache holds.
-        bytes_index: bytes of the positions kept beside them.
-        capacity_retained: share of the capacity that the kept entries carry, mean over layers, heads and
-            rows; None if it was not measured.
+        bytes_index: bytes of positions, columns and spare slots.
+        capacity_retained: share of the capacity that the kept entries carry, averaged over layers, heads and rows; None
+            if it was not measured.
 
     """
 
@@ -72,12 +60,12 @@ class CacheReport:
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens seen, of all rows."""
+        """Number of tokens seen, over all rows."""
         return max((head.tokens_seen for head in self.heads), default=0)
 
     @property
     def tokens_kept(self) -> float:
-        """Tokens kept, of all rows: mean over layers and heads."""
+        """Number of entries kept, over all rows; averaged over layers and heads."""
         return sum(head.tokens_kept for head in self.heads) / max(1, len(self.heads))
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,10 +73,10 @@ class CacheReport:
         return {**asdict(self), "tokens_seen": self.tokens_seen, "tokens_kept": self.tokens_kept}
 
     def table(self) -> Table:
-        """Return a rich table with a row for each layer."""
+        """Return a rich table with one row for each layer."""
         from rich.table import Table
 
-        table = Table(title=f"KV cache under {self.policy}: {self}")
+        table = Table(title=f"KV cache, policy {self.policy}: {self}")
         for column in ("layer", "tokens seen", "tokens kept", "MB kept", "MB full", "capacity kept"):
             table.add_column(column, justify="right")
         for layer in sorted({head.layer for head in self.heads}):
@@ -106,18 +94,18 @@ class CacheReport:
         return table
 
     def figure(self) -> Figure:
-        """Return a matplotlib figure: tokens kept and capacity retained, by layer and head."""
+        """Return a matplotlib figure of tokens kept and capacity retained, by layer and head."""
         from suffice.report.figures import head_map
 
-        panels = {"tokens kept": {(h.layer, h.head): float(h.tokens_kept) for h in self.heads}}
+        panels = {"tokens kept": {(head.layer, head.head): float(head.tokens_kept) for head in self.heads}}
         shares = {(h.layer, h.head): h.capacity_retained for h in self.heads if h.capacity_retained is not None}
         if shares:
             panels["share of capacity retained"] = shares
-        return head_map(panels, title=f"KV cache under {self.policy}")
+        return head_map(panels, title=f"KV cache, policy {self.policy}")
 
     def __str__(self) -> str:
         if not self.heads:
-            return "nothing seen yet"
+            return "no tokens seen yet"
         share = "" if self.capacity_retained is None else f", {self.capacity_retained:.1%} of the capacity"
         return (
             f"{self.tokens_kept:.0f} of {self.tokens_seen} tokens, "

@@ -1,4 +1,4 @@
-"""Where kept entries stand for the rotary embedding: moved up to the next token, so that no place is left empty."""
+"""Rerotation: kept keys are rotated to consecutive positions right before the next token."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ import torch
 from torch import Tensor
 
 from suffice.kv.hf.rotary import RotaryEmbedding, shift_positions
-from suffice.kv.policy.attention_stats import Signals
-from suffice.kv.storage.uniform import Entries
+from suffice.kv.policy.attention_stats import AttentionStats
+from suffice.kv.storage.base import Entries
 
 
-def compacted(signals: Signals, entries: Entries, kept: Tensor, rotary: RotaryEmbedding) -> Entries:
-    """Move what is kept to the places right before the next token, in its order.
+def rerotate(stats: AttentionStats, entries: Entries, kept: Tensor, rotary: RotaryEmbedding) -> Entries:
+    """Rotate the kept keys to the positions right before the next token, in their order.
 
     Args:
-        signals: of the layer.
-        entries: all of them.
-        kept: which are kept, ascending, −1 for none: long [batch, kv_heads, width].
+        stats: of the attention call.
+        entries: all entries.
+        kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending; −1 for none.
         rotary: the model's rotary embedding.
+
+    Returns:
+        The entries with rotated keys and new `rope_positions`.
 
     """
     index = kept.clamp_min(0)
-    target = torch.arange(-kept.shape[-1], 0, device=kept.device) + signals.seen[:, None, None]
-    places = signals.places.long().expand(-1, signals.kv_heads, -1)
-    steps = (target.expand_as(kept) - places.gather(2, index)).masked_fill(kept < 0, 0)
-    # Left of the first kept entry of a short head stand empty places, all of index 0: added, not written.
-    every = torch.zeros_like(places).scatter_add(2, index, steps)
-    keys = shift_positions(entries.keys, every, rotary, signals.rotate)
-    return replace(entries, keys=keys, places=places + every)
+    target = torch.arange(-kept.shape[-1], 0, device=kept.device) + stats.num_seen[:, None, None]
+    current = stats.rope_positions.long().expand(-1, stats.num_key_value_heads, -1)
+    shifts = (target.expand_as(kept) - current.gather(2, index)).masked_fill(kept < 0, 0)
+    # The empty slots of a short head all have index 0 and shift 0, so shifts are added rather than written.
+    all_shifts = torch.zeros_like(current).scatter_add(2, index, shifts)
+    keys = shift_positions(entries.keys, all_shifts, rotary, stats.rotate)
+    return replace(entries, keys=keys, rope_positions=current + all_shifts)

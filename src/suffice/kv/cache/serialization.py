@@ -1,9 +1,10 @@
-"""Caches on disk: safetensors with all that is needed to go on, in another process or with a later version."""
+"""Saved caches: safetensors files with all that another process needs to continue."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,222 +20,205 @@ import suffice
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.cache.cache import CompressedCache
+from suffice.kv.cache.eviction import RowState
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.hf.fingerprint import fingerprint
 from suffice.kv.hf.offload import execution_device
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.policy import Policy
-from suffice.kv.policy.query_moments import Moments
+from suffice.kv.policy.query_moments import QueryMoments
 from suffice.kv.policy.registry import allocations, policies
-from suffice.kv.storage.ragged import RaggedStorage
-from suffice.kv.storage.uniform import UniformStorage
+from suffice.kv.policy.weight_state import WeightState
+from suffice.kv.storage.build import STORAGES
 
-_FORMAT = 1
-_COUNTS = ("seen", "appended", "held", "evicted")
+_FORMAT = 2
+_METADATA_KEY = "suffice"
+_STORAGE_PREFIX = "storage."
+_MOMENTS_PREFIX = "moments."
 
 
 def save_cache(cache: CompressedCache, model: PreTrainedModel, path: str | Path) -> Path:
-    """Write a cache as one safetensors file, atomically; of a tensor-parallel model, one for each process.
-
-    Args:
-        cache: what to write; it stays as it is.
-        model: the model that it is of.
-        path: where to. Processes of a tensor-parallel model, all of which must save, add their number to it.
-
-    Returns:
-        The file.
-
-    Raises:
-        ValueError: the cache is of another model, or has seen nothing.
-
-    """
-    own = [layer._module() for layer in cache.compressed_layers]  # pyright: ignore[reportPrivateUsage]
-    if not set(map(id, own)) <= set(map(id, model.modules())):
-        raise ValueError(
-            "model is not the one that the cache is of; accepted: the model that CompressedCache was given"
-        )
+    """Write a cache to a safetensors file; see `CompressedCache.save`."""
+    modules = [layer._module() for layer in cache.compressed_layers]  # pyright: ignore[reportPrivateUsage]
+    if not set(map(id, modules)) <= set(map(id, model.modules())):
+        raise ValueError("model must be the one that the CompressedCache was made for, got another model")
     if not cache.get_seq_length():
-        raise ValueError("the cache has seen nothing; accepted: one that holds something")
-    if cache.settings.quantization is not None:
-        raise ValueError("a cache with quantized entries is not saved; accepted: one with quantized=None")
+        raise ValueError("the cache must hold tokens to be saved, got an empty cache")
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     for number, layer in enumerate(cache.layers):
-        found, facts = _retained(layer) if isinstance(layer, CompressedLayer) else _stock(layer)
-        tensors |= {f"{number}.{name}": value.contiguous() for name, value in found.items()}
-        layers.append(facts)
+        save = _compressed_state if isinstance(layer, CompressedLayer) else _stock_state
+        layer_tensors, layer_facts = save(layer)
+        tensors |= {f"{number}.{name}": value.contiguous() for name, value in layer_tensors.items()}
+        layers.append(layer_facts)
     settings = cache.settings
     facts = {
         "format": _FORMAT,
-        "suffice": suffice.__version__,
+        "version": suffice.__version__,
         "transformers": transformers.__version__,
         "model": fingerprint(model),
         "dtype": str(cache.compressed_layers[0].dtype),
         "process": _process(model),
         "policy": _policy_name(settings.policy),
         "allocation": _allocation_name(settings.policy.allocation),
-        "described": settings.policy.describe(),
+        "policy_parts": settings.policy.describe(),
         "budget": cache.budget,
         "sinks": settings.protection.sinks,
         "window": settings.protection.window,
-        "evict": "always" if settings.always else "prefill",
+        "evict": "always" if settings.evict_always else "prefill",
         "interval": settings.interval,
-        "positions": "compact" if settings.compact else "original",
+        "rerotate": settings.rerotate,
         "measure_capacity": settings.measure_capacity,
         "layers": layers,
     }
-    target = _place(path, model)
-    half = target.with_name(f"{target.name}.{os.getpid()}.part")
-    save_file(tensors, half, {"suffice": json.dumps(facts)})
-    os.replace(half, target)
+    target = _file_of_process(path, model)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
+    save_file(tensors, partial, {_METADATA_KEY: json.dumps(facts)})
+    os.replace(partial, target)
     return target
 
 
 def load_cache(path: str | Path, model: PreTrainedModel, policy: Policy | None = None) -> CompressedCache:
-    """Read a cache that `save_cache` wrote.
-
-    Args:
-        path: the file.
-        model: the model that it was made with.
-        policy: the cache's policy, if it is not one of the named ones: policies are code and not stored.
-
-    Raises:
-        OSError: there is no such file.
-        ValueError: the file is no saved cache, of a newer version, of another model or dtype; or the policy is
-            missing or another.
-
-    """
-    place = _place(path, model)
-    if not place.is_file():
-        raise FileNotFoundError(f"path is {str(place)!r}; accepted: a file that `save` wrote")
-    try:
-        with safe_open(place, "pt") as file:
-            facts = json.loads((file.metadata() or {})["suffice"])
-        tensors = load_file(place)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{place} is no saved CompressedCache ({error})") from None
-    if facts["format"] > _FORMAT:
-        raise ValueError(
-            f"{place} has format {facts['format']}, written by suffice {facts['suffice']}; this version reads up to "
-            f"{_FORMAT}. Update suffice"
-        )
-    if facts["model"] != (own := fingerprint(model)):
-        raise ValueError(
-            f"{place} holds a cache of model {facts['model']}, this model is {own}; accepted: the model that it was "
-            "made with"
-        )
-    if facts.get("process") != (process := _process(model)):
-        raise ValueError(
-            f"{place} holds a cache of {_words(facts.get('process'))}, this is {_words(process)}; accepted: the same "
-            "tensor parallelism"
-        )
-    if facts["dtype"] != str(model.dtype):
-        raise ValueError(
-            f"{place} holds a cache in {facts['dtype']}, this model is in {model.dtype}; accepted: the same dtype"
-        )
+    """Read a cache that `save_cache` has written; see `CompressedCache.load`."""
+    file = _file_of_process(path, model)
+    if not file.is_file():
+        raise FileNotFoundError(f"path must be a file that `save` has written, got {str(file)!r}, which does not exist")
+    facts, tensors = _read(file)
+    _check_model(facts, model, file)
     cache = CompressedCache(
         model,
-        _policy(facts, policy, place),
+        _restore_policy(facts, policy, file),
         facts["budget"],
         sinks=facts["sinks"],
         window=facts["window"],
         evict=facts["evict"],
         interval=facts["interval"],
-        positions=facts["positions"],
+        rerotate=facts["rerotate"],
         measure_capacity=facts["measure_capacity"],
     )
-    for number, (layer, own) in enumerate(zip(cache.layers, facts["layers"], strict=True)):
-        prefix = f"{number}."
-        found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    for number, (layer, layer_facts) in enumerate(zip(cache.layers, facts["layers"], strict=True)):
+        layer_tensors = _with_prefix(tensors, f"{number}.")
         if isinstance(layer, CompressedLayer):
-            _restore(layer, found, own)
+            _restore_compressed(layer, layer_tensors, layer_facts)
         else:
-            _restore_stock(layer, found, own, model.device)
+            _restore_stock(layer, layer_tensors, layer_facts, model.device)
     return cache
 
 
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+        if _METADATA_KEY not in metadata:
+            raise ValueError("it has no metadata of this library, or was written by an early version")
+        facts = json.loads(metadata[_METADATA_KEY])
+        tensors = load_file(file)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"path must be a saved CompressedCache, got {str(file)!r} ({error}). Read the prompt again and save the "
+            "new cache"
+        ) from None
+    if facts["format"] != _FORMAT:
+        remedy = "Update suffice" if facts["format"] > _FORMAT else "Read the prompt again and save the new cache"
+        raise ValueError(
+            f"path must be a saved cache of format {_FORMAT}, got {str(file)!r} of format {facts['format']}, written "
+            f"by suffice {facts['version']}. {remedy}"
+        )
+    return facts, tensors
+
+
+def _check_model(facts: Mapping[str, Any], model: PreTrainedModel, file: Path) -> None:
+    """Raise unless a saved cache fits a model, its tensor parallelism and its dtype."""
+    if facts["model"] != (own := fingerprint(model)):
+        raise ValueError(
+            f"model must be the one that the cache in {str(file)!r} was made with (fingerprint {facts['model']}), got "
+            f"one with fingerprint {own}"
+        )
+    if facts["process"] != (process := _process(model)):
+        raise ValueError(
+            f"model must be split as when the cache in {str(file)!r} was saved "
+            f"({_describe_process(facts['process'])}), got {_describe_process(process)}"
+        )
+    if facts["dtype"] != str(model.dtype):
+        raise ValueError(
+            f"model must have the dtype of the cache in {str(file)!r} ({facts['dtype']}), got {model.dtype}"
+        )
+
+
 def _process(model: PreTrainedModel) -> list[int] | None:
-    """Return which of how many processes holds its part of the heads here; None for one that holds all."""
+    """Return rank and number of the processes that share the heads; None if one process holds all."""
     sharding = Sharding.from_model(model)
-    return None if sharding is None else [sharding.rank, sharding.world_size]
+    return None if sharding is None else [sharding.rank, sharding.size]
 
 
-def _words(process: list[int] | None) -> str:
+def _describe_process(process: list[int] | None) -> str:
     return "one process" if process is None else f"process {process[0] + 1} of {process[1]}"
 
 
-def _place(path: str | Path, model: PreTrainedModel) -> Path:
-    place, process = Path(path), _process(model)
+def _file_of_process(path: str | Path, model: PreTrainedModel) -> Path:
+    file, process = Path(path), _process(model)
     if process is None:
-        return place
-    return place.with_name(f"{place.stem}-{process[0] + 1}-of-{process[1]}{place.suffix}")
+        return file
+    return file.with_name(f"{file.stem}-{process[0] + 1}-of-{process[1]}{file.suffix}")
 
 
-def _retained(layer: CompressedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    storage = layer.storage
-    assert storage is not None
-    tensors = {"padding": torch.tensor(layer.padding), **{f"columns.{name}": x for name, x in storage.columns.items()}}
-    if isinstance(storage, RaggedStorage):
-        kind = "ragged"
-        tensors |= {
-            "keys": storage.packed_keys,
-            "values": storage.packed_values,
-            "positions": storage.packed_positions,
-            "lengths": torch.tensor(storage.lengths),
-            "tail_keys": storage.tail_keys,
-            "tail_values": storage.tail_values,
-            "tail_positions": storage.tail_positions,
-        }
-        places = storage.packed_places
-    else:
-        kind = "uniform"
-        tensors |= {"keys": storage.keys, "values": storage.values, "positions": storage.positions}
-        places = storage.places
-    if places is not None:
-        tensors["places"] = places
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose name has a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _compressed_state(layer: CompressedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    assert layer.storage is not None
+    tensors = {f"{_STORAGE_PREFIX}{name}": x for name, x in layer.storage.state_dict().items()}
     if layer.capacity is not None:
         tensors["capacity"] = layer.capacity
     if layer.queries:
         tensors["queries"] = torch.cat(layer.queries, dim=2)
-    for half_life, moments in layer.moments.items():
-        tensors |= {f"moments.{half_life}.{name}": getattr(moments, name) for name in moments.__dataclass_fields__}
-    return tensors, {"kind": kind, **{name: getattr(layer, name) for name in _COUNTS}}
+    for half_life, moments in layer.weight_state.query_moments.items():
+        names = moments.__dataclass_fields__
+        tensors |= {f"{_MOMENTS_PREFIX}{half_life}/{name}": getattr(moments, name) for name in names}
+    facts = {
+        "storage": layer.storage.kind,
+        "num_seen": layer.num_seen,
+        "num_appended": layer.num_appended,
+        "has_evicted": layer.has_evicted,
+        "rows": [[row.num_padding, row.num_kept] for row in layer.rows],
+    }
+    return tensors, facts
 
 
-def _restore(layer: CompressedLayer, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+def _restore_compressed(layer: CompressedLayer, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
     module = layer._module()  # pyright: ignore[reportPrivateUsage]
     assert module is not None
     device = execution_device(module)
     tensors = {name: value.to(device) for name, value in tensors.items()}
-    columns = {name.removeprefix("columns."): x for name, x in tensors.items() if name.startswith("columns.")}
-    keys, values, positions = tensors["keys"], tensors["values"], tensors["positions"]
-    if facts["kind"] == "ragged":
-        tail = (tensors["tail_keys"], tensors["tail_values"], tensors["tail_positions"])
-        lengths = tensors["lengths"].tolist()
-        layer.storage = RaggedStorage(keys, values, positions, lengths, tail, tensors.get("places"), columns)
-        if layer.pool is not None:
-            layer.pool.settle(layer.layer, layer.storage)
-    else:
-        layer.storage = UniformStorage(keys, values, positions, tensors.get("places"), columns)
-    for name in _COUNTS:
-        setattr(layer, name, facts[name])
-    layer.padding, layer.capacity = tensors["padding"].tolist(), tensors.get("capacity")
+    layer.storage = STORAGES[facts["storage"]].from_state_dict(_with_prefix(tensors, _STORAGE_PREFIX))
+    if layer.global_budget is not None:
+        layer.global_budget.register(layer.order, layer.storage)
+    layer.num_seen, layer.num_appended = facts["num_seen"], facts["num_appended"]
+    layer.has_evicted = facts["has_evicted"]
+    layer.rows = [RowState(num_padding, num_kept) for num_padding, num_kept in facts["rows"]]
+    layer.capacity = tensors.get("capacity")
     layer.queries = (tensors["queries"],) if "queries" in tensors else ()
-    known = {name.split(".", 1)[1].rsplit(".", 1)[0] for name in tensors if name.startswith("moments.")}
-    layer.moments = {
-        float(half_life): Moments(*(tensors[f"moments.{half_life}.{name}"] for name in Moments.__dataclass_fields__))
-        for half_life in known
-    }
+    moments = _with_prefix(tensors, _MOMENTS_PREFIX)
+    names = QueryMoments.__dataclass_fields__
+    layer.weight_state = WeightState(
+        query_moments={
+            float(half_life): QueryMoments(*(moments[f"{half_life}/{name}"] for name in names))
+            for half_life in {name.split("/")[0] for name in moments}
+        }
+    )
+    keys = layer.storage.buffers[0]
     layer.dtype, layer.device = keys.dtype, keys.device
     layer.is_initialized = True
 
 
-def _stock(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    facts = {"kind": type(layer).__name__, "cumulative_length": getattr(layer, "cumulative_length", None)}
+def _stock_state(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    facts = {"storage": type(layer).__name__, "cumulative_length": getattr(layer, "cumulative_length", None)}
     return {"keys": layer.keys, "values": layer.values}, facts
 
 
-def _restore_stock(layer: Any, tensors: dict[str, Tensor], facts: dict[str, Any], device: torch.device) -> None:
+def _restore_stock(layer: Any, tensors: dict[str, Tensor], facts: Mapping[str, Any], device: torch.device) -> None:
     keys, values = tensors["keys"].to(device), tensors["values"].to(device)
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
@@ -242,32 +226,33 @@ def _restore_stock(layer: Any, tensors: dict[str, Tensor], facts: dict[str, Any]
         layer.cumulative_length = facts["cumulative_length"]
 
 
-def _unbound(allocation: Allocation) -> Allocation:
+def _without_profile(allocation: Allocation) -> Allocation:
     return replace(allocation, profile=None) if isinstance(allocation, HeadProfile) else allocation
 
 
 def _allocation_name(allocation: Allocation) -> str | None:
-    return next((name for name, known in allocations().items() if known == _unbound(allocation)), None)
+    return next((name for name, known in allocations().items() if known == _without_profile(allocation)), None)
 
 
 def _policy_name(policy: Policy) -> str | None:
+    """Return the name of a named policy, with its own or another named allocation; None for any other policy."""
     known = policies().get(policy.name)
-    same = known is not None and replace(policy, allocation=known.allocation) == known
-    return policy.name if same and _allocation_name(policy.allocation) is not None else None
+    is_named = known is not None and replace(policy, allocation=known.allocation) == known
+    return policy.name if is_named and _allocation_name(policy.allocation) is not None else None
 
 
-def _policy(facts: dict[str, Any], given: Policy | None, place: Path) -> Policy:
+def _restore_policy(facts: Mapping[str, Any], given: Policy | None, file: Path) -> Policy:
     """Return the policy of a saved cache."""
     if facts["policy"] is not None:
         named = policies()[facts["policy"]]
         stored = replace(named, allocation=allocations()[facts["allocation"]])
-        if given is not None and given != stored and given != named:
-            raise ValueError(f"policy is {given.name!r}, but {place} was made with {facts['policy']!r}; accepted: None")
+        if given is not None and given not in (stored, named):
+            raise ValueError(f"policy must be None or {facts['policy']!r} for {str(file)!r}, got {given.name!r}")
         return stored
-    if given is None or given.describe() != facts["described"]:
-        parts = ", ".join(f"{name} {part}" for name, part in facts["described"].items())
+    if given is None or given.describe() != facts["policy_parts"]:
+        parts = ", ".join(f"{name} {part}" for name, part in facts["policy_parts"].items())
         raise ValueError(
-            f"policy is {given if given is None else given.name!r}, but {place} was made with a policy of its own "
-            f"({parts}), which a file can't hold; accepted: that Policy"
+            f"policy must be the custom policy that the cache in {str(file)!r} was made with ({parts}), because a file "
+            f"cannot hold it; got {given if given is None else given.name!r}"
         )
     return given

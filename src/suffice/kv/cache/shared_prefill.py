@@ -1,4 +1,4 @@
-"""One prefill for several caches: compare policies on the same tensors at the price of one forward pass."""
+"""One prefill for several caches: policies are compared on the same tensors for the price of one forward pass."""
 
 from __future__ import annotations
 
@@ -12,36 +12,41 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from suffice.kv.attention.hook import Call, mark
+from suffice.kv.attention.call import AttentionCall, run_attention
+from suffice.kv.attention.hook import attach_observer
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.layer import CompressedLayer
 
 
 def prefill(
-    model: PreTrainedModel, inputs: dict[str, Tensor], caches: Sequence[CompressedCache], *, share: bool = False
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    caches: Sequence[CompressedCache],
+    *,
+    share_statistics: bool = False,
 ) -> SharedPrefill:
-    """Run one prefill that fills several empty caches of the model, each by its own policy and budget.
+    """Run one prefill that fills several empty caches of a model, each with its own policy and budget.
 
     Args:
         model: the model that the caches were made for.
         inputs: `input_ids` [batch, tokens] and, with padding, `attention_mask`.
         caches: empty caches.
-        share: compute statistics that several policies look at once for all of them, as the attention that tokens
-            received; the seconds of a cache then are what it took on top of those before it.
+        share_statistics: compute statistics that several policies use, such as the attention that tokens received, once
+            for all caches. The seconds of a cache are then the time on top of the caches before it.
 
     Returns:
-        The last token's logits and the seconds that each cache took to score and evict.
+        The logits of the last token, and the seconds that each cache took to score and evict.
 
     Raises:
-        ValueError: no cache, or one that has already seen tokens.
+        ValueError: no cache, or a cache that has already seen tokens.
 
     """
     if not caches:
-        raise ValueError("caches is empty; accepted: one or more empty CompressedCache")
+        raise ValueError("caches must hold at least one empty CompressedCache, got none")
     for number, cache in enumerate(caches):
         if cache.get_seq_length():
-            raise ValueError(f"caches[{number}] has seen {cache.get_seq_length()} tokens; accepted: empty ones")
-    shared = SharedPrefill(caches, share)
+            raise ValueError(f"caches[{number}] must be empty, got one that has seen {cache.get_seq_length()} tokens")
+    shared = SharedPrefill(caches, share_statistics)
     with torch.no_grad():
         out: Any = model(**inputs, past_key_values=shared, use_cache=True, logits_to_keep=1)
     shared.logits = out.logits[:, -1]
@@ -51,55 +56,57 @@ def prefill(
 class SharedPrefill(Cache):
     """Stands in for several caches during one prefill.
 
+    Args:
+        caches: empty caches.
+        share_statistics: see `prefill`.
+
     Attributes:
-        logits: [batch, vocabulary], of the last token.
-        seconds: for each cache, what its scoring and eviction took.
+        logits: of the last token, [batch, vocabulary].
+        seconds: for each cache, the time of its scoring and eviction.
 
     """
 
-    def __init__(self, caches: Sequence[CompressedCache], share: bool = False) -> None:
+    def __init__(self, caches: Sequence[CompressedCache], share_statistics: bool = False) -> None:
         self.seconds = [0.0] * len(caches)
         self.logits = torch.empty(0)
         columns: list[tuple[Any, ...]] = list(zip(*(cache.layers for cache in caches), strict=True))
         super().__init__(
             layers=[
-                _SharedLayer(column, self.seconds, share) if isinstance(column[0], CompressedLayer) else _Stock(column)
+                _SharedCompressedLayer(column, self.seconds, share_statistics)
+                if isinstance(column[0], CompressedLayer)
+                else _SharedStockLayer(column)
                 for column in columns
             ]
         )
 
 
-class _SharedLayer(DynamicLayer):
-    """Hands one attention call to the layer of every cache."""
+class _SharedCompressedLayer(DynamicLayer):
+    """Passes one attention call to the compressed layer of every cache."""
 
-    def __init__(self, layers: tuple[CompressedLayer, ...], seconds: list[float], share: bool) -> None:
+    def __init__(self, layers: tuple[CompressedLayer, ...], seconds: list[float], share_statistics: bool) -> None:
         super().__init__()
-        self._layers, self._seconds, self._share = layers, seconds, share
+        self._layers, self._seconds, self._share_statistics = layers, seconds, share_statistics
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         for layer in self._layers:
             layer.update(key_states, value_states)
-        return mark(key_states, self), value_states
+        return attach_observer(key_states, self), value_states
 
-    def before(self, call: Call) -> Call | None:
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         for layer in self._layers:
-            layer.before(call)
-        return call
-
-    def attend(self, call: Call) -> Tensor:
-        raise AssertionError("a prefill reads the new tokens only")
-
-    def after(self, call: Call, attention: Tensor | None) -> None:
-        if self._share:
+            layer.pre_attention(call)
+        output, attention = run_attention(call)
+        if self._share_statistics:
             call = replace(call, memo={})
         for number, layer in enumerate(self._layers):
             start = time.perf_counter()
-            layer.after(call, attention)
+            layer.post_attention(call, attention)
             self._seconds[number] += time.perf_counter() - start
+        return output, attention
 
 
-class _Stock(DynamicLayer):
-    """Fills the layer that no policy touches, as a sliding window, in every cache."""
+class _SharedStockLayer(DynamicLayer):
+    """Fills the layer of every cache that is not compressed, such as a sliding window."""
 
     def __init__(self, layers: tuple[Any, ...]) -> None:
         super().__init__()

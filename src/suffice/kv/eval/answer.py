@@ -162,7 +162,7 @@ def answer(
     allocation: str | Allocation | None = None,
     chunk: int | None = None,
     interval: int | None = None,
-    positions: str = "original",
+    rerotate: bool = False,
 ) -> tuple[Answer, CacheReport]:
     """Answer a question about a document, greedily, from a compressed KV cache.
 
@@ -180,7 +180,7 @@ def answer(
         chunk: read the prompt so many tokens at a time, within the budget after each; None reads it at once.
         interval: evict every so many tokens of the answer too; None keeps the whole answer, unless the prompt is
             read in chunks (then 512).
-        positions: of kept keys, `"original"` or `"compact"`, which also reads what is longer than the window.
+        rerotate: rotate kept keys to consecutive positions, which also reads prompts longer than the model's window.
 
     Raises:
         ValueError: an empty prompt, one longer than the model's window, or anything `CompressedCache` refuses.
@@ -190,7 +190,7 @@ def answer(
         raise ValueError(f"max_new_tokens is {max_new_tokens}; accepted: at least 1")
     check_chunk(chunk)
     parts = prompt(tokenizer, document, question)
-    if positions != "compact":
+    if not rerotate:
         check_length(model, parts.ids.shape[1] + max_new_tokens)
     cache = CompressedCache(
         model,
@@ -199,7 +199,7 @@ def answer(
         allocation=allocation,
         evict="prefill" if chunk is None and interval is None else "always",
         interval=512 if interval is None else interval,
-        positions=positions,
+        rerotate=rerotate,
     )
     start = time.perf_counter()
     if not aware and parts.question.shape[1]:

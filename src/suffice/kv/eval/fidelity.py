@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from suffice.kv.budget.allocation import Allocation
-from suffice.kv.cache.batched import Rows
+from suffice.kv.cache.batched import BatchedCaches
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.shared_prefill import prefill
 from suffice.kv.eval.answer import Prompt, check_length, generate
@@ -114,7 +114,7 @@ def evaluate(
     check_length(model, parts.ids.shape[1] + max(gold.shape[1], spoken, greedy_tokens))
     every = [Cell("full", 1.0, "equal"), *cells]
     caches = [cell.cache(model, measure_capacity=measure_capacity) for cell in every]
-    shared = prefill(model, {"input_ids": _first(parts, mode).to(model.device)}, caches, share=True)
+    shared = prefill(model, {"input_ids": _first(parts, mode).to(model.device)}, caches, share_statistics=True)
     reports = [cache.report() for cache in caches]
     measured = _on_gold(model, caches, parts.ids, gold)
     told = _greedy(model, caches, parts.ids, max(spoken, greedy_tokens))
@@ -197,7 +197,9 @@ def _on_gold(
     for start in range(0, len(caches), at_once):
         rows = [cache.copy() for cache in caches[start : start + at_once]]
         with torch.no_grad():
-            logits = network(rest.expand(len(rows), -1), past_key_values=Rows(rows), logits_to_keep=wanted).logits
+            logits = network(
+                rest.expand(len(rows), -1), past_key_values=BatchedCaches(rows), logits_to_keep=wanted
+            ).logits
         for own in logits[:, :-1]:
             scored: Tensor = own.float().log_softmax(-1)
             if reference is None:
@@ -212,7 +214,7 @@ def _greedy(model: PreTrainedModel, caches: list[CompressedCache], ids: Tensor, 
         return [[] for _ in caches]
     ends = model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends or [])
-    rows = Rows([cache.copy() for cache in caches])
+    rows = BatchedCaches([cache.copy() for cache in caches])
     told = generate(model, ids.expand(len(caches), -1), rows, count).tolist()
     return [_until(tokens, ends) for tokens in told]
 

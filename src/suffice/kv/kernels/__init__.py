@@ -19,8 +19,12 @@ from suffice.gpu import can_use_kernels
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def supports(*tensors: Tensor) -> bool:
+    """Whether the kernels support the dtype, which must be one for all, and the last dimension of these tensors."""
+    dtype = tensors[0].dtype
+    return dtype in _DTYPES and all(x.dtype == dtype and 16 <= x.shape[-1] <= 128 for x in tensors)
+
+
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels can work on these tensors [..., dim], which must be of one dtype."""
-    dtype = tensors[0].dtype
-    suited = dtype in _DTYPES and all(x.dtype == dtype and 16 <= x.shape[-1] <= 128 for x in tensors)
-    return suited and can_use_kernels(*tensors)
+    return supports(*tensors) and can_use_kernels(*tensors)

@@ -1,56 +1,51 @@
-"""What one attention call shows about its cached tokens: the input of every policy."""
+"""Tensors of one attention call and statistics of them: the input of every policy."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from suffice.kv.hf.rotary import rotate_half
-from suffice.kv.hf.tensor_parallel import Sharding
-from suffice.kv.policy.deferred_checks import Verdicts
-from suffice.kv.policy.query_moments import Moments
+from suffice.kv.policy.deferred_checks import DeferredChecks
+from suffice.kv.policy.entry_positions import EntryPositions
+from suffice.kv.policy.layer_context import LayerContext
+from suffice.kv.policy.query_moments import QueryMoments
+from suffice.kv.policy.weight_state import WeightState
 
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Positions [batch, m] → cosines and sines [batch, m, rotary_dim] of the model's rotary embedding."""
+"""Maps positions [batch, m] to cosines and sines [batch, m, rotary_dim] of the model's rotary embedding."""
 
 T = TypeVar("T")
-NEGATIVE = float("-inf")
+NEGATIVE_INFINITY = float("-inf")
 
 
-class Signals:
-    """Queries of an attention, keys and values that they may read, and statistics of them, each computed once.
+class AttentionStats:
+    """Queries of an attention call, the keys and values they may read, and lazily computed statistics of them.
 
-    `batch` rows, `heads` query heads in `kv_heads` groups of `group`, `tokens` cached entries, `queries` the
-    newest queries, head dimension `dim`. Entries ascend in position and are right-aligned in each row and head.
-    Everything derived is float32.
+    Entries are cached tokens. They ascend in position and are right-aligned in each row and head. All derived
+    statistics are float32 and are computed at most once.
 
     Args:
-        queries: [batch, heads, queries, dim], after rotary embedding.
-        keys: [batch, kv_heads, tokens, dim], after rotary embedding.
-        values: [batch, kv_heads, tokens, value_dim].
-        valid: bool [batch, tokens], False on left padding; None when nothing is padded, or with `positions`.
-        positions: long [batch, 1 or kv_heads, tokens], index of each entry within its row's own text, negative
-            where there is none; None if entries are all tokens seen so far, the queries' own the last of them.
-        query_positions: long [batch, queries], the same of the queries; given with `positions`.
-        places: long, as `positions`: where the rotary embedding of the keys puts them, if elsewhere.
-        scaling: factor on the query-key product, 1/√dim by default.
-        layer: index of the layer among those whose cache is compressed, and `layers` their number.
-        output: weight of the attention's output projection, [hidden, heads * value_dim], or what fetches it.
-        rotary: the model's rotary embedding; None for a model without.
-        rotate: how that embedding pairs the dimensions.
-        attention: the attention weights [batch, heads, queries, tokens] if they were computed.
-        received: attention that each entry received before these queries, [batch, kv_heads, tokens].
-        moments: exponentially weighted moments of earlier queries, by half-life.
-        sharding: where the layer's other heads are; None if all are here.
-        most: entries that a head may hold while others can take them; None if there is no limit.
-        memo: what is computed is kept here, and found here by other signals of the very same call.
-        seen_tokens: tokens of each row's own text so far, where they are known without asking the device.
-        verdicts: where conditions that must hold are noted, for who settles them; None to ask at once.
+        queries: the newest queries, [batch, heads, queries, head_dim], after the rotary embedding.
+        keys: [batch, num_key_value_heads, entries, head_dim], after the rotary embedding.
+        values: [batch, num_key_value_heads, entries, value_dim].
+        positions: where entries and queries stand in their texts. None if the entries are all tokens seen so far.
+        scaling: factor on the query-key product, 1/√head_dim by default.
+        attention: attention weights [batch, heads, queries, entries], if the model returned them.
+        output_weight: weight of the attention's output projection, [hidden, heads * value_dim], or a function that
+            loads it. None if the attention has none.
+        rotary: the model's rotary embedding; None for a model without one.
+        rotate: how the rotary embedding pairs the dimensions of a head.
+        state: what stateful weights returned for earlier queries.
+        context: where the layer stands in the model.
+        checks: where to record conditions that must hold, for a caller that checks them together. None checks each
+            condition at once.
+        memo: shared by all statistics of one attention call, so that several policies compute them once.
 
     """
 
@@ -60,37 +55,31 @@ class Signals:
         keys: Tensor,
         values: Tensor,
         *,
-        valid: Tensor | None = None,
-        positions: Tensor | None = None,
-        query_positions: Tensor | None = None,
-        places: Tensor | None = None,
+        positions: EntryPositions | None = None,
         scaling: float | None = None,
-        layer: int = 0,
-        layers: int = 1,
-        output: Tensor | Callable[[], Tensor | None] | None = None,
+        attention: Tensor | None = None,
+        output_weight: Tensor | Callable[[], Tensor | None] | None = None,
         rotary: Rotary | None = None,
         rotate: Callable[[Tensor], Tensor] = rotate_half,
-        attention: Tensor | None = None,
-        received: Tensor | None = None,
-        moments: Mapping[float, Moments] | None = None,
-        sharding: Sharding | None = None,
-        most: int | None = None,
+        state: WeightState | None = None,
+        context: LayerContext | None = None,
+        checks: DeferredChecks | None = None,
         memo: dict[Any, Any] | None = None,
-        seen_tokens: Sequence[int] | None = None,
-        verdicts: Verdicts | None = None,
     ) -> None:
         self.queries, self.keys, self.values = queries, keys, values
         self.scaling = scaling if scaling is not None else 1 / math.sqrt(keys.shape[-1])
-        self.layer, self.layers = layer, layers
-        self.rotary, self.rotate, self.attention = rotary, rotate, attention
-        self.batch, self.kv_heads, self.tokens, self.dim = keys.shape
-        self.group = queries.shape[1] // self.kv_heads
-        self.received, self.moments = received, dict(moments or {})
-        self.sharding, self.most, self.verdicts = sharding, most, verdicts
-        self._valid, self._output, self._seen_tokens = valid, output, seen_tokens
-        self._positions, self._query_positions, self._places = positions, query_positions, places
-        self._counts = seen_tokens if positions is None else None  # valid entries of each row, if nobody need count
+        self.attention, self.rotary, self.rotate = attention, rotary, rotate
+        self.state, self.context = state or WeightState(), context or LayerContext()
+        self.batch_size, self.num_key_value_heads, self.num_entries, self.head_dim = keys.shape
+        self.num_queries = queries.shape[2]
+        self.num_key_value_groups = queries.shape[1] // self.num_key_value_heads
+        self._output_weight, self._checks = output_weight, checks
+        self._given = given = positions or EntryPositions()
+        # If entries are all tokens seen so far, the number of valid entries of each row is known without counting.
+        self._known_counts = given.num_seen if given.entries is None else None
         self._memo: dict[Any, Any] = {} if memo is None else memo
+
+    # ---- Positions and padding --------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -98,126 +87,145 @@ class Signals:
         return self.keys.device
 
     @functools.cached_property
-    def output(self) -> Tensor | None:
-        """Weight of the attention's output projection, [hidden, heads * value_dim]."""
-        return self._output() if callable(self._output) else self._output
-
-    @functools.cached_property
     def valid(self) -> Tensor | None:
-        """Bool [batch, 1 or kv_heads, tokens], or None when every entry is valid."""
-        if self._positions is not None:
-            valid = self._positions >= 0
-        elif self._valid is not None:
-            valid = self._valid[:, None]
+        """Bool [batch, 1 or num_key_value_heads, entries], False on padding; None if every entry is valid."""
+        if self._given.entries is not None:
+            valid = self._given.entries >= 0
+        elif self._given.valid is not None:
+            valid = self._given.valid[:, None]
         else:
             return None
-        if self._counts is not None:
-            return valid if min(self._counts) < self.tokens else None
+        if self._known_counts is not None:
+            return valid if min(self._known_counts) < self.num_entries else None
         return None if bool(valid.all()) else valid
 
     @property
-    def plain(self) -> bool:
-        """Whether the entries are all tokens seen so far, and none is padding."""
-        return self._positions is None and self.valid is None
+    def is_complete(self) -> bool:
+        """Whether the entries are all tokens seen so far, without padding."""
+        return self._given.entries is None and self.valid is None
 
     @functools.cached_property
     def counts(self) -> Tensor:
-        """Valid entries of each row and head, long [batch, 1 or kv_heads]."""
+        """Number of valid entries of each row and head, long [batch, 1 or num_key_value_heads]."""
         if self.valid is None:
-            return torch.full((self.batch, 1), self.tokens, device=self.device)
+            return torch.full((self.batch_size, 1), self.num_entries, device=self.device)
         return self.valid.sum(-1)
 
     @functools.cached_property
     def positions(self) -> Tensor:
-        """Index of each entry within its row's own text, long [batch, 1 or kv_heads, tokens]; negative for none."""
-        if self._positions is not None:
-            return self._positions
-        index = torch.arange(self.tokens, device=self.device).expand(self.batch, 1, -1)
-        return index - (self.tokens - self.counts)[..., None]
+        """Positions of the entries, long [batch, 1 or num_key_value_heads, entries]; negative where there is none."""
+        if self._given.entries is not None:
+            return self._given.entries
+        index = torch.arange(self.num_entries, device=self.device).expand(self.batch_size, 1, -1)
+        return index - (self.num_entries - self.counts)[..., None]
 
     @property
-    def places(self) -> Tensor:
-        """Where the rotary embedding of the keys puts them, as `positions`."""
-        return self.positions if self._places is None else self._places
+    def rope_positions(self) -> Tensor:
+        """Positions by which the keys were rotated, shaped like `positions`."""
+        return self.positions if self._given.rope is None else self._given.rope
 
     @functools.cached_property
     def query_positions(self) -> Tensor:
-        """Index of each query within its row's own text, long [batch, queries]; negative on padding."""
-        if self._query_positions is not None:
-            return self._query_positions
-        return self.positions[:, 0, -self.queries.shape[2] :]
+        """Positions of the queries, long [batch, queries]; negative on padding."""
+        if self._given.queries is not None:
+            return self._given.queries
+        return self.positions[:, 0, -self.num_queries :]
 
     @functools.cached_property
-    def asked(self) -> Tensor | None:
-        """Bool [batch, queries], False for the queries of padding; None when there is none."""
-        if self._positions is None and self.valid is None:
+    def valid_queries(self) -> Tensor | None:
+        """Bool [batch, queries], False for the queries of padding; None if there is no padding."""
+        if self._given.entries is None and self.valid is None:
             return None
-        asked = self.query_positions >= 0
-        if self._counts is not None:
-            return asked if min(self._counts) < self.queries.shape[2] else None
-        return None if bool(asked.all()) else asked
+        valid = self.query_positions >= 0
+        if self._known_counts is not None:
+            return valid if min(self._known_counts) < self.num_queries else None
+        return None if bool(valid.all()) else valid
 
     @functools.cached_property
-    def seen(self) -> Tensor:
-        """Tokens of each row's own text so far, long [batch]."""
+    def num_seen(self) -> Tensor:
+        """Number of tokens that each row has seen, long [batch]."""
         return self.query_positions[:, -1] + 1
 
     @functools.cached_property
-    def seen_tokens(self) -> list[int]:
-        """The same as numbers, at least 0."""
-        if self._seen_tokens is not None:
-            return list(self._seen_tokens)
-        return [self.tokens] * self.batch if self.plain else self.seen.clamp_min(0).tolist()
+    def num_seen_per_row(self) -> list[int]:
+        """`num_seen` as Python numbers, at least 0; known without reading the device where possible."""
+        if self._given.num_seen is not None:
+            return list(self._given.num_seen)
+        if self.is_complete:
+            return [self.num_entries] * self.batch_size
+        return self.num_seen.clamp_min(0).tolist()
 
     @functools.cached_property
-    def room(self) -> Tensor:
-        """Valid entries of each row and head, long [batch, kv_heads], on the CPU."""
+    def num_valid(self) -> Tensor:
+        """Number of valid entries of each row and head, long [batch, num_key_value_heads], on the CPU."""
         if self.valid is None:
-            return torch.full((self.batch, self.kv_heads), self.tokens)
-        if self._counts is not None:
-            return torch.tensor(self._counts)[:, None].expand(-1, self.kv_heads)
-        return self.counts.expand(-1, self.kv_heads).cpu()
+            return torch.full((self.batch_size, self.num_key_value_heads), self.num_entries)
+        if self._known_counts is not None:
+            return torch.tensor(self._known_counts)[:, None].expand(-1, self.num_key_value_heads)
+        return self.counts.expand(-1, self.num_key_value_heads).cpu()
 
-    def require(self, right: Tensor, error: Exception) -> None:
-        """Raise an error, now or when it is settled, unless a condition holds: a bool of no dimensions."""
-        if self.verdicts is not None:
-            self.verdicts.require(right, error)
-        elif not bool(right):
+    # ---- Checks and memo --------------------------------------------------------------------------------------------
+
+    @property
+    def checks_are_deferred(self) -> bool:
+        """Whether conditions are recorded for a later check instead of being checked at once."""
+        return self._checks is not None
+
+    def require(self, condition: Tensor, error: Exception) -> None:
+        """Raise an error unless a condition (bool tensor without dimensions) holds, now or in `raise_if_failed`."""
+        if self._checks is not None:
+            self._checks.require(condition, error)
+        elif not bool(condition):
             raise error
 
-    def settle(self) -> None:
-        """Raise the error of what was noted and does not hold."""
-        if self.verdicts is not None:
-            self.verdicts.settle()
+    def raise_if_failed(self) -> None:
+        """Raise the error of the first deferred condition that does not hold."""
+        if self._checks is not None:
+            self._checks.raise_if_failed()
 
-    def memo(self, name: object, compute: Callable[[], T]) -> T:
-        """Return what `compute` gives, computed at the first call for this name."""
-        if name not in self._memo:
-            self._memo[name] = compute()
-        return self._memo[name]
+    def memoize(self, key: object, compute: Callable[[], T]) -> T:
+        """Return the result of `compute`, which is called for the first use of this key only."""
+        if key not in self._memo:
+            self._memo[key] = compute()
+        return self._memo[key]
 
-    def masked(self, scores: Tensor, fill: float = NEGATIVE) -> Tensor:  # [batch, kv_heads, tokens]
-        """Return the scores with `fill` where there is no entry."""
+    # ---- Means and groups -------------------------------------------------------------------------------------------
+
+    def mask_invalid(self, scores: Tensor, fill: float = NEGATIVE_INFINITY) -> Tensor:
+        """Return scores [batch, num_key_value_heads, entries] with `fill` where there is no entry."""
         return scores if self.valid is None else scores.masked_fill(~self.valid, fill)
 
-    def mean(self, x: Tensor) -> Tensor:  # [batch, kv_heads, tokens, dim] -> [batch, kv_heads, dim]
-        """Mean over the valid entries of each row and head."""
+    def mean_over_entries(self, x: Tensor) -> Tensor:
+        """Average x [batch, num_key_value_heads, entries, dim] over the valid entries of each row and head."""
         if self.valid is None:
             return x.mean(2)
         return (x * self.valid[..., None]).sum(2) / self.counts.clamp_min(1)[..., None]
 
-    def cosine_to_mean(self, x: Tensor) -> Tensor:  # [batch, kv_heads, tokens, d] -> [batch, kv_heads, tokens]
-        """Cosine between each vector and the mean of all, each of them first brought to length one."""
-        lengths = x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
-        # Products with x itself: the unit vectors need not exist.
-        share = self.masked(1 / lengths, 0.0)
-        centre = (share[:, :, None] @ x).mT  # [batch, kv_heads, d, 1]
-        centre = centre / centre.norm(dim=2, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-        return (x @ centre).squeeze(-1) / lengths
+    def cosine_to_mean(self, x: Tensor) -> Tensor:
+        """Return the cosine between each vector and the mean of all unit vectors.
 
-    def grouped(self, x: Tensor) -> Tensor:  # [batch, heads, ...] -> [batch, kv_heads, group, ...]
-        """Split the head axis into KV heads and the query heads that share each."""
-        return x.unflatten(1, (self.kv_heads, self.group))
+        Args:
+            x: [batch, num_key_value_heads, entries, dim].
+
+        Returns:
+            [batch, num_key_value_heads, entries].
+
+        """
+        lengths = x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
+        # Weighted products with x itself avoid a copy of x that holds the unit vectors.
+        share = self.mask_invalid(1 / lengths, 0.0)
+        mean = (share[:, :, None] @ x).mT  # [batch, num_key_value_heads, dim, 1]
+        mean = mean / mean.norm(dim=2, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        return (x @ mean).squeeze(-1) / lengths
+
+    def group_heads(self, x: Tensor) -> Tensor:
+        """Split the head axis of x [batch, heads, ...] into [batch, num_key_value_heads, num_key_value_groups, ...]."""
+        return x.unflatten(1, (self.num_key_value_heads, self.num_key_value_groups))
+
+    @functools.cached_property
+    def output_weight(self) -> Tensor | None:
+        """Weight of the attention's output projection, [hidden, heads * value_dim]."""
+        return self._output_weight() if callable(self._output_weight) else self._output_weight
 
     @functools.cached_property
     def keys32(self) -> Tensor:
@@ -229,161 +237,179 @@ class Signals:
         """Values in float32."""
         return self.values.float()
 
-    def attention_of_last(self, window: int) -> Tensor:
-        """Attention weights of the call's last `window` queries.
+    # ---- Attention --------------------------------------------------------------------------------------------------
+
+    def attention_weights(self, rows: slice, columns: int) -> Tensor:
+        """Return the attention weights of some queries over the first entries.
+
+        Args:
+            rows: which queries.
+            columns: number of entries.
 
         Returns:
-            [batch, kv_heads, group, window, tokens], rows summing to 1, causal, 0 on padding. A row of the
-            batch with fewer queries than `window` has zero weights for those that it lacks.
+            [batch, num_key_value_heads, num_key_value_groups, rows, columns]; causal, 0 on padding.
 
         """
-        window = min(window, self.queries.shape[2])
-        return self.memo(("attention", window), lambda: self.attention_of(slice(-window, None), self.tokens))
+        if self.attention is not None:
+            return self.group_heads(self.attention[:, :, rows, :columns].float())
+        queries = self.group_heads(self.queries[:, :, rows].float() * self.scaling).flatten(2, 3)
+        logits = (queries @ self.keys32[:, :, :columns].mT).unflatten(2, (self.num_key_value_groups, -1))
+        future = self._future_mask(rows, columns)
+        logits[..., columns - future.shape[-1] :].masked_fill_(future[:, :, None], NEGATIVE_INFINITY)
+        if self.valid is not None:
+            logits.masked_fill_(~self.valid[:, :, None, None, :columns], NEGATIVE_INFINITY)
+        if self.valid_queries is None:
+            return logits.softmax(-1)
+        valid = self.valid_queries[:, None, None, rows, None]
+        # Queries of padding see no entry; their softmax would be NaN.
+        return logits.masked_fill_(~valid, 0.0).softmax(-1) * valid
 
-    def attention_from_last(self, window: int) -> Tensor:
-        """Attention that each token receives from the call's last `window` queries, on average.
-
-        As `attention_of_last(window).mean((2, 3))`, with one KV head's weights in memory at a time.
+    def window_attention_weights(self, window_size: int) -> Tensor:
+        """Return the attention weights of the last `window_size` queries.
 
         Returns:
-            [batch, kv_heads, tokens], float32.
+            [batch, num_key_value_heads, num_key_value_groups, window_size, entries]; rows sum to 1, causal, 0 on
+            padding. A row of the batch with fewer queries has zero weights for the missing ones.
 
         """
-        return self.memo(("window", window), lambda: self._attention_from_last(window))
+        window_size = min(window_size, self.num_queries)
+        return self.memoize(
+            ("window attention weights", window_size),
+            lambda: self.attention_weights(slice(-window_size, None), self.num_entries),
+        )
 
-    def _attention_from_last(self, window: int) -> Tensor:
-        window = min(window, self.queries.shape[2])
-        if self.valid is not None or self.asked is not None or self.attention is not None:
-            return self.attention_of_last(window).mean((2, 3))
-        queries = self.grouped(self.queries[:, :, -window:].float() * self.scaling)
-        future = self._future(slice(-window, None))
-        received = torch.empty(self.batch, self.kv_heads, self.tokens, device=self.device)
-        # Two buffers for all heads; the softmax works row by row, so that a row stays in the processor's cache.
-        logits, weights = received.new_empty(2, self.batch, self.group * window, self.tokens)
-        share = received.new_full((1, self.group * window), 1 / (self.group * window))
-        for head in range(self.kv_heads):
+    def window_attention(self, window_size: int) -> Tensor:
+        """Return the attention that each entry receives from the last `window_size` queries, on average.
+
+        Equals `window_attention_weights(window_size).mean((2, 3))`, but holds the weights of one head at a time.
+
+        Returns:
+            [batch, num_key_value_heads, entries].
+
+        """
+        return self.memoize(("window attention", window_size), lambda: self._window_attention(window_size))
+
+    def _window_attention(self, window_size: int) -> Tensor:
+        window_size = min(window_size, self.num_queries)
+        if self.valid is not None or self.valid_queries is not None or self.attention is not None:
+            return self.window_attention_weights(window_size).mean((2, 3))
+        queries = self.group_heads(self.queries[:, :, -window_size:].float() * self.scaling)
+        future = self._future_mask(slice(-window_size, None))
+        received = torch.empty(self.batch_size, self.num_key_value_heads, self.num_entries, device=self.device)
+        # All heads share two buffers, so that they stay in the processor's cache.
+        rows = self.num_key_value_groups * window_size
+        logits, weights = received.new_empty(2, self.batch_size, rows, self.num_entries)
+        share = received.new_full((1, rows), 1 / rows)
+        for head in range(self.num_key_value_heads):
             torch.matmul(queries[:, head].flatten(1, 2), self.keys32[:, head].mT, out=logits)
-            own = future[:, min(head, future.shape[1] - 1)]
-            logits.unflatten(1, (-1, window))[..., -future.shape[-1] :].masked_fill_(own[:, None], NEGATIVE)
+            masked = future[:, min(head, future.shape[1] - 1)]
+            newest = logits.unflatten(1, (-1, window_size))[..., -future.shape[-1] :]
+            newest.masked_fill_(masked[:, None], NEGATIVE_INFINITY)
             torch.softmax(logits, -1, out=weights)
             received[:, head] = (share @ weights).squeeze(1)
         return received
 
-    def _future(self, rows: slice, columns: int | None = None) -> Tensor:
-        """Which of the newest entries, up to `columns`, come after a query: [batch, 1 or kv_heads, rows, newest].
+    def attention_received(self, block_size: int = 256) -> Tensor:
+        """Return the attention that each entry has received from all queries so far, summed over queries.
 
-        Entries ascend in position and the queries are the newest tokens, so that only as many of the newest
-        entries as there are queries from the first of these rows on can lie in the future of one of them.
-        """
-        own = self.query_positions[:, rows]
-        newest = min(self.queries.shape[2] - range(self.queries.shape[2])[rows][0], self.tokens)
-        entries = self.positions[:, :, self.tokens - newest : columns]
-        return entries[:, :, None] > own[:, None, :, None]
-
-    def spans(self, window: int) -> tuple[Tensor, Tensor]:
-        """Entries that the last `window` queries may read, which are always neighbours.
+        Only `block_size` rows of the attention matrix are materialised at a time.
 
         Returns:
-            The first that exists, int32 [batch, kv_heads]; and one past the last that each query may read, int32
-            [batch, kv_heads, window], 0 for a query of padding.
+            [batch, num_key_value_heads, entries], averaged over the query heads of a group.
 
         """
-        if self.plain:
-            starts = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
-            ends = torch.arange(self.tokens - window + 1, self.tokens + 1, dtype=torch.int32, device=self.device)
-        else:
-            starts = (self.tokens - self.counts).int()
-            ends = self.tokens - self._future(slice(-window, None)).sum(-1, dtype=torch.int32)
-            ends = ends.masked_fill((self.query_positions[:, -window:] < 0)[:, None], 0)
-        return starts.expand(self.batch, self.kv_heads), ends.expand(self.batch, self.kv_heads, -1)
+        return self.memoize("attention received", lambda: self._attention_received(block_size))
 
-    def attention_of(self, rows: slice, columns: int) -> Tensor:
-        """Attention weights of some queries over the first entries, [batch, kv_heads, group, rows, columns]."""
-        if self.attention is not None:
-            return self.grouped(self.attention[:, :, rows, :columns].float())
-        queries = self.grouped(self.queries[:, :, rows].float() * self.scaling).flatten(2, 3)
-        logits = (queries @ self.keys32[:, :, :columns].mT).unflatten(2, (self.group, -1))
-        future = self._future(rows, columns)
-        logits[..., columns - future.shape[-1] :].masked_fill_(future[:, :, None], NEGATIVE)
-        if self.valid is not None:
-            logits.masked_fill_(~self.valid[:, :, None, None, :columns], NEGATIVE)
-        if self.asked is None:
-            return logits.softmax(-1)
-        asked = self.asked[:, None, None, rows, None]
-        # The queries of padding see nothing; their softmax would be NaN.
-        return logits.masked_fill_(~asked, 0.0).softmax(-1) * asked
-
-    def attention_received(self, block: int = 256) -> Tensor:
-        """Attention that each entry received from all queries so far, summed.
-
-        Computed in blocks of queries, so that no more than `block` rows of the attention matrix exist.
-
-        Returns:
-            [batch, kv_heads, tokens], averaged over the GQA group.
-
-        """
-        return self.memo("received", lambda: self._received(block))
-
-    def _received(self, block: int) -> Tensor:
-        total = self.queries.shape[2]
-        received = torch.zeros(self.batch, self.kv_heads, self.tokens, device=self.device)
-        if self.received is not None:
-            received += self.received
-        for start in range(0, total, block):
-            stop = min(start + block, total)
-            # The entries of later queries are out of sight, unless some of these have been evicted.
-            columns = self.tokens if self._positions is not None else self.tokens - total + stop
-            weights = self.attention_of(slice(start, stop), columns)
+    def _attention_received(self, block_size: int) -> Tensor:
+        received = torch.zeros(self.batch_size, self.num_key_value_heads, self.num_entries, device=self.device)
+        if self.state.attention_received is not None:
+            received += self.state.attention_received
+        for start in range(0, self.num_queries, block_size):
+            stop = min(start + block_size, self.num_queries)
+            # Without evictions, the entries of later queries come last and cannot be read by these queries.
+            later = self.num_queries - stop if self._given.entries is None else 0
+            columns = self.num_entries - later
+            weights = self.attention_weights(slice(start, stop), columns)
             received[..., :columns] += weights.sum(3).mean(2)
         return received
 
-    def query_moments(self, half_life: float) -> Moments:
-        """Mean and mean square of all queries so far, the weight of each halved with every `half_life` tokens."""
-        return self.memo(
-            ("moments", half_life),
-            lambda: Moments.of(self.queries, self.asked, half_life).after(self.moments.get(half_life), half_life),
-        )
+    def _future_mask(self, rows: slice, columns: int | None = None) -> Tensor:
+        """Return which of the newest entries, up to `columns`, come after each query.
 
-    @property
-    def next_received(self) -> Tensor | None:
-        """Attention received by each entry so far, if it was asked for."""
-        return self._memo.get("received")
+        Entries ascend in position and the queries are the newest tokens, so only as many of the newest entries as
+        there are queries can lie in the future of one of them.
 
-    @property
-    def next_moments(self) -> dict[float, Moments]:
-        """The moments that were asked for, to be given to the signals of later queries."""
-        return {name[1]: value for name, value in self._memo.items() if isinstance(value, Moments)}
+        Returns:
+            Bool [batch, 1 or num_key_value_heads, rows, newest entries].
 
-    def unrotated_queries(self, last: int) -> Tensor:  # [batch, heads, last, dim]
-        """Undo the rotary embedding of the last queries: what they were before it, float32."""
-        return self._unrotated(self.queries[:, :, -last:], self.query_positions[:, None, -last:])
+        """
+        query_positions = self.query_positions[:, rows]
+        newest = min(self.num_queries - range(self.num_queries)[rows][0], self.num_entries)
+        entries = self.positions[:, :, self.num_entries - newest : columns]
+        return entries[:, :, None] > query_positions[:, None, :, None]
 
-    def unrotated_keys(self) -> Tensor:  # [batch, kv_heads, tokens, dim]
-        """Undo the rotary embedding of the keys, float32."""
-        return self._unrotated(self.keys, self.places)
+    def readable_ranges(self, window_size: int) -> tuple[Tensor, Tensor]:
+        """Return the range of entries that each of the last queries may read; it is always contiguous.
 
-    def _unrotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        Returns:
+            The first valid entry, int32 [batch, num_key_value_heads], and one past the last entry that each query may
+            read, int32 [batch, num_key_value_heads, window_size]; 0 for a query of padding.
+
+        """
+        if self.is_complete:
+            starts = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
+            first_end = self.num_entries - window_size + 1
+            ends = torch.arange(first_end, self.num_entries + 1, dtype=torch.int32, device=self.device)
+        else:
+            starts = (self.num_entries - self.counts).int()
+            ends = self.num_entries - self._future_mask(slice(-window_size, None)).sum(-1, dtype=torch.int32)
+            ends = ends.masked_fill((self.query_positions[:, -window_size:] < 0)[:, None], 0)
+        shape = (self.batch_size, self.num_key_value_heads)
+        return starts.expand(shape), ends.expand(*shape, -1)
+
+    # ---- Queries ----------------------------------------------------------------------------------------------------
+
+    def query_moments(self, half_life: float) -> QueryMoments:
+        """Return mean and mean square of all queries so far; the weight of each halves every `half_life` tokens."""
+        earlier = self.state.query_moments.get(half_life)
+
+        def compute() -> QueryMoments:
+            newest = QueryMoments.from_queries(self.queries, self.valid_queries, half_life)
+            return newest.combine_with_earlier(earlier, half_life)
+
+        return self.memoize(("query moments", half_life), compute)
+
+    def unrotated_queries(self, count: int) -> Tensor:
+        """Return the last `count` queries before the rotary embedding, float32 [batch, heads, count, head_dim]."""
+        return self._unrotate(self.queries[:, :, -count:], self.query_positions[:, None, -count:])
+
+    def unrotated_keys(self) -> Tensor:
+        """Return the keys before the rotary embedding, float32 [batch, num_key_value_heads, entries, head_dim]."""
+        return self._unrotate(self.keys, self.rope_positions)
+
+    def _unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
         if self.rotary is None:
             return x.float()
         rows = positions.clamp_min(0)
         cos, sin = (t.float().unflatten(0, rows.shape[:2]) for t in self.rotary(rows.flatten(0, 1)))
-        turned = x[..., : cos.shape[-1]].float()
-        # cos² + sin² differs from 1 where the embedding also scales (YaRN).
+        rotary_dim = cos.shape[-1]
+        rotated = x[..., :rotary_dim].float()
+        # cos² + sin² is not 1 where the embedding also scales (YaRN).
         scale = cos * cos + sin * sin
-        back = turned * (cos / scale)
-        back.addcmul_(self.rotate(turned), sin / scale, value=-1)
-        return back if cos.shape[-1] == x.shape[-1] else torch.cat((back, x[..., cos.shape[-1] :].float()), dim=-1)
+        unrotated = rotated * (cos / scale)
+        unrotated.addcmul_(self.rotate(rotated), sin / scale, value=-1)
+        return unrotated if rotary_dim == x.shape[-1] else torch.cat((unrotated, x[..., rotary_dim:].float()), dim=-1)
 
-    def mean_rotation(self, future: int) -> Tensor | None:
-        """Mean rotation matrix over the next `future` positions, [batch, dim, dim]; None without rotary."""
-        if self.rotary is None or future == 0:
+    def mean_rotation(self, num_future: int) -> Tensor | None:
+        """Return the mean rotation matrix over the next positions, [batch, head_dim, head_dim]; None without rotary."""
+        if self.rotary is None or num_future == 0:
             return None
-        ahead = self.seen[:, None] + torch.arange(future, device=self.device)
+        ahead = self.num_seen[:, None] + torch.arange(num_future, device=self.device)
         cos, sin = (t.float().mean(1) for t in self.rotary(ahead))
-        width = cos.shape[-1]
-        identity = torch.eye(width, device=self.device)
-        # Row j of `rotate(identity)` is the rotation of the unit vector e_j: its transpose maps q to rotate(q).
+        rotary_dim = cos.shape[-1]
+        identity = torch.eye(rotary_dim, device=self.device)
+        # Row j of `rotate(identity)` is the rotation of the unit vector e_j: the transpose maps q to rotate(q).
         turn = torch.diag_embed(cos) + sin[:, :, None] * self.rotate(identity).mT
-        rotation = torch.eye(self.dim, device=self.device).repeat(self.batch, 1, 1)
-        rotation[:, :width, :width] = turn
+        rotation = torch.eye(self.head_dim, device=self.device).repeat(self.batch_size, 1, 1)
+        rotation[:, :rotary_dim, :rotary_dim] = turn
         return rotation

@@ -1,4 +1,4 @@
-"""What must hold of numbers on a GPU, asked all at once: the program waits for the device each time it is asked."""
+"""Conditions on tensors that are checked together, because each check makes the program wait for the GPU."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 
-class Verdicts:
-    """Conditions on a layer's numbers and the errors that they raise, collected until `settle` looks at them."""
+class DeferredChecks:
+    """Collects conditions and the errors for them; `raise_if_failed` reads all conditions from the device at once."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[Tensor, Exception]] = []
+        self._pending: list[tuple[Tensor, Exception]] = []
 
-    def require(self, right: Tensor, error: Exception) -> None:
-        """Note a condition, a bool of no dimensions, and what is raised unless it holds."""
-        self._found.append((right, error))
+    def require(self, condition: Tensor, error: Exception) -> None:
+        """Record a condition (bool tensor without dimensions) and the error to raise if it does not hold."""
+        self._pending.append((condition, error))
 
-    def settle(self) -> None:
-        """Raise the error of the first condition that does not hold."""
-        found, self._found = self._found, []
-        if not found:
+    def raise_if_failed(self) -> None:
+        """Raise the error of the first recorded condition that does not hold, and forget all of them."""
+        pending, self._pending = self._pending, []
+        if not pending:
             return
-        held = torch.stack([right for right, _ in found]).tolist()
-        for right, (_, error) in zip(held, found, strict=True):
-            if not right:
+        holds = torch.stack([condition for condition, _ in pending]).tolist()
+        for condition_holds, (_, error) in zip(holds, pending, strict=True):
+            if not condition_holds:
                 raise error

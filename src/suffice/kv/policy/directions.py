@@ -1,4 +1,4 @@
-"""Directions: how a cached token moves the attention's output if it is read."""
+"""Directions: how a cached entry moves the output of attention if it is read."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import torch
 from torch import Tensor
 
 from suffice.kv.hf.tensor_parallel import local_columns
-from suffice.kv.policy.attention_stats import Signals
+from suffice.kv.policy.attention_stats import AttentionStats
 
 
 class Directions(ABC):
-    """Base of all directions; a new one defines `vectors`."""
+    """Base class of all directions; a subclass defines `vectors`."""
 
     @abstractmethod
-    def vectors(self, signals: Signals) -> Tensor:
-        """Return the directions [batch, kv_heads, tokens, dim], float32; what stands on padding is ignored."""
+    def vectors(self, stats: AttentionStats) -> Tensor:
+        """Return u, float32 [batch, num_key_value_heads, entries, dim]; what it holds at padding is ignored."""
 
-    def norms(self, signals: Signals, p: float) -> Tensor:
-        """Return their p-norms [batch, kv_heads, tokens]."""
-        return self.vectors(signals).norm(p=p, dim=-1)
+    def norms(self, stats: AttentionStats, p: float) -> Tensor:
+        """Return the p-norms of u, [batch, num_key_value_heads, entries]."""
+        return self.vectors(stats).norm(p=p, dim=-1)
 
 
 @dataclass(frozen=True)
 class Constant(Directions):
-    """u = 1: every token moves the output alike."""
+    """u = 1: all entries move the output equally."""
 
-    def vectors(self, signals: Signals) -> Tensor:
-        """Return ones [batch, kv_heads, tokens, 1]."""
-        return torch.ones(signals.batch, signals.kv_heads, signals.tokens, 1, device=signals.device)
+    def vectors(self, stats: AttentionStats) -> Tensor:
+        """Return ones, [batch, num_key_value_heads, entries, 1]."""
+        return torch.ones(stats.batch_size, stats.num_key_value_heads, stats.num_entries, 1, device=stats.device)
 
     def __str__(self) -> str:
         return "1"
@@ -40,9 +40,9 @@ class Constant(Directions):
 class Value(Directions):
     """u = v (2604.25975, Eq. 7)."""
 
-    def vectors(self, signals: Signals) -> Tensor:
-        """Return the values."""
-        return signals.values32
+    def vectors(self, stats: AttentionStats) -> Tensor:
+        """Return the values, [batch, num_key_value_heads, entries, value_dim]."""
+        return stats.values32
 
     def __str__(self) -> str:
         return "v"
@@ -50,36 +50,51 @@ class Value(Directions):
 
 @dataclass(frozen=True)
 class OutputValue(Directions):
-    """u = W_O v: the value as the output projection writes it into the residual stream."""
+    """u = W_O v: the value after the output projection, which is added to the residual stream.
 
-    def vectors(self, signals: Signals) -> Tensor:
-        """Return vectors of the value's dimension with the inner products of W_O v, averaged over the group.
+    Each query head of a GQA group has its own W_O; what is returned is averaged over the group.
+    """
 
-        Norms p = 2 and leverage scores need inner products alone, so C v stands for W_O v, where CᵀC is the
-        mean of W_Oᵀ W_O over the query heads of the group.
+    def vectors(self, stats: AttentionStats) -> Tensor:
+        """Return C v with CᵀC = mean of W_OᵀW_O over the group, [batch, num_key_value_heads, entries, value_dim].
+
+        C v has the same inner products as W_O v, averaged over the group. Leverage scores and 2-norms depend on inner
+        products only, and C v has fewer dimensions.
+
+        Raises:
+            ValueError: the attention has no output projection.
+
         """
-        inner = torch.stack([weight.mT @ weight for weight in self._weights(signals)])
-        inner = inner.unflatten(0, (signals.kv_heads, signals.group)).mean(1)
-        values, vectors = torch.linalg.eigh(inner)
-        return signals.values32 @ (vectors * values.clamp_min(0).sqrt()[:, None])
+        gram = torch.stack([weight.mT @ weight for weight in self._head_weights(stats)])
+        gram = gram.unflatten(0, (stats.num_key_value_heads, stats.num_key_value_groups)).mean(1)
+        eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+        return stats.values32 @ (eigenvectors * eigenvalues.clamp_min(0).sqrt()[:, None])
 
-    def norms(self, signals: Signals, p: float) -> Tensor:
-        """Return the p-norms of W_O v, averaged over the group; one head's projection exists at a time."""
-        heads = [
-            (signals.values32[:, head // signals.group] @ weight.mT).norm(p=p, dim=-1)
-            for head, weight in enumerate(self._weights(signals))
+    def norms(self, stats: AttentionStats, p: float) -> Tensor:
+        """Return the p-norms of W_O v, averaged over the group, [batch, num_key_value_heads, entries].
+
+        Only one head's projected values are in memory at a time.
+
+        Raises:
+            ValueError: the attention has no output projection.
+
+        """
+        norms = [
+            (stats.values32[:, head // stats.num_key_value_groups] @ weight.mT).norm(p=p, dim=-1)
+            for head, weight in enumerate(self._head_weights(stats))
         ]
-        return signals.grouped(torch.stack(heads, 1)).mean(2)
+        return stats.group_heads(torch.stack(norms, 1)).mean(2)
 
-    def _weights(self, signals: Signals) -> list[Tensor]:  # heads x [hidden, value_dim]
-        if signals.output is None:
+    def _head_weights(self, stats: AttentionStats) -> list[Tensor]:
+        """Return W_O of each query head, [hidden, value_dim]."""
+        if stats.output_weight is None:
             raise ValueError(
-                "directions OutputValue needs the attention's output projection, a linear layer named "
-                "`o_proj`; this model's attention has none. Use Value() instead"
+                "directions must not be OutputValue() for a model whose attention has no output projection (a linear "
+                "layer named `o_proj`), got OutputValue(). Use Value()"
             )
-        dim = signals.values.shape[-1]
-        here = local_columns(signals.output, signals.queries.shape[1] * dim)
-        return list(here.float().split(dim, dim=1))
+        value_dim = stats.values.shape[-1]
+        weight = local_columns(stats.output_weight, stats.queries.shape[1] * value_dim)
+        return list(weight.float().split(value_dim, dim=1))
 
     def __str__(self) -> str:
         return "W_O v"
@@ -87,17 +102,24 @@ class OutputValue(Directions):
 
 @dataclass(frozen=True)
 class Key(Directions):
-    """u = k, as cached or before the rotary embedding, centred or not, of length one or not."""
+    """u = k.
+
+    Args:
+        rotary: use the keys as cached, after the rotary embedding; False uses them before it.
+        centred: subtract the mean over the entries of a head.
+        unit: scale each key to length 1.
+
+    """
 
     rotary: bool = True
     centred: bool = False
     unit: bool = False
 
-    def vectors(self, signals: Signals) -> Tensor:
-        """Return the keys."""
-        keys = signals.keys32 if self.rotary else signals.unrotated_keys()
+    def vectors(self, stats: AttentionStats) -> Tensor:
+        """Return the keys, [batch, num_key_value_heads, entries, head_dim]."""
+        keys = stats.keys32 if self.rotary else stats.unrotated_keys()
         if self.centred:
-            keys = keys - signals.mean(keys)[:, :, None]
+            keys = keys - stats.mean_over_entries(keys)[:, :, None]
         return torch.nn.functional.normalize(keys, dim=-1) if self.unit else keys
 
     def __str__(self) -> str:

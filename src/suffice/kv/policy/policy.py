@@ -1,42 +1,48 @@
-"""A policy: weights × directions × estimator say what a token is worth, a selection which tokens stay."""
+"""A policy: weights × directions × estimator score the entries, a selection and an allocation decide which stay."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from suffice.gpu import KernelFallbackError, async_tensor, disable_kernels
-from suffice.kv.budget.allocation import Allocation, Equal, Request
+from suffice.gpu import async_tensor
+from suffice.kv.backend.torch_backend import TORCH_BACKEND, TorchBackend
+from suffice.kv.budget.allocation import Allocation, BudgetRequest, Equal
 from suffice.kv.budget.protection import Protection
-from suffice.kv.policy.attention_stats import Signals
+from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.directions import Directions, Value
-from suffice.kv.policy.estimators import Estimator, Leverage
-from suffice.kv.policy.selection import Budget, ByCapacity, Selection, Top
+from suffice.kv.policy.estimators import Estimator, Leverage, score_entries
+from suffice.kv.policy.objective import Objective
+from suffice.kv.policy.selection import CapacitySelection, LayerBudget, Selection, TopK
 from suffice.kv.policy.weights import Weights
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What to keep of a KV cache: `Policy(weights=…, directions=…, estimator=…)`.
+    """Which entries of a KV cache to keep: `Policy(weights=…, directions=…, estimator=…)`.
 
     Args:
-        weights: how likely a token is to be read.
-        directions: how it moves the output.
+        weights: how likely an entry is to be read.
+        directions: how it moves the output of the attention.
         estimator: how its share of the capacity is approximated.
-        selection: how tokens are chosen from scores.
+        selection: how the kept entries are chosen from the scores.
         allocation: how the budget is split over layers and heads.
-        window: recent tokens that the policy's authors always keep; None leaves it to the cache.
+        window: number of most recent tokens that the authors of the policy always keep; None leaves it to the cache.
         keep_all: never evict.
         name: name in tables.
-        paper: where it comes from.
+        paper: arXiv number of the source.
+
+    Raises:
+        TypeError: a part is not an instance of its base class.
+        ValueError: the selection does not work with the estimator.
 
     Example:
         >>> from suffice.kv import Policy
         >>> from suffice.kv.policy.weights import KeySalience, WindowAttention
-        >>> Policy(weights=WindowAttention(window=16) + 2 * KeySalience()).describe()["weights"]
+        >>> Policy(weights=WindowAttention(window_size=16) + 2 * KeySalience()).describe()["weights"]
         'attention of last 16 queries + 2 exp(−4 cos(k, k̄))'
 
     """
@@ -44,7 +50,7 @@ class Policy:
     weights: Weights
     directions: Directions = field(default_factory=Value)
     estimator: Estimator = field(default_factory=Leverage)
-    selection: Selection = field(default_factory=Top)
+    selection: Selection = field(default_factory=TopK)
     allocation: Allocation = field(default_factory=Equal)
     window: int | None = None
     keep_all: bool = False
@@ -59,82 +65,78 @@ class Policy:
             "selection": (self.selection, Selection),
             "allocation": (self.allocation, Allocation),
         }
-        for part, (value, kind) in parts.items():
-            if not isinstance(value, kind):
-                raise TypeError(f"{part} is {value!r}; accepted: an instance of {kind.__module__}.{kind.__name__}")
-        if isinstance(self.selection, ByCapacity) and not isinstance(self.estimator, Leverage):
-            raise ValueError(f"selection {self.selection} needs the estimator Leverage, got {self.estimator}")
+        for part, (value, base) in parts.items():
+            if not isinstance(value, base):
+                raise TypeError(f"{part} must be an instance of {base.__module__}.{base.__name__}, got {value!r}")
+        if isinstance(self.selection, CapacitySelection) and not isinstance(self.estimator, Leverage):
+            raise ValueError(f"estimator must be Leverage for the selection {self.selection}, got {self.estimator}")
 
-    def with_(self, **changes: Any) -> Policy:
-        """Return a copy with some parts replaced, named `custom` unless `name` is given."""
-        return replace(self, **{"name": "custom", **changes})
+    def objective(self, stats: AttentionStats, backend: TorchBackend = TORCH_BACKEND) -> Objective:
+        """Return the objective that the policy approximates for an attention call."""
+        return Objective(self.weights, self.directions, stats, backend)
 
-    def score(self, signals: Signals) -> Tensor:
-        """Return what each token is worth, [batch, kv_heads, tokens]: only the order within a head counts."""
-        parts = (self.weights, self.directions, self.estimator)
-
-        def compute() -> Tensor:
-            return self.estimator.score(self.weights, self.directions, signals)
-
-        try:
-            return signals.memo(("score", *parts), compute)
-        except KernelFallbackError:
-            with disable_kernels():
-                return signals.memo(("score", *parts), compute)
-
-    def budget(self, signals: Signals, allowed: list[int], protection: Protection) -> Budget:
-        """Return this layer's budget.
+    def score(self, stats: AttentionStats, backend: TorchBackend = TORCH_BACKEND) -> Tensor:
+        """Score the entries; only the order within a head matters.
 
         Args:
-            signals: of the layer.
-            allowed: entries that each row may keep in a head, in the mean over heads and layers.
-            protection: what is always kept.
+            stats: of the attention call.
+            backend: computes the scores.
+
+        Returns:
+            [batch, num_key_value_heads, entries].
 
         """
-        request = self.request(signals, allowed, protection)
-        tokens = torch.minimum(self.allocation.tokens(request), request.room)
-        # A layer that keeps fewer than the mean also protects fewer; heads of one layer are protected alike.
-        sized = allowed if self.allocation.ragged else tokens.amax(-1).tolist()
-        sizes = [self.sizes(kept, count, protection) for kept, count in zip(sized, request.seen, strict=True)]
-        sinks, window = (_per_row(size, signals.device) for size in zip(*sizes, strict=True))
-        newest = torch.arange(signals.tokens, device=signals.device) >= signals.tokens - window
-        return Budget(tokens, (newest | (signals.positions < sinks)) & (signals.positions >= 0))
+        return score_entries(self.estimator, self.objective(stats, backend))
 
-    def request(self, signals: Signals, allowed: list[int], protection: Protection) -> Request:
-        """Return what the allocation is asked for this layer; arguments as of `budget`."""
-        seen = signals.seen_tokens
-        return Request(
+    def layer_budget(self, objective: Objective, allowed: Sequence[int], protection: Protection) -> LayerBudget:
+        """Return the budget of one layer.
+
+        Args:
+            objective: of the attention call, see `objective`.
+            allowed: entries that each row may keep in a head, on average over heads and layers.
+            protection: which entries are always kept.
+
+        """
+        stats = objective.stats
+        request = self.budget_request(objective, allowed, protection)
+        num_kept = torch.minimum(self.allocation.entries_per_head(request), request.num_valid)
+        # A layer that keeps fewer entries than the average also protects fewer. Heads of one layer protect the same.
+        per_row = list(allowed) if self.allocation.per_head else num_kept.amax(-1).tolist()
+        sizes = [self.protected_sizes(n, seen, protection) for n, seen in zip(per_row, request.num_seen, strict=True)]
+        sinks, window = (_per_row(size, stats.device) for size in zip(*sizes, strict=True))
+        in_window = torch.arange(stats.num_entries, device=stats.device) >= stats.num_entries - window
+        return LayerBudget(num_kept, (in_window | (stats.positions < sinks)) & (stats.positions >= 0))
+
+    def budget_request(self, objective: Objective, allowed: Sequence[int], protection: Protection) -> BudgetRequest:
+        """Return what the allocation needs to know of one layer; arguments as of `layer_budget`."""
+        stats = objective.stats
+        num_seen = stats.num_seen_per_row
+        return BudgetRequest(
             budget=tuple(allowed),
-            seen=tuple(seen),
-            least=tuple(sum(self.sizes(a, s, protection)) for a, s in zip(allowed, seen, strict=True)),
-            room=signals.room,
-            layer=signals.layer,
-            layers=signals.layers,
-            shares=lambda: signals.masked(self.estimator.shares(self.weights, self.directions, signals)),
-            sharding=signals.sharding,
-            most=signals.most,
+            num_seen=tuple(num_seen),
+            min_entries=tuple(
+                sum(self.protected_sizes(n, seen, protection)) for n, seen in zip(allowed, num_seen, strict=True)
+            ),
+            num_valid=stats.num_valid,
+            contributions=lambda: stats.mask_invalid(self.estimator.contributions(objective)),
+            context=stats.context,
         )
 
-    def sizes(self, tokens: int, seen: int, protection: Protection) -> tuple[int, int]:
-        """Return sinks and window of a row that keeps so many tokens; where all may stay, nothing needs protection.
+    def protected_sizes(self, num_kept: int, num_seen: int, protection: Protection) -> tuple[int, int]:
+        """Return the numbers of protected sinks and of protected recent tokens of a row; (0, 0) if it keeps all.
 
         Raises:
-            ValueError: what a user asked to protect does not fit.
+            ValueError: the numbers given by the user do not fit into the budget.
 
         """
-        return (0, 0) if tokens >= seen else protection.sizes(tokens, self.window)
+        return (0, 0) if num_kept >= num_seen else protection.sizes(num_kept, self.window)
 
-    def select(self, signals: Signals, budget: Budget) -> Tensor:
-        """Return the kept tokens, ascending: long [batch, kv_heads, budget.width], −1 for none."""
-        return self.selection.choose(self, signals, budget)
-
-    @property
-    def observed(self) -> int | None:
-        """How many of the newest queries its weights look at; None for all since the last eviction."""
-        return self.weights.observed
+    def select(self, objective: Objective, budget: LayerBudget) -> Tensor:
+        """Return the indices of the kept entries, ascending: long [batch, num_key_value_heads, width], −1 for none."""
+        return self.selection.select(self.estimator, objective, budget)
 
     def describe(self) -> dict[str, str]:
-        """Return the policy's parts in words."""
+        """Return the parts of the policy in words."""
         return {
             "name": self.name,
             "weights": str(self.weights),
@@ -147,5 +149,5 @@ class Policy:
 
 
 def _per_row(numbers: tuple[int, ...], device: torch.device) -> Tensor | int:
-    """Return one number of each row as [batch, 1, 1], or as it is if it is the same for all."""
+    """Return one number of each row as a tensor [batch, 1, 1], or as an int if all rows have the same."""
     return numbers[0] if len(set(numbers)) == 1 else async_tensor(numbers, device)[:, None, None]

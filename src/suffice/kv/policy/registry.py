@@ -1,4 +1,4 @@
-"""The named policies: one entry each. Add one here and it gets the whole conformance suite."""
+"""The named policies and allocations. A policy that is added here gets the whole conformance suite."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import TypeVar
 
-from suffice.kv.budget.allocation import Allocation, Equal, MarginalCapacity, PooledScores, Pyramid
+from suffice.kv.budget.allocation import AdaKV, Allocation, Equal, MarginalCapacity, Pyramid
 from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.policy.directions import Constant, Key, OutputValue, Value
 from suffice.kv.policy.estimators import Leverage, OneDirection, Trace
@@ -28,18 +28,18 @@ from suffice.kv.policy.weights import (
 
 DEFAULT_POLICY = "capkv-profile"
 
-_SNAPKV = WindowAttention(window=64, pool=5, prefix_only=True)
+_SNAPKV = WindowAttention(window_size=64, kernel_size=5, prefix_only=True)
 
-# What some queries from all over the text asked for counts, and keys unlike the rest.
+# Attention of queries from all over the text, and keys that differ from the other keys.
 _SPREAD = (
-    3 * WindowAttention(window=8, pool=1)
-    + SampledAttention(count=16, apart=32)
+    3 * WindowAttention(window_size=8, kernel_size=1)
+    + SampledAttention(count=16, min_distance=32)
     + ExpectedAttention(future=0, recent=512, diagonal=True)
     + KeySalience()
 )
 
 _POLICIES = (
-    # The default: nothing measured stays closer to the full cache (docs/evidence.md has the tables).
+    # The default: of all measured policies, it stays closest to the full cache (see the evidence pages).
     Policy(
         name="capkv-profile",
         weights=_SPREAD,
@@ -48,10 +48,10 @@ _POLICIES = (
         allocation=HeadProfile(),
         paper="2604.25975",
     ),
-    # At equal budgets for all heads nothing measured stays closer over text and questions together.
+    # The closest of all measured policies over text and questions if all heads have equal budgets.
     Policy(
         name="capkv",
-        weights=WindowAttention(window=16, pool=5)
+        weights=WindowAttention(window_size=16, kernel_size=5)
         + ExpectedAttention(future=0, recent=512, pooled=True, diagonal=True)
         + 2 * KeySalience(),
         directions=Value(),
@@ -66,16 +66,16 @@ _POLICIES = (
         estimator=Leverage(power=0.5, ridge=0.1),
         paper="2604.25975",
     ),
-    # Attention of the last queries alone, and the exact cost of deletion: only good where the last queries ask for
-    # what will be needed.
+    # Attention of the last queries alone, ranked by the exact cost of deletion. It is good only if the last queries
+    # ask for what will be needed.
     Policy(
         name="capkv-window",
-        weights=WindowAttention(window=32, pool=9),
+        weights=WindowAttention(window_size=32, kernel_size=9),
         directions=Value(),
         estimator=Leverage(ridge=0.1),
         paper="2604.25975",
     ),
-    # Algorithm 1 as written: the mean query's weights, at the paper's temperature, and A = I + Σ w u uᵀ.
+    # The paper's Algorithm 1 as written: weights of the mean query at the paper's temperature, and A = I + Σ w u uᵀ.
     Policy(
         name="capkv-paper",
         weights=MeanQuery(tau=5.0),
@@ -131,7 +131,7 @@ _POLICIES = (
     ),
     Policy(
         name="criticalkv",
-        weights=WindowAttention(window=64, pool=5, prefix_only=True, floor=1e-4),
+        weights=WindowAttention(window_size=64, kernel_size=5, prefix_only=True, floor=1e-4),
         directions=OutputValue(),
         estimator=Trace(norm=1, power=1),
         selection=TwoStage(first=0.5),
@@ -174,55 +174,56 @@ _POLICIES = (
 _ALLOCATIONS: dict[str, Allocation] = {
     "equal": Equal(),
     "pyramid": Pyramid(),
-    "pooled": PooledScores(),
+    "adakv": AdaKV(),
     "marginal": MarginalCapacity(),
     "profile": HeadProfile(),
 }
 
 
 def allocations() -> dict[str, Allocation]:
-    """Return every named allocation."""
+    """Return all named allocations by name."""
     return dict(_ALLOCATIONS)
 
 
 def get_allocation(name: str | Allocation) -> Allocation:
-    """Return the allocation of this name; an allocation is returned as it is.
+    """Return the allocation with this name; an `Allocation` is returned unchanged.
 
     Raises:
-        ValueError: no such name; the message lists the known ones.
+        ValueError: unknown name; the message lists the known ones.
         TypeError: neither a name nor an allocation.
 
     """
-    return _named("allocation", name, Allocation, _ALLOCATIONS)
+    return _lookup("allocation", name, Allocation, _ALLOCATIONS)
 
 
 def policies() -> dict[str, Policy]:
-    """Return every named policy, the default first."""
+    """Return all named policies by name, the default first."""
     return {policy.name: policy for policy in _POLICIES}
 
 
 def get_policy(name: str | Policy) -> Policy:
-    """Return the policy of this name; a policy is returned as it is.
+    """Return the policy with this name; a `Policy` is returned unchanged.
 
     Raises:
-        ValueError: no such name; the message lists the known ones.
+        ValueError: unknown name; the message lists the known ones.
         TypeError: neither a name nor a policy.
 
     """
-    return _named("policy", name, Policy, policies())
+    return _lookup("policy", name, Policy, policies())
 
 
 Part = TypeVar("Part")
 
 
-def _named(what: str, name: object, kind: type[Part], known: Mapping[str, Part]) -> Part:
-    if isinstance(name, kind):
+def _lookup(argument: str, name: object, base: type[Part], known: Mapping[str, Part]) -> Part:
+    if isinstance(name, base):
         return name
+    names = ", ".join(known)
     if not isinstance(name, str):
-        raise TypeError(f"{what} is {name!r}; accepted: an instance of {kind.__name__}, or one of {', '.join(known)}")
+        raise TypeError(f"{argument} must be an instance of {base.__name__} or one of {names}, got {name!r}")
     key = name.lower().replace("_", "-")
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{what} is {name!r}, which is not known.{hint} Known: {', '.join(known)}")
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f". Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{argument} must be one of {names}, got {name!r}{hint}")
     return known[key]

@@ -1,81 +1,91 @@
-"""Attention from queries that are spread over a text, to what lies some way behind each."""
+"""Attention from queries that are evenly spaced over the text, to entries at some distance before each of them."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from suffice.gpu import async_tensor
-from suffice.kv.policy.attention_stats import NEGATIVE, Signals
+from suffice.kv.policy.attention_stats import NEGATIVE_INFINITY, AttentionStats
 
-_BLOCK = 4  # queries that are worked on at a time
+_QUERIES_PER_BLOCK = 4
 
 
-def sampled_attention(signals: Signals, count: int, apart: int) -> Tensor:
-    """Attention from `count` queries, evenly spaced, to entries at least `apart` tokens behind each, on average.
+def sampled_attention(stats: AttentionStats, count: int, min_distance: int) -> Tensor:
+    """Return the mean attention from evenly spaced queries to entries at least `min_distance` tokens before them.
 
-    Each query's attention is over those entries alone and sums to 1 over them; a query that has none is left out.
+    The attention of a query is normalised over those entries. Queries without such an entry are left out of the mean.
+
+    Args:
+        stats: of the attention call.
+        count: number of queries.
+        min_distance: smallest distance from a query to an entry, in tokens.
 
     Returns:
-        [batch, kv_heads, tokens], float32.
+        Float32 [batch, num_key_value_heads, entries], averaged over the heads of a GQA group.
 
     """
-    return signals.memo(("sample", count, apart), lambda: _attention(signals, count, apart))
+
+    def compute() -> Tensor:
+        if stats.is_complete:
+            return _attention_of_complete_rows(stats, count, min_distance)
+        return _attention(stats, count, min_distance)
+
+    return stats.memoize(("sampled attention", count, min_distance), compute)
 
 
-def sample(signals: Signals, count: int) -> Tensor:
-    """Return where `count` queries stand that are evenly spaced over each row's own, long [batch, count].
+def sampled_query_indices(stats: AttentionStats, count: int) -> Tensor:
+    """Return the indices of `count` evenly spaced queries of each row, long [batch, count], ascending.
 
-    The last is the newest; a row of fewer queries has some more than once.
+    The last index is that of the newest query. If a row has fewer than `count` queries, indices are repeated.
     """
-    total = signals.queries.shape[2]
-    if signals.asked is None:
-        own = torch.full((signals.batch, 1), total, device=signals.device)
+    if stats.valid_queries is None:
+        num_valid = torch.full((stats.batch_size, 1), stats.num_queries, device=stats.device)
     else:
-        own = signals.asked.sum(-1, keepdim=True)
-    return _place(torch.arange(1, count + 1, device=signals.device), own, total, count)
+        num_valid = stats.valid_queries.sum(-1, keepdim=True)
+    steps = torch.arange(1, count + 1, device=stats.device)
+    # The valid queries are the last ones; the index among them is ⌈step · num_valid / count⌉ − 1.
+    return stats.num_queries - num_valid + (steps * num_valid + count - 1) // count - 1
 
 
-def _place(number: Any, own: Any, total: int, count: int) -> Any:
-    """Where query `number` of `count`, from 1 on, stands among `total`, the row's own the last `own` of them."""
-    return total - own + (number * own + count - 1) // count - 1
+def _attention(stats: AttentionStats, count: int, min_distance: int) -> Tensor:
+    """Compute `sampled_attention` for rows that may have padding or evicted entries."""
+    indices = sampled_query_indices(stats, count)
+    latest = stats.query_positions.gather(1, indices) - min_distance  # last position that each query may read
+    gathered = indices[:, None, :, None].expand(-1, stats.queries.shape[1], -1, stats.head_dim)
+    queries = stats.group_heads(stats.queries.gather(2, gathered).float() * stats.scaling).flatten(2, 3)
+    logits = (queries @ stats.keys32.mT).unflatten(2, (stats.num_key_value_groups, -1))
+    too_near = stats.positions[:, :, None] > latest[:, None, :, None]
+    hidden = too_near if stats.valid is None else too_near | ~stats.valid[:, :, None]
+    logits.masked_fill_(hidden[:, :, None], NEGATIVE_INFINITY)
+    # The softmax of a query that may read no entry is NaN.
+    reads_any = ~hidden.all(-1)
+    weights = logits.softmax(-1).masked_fill_(~reads_any[:, :, None, :, None], 0.0)
+    return weights.sum((2, 3)) / (stats.num_key_value_groups * reads_any.sum(-1).clamp_min(1)[..., None])
 
 
-def _attention(signals: Signals, count: int, apart: int) -> Tensor:
-    if signals.plain:
-        total = signals.queries.shape[2]
-        return _plain(signals, [_place(number, total, total, count) for number in range(1, count + 1)], apart)
-    places = sample(signals, count)
-    latest = signals.query_positions.gather(1, places) - apart
-    index = places[:, None, :, None].expand(-1, signals.queries.shape[1], -1, signals.dim)
-    queries = signals.grouped(signals.queries.gather(2, index).float() * signals.scaling).flatten(2, 3)
-    logits = (queries @ signals.keys32.mT).unflatten(2, (signals.group, -1))
-    near = signals.positions[:, :, None] > latest[:, None, :, None]
-    hidden = near if signals.valid is None else near | ~signals.valid[:, :, None]
-    logits.masked_fill_(hidden[:, :, None], NEGATIVE)
-    # The softmax of a query without any such entry is NaN.
-    some = ~hidden.all(-1)
-    weights = logits.softmax(-1).masked_fill_(~some[:, :, None, :, None], 0.0)
-    return weights.sum((2, 3)) / (signals.group * some.sum(-1).clamp_min(1)[..., None])
+def _attention_of_complete_rows(stats: AttentionStats, count: int, min_distance: int) -> Tensor:
+    """Compute `sampled_attention` where the entries are all tokens seen so far.
 
-
-def _plain(signals: Signals, places: list[int], apart: int) -> Tensor:
-    """Do the same where all rows hold all their tokens: no query looks at what it can't see."""
-    offset = signals.tokens - signals.queries.shape[2]
-    seen = [(place, offset + place - apart) for place in places if offset + place >= apart]
-    received = torch.zeros(signals.batch, signals.kv_heads, signals.tokens, device=signals.device)
-    for start in range(0, len(seen), _BLOCK):
-        index, latest = zip(*seen[start : start + _BLOCK], strict=True)
-        asked = signals.queries.index_select(2, async_tensor(index, signals.device))
-        queries = signals.grouped(asked.float() * signals.scaling).flatten(2, 3)
-        # Queries ascend, so that only the newest columns lie beyond some of them.
+    Indices are then known without reading the device, and entries that a query may not read are left out of the
+    product instead of being masked.
+    """
+    indices = [(step * stats.num_queries + count - 1) // count - 1 for step in range(1, count + 1)]
+    offset = stats.num_entries - stats.num_queries  # entries from before the first query
+    # Each query that may read an entry, with the last entry that it may read.
+    reads = [(index, offset + index - min_distance) for index in indices if offset + index >= min_distance]
+    received = torch.zeros(stats.batch_size, stats.num_key_value_heads, stats.num_entries, device=stats.device)
+    for start in range(0, len(reads), _QUERIES_PER_BLOCK):
+        block, latest = zip(*reads[start : start + _QUERIES_PER_BLOCK], strict=True)
+        selected = stats.queries.index_select(2, async_tensor(block, stats.device))
+        queries = stats.group_heads(selected.float() * stats.scaling).flatten(2, 3)
+        # Queries ascend: all of the block may read the entries up to latest[0], and none those behind latest[-1].
         first, columns = latest[0] + 1, latest[-1] + 1
-        logits = queries @ signals.keys32[:, :, :columns].mT
-        beyond = torch.arange(first, columns, device=signals.device) > async_tensor(latest, signals.device)[:, None]
-        logits.unflatten(2, (signals.group, -1))[..., first:].masked_fill_(beyond, NEGATIVE)
+        logits = queries @ stats.keys32[:, :, :columns].mT
+        too_near = torch.arange(first, columns, device=stats.device) > async_tensor(latest, stats.device)[:, None]
+        masked = logits.unflatten(2, (stats.num_key_value_groups, -1))[..., first:]
+        masked.masked_fill_(too_near, NEGATIVE_INFINITY)
         weights = logits.softmax(-1)
-        share = weights.new_full((1, weights.shape[2]), 1 / (signals.group * len(seen)))
+        share = weights.new_full((1, weights.shape[2]), 1 / (stats.num_key_value_groups * len(reads)))
         received[..., :columns] += (share @ weights).squeeze(2)
     return received

@@ -5,166 +5,187 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from suffice.information import select_by_leverage, select_greedy
-from suffice.kv.policy.attention_stats import Signals
-from suffice.kv.policy.estimators import Leverage, linear_weights, log_weights
+from suffice.kv.policy.attention_stats import AttentionStats
+from suffice.kv.policy.estimators import Estimator, Leverage, score_entries
+from suffice.kv.policy.objective import Objective
 
-if TYPE_CHECKING:
-    from suffice.kv.policy.policy import Policy
-
-NOT_A_NUMBER = "the policy's scores contain NaN, as they do when keys, values or queries hold NaN or Inf"
-_LOWEST = torch.finfo(torch.float32).min / 2
+NAN_SCORES = "scores of the policy must not be NaN; keys, values or queries probably contain NaN or infinite values"
+LOWEST_SCORE = torch.finfo(torch.float32).min / 2
+"""Replaces scores of −inf of valid entries, so that they rank before padding."""
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What one layer may keep: how many entries each row and head, and which whatever their score.
+class LayerBudget:
+    """How many entries each row and head of one layer keeps, and which entries are kept whatever their score.
 
     Args:
-        tokens: long [batch, kv_heads], on the CPU; no more than there are entries.
-        protected: bool [batch, 1 or kv_heads, tokens].
+        num_kept: long [batch, num_key_value_heads], on the CPU; at most the number of valid entries.
+        protected: bool [batch, 1 or num_key_value_heads, entries].
 
     """
 
-    tokens: Tensor
+    num_kept: Tensor
     protected: Tensor
 
-    def on(self, device: torch.device) -> Tensor:
-        """Return `tokens` on another device, which is not waited for."""
-        return self.tokens.to(device, non_blocking=True)
+    def num_kept_on(self, device: torch.device) -> Tensor:
+        """Copy `num_kept` to a device without waiting for it."""
+        return self.num_kept.to(device, non_blocking=True)
 
     @functools.cached_property
     def width(self) -> int:
-        """Most entries that any row and head keeps."""
-        return int(self.tokens.max())
+        """Largest number of entries that any row and head keeps."""
+        return int(self.num_kept.max())
 
     @functools.cached_property
-    def even(self) -> bool:
-        """Whether all rows and heads keep as many."""
-        return int(self.tokens.min()) == self.width
+    def is_uniform(self) -> bool:
+        """Whether all rows and heads keep the same number of entries."""
+        return int(self.num_kept.min()) == self.width
 
 
 class Selection(ABC):
-    """Base of all selections; a new one defines `choose`."""
+    """Base class of all selections. A subclass defines `select`, as a frozen dataclass."""
 
     @property
-    def as_budgeted(self) -> bool:
-        """Whether each head keeps the budget's number for certain, so that nobody has to count."""
+    def keeps_exact_counts(self) -> bool:
+        """Whether each head keeps exactly `budget.num_kept` entries, which avoids counting them on the device."""
         return False
 
     @abstractmethod
-    def choose(self, policy: Policy, signals: Signals, budget: Budget) -> Tensor:
-        """Return the kept tokens, ascending: long [batch, kv_heads, budget.width].
+    def select(self, estimator: Estimator, objective: Objective, budget: LayerBudget) -> Tensor:
+        """Return the indices of the kept entries.
 
-        A row and head that keeps fewer than the widest has −1 in its first places. What is returned is kept, also
-        where it is another number than the budget's: a selection that brings its own numbers, as another library's
-        rule may, counts for itself. Heads of unequal length need an allocation that is ragged.
+        A selection may keep other numbers of entries than the budget says, for example if it brings its own rule; the
+        cache stores what is returned. Heads of unequal length need an allocation that is `per_head`.
+
+        Args:
+            estimator: scores the entries.
+            objective: of the attention call.
+            budget: of the layer.
+
+        Returns:
+            Long [batch, num_key_value_heads, width], ascending. A row and head that keeps fewer entries than the
+            longest one starts with −1.
+
         """
 
 
-class _AsBudgeted(Selection):
-    """A selection of the budget's numbers."""
+class _ExactSelection(Selection):
+    """Base class of selections that keep exactly the budget."""
 
     @property
-    def as_budgeted(self) -> bool:
-        """They are."""
+    def keeps_exact_counts(self) -> bool:
+        """Always true."""
         return True
 
 
 @dataclass(frozen=True)
-class Top(_AsBudgeted):
-    """Keep the tokens of the highest scores."""
+class TopK(_ExactSelection):
+    """Keep the entries with the highest scores."""
 
-    def choose(self, policy: Policy, signals: Signals, budget: Budget) -> Tensor:
-        """Return the best of each row."""
-        return highest(policy.score(signals), signals, budget)
+    def select(self, estimator: Estimator, objective: Objective, budget: LayerBudget) -> Tensor:
+        """Return the highest-scoring entries of each row and head."""
+        return select_highest(score_entries(estimator, objective), objective.stats, budget)
 
     def __str__(self) -> str:
         return "top"
 
 
 @dataclass(frozen=True)
-class TwoStage(_AsBudgeted):
-    """Fill a share of the budget by weight alone, the rest by score (CriticalKV, 2502.03805)."""
+class TwoStage(_ExactSelection):
+    """Fill a fraction of the budget by weight alone and the rest by score (CriticalKV, 2502.03805).
+
+    Args:
+        first: fraction of the budget that is filled by weight.
+
+    """
 
     first: float = 0.5
 
-    def choose(self, policy: Policy, signals: Signals, budget: Budget) -> Tensor:
-        """Return the best of each row in two stages."""
-        stage = (budget.tokens * self.first).long()
-        weights = log_weights(policy.weights, signals)
-        scores = policy.score(signals)
-        if int(stage.max()) > 0:
-            nothing = torch.zeros_like(budget.protected)
-            kept = highest(weights, signals, Budget(stage, nothing))
-            first = torch.zeros_like(scores).scatter_(-1, kept.clamp_min(0), (kept >= 0).float())
-            scores = scores.masked_fill(first.bool(), torch.finfo(scores.dtype).max / 2)
-        return highest(scores, signals, budget)
+    def select(self, estimator: Estimator, objective: Objective, budget: LayerBudget) -> Tensor:
+        """Return the entries that one of the two stages keeps."""
+        stats = objective.stats
+        num_first = (budget.num_kept * self.first).long()
+        log_weights = objective.log_weights()
+        scores = score_entries(estimator, objective)
+        if int(num_first.max()) > 0:
+            unprotected = torch.zeros_like(budget.protected)
+            kept = select_highest(log_weights, stats, LayerBudget(num_first, unprotected))
+            in_first = torch.zeros_like(scores).scatter_(-1, kept.clamp_min(0), (kept >= 0).float())
+            scores = scores.masked_fill(in_first.bool(), torch.finfo(scores.dtype).max / 2)
+        return select_highest(scores, stats, budget)
 
     def __str__(self) -> str:
         return "two stages"
 
 
-class ByCapacity(_AsBudgeted):
-    """Base of the selections that work on the objective itself and so need the estimator Leverage."""
+@dataclass(frozen=True)
+class ItemSets:
+    """Sets of items to select from.
 
-    def choose(self, policy: Policy, signals: Signals, budget: Budget) -> Tensor:
-        """Return the best set of each row and head; those of equal budgets are worked on together."""
-        estimator = policy.estimator
+    Args:
+        vectors: [sets, items, dim].
+        weights: [sets, items].
+        valid: bool [sets, items].
+        protected: bool [sets, items], which items are kept whatever they contribute.
+
+    """
+
+    vectors: Tensor
+    weights: Tensor
+    valid: Tensor
+    protected: Tensor
+
+
+class CapacitySelection(_ExactSelection):
+    """Base class of selections that optimise the capacity itself; they need the estimator `Leverage`."""
+
+    def select(self, estimator: Estimator, objective: Objective, budget: LayerBudget) -> Tensor:
+        """Select a set for each row and head; rows and heads with equal budgets are processed together."""
         if not isinstance(estimator, Leverage):
-            raise ValueError(f"selection {self} needs the estimator Leverage, got {estimator}")
-        vectors = policy.directions.vectors(signals)
-        weights = linear_weights(policy.weights, signals)
-        valid = signals.masked(torch.zeros_like(weights)) == 0
-        protected = (budget.protected & valid).expand(-1, signals.kv_heads, -1)
-        chosen = torch.full((signals.batch, signals.kv_heads, budget.width), -1, device=signals.device)
-        for tokens in budget.tokens.unique().tolist():
-            own = budget.on(signals.device) == tokens
-            kept = self.select(vectors[own], weights[own], tokens, valid[own], protected[own], estimator)
-            chosen[..., budget.width - tokens :][own] = kept
-        return chosen
+            raise ValueError(f"estimator must be Leverage for the selection {self}, got {estimator}")
+        stats = objective.stats
+        vectors = objective.directions.vectors(stats)
+        weights = objective.linear_weights()
+        valid = stats.mask_invalid(torch.zeros_like(weights)) == 0
+        protected = (budget.protected & valid).expand(-1, stats.num_key_value_heads, -1)
+        shape = (stats.batch_size, stats.num_key_value_heads, budget.width)
+        selected = torch.full(shape, -1, device=stats.device)
+        for num_kept in budget.num_kept.unique().tolist():
+            heads = budget.num_kept_on(stats.device) == num_kept
+            sets = ItemSets(vectors[heads], weights[heads], valid[heads], protected[heads])
+            selected[..., budget.width - num_kept :][heads] = self.select_sets(sets, num_kept, estimator)
+        return selected
 
     @abstractmethod
-    def select(
-        self,
-        vectors: Tensor,
-        weights: Tensor,
-        tokens: int,
-        valid: Tensor,
-        protected: Tensor,
-        estimator: Leverage,
-    ) -> Tensor:
-        """Return the kept items [sets, tokens], ascending, of sets of items [sets, n]."""
+    def select_sets(self, sets: ItemSets, num_kept: int, estimator: Leverage) -> Tensor:
+        """Return the indices of the kept items of each set, ascending: long [sets, num_kept]."""
 
 
 @dataclass(frozen=True)
-class Rounds(ByCapacity):
-    """Evict in several rounds, recomputing the leverage scores of what is left after each."""
+class Rounds(CapacitySelection):
+    """Evict in several rounds; leverage scores of the remaining entries are recomputed after each round.
+
+    Args:
+        rounds: number of rounds.
+
+    """
 
     rounds: int = 4
 
-    def select(
-        self,
-        vectors: Tensor,
-        weights: Tensor,
-        tokens: int,
-        valid: Tensor,
-        protected: Tensor,
-        estimator: Leverage,
-    ) -> Tensor:
-        """Return what is left after the last round."""
+    def select_sets(self, sets: ItemSets, num_kept: int, estimator: Leverage) -> Tensor:
+        """Return the items that remain after the last round."""
         return select_by_leverage(
-            vectors,
-            weights,
-            tokens,
+            sets.vectors,
+            sets.weights,
+            num_kept,
             rounds=self.rounds,
-            valid=valid,
-            protected=protected,
+            valid=sets.valid,
+            protected=sets.protected,
             ridge=estimator.ridge,
             relative=estimator.relative,
         )
@@ -174,25 +195,17 @@ class Rounds(ByCapacity):
 
 
 @dataclass(frozen=True)
-class Greedy(ByCapacity):
-    """Add the token of the largest marginal gain until the budget is full; within 1 − 1/e of the optimum."""
+class Greedy(CapacitySelection):
+    """Add the entry with the largest marginal gain until the budget is full; within 1 − 1/e of the optimum."""
 
-    def select(
-        self,
-        vectors: Tensor,
-        weights: Tensor,
-        tokens: int,
-        valid: Tensor,
-        protected: Tensor,
-        estimator: Leverage,
-    ) -> Tensor:
+    def select_sets(self, sets: ItemSets, num_kept: int, estimator: Leverage) -> Tensor:
         """Return the greedy choice."""
         return select_greedy(
-            vectors,
-            weights,
-            tokens,
-            valid=valid,
-            protected=protected,
+            sets.vectors,
+            sets.weights,
+            num_kept,
+            valid=sets.valid,
+            protected=sets.protected,
             ridge=estimator.ridge,
             relative=estimator.relative,
         )
@@ -201,27 +214,38 @@ class Greedy(ByCapacity):
         return "greedy"
 
 
-def highest(scores: Tensor, signals: Signals, budget: Budget) -> Tensor:
-    """Return the entries of the highest scores, protected ones first: long [batch, kv_heads, width]."""
-    # A valid entry of weight 0 still goes before padding.
-    ranked = scores if signals.valid is None else signals.masked(scores.clamp_min(_LOWEST))
+def select_highest(scores: Tensor, stats: AttentionStats, budget: LayerBudget) -> Tensor:
+    """Select protected entries and those with the highest scores.
+
+    Args:
+        scores: [batch, num_key_value_heads, entries].
+        stats: of the attention call.
+        budget: of the layer.
+
+    Returns:
+        Indices in ascending order, long [batch, num_key_value_heads, budget.width]; −1 for none, in front.
+
+    """
+    ranked = scores if stats.valid is None else stats.mask_invalid(scores.clamp_min(LOWEST_SCORE))
     ranked = ranked.masked_fill(budget.protected, float("inf"))
-    # NaN sorts above everything: if there is one, it is among the chosen.
-    values, best = ranked.topk(budget.width, dim=-1, sorted=not budget.even)
-    signals.require(~values.isnan().any(), ValueError(NOT_A_NUMBER))
-    if budget.even:
-        return _ascending(best, ranked.shape[-1])
-    extra = torch.arange(budget.width, device=scores.device) >= budget.on(scores.device)[..., None]
-    return best.masked_fill(extra, -1).sort(dim=-1).values
+    # NaN sorts above everything, so a NaN score is always among the selected ones.
+    values, selected = ranked.topk(budget.width, dim=-1, sorted=not budget.is_uniform)
+    stats.require(~values.isnan().any(), ValueError(NAN_SCORES))
+    if budget.is_uniform:
+        return _sort_indices(selected, ranked.shape[-1])
+    num_kept = budget.num_kept_on(scores.device)
+    surplus = torch.arange(budget.width, device=scores.device) >= num_kept[..., None]
+    return selected.masked_fill(surplus, -1).sort(dim=-1).values
 
 
-def _ascending(places: Tensor, tokens: int) -> Tensor:
-    """Sort different places below `tokens`, [batch, kv_heads, width], by marking them: cheaper than sorting."""
-    chosen = torch.zeros(*places.shape[:2], tokens, dtype=torch.bool, device=places.device).scatter_(-1, places, True)
-    if not places.is_cuda:
-        return chosen.nonzero()[:, -1].view(places.shape)
-    # How many a mask holds a GPU would have to tell; here it is known.
-    width = places.shape[-1]
-    order = torch.where(chosen, chosen.cumsum(-1, dtype=torch.int32) - 1, width).long()
-    found = places.new_empty(*places.shape[:2], width + 1)
-    return found.scatter_(-1, order, torch.arange(tokens, device=places.device).expand_as(order))[..., :width]
+def _sort_indices(indices: Tensor, size: int) -> Tensor:
+    """Sort distinct indices [batch, num_key_value_heads, width] below `size`; marking them is faster than sorting."""
+    marked = torch.zeros(*indices.shape[:2], size, dtype=torch.bool, device=indices.device)
+    marked.scatter_(-1, indices, True)
+    if not indices.is_cuda:
+        return marked.nonzero()[:, -1].view(indices.shape)
+    # `nonzero` would wait for the GPU to learn the number of indices, which is known here.
+    width = indices.shape[-1]
+    slots = torch.where(marked, marked.cumsum(-1, dtype=torch.int32) - 1, width).long()
+    found = indices.new_empty(*indices.shape[:2], width + 1)
+    return found.scatter_(-1, slots, torch.arange(size, device=indices.device).expand_as(slots))[..., :width]

@@ -1,42 +1,42 @@
-"""Room behind stored entries, so that a new token is written down instead of everything being copied."""
+"""Spare slots behind stored entries, so that a new token is written in place instead of copying everything."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# The cache grows by a sixteenth of itself at a time: one copy then serves as many new tokens.
-_PART = 16
+# A buffer grows by a sixteenth of its size, so that one copy makes room for as many new tokens.
+_GROWTH = 16
 
 
-class Room:
-    """Places for new entries in tensors that copies of a storage share, until one of them writes there.
+class SpareSlots:
+    """Free slots at the end of buffers that copies of a storage share until one of them writes there.
 
     Args:
-        filled: where the first free place is.
-        end: where there are no more.
+        first_free: index of the first free slot.
+        end: one past the last slot.
 
     """
 
-    def __init__(self, filled: int = 0, end: int = 0) -> None:
-        self.filled, self.end = filled, max(filled, end)
-        self.shared = False  # by copies, for each of which what is there must stay
+    def __init__(self, first_free: int = 0, end: int = 0) -> None:
+        self.first_free, self.end = first_free, max(first_free, end)
+        self.is_shared = False  # by copies of the storage, whose entries must not move
 
-    def take(self, at: int, new: int) -> bool:
-        """Take places for new entries from `at` on; False if there are too few, or a copy has written there."""
-        if at != self.filled or at + new > self.end:
+    def claim(self, start: int, count: int) -> bool:
+        """Claim slots for new entries; False if there are too few, or if a copy has already written there."""
+        if start != self.first_free or start + count > self.end:
             return False
-        self.filled += new
+        self.first_free += count
         return True
 
 
-def room_for(width: int, new: int) -> int:
-    """Return the places to leave free behind entries: none for a chunk, after which comes an eviction or the answer."""
-    return width // _PART if new == 1 else 0
+def num_spare_slots(width: int, num_new: int) -> int:
+    """Return how many slots to leave free behind entries; none for a chunk, because an eviction follows it."""
+    return width // _GROWTH if num_new == 1 else 0
 
 
-def writable(stored: Tensor, new: Tensor) -> bool:
-    """Whether entries may be written into a tensor: not where gradients flow, nor into tensors of inference mode."""
+def can_write_in_place(stored: Tensor, new: Tensor) -> bool:
+    """Whether new entries may be written into a tensor: not with gradients, nor into tensors of inference mode."""
     if torch.is_grad_enabled() and (stored.requires_grad or new.requires_grad):
         return False
     return torch.is_inference_mode_enabled() or not stored.is_inference()

@@ -1,18 +1,21 @@
-"""Storage of kept keys and values in transformers' own quantised cache layers."""
+"""Storage in the quantised cache layers of transformers, for heads of equal length."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from transformers import cache_utils
+from typing_extensions import Self
 
-from suffice.kv.storage.uniform import UniformStorage
+from suffice.kv.storage.base import Entries, Storage
+from suffice.kv.storage.uniform import AlignedStorage
 
-# Each with transformers' class for it and the package that it needs.
+# Class name in transformers, and the package that it needs.
 _BACKENDS = {
     "quanto": ("QuantoQuantizedLayer", "optimum-quanto"),
     "hqq": ("HQQQuantizedLayer", "hqq"),
@@ -25,151 +28,182 @@ class Quantization:
     """How kept entries are quantised.
 
     Args:
-        backend: `"quanto"` and `"hqq"` store whole numbers of few bits with a scale and a shift for each group of
-            dimensions of an entry, `"fp8"` floating-point numbers of 8 bits with one scale for a layer.
-        bits: of a number, as the backend allows; `"fp8"` has 8.
-        group: dimensions that share a scale; None takes as many as divide the head dimension, at most 64.
-        residual: new tokens that stay as they are before they are quantised too; not of `"fp8"`.
+        backend: `"quanto"` and `"hqq"` store integers of few bits with a scale and a shift for each group of
+            dimensions of an entry; `"fp8"` stores 8-bit floating-point numbers with one scale for a layer.
+        bits: bits of a number, as the backend allows; always 8 for `"fp8"`.
+        group_size: number of dimensions that share a scale. None takes the largest power of two that divides the head
+            dimension, at most 64.
+        residual_length: number of new tokens that stay in full precision before they are quantised too; not used by
+            `"fp8"`.
+
+    Raises:
+        ValueError: unknown backend, or a residual length below 1.
 
     """
 
     backend: str = "quanto"
     bits: int = 4
-    group: int | None = None
-    residual: int = 128
+    group_size: int | None = None
+    residual_length: int = 128
 
     def __post_init__(self) -> None:
         if self.backend not in _BACKENDS:
-            raise ValueError(f"quantized is {self.backend!r}; accepted: {', '.join(map(repr, _BACKENDS))}, or None")
-        if self.residual < 1:
-            raise ValueError(f"residual is {self.residual}; accepted: at least 1 token")
+            names = ", ".join(map(repr, _BACKENDS))
+            raise ValueError(f"quantized must be one of {names} or None, got {self.backend!r}")
+        if self.residual_length < 1:
+            raise ValueError(f"residual_length must be at least 1, got {self.residual_length}")
 
     def check(self) -> None:
-        """Raise unless the backend is here and takes these numbers.
+        """Raise unless the backend is installed and accepts these numbers.
 
         Raises:
-            ImportError: it needs a package that is not installed.
-            ValueError: it does not take them.
+            ImportError: the backend needs a package that is not installed.
+            ValueError: the backend does not accept the numbers.
 
         """
-        self.layer(64)
+        self.make_layer(64)
 
-    def layer(self, dim: int) -> Any:
-        """Return a new, empty layer of transformers' for heads of so many dimensions."""
+    def make_layer(self, head_dim: int) -> Any:
+        """Return a new, empty quantised layer of transformers for heads of this dimension."""
         name, package = _BACKENDS[self.backend]
-        kind = getattr(cache_utils, name, None)
-        missing = f"quantized is {self.backend!r}, which needs {package}; install it, or choose another backend"
-        if kind is None:
+        layer_type = getattr(cache_utils, name, None)
+        missing = f"quantized={self.backend!r} needs {package}. Install it, or choose another backend"
+        if layer_type is None:
             raise ImportError(missing)
         if self.backend == "fp8":
-            return kind()
+            return layer_type()
+        group_size = self.group_size or min(64, head_dim & -head_dim)
         try:
-            return kind(nbits=self.bits, q_group_size=self.group or min(64, dim & -dim), residual_length=self.residual)
+            return layer_type(nbits=self.bits, q_group_size=group_size, residual_length=self.residual_length)
         except ImportError:
             raise ImportError(missing) from None
 
 
-class QuantizedStorage(UniformStorage):
-    """Entries of heads of equal length, quantised; positions and what stands beside them stay as they are.
+class QuantizedStorage(AlignedStorage):
+    """Quantised keys and values of heads of equal length; positions and columns are not quantised.
 
-    All entries exist in full between `append` and `settle` only, while one layer's attention reads them.
+    All entries exist in full precision only between `append` and `end_attention`, while the attention of one layer
+    reads them.
 
     Args:
-        entries: what to store.
-        quantization: how.
+        entries: what to store; positions are int32 and have the shape of the entries.
+        quantization: how to quantise.
+        is_full: whether no row has empty slots; None if it is not known.
 
     """
 
-    def __init__(self, entries: UniformStorage, quantization: Quantization) -> None:
+    kind: ClassVar[str] = "quantized"
+
+    def __init__(self, entries: Entries, quantization: Quantization, *, is_full: bool | None = None) -> None:
+        index = {"positions": entries.positions, **entries.columns}
+        if entries.rope_positions is not None:
+            index["rope_positions"] = entries.rope_positions
+        super().__init__(index, is_full)
         self.quantization = quantization
-        self._entry = entries.nbytes_entry
-        self._whole: tuple[Tensor, Tensor] | None = None
-        super().__init__(entries.keys, entries.values, entries.positions, entries.places, entries.columns)
-        del self._parts["keys"], self._parts["values"]
-        self._become(entries.keys, entries.values)
+        self._bytes_per_entry = sum(x.shape[-1] * x.element_size() for x in (entries.keys, entries.values))
+        self._quantize(entries.keys, entries.values)
 
-    def _become(self, keys: Tensor, values: Tensor) -> None:
-        self._none = keys[:, :, :0].clone(), values[:, :, :0].clone()
-        self._layer = self.quantization.layer(keys.shape[-1])
+    def _quantize(self, keys: Tensor, values: Tensor) -> None:
+        self._no_entries = keys[:, :, :0].clone(), values[:, :, :0].clone()
+        self._layer = self.quantization.make_layer(keys.shape[-1])
         self._layer.update(keys, values)
-        self._most = keys.abs().amax(), values.abs().amax()
-        self._whole = None
+        self._largest = keys.abs().amax(), values.abs().amax()
+        self._dequantized: tuple[Tensor, Tensor] | None = None
 
-    def _read(self) -> tuple[Tensor, Tensor]:
-        """Keys and values in the model's dtype, to the precision that is left of them."""
-        if self._whole is not None:
-            return self._whole
-        # To add nothing is transformers' way to ask for all.
-        return self._layer.update(*self._none)
+    def _dequantize(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values in the model's dtype."""
+        if self._dequantized is not None:
+            return self._dequantized
+        # An update without new tokens returns all entries.
+        return self._layer.update(*self._no_entries)
 
     @property
     def keys(self) -> Tensor:
-        """Stored keys [batch, kv_heads, width, dim], put together when they are asked for."""
-        return self._read()[0]
+        """Keys [batch, num_key_value_heads, width, head_dim], dequantised."""
+        return self._dequantize()[0]
 
     @property
     def values(self) -> Tensor:
-        """Stored values [batch, kv_heads, width, value_dim], put together when they are asked for."""
-        return self._read()[1]
+        """Values [batch, num_key_value_heads, width, value_dim], dequantised."""
+        return self._dequantize()[1]
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors in which transformers' layer holds keys and values, scales and shifts among them."""
-        return tuple(_tensors(vars(self._layer)))
+    def buffers(self) -> tuple[Tensor, ...]:
+        """All tensors in which transformers' layer holds keys and values, including scales and shifts."""
+        return tuple(_plain_tensors(vars(self._layer)))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of these tensors."""
-        return sum(x.nbytes for x in self.tensors)
+        """Bytes of the quantised keys and values, including scales and shifts."""
+        return sum(x.nbytes for x in self.buffers)
 
     @property
-    def nbytes_entry(self) -> int:
-        """Bytes of one key and value before they are quantised."""
-        return self._entry
+    def nbytes_index(self) -> int:
+        """Bytes of positions, columns and their spare slots."""
+        return sum(part.nbytes for part in self._parts.values())
+
+    @property
+    def bytes_per_entry(self) -> int:
+        """Bytes of one key and value before quantisation."""
+        return self._bytes_per_entry
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, *, padded: bool = False) -> None:
-        """Add the entries of new tokens; `positions` is [batch, new]; `padded` if some are padding."""
+        """Add the entries of new tokens; see `Storage.append`."""
         if self.quantization.backend == "fp8":
-            # Its scale is that of the first entries; what is beyond would become NaN.
-            keys, values = (x.clamp(-most, most) for x, most in zip((keys, values), self._most, strict=True))
-        self._whole = self._layer.update(keys, values)
-        self._add({}, positions, padded)
+            # The scale is that of the first entries; larger numbers would become NaN.
+            pairs = zip((keys, values), self._largest, strict=True)
+            keys, values = (x.clamp(-largest, largest) for x, largest in pairs)
+        self._dequantized = self._layer.update(keys, values)
+        self._append_parts({}, positions, padded)
 
-    def settle(self) -> None:
-        """Let go of what was put together."""
-        self._whole = None
+    def end_attention(self) -> None:
+        """Free the dequantised entries."""
+        self._dequantized = None
 
-    def rows(self, index: Tensor) -> None:
+    def select_rows(self, index: Tensor) -> None:
         """Keep, reorder or repeat rows of the batch: row j becomes what row index[j] was."""
-        own = index.to(self.positions.device)
-        keys, values = (x.index_select(0, own) for x in self._read())
-        super().rows(index)
-        self._become(keys, values)
+        index = index.to(self.positions.device)
+        keys, values = (x.index_select(0, index) for x in self._dequantize())
+        super().select_rows(index)
+        self._quantize(keys, values)
 
-    def drop_last(self, tokens: int) -> None:
-        """Forget the newest entries."""
-        keys, values = (x[:, :, :-tokens] for x in self._read())
-        super().drop_last(tokens)
-        self._become(keys, values)
+    def drop_last(self, count: int) -> None:
+        """Remove the newest entries of every row and head."""
+        keys, values = (x[:, :, :-count] for x in self._dequantize())
+        super().drop_last(count)
+        self._quantize(keys, values)
 
-    def copy(self) -> QuantizedStorage:
-        """Return a storage that shares the tensors, which neither writes to."""
-        other = copy.copy(self)
-        other._parts = dict(self._parts)
+    def copy(self) -> Self:
+        """Return a storage that shares the tensors, which neither of them writes to."""
+        other = super().copy()
         other._layer = copy.copy(self._layer)
         return other
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Raise: quantised entries are not saved.
 
-def _tensors(held: Any) -> list[Tensor]:
+        Raises:
+            ValueError: always.
+
+        """
+        raise ValueError("quantized must be None for a cache that is saved, got a quantised cache")
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Storage:
+        """Raise: quantised entries are not saved."""
+        raise ValueError("quantised entries are not saved")
+
+
+def _plain_tensors(held: object) -> list[Tensor]:
     """Return the plain tensors in nested containers and tensor subclasses."""
     if isinstance(held, dict):
-        return [x for part in held.values() for x in _tensors(part)]
+        return [x for part in cast(dict[Any, Any], held).values() for x in _plain_tensors(part)]
     if isinstance(held, (tuple, list)):
-        return [x for part in held for x in _tensors(part)]
+        return [x for part in cast(list[Any], held) for x in _plain_tensors(part)]
     if not isinstance(held, Tensor):
         return []
     if hasattr(held, "__tensor_flatten__") and type(held) is not torch.nn.Parameter:
-        parted: Any = held  # subclasses alone have the method
-        names: list[str] = parted.__tensor_flatten__()[0]
-        return [x for name in names for x in _tensors(getattr(held, name))]
+        subclass: Any = held
+        names: list[str] = subclass.__tensor_flatten__()[0]
+        return [x for name in names for x in _plain_tensors(getattr(held, name))]
     return [held]

@@ -4,131 +4,179 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from suffice.gpu import async_tensor
-from suffice.kv.storage.growth import Room, room_for, writable
-from suffice.kv.storage.uniform import FILL, Entries, UniformStorage, pick_vectors, vector_numbers
+from suffice.kv.attention.call import AttentionCall
+from suffice.kv.backend.torch_backend import TorchBackend
+from suffice.kv.storage.base import NEW_COLUMN_VALUES, Entries, Storage, pack_columns, unpack_columns
+from suffice.kv.storage.gathering import flat_index, index_vectors
+from suffice.kv.storage.growth import SpareSlots, can_write_in_place, num_spare_slots
 
-if TYPE_CHECKING:
-    from suffice.kv.kernels.decoding import Plan
+# Arguments of the attention function that attention over heads of unequal length does not support.
+_UNSUPPORTED_OPTIONS = ("softcap", "s_aux")
 
 
-class RaggedStorage:
-    """Keys and values of heads of unequal length, one head after the other.
-
-    Each head has its packed entries, those of the tail, which are of all new tokens since the last eviction, and
-    room for more. Copies share tensors: what one of them holds is never written to, new entries go into the room.
+@dataclass
+class PackedEntries:
+    """Entries of all rows and heads, one head after the other.
 
     Args:
-        keys: packed ones, [packed, dim].
-        values: packed ones, [packed, value_dim].
-        positions: int32 [packed].
-        lengths: packed entries of each row and head.
-        tail: keys, values [batch, kv_heads, new, …] and positions int32 [batch, new] of new tokens; None for none.
-        places: int32 [packed], where the rotary embedding puts the keys; None for `positions`.
-        columns: further numbers of the packed entries by name, float32 [packed].
+        keys: [packed, head_dim].
+        values: [packed, value_dim].
+        positions: index of each entry within the text of its row, int32 [packed].
+        lengths: number of packed entries of each row and head.
+        rope_positions: positions by which the keys were rotated, int32 [packed]; None if they equal `positions`.
+        columns: further numbers of each entry by name, float32 [packed].
 
     """
 
-    def __init__(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        lengths: list[list[int]],
-        tail: tuple[Tensor, Tensor, Tensor] | None = None,
-        places: Tensor | None = None,
-        columns: dict[str, Tensor] | None = None,
-    ) -> None:
-        self.lengths = lengths
-        self.packed_positions = positions
-        self.packed_places = places
-        self.columns = columns or {}
-        self.tail_positions = positions.new_empty((len(lengths), 0))
-        self.tail_full = True  # no new token is padding
-        self._keys, self._values = keys, values
-        self._room = Room()
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    lengths: list[list[int]]
+    rope_positions: Tensor | None = None
+    columns: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def map(self, function: Callable[[Tensor], Tensor], lengths: list[list[int]]) -> PackedEntries:
+        """Apply a function to every tensor; `lengths` are those of the result."""
+        rope_positions = self.rope_positions
+        return PackedEntries(
+            function(self.keys),
+            function(self.values),
+            function(self.positions),
+            lengths,
+            None if rope_positions is None else function(rope_positions),
+            {name: function(x) for name, x in self.columns.items()},
+        )
+
+
+@dataclass
+class Tail:
+    """Entries of all new tokens since the last eviction.
+
+    Args:
+        keys: [batch, num_key_value_heads, new, head_dim].
+        values: [batch, num_key_value_heads, new, value_dim].
+        positions: index within the text of the row, int32 [batch, new]; −1 on padding.
+
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+
+class RaggedStorage(Storage):
+    """Keys and values of heads of unequal length, one head after the other.
+
+    Each head has its packed entries, then the entries of the tail (all new tokens since the last eviction), then spare
+    slots.
+
+    Args:
+        packed: the packed entries.
+        tail: entries of new tokens; None for none.
+
+    """
+
+    kind: ClassVar[str] = "ragged"
+
+    def __init__(self, packed: PackedEntries, tail: Tail | None = None) -> None:
+        self._replace_entries(packed, tail)
+
+    def _replace_entries(self, packed: PackedEntries, tail: Tail | None) -> None:
+        """Hold these entries in place of the earlier ones."""
+        self.lengths = packed.lengths  # number of packed entries of each row and head
+        self.packed_positions, self.packed_rope_positions = packed.positions, packed.rope_positions
+        self.tail_positions = packed.positions.new_empty((len(packed.lengths), 0))
+        self.tail_is_full = True  # no token of the tail is padding
+        self.decode_plan: Any = None  # of a kernel, for the current lengths
+        self._columns = packed.columns
+        self._keys, self._values = packed.keys, packed.values
+        self._spare = SpareSlots()
         self._first_free: Tensor | None = None
-        self.plan: Plan | None = None  # of a kernel, for where the heads stand now
-        if tail is not None and tail[2].shape[1]:
-            self.append(*tail, padded=bool((tail[2] < 0).any()))
+        if tail is not None and tail.positions.shape[1]:
+            self.append(tail.keys, tail.values, tail.positions, padded=bool((tail.positions < 0).any()))
 
     @classmethod
     def gather(cls, entries: Entries, kept: Tensor, counts: Tensor | None = None) -> RaggedStorage:
-        """Copy the kept entries out of all of them, so that those can be freed.
+        """Copy the kept entries, so that all entries can be freed.
 
         Args:
-            entries: all of them.
-            kept: long [batch, kv_heads, width], ascending, −1 for none.
-            counts: how many each row and head keeps, long [batch, kv_heads] on the CPU; None to count them.
+            entries: all entries.
+            kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending; −1 for none.
+            counts: number of kept entries of each row and head, long [batch, num_key_value_heads] on the CPU; None to
+                count them.
 
         """
         if counts is None:
             counts = (kept >= 0).sum(-1).cpu()
-            there = (kept >= 0).flatten().nonzero().squeeze(-1)
+            slots = (kept >= 0).flatten().nonzero().squeeze(-1)
         else:
-            there = _last_of_each(counts.flatten(), kept.shape[2], kept.device)
+            slots = _last_slots(counts.flatten(), kept.shape[2], kept.device)
         index = kept.clamp_min(0)
 
-        def packed(x: Tensor) -> Tensor:
-            return x.flatten().index_select(0, there)
+        def pack(x: Tensor) -> Tensor:
+            return x.flatten().index_select(0, slots)
 
-        def beside(x: Tensor) -> Tensor:
-            return packed(x.expand(-1, kept.shape[1], -1).gather(2, index))
+        def pack_column(x: Tensor) -> Tensor:
+            return pack(x.expand(-1, kept.shape[1], -1).gather(2, index))
 
-        keys, values = (pick_vectors(x, packed(vector_numbers(x, index))) for x in (entries.keys, entries.values))
+        keys, values = (index_vectors(x, pack(flat_index(x, index))) for x in (entries.keys, entries.values))
+        rope_positions = entries.rope_positions
         return cls(
-            keys,
-            values,
-            beside(entries.positions).to(torch.int32),
-            counts.tolist(),
-            places=None if entries.places is None else beside(entries.places).to(torch.int32),
-            columns={name: beside(x) for name, x in entries.columns.items()},
+            PackedEntries(
+                keys,
+                values,
+                pack_column(entries.positions).to(torch.int32),
+                counts.tolist(),
+                None if rope_positions is None else pack_column(rope_positions).to(torch.int32),
+                {name: pack_column(x) for name, x in entries.columns.items()},
+            )
         )
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, with the room behind each head."""
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, [slots, dim] each, with the spare slots behind each head."""
         return self._keys, self._values
 
     @property
-    def tail(self) -> int:
-        """New tokens since the last eviction."""
+    def columns(self) -> dict[str, Tensor]:
+        """Further numbers of the packed entries by name, float32 [packed]."""
+        return self._columns
+
+    @property
+    def tail_length(self) -> int:
+        """Number of new tokens since the last eviction."""
         return self.tail_positions.shape[1]
 
     @property
-    def packed_keys(self) -> Tensor:
-        """Packed keys [packed, dim]."""
-        return self._packed_of(self._keys)
+    def packed(self) -> PackedEntries:
+        """The packed entries, without tail and spare slots."""
+        keys, values = (self._without_tail(x) for x in self.buffers)
+        return PackedEntries(
+            keys, values, self.packed_positions, self.lengths, self.packed_rope_positions, self._columns
+        )
 
     @property
-    def packed_values(self) -> Tensor:
-        """Packed values [packed, value_dim]."""
-        return self._packed_of(self._values)
-
-    @property
-    def tail_keys(self) -> Tensor:
-        """Keys of new tokens, [batch, kv_heads, new, dim]."""
-        return self._tail_of(self._keys)
-
-    @property
-    def tail_values(self) -> Tensor:
-        """Values of new tokens, [batch, kv_heads, new, value_dim]."""
-        return self._tail_of(self._values)
+    def tail(self) -> Tail:
+        """The entries of new tokens."""
+        keys, values = (self._only_tail(x) for x in self.buffers)
+        return Tail(keys, values, self.tail_positions)
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """First entry of each head, row by row, in `tensors`, and how many it has."""
-        found, start = [], 0
+        """First slot of each head in `buffers`, row by row, and its number of entries."""
+        spans, start = [], 0
         for length in itertools.chain(*self.lengths):
-            found.append((start, length + self.tail))
-            start += length + self._room.end
-        return found
+            spans.append((start, length + self.tail_length))
+            start += length + self._spare.end
+        return spans
 
     @property
     def nbytes(self) -> int:
@@ -136,195 +184,203 @@ class RaggedStorage:
         return sum(self.nbytes_by_head)
 
     @property
-    def nbytes_entry(self) -> int:
+    def bytes_per_entry(self) -> int:
         """Bytes of one key and value."""
-        return sum(x.shape[-1] * x.element_size() for x in self.tensors)
+        return sum(x.shape[-1] * x.element_size() for x in self.buffers)
 
     @property
     def nbytes_by_head(self) -> list[int]:
         """Bytes of the keys and values of each head, over all rows."""
-        new = len(self.lengths) * self.tail
-        return [(sum(own) + new) * self.nbytes_entry for own in zip(*self.lengths, strict=True)]
+        in_tail = len(self.lengths) * self.tail_length
+        return [(sum(rows) + in_tail) * self.bytes_per_entry for rows in zip(*self.lengths, strict=True)]
 
     @property
     def nbytes_index(self) -> int:
-        """Bytes of what is stored beside them, and of the room for new ones."""
-        beside = (self.packed_positions, self.tail_positions, self.packed_places, *self.columns.values())
-        room = sum(x.nbytes for x in self.tensors) - self.nbytes
-        return room + sum(x.nbytes for x in beside if x is not None)
+        """Bytes of positions, columns and spare slots."""
+        index = (self.packed_positions, self.tail_positions, self.packed_rope_positions, *self._columns.values())
+        spare = sum(x.nbytes for x in self.buffers) - self.nbytes
+        return spare + sum(x.nbytes for x in index if x is not None)
 
     @property
-    def kept(self) -> Tensor:
-        """Entries kept by each row and head, long [batch, kv_heads]."""
+    def num_kept(self) -> Tensor:
+        """Number of entries of each row and head, long [batch, num_key_value_heads]."""
         packed = torch.tensor(self.lengths, device=self.tail_positions.device)
         return packed + (self.tail_positions >= 0).sum(-1)[:, None]
 
     @property
     def positions(self) -> Tensor:
-        """Index of each entry within its row's own text, int32 [batch, kv_heads, width], −1 where there is none."""
-        return self._aligner()(self.packed_positions, self._tail_beside(self.tail_positions), -1)
+        """Index of each entry within the text of its row, int32 [batch, num_key_value_heads, width]; −1 for none."""
+        return self._aligner()(self.packed_positions, self._tail_positions_by_head(), -1)
 
     @property
     def entries(self) -> Entries:
-        """All entries, right-aligned; padding in this view only."""
-        aligned, places = self._aligner(), self.packed_places
-        beside = self._tail_beside(self.tail_positions)
+        """All entries, right-aligned; only this view is padded."""
+        align, packed, tail = self._aligner(), self.packed, self.tail
+        tail_positions = self._tail_positions_by_head()
+        rope_positions = packed.rope_positions
         return Entries(
-            aligned(self.packed_keys, self.tail_keys, 0),
-            aligned(self.packed_values, self.tail_values, 0),
-            aligned(self.packed_positions, beside, -1).long(),
-            None if places is None else aligned(places, beside, -1),
-            {name: aligned(x, x.new_full(beside.shape, FILL[name]), 0) for name, x in self.columns.items()},
+            align(packed.keys, tail.keys, 0),
+            align(packed.values, tail.values, 0),
+            align(packed.positions, tail_positions, -1).long(),
+            None if rope_positions is None else align(rope_positions, tail_positions, -1),
+            {
+                name: align(x, x.new_full(tail_positions.shape, NEW_COLUMN_VALUES[name]), 0)
+                for name, x in packed.columns.items()
+            },
         )
 
-    def _tail_beside(self, x: Tensor) -> Tensor:
-        return x[:, None].expand(-1, len(self.lengths[0]), -1)
+    def _tail_positions_by_head(self) -> Tensor:
+        return self.tail_positions[:, None].expand(-1, len(self.lengths[0]), -1)
 
     def _aligner(self) -> Callable[[Tensor, Tensor, float], Tensor]:
-        """Return what puts packed entries [packed, …] right-aligned before a tail [batch, kv_heads, new, …]."""
+        """Return a function that right-aligns packed entries [packed, …] before a tail [batch, heads, new, …]."""
         counts = torch.tensor(self.lengths)
         width = int(counts.max())
-        there = _last_of_each(counts.flatten(), width, self.tail_positions.device)
+        slots = _last_slots(counts.flatten(), width, self.tail_positions.device)
 
-        def aligned(packed: Tensor, tail: Tensor, fill: float) -> Tensor:
-            every = packed.new_full((counts.numel() * width, *packed.shape[1:]), fill).index_copy_(0, there, packed)
-            return torch.cat((every.unflatten(0, (*counts.shape, width)), tail.to(packed.dtype)), dim=2)
+        def align(packed: Tensor, tail: Tensor, fill: float) -> Tensor:
+            flat = packed.new_full((counts.numel() * width, *packed.shape[1:]), fill).index_copy_(0, slots, packed)
+            return torch.cat((flat.unflatten(0, (*counts.shape, width)), tail.to(packed.dtype)), dim=2)
 
-        return aligned
+        return align
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, *, padded: bool = False) -> None:
-        """Add the entries of new tokens; `positions` is [batch, new]; `padded` if some are padding."""
-        self.tail_full = self.tail_full and not padded
-        at, new = self.tail, keys.shape[2]
-        free = writable(self._keys, keys) and writable(self._values, values)
-        if free and self._room.take(at, new):
-            index = self._free_places(at, new)
+        """Add the entries of new tokens; see `Storage.append`."""
+        self.tail_is_full = self.tail_is_full and not padded
+        start, new = self.tail_length, keys.shape[2]
+        in_place = can_write_in_place(self._keys, keys) and can_write_in_place(self._values, values)
+        if in_place and self._spare.claim(start, new):
+            index = self._free_slots(start, new)
             self._keys.index_copy_(0, index, keys.flatten(0, 2))
             self._values.index_copy_(0, index, values.flatten(0, 2))
         else:
-            mean = sum(map(sum, self.lengths)) // (len(self.lengths) * len(self.lengths[0]))
-            room = room_for(mean + at, new)
-            self._keys = self._with_new(self._keys, keys, room)
-            self._values = self._with_new(self._values, values, room)
-            self._room = Room(at + new, at + new + room)
-            self._first_free = self.plan = None
+            mean_length = sum(map(sum, self.lengths)) // (len(self.lengths) * len(self.lengths[0]))
+            spare = num_spare_slots(mean_length + start, new)
+            self._keys = self._with_new(self._keys, keys, spare)
+            self._values = self._with_new(self._values, values, spare)
+            self._spare = SpareSlots(start + new, start + new + spare)
+            self._first_free = self.decode_plan = None
         self.tail_positions = torch.cat((self.tail_positions, positions.clamp_min(-1).to(torch.int32)), dim=1)
 
-    def _free_places(self, at: int, new: int) -> Tensor:
-        """Where the tail goes on, long [batch * kv_heads * new], in `tensors`."""
+    def _free_slots(self, start: int, new: int) -> Tensor:
+        """Return the slots of the next `new` tokens in `buffers`, long [batch * num_key_value_heads * new]."""
         if self._first_free is None:
-            ends = [start + count - at for start, count in self.spans]
+            ends = [first + count - start for first, count in self.spans]
             self._first_free = async_tensor(ends, self._keys.device)
         if new == 1:
-            return self._first_free + at
-        return (self._first_free[:, None] + torch.arange(at, at + new, device=self._keys.device)).flatten()
+            return self._first_free + start
+        return (self._first_free[:, None] + torch.arange(start, start + new, device=self._keys.device)).flatten()
 
-    def _with_new(self, x: Tensor, new: Tensor, room: int) -> Tensor:
-        """Copy a tensor, new entries [batch, kv_heads, new, …] behind those of each head, and room behind them."""
-        space = x.new_zeros(room, x.shape[-1])
+    def _with_new(self, x: Tensor, new: Tensor, spare: int) -> Tensor:
+        """Copy a buffer with new entries [batch, heads, new, …] behind those of each head, and spare slots behind."""
+        empty = x.new_zeros(spare, x.shape[-1])
         heads = zip(self.spans, new.flatten(0, 1), strict=True)
-        return torch.cat([part for (start, n), own in heads for part in (x[start : start + n], own, space)])
+        return torch.cat([part for (start, n), added in heads for part in (x[start : start + n], added, empty)])
 
-    def row_span(self, row: int) -> slice:
-        """Return where the packed entries of a row stand."""
-        first = sum(sum(own) for own in self.lengths[:row])
+    def attend(self, call: AttentionCall, backend: TorchBackend) -> tuple[Tensor, Tensor | None]:
+        """Compute the attention of new tokens over all entries of each head.
+
+        Raises:
+            ValueError: the model's attention has an option that is not supported for heads of unequal length.
+
+        """
+        for name in _UNSUPPORTED_OPTIONS:
+            if call.options.get(name) is not None:
+                raise ValueError(
+                    f"allocation must give all heads of a layer the same number of entries (Equal or Pyramid) for a "
+                    f"model whose attention uses {name}, got an allocation with heads of unequal length"
+                )
+        mask = call.mask
+        if mask is not None:
+            mask = mask[..., -call.key.shape[2] :]
+            mask = mask if mask.dtype == torch.bool else mask == 0
+        scaling = call.scaling or call.query.shape[-1] ** -0.5
+        return backend.ragged_attention(call.query, self, mask, scaling), None
+
+    def end_attention(self) -> None:
+        """Do nothing: attention reads the stored entries themselves."""
+
+    def row_slice(self, row: int) -> slice:
+        """Return where the packed entries of a row are in the columns."""
+        first = sum(sum(heads) for heads in self.lengths[:row])
         return slice(first, first + sum(self.lengths[row]))
 
-    def keep(self, mask: Tensor) -> None:
+    def keep_packed(self, mask: Tensor) -> None:
         """Drop packed entries; bool [packed], True for those that stay."""
         sizes = list(itertools.chain(*self.lengths))
         counts = [int(part.sum()) for part in mask.split(sizes)]
         heads = len(self.lengths[0])
-        lengths = [counts[row : row + heads] for row in range(0, len(counts), heads)]
-        self._change(lengths, lambda x: x[mask], lambda x: x)
+        lengths = [counts[start : start + heads] for start in range(0, len(counts), heads)]
+        self._replace_entries(self.packed.map(lambda x: x[mask], lengths), self.tail)
 
-    def rows(self, index: Tensor) -> None:
+    def select_rows(self, index: Tensor) -> None:
         """Keep, reorder or repeat rows of the batch: row j becomes what row index[j] was."""
-        chosen = index.tolist()
-        sizes = [sum(own) for own in self.lengths]
-        own = index.to(self.tail_positions.device)
-        self._change(
-            [list(self.lengths[row]) for row in chosen],
-            lambda x: torch.cat([x.split(sizes)[row] for row in chosen]),
-            lambda x: x.index_select(0, own),
+        rows = index.tolist()
+        sizes = [sum(heads) for heads in self.lengths]
+        lengths = [list(self.lengths[row]) for row in rows]
+        packed = self.packed.map(lambda x: torch.cat([x.split(sizes)[row] for row in rows]), lengths)
+        tail, index = self.tail, index.to(self.tail_positions.device)
+        self._replace_entries(
+            packed, Tail(*(x.index_select(0, index) for x in (tail.keys, tail.values, tail.positions)))
         )
 
-    def drop_last(self, tokens: int) -> None:
-        """Forget the newest entries, which must be in the tail or packed in every head."""
+    def drop_last(self, count: int) -> None:
+        """Remove the newest entries, which must be in the tail or packed in every head."""
         entries = self.entries
-        width = torch.arange(entries.keys.shape[2], device=entries.keys.device)
-        there = (entries.positions >= 0) & (width < len(width) - tokens)
-        self._become(RaggedStorage.gather(entries, width.where(there, -1)))
+        slots = torch.arange(entries.keys.shape[2], device=entries.keys.device)
+        kept = (entries.positions >= 0) & (slots < len(slots) - count)
+        self._replace_entries(RaggedStorage.gather(entries, slots.where(kept, -1)).packed, None)
 
     def copy(self) -> RaggedStorage:
         """Return a storage that shares the tensors."""
         other = copy.copy(self)
-        other.columns = dict(self.columns)
+        other._columns = dict(self._columns)
         return other
 
-    def _become(self, other: RaggedStorage) -> None:
-        # Others know this storage: it stays the same object.
-        self.__dict__.update(other.__dict__)
-
-    def _change(
-        self, lengths: list[list[int]], packed: Callable[[Tensor], Tensor], tail: Callable[[Tensor], Tensor]
-    ) -> None:
-        """Change what is packed and the tail, each in all its tensors."""
-        places = self.packed_places
-        self._become(
-            RaggedStorage(
-                packed(self.packed_keys),
-                packed(self.packed_values),
-                packed(self.packed_positions),
-                lengths,
-                (tail(self.tail_keys), tail(self.tail_values), tail(self.tail_positions)),
-                None if places is None else packed(places),
-                {name: packed(x) for name, x in self.columns.items()},
-            )
-        )
-
-    def _packed_of(self, x: Tensor) -> Tensor:
-        if not self._room.end:
+    def _without_tail(self, x: Tensor) -> Tensor:
+        if not self._spare.end:
             return x
-        return torch.cat([x[start : start + n - self.tail] for start, n in self.spans])
+        return torch.cat([x[start : start + n - self.tail_length] for start, n in self.spans])
 
-    def _tail_of(self, x: Tensor) -> Tensor:
-        own = torch.stack([x[start + n - self.tail : start + n] for start, n in self.spans])
-        return own.unflatten(0, (len(self.lengths), -1))
+    def _only_tail(self, x: Tensor) -> Tensor:
+        tails = torch.stack([x[start + n - self.tail_length : start + n] for start, n in self.spans])
+        return tails.unflatten(0, (len(self.lengths), -1))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return packed entries, tail and columns."""
+        packed, tail = self.packed, self.tail
+        tensors = {
+            "keys": packed.keys,
+            "values": packed.values,
+            "positions": packed.positions,
+            "lengths": torch.tensor(packed.lengths),
+            "tail_keys": tail.keys,
+            "tail_values": tail.values,
+            "tail_positions": tail.positions,
+        }
+        return {**tensors, **pack_columns(packed.columns, packed.rope_positions)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> RaggedStorage:
+        """Build a storage from what `state_dict` returned."""
+        packed = PackedEntries(
+            state["keys"],
+            state["values"],
+            state["positions"],
+            state["lengths"].tolist(),
+            state.get("rope_positions"),
+            unpack_columns(state),
+        )
+        return cls(packed, Tail(state["tail_keys"], state["tail_values"], state["tail_positions"]))
 
 
-def store(
-    entries: Entries,
-    kept: Tensor,
-    counts: Tensor | None,
-    *,
-    ragged: bool,
-    earlier: UniformStorage | RaggedStorage | None = None,
-) -> UniformStorage | RaggedStorage:
-    """Store the kept entries alone.
+def _last_slots(counts: Tensor, width: int, device: torch.device) -> Tensor:
+    """Return the flat indices of the last `counts[i]` slots of each row i, long [sum of counts].
 
     Args:
-        entries: all of them.
-        kept: long [batch, kv_heads, width], ascending, −1 for none.
-        counts: how many each row and head keeps, long [batch, kv_heads] on the CPU; None to count them.
-        ragged: whether heads may keep different numbers.
-        earlier: the storage that the entries are in, which is used again if they can stay in its buffers.
-
-    """
-    if ragged:
-        return RaggedStorage.gather(entries, kept, counts)
-    if type(earlier) is UniformStorage and earlier.keep(entries, kept, counts):
-        return earlier
-    return UniformStorage.gather(entries, kept, counts)
-
-
-def _last_of_each(counts: Tensor, width: int, device: torch.device) -> Tensor:
-    """Where the last places of each of several lists of one width are, so many as counted: long [sum of counts].
-
-    Args:
-        counts: long [lists], on the CPU.
-        width: of every list.
-        device: of the result, which is not waited for.
+        counts: long [rows], on the CPU.
+        width: number of slots of every row.
+        device: of the result; it is not waited for.
 
     """
     total = int(counts.sum())

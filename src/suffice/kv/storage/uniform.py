@@ -1,190 +1,216 @@
-"""Storage of kept keys and values: one small interface, and its form for heads of equal length."""
+"""Storage for heads of equal length."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
+from suffice.kv.attention.call import AttentionCall, run_attention
+from suffice.kv.backend.torch_backend import TorchBackend
 from suffice.kv.kernels import usable
-from suffice.kv.storage.growth import Room, room_for, writable
+from suffice.kv.storage.base import NEW_COLUMN_VALUES, Entries, Storage, pack_columns, unpack_columns
+from suffice.kv.storage.gathering import gather_index_columns, gather_vectors
+from suffice.kv.storage.growth import SpareSlots, can_write_in_place, num_spare_slots
 
-# What an entry that was just appended gets in a column beside keys and values; NaN: nothing was claimed yet.
-FILL = {"received": 0.0, "claim": float("nan")}
-_NAMES = ("keys", "values", "positions", "places")  # what a storage holds beside columns
+_POSITIONS = ("positions", "rope_positions")
 
 
-@dataclass
-class Entries:
-    """Entries of all rows and heads side by side, right-aligned: what policies look at and storages are made from.
+class AlignedStorage(Storage):
+    """Base class of storages whose heads all have the same length, right-aligned in each row.
+
+    A row that keeps fewer entries than the longest one starts with empty slots. The index of the entries (positions and
+    columns) is kept here; a subclass keeps keys and values.
 
     Args:
-        keys: [batch, kv_heads, width, dim].
-        values: [batch, kv_heads, width, value_dim].
-        positions: index of each entry within its row's own text, [batch, 1 or kv_heads, width], negative for none.
-        places: where the rotary embedding of the keys puts them, [batch, kv_heads, width]; None for `positions`.
-        columns: further numbers of each entry by name, float32 [batch, kv_heads, width].
+        index: tensors [batch, num_key_value_heads, width, ...] by name; int32 `positions` are required.
+        is_full: whether no row has empty slots; None if it is not known.
 
     """
 
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    places: Tensor | None = None
-    columns: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Storage(Protocol):
-    """What a cache layer needs of the place where kept entries live."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored keys and values."""
-        ...
-
-    @property
-    def nbytes_by_head(self) -> list[int]:
-        """Bytes of the keys and values of each head, over all rows."""
-        ...
-
-    @property
-    def nbytes_entry(self) -> int:
-        """Bytes of one key and value."""
-        ...
-
-    @property
-    def nbytes_index(self) -> int:
-        """Bytes of all else: positions, columns, room for new entries."""
-        ...
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors that hold keys and values."""
-        ...
-
-    @property
-    def kept(self) -> Tensor:
-        """Entries kept by each row and head, long [batch, kv_heads]."""
-        ...
-
-    @property
-    def positions(self) -> Tensor:
-        """Index of each entry within its row's own text, int32 [batch, kv_heads, width], −1 where there is none."""
-        ...
-
-    @property
-    def entries(self) -> Entries:
-        """All entries, right-aligned."""
-        ...
-
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor, *, padded: bool = False) -> None:
-        """Add the entries of new tokens; `positions` is [batch, new]; `padded` if some are padding."""
-        ...
-
-    def rows(self, index: Tensor) -> None:
-        """Keep, reorder or repeat rows of the batch: row j becomes what row index[j] was."""
-        ...
-
-    def drop_last(self, tokens: int) -> None:
-        """Forget the newest entries of every row and head."""
-        ...
-
-    def copy(self) -> Storage:
-        """Return a storage of the same entries; what is done to one does not show in the other."""
-        ...
-
-
-class UniformStorage:
-    """Keys and values of heads of equal length: [batch, kv_heads, width, dim], right-aligned in each row.
-
-    A row that keeps fewer entries than the widest has zeros in its first places. Copies share tensors: what one of
-    them holds is never written to, new entries go into the room behind.
-
-    Args:
-        keys: [batch, kv_heads, width, dim].
-        values: [batch, kv_heads, width, value_dim].
-        positions: int32 [batch, kv_heads, width].
-        places: int32, as positions.
-        columns: float32, as positions.
-
-    """
-
-    def __init__(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        places: Tensor | None = None,
-        columns: dict[str, Tensor] | None = None,
-    ) -> None:
-        self.width = positions.shape[2]  # entries stored for every row and head
-        self._parts = {"keys": keys, "values": values, "positions": positions, **(columns or {})}
-        if places is not None:
-            self._parts["places"] = places
-        self._room = Room(self.width)
-        self._full: bool | None = None  # what `full` says; None until it is asked
-
-    @classmethod
-    def all(cls, entries: Entries, *, padded: bool = True) -> UniformStorage:
-        """Store all entries as they are; `padded` if some may be empty places."""
-        positions = entries.positions.clamp_min(-1).to(torch.int32).expand(entries.keys.shape[:3])
-        stored = cls(entries.keys, entries.values, positions, entries.places, entries.columns)
-        stored._full = None if padded else True
-        return stored
-
-    @classmethod
-    def gather(cls, entries: Entries, kept: Tensor, counts: Tensor | None = None) -> UniformStorage:
-        """Copy the kept entries out of all of them, so that those can be freed.
-
-        Args:
-            entries: all of them.
-            kept: long [batch, kv_heads, width], ascending, −1 for none.
-            counts: how many each row and head keeps, long [batch, kv_heads] on the CPU; None to count them.
-
-        """
-        empty = kept < 0
-        uneven = bool(empty.any()) if counts is None else int(counts.min()) < kept.shape[2]
-        index = kept.clamp_min(0) if uneven else kept
-        keys, values = (_pick(x, index) for x in (entries.keys, entries.values))
-        if uneven:
-            keys, values = (x.masked_fill_(empty[..., None], 0) for x in (keys, values))
-        beside = _pick_beside(entries, index, empty if uneven else None)
-        stored = cls(keys, values, beside.pop("positions"), beside.pop("places", None), beside)
-        if counts is not None:
-            stored._full = not uneven
-        return stored
+    def __init__(self, index: dict[str, Tensor], is_full: bool | None = None) -> None:
+        self.width = index["positions"].shape[2]  # number of slots of every row and head that hold entries
+        self._parts = index
+        self._spare = SpareSlots(self.width)
+        self._is_full = is_full
 
     def _stored(self, name: str) -> Tensor:
         part = self._parts[name]
         return part if part.shape[2] == self.width else part[:, :, : self.width]
 
     @property
+    def positions(self) -> Tensor:
+        """Index of each entry within the text of its row, int32 [batch, num_key_value_heads, width]; −1 for none."""
+        return self._stored("positions")
+
+    @property
+    def rope_positions(self) -> Tensor | None:
+        """Positions by which the keys were rotated, shaped like `positions`; None if they equal `positions`."""
+        return self._stored("rope_positions") if "rope_positions" in self._parts else None
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """Further numbers of each entry by name, float32 [batch, num_key_value_heads, width]."""
+        return {name: self._stored(name) for name in self._parts if name in NEW_COLUMN_VALUES}
+
+    @property
+    def entries(self) -> Entries:
+        """All entries, as they are stored."""
+        return Entries(self.keys, self.values, self.positions.long(), self.rope_positions, self.columns)
+
+    @property
+    def num_kept(self) -> Tensor:
+        """Number of entries of each row and head, long [batch, num_key_value_heads]."""
+        return (self.positions >= 0).sum(-1)
+
+    @property
+    def nbytes_by_head(self) -> list[int]:
+        """Bytes of the keys and values of each head, over all rows."""
+        heads = self.positions.shape[1]
+        return [self.nbytes // heads] * heads
+
+    @property
+    def valid(self) -> Tensor:
+        """Bool [batch, width], False in the empty slots of short rows; the same for every head."""
+        return self.positions[:, 0] >= 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no row has empty slots; remembered, because reading it makes the program wait for a GPU."""
+        if self._is_full is None:
+            self._is_full = bool(self.valid.all())
+        return self._is_full
+
+    def attend(self, call: AttentionCall, backend: TorchBackend) -> tuple[Tensor, Tensor | None]:
+        """Compute the attention of new tokens over all entries, with the model's own implementation."""
+        return run_attention(replace(call, key=self.keys, value=self.values, mask=self._extend_mask(call)))
+
+    def _extend_mask(self, call: AttentionCall) -> Tensor | None:
+        """Extend the mask over the new tokens to all entries, [batch, 1, new, width]; None if nothing is masked."""
+        new = call.query.shape[2]
+        earlier = self.valid[:, : self.width - new]
+        mask = call.mask
+        if mask is None:
+            if new == 1 and self.is_full:
+                return None
+            mask = torch.ones(new, new, dtype=torch.bool, device=call.query.device).tril_()[None, None]
+        mask = mask[..., -new:].expand(earlier.shape[0], -1, -1, -1)
+        earlier = earlier[:, None, None].expand(-1, mask.shape[1], new, -1)
+        if mask.dtype != torch.bool:
+            lowest = torch.finfo(mask.dtype).min
+            earlier = torch.zeros_like(earlier, dtype=mask.dtype).masked_fill_(~earlier, lowest)
+        return torch.cat((earlier, mask), dim=-1)
+
+    def _append_parts(self, new_parts: dict[str, Tensor], positions: Tensor, padded: bool) -> None:
+        """Append new tokens: their keys and values, if these are among the parts, and positions [batch, new]."""
+        new = positions.shape[1]
+        if padded:
+            self._is_full = False
+        new_positions = positions.clamp_min(-1).to(torch.int32)[:, None].expand(-1, self.positions.shape[1], -1)
+        added = {**new_parts, **dict.fromkeys(_POSITIONS, new_positions)}
+        for name in self.columns:
+            added[name] = new_positions.new_full(new_positions.shape, NEW_COLUMN_VALUES[name], dtype=torch.float32)
+        in_place = all(can_write_in_place(part, added[name]) for name, part in self._parts.items())
+        if in_place and self._spare.claim(self.width, new):
+            for name, part in self._parts.items():
+                part[:, :, self.width : self.width + new] = added[name]
+        else:
+            spare = num_spare_slots(self.width, new)
+            # One part after the other, so that only one of them exists twice at a time.
+            for name in self._parts:
+                old = self._stored(name)
+                empty = old.new_zeros(*old.shape[:2], spare, *old.shape[3:])
+                self._parts[name] = torch.cat((old, added[name], empty), dim=2)
+            self._spare = SpareSlots(self.width + new, self.width + new + spare)
+        self.width += new
+
+    def select_rows(self, index: Tensor) -> None:
+        """Keep, reorder or repeat rows of the batch: row j becomes what row index[j] was."""
+        index = index.to(self.positions.device)
+        for name in self._parts:
+            self._parts[name] = self._stored(name).index_select(0, index)
+        self._spare = SpareSlots(self.width)
+        self._is_full = None
+
+    def drop_last(self, count: int) -> None:
+        """Remove the newest entries of every row and head."""
+        self.width -= count
+        self._is_full = None
+
+    def copy(self) -> Self:
+        """Return a storage that shares the tensors."""
+        self._spare.is_shared = True
+        other = copy.copy(self)
+        other._parts = dict(self._parts)
+        return other
+
+
+class UniformStorage(AlignedStorage):
+    """Keys and values of heads of equal length in the model's dtype.
+
+    Empty slots of short rows hold zeros.
+
+    Args:
+        entries: int32 positions; positions, rotary positions and columns have the shape of the entries.
+        is_full: whether no row has empty slots; None if it is not known.
+
+    """
+
+    kind: ClassVar[str] = "uniform"
+
+    def __init__(self, entries: Entries, *, is_full: bool | None = None) -> None:
+        parts = {"keys": entries.keys, "values": entries.values, "positions": entries.positions, **entries.columns}
+        if entries.rope_positions is not None:
+            parts["rope_positions"] = entries.rope_positions
+        super().__init__(parts, is_full)
+
+    @classmethod
+    def from_all(cls, entries: Entries, *, padded: bool = True) -> UniformStorage:
+        """Store all entries without copying them; `padded` if some slots may be empty."""
+        positions = entries.positions.clamp_min(-1).to(torch.int32).expand(entries.keys.shape[:3])
+        return cls(replace(entries, positions=positions), is_full=None if padded else True)
+
+    @classmethod
+    def gather(cls, entries: Entries, kept: Tensor, counts: Tensor | None = None) -> UniformStorage:
+        """Copy the kept entries, so that all entries can be freed.
+
+        Args:
+            entries: all entries.
+            kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending; −1 for none.
+            counts: number of kept entries of each row and head, long [batch, num_key_value_heads] on the CPU; None to
+                count them.
+
+        """
+        empty = kept < 0
+        has_empty = bool(empty.any()) if counts is None else int(counts.min()) < kept.shape[2]
+        index = kept.clamp_min(0) if has_empty else kept
+        keys, values = (gather_vectors(x, index) for x in (entries.keys, entries.values))
+        if has_empty:
+            keys, values = (x.masked_fill_(empty[..., None], 0) for x in (keys, values))
+        columns = gather_index_columns(entries, index, empty if has_empty else None)
+        positions, rope_positions = columns.pop("positions"), columns.pop("rope_positions", None)
+        is_full = None if counts is None else not has_empty
+        return cls(Entries(keys, values, positions, rope_positions, columns), is_full=is_full)
+
+    @property
     def keys(self) -> Tensor:
-        """Keys [batch, kv_heads, width, dim]."""
+        """Keys [batch, num_key_value_heads, width, head_dim]."""
         return self._stored("keys")
 
     @property
     def values(self) -> Tensor:
-        """Values [batch, kv_heads, width, value_dim]."""
+        """Values [batch, num_key_value_heads, width, value_dim]."""
         return self._stored("values")
 
     @property
-    def positions(self) -> Tensor:
-        """Index of each entry within its row's own text, int32 [batch, kv_heads, width], −1 where there is none."""
-        return self._stored("positions")
-
-    @property
-    def places(self) -> Tensor | None:
-        """Where the rotary embedding puts the keys, int32 [batch, kv_heads, width]; None for `positions`."""
-        return self._stored("places") if "places" in self._parts else None
-
-    @property
-    def columns(self) -> dict[str, Tensor]:
-        """Further numbers of each entry, float32 [batch, kv_heads, width]."""
-        return {name: self._stored(name) for name in self._parts if name not in _NAMES}
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Keys and values, without spare slots."""
+        return self.keys, self.values
 
     @property
     def nbytes(self) -> int:
@@ -192,183 +218,49 @@ class UniformStorage:
         return self.keys.nbytes + self.values.nbytes
 
     @property
-    def nbytes_by_head(self) -> list[int]:
-        """Bytes of the keys and values of each head, over all rows."""
-        heads = self.keys.shape[1]
-        return [self.nbytes // heads] * heads
-
-    @property
-    def nbytes_entry(self) -> int:
-        """Bytes of one key and value."""
-        return sum(x.shape[-1] * x.element_size() for x in self.tensors)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Keys and values."""
-        return self.keys, self.values
-
-    @property
     def nbytes_index(self) -> int:
-        """Bytes of what is stored beside them, and of the room for new ones."""
-        entries = sum(self._stored(name).nbytes for name in ("keys", "values") if name in self._parts)
-        return sum(part.nbytes for part in self._parts.values()) - entries
+        """Bytes of positions, columns and spare slots."""
+        return sum(part.nbytes for part in self._parts.values()) - self.nbytes
 
     @property
-    def kept(self) -> Tensor:
-        """Entries kept by each row and head, long [batch, kv_heads]."""
-        return (self.positions >= 0).sum(-1)
-
-    @property
-    def valid(self) -> Tensor:
-        """Bool [batch, width]: False in the empty places of short rows; the same for every head."""
-        return self.positions[:, 0] >= 0
-
-    @property
-    def full(self) -> bool:
-        """Whether no row has an empty place; remembered, since a GPU waits to be read."""
-        if self._full is None:
-            self._full = bool(self.valid.all())
-        return self._full
-
-    @property
-    def entries(self) -> Entries:
-        """All entries, as they are stored."""
-        return Entries(self.keys, self.values, self.positions.long(), self.places, self.columns)
+    def bytes_per_entry(self) -> int:
+        """Bytes of one key and value."""
+        return sum(x.shape[-1] * x.element_size() for x in self.buffers)
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, *, padded: bool = False) -> None:
-        """Add the entries of new tokens; `positions` is [batch, new]; `padded` if some are padding."""
-        self._add({"keys": keys, "values": values}, positions, padded)
+        """Add the entries of new tokens; see `Storage.append`."""
+        self._append_parts({"keys": keys, "values": values}, positions, padded)
 
-    def _add(self, entries: dict[str, Tensor], positions: Tensor, padded: bool) -> None:
-        """Add new tokens: what belongs into the parts that hold entries, and positions [batch, new]."""
-        new = positions.shape[1]
-        if padded:
-            self._full = False
-        beside = positions.clamp_min(-1).to(torch.int32)[:, None].expand(-1, self.positions.shape[1], -1)
-        added = {**entries, "positions": beside, "places": beside}
-        for name in self.columns:
-            added[name] = beside.new_full(beside.shape, FILL[name], dtype=torch.float32)
-        free = all(writable(part, added[name]) for name, part in self._parts.items())
-        if free and self._room.take(self.width, new):
-            for name, part in self._parts.items():
-                part[:, :, self.width : self.width + new] = added[name]
-        else:
-            room = room_for(self.width, new)
-            # One after the other, so that only one of them is there twice.
-            for name in self._parts:
-                old = self._stored(name)
-                space = old.new_zeros(*old.shape[:2], room, *old.shape[3:])
-                self._parts[name] = torch.cat((old, added[name], space), dim=2)
-            self._room = Room(self.width + new, self.width + new + room)
-        self.width += new
-
-    def keep(self, entries: Entries, kept: Tensor, counts: Tensor | None) -> bool:
-        """Forget all but the kept entries, which move to the front of the buffers that they are in.
-
-        The buffers stay, so that what comes next finds room and nothing is copied or allocated for it again.
-
-        Args:
-            entries: those of `entries`, columns as they are to be.
-            kept: long [batch, kv_heads, width], ascending.
-            counts: how many each row and head keeps, long [batch, kv_heads] on the CPU; None if they were not counted.
-
-        Returns:
-            Whether it was done: by a kernel alone, only where all keep as many, and not if somebody else has the
-            buffers too.
-
-        """
+    def can_compact_in_place(self, kept: Tensor, counts: Tensor | None) -> bool:
+        """Whether all rows and heads keep the same number, no copy shares the buffers, and a kernel can do it."""
         keys, values = self._parts["keys"], self._parts["values"]
-        width, end = kept.shape[2], keys.shape[2]
-        even = counts is not None and int(counts.min()) == width
-        if self._room.shared or not (even and usable(keys, values) and writable(keys, values)):
+        same_counts = counts is not None and int(counts.min()) == kept.shape[2]
+        if self._spare.is_shared or not same_counts:
             return False
+        return usable(keys, values) and can_write_in_place(keys, values)
+
+    def end_attention(self) -> None:
+        """Do nothing: attention reads the stored entries themselves."""
+
+    def compact_in_place(self, entries: Entries, kept: Tensor) -> None:
+        """Move the kept entries to the front of the buffers; see `Storage.compact_in_place`."""
         from suffice.kv.kernels.compaction import move_to_front
 
+        keys, values = self._parts["keys"], self._parts["values"]
+        width, end = kept.shape[2], keys.shape[2]
         for x in (keys, values):
             move_to_front(x, kept)
-        for name, x in _pick_beside(entries, kept).items():
+        for name, x in gather_index_columns(entries, kept).items():
             self._parts[name] = torch.nn.functional.pad(x, (0, end - width))
-        self.width, self._room, self._full = width, Room(width, end), True
-        return True
+        self.width, self._spare, self._is_full = width, SpareSlots(width, end), True
 
-    def rows(self, index: Tensor) -> None:
-        """Keep, reorder or repeat rows of the batch: row j becomes what row index[j] was."""
-        index = index.to(self.positions.device)
-        for name in self._parts:
-            self._parts[name] = self._stored(name).index_select(0, index)
-        self._room = Room(self.width)
-        self._full = None
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return keys, values, positions and columns."""
+        tensors = {"keys": self.keys, "values": self.values, "positions": self.positions}
+        return {**tensors, **pack_columns(self.columns, self.rope_positions)}
 
-    def drop_last(self, tokens: int) -> None:
-        """Forget the newest entries."""
-        self.width -= tokens
-        self._full = None
-
-    def copy(self) -> UniformStorage:
-        """Return a storage that shares the tensors."""
-        self._room.shared = True
-        other = copy.copy(self)
-        other._parts = dict(self._parts)
-        return other
-
-
-def _pick_beside(entries: Entries, index: Tensor, empty: Tensor | None = None) -> dict[str, Tensor]:
-    """Gather what stands beside keys and values: positions, places if there are any, columns.
-
-    Args:
-        entries: all of them.
-        index: long [batch, kv_heads, width].
-        empty: bool, as index, where no entry is to be; None for nowhere.
-
-    """
-    beside = {"positions": entries.positions, "places": entries.places, **entries.columns}
-    found: dict[str, Tensor] = {}
-    for name, x in beside.items():
-        if x is None:
-            continue
-        own = x.expand(-1, index.shape[1], -1).gather(2, index)
-        whole = name in _NAMES
-        own = own if empty is None else own.masked_fill(empty, -1 if whole else 0)
-        found[name] = own.to(torch.int32) if whole else own
-    return found
-
-
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """Gather whole vectors: x [batch, heads, tokens, dim], index [batch, heads, width]; a new tensor."""
-    return pick_vectors(x, vector_numbers(x, index).flatten()).unflatten(0, index.shape)
-
-
-def vector_numbers(x: Tensor, index: Tensor) -> Tensor:
-    """Return the number of each indexed vector among all of x, in the order in which memory holds them.
-
-    Args:
-        x: [batch, heads, tokens, dim].
-        index: long [batch, heads, width], of tokens.
-
-    """
-    batch, heads, tokens, _ = x.shape
-    first = torch.arange(batch * heads, device=x.device).view(batch, heads, 1)
-    if _tokens_first(x):
-        row, head = first // heads, first % heads
-        return index * heads + (row * tokens * heads + head)
-    return index + first * tokens
-
-
-def pick_vectors(x: Tensor, numbers: Tensor) -> Tensor:
-    """Copy vectors of x by their number, [m, dim]: several times faster than `gather`.
-
-    Most models store the values tokens before heads; they are not copied into another order first.
-    """
-    return (x.transpose(1, 2) if _tokens_first(x) else x).flatten(0, 2).index_select(0, numbers)
-
-
-def _tokens_first(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
-
-
-def all_finite(storage: Storage) -> Tensor:
-    """Whether no key or value is NaN or Inf, a bool of no dimensions.
-
-    What is evicted has reached every later layer, where this finds it.
-    """
-    return torch.stack([x.sum(dtype=torch.float32) for x in storage.tensors]).sum().isfinite()
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> UniformStorage:
+        """Build a storage from what `state_dict` returned."""
+        columns = unpack_columns(state)
+        return cls(Entries(state["keys"], state["values"], state["positions"], state.get("rope_positions"), columns))

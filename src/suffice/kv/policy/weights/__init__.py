@@ -1,8 +1,8 @@
-"""Weights: how likely each cached token is to be read by a future query.
+"""Weights: how likely each cached entry is to be read by a future query.
 
-A weight maps the signals of an attention call to log weights [batch, kv_heads, tokens], float32, up to a
-constant for each head (only ratios within a head count). Weights add (each term first divided by its mean
-over the head), multiply, and take a factor: `WindowAttention() + 2 * KeySalience()`.
+A weight maps the statistics of an attention call to log weights, float32 [batch, num_key_value_heads, entries]. Only
+ratios within a head matter, so the log weights of a head are defined up to a constant. Weights can be scaled, added and
+multiplied: `WindowAttention() + 2 * KeySalience()`. In a sum, each term is first divided by its mean over the head.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights from attention that was paid: by a window, the last query, all queries, or some of them."""
+"""Weights from the attention that entries received: from a window, the last query, all queries or a sample of them."""
 
 from __future__ import annotations
 
@@ -7,70 +7,75 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from suffice.kv.policy.attention_stats import Signals
+from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.sampled_attention import sampled_attention
+from suffice.kv.policy.weight_state import WeightState
 from suffice.kv.policy.weights.base import Weights
 
 
 @dataclass(frozen=True)
 class WindowAttention(Weights):
-    """Attention from an observation window of last queries, mean-pooled along the tokens (SnapKV, 2404.14469).
+    """Attention from an observation window of the last queries, mean-pooled along the entries (SnapKV, 2404.14469).
 
     Args:
-        window: number of last queries that observe.
-        pool: odd width of the pooling.
-        prefix_only: leave the window's own tokens out, as SnapKV does because it always keeps them.
-        floor: added to the attention, so that what multiplies it counts for tokens without any.
+        window_size: number of queries in the observation window.
+        kernel_size: width of the pooling, in entries; odd.
+        prefix_only: give weight 0 to the entries of the window itself, as SnapKV does, which always keeps them.
+        floor: added to the attention, so that a score that multiplies it still distinguishes entries without attention.
+
+    Raises:
+        ValueError: `window_size` is below 1, or `kernel_size` is not a positive odd number.
 
     """
 
-    window: int = 32
-    pool: int = 5
+    window_size: int = 32
+    kernel_size: int = 5
     prefix_only: bool = False
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window is {self.window}; accepted: at least 1")
-        if self.pool < 1 or self.pool % 2 == 0:
-            raise ValueError(f"pool is {self.pool}; accepted: an odd number of tokens")
+        if self.window_size < 1:
+            raise ValueError(f"window_size must be at least 1, got {self.window_size!r}")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be a positive odd number, got {self.kernel_size!r}")
 
-    def log(self, signals: Signals) -> Tensor:
-        """Return the log of the pooled attention, averaged over queries and group."""
-        attention = signals.attention_from_last(self.window)
-        inner = max(0, signals.tokens - self.window)
+    def log_weights(self, stats: AttentionStats) -> Tensor:
+        """Return the log of the pooled attention, averaged over the queries and heads of a GQA group."""
+        attention = stats.window_attention(self.window_size)
+        prefix = max(0, stats.num_entries - self.window_size)
         if self.prefix_only:
             attention = attention.clone()
-            attention[..., inner:] = 0
-        if self.pool > 1:
-            attention = torch.nn.functional.avg_pool1d(attention, self.pool, stride=1, padding=self.pool // 2)
+            attention[..., prefix:] = 0
+        if self.kernel_size > 1:
+            padding = self.kernel_size // 2
+            attention = torch.nn.functional.avg_pool1d(attention, self.kernel_size, stride=1, padding=padding)
         if self.prefix_only:
-            attention[..., inner:] = 0
+            attention[..., prefix:] = 0
         return (attention + self.floor).log()
 
     @property
-    def observed(self) -> int | None:
-        """The window."""
-        return self.window
+    def num_queries_needed(self) -> int | None:
+        """The size of the observation window."""
+        return self.window_size
 
     def __str__(self) -> str:
-        return f"attention of last {self.window} queries"
+        return f"attention of last {self.window_size} queries"
 
 
 @dataclass(frozen=True)
 class LastQueryAttention(Weights):
     """Attention of the last query, averaged over all heads of the layer (TOVA, 2401.06104)."""
 
-    def log(self, signals: Signals) -> Tensor:
-        """Return the log of that attention, the same for every head; processes that share the heads add theirs up."""
-        attention = signals.attention_of_last(1).mean((1, 2, 3))
-        if signals.sharding is not None:
-            attention = signals.sharding.all_reduce_mean(attention)
-        return attention.log()[:, None].expand(-1, signals.kv_heads, -1)
+    def log_weights(self, stats: AttentionStats) -> Tensor:
+        """Return the log of the mean attention, the same for every head and on every process that shares the heads."""
+        attention = stats.window_attention_weights(1).mean((1, 2, 3))  # [batch, entries]
+        if stats.context.sharding is not None:
+            attention = stats.context.sharding.all_reduce_mean(attention)
+        return attention.log()[:, None].expand(-1, stats.num_key_value_heads, -1)
 
     @property
-    def observed(self) -> int | None:
-        """The last."""
+    def num_queries_needed(self) -> int | None:
+        """Only the last query."""
         return 1
 
     def __str__(self) -> str:
@@ -79,24 +84,29 @@ class LastQueryAttention(Weights):
 
 @dataclass(frozen=True)
 class AccumulatedAttention(Weights):
-    """Attention received from all queries so far, summed (H2O, 2306.14048).
+    """Sum of the attention that an entry has received from all queries so far (H2O, 2306.14048).
 
-    The only weight that needs the whole attention matrix; it is formed in blocks of queries.
+    This is the only weight that needs the attention of every query. The attention matrix is computed in blocks of
+    queries.
     """
 
-    def log(self, signals: Signals) -> Tensor:
-        """Return the log of the accumulated attention."""
-        return signals.attention_received().log()
+    def log_weights(self, stats: AttentionStats) -> Tensor:
+        """Return the log of the accumulated attention, averaged over the heads of a GQA group."""
+        return stats.attention_received().log()
 
     @property
-    def observed(self) -> int | None:
-        """All."""
+    def num_queries_needed(self) -> int | None:
+        """All queries since the last eviction."""
         return None
 
     @property
-    def remembers(self) -> bool:
-        """Attention adds up over evictions."""
+    def is_stateful(self) -> bool:
+        """True: attention from before an eviction still counts after it."""
         return True
+
+    def next_state(self, stats: AttentionStats) -> WeightState:
+        """Return the attention received so far."""
+        return WeightState(attention_received=stats.attention_received())
 
     def __str__(self) -> str:
         return "attention received, accumulated"
@@ -104,32 +114,36 @@ class AccumulatedAttention(Weights):
 
 @dataclass(frozen=True)
 class SampledAttention(Weights):
-    """Attention from queries evenly spaced over the text to what lies some way behind each, on average.
+    """Mean attention from queries evenly spaced over the text to entries at some distance before each of them.
 
-    What was asked for from afar will be asked for again; nearly all attention goes to the nearest tokens, which would
-    say nothing but that. Costs as much as a window of as many queries.
+    Entries that were read from far away are likely to be read again. The entries right before a query are left out
+    because they receive almost all of its attention wherever it stands. The cost is that of an observation
+    window with the same number of queries.
 
     Args:
-        count: number of queries, among those since the last eviction.
-        apart: tokens right before a query, itself among them, whose attention doesn't count.
+        count: number of queries, sampled from those since the last eviction.
+        min_distance: smallest distance in tokens from a query to an entry whose attention counts.
+
+    Raises:
+        ValueError: an argument is below 1.
 
     """
 
     count: int = 16
-    apart: int = 32
+    min_distance: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("count", "apart"):
+        for name in ("count", "min_distance"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted: at least 1")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
 
-    def log(self, signals: Signals) -> Tensor:
-        """Return the log of that attention, averaged over queries and group."""
-        return sampled_attention(signals, self.count, self.apart).log()
+    def log_weights(self, stats: AttentionStats) -> Tensor:
+        """Return the log of the mean attention; see `suffice.kv.policy.sampled_attention.sampled_attention`."""
+        return sampled_attention(stats, self.count, self.min_distance).log()
 
     @property
-    def observed(self) -> int | None:
-        """All since the last eviction."""
+    def num_queries_needed(self) -> int | None:
+        """All queries since the last eviction."""
         return None
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Weights, their sums and products: how likely each cached token is to be read by a future query."""
+"""Base class of all weights, and their sums and products."""
 
 from __future__ import annotations
 
@@ -9,31 +9,49 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from suffice.kv.policy.attention_stats import Signals
+from suffice.kv.policy.attention_stats import AttentionStats
+from suffice.kv.policy.weight_state import WeightState
 
 
 class Weights(ABC):
-    """Base of all weights; a new one defines `log`, as a frozen dataclass so that it prints and compares."""
+    """Base class of all weights.
+
+    A subclass defines `log_weights`. It should be a frozen dataclass, so that it can be printed, compared and hashed.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from suffice.kv.policy.weights import Weights
+        >>> @dataclass(frozen=True)
+        ... class ValueNorm(Weights):
+        ...     def log_weights(self, stats):
+        ...         return stats.values32.norm(dim=-1).log()
+
+    """
+
+    @abstractmethod
+    def log_weights(self, stats: AttentionStats) -> Tensor:
+        """Return log w, float32 [batch, num_key_value_heads, entries]; what it holds at padding is ignored."""
 
     @property
-    def observed(self) -> int | None:
-        """How many of the newest queries the weight looks at; None for all since the last eviction."""
+    def num_queries_needed(self) -> int | None:
+        """Number of newest queries that the weight depends on; None for all queries since the last eviction."""
         return 0
 
     @property
-    def remembers(self) -> bool:
-        """Whether what queries before the last eviction showed counts too."""
+    def is_stateful(self) -> bool:
+        """Whether the weight also depends on queries from before the last eviction."""
         return False
 
-    @abstractmethod
-    def log(self, signals: Signals) -> Tensor:
-        """Return log weights [batch, kv_heads, tokens], float32; what stands on padding is ignored."""
+    def next_state(self, stats: AttentionStats) -> WeightState:
+        """Return the state that the weight needs after these queries: `stats.state` of the layer's next eviction."""
+        del stats
+        return WeightState()
 
     def __add__(self, other: Weights) -> Sum:
         return Sum((*_terms(self), *_terms(other)))
 
     def __rmul__(self, factor: float) -> Sum:
-        return Sum(tuple((factor * old, term) for old, term in _terms(self)))
+        return Sum(tuple((factor * own, term) for own, term in _terms(self)))
 
     def __mul__(self, other: Weights) -> Product:
         return Product((self, other))
@@ -43,46 +61,61 @@ def _terms(weights: Weights) -> tuple[tuple[float, Weights], ...]:
     return weights.terms if isinstance(weights, Sum) else ((1.0, weights),)
 
 
-class Joined(Weights):
-    """Base of weights that are made of others."""
+class CombinedWeights(Weights):
+    """Base class of weights that are computed from other weights."""
 
     @property
     @abstractmethod
     def parts(self) -> tuple[Weights, ...]:
-        """What it is made of."""
+        """The combined weights."""
 
     @property
-    def observed(self) -> int | None:
-        """The most that any part looks at; None, which stands for all queries, is more than any."""
-        counts = [part.observed for part in self.parts]
+    def num_queries_needed(self) -> int | None:
+        """Largest number of newest queries that a part depends on; None if a part depends on all."""
+        counts = [part.num_queries_needed for part in self.parts]
         known = [count for count in counts if count is not None]
         return None if len(known) < len(counts) else max(known)
 
     @property
-    def remembers(self) -> bool:
-        """Whether any part does."""
-        return any(part.remembers for part in self.parts)
+    def is_stateful(self) -> bool:
+        """Whether a part depends on queries from before the last eviction."""
+        return any(part.is_stateful for part in self.parts)
+
+    def next_state(self, stats: AttentionStats) -> WeightState:
+        """Return the union of the parts' states."""
+        state = WeightState()
+        for part in self.parts:
+            state = state.merge(part.next_state(stats))
+        return state
 
 
 @dataclass(frozen=True)
-class Sum(Joined):
-    """Σ c_j w_j / mean(w_j): terms of different scales, each divided by its mean over the head's tokens."""
+class Sum(CombinedWeights):
+    """w = Σ_j c_j w_j / mean(w_j), the mean taken over the entries of a head because terms differ in scale.
+
+    Args:
+        terms: pairs (c_j, w_j).
+
+    Raises:
+        ValueError: a factor c_j is not a positive finite number.
+
+    """
 
     terms: tuple[tuple[float, Weights], ...]
 
     def __post_init__(self) -> None:
         for factor, _ in self.terms:
             if not factor > 0 or math.isinf(factor):
-                raise ValueError(f"factor of a weight is {factor}; accepted: a positive number")
+                raise ValueError(f"factor of a weight must be a positive finite number, got {factor!r}")
 
-    def log(self, signals: Signals) -> Tensor:
-        """Return the log of the sum."""
+    def log_weights(self, stats: AttentionStats) -> Tensor:
+        """Return log w, [batch, num_key_value_heads, entries]."""
         parts: list[Tensor] = []
         for factor, term in self.terms:
-            own = signals.masked(term.log(signals))
-            total = own.logsumexp(-1, keepdim=True)
-            # A term may be 0 everywhere, as a window's attention to a text that is shorter than the window.
-            parts.append(own - total.masked_fill(total == float("-inf"), 0) + math.log(factor))
+            log_term = stats.mask_invalid(term.log_weights(stats))
+            total = log_term.logsumexp(-1, keepdim=True)
+            # A term may be 0 at every entry: the window attention of a text shorter than the window, for example.
+            parts.append(log_term - total.masked_fill(total == float("-inf"), 0) + math.log(factor))
         return torch.stack(parts).logsumexp(0)
 
     @property
@@ -91,20 +124,25 @@ class Sum(Joined):
         return tuple(term for _, term in self.terms)
 
     def __str__(self) -> str:
-        return " + ".join(f"{'' if f == 1 else f'{f:g} '}{t}" for f, t in self.terms)
+        return " + ".join(f"{'' if factor == 1 else f'{factor:g} '}{term}" for factor, term in self.terms)
 
 
 @dataclass(frozen=True)
-class Product(Joined):
-    """The product of weights."""
+class Product(CombinedWeights):
+    """w = Π_j w_j.
+
+    Args:
+        factors: the weights w_j.
+
+    """
 
     factors: tuple[Weights, ...]
 
-    def log(self, signals: Signals) -> Tensor:
-        """Return the sum of the factors' logs."""
-        total = self.factors[0].log(signals)
+    def log_weights(self, stats: AttentionStats) -> Tensor:
+        """Return log w, [batch, num_key_value_heads, entries]."""
+        total = self.factors[0].log_weights(stats)
         for factor in self.factors[1:]:
-            total = total + factor.log(signals)
+            total = total + factor.log_weights(stats)
         return total
 
     @property

@@ -1,4 +1,4 @@
-"""Weights from what future queries are expected to be: their mean, or a Gaussian."""
+"""Weights from an estimate of future queries: their mean, or a Gaussian distribution."""
 
 from __future__ import annotations
 
@@ -8,44 +8,60 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from suffice.information import psd_cholesky
+from suffice.information.linalg import psd_cholesky
 from suffice.information.weighted_set import CHUNK_SIZE
-from suffice.kv.policy.attention_stats import Signals
+from suffice.kv.policy.attention_stats import AttentionStats
+from suffice.kv.policy.weight_state import WeightState
 from suffice.kv.policy.weights.base import Weights
 
 
-class FromQueries(Weights):
-    """Base of weights from the newest queries, or from all that were ever asked, older ones counting less."""
+class QueryEstimateWeights(Weights):
+    """Base class of weights that estimate future queries from the newest ones, or from all with a half-life.
+
+    Attributes:
+        recent: number of newest queries to use; None uses all since the last eviction.
+        half_life: use all queries so far instead; the weight of each halves every `half_life` tokens.
+
+    """
 
     recent: int | None
     half_life: float | None
 
     def __post_init__(self) -> None:
         if self.half_life is not None and not 0 < self.half_life < math.inf:
-            raise ValueError(f"half_life is {self.half_life}; accepted: a positive number of tokens, or None")
+            raise ValueError(f"half_life must be a positive finite number of tokens or None, got {self.half_life!r}")
 
     @property
-    def observed(self) -> int | None:
-        """The newest `recent`; all where that is None, or with a half-life."""
+    def num_queries_needed(self) -> int | None:
+        """`recent`; None with a half-life."""
         return self.recent if self.half_life is None else None
 
     @property
-    def remembers(self) -> bool:
-        """With a half-life."""
+    def is_stateful(self) -> bool:
+        """True with a half-life: queries from before an eviction still count after it."""
         return self.half_life is not None
+
+    def next_state(self, stats: AttentionStats) -> WeightState:
+        """Return the moments of all queries so far, if there is a half-life."""
+        if self.half_life is None:
+            return WeightState()
+        return WeightState(query_moments={self.half_life: stats.query_moments(self.half_life)})
 
 
 @dataclass(frozen=True)
-class MeanQuery(FromQueries):
-    """w = exp(τ k·μ/√d), μ the mean of the newest `recent` queries over the GQA group (2604.25975, Eq. 8).
+class MeanQuery(QueryEstimateWeights):
+    """w = exp(τ k·μ/√d), μ the mean of the newest queries of a GQA group (2604.25975, Eq. 8).
 
-    The paper writes exp(τ k·μ); the factor 1/√d of attention is kept here because without it the weights
-    overflow float32 in most heads.
+    The paper writes exp(τ k·μ). Here the factor 1/√d of attention is kept, because the weights of most heads overflow
+    float32 without it.
 
     Args:
-        tau: temperature τ.
-        recent: number of newest queries; None takes all.
-        half_life: take the mean over all queries instead, the weight of each halved with every so many tokens.
+        tau: the temperature τ.
+        recent: number of newest queries to average; None averages all since the last eviction.
+        half_life: average all queries so far instead; the weight of each halves every `half_life` tokens.
+
+    Raises:
+        ValueError: `half_life` is not a positive finite number.
 
     """
 
@@ -53,39 +69,43 @@ class MeanQuery(FromQueries):
     recent: int | None = 64
     half_life: float | None = None
 
-    def log(self, signals: Signals) -> Tensor:
-        """Return τ k·μ/√d."""
+    def log_weights(self, stats: AttentionStats) -> Tensor:
+        """Return τ k·μ/√d, [batch, num_key_value_heads, entries]."""
         if self.half_life is not None:
-            mean = signals.grouped(signals.query_moments(self.half_life).mean).mean(2)
+            mean = stats.group_heads(stats.query_moments(self.half_life).mean).mean(2)
         else:
-            recent = min(self.recent or signals.queries.shape[2], signals.queries.shape[2])
-            queries = signals.grouped(signals.queries[:, :, -recent:].float()).mean(2)
-            if signals.asked is None:
+            recent = min(self.recent or stats.num_queries, stats.num_queries)
+            # Mean over the group, [batch, num_key_value_heads, recent, head_dim].
+            queries = stats.group_heads(stats.queries[:, :, -recent:].float()).mean(2)
+            if stats.valid_queries is None:
                 mean = queries.mean(2)
             else:
-                asked = signals.asked[:, None, -recent:, None]
-                mean = (queries * asked).sum(2) / asked.sum(2).clamp_min(1)
-        return (signals.keys32 @ mean[..., None]).squeeze(-1) * (self.tau * signals.scaling)
+                valid = stats.valid_queries[:, None, -recent:, None]
+                mean = (queries * valid).sum(2) / valid.sum(2).clamp_min(1)
+        return (stats.keys32 @ mean[..., None]).squeeze(-1) * (self.tau * stats.scaling)
 
     def __str__(self) -> str:
         return f"exp({self.tau:g} k·μ/√d)"
 
 
 @dataclass(frozen=True)
-class ExpectedAttention(FromQueries):
-    """Attention expected from future queries, taken as Gaussian: exp(k·μ/√d + kᵀΣk/2d) (2510.00636).
+class ExpectedAttention(QueryEstimateWeights):
+    """Expected attention of Gaussian future queries, w ∝ exp(k·μ/√d + kᵀΣk/(2d)) (Expected Attention, 2510.00636).
 
     Args:
-        future: number of coming positions over which the rotary embedding is averaged; 0 takes mean and
-            covariance of the queries as they are, rotated at their own positions.
-        recent: estimate mean and covariance from this many last queries; None takes all.
-        half_life: estimate them from all queries instead, the weight of each halved with every so many tokens;
-            with `diagonal` only.
-        pooled: one Gaussian for the queries of a GQA group together, instead of one for each query head
-            and their mean attention. A group of g costs a g-th.
-        diagonal: take the dimensions of a query as independent, so that kᵀΣk needs no product of matrices;
-            with queries as they are (`future=0`) only.
-        skip: first tokens, whose queries and keys are outliers, left out of the statistics.
+        future: number of future positions over which the rotary embedding is averaged. 0 uses the queries as they
+            are, rotated by their own positions.
+        recent: number of newest queries that μ and Σ are estimated from; None uses all since the last eviction.
+        pooled: estimate one Gaussian from all query heads of a GQA group. Otherwise there is one for each query head
+            and their expected attention is averaged, which costs `num_key_value_groups` times as much.
+        diagonal: use only the diagonal of Σ, which avoids a matrix product. Requires `future=0`.
+        skip: number of first tokens of the text that are left out of the estimate and of the normalisation, because
+            their queries and keys are outliers.
+        half_life: use all queries so far instead; the weight of each halves every `half_life` tokens. Requires
+            `diagonal`.
+
+    Raises:
+        ValueError: `half_life` is not a positive finite number, or options exclude each other.
 
     """
 
@@ -99,68 +119,82 @@ class ExpectedAttention(FromQueries):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.half_life is not None and not self.diagonal:
-            raise ValueError(f"half_life is {self.half_life} with diagonal=False; accepted: with diagonal=True")
+            raise ValueError(f"half_life must be None if diagonal=False, got {self.half_life!r}. Use diagonal=True")
         if self.diagonal and self.future:
-            raise ValueError(f"diagonal is True with future={self.future}; accepted: future=0, as rotation mixes pairs")
+            raise ValueError(
+                f"future must be 0 if diagonal=True, got {self.future!r}, because the mean rotation mixes dimensions"
+            )
 
-    def log(self, signals: Signals) -> Tensor:
-        """Return the log of the expected attention, averaged over the GQA group."""
-        mean, covariance = self._statistics(signals)  # [batch, kv_heads, gaussians, dim, (dim)]
-        keys, scale = signals.keys32, signals.scaling
+    def log_weights(self, stats: AttentionStats) -> Tensor:
+        """Return the log of the expected attention, averaged over the heads of a GQA group."""
+        mean, covariance = self._estimate_queries(stats)
+        keys, scale = stats.keys32, stats.scaling
         if self.diagonal:
-            spread = torch.cat([part.square() @ covariance.mT for part in keys.split(CHUNK_SIZE, dim=2)], dim=2)
+            quadratic = torch.cat([chunk.square() @ covariance.mT for chunk in keys.split(CHUNK_SIZE, dim=2)], dim=2)
         else:
-            # kᵀΣk = ‖kL‖²: one product [tokens, dim] x [dim, gaussians * dim] for all of them.
-            # A single query has no covariance, and a matrix of zeros no factor.
-            least = torch.finfo(covariance.dtype).tiny * torch.eye(signals.dim, device=signals.device)
-            root = psd_cholesky(covariance + least).movedim(2, 3).flatten(3, 4)
-            spread = (keys @ root).unflatten(-1, (-1, signals.dim)).norm(dim=-1).square_()
-        logits = (keys @ (mean.mT * scale)).add_(spread, alpha=scale * scale / 2)
+            # kᵀΣk = ‖kᵀL‖² with Σ = LLᵀ: one product [entries, head_dim] × [head_dim, gaussians · head_dim] for all
+            # Gaussians. The covariance of a single query is 0, which has no Cholesky factor.
+            tiny = torch.finfo(covariance.dtype).tiny * torch.eye(stats.head_dim, device=stats.device)
+            cholesky = psd_cholesky(covariance + tiny).movedim(2, 3).flatten(3, 4)
+            quadratic = (keys @ cholesky).unflatten(-1, (-1, stats.head_dim)).norm(dim=-1).square_()
+        # [batch, num_key_value_heads, entries, gaussians]
+        logits = (keys @ (mean.mT * scale)).add_(quadratic, alpha=scale * scale / 2)
         if logits.shape[-1] == 1:
             return logits.squeeze(-1)
-        # Normalised for each query head, over the tokens that are not sinks, before the group is averaged.
-        left_out = signals.positions < self.skip
-        left_out = left_out & (signals.counts > self.skip)[..., None] | (signals.positions < 0)
-        inner = logits.masked_fill(left_out[..., None], float("-inf"))
-        return (logits - inner.logsumexp(2, keepdim=True)).logsumexp(-1)
+        # Each query head is normalised over the entries behind the first tokens before the group is averaged.
+        left_out = stats.positions < self.skip
+        left_out = left_out & (stats.counts > self.skip)[..., None] | (stats.positions < 0)
+        normalized = logits.masked_fill(left_out[..., None], float("-inf"))
+        return (logits - normalized.logsumexp(2, keepdim=True)).logsumexp(-1)
 
-    def _statistics(self, signals: Signals) -> tuple[Tensor, Tensor]:
-        """Mean [batch, kv_heads, gaussians, dim] of future queries; covariance [..., dim, dim] or its diagonal."""
+    def _estimate_queries(self, stats: AttentionStats) -> tuple[Tensor, Tensor]:
+        """Estimate mean and covariance of future queries.
+
+        Returns:
+            The means, [batch, num_key_value_heads, gaussians, head_dim], and the covariances,
+            [batch, num_key_value_heads, gaussians, head_dim, head_dim], or their diagonals without the last dimension.
+            There is one Gaussian if `pooled`, otherwise `num_key_value_groups`.
+
+        """
         if self.half_life is not None:
-            moments = signals.query_moments(self.half_life)
-            return self._over_group(signals, moments.mean, moments.square)
-        count = min(self.recent or signals.queries.shape[2], signals.queries.shape[2])
-        queries = signals.unrotated_queries(count) if self.future else signals.queries[:, :, -count:].float()
-        positions = signals.query_positions[:, -count:]
-        asked = positions >= self.skip
-        # A row with nothing but first tokens has no better statistics than theirs.
-        asked = torch.where(asked.any(-1, keepdim=True), asked, positions >= 0)
+            moments = stats.query_moments(self.half_life)
+            return self._mean_and_variance(stats, moments.mean, moments.square)
+        count = min(self.recent or stats.num_queries, stats.num_queries)
+        queries = stats.unrotated_queries(count) if self.future else stats.queries[:, :, -count:].float()
+        positions = stats.query_positions[:, -count:]
+        used = positions >= self.skip
+        # If a row has only first tokens, they are used all the same.
+        used = torch.where(used.any(-1, keepdim=True), used, positions >= 0)
         if self.diagonal:
-            return self._diagonal(signals, queries, asked)
-        queries = signals.grouped(queries)
+            share = (used / used.sum(-1, keepdim=True).clamp_min(1))[:, None, None]  # [batch, 1, 1, count]
+            # Products with a row vector, which need no masked copy of the queries.
+            mean, square = ((share @ x).squeeze(2) for x in (queries, queries.square()))
+            return self._mean_and_variance(stats, mean, square)
+        queries = stats.group_heads(queries)
         if self.pooled:
             queries = queries.flatten(2, 3)[:, :, None]
-            asked = asked.repeat(1, signals.group)
-        share = (asked / asked.sum(-1, keepdim=True).clamp_min(1))[:, None, None, :, None]
+            used = used.repeat(1, stats.num_key_value_groups)
+        share = (used / used.sum(-1, keepdim=True).clamp_min(1))[:, None, None, :, None]
         mean = (queries * share).sum(3)
         centred = (queries - mean[:, :, :, None]) * share.sqrt()
         covariance = centred.mT @ centred
-        rotation = signals.mean_rotation(self.future)
+        rotation = stats.mean_rotation(self.future)
         if rotation is not None:
-            turn = rotation[:, None, None]
-            mean = (turn @ mean[..., None]).squeeze(-1)
-            covariance = turn @ covariance @ turn.mT
+            rotation = rotation[:, None, None]
+            mean = (rotation @ mean[..., None]).squeeze(-1)
+            covariance = rotation @ covariance @ rotation.mT
         return mean, covariance
 
-    def _diagonal(self, signals: Signals, queries: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variances [batch, kv_heads, gaussians, dim], as products with a row: no pass of their own."""
-        share = (asked / asked.sum(-1, keepdim=True).clamp_min(1))[:, None, None]  # [batch, 1, 1, m]
-        mean, square = ((share @ x).squeeze(2) for x in (queries, queries.square()))
-        return self._over_group(signals, mean, square)
+    def _mean_and_variance(self, stats: AttentionStats, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance, [batch, num_key_value_heads, gaussians, head_dim].
 
-    def _over_group(self, signals: Signals, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variances by group from the moments [batch, heads, dim] of each query head."""
-        mean, square = signals.grouped(mean), signals.grouped(square)
+        Args:
+            stats: of the attention call.
+            mean: mean of the queries of each query head, [batch, heads, head_dim].
+            square: mean of their squares, [batch, heads, head_dim].
+
+        """
+        mean, square = stats.group_heads(mean), stats.group_heads(square)
         if self.pooled:
             mean, square = mean.mean(2, keepdim=True), square.mean(2, keepdim=True)
         return mean, (square - mean.square()).clamp_min(0)

@@ -1,4 +1,4 @@
-"""Weights from the entries alone: constant, by key, by position, at random."""
+"""Weights that need no queries: uniform, from the keys, from the positions, or random."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from suffice.kv.policy.attention_stats import Signals
+from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.weights.base import Weights
 
 
 @dataclass(frozen=True)
 class Uniform(Weights):
-    """w = 1: every token is as likely to be read."""
+    """w = 1: all entries are equally likely to be read."""
 
-    def log(self, signals: Signals) -> Tensor:
-        """Return zeros."""
-        return torch.zeros(signals.batch, signals.kv_heads, signals.tokens, device=signals.device)
+    def log_weights(self, stats: AttentionStats) -> Tensor:
+        """Return zeros, [batch, num_key_value_heads, entries]."""
+        return torch.zeros(stats.batch_size, stats.num_key_value_heads, stats.num_entries, device=stats.device)
 
     def __str__(self) -> str:
         return "1"
@@ -25,11 +25,11 @@ class Uniform(Weights):
 
 @dataclass(frozen=True)
 class KeyNorm(Weights):
-    """w = exp(−‖k‖): keys of small norm attract attention (2406.11430)."""
+    """w = exp(−‖k‖₂): keys with a small norm attract attention (2406.11430)."""
 
-    def log(self, signals: Signals) -> Tensor:
-        """Return −‖k‖₂."""
-        return -signals.keys32.norm(dim=-1)
+    def log_weights(self, stats: AttentionStats) -> Tensor:
+        """Return −‖k‖₂, [batch, num_key_value_heads, entries]."""
+        return -stats.keys32.norm(dim=-1)
 
     def __str__(self) -> str:
         return "exp(−‖k‖)"
@@ -37,13 +37,18 @@ class KeyNorm(Weights):
 
 @dataclass(frozen=True)
 class KeySalience(Weights):
-    """w = exp(−β cos(k, mean of the unit keys)): keys that differ from the rest."""
+    """w = exp(−β cos(k, k̄)), k̄ the mean of the keys scaled to length 1: favours keys that differ from the others.
+
+    Args:
+        beta: β, the strength of the preference.
+
+    """
 
     beta: float = 4.0
 
-    def log(self, signals: Signals) -> Tensor:
-        """Return −β times the cosine."""
-        return signals.cosine_to_mean(signals.keys32) * -self.beta
+    def log_weights(self, stats: AttentionStats) -> Tensor:
+        """Return −β cos(k, k̄), [batch, num_key_value_heads, entries]."""
+        return stats.cosine_to_mean(stats.keys32) * -self.beta
 
     def __str__(self) -> str:
         return f"exp(−{self.beta:g} cos(k, k̄))"
@@ -51,11 +56,11 @@ class KeySalience(Weights):
 
 @dataclass(frozen=True)
 class Recency(Weights):
-    """The newer, the likelier; with protected sinks, StreamingLLM's window (2309.17453)."""
+    """The newest entries have the largest weights; with protected sinks, this is StreamingLLM (2309.17453)."""
 
-    def log(self, signals: Signals) -> Tensor:
-        """Return the token's position."""
-        return signals.positions.float().expand(-1, signals.kv_heads, -1)
+    def log_weights(self, stats: AttentionStats) -> Tensor:
+        """Return the position of each entry, [batch, num_key_value_heads, entries]."""
+        return stats.positions.float().expand(-1, stats.num_key_value_heads, -1)
 
     def __str__(self) -> str:
         return "recency"
@@ -63,19 +68,26 @@ class Recency(Weights):
 
 @dataclass(frozen=True)
 class Random(Weights):
-    """Independent uniform weights, the same for the same seed, layer and position."""
+    """Independent uniform weights: a baseline.
+
+    Args:
+        seed: the weights are a function of seed, layer, head and position.
+
+    """
 
     seed: int = 0
 
-    def log(self, signals: Signals) -> Tensor:
-        """Return log weights drawn on the CPU, so that every device gets the same."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + signals.layer)
-        # One number for each position, whatever was evicted before: drawn position by position.
-        heads = signals.kv_heads if signals.sharding is None else signals.sharding.num_kv_heads
-        drawn = torch.rand(int(signals.seen.max()), heads, generator=generator).log().mT
-        drawn = drawn if signals.sharding is None else signals.sharding.local_part(drawn, 0)
-        places = signals.positions.clamp_min(0).expand(-1, signals.kv_heads, -1)
-        return drawn.to(signals.device).expand(signals.batch, -1, -1).gather(2, places)
+    def log_weights(self, stats: AttentionStats) -> Tensor:
+        """Return the log of numbers drawn from [0, 1), [batch, num_key_value_heads, entries]."""
+        # Drawn on the CPU, so that every device gets the same numbers, and for every position seen so far, so that
+        # an entry's number does not depend on earlier evictions.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + stats.context.layer)
+        sharding = stats.context.sharding
+        num_heads = stats.num_key_value_heads if sharding is None else sharding.num_kv_heads
+        log_drawn = torch.rand(int(stats.num_seen.max()), num_heads, generator=generator).log().mT
+        log_drawn = log_drawn if sharding is None else sharding.local_part(log_drawn, 0)
+        positions = stats.positions.clamp_min(0).expand(-1, stats.num_key_value_heads, -1)
+        return log_drawn.to(stats.device).expand(stats.batch_size, -1, -1).gather(2, positions)
 
     def __str__(self) -> str:
         return "random"

@@ -1,0 +1,15 @@
+from .budget.calibration import calibrate as calibrate
+from .cache.batched import BatchedCaches as BatchedCaches
+from .cache.cache import CompressedCache as CompressedCache
+from .cache.report import CacheReport as CacheReport
+from .cache.shared_prefill import prefill as prefill
+from .eval.answer import answer as answer
+from .eval.compare import compare as compare
+from .eval.fidelity import evaluate as evaluate
+from .eval.tune import tune as tune
+from .hf.loading import load_model as load_model
+from .policy.policy import Policy as Policy
+from .policy.registry import DEFAULT_POLICY as DEFAULT_POLICY
+from .policy.registry import allocations as allocations
+from .policy.registry import get_policy as get_policy
+from .policy.registry import policies as policies

@@ -1,0 +1,77 @@
+"""One attention call, and how it is computed by the model's own implementation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from suffice.kv.attention.padding import Padding
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention call over the keys of a cache layer.
+
+    Args:
+        module: the attention module.
+        query: [batch, heads, new, head_dim], after the rotary embedding.
+        key: [batch, num_key_value_heads, new, head_dim], of the new tokens, after the rotary embedding.
+        value: [batch, num_key_value_heads, new, value_dim], of the new tokens.
+        mask: the model's mask over the new tokens, [batch, 1, new, new]: True or 0 where a token may be read, False or
+            a large negative number where it may not; None if each token may read all before it.
+        scaling: factor on the query-key product; None for 1/√head_dim.
+        options: further arguments of the attention function.
+        implementation: name of the model's own attention implementation.
+        memo: shared by all statistics of the call; None if nothing is shared.
+
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float | None
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+    implementation: str = "sdpa"
+    memo: dict[Any, Any] | None = None
+
+    @property
+    def padding(self) -> Padding | None:
+        """Which new tokens are padding; None if there are none."""
+        if self.mask is None:
+            return None
+        if not hasattr(self.mask, "_suffice_padding"):
+            last = self.mask[:, 0, -1, -self.key.shape[2] :].expand(len(self.key), -1)
+            attach_padding(self.mask, last if last.dtype == torch.bool else last == 0)
+        return self.mask._suffice_padding  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def attach_padding(mask: Tensor, valid: Tensor) -> None:
+    """Store with a mask which new tokens are padding; all layers get the same mask, so it is read once.
+
+    Args:
+        mask: that the model passes to its attention.
+        valid: bool [batch, new], False on padding.
+
+    """
+    mask._suffice_padding = Padding.from_mask(valid)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def run_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """Compute an attention call with the model's own implementation."""
+    implementation = _implementation(call.implementation, call.module)
+    return implementation(call.module, call.query, call.key, call.value, call.mask, **call.options)
+
+
+def _implementation(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if name != "eager":
+        return ALL_ATTENTION_FUNCTIONS[name]
+    # Eager attention is not registered by name; the file of each model defines it.
+    return sys.modules[type(module).__module__].eager_attention_forward

@@ -1,0 +1,78 @@
+"""Exact attention over heads of unequal length."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class RaggedEntries(Protocol):
+    """Keys and values of heads of unequal length, one head after the other; see `suffice.kv.storage.ragged`."""
+
+    lengths: list[list[int]]
+    tail_positions: Tensor
+    tail_is_full: bool
+    decode_plan: Any
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all heads, [slots, dim] each."""
+        ...
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First slot and number of entries of each row and head."""
+        ...
+
+
+def attend_by_head(query: Tensor, entries: RaggedEntries, mask: Tensor | None, scaling: float) -> Tensor:
+    """Compute scaled dot-product attention, one KV head after the other, in plain torch.
+
+    Args:
+        query: [batch, heads, new, head_dim], of the newest tokens.
+        entries: what they read; the new tokens are already its newest entries.
+        mask: bool [batch, 1, new, new], which new tokens each new token may read; None for all before it.
+        scaling: factor on the query-key product.
+
+    Returns:
+        [batch, new, heads, value_dim].
+
+    """
+    batch, heads, new, head_dim = query.shape
+    kv_heads, tail = len(entries.lengths[0]), entries.tail_positions.shape[1]
+    groups = heads // kv_heads
+    readable = _readable_tail(query, entries, mask)
+    if readable is None and new > 1:
+        causal = torch.ones(1, new, tail, dtype=torch.bool, device=query.device).tril_(tail - new)
+        readable = causal.expand(batch, -1, -1)
+    # Queries of one token that read the same keys form one matrix. In half precision on the CPU, torch is faster with
+    # one vector for each query.
+    as_matrix = new == 1 and (query.is_cuda or query.dtype in (torch.float32, torch.float64))
+    shape = (1, groups, head_dim) if as_matrix else (groups, new, head_dim)
+    queries = query.reshape(batch * kv_heads, 1, *shape)
+    keys, values = entries.buffers
+    bias, outputs = None, []
+    for number, (start, count) in enumerate(entries.spans):
+        if readable is not None and number % kv_heads == 0:
+            row = number // kv_heads
+            bias = torch.nn.functional.pad(readable[row], (max(entries.lengths[row]), 0), value=True)
+        key, value = (x[start : start + count].expand(1, shape[0], -1, -1) for x in (keys, values))
+        head_bias = None if bias is None else bias[:, bias.shape[1] - count :]
+        outputs.append(scaled_dot_product_attention(queries[number], key, value, attn_mask=head_bias, scale=scaling))
+    return torch.cat(outputs).view(batch, heads, new, -1).transpose(1, 2)
+
+
+def _readable_tail(query: Tensor, entries: RaggedEntries, mask: Tensor | None) -> Tensor | None:
+    """Return which entries of the tail each new token may read, bool [batch, new, tail]; None for all before it."""
+    valid = entries.tail_positions >= 0
+    new, tail = query.shape[2], valid.shape[1]
+    # The mask of a single new token says no more than its position does.
+    if entries.tail_is_full and (mask is None or new == 1):
+        return None
+    earlier = valid[:, None, : tail - new].expand(-1, new, -1)
+    if mask is None:
+        mask = torch.ones(1, 1, new, new, dtype=torch.bool, device=query.device).tril_()
+    return torch.cat((earlier, mask[:, 0].expand(len(earlier), -1, -1)), dim=-1)

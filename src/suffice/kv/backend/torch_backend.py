@@ -1,0 +1,111 @@
+"""The backend that computes everything in plain torch, on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from suffice.information import CholeskyFactor, factorize, gram_matrix, psd_cholesky
+from suffice.kv.attention.ragged_attention import RaggedEntries, attend_by_head
+from suffice.kv.policy.attention_stats import AttentionStats
+from suffice.kv.policy.directions import Directions
+from suffice.kv.policy.weights.base import Weights
+
+
+class TorchFactor:
+    """The factorised objective A = σ²I + Σ w u uᵀ over the entries of each head, and what follows from it.
+
+    Args:
+        log_weights: log w, [batch, num_key_value_heads, entries].
+        directions: u.
+        stats: of the attention call.
+        ridge: λ, see `suffice.kv.policy.estimators.Leverage`.
+        relative: whether σ² = λ tr(Σ w u uᵀ)/d instead of λ.
+
+    """
+
+    def __init__(
+        self, log_weights: Tensor, directions: Directions, stats: AttentionStats, ridge: float, relative: bool
+    ) -> None:
+        self._log_weights = log_weights
+        self._weights = linear_weights(log_weights)
+        self._vectors = directions.vectors(stats)
+        self._factor: CholeskyFactor = factorize(self._vectors, self._weights, ridge=ridge, relative=relative)
+        self._inner_products: Tensor | None = None
+
+    def inner_products(self) -> Tensor:
+        """Return uᵀA⁻¹u, [batch, num_key_value_heads, entries]."""
+        if self._inner_products is None:
+            self._inner_products = self._factor.leverage(self._vectors)
+        return self._inner_products
+
+    def leverage_scores(self) -> Tensor:
+        """Return w uᵀA⁻¹u, [batch, num_key_value_heads, entries]; they sum to a head's effective dimension."""
+        return self.inner_products() * self._weights
+
+    def log_scores(self, power: float) -> Tensor:
+        """Return log w (uᵀA⁻¹u)^power, [batch, num_key_value_heads, entries]."""
+        return self._log_weights + power * self.inner_products().log()
+
+    def capacity_share(self, kept: Tensor) -> Tensor:
+        """Return the share C(kept) / C(all) of the capacity that the kept entries carry.
+
+        Args:
+            kept: indices of the kept entries, long [batch, num_key_value_heads, width], −1 for none.
+
+        Returns:
+            [batch, num_key_value_heads].
+
+        """
+        factor = self._factor
+        index = kept.clamp_min(0)
+        weights = self._weights.gather(2, index).masked_fill(kept < 0, 0)
+        vectors = self._vectors.gather(2, index[..., None].expand(-1, -1, -1, self._vectors.shape[-1]))
+        # The factor, and with it the noise, is in scaled units.
+        vectors = vectors / factor.vector_scale[..., None, None]
+        ratio = gram_matrix(vectors, weights / factor.weight_scale[..., None]) / factor.noise[..., None, None]
+        identity = torch.eye(ratio.shape[-1], device=ratio.device)
+        kept_capacity = psd_cholesky(identity + ratio).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        # A head without any capacity has nothing to lose.
+        return torch.where(factor.capacity > 0, kept_capacity / factor.capacity, torch.ones_like(kept_capacity))
+
+
+class TorchBackend:
+    """Log weights, factorised objective and ragged attention in plain torch."""
+
+    name = "torch"
+
+    def log_weights(self, weights: Weights, stats: AttentionStats) -> Tensor:
+        """Return log w, [batch, num_key_value_heads, entries]; −inf where there is no entry."""
+        return stats.mask_invalid(weights.log_weights(stats))
+
+    def factorize(
+        self, log_weights: Tensor, directions: Directions, stats: AttentionStats, ridge: float, relative: bool
+    ) -> TorchFactor:
+        """Return the factorised objective A = σ²I + Σ w u uᵀ; arguments as of `TorchFactor`."""
+        return TorchFactor(log_weights, directions, stats, ridge, relative)
+
+    def ragged_attention(self, query: Tensor, entries: RaggedEntries, mask: Tensor | None, scaling: float) -> Tensor:
+        """Return the attention of new tokens over heads of unequal length.
+
+        Args:
+            query: [batch, heads, new, head_dim].
+            entries: what they read; the new tokens are already its newest entries.
+            mask: bool [batch, 1, new, new], which new tokens each new token may read; None for all before it.
+            scaling: factor on the query-key product.
+
+        Returns:
+            [batch, new, heads, value_dim].
+
+        """
+        return attend_by_head(query, entries, mask, scaling)
+
+
+TORCH_BACKEND = TorchBackend()
+
+
+def linear_weights(log_weights: Tensor) -> Tensor:
+    """Return the weights, scaled so that the largest weight of each head is 1; 0 where the log weight is −inf."""
+    largest = log_weights.amax(-1, keepdim=True)
+    # A row may have no entry yet, if its part of the chunk is padding.
+    return (log_weights - largest.masked_fill(largest == float("-inf"), 0)).exp()

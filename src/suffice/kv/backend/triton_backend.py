@@ -1,0 +1,245 @@
+"""The backend that uses Triton kernels where they exist, and plain torch elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from suffice.gpu import KernelFallbackError, can_use_kernels
+from suffice.kv.attention.ragged_attention import RaggedEntries
+from suffice.kv.backend.torch_backend import TORCH_BACKEND, TorchBackend, TorchFactor
+from suffice.kv.kernels import supports
+from suffice.kv.policy.attention_stats import AttentionStats
+from suffice.kv.policy.directions import Directions, Value
+from suffice.kv.policy.sampled_attention import sampled_query_indices
+from suffice.kv.policy.weights import ExpectedAttention, KeySalience, SampledAttention, Sum, WindowAttention
+from suffice.kv.policy.weights.base import Weights
+
+_MAX_ROWS = 128  # largest number of window or sampled queries times heads of a group that one program holds
+_MIN_RIDGE = 1e-3
+
+
+def choose_backend(*tensors: Tensor) -> TorchBackend:
+    """Return the Triton backend if kernels can run on these tensors, the torch backend otherwise."""
+    return TRITON_BACKEND if can_use_kernels(*tensors) else TORCH_BACKEND
+
+
+class TritonBackend(TorchBackend):
+    """Log weights, factorised objective and decoding by Triton kernels.
+
+    Whatever has no kernel, or no kernel that fits the device, is computed in plain torch at once. Numbers that call
+    for more than float32 are found by a check: `KernelFallbackError` is raised from the statistics' deferred checks,
+    and the caller computes the layer again with the torch backend.
+    """
+
+    name = "triton"
+
+    def log_weights(self, weights: Weights, stats: AttentionStats) -> Tensor:
+        """Return log w, [batch, num_key_value_heads, entries]; −inf where there is no entry."""
+        with contextlib.suppress(KernelFallbackError):
+            log_weights = fused_log_weights(weights, stats)
+            if log_weights is not None:
+                return log_weights
+        return super().log_weights(weights, stats)
+
+    def factorize(
+        self, log_weights: Tensor, directions: Directions, stats: AttentionStats, ridge: float, relative: bool
+    ) -> TorchFactor:
+        """Return the factorised objective A = σ²I + Σ w u uᵀ; arguments as of `TorchFactor`."""
+        if relative and isinstance(directions, Value) and ridge >= _MIN_RIDGE and supports(stats.values):
+            # Without deferred checks, a failed one is known here.
+            with contextlib.suppress(KernelFallbackError):
+                return TritonFactor(log_weights, directions, stats, ridge)
+        return super().factorize(log_weights, directions, stats, ridge, relative)
+
+    def ragged_attention(self, query: Tensor, entries: RaggedEntries, mask: Tensor | None, scaling: float) -> Tensor:
+        """Return the attention of new tokens over heads of unequal length; see `TorchBackend.ragged_attention`."""
+        if query.shape[2] == 1 and supports(query, *entries.buffers):
+            # The mask of a single new token says no more than its position does.
+            with contextlib.suppress(KernelFallbackError):
+                return _decode(query, entries, scaling)
+        return super().ragged_attention(query, entries, mask, scaling)
+
+
+TRITON_BACKEND = TritonBackend()
+
+
+def _decode(query: Tensor, entries: RaggedEntries, scaling: float) -> Tensor:
+    """Compute the attention of one new token by one kernel for all heads, split along their keys."""
+    from suffice.kv.kernels.decoding import Plan, decode
+
+    tail = entries.tail_positions.shape[1]
+    if entries.decode_plan is None:
+        packed = [(start, count - tail) for start, count in entries.spans]
+        entries.decode_plan = Plan.of(packed, tail, query.device)
+    keys, values = entries.buffers
+    return decode(query[:, :, 0], keys, values, entries.tail_positions, entries.decode_plan, scaling)[:, None]
+
+
+def _or_torch(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a method of `TritonFactor` compute the same in plain torch if its kernel does not fit the device."""
+
+    @functools.wraps(method)
+    def attempt(self: TritonFactor, *arguments: Any) -> Tensor:
+        try:
+            return method(self, *arguments)
+        except KernelFallbackError:
+            return getattr(self.torch_factor(), method.__name__)(*arguments)
+
+    return attempt
+
+
+class TritonFactor(TorchFactor):
+    """A = σ²I + Σ w v vᵀ of the entries of each head, factorised by kernels, with σ² relative to the trace.
+
+    Args:
+        log_weights: log w, [batch, num_key_value_heads, entries].
+        directions: the values v.
+        stats: of the attention call.
+        ridge: λ with σ² = λ tr(Σ w v vᵀ)/d.
+
+    Raises:
+        KernelFallbackError: the kernels do not fit the device; or the numbers call for more than float32 and a
+            single scale, which with deferred checks is raised by those.
+
+    """
+
+    def __init__(self, log_weights: Tensor, directions: Directions, stats: AttentionStats, ridge: float) -> None:
+        from suffice.kv.kernels.leverage import factorize
+
+        self._log_weights, self._directions, self._stats, self._ridge = log_weights, directions, stats, ridge
+        self._kernel_factor = factorize(stats.values, log_weights, ridge)
+        self._stats.require(~self._kernel_factor.failed.any(), KernelFallbackError())
+        self._inner_products: Tensor | None = None
+
+    def torch_factor(self) -> TorchFactor:
+        """Return the same factor in plain torch."""
+        return TorchFactor(self._log_weights, self._directions, self._stats, self._ridge, relative=True)
+
+    @_or_torch
+    def inner_products(self) -> Tensor:
+        """Return vᵀA⁻¹v, [batch, num_key_value_heads, entries]."""
+        from suffice.kv.kernels.leverage import inner_products
+
+        if self._inner_products is None:
+            self._inner_products = inner_products(self._stats.values, self._log_weights, self._kernel_factor)
+        return self._inner_products
+
+    def leverage_scores(self) -> Tensor:
+        """Return w vᵀA⁻¹v, [batch, num_key_value_heads, entries]."""
+        from suffice.kv.backend.torch_backend import linear_weights
+
+        return self.inner_products() * linear_weights(self._log_weights)
+
+    @_or_torch
+    def log_scores(self, power: float) -> Tensor:
+        """Return log w (vᵀA⁻¹v)^power, [batch, num_key_value_heads, entries]."""
+        if self._inner_products is not None:  # the values need not be read again
+            return self._log_weights + power * self._inner_products.log()
+        from suffice.kv.kernels.leverage import inner_products
+
+        return inner_products(self._stats.values, self._log_weights, self._kernel_factor, power)
+
+    @_or_torch
+    def capacity_share(self, kept: Tensor) -> Tensor:
+        """Return the share of the capacity that the kept entries carry; see `TorchFactor.capacity_share`."""
+        from suffice.kv.kernels.leverage import part_factor
+
+        part = part_factor(self._stats.values, self._log_weights, kept, self._kernel_factor)
+        self._stats.require(~part.failed.any(), KernelFallbackError())
+        return part.capacity / self._kernel_factor.capacity
+
+
+def fused_log_weights(weights: Weights, stats: AttentionStats) -> Tensor | None:
+    """Compute by kernels the log weights of window attention + expected attention + salience (+ sampled attention).
+
+    Returns:
+        [batch, num_key_value_heads, entries], −inf where there is no entry. None for other weights, for attention
+        weights that the model returned, and for tensors that the kernels do not support.
+
+    """
+    if not isinstance(weights, Sum) or stats.attention is not None or not supports(stats.queries, stats.keys):
+        return None
+    factors = {type(term): factor for factor, term in weights.terms}
+    terms = {type(term): term for term in weights.parts}
+    kinds = (WindowAttention, ExpectedAttention, KeySalience, SampledAttention)
+    window, expected, salience, sampled = (terms.get(kind) for kind in kinds)
+    if (
+        len(weights.terms) != len(terms)
+        or len(terms) != 3 + (sampled is not None)
+        or not isinstance(window, WindowAttention)
+        or not isinstance(expected, ExpectedAttention)
+        or not isinstance(salience, KeySalience)
+        or not (sampled is None or isinstance(sampled, SampledAttention))
+        or (window.prefix_only or window.floor != 0)
+        or not expected.diagonal
+        or expected.half_life is not None
+    ):
+        return None
+    count = stats.num_queries
+    width = min(window.window_size, count)
+    if max(width, sampled.count if sampled else 0) * stats.num_key_value_groups > _MAX_ROWS:
+        return None
+    from suffice.kv.kernels.observation import Observation, Terms, observed_log_weights
+
+    recent = min(expected.recent or count, count)
+    starts, ends = stats.readable_ranges(width)
+    indices = None
+    if sampled is not None:
+        indices = sampled_query_indices(stats, sampled.count)
+        ends = torch.cat((ends, _sampled_ends(stats, indices, sampled.min_distance, starts)), dim=-1)
+    shared_gaussian = expected.pooled or stats.num_key_value_groups == 1
+    observation = Observation(
+        stats.queries,
+        stats.keys,
+        stats.scaling,
+        width,
+        recent,
+        _num_skipped_queries(stats, recent, expected.skip),
+        starts,
+        ends,
+        indices,
+        None if shared_gaussian else _first_normalized_entry(stats, expected.skip, starts),
+    )
+    order = (factors[kind] for kind in kinds[:3])
+    mixture = Terms(window.kernel_size, salience.beta, *order, sampled=factors.get(SampledAttention, 1.0))
+    return observed_log_weights(observation, mixture)
+
+
+def _num_skipped_queries(stats: AttentionStats, recent: int, skip: int) -> Tensor:
+    """Return how many of the newest `recent` queries are padding or first tokens of the text, int32 [batch]."""
+    if stats.is_complete:
+        skipped = max(0, skip - (stats.num_entries - recent))
+        # If there are only first tokens, they are used all the same.
+        skipped = skipped if skipped < recent else 0
+        return torch.full((1,), skipped, dtype=torch.int32, device=stats.device).expand(stats.batch_size)
+    positions = stats.query_positions[:, -recent:]
+    used = (positions >= skip).sum(-1)
+    used = torch.where(used > 0, used, (positions >= 0).sum(-1))
+    return (recent - used).int()
+
+
+def _sampled_ends(stats: AttentionStats, indices: Tensor, min_distance: int, starts: Tensor) -> Tensor:
+    """Return one past the last entry that each sampled query reads, int32 [batch, num_key_value_heads, sampled]."""
+    if stats.is_complete:
+        ends = indices + (stats.num_entries - stats.num_queries - min_distance + 1)
+        return ends.clamp_min(0).int()[:, None].expand(-1, stats.num_key_value_heads, -1)
+    latest = stats.query_positions.gather(1, indices)[:, None, :, None] - min_distance
+    positions = stats.positions[:, :, None]
+    before = ((positions <= latest) & (positions >= 0)).sum(-1, dtype=torch.int32)
+    return starts[..., None] + before
+
+
+def _first_normalized_entry(stats: AttentionStats, skip: int, starts: Tensor) -> Tensor:
+    """Return the first entry behind the first tokens of the text, int32 [batch, num_key_value_heads].
+
+    It is the first entry of all if there are no others.
+    """
+    positions = stats.positions
+    first_tokens = ((positions < skip) & (positions >= 0)).sum(-1, dtype=torch.int32)
+    return starts + torch.where(stats.counts > skip, first_tokens, 0)

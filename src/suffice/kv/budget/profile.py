@@ -1,0 +1,113 @@
+"""Head profiles: how much of its cache each head of a model reads, and the files that store them."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from suffice.folders import cache_folder
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much of its cache each head of a model reads.
+
+    Args:
+        attention: for each compressed layer and KV head, a number between 0 and 1: the largest attention that a cached
+            token receives from any query that repeats the text, averaged over the tokens. See
+            `suffice.kv.budget.calibration.calibrate`.
+        model: identifies the model, `suffice.kv.hf.fingerprint.fingerprint`.
+        source: what the profile was measured on, for people to read.
+
+    Raises:
+        ValueError: `attention` is not a table of positive finite numbers.
+
+    """
+
+    attention: tuple[tuple[float, ...], ...]
+    model: str
+    source: str
+
+    def __post_init__(self) -> None:
+        sizes = {len(layer) for layer in self.attention}
+        values = [value for layer in self.attention for value in layer]
+        if len(sizes) != 1 or not values:
+            numbers = [len(layer) for layer in self.attention]
+            raise ValueError(f"attention must have the same number of heads in every layer, got {numbers}")
+        for value in values:
+            if not 0 < value < float("inf"):
+                raise ValueError(f"attention must be a positive finite number for every head, got {value!r}")
+
+    def rounded(self) -> Profile:
+        """Return the profile with five significant digits, as it is stored in files."""
+        attention = tuple(tuple(float(f"{value:.5g}") for value in layer) for layer in self.attention)
+        return Profile(attention, self.model, self.source)
+
+
+def write_profile(profile: Profile, path: Path | None = None) -> Path:
+    """Write a profile as JSON with five significant digits. The file is replaced atomically.
+
+    Args:
+        profile: the profile.
+        path: the file; None for the file in Suffice's cache folder where caches look the profile up.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    """
+    path = path or _stored_profile(profile.model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"model": profile.model, "source": profile.source, "attention": profile.rounded().attention}
+    temporary = path.with_suffix(f".{os.getpid()}.part")
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def read_profile(path: Path) -> Profile:
+    """Read a profile that `write_profile` wrote.
+
+    Raises:
+        ValueError: the file does not contain a profile.
+
+    """
+    return _parse_profile(path.read_text(encoding="utf-8"), str(path))
+
+
+def find_profile(model: str) -> Profile | None:
+    """Find the profile of a model on this machine.
+
+    Args:
+        model: identifies the model, `suffice.kv.hf.fingerprint.fingerprint`.
+
+    Returns:
+        The profile in Suffice's cache folder, else the one that is shipped with the package, else None.
+
+    """
+    shipped = importlib.resources.files("suffice.kv.budget") / "profiles" / f"{model}.json"
+    for file in (_stored_profile(model), shipped):
+        if file.is_file():
+            return _parse_profile(file.read_text(encoding="utf-8"), str(file))
+    return None
+
+
+def _stored_profile(model: str) -> Path:
+    return cache_folder() / "profiles" / f"{model}.json"
+
+
+def _parse_profile(text: str, file: str) -> Profile:
+    try:
+        facts = json.loads(text)
+        attention = tuple(tuple(float(value) for value in layer) for layer in facts["attention"])
+        return Profile(attention, str(facts["model"]), str(facts["source"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} must contain a head profile, got other content ({type(error).__name__}: {error}). Delete the "
+            "file, and the profile is measured again"
+        ) from None

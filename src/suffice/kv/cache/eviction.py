@@ -1,0 +1,181 @@
+"""The first two steps of an eviction: plan which rows evict, and select which entries stay. Neither changes a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from suffice.kv.backend.torch_backend import TorchBackend
+from suffice.kv.budget.protection import num_allowed
+from suffice.kv.cache.global_budget import GlobalBudget, GlobalSelection, update_priorities
+from suffice.kv.cache.rerotation import rerotate
+from suffice.kv.cache.settings import CacheSettings
+from suffice.kv.hf.rotary import RotaryEmbedding
+from suffice.kv.policy.attention_stats import AttentionStats
+from suffice.kv.policy.capacity_share import capacity_share
+from suffice.kv.policy.weight_state import WeightState
+from suffice.kv.storage.base import Entries
+
+
+@dataclass(frozen=True)
+class RowState:
+    """What a layer knows of one row of the batch.
+
+    Args:
+        num_padding: number of left-padding tokens.
+        num_kept: entries kept by the last eviction, on average over heads and layers; 0 before it.
+
+    """
+
+    num_padding: int = 0
+    num_kept: int = 0
+
+
+@dataclass(frozen=True)
+class EvictionPlan:
+    """Which rows evict after an attention call.
+
+    Args:
+        is_due: for each row, whether it evicts.
+        allowed: entries that each row may keep in a head, on average over heads and layers; all for a row not due.
+        num_seen: number of tokens of the text of each row so far.
+
+    """
+
+    is_due: tuple[bool, ...]
+    allowed: tuple[int, ...]
+    num_seen: tuple[int, ...]
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every row may keep all tokens it has seen."""
+        return self.allowed == self.num_seen
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which entries of a layer stay.
+
+    Args:
+        entries: all entries, with the keys and columns to store.
+        kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending, −1 for none; None if all
+            entries stay.
+        counts: number of kept entries of each row and head, long [batch, num_key_value_heads] on the CPU; None if they
+            were not counted.
+        capacity: share of the capacity that the kept entries carry, [batch, num_key_value_heads]; None if it was not
+            measured.
+        state: of stateful weights, for the next eviction.
+        elsewhere: what other layers drop, if all layers share one budget.
+
+    """
+
+    entries: Entries
+    kept: Tensor | None = None
+    counts: Tensor | None = None
+    capacity: Tensor | None = None
+    state: WeightState | None = None
+    elsewhere: GlobalSelection | None = None
+
+
+def plan_eviction(
+    settings: CacheSettings,
+    rows: Sequence[RowState],
+    num_columns: int,
+    num_appended: int,
+    new: int,
+    *,
+    is_first: bool,
+) -> EvictionPlan | None:
+    """Return which rows evict after an attention call; None if no row does.
+
+    Args:
+        settings: of the cache.
+        rows: of the layer, with the padding of the new tokens counted.
+        num_columns: columns of the model's input so far, the new ones included.
+        num_appended: tokens since the last eviction, the new ones included.
+        new: number of new tokens.
+        is_first: whether the layer has stored nothing before.
+
+    Raises:
+        ValueError: the protected entries do not fit into the budget of a row.
+
+    """
+    if not (is_first or settings.evict_always):
+        return None
+    num_seen = [max(0, num_columns - row.num_padding) for row in rows]
+    allowed = [num_allowed(settings.budget, seen) for seen in num_seen]
+    if is_first or new > 1:
+        is_due = [True] * len(rows)
+    else:
+        is_due = [
+            row.num_kept + num_appended - most >= settings.interval for row, most in zip(rows, allowed, strict=True)
+        ]
+    for most, seen, due in zip(allowed, num_seen, is_due, strict=True):
+        if due:
+            settings.policy.protected_sizes(most, seen, settings.protection)
+    if not any(is_due):
+        return None
+    # Rows that are not due keep all their entries.
+    allowed = [most if due else seen for most, seen, due in zip(allowed, num_seen, is_due, strict=True)]
+    return EvictionPlan(tuple(is_due), tuple(allowed), tuple(num_seen))
+
+
+def select_entries(
+    plan: EvictionPlan,
+    settings: CacheSettings,
+    entries: Entries,
+    stats: AttentionStats,
+    backend: TorchBackend,
+    rotary: RotaryEmbedding | None,
+    global_budget: GlobalBudget | None,
+) -> Selection:
+    """Select which entries of a layer stay; nothing is changed.
+
+    Conditions on the numbers, such as finite scores, are recorded in `stats` for the validation.
+
+    Args:
+        plan: of the eviction.
+        settings: of the cache.
+        entries: all entries of the layer.
+        stats: of the attention call over these entries.
+        backend: computes scores and capacities.
+        rotary: the rotary embedding of the layer; None for a model without one.
+        global_budget: shared by all layers; None if each layer has its own.
+
+    """
+    policy = settings.policy
+    # Stateful weights and the global budget are updated even when nothing is evicted.
+    must_update = settings.evict_always and (policy.weights.is_stateful or global_budget is not None)
+    if policy.keep_all or (plan.keeps_all and not must_update):
+        full = torch.ones(stats.batch_size, stats.num_key_value_heads) if settings.measure_capacity else None
+        return Selection(entries, capacity=full)
+    objective = policy.objective(stats, backend)
+    budget = policy.layer_budget(objective, plan.allowed, settings.protection)
+    columns, elsewhere = dict(entries.columns), None
+    if global_budget is None:
+        kept = policy.select(objective, budget)
+    else:
+        request = policy.budget_request(objective, plan.allowed, settings.protection)
+        priorities = global_budget.priorities(policy, objective, budget, request)
+        columns["priority"] = update_priorities(priorities, entries, plan.is_due)
+        context = stats.context
+        elsewhere = global_budget.select(context.layer, columns["priority"], plan.allowed, context.sharding)
+        kept = elsewhere.kept
+    state = policy.weights.next_state(stats)
+    if settings.evict_always and state.attention_received is not None:
+        columns["attention_received"] = state.attention_received
+    has_exact_counts = global_budget is None and policy.selection.keeps_exact_counts
+    selected = replace(entries, columns=columns)
+    if settings.rerotate and rotary is not None:
+        selected = rerotate(stats, selected, kept, rotary)
+    return Selection(
+        selected,
+        kept,
+        counts=budget.num_kept if has_exact_counts else None,
+        capacity=capacity_share(stats, kept, backend) if settings.measure_capacity else None,
+        state=WeightState(query_moments=state.query_moments),
+        elsewhere=elsewhere,
+    )

@@ -1,0 +1,197 @@
+"""The interface of all storages of kept keys and values."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from suffice.kv.attention.call import AttentionCall
+from suffice.kv.backend.torch_backend import TorchBackend
+
+NEW_COLUMN_VALUES = {"attention_received": 0.0, "priority": float("nan")}
+"""Value of a newly appended entry in each column; a NaN priority stands for an entry that no eviction has seen."""
+_COLUMN_PREFIX = "columns."
+
+
+@dataclass
+class Entries:
+    """Entries of all rows and heads, right-aligned: what policies score and storages are built from.
+
+    Args:
+        keys: [batch, num_key_value_heads, width, head_dim].
+        values: [batch, num_key_value_heads, width, value_dim].
+        positions: index of each entry within the text of its row, [batch, 1 or num_key_value_heads, width]; negative
+            where there is no entry.
+        rope_positions: positions by which the keys were rotated, [batch, num_key_value_heads, width]; None if they
+            equal `positions`.
+        columns: further numbers of each entry by name, float32 [batch, num_key_value_heads, width].
+
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    rope_positions: Tensor | None = None
+    columns: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+class Storage(ABC):
+    """Keys and values of the kept entries of one layer, and the attention over them.
+
+    Copies share tensors: entries of a storage are never overwritten while a copy exists, new ones go into spare slots.
+    """
+
+    kind: ClassVar[str]
+    """Name of the storage in saved caches."""
+
+    @property
+    @abstractmethod
+    def entries(self) -> Entries:
+        """All entries, right-aligned."""
+
+    @property
+    @abstractmethod
+    def buffers(self) -> tuple[Tensor, ...]:
+        """The tensors that hold keys and values."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> dict[str, Tensor]:
+        """Further numbers of each entry by name."""
+
+    @property
+    @abstractmethod
+    def positions(self) -> Tensor:
+        """Index of each entry within the text of its row, int32 [batch, num_key_value_heads, width]; −1 for none."""
+
+    @property
+    @abstractmethod
+    def num_kept(self) -> Tensor:
+        """Number of entries of each row and head, long [batch, num_key_value_heads]."""
+
+    @property
+    def keys(self) -> Tensor:
+        """Keys, right-aligned: [batch, num_key_value_heads, width, head_dim]."""
+        return self.entries.keys
+
+    @property
+    def values(self) -> Tensor:
+        """Values, right-aligned: [batch, num_key_value_heads, width, value_dim]."""
+        return self.entries.values
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the stored keys and values."""
+
+    @property
+    @abstractmethod
+    def nbytes_by_head(self) -> list[int]:
+        """Bytes of the keys and values of each head, over all rows."""
+
+    @property
+    @abstractmethod
+    def nbytes_index(self) -> int:
+        """Bytes of everything else: positions, columns, spare slots."""
+
+    @property
+    @abstractmethod
+    def bytes_per_entry(self) -> int:
+        """Bytes of one key and value in the model's dtype."""
+
+    @abstractmethod
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor, *, padded: bool = False) -> None:
+        """Add the entries of new tokens.
+
+        Args:
+            keys: [batch, num_key_value_heads, new, head_dim].
+            values: [batch, num_key_value_heads, new, value_dim].
+            positions: index within the text of the row, long [batch, new]; negative on padding.
+            padded: whether some of the new tokens are padding.
+
+        """
+
+    @abstractmethod
+    def attend(self, call: AttentionCall, backend: TorchBackend) -> tuple[Tensor, Tensor | None]:
+        """Compute the attention of new tokens, which are already appended, over all entries.
+
+        Returns:
+            The output [batch, new, heads, value_dim], and the attention weights if the model's implementation returns
+            them.
+
+        """
+
+    @abstractmethod
+    def end_attention(self) -> None:
+        """Free what was only needed to compute the attention of one call."""
+
+    def can_compact_in_place(self, kept: Tensor, counts: Tensor | None) -> bool:
+        """Whether `compact_in_place` can keep these entries.
+
+        Args:
+            kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending.
+            counts: number of kept entries of each row and head, long [batch, num_key_value_heads] on the CPU; None if
+                they were not counted.
+
+        """
+        return False
+
+    def compact_in_place(self, entries: Entries, kept: Tensor) -> None:
+        """Move the kept entries to the front of the buffers, so that no new buffers are allocated.
+
+        Args:
+            entries: `self.entries`, with the columns to store.
+            kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending.
+
+        Raises:
+            NotImplementedError: `can_compact_in_place` is false.
+
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not compact in place")
+
+    @abstractmethod
+    def select_rows(self, index: Tensor) -> None:
+        """Keep, reorder or repeat rows of the batch: row j becomes what row index[j] was."""
+
+    @abstractmethod
+    def drop_last(self, count: int) -> None:
+        """Remove the newest entries of every row and head."""
+
+    @abstractmethod
+    def copy(self) -> Storage:
+        """Return a storage of the same entries; changes of one do not show in the other."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all tensors that are needed to build the storage again.
+
+        Raises:
+            ValueError: this kind of storage cannot be saved.
+
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Storage:
+        """Build a storage from what `state_dict` returned."""
+
+
+def pack_columns(columns: Mapping[str, Tensor], rope_positions: Tensor | None) -> dict[str, Tensor]:
+    """Return columns and rotary positions as items of a state dict."""
+    packed = {f"{_COLUMN_PREFIX}{name}": x for name, x in columns.items()}
+    return packed if rope_positions is None else {**packed, "rope_positions": rope_positions}
+
+
+def unpack_columns(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the columns of a state dict by name."""
+    return {name.removeprefix(_COLUMN_PREFIX): x for name, x in state.items() if name.startswith(_COLUMN_PREFIX)}
+
+
+def all_finite(tensors: tuple[Tensor, ...]) -> Tensor:
+    """Return whether no number in the tensors is NaN or infinite, as a bool tensor without dimensions."""
+    return torch.stack([x.sum(dtype=torch.float32) for x in tensors]).sum().isfinite()
