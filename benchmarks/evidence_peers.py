@@ -36,8 +36,8 @@ from suffice.kv.eval.fidelity import Cell, compare, evaluate
 from suffice.kv.eval.run_kinds import OWN, digest
 from suffice.kv.eval.runs import loaded
 from suffice.kv.eval.tasks import make
-from suffice.study import Kind, Planned, Store, run_study
-from suffice.study.jobs import Context
+from suffice.study import PlannedRun, RunKind, Store, run_study
+from suffice.study.job import RunContext
 from suffice.study.results import group_records
 
 MEASURED = (("capkv", "profile"), ("capkv", OWN))  # ours, in the same prefill
@@ -53,9 +53,9 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "digest": digest(settings["haystack"]), "kvpress": version("kvpress")}
 
 
-KIND = Kind(
+KIND = RunKind(
     name="kv.peers",
-    run="evidence_peers:measure",
+    function="evidence_peers:measure",
     check="evidence_peers:check_settings",
     settings={
         "task": "text",
@@ -67,7 +67,7 @@ KIND = Kind(
         "budgets": list(BUDGETS),
         "dtype": "float32",
     },
-    about="Read one example, and measure how close what each press of kvpress keeps stays to the full cache.",
+    description="Read one example, and measure how close what each press of kvpress keeps stays to the full cache.",
 )
 
 
@@ -80,10 +80,10 @@ def sample(settings: Mapping[str, Any], seed: int) -> tuple[Any, Any, Any, Tenso
     return model, tokenizer, example, parts.document if settings["mode"] == "agnostic" else parts.ids[:, :-1]
 
 
-def measure(settings: Mapping[str, Any], seed: int, context: Context) -> dict[str, Any]:
+def measure(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict[str, Any]:
     """Measure every press and ours on one example; rows as those of `suffice kv compare`."""
     model, tokenizer, example, ids = sample(settings, seed)
-    context.say(f"{settings['task']}, {settings['mode']}, sample {seed}")
+    context.log(f"{settings['task']}, {settings['mode']}, sample {seed}")
     prefill, budgets, presses = peers.Prefill(), settings["budgets"], settings["presses"]
     chat = example.question is not None
     cells = peers.cells(model, presses, budgets, prefill, ids, chat, seed)
@@ -184,12 +184,12 @@ def results(options: argparse.Namespace, settings: Mapping[str, Any]) -> dict[st
         if presses or name == "one pass"
     }
     seeds = range(options.seed, options.seed + options.samples)
-    every = [Planned(one, seed) for seed in seeds for part in plan.values() for one in part]
+    every = [PlannedRun(one, seed) for seed in seeds for part in plan.values() for one in part]
     watch = lambda progress, line: print(line, flush=True) if line else None  # noqa: E731
     # A name of its own: a look at some samples leaves a longer study alone.
     name = f"peers-{options.seed}-{options.samples}"
-    run_study(options.folder, KIND, every, name=name, retry=True, watch=watch)
-    with Store(options.folder, write=False) as store:
+    run_study(options.folder, KIND, every, name=name, retry_failed=True, on_progress=watch)
+    with Store(options.folder, read_only=True) as store:
         groups = group_records(finished(list(store.records(name))))
     shared = {**settings, "samples": options.samples, "seed": options.seed}
     ours = [one for one in groups if one.settings["policy"] not in peers.PRESSES]

@@ -69,9 +69,9 @@ from suffice.link.study.report_sections import study_page as link_page
 from suffice.link.study.run_kinds import CORRECT, KINDS
 from suffice.link.train.alignment import alignment, embeddings, raw_alignment
 from suffice.link.train.trainer import TrainSettings, fit, score_parts
-from suffice.study import Kind, Spec, Store, run_study
-from suffice.study.export import write
-from suffice.study.pages import study_page
+from suffice.study import RunKind, Spec, Store, run_study
+from suffice.study.export import export_records
+from suffice.study.report_page import study_report
 from suffice.study.results import (
     Interval,
     bootstrap_interval,
@@ -392,7 +392,9 @@ def link_study(graph: Graph, ways: Iterable[str], seeds: list[int], workers: int
 
 
 # No name of the library's: a kind of run as a user would make it.
-GOLDEN = Kind("golden", "golden_link:tiny_run", {"x": 1, "way": "", "rows": False, "scale": 0.5}, compares="way")
+GOLDEN = RunKind(
+    "golden", "golden_link:tiny_run", {"x": 1, "way": "", "rows": False, "scale": 0.5}, compared_setting="way"
+)
 
 
 def golden_study(text: str, workers: int) -> list[Any]:
@@ -404,17 +406,17 @@ def golden_study(text: str, workers: int) -> list[Any]:
 
 def store_parts(folder: Path, name: str, setting: str) -> list[Any]:
     """Return what a store holds: values, means, paired differences, exported tables, numbers of the report."""
-    with Store(folder, write=False) as store:
+    with Store(folder, read_only=True) as store:
         records, counts = list(store.records(name)), store.counts(name)
     tables: list[Any] = []
     for ending in (".csv", ".jsonl", ".parquet"):
-        write(folder / f"table{ending}", name, {}, records)
+        export_records(folder / f"table{ending}", name, {}, records)
         tables.append(columns(read_rows(folder / f"table{ending}")))
     groups = group_records(records)
     found = [counts["done"], counts["failed"], [record.seed for record in records], tables]
     found += [[{stable(k): v for k, v in record.result.get("values", {}).items()} for record in records]]
     found += [keyed(summarize(groups)), keyed(compare_groups(groups, setting))]
-    return [*found, page_numbers(study_page(folder, kinds=KINDS))]
+    return [*found, page_numbers(study_report(folder, kinds=KINDS))]
 
 
 def page_numbers(page: Any) -> list[Any]:

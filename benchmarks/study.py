@@ -16,12 +16,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from suffice.study import Kind, Spec, Store
-from suffice.study.owners import Owner
+from suffice.study import RunKind, Spec, Store
+from suffice.study.owner import Owner
 
 POLICIES = [f"policy-{number}" for number in range(20)]
 METRICS = [f"metric-{number}" for number in range(10)]
-KIND = Kind("bench", "benchmarks.study:none", {"policy": "", "budget": 0.5, "task": "", "note": "x" * 100})
+KIND = RunKind("bench", "benchmarks.study:none", {"policy": "", "budget": 0.5, "task": "", "note": "x" * 100})
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def fill(folder: Path, seeds: int) -> int:
     with Store(folder) as store, Owner(folder) as owner:
         store.plan("bench", KIND, plan)
         # What is timed is reading: what is stored need not outlive a power cut.
-        store._db.execute("PRAGMA synchronous = OFF")
+        store._database.execute("PRAGMA synchronous = OFF")
         while (claim := store.claim("bench", owner)) is not None:
             values = {metric: dice.gauss(claim.settings["budget"], 0.1) for metric in METRICS}
             curve = [[step / 20, dice.random(), dice.random()] for step in range(21)]

@@ -23,7 +23,7 @@ spec = Spec(
 )
 outcome = run_study("norms", CORRECT, spec, ray=arguments.ray, threads=1)
 print(f"{outcome.done} done, {outcome.failed} failed, in {outcome.seconds:.0f} s")
-with Store("norms", write=False) as store:
+with Store("norms", read_only=True) as store:
     rows = summarize(group_records(store.records("norms")))
 for row in rows:
     if row["metric"] in ("kappa:heldout", "edge_nmi"):

@@ -47,7 +47,7 @@ def test_a_study_goes_on_where_it_stopped_and_pairs_by_seed(graph, tmp_path):
     whole = correct(graph, arms=arms, train=QUICK, seeds=2, folder=tmp_path)
     with Store(tmp_path) as store:
         (name,) = store.studies()
-        store.drop([r.key for r in store.records(name) if (r.settings["arm"], r.seed) == ("fixed/layer", 1)])
+        store.discard_results([r.key for r in store.records(name) if (r.settings["arm"], r.seed) == ("fixed/layer", 1)])
     again = correct(graph, arms=arms, train=QUICK, seeds=2, folder=tmp_path, progress=lines.append)
     assert again == whole
     assert len(lines) == 8

@@ -1,4 +1,4 @@
-"""`suffice study` from a YAML file to a table, JSON and files."""
+"""`suffice study`, from a YAML file to tables, JSON and exported files."""
 
 import csv
 import json
@@ -59,9 +59,9 @@ def test_run_status_show_export(spec, tmp_path):
 def test_failures_are_shown_and_retried(spec):
     spec.write_text(YAML.format(fail="raise"), encoding="utf-8")
     suffice("study", "run", spec, "--workers", "0", "--quiet", status=1)
-    said = suffice("study", "status", spec)
-    assert "6 failed" in said
-    assert "RuntimeError: no square today" in said
+    output = suffice("study", "status", spec)
+    assert "6 failed" in output
+    assert "RuntimeError: no square today" in output
     failures = json.loads(suffice("study", "status", spec, "--json"))["studies"][0]["failures"]
     assert "Traceback" in failures[0]["error"]
     suffice("study", "run", spec, "--workers", "0", "--retry", status=1)
@@ -81,19 +81,19 @@ def test_plain_lines_without_a_terminal(spec):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "said"),
+    ("arguments", "error", "message"),
     [
-        (["show", "{}", "--metric", "z"], ValueError, "metrics hold 'z'"),
+        (["show", "{}", "--metric", "z"], ValueError, "metrics must be among y, threads, got 'z'"),
         (["show", "{}", "--where", "y=1"], ValueError, "where is 'y=1'"),
-        (["export", "{}", "--to", "rows.xls"], ValueError, "to is 'rows.xls'"),
+        (["export", "{}", "--to", "rows.xls"], ValueError, "path must be a file ending in .*, got 'rows.xls'"),
         (["status", "nowhere"], StoreError, "holds no study"),
-        (["show", "{}", "--study", "mine"], StoreError, "study is 'mine'"),
-        (["run", "{}", "--ray", "nowhere:1"], ValueError, "ray is 'nowhere:1'"),
+        (["show", "{}", "--study", "mine"], StoreError, "study must be one of mein Gitter ß in .*, got 'mine'"),
+        (["run", "{}", "--ray", "nowhere:1"], ValueError, "ray must be .*, got 'nowhere:1'"),
     ],
 )
-def test_bad_input_is_named(spec, arguments, error, said):
+def test_wrong_arguments_are_named(spec, arguments, error, message):
     suffice("study", "run", spec, "--workers", "0", "--quiet")
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         suffice("study", *(argument.format(spec) for argument in arguments))
 
 

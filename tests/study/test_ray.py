@@ -1,15 +1,15 @@
-"""The same study on a Ray cluster of two nodes, one of which may go away."""
+"""Studies on a Ray cluster of two nodes, one of which may fail."""
 
 import os
 import sys
 
 import pytest
 
-from suffice.study import Planned, Spec, Store, run_study
-from tests.study.tiny import READING, SQUARE
+from suffice.study import PlannedRun, Spec, Store, run_study
+from tests.study.tiny import READ_INPUT, SQUARE
 
 ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of Ray itself
 
 
 @pytest.fixture(scope="module")
@@ -25,25 +25,27 @@ def cluster():
     cluster.shutdown()
 
 
-def test_two_nodes_do_a_study_and_a_second_call_what_is_missing(cluster, tmp_path):
+def test_two_nodes_do_a_study_and_a_second_call_only_missing_runs(cluster, tmp_path):
     spec = Spec("squares", "square", settings={"sleep": 0.2}, grid={"x": list(range(12))})
-    most = []
-    outcome = run_study(tmp_path, SQUARE, spec, ray=cluster.address, watch=lambda p, _: most.append(len(p.workers)))
+    busy = []
+    outcome = run_study(
+        tmp_path, SQUARE, spec, ray=cluster.address, on_progress=lambda p, _: busy.append(len(p.workers))
+    )
     assert (outcome.done, outcome.new, outcome.failed) == (12, 12, 0)
-    assert max(most) == 3  # the cores of both nodes
+    assert max(busy) == 3  # the cores of both nodes
     with Store(tmp_path) as store:
         assert [record.result["values"]["y"] for record in store.records("squares")] == [x**2 for x in range(12)]
         assert {record.result["values"]["threads"] for record in store.records("squares")} == {1.0}
-    assert run_study(tmp_path, SQUARE, spec).new == 0  # whoever asks
+    assert run_study(tmp_path, SQUARE, spec).new == 0  # also without Ray
 
 
 def test_failures_keep_their_traceback(cluster, tmp_path):
-    plan = [Planned(SQUARE.complete({"x": x, "fail": "raise" if x else ""}), 0) for x in range(2)]
+    plan = [PlannedRun(SQUARE.complete({"x": x, "fail": "raise" if x else ""}), 0) for x in range(2)]
     assert run_study(tmp_path, SQUARE, plan, name="squares", ray=cluster.address).failed == 1
     with Store(tmp_path) as store:
         (record,) = store.records("squares", "failed")
     assert "RuntimeError: no square today" in record.error
-    plan = [Planned(SQUARE.complete({"x": 5, "fail": "die"}), 0), *plan[:1]]
+    plan = [PlannedRun(SQUARE.complete({"x": 5, "fail": "kill"}), 0), *plan[:1]]
     outcome = run_study(tmp_path, SQUARE, plan, name="squares", ray=cluster.address)
     assert (outcome.done, outcome.failed) == (1, 1)
 
@@ -53,30 +55,30 @@ def test_inputs_reach_a_node_that_does_not_see_the_folder(cluster, tmp_path, mon
 
     (tmp_path / "inputs").mkdir()
     (tmp_path / "inputs" / "text").write_text("twelve signs")
-    plan = [Planned(READING.complete({"x": x}), 0, ("inputs/text",)) for x in range(3)]
+    plan = [PlannedRun(READ_INPUT.complete({"x": x}), 0, ("inputs/text",)) for x in range(3)]
     sent = ray_executor.Job.to_json
     monkeypatch.setattr(
         ray_executor.Job, "to_json", lambda job: sent(job).replace(str(tmp_path), "/nowhere" + str(tmp_path))
     )
-    assert run_study(tmp_path, READING, plan, name="reading", ray=cluster.address).done == 3
+    assert run_study(tmp_path, READ_INPUT, plan, name="inputs", ray=cluster.address).done == 3
     with Store(tmp_path) as store:
-        assert {record.result["values"]["length"] for record in store.records("reading")} == {12}
+        assert {record.result["values"]["length"] for record in store.records("inputs")} == {12}
 
 
-def test_a_node_that_goes_away_loses_nothing(cluster, tmp_path):
+def test_a_node_that_fails_loses_no_run(cluster, tmp_path):
     spec = Spec("squares", "square", settings={"sleep": 0.5}, grid={"x": list(range(8))})
-    gone = []
+    removed = []
 
-    def watch(progress, line):
-        if line and not gone:
-            gone.append(line)
+    def show(progress, line):
+        if line and not removed:
+            removed.append(line)
             cluster.remove_node(cluster.second)
 
-    outcome = run_study(tmp_path, SQUARE, spec, ray=cluster.address, watch=watch)
-    assert gone
+    outcome = run_study(tmp_path, SQUARE, spec, ray=cluster.address, on_progress=show)
+    assert removed
     assert (outcome.done, outcome.failed) == (8, 0)
 
 
-def test_a_cluster_that_is_too_small_is_named(cluster, tmp_path):
-    with pytest.raises(ValueError, match="threads is 64; accepted: at most the cores"):
+def test_a_cluster_that_is_too_small_is_refused(cluster, tmp_path):
+    with pytest.raises(ValueError, match="threads must be at most the number of cores of the Ray cluster, got 64"):
         run_study(tmp_path, SQUARE, Spec("squares", "square"), ray=cluster.address, threads=64)

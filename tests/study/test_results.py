@@ -8,7 +8,7 @@ from scipy import stats
 
 from suffice.study import (
     Interval,
-    Planned,
+    PlannedRun,
     Store,
     bootstrap_interval,
     compare_groups,
@@ -79,9 +79,9 @@ def test_no_values_are_refused(function):
 
 @pytest.fixture
 def groups(tmp_path):
-    plan = [Planned(SQUARE.complete({"x": x, "rate": r}), s) for s in range(4) for x in (1, 3) for r in (0.1, 0.2)]
+    plan = [PlannedRun(SQUARE.complete({"x": x, "rate": r}), s) for s in range(4) for x in (1, 3) for r in (0.1, 0.2)]
     run_study(tmp_path, SQUARE, plan, name="squares")
-    with Store(tmp_path, write=False) as store:
+    with Store(tmp_path, read_only=True) as store:
         return group_records(store.records("squares"))
 
 

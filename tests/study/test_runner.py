@@ -1,4 +1,4 @@
-"""Studies end with every result exactly once, whatever is killed, full or broken on the way."""
+"""Studies end with every result exactly once, whatever is killed, full or broken meanwhile."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from suffice.study import Planned, Spec, Store, StoreError, run_study
+from suffice.study import PlannedRun, Spec, Store, StoreError, run_study
 from tests.study.tiny import SQUARE
 
 
@@ -19,7 +19,7 @@ def spec(x=4, seeds=1, **settings):
 
 
 def found(folder):
-    with Store(folder, write=False) as store:
+    with Store(folder, read_only=True) as store:
         return {(r.settings["x"], r.seed): r.result["values"]["y"] for r in store.records("squares", "done")}
 
 
@@ -28,7 +28,7 @@ def expected(x, seeds=1):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_run_once_and_only_what_is_missing(tmp_path, workers):
+def test_every_run_is_done_once_and_only_missing_runs_are_done(tmp_path, workers):
     folder, log = tmp_path / "mit Leerzeichen und ä", tmp_path / "log"
     first = run_study(folder, SQUARE, spec(4, 2, log=str(log)), workers=workers)
     assert (first.done, first.failed, first.new) == (8, 0, 8)
@@ -37,45 +37,45 @@ def test_every_run_once_and_only_what_is_missing(tmp_path, workers):
     assert found(folder) == expected(4, 3)
     keys = log.read_text().split()
     assert len(keys) == len(set(keys)) == 12
-    # A smaller grid wants less; what is there is kept.
+    # A smaller grid plans fewer runs; the results of the others are kept.
     assert run_study(folder, SQUARE, spec(2, 1, log=str(log))).done == 2
     assert run_study(folder, SQUARE, spec(4, 3, log=str(log))).new == 0
 
 
-def test_workers_have_their_threads(tmp_path):
+def test_workers_use_the_given_number_of_threads(tmp_path):
     run_study(tmp_path, SQUARE, spec(2), workers=1, threads=3)
     with Store(tmp_path) as store:
         assert {record.result["values"]["threads"] for record in store.records("squares")} == {3.0}
 
 
 @pytest.mark.parametrize(
-    ("fail", "workers", "said"),
+    ("fail", "workers", "message"),
     [
         ("raise", 0, "RuntimeError: no square today"),
         ("raise", 1, "RuntimeError: no square today"),
-        ("die", 1, "ended by signal SIGKILL"),
+        ("kill", 1, "ended by signal SIGKILL"),
         ("exit", 1, "SystemExit: 3"),
-        ("no JSON", 1, "object is not JSON serializable"),
+        ("not JSON", 1, "object is not JSON serializable"),
     ],
 )
-def test_failed_runs_keep_their_traceback_and_stop_nothing(tmp_path, fail, workers, said):
-    plan = [Planned(SQUARE.complete({"x": x, "fail": fail if x == 1 else ""}), 0) for x in range(4)]
+def test_failed_runs_keep_their_traceback_and_do_not_stop_others(tmp_path, fail, workers, message):
+    plan = [PlannedRun(SQUARE.complete({"x": x, "fail": fail if x == 1 else ""}), 0) for x in range(4)]
     outcome = run_study(tmp_path, SQUARE, plan, name="squares", workers=workers)
     assert (outcome.done, outcome.failed) == (3, 1)
     with Store(tmp_path) as store:
         (record,) = store.records("squares", "failed")
-    assert said in record.error
+    assert message in record.error
     assert record.attempts == 1
-    assert run_study(tmp_path, SQUARE, plan, name="squares", workers=workers).new == 0  # not without being asked
+    assert run_study(tmp_path, SQUARE, plan, name="squares", workers=workers).new == 0  # failed runs are kept
 
 
 def test_failed_runs_can_be_retried(tmp_path):
     log = tmp_path / "log"
-    study = spec(2, log=str(log), fail="until there is a file")
+    study = spec(2, log=str(log), fail="until a file exists")
     assert run_study(tmp_path, SQUARE, study).failed == 2
     (tmp_path / "log.ok").touch()
     assert run_study(tmp_path, SQUARE, study).failed == 2
-    again = run_study(tmp_path, SQUARE, study, retry=True)
+    again = run_study(tmp_path, SQUARE, study, retry_failed=True)
     assert (again.done, again.failed) == (2, 0)
     with Store(tmp_path) as store:
         assert [(record.attempts, record.error) for record in store.records("squares")] == [(2, "")] * 2
@@ -100,58 +100,59 @@ def call(folder, log, x, sleep):
     )
 
 
-def test_killed_twenty_times_every_result_is_there_once(tmp_path):
+def test_a_study_killed_twenty_times_has_every_result_once(tmp_path):
     dice, log = random.Random(0), tmp_path / "log"
     log.touch()
-    left = 0
+    interrupted = 0
     for _ in range(20):
         with call(tmp_path / "s", log, 300, 0.05) as process:
-            # From before the store is there to the middle of its runs.
+            # Anywhere from before the store exists to the middle of its runs.
             time.sleep(dice.uniform(0.05, 1.2))
             process.kill()
         try:
-            left += len(found(tmp_path / "s")) < 300
-        except StoreError:  # killed before there was anything
-            left += 1
-    assert left > 10  # most of them were cut off
+            interrupted += len(found(tmp_path / "s")) < 300
+        except StoreError:  # killed before the store was created
+            interrupted += 1
+    assert interrupted > 10
     with call(tmp_path / "s", log, 300, 0.05) as process:
         process.communicate()
     assert found(tmp_path / "s") == expected(300)
-    begun = log.read_text().split()
-    # A run is begun again only if it was cut off: at most two were under way at each kill.
-    assert set(Counter(begun).values()) <= set(range(1, 22))
-    assert len(begun) - 300 <= 2 * 20
+    started = log.read_text().split()
+    # A run is started again only if it was interrupted: at most two runs were in progress at each kill.
+    assert set(Counter(started).values()) <= set(range(1, 22))
+    assert len(started) - 300 <= 2 * 20
     assert not list((tmp_path / "s" / "owners").iterdir())
 
 
 def test_two_processes_share_a_store(tmp_path):
     log = tmp_path / "log"
     calls = [call(tmp_path / "s", log, 40, 0.02) for _ in range(2)]
-    said = [process.communicate()[0] for process in calls]  # both are over before either is judged
-    assert sum(map(int, said)) == 40
+    counts = [int(process.communicate()[0]) for process in calls]
+    assert sum(counts) == 40
     keys = log.read_text().split()
     assert len(keys) == len(set(keys)) == 40
     assert found(tmp_path / "s") == expected(40)
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
-def test_workers_end_with_a_killed_runner(tmp_path):
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
+def test_workers_exit_when_their_runner_is_killed(tmp_path):
     log = tmp_path / "log"
     log.touch()
     with call(tmp_path / "s", log, 2, 60) as process:
         while len(log.read_text().split()) < 2:
             time.sleep(0.05)
-        assert _lives(str(log).encode())
+        assert _is_running(str(log).encode())
         process.kill()
     for _ in range(100):
         time.sleep(0.05)
-        if not _lives(str(log).encode()):
+        if not _is_running(str(log).encode()):
             break
     else:
-        raise AssertionError("a worker outlived its runner")
+        pytest.fail("a worker outlived its runner")
 
 
-def _lives(text):
+def _is_running(text):
+    """Whether a process has the text among its environment variables."""
     for name in os.listdir("/proc"):
         try:
             with open(f"/proc/{name}/environ", "rb") as file:
@@ -166,18 +167,18 @@ def test_a_full_disk_loses_no_finished_run(tmp_path, monkeypatch):
     study = spec(100)
     with Store(tmp_path) as store:
         store.plan("squares", SQUARE, study.plan(SQUARE))
-    from suffice.study import schema
+    from suffice.study import database
 
-    plain = schema._open
+    open_to_write = database._open_to_write
 
-    def small(path, write):
-        connection = plain(path, write)
+    def open_with_little_space(path):
+        connection = open_to_write(path)
         pages = connection.execute("PRAGMA page_count").fetchone()[0]
         connection.execute(f"PRAGMA max_page_count = {pages + 2}")
         return connection
 
-    monkeypatch.setattr(schema, "_open", small)
-    with pytest.raises(StoreError, match=r"no room to write .*the finished runs are safe"):
+    monkeypatch.setattr(database, "_open_to_write", open_with_little_space)
+    with pytest.raises(StoreError, match=r"no space left to write .*the finished runs are safe"):
         run_study(tmp_path, SQUARE, study)
     monkeypatch.undo()
     with Store(tmp_path) as store:
@@ -187,24 +188,26 @@ def test_a_full_disk_loses_no_finished_run(tmp_path, monkeypatch):
     assert found(tmp_path) == expected(100)
 
 
-def test_progress_says_totals_and_what_failed(tmp_path):
+def test_progress_shows_totals_and_failures(tmp_path):
     lines = []
 
-    def watch(progress, line):
+    def show(progress, line):
         assert len(progress.workers) <= progress.slots
         lines.extend([f"{line} | {progress}"] if line else [])
 
-    run_study(tmp_path, SQUARE, [*spec(3).plan(SQUARE), Planned(SQUARE.complete({"fail": "raise"}), 0)], watch=watch)
+    run_study(
+        tmp_path, SQUARE, [*spec(3).plan(SQUARE), PlannedRun(SQUARE.complete({"fail": "raise"}), 0)], on_progress=show
+    )
     assert len(lines) == 4
     assert "1 of 4 done" in lines[0]
     assert "left" in lines[0]
     assert "failed: RuntimeError: no square today | 3 of 4 done, 1 failed" in lines[-1]
 
 
-def test_results_are_json(tmp_path):
+def test_records_hold_results_environment_and_duration(tmp_path):
     run_study(tmp_path, SQUARE, spec(1))
     with Store(tmp_path) as store:
         (record,) = store.records("squares")
     json.dumps(record.result)
-    assert record.made["suffice"]
+    assert record.environment["suffice"]
     assert record.seconds >= 0

@@ -1,4 +1,4 @@
-"""A grid says what is wrong with it before any work."""
+"""Specifications of studies: grids are complete, and mistakes are named before any work."""
 
 import math
 import re
@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from suffice.study import Spec
-from suffice.study.keys import canonical, run_key
-from suffice.study.kinds import find_kind
-from tests.study.tiny import READING, SQUARE
+from suffice.study.keys import canonical_json, run_key
+from suffice.study.run_kind import find_run_kind
+from tests.study.tiny import READ_INPUT, SQUARE
 
-KNOWN = {"square": SQUARE, "reading": READING}
+KNOWN = {"square": SQUARE, "read_input": READ_INPUT}
 
 
 def read(tmp_path, text):
@@ -21,7 +21,7 @@ def read(tmp_path, text):
     return Spec.read(path)
 
 
-def test_a_grid_is_every_combination_less_the_excluded(tmp_path):
+def test_a_grid_has_every_combination_but_the_excluded_ones(tmp_path):
     spec = read(
         tmp_path,
         "kind: square\nsettings: {sleep: 0}\ngrid:\n  x: [1, 2]\n  rate: [1e-3, 0.1]\n"
@@ -29,53 +29,62 @@ def test_a_grid_is_every_combination_less_the_excluded(tmp_path):
     )
     assert spec.name == "grün und blau"
     plan = spec.plan(SQUARE)
-    assert [(p.settings["x"], p.settings["rate"], p.seed) for p in plan] == [
+    assert [(run.settings["x"], run.settings["rate"], run.seed) for run in plan] == [
         (x, rate, seed) for seed in (3, 5) for x, rate in ((1, 1e-3), (2, 1e-3), (2, 0.1))
     ]
-    assert all(p.settings["fail"] == "" for p in plan)  # defaults are part of a run
+    assert all(run.settings["fail"] == "" for run in plan)  # defaults are filled in
     assert Spec.from_dict(spec.to_dict()) == spec
 
 
-def planned(tmp_path, text):
+def plan(tmp_path, text):
     spec = read(tmp_path, text)
-    return spec.plan(find_kind(spec.kind, KNOWN))
+    return spec.plan(find_run_kind(spec.kind, KNOWN))
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("kind: square\ngird: {x: [1]}", "studies hold 'gird' (did you mean 'grid'?)"),
-        ("kind: square\ngrid: {slep: [1]}", "settings of square hold 'slep' (did you mean 'sleep'?)"),
-        ("kind: sqare\ngrid: {x: [1]}", "kind is 'sqare' (did you mean 'square'?)"),
-        ("grid: {x: [1]}", "kind is None; accepted: the name of a kind"),
-        ("kind: square\ngrid: {x: []}", "grid['x'] is []; accepted: a list of at least one value"),
-        ("kind: square\ngrid: {x: 3}", "grid['x'] is 3; accepted: a list"),
-        ("kind: square\ngrid: {x: [1, 1]}", "accepted: each value once"),
-        ("kind: square\ngrid: {x: [a]}", "x is 'a'; accepted: a whole number"),
-        ("kind: square\nsettings: {rate: fast}", "rate is 'fast'; accepted: a number"),
-        ("kind: square\nsettings: {x: 1}\ngrid: {x: [1, 2]}", "'x' is in settings and in grid"),
-        ("kind: square\nseeds: 0", "seeds is 0; accepted"),
-        ("kind: square\nseeds: [1, 1]", "seeds is [1, 1]; accepted"),
-        ("kind: square\nseeds: many", "seeds is 'many'; accepted"),
-        ("kind: square\ngrid: {x: [1]}\nexclude: [{x: 1}]", "exclude leaves none of the grid's runs"),
-        ("kind: square\ngrid: {x: [1]}\nexclude: [{x: 2}]", "exclude has x=2; accepted: one of [1]"),
-        ("kind: square\ngrid: {x: [1]}\nexclude: [{y: 2}]", "exclude hold 'y'"),
-        ("kind: square\nseeds: 2000000", "grid has 2000000 runs; accepted: at most"),
-        ("name: a/b\nkind: square", "name is 'a/b'; accepted"),
-        ("- kind: square", "accepted: a mapping by names"),
-        ("kind: [square", "can't be read as a study"),
-        ("kind: square\nkind: square", "'kind' is there twice"),
-        ("kind: os:path", "kind is 'os:path', which is no Kind"),
-        ("kind: nowhere:K", "entry is 'nowhere:K'; accepted: module:name"),
+        (
+            "kind: square\ngird: {x: [1]}",
+            "keys of a study must be among name, kind, settings, grid, exclude, seeds,",
+        ),
+        ("kind: square\ngird: {x: [1]}", "got 'gird' (did you mean 'grid'?)"),
+        ("kind: square\ngrid: {slep: [1]}", "settings of square must be among x, sleep, fail, log, rate, got 'slep'"),
+        ("kind: square\ngrid: {slep: [1]}", "got 'slep' (did you mean 'sleep'?)"),
+        ("kind: sqare\ngrid: {x: [1]}", "got 'sqare' (did you mean 'square'?)"),
+        ("kind: sqare\ngrid: {x: [1]}", "kind must be one of square, read_input, or module:NAME of a RunKind, got"),
+        ("grid: {x: [1]}", "kind must be the name of a kind of run, got None"),
+        ("kind: square\ngrid: {x: []}", "grid['x'] must be a list of at least one value, got []"),
+        ("kind: square\ngrid: {x: 3}", "grid['x'] must be a list of at least one value, got 3"),
+        ("kind: square\ngrid: {x: [1, 1]}", "grid['x'] must be a list of distinct values, got [1, 1]"),
+        ("kind: square\ngrid: {x: [a]}", "x must be an integer, got 'a'"),
+        ("kind: square\nsettings: {rate: fast}", "rate must be a number, got 'fast'"),
+        ("kind: square\nsettings: {x: 1}\ngrid: {x: [1, 2]}", "settings must be set once each, got 'x' twice"),
+        ("kind: square\nseeds: 0", "seeds must be a positive number of seeds or distinct seeds from 0, got 0"),
+        (
+            "kind: square\nseeds: [1, 1]",
+            "positive number of seeds or distinct seeds from 0, got [1, 1]",
+        ),
+        ("kind: square\nseeds: many", "seeds must be a positive number of seeds or a list of seeds, got 'many'"),
+        ("kind: square\ngrid: {x: [1]}\nexclude: [{x: 1}]", "exclude must leave at least one run of the grid"),
+        ("kind: square\ngrid: {x: [1]}\nexclude: [{x: 2}]", "x in exclude must be one of [1], got 2"),
+        ("kind: square\ngrid: {x: [1]}\nexclude: [{y: 2}]", "settings in exclude must be among x, got 'y'"),
+        ("kind: square\nseeds: 2000000", "grid must have at most 1000000 runs, got 2000000"),
+        ("name: a/b\nkind: square", "name must be letters, digits, dots, dashes and spaces, got 'a/b'"),
+        ("- kind: square", "study must be a mapping by names, got [{"),
+        ("kind: [square", "cannot be read as a study"),
+        ("kind: square\nkind: square", "key 'kind' is repeated"),
+        ("kind: os:path", "or module:NAME of a RunKind, got 'os:path'"),
+        ("kind: nowhere:K", "entry must be module:name of an importable object, got 'nowhere:K'"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, text, said):
-    with pytest.raises(ValueError, match=re.escape(said)):
-        planned(tmp_path, text)
+def test_mistakes_are_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan(tmp_path, text)
 
 
-def test_a_kind_of_ones_own_is_found_by_module_and_name():
-    assert find_kind("tests.study.tiny:SQUARE", {}) is SQUARE
+def test_a_users_own_kind_is_found_by_module_and_name():
+    assert find_run_kind("tests.study.tiny:SQUARE", {}) is SQUARE
 
 
 json_values = st.recursive(
@@ -86,14 +95,14 @@ json_values = st.recursive(
 
 
 @given(st.dictionaries(st.text(), json_values, max_size=5))
-def test_a_key_does_not_depend_on_the_order_of_settings(settings):
-    other = dict(reversed(list(settings.items())))
-    assert run_key("square", "1", settings, 0) == run_key("square", "1", other, 0)
+def test_keys_depend_on_everything_but_the_order_of_settings(settings):
+    reversed_settings = dict(reversed(list(settings.items())))
+    assert run_key("square", "1", settings, 0) == run_key("square", "1", reversed_settings, 0)
     assert run_key("square", "1", settings, 0) != run_key("square", "1", settings, 1)
     assert run_key("square", "1", settings, 0) != run_key("square", "2", settings, 0)
 
 
-def test_settings_that_json_does_not_hold_are_refused():
+def test_settings_that_json_cannot_represent_are_refused():
     for value in (math.nan, object()):
-        with pytest.raises(ValueError, match="accepted: what JSON holds"):
-            canonical({"x": value})
+        with pytest.raises(ValueError, match="settings must be values that JSON can represent, got"):
+            canonical_json({"x": value})

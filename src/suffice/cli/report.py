@@ -22,18 +22,18 @@ def report(
 ) -> None:
     """Write a study as one page: results with intervals, curves, differences, configuration."""
     from suffice.cli.kinds import kinds
-    from suffice.study.pages import study_page
+    from suffice.study.report_page import study_report
 
     place = home(folder)
     target = to or place.with_name(f"{place.name or 'study'}.html")
     if target.suffix not in (".html", ".md"):
         raise ValueError(f"to is {str(target)!r}; accepted: a file ending in .html or .md")
-    page = study_page(
+    page = study_report(
         place,
         study=study,
         kinds=kinds(),
-        only=metric or (),
-        compare=compare,
+        metrics=metric or (),
+        compared_setting=compare,
         baseline=baseline,
         command=command_line(),
     )

@@ -13,11 +13,11 @@ from rich.table import Table
 from suffice.cli.command_line import command_line
 from suffice.cli.console import finite, out, print_json
 from suffice.cli.watching import watching
-from suffice.study.export import ENDINGS, rows_of, write
+from suffice.study.export import SUFFIXES, export_records, flat_rows
 from suffice.study.keys import source_digest
-from suffice.study.progress import duration
+from suffice.study.progress import format_duration
 from suffice.study.results import group_records, metric_names, summarize, varying_settings
-from suffice.study.spec import Spec
+from suffice.study.spec import Spec, parse_assignment
 from suffice.study.store import Store
 
 app = typer.Typer(help="Run grids of experiments that survive anything.", no_args_is_help=True)
@@ -37,6 +37,9 @@ def home(path: Path) -> Path:
 def run(
     spec: Annotated[Path, typer.Argument(help="YAML file of the study.")],
     folder: Annotated[Path | None, typer.Option(help="Where results go; named as the file without it.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Replace a setting of all runs, NAME=VALUE; may be repeated.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes, or Ray tasks; 0 for this process.", min=0)] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of each; the cores shared out.", min=1)] = None,
     ray: Annotated[str | None, typer.Option(help="Run on the Ray cluster at this address (auto, HOST:PORT).")] = None,
@@ -46,31 +49,31 @@ def run(
 ) -> None:
     """Do every run that is missing; each is kept when it ends. Exit status 1 if runs have failed."""
     from suffice.cli.kinds import kinds
-    from suffice.study.kinds import find_kind
+    from suffice.study.run_kind import find_run_kind
     from suffice.study.runner import run_study
 
-    study = Spec.read(spec)
+    study = Spec.read(spec).with_settings(dict(map(parse_assignment, settings or ())))
     if ray is None and workers is None:
         workers = min(os.cpu_count() or 1, 8)
     place = folder or home(spec)
     with watching(quiet) as watch:
         found = run_study(
             place,
-            find_kind(study.kind, kinds()),
+            find_run_kind(study.kind, kinds()),
             study,
             about={"command": command_line()},
             workers=workers or 0,
             threads=threads,
             ray=ray,
-            retry=retry,
-            watch=watch,
+            retry_failed=retry,
+            on_progress=watch,
         )
     if as_json:
         print_json({"study": found.study, "folder": str(place), **_outcome(found)})
     elif not quiet:
         out.print(
-            f"{found.study}: {found.done} done ({found.new} now, {duration(found.seconds)}), {found.failed} failed. "
-            f"See: suffice study show {place}",
+            f"{found.study}: {found.done} done ({found.new} now, {format_duration(found.seconds)}), "
+            f"{found.failed} failed. See: suffice study show {place}",
             markup=False,
             highlight=False,
         )
@@ -81,14 +84,14 @@ def run(
 @app.command()
 def status(folder: Folder, study: Name = None, as_json: Json = False) -> None:
     """Say how many runs are done, failed, running and missing, and why some failed."""
-    with Store(home(folder), write=False) as store:
+    with Store(home(folder), read_only=True) as store:
         studies = store.studies()
-        names = [store.only(study)] if study else list(studies)
+        names = [store.study_name(study)] if study else list(studies)
         found: list[dict[str, Any]] = []
         for name in names:
             failed = [
-                {"settings": dict(one.settings), "seed": one.seed, "error": one.error}
-                for one in store.records(name, "failed", whole=False)
+                {"settings": dict(one.flat_settings), "seed": one.seed, "error": one.error}
+                for one in store.records(name, "failed", numbers_only=True)
             ]
             counts, seconds, sources = store.overview(name)
             found.append(
@@ -108,10 +111,12 @@ def status(folder: Folder, study: Name = None, as_json: Json = False) -> None:
         states = ", ".join(f"{one[state]} {state}" for state in ("done", "failed", "running", "missing"))
         out.print(f"{one['study']} ({one['kind']}): {states}", markup=False, highlight=False)
         if one["done"]:
-            each = duration(one["seconds"] / one["done"])
+            each = format_duration(one["seconds"] / one["done"])
             left = one["missing"] + one["running"]
-            more = f"; {duration(left * one['seconds'] / one['done'])} of work left" if left else ""
-            out.print(f"  {duration(one['seconds'])} of work done, {each} a run{more}", markup=False, highlight=False)
+            more = f"; {format_duration(left * one['seconds'] / one['done'])} of work left" if left else ""
+            out.print(
+                f"  {format_duration(one['seconds'])} of work done, {each} a run{more}", markup=False, highlight=False
+            )
         if one["other_source"]:
             said = f"  {one['other_source']} runs were made with other source of the same version"
             out.print(said, markup=False, highlight=False)
@@ -132,9 +137,9 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show means over seeds with 95 % intervals, a row for each combination of settings."""
-    with Store(home(folder), write=False) as store:
-        name = store.only(study)
-        groups = group_records(store.records(name, "done", whole=False))
+    with Store(home(folder), read_only=True) as store:
+        name = store.study_name(study)
+        groups = group_records(store.records(name, "done", numbers_only=True))
         counts = store.counts(name)
     names = varying_settings(groups)
     for condition in where or ():
@@ -164,16 +169,16 @@ def show(
 @app.command()
 def export(
     folder: Folder,
-    to: Annotated[Path, typer.Option(help=f"File to write: {', '.join(ENDINGS)}.")],
+    to: Annotated[Path, typer.Option(help=f"File to write: {', '.join(SUFFIXES)}.")],
     study: Name = None,
 ) -> None:
     """Write every finished run: settings, seed and metrics; JSON holds all else too."""
-    with Store(home(folder), write=False) as store:
-        name = store.only(study)
+    with Store(home(folder), read_only=True) as store:
+        name = store.study_name(study)
         about = store.studies()[name]
         records = list(store.records(name))
-    write(to, name, about, records)
-    out.print(f"{to}: {len(rows_of(records))} rows", markup=False, highlight=False)
+    export_records(to, name, about, records)
+    out.print(f"{to}: {len(flat_rows(records))} rows", markup=False, highlight=False)
 
 
 @app.command("kinds")
@@ -183,19 +188,24 @@ def list_kinds(as_json: Json = False) -> None:
 
     found = kinds()
     if as_json:
-        print_json({name: {"about": kind.about, "settings": dict(kind.settings)} for name, kind in found.items()})
+        print_json(
+            {
+                name: {"description": kind.description, "settings": kind.flatten(kind.settings)}
+                for name, kind in found.items()
+            }
+        )
         return
     for kind in found.values():
-        table = Table("setting", "default", title=f"{kind.name}: {kind.about}", title_justify="left")
-        for setting, default in kind.settings.items():
+        table = Table("setting", "default", title=f"{kind.name}: {kind.description}", title_justify="left")
+        for setting, default in kind.flatten(kind.settings).items():
             table.add_row(escape(setting), escape(str(default)))
         out.print(table)
 
 
 def _chosen(known: list[str], asked: list[str] | None) -> list[str]:
-    from suffice.study.kinds import refuse_unknown
+    from suffice.study.run_kind import check_names
 
-    refuse_unknown(asked or (), known, "metrics")
+    check_names(asked or (), known, "metrics")
     return asked or known
 
 

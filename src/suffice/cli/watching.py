@@ -13,18 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from suffice.cli.console import err
-from suffice.study.progress import Progress, Watcher, duration, plain
+from suffice.study.progress import Progress, ProgressCallback, format_duration, log_progress
 
 
 @contextmanager
-def watching(quiet: bool = False) -> Generator[Watcher]:
+def watching(quiet: bool = False) -> Generator[ProgressCallback]:
     """Give a watcher for `run_study`: totals, the time left, and what each worker is at."""
     if quiet:
         yield lambda progress, line: None
         return
     start = time.monotonic()
     if not err.is_terminal:
-        yield plain(
+        yield log_progress(
             lambda line: err.print(
                 f"{time.monotonic() - start:6.1f} s  {line}", highlight=False, markup=False, soft_wrap=True
             )
@@ -48,7 +48,9 @@ def _lines(progress: Progress) -> Group:
         )
     for slot in range(progress.slots):
         work = progress.workers.get(slot)
-        cells = (duration(time.monotonic() - work.since), work.label, work.said) if work else ("", "waiting", "")
+        cells = (
+            (format_duration(time.monotonic() - work.start), work.label, work.message) if work else ("", "waiting", "")
+        )
         workers.add_row(Text(f"worker {slot + 1}", style="dim"), *(Text(cell) for cell in cells))
     bar = ProgressBar(total=max(progress.total, 1), completed=progress.done + progress.failed, width=40)
     total = Table.grid(padding=(0, 1))

@@ -1,12 +1,13 @@
-"""Studies: grids of runs that survive anything, on this machine or on Ray.
+"""Studies: resumable grids of runs, on this machine or on a Ray cluster.
 
-`Spec` says which runs; a `Kind` says what a run is; `run_study` does what is missing in a folder; `Store` holds
-what is finished; `results` averages over seeds, with intervals. This room knows neither half of the library: a
-half describes its kinds, and whoever starts a study hands one over.
+A `RunKind` describes one kind of run, and a `Spec` describes a grid of runs. `run_study` does the runs that a folder
+does not hold yet, and a `Store` gives access to the finished ones. `group_records`, `summarize` and `compare_groups`
+compute means over seeds and paired differences with confidence intervals.
+
+This package depends neither on `suffice.kv` nor on `suffice.link`: callers pass the kind of run.
 """
 
-from suffice.study.jobs import Context
-from suffice.study.kinds import Kind
+from suffice.study.job import RunContext
 from suffice.study.results import (
     Group,
     Interval,
@@ -18,19 +19,20 @@ from suffice.study.results import (
     paired_difference,
     summarize,
 )
+from suffice.study.run_kind import RunKind
 from suffice.study.runner import Outcome, run_study
-from suffice.study.spec import Planned, Spec
+from suffice.study.spec import PlannedRun, Spec
 from suffice.study.store import Record, Store, StoreError
 
 __all__ = [
-    "Context",
     "Group",
     "Interval",
-    "Kind",
     "Outcome",
     "PairedDifference",
-    "Planned",
+    "PlannedRun",
     "Record",
+    "RunContext",
+    "RunKind",
     "Spec",
     "Store",
     "StoreError",

@@ -1,4 +1,4 @@
-"""How far a study is: totals, who does what, and the time left."""
+"""Progress of a study: number of finished runs, what each worker is doing, and the estimated time left."""
 
 from __future__ import annotations
 
@@ -7,69 +7,97 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
-from suffice.study.spec import Planned
-
 
 @dataclass
-class Working:
-    """What a worker is at."""
+class WorkerStatus:
+    """What a worker is doing.
+
+    Args:
+        label: name of the run.
+        start: `time.monotonic()` at the start of the run.
+        message: latest message of the run.
+
+    """
 
     label: str
-    since: float
-    said: str = ""
+    start: float
+    message: str = ""
 
 
 @dataclass
 class Progress:
-    """The state of a study while it runs."""
+    """The state of a study while it runs.
+
+    Args:
+        total: number of runs of the study.
+        done: number of done runs.
+        failed: number of failed runs.
+        slots: number of workers.
+        ended_before: number of done and failed runs when this process started.
+        elsewhere: number of runs that another process is doing.
+        workers: status of each busy worker, by slot.
+        start: `time.monotonic()` at the start.
+
+    """
 
     total: int
     done: int
     failed: int
     slots: int
-    before: int = 0
+    ended_before: int = 0
     elsewhere: int = 0
-    workers: dict[int, Working] = field(default_factory=dict[int, Working])
+    workers: dict[int, WorkerStatus] = field(default_factory=dict[int, WorkerStatus])
     start: float = field(default_factory=time.monotonic)
 
     @property
-    def left(self) -> float | None:
-        """Estimated seconds left; None before a run has ended."""
-        ended = self.done + self.failed - self.before
+    def seconds_left(self) -> float | None:
+        """Estimated seconds left; None before the first run has ended."""
+        ended = self.done + self.failed - self.ended_before
         if ended < 1:
             return None
-        pace = (time.monotonic() - self.start) / ended
-        return pace * (self.total - self.done - self.failed)
+        seconds_per_run = (time.monotonic() - self.start) / ended
+        return seconds_per_run * (self.total - self.done - self.failed)
 
     def __str__(self) -> str:
-        left = self.left
         parts = [f"{self.done} of {self.total} done"]
         parts += [f"{self.failed} failed"] if self.failed else []
         parts += [f"{self.elsewhere} in another process"] if self.elsewhere else []
-        parts += [f"about {duration(left)} left"] if left else []
+        parts += [f"about {format_duration(self.seconds_left)} left"] if self.seconds_left else []
         return ", ".join(parts)
 
 
-class Watcher(Protocol):
-    """Shows progress. `line` says that a run ended, or is empty where a worker only said something."""
+class ProgressCallback(Protocol):
+    """A function that shows progress, called whenever something changes."""
 
     def __call__(self, progress: Progress, line: str) -> None:
-        """Show it."""
+        """Show the progress.
+
+        Args:
+            progress: the state of the study.
+            line: description of the run that ended; empty if none did.
+
+        """
         ...
 
 
-def plain(say: Callable[[str], None], *, every: float = 5.0) -> Watcher:
-    """Return a watcher that says a line for each run that ended, and now and then what the workers are at."""
+def log_progress(log: Callable[[str], None], *, every: float = 5.0) -> ProgressCallback:
+    """Return a callback that logs a line for each ended run, and otherwise the workers' messages.
+
+    Args:
+        log: called with each line.
+        every: shortest time between lines when no run ends, in seconds.
+
+    """
     last = time.monotonic()
 
     def show(progress: Progress, line: str) -> None:
         nonlocal last
         now = time.monotonic()
         if line:
-            say(f"{line} ({progress})")
+            log(f"{line} ({progress})")
         elif now - last >= every:
-            at = [f"{work.label}: {work.said}" for work in progress.workers.values() if work.said]
-            say("; ".join(at) or str(progress))
+            messages = [f"{worker.label}: {worker.message}" for worker in progress.workers.values() if worker.message]
+            log("; ".join(messages) or str(progress))
         else:
             return
         last = now
@@ -77,26 +105,35 @@ def plain(say: Callable[[str], None], *, every: float = 5.0) -> Watcher:
     return show
 
 
-def labels(plan: Sequence[Planned]) -> Callable[[Mapping[str, Any], int], str]:
-    """Return a function that names a run of a plan in few words: what differs between runs, and the seed."""
-    names = [name for name in (plan[0].settings if plan else ()) if len({repr(p.settings.get(name)) for p in plan}) > 1]
+def make_run_labeler(settings: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any], int], str]:
+    """Return a function that names a run by its seed and the settings that vary between runs.
 
-    def label(settings: Mapping[str, Any], seed: int) -> str:
-        parts = [f"{name} {_short(settings.get(name))}" for name in names]
+    Args:
+        settings: settings of all runs, by dotted name.
+
+    Returns:
+        a function of a run's settings, by dotted name, and its seed.
+
+    """
+    first = settings[0] if settings else {}
+    names = [name for name in first if len({repr(one.get(name)) for one in settings}) > 1]
+
+    def label(run_settings: Mapping[str, Any], seed: int) -> str:
+        parts = [f"{name} {_shorten(run_settings.get(name))}" for name in names]
         return ", ".join([*parts, f"seed {seed}"])
 
     return label
 
 
-def duration(seconds: float) -> str:
-    """Return seconds as a person says them: `45 s`, `12 min`, `3 h 20 min`."""
+def format_duration(seconds: float) -> str:
+    """Return a duration as text, such as `45 s`, `12 min` or `3 h 20 min`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _short(value: Any) -> str:
-    # A setting of many parts goes by its name, if it has one.
+def _shorten(value: Any) -> str:
+    # A mapping is shown by its name, if it has one.
     text = str(cast(Mapping[str, Any], value).get("name", value) if isinstance(value, Mapping) else value)
     return text if len(text) <= 40 else text[:37] + "…"

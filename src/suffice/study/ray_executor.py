@@ -1,4 +1,4 @@
-"""Runs on a Ray cluster: the same function that a worker of this machine calls, as a task with its own threads."""
+"""An executor on a Ray cluster: every job is a task that calls the same function as a worker of this machine."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from suffice.study.executors import Event, environment
-from suffice.study.jobs import Job, perform
-from suffice.study.schema import FILE
+from suffice.study.database import FILE_NAME
+from suffice.study.executors import JobEvent, worker_environment
+from suffice.study.job import Job, run_job
 
 
 class RayExecutor:
-    """Tasks on a Ray cluster. A node that goes away takes no result with it: its tasks are done elsewhere.
+    """Does jobs as tasks on a Ray cluster. If a node fails, its tasks are done on another one.
 
     Args:
-        address: of the cluster, as `ray.init` takes it: `auto`, `HOST:6379`, `ray://HOST:10001`; `local` starts one.
-        workers: most tasks at a time; as many as the cluster's cores allow without it.
-        threads: of each task, which asks for so many cores.
+        address: address of the cluster as `ray.init` takes it: `auto`, `HOST:6379` or `ray://HOST:10001`; `local`
+            starts a cluster on this machine.
+        workers: largest number of tasks at a time; by default as many as the cluster's cores allow.
+        threads: threads of each task, which reserves as many cores.
 
     Raises:
-        ValueError: Ray is missing, there is no cluster at the address, or it is too small.
+        ValueError: Ray is not installed, there is no cluster at the address, or the cluster is too small.
 
     """
 
@@ -35,11 +36,13 @@ class RayExecutor:
             self._ray: Any = importlib.import_module("ray")
         except ImportError:
             raise ValueError(
-                f"ray is {address!r}, but Ray is missing; install it: pip install 'suffice[scale]'"
+                f"ray must be used with Ray installed, got {address!r}; install it with: pip install 'suffice[scale]'"
             ) from None
-        variables = {name: value for name, value in environment(threads).items() if value != os.environ.get(name)}
-        self._mine = not self._ray.is_initialized()
-        if self._mine:
+        variables = {
+            name: value for name, value in worker_environment(threads).items() if value != os.environ.get(name)
+        }
+        self._started_here = not self._ray.is_initialized()
+        if self._started_here:
             try:
                 self._ray.init(
                     address=address,
@@ -48,18 +51,18 @@ class RayExecutor:
                     configure_logging=False,
                 )
             except (ConnectionError, ValueError, RuntimeError) as error:
-                raise ValueError(f"ray is {address!r}; accepted: the address of a Ray cluster ({error})") from None
-        room = int(self._ray.cluster_resources().get("CPU", 0)) // threads
-        if room < 1:
+                raise ValueError(f"ray must be the address of a Ray cluster, got {address!r} ({error})") from None
+        max_tasks = int(self._ray.cluster_resources().get("CPU", 0)) // threads
+        if max_tasks < 1:
             self.close()
-            raise ValueError(f"threads is {threads}; accepted: at most the cores of the Ray cluster")
-        self.slots = min(workers or room, room)
-        self._task = self._ray.remote(num_cpus=threads, max_retries=2)(perform_remotely)
+            raise ValueError(f"threads must be at most the number of cores of the Ray cluster, got {threads}")
+        self.slots = min(workers or max_tasks, max_tasks)
+        self._task = self._ray.remote(num_cpus=threads, max_retries=2)(run_remotely)
         self._slots: dict[Any, int] = {}
         self._inputs: dict[str, Any] = {}
 
     def submit(self, slot: int, job: Job) -> None:
-        """Send the run, and the files it reads, to the cluster."""
+        """Send the job, and the files that it reads, to the cluster."""
         for name in job.inputs:
             if name not in self._inputs:
                 self._inputs[name] = self._ray.put((Path(job.folder) / name).read_bytes())
@@ -67,46 +70,57 @@ class RayExecutor:
         reference = self._task.remote(job.to_json(), names, *(self._inputs[name] for name in names))
         self._slots[reference] = slot
 
-    def wait(self, seconds: float) -> list[Event]:
-        """Return what has ended."""
+    def wait(self, seconds: float) -> list[JobEvent]:
+        """Return the completions and failures of tasks."""
         ready, _ = self._ray.wait(list(self._slots), num_returns=1, timeout=seconds)
-        found: list[Event] = []
+        events: list[JobEvent] = []
         for reference in ready:
             slot = self._slots.pop(reference)
             try:
-                found.append(Event(slot, **json.loads(self._ray.get(reference))))
+                events.append(JobEvent(slot, **json.loads(self._ray.get(reference))))
             except self._ray.exceptions.RayError:
-                found.append(Event(slot, failed=traceback.format_exc()))
-        return found
+                events.append(JobEvent(slot, error=traceback.format_exc()))
+        return events
 
     def close(self) -> None:
-        """Leave the cluster; tasks that still run are cancelled."""
+        """Cancel the tasks that still run and disconnect from the cluster."""
         for reference in getattr(self, "_slots", {}):
             self._ray.cancel(reference, force=True)
-        if self._mine:
+        if self._started_here:
             self._ray.shutdown()
 
 
-def perform_remotely(text: str, names: list[str], *contents: bytes) -> str:
-    """Do a run on a node, which may not see the study's folder; return JSON of an event's `done` or `failed`."""
-    job = Job.from_json(text)
+def run_remotely(job_json: str, names: list[str], *contents: bytes) -> str:
+    """Do a run on a node of the cluster.
+
+    Args:
+        job_json: the job, as JSON.
+        names: names of the files that it reads. They are written to a temporary folder if the node does not see the
+            study's folder.
+        contents: contents of these files.
+
+    Returns:
+        `completed` or `error` of the job's event, as JSON.
+
+    """
+    job = Job.from_json(job_json)
     folder = Path(job.folder)
-    if not (folder / FILE).exists():
+    if not (folder / FILE_NAME).exists():
         digest = hashlib.sha256(job.folder.encode()).hexdigest()[:12]
         folder = Path(tempfile.gettempdir()) / f"suffice-{digest}"
         for name, content in zip(names, contents, strict=True):
-            _place(folder / name, content)
+            _write_once(folder / name, content)
     try:
-        return json.dumps({"done": perform(replace(job, folder=str(folder)), lambda _: None)})
+        return json.dumps({"completed": run_job(replace(job, folder=str(folder)), lambda _: None)})
     except Exception:
-        return json.dumps({"failed": traceback.format_exc()})
+        return json.dumps({"error": traceback.format_exc()})
 
 
-def _place(path: Path, content: bytes) -> None:
+def _write_once(path: Path, content: bytes) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, half = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(descriptor, "wb") as file:
         file.write(content)
-    os.replace(half, path)
+    os.replace(temporary, path)

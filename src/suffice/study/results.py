@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from suffice.study.keys import canonical
+from suffice.study.keys import canonical_json
 from suffice.study.store import Record
 
 
@@ -165,7 +165,7 @@ class Group:
     """Finished runs with the same settings and different seeds.
 
     Args:
-        settings: the settings that all runs of the group share, including those of a result's `rows`.
+        settings: settings of all runs of the group by dotted name, including those of a result's `rows`.
         values: `values[metric][seed]` is the value of a metric in the run with a seed.
 
     """
@@ -191,11 +191,11 @@ def group_records(records: Iterable[Record]) -> list[Group]:
     for record in records:
         if record.state != "done":
             continue
-        if id(record.settings) not in texts:
-            texts[id(record.settings)] = (canonical(record.settings), record.settings)
-        text, settings = texts[id(record.settings)]
+        if id(record.flat_settings) not in texts:
+            texts[id(record.flat_settings)] = (canonical_json(record.flat_settings), record.flat_settings)
+        text, settings = texts[id(record.flat_settings)]
         for row_settings, values in record.rows():
-            key = (text, canonical(row_settings) if row_settings else "")
+            key = (text, canonical_json(row_settings) if row_settings else "")
             if key not in groups:
                 groups[key] = Group({**settings, **row_settings})
             for metric, value in values.items():
@@ -270,10 +270,10 @@ def compare_groups(groups: Sequence[Group], setting: str, baseline: Any = None) 
     def other_settings(group: Group) -> dict[str, Any]:
         return {name: group.settings.get(name) for name in others}
 
-    baselines = {canonical(other_settings(g)): g for g in groups if g.settings.get(setting) == baseline}
+    baselines = {canonical_json(other_settings(g)): g for g in groups if g.settings.get(setting) == baseline}
     rows: list[dict[str, Any]] = []
     for group in groups:
-        compared = baselines.get(canonical(other_settings(group)))
+        compared = baselines.get(canonical_json(other_settings(group)))
         if compared is None or compared is group:
             continue
         for metric in group.values:

@@ -1,4 +1,4 @@
-"""The runner: does what a study is missing, keeps each run when it ends, and shares a store with others."""
+"""The runner: does the missing runs of a study and stores each one as it ends; several processes may share a study."""
 
 from __future__ import annotations
 
@@ -9,19 +9,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from suffice.study.executors import Event, Executor, Inline, Processes
-from suffice.study.jobs import Job
-from suffice.study.kinds import Kind
-from suffice.study.owners import Owner
-from suffice.study.progress import Progress, Watcher, Working, labels
+from suffice.study.executors import Executor, InlineExecutor, JobEvent, ProcessExecutor
+from suffice.study.job import Job
+from suffice.study.owner import Owner
+from suffice.study.progress import Progress, ProgressCallback, WorkerStatus, make_run_labeler
 from suffice.study.ray_executor import RayExecutor
-from suffice.study.spec import Planned, Spec
-from suffice.study.store import Claim, Store, StoreError
+from suffice.study.run_kind import RunKind
+from suffice.study.spec import PlannedRun, Spec
+from suffice.study.store import ClaimedRun, Store, StoreError
+
+_POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call did: how many of the study's runs are done and failed, how many of them in this call."""
+    """The state of a study after a call of `run_study`.
+
+    Args:
+        study: name of the study.
+        done: number of done runs.
+        failed: number of failed runs.
+        new: number of runs that this call has done.
+        recovered: number of runs that were taken over from processes that had ended.
+        seconds: duration of the call.
+
+    """
 
     study: str
     done: int
@@ -33,157 +45,163 @@ class Outcome:
 
 def run_study(
     folder: str | Path,
-    kind: Kind,
-    study: Spec | Sequence[Planned],
+    kind: RunKind,
+    study: Spec | Sequence[PlannedRun],
     *,
     name: str = "study",
     about: Mapping[str, Any] | None = None,
     workers: int = 0,
     threads: int | None = None,
     ray: str | None = None,
-    retry: bool = False,
-    watch: Watcher | None = None,
+    retry_failed: bool = False,
+    on_progress: ProgressCallback | None = None,
 ) -> Outcome:
-    """Do every run of a study that its folder doesn't hold yet.
+    """Do every run of a study that its folder does not hold yet.
 
-    Each run is kept when it ends, so that a call that was killed loses only what it was at. Several calls on one
-    folder share the work; none does a run that another is at, and all return when there is nothing left.
+    Each run is stored when it ends, so that a call that is killed loses only the runs in progress. Several calls on one
+    folder share the work: no run is done twice, and all calls return when no run is missing.
 
     Args:
-        folder: of the store; made if it is missing.
-        kind: what a run is.
-        study: a grid, or runs one by one.
-        name: of the study in the store, where `study` is no `Spec`.
-        about: what else the store is to tell of the study, as the command.
-        workers: processes of this machine; 0 for this very process. With `ray`, most tasks at a time.
-        threads: of each worker; by default the cores are shared out.
-        ray: address of a Ray cluster to run on instead.
-        retry: try failed runs again.
-        watch: shows progress.
+        folder: folder of the store; created if it is missing.
+        kind: kind of all runs.
+        study: a grid, or a list of runs.
+        name: name of the study in the store, if `study` is a list of runs.
+        about: information about the study for reports and exports, such as the command.
+        workers: number of worker processes on this machine; 0 to run in this process. With `ray`, the largest number of
+            tasks at a time.
+        threads: threads of each worker; by default the cores are shared equally.
+        ray: address of a Ray cluster to run on.
+        retry_failed: run failed runs again.
+        on_progress: shows progress.
+
+    Returns:
+        how many runs are done and have failed.
 
     Raises:
-        ValueError: the study, or the place to run it, is impossible.
-        StoreError: the folder can't be used, or is full.
+        ValueError: the study or an argument is impossible.
+        StoreError: the folder cannot be used or is full.
 
     """
     if isinstance(study, Spec):
         name, about = study.name, {"spec": study.to_dict(), **(about or {})}
         study = study.plan(kind)
     if not study:
-        raise ValueError("study has no runs; accepted: at least one")
+        raise ValueError("study must have at least one run, got none")
     if workers < 0:
-        raise ValueError(f"workers is {workers}; accepted: at least 0")
-    with Store(folder) as store, Owner(folder) as owner:
+        raise ValueError(f"workers must be at least 0, got {workers}")
+    label = make_run_labeler([kind.flatten(run.settings) for run in study])
+    with Store(folder) as store:
         store.plan(name, kind, study, about)
-        if retry:
-            store.retry(name)
-        executor: Executor = (
-            RayExecutor(ray, workers or None, threads or 1)
-            if ray is not None
-            else Processes(min(workers, len(study)), threads)
-            if workers
-            else Inline()
-        )
-        loop = _Loop(store, owner, executor, kind, name, labels(study), watch or _unwatched)
-        try:
-            return loop.run()
-        except BaseException:
-            # What a full disk keeps us from saying, our lock says when this process ends.
-            with contextlib.suppress(StoreError):
-                store.release(owner)
-            raise
-        finally:
-            executor.close()
+        if retry_failed:
+            store.reset_failed(name)
+        executor = _make_executor(min(workers, len(study)), threads, ray)
+        with Owner(folder) as owner, contextlib.closing(executor):
+            runner = _Runner(store, owner, executor, kind, name, label, on_progress or _ignore_progress)
+            try:
+                return runner.run()
+            except BaseException:
+                # If the disk is full, the runs become missing anyway when this process ends and its lock is released.
+                with contextlib.suppress(StoreError):
+                    store.release(owner)
+                raise
 
 
-def _unwatched(progress: Progress, line: str) -> None:
+def _make_executor(workers: int, threads: int | None, ray: str | None) -> Executor:
+    if ray is not None:
+        return RayExecutor(ray, workers or None, threads or 1)
+    return ProcessExecutor(workers, threads) if workers else InlineExecutor()
+
+
+def _ignore_progress(progress: Progress, line: str) -> None:
     pass
 
 
-class _Loop:
+class _Runner:
+    """Claims runs, gives them to the slots of an executor, and stores what they return."""
+
     def __init__(
         self,
         store: Store,
         owner: Owner,
         executor: Executor,
-        kind: Kind,
+        kind: RunKind,
         study: str,
         label: Callable[[Mapping[str, Any], int], str],
-        watch: Watcher,
-        poll: float = 0.25,
+        on_progress: ProgressCallback,
     ) -> None:
         self._store, self._owner, self._executor, self._kind, self._study = store, owner, executor, kind, study
-        self._label, self._watch, self._poll = label, watch, poll
-        self._busy: dict[int, Claim] = {}
+        self._label, self._on_progress = label, on_progress
+        self._busy: dict[int, ClaimedRun] = {}
         self._new = self._recovered = 0
         counts = store.counts(study)
         ended = counts["done"] + counts["failed"]
         self._progress = Progress(sum(counts.values()), counts["done"], counts["failed"], executor.slots, ended)
-        if isinstance(executor, Inline):
-            executor.listen = self._handle
+        if isinstance(executor, InlineExecutor):
+            executor.on_message = self._handle
 
     def run(self) -> Outcome:
-        looked = 0.0
+        last_fill = 0.0
         while True:
-            if len(self._busy) < self._executor.slots and time.monotonic() - looked >= self._poll:
-                full = self._fill()
-                looked = 0.0 if full else time.monotonic()
-                if not full and not self._busy and self._over():
+            if len(self._busy) < self._executor.slots and time.monotonic() - last_fill >= _POLL_SECONDS:
+                all_slots_busy = self._fill_slots()
+                last_fill = 0.0 if all_slots_busy else time.monotonic()
+                if not all_slots_busy and not self._busy and self._is_finished():
                     break
             if not self._busy:
-                time.sleep(self._poll)
+                time.sleep(_POLL_SECONDS)
                 continue
-            for event in self._executor.wait(self._poll):
+            for event in self._executor.wait(_POLL_SECONDS):
                 self._handle(event)
-                # A slot is free: look at once.
-                looked = looked if event.said else 0.0
+                if event.message is None:
+                    last_fill = 0.0  # a slot is free: fill it at once
         counts = self._store.counts(self._study)
         seconds = time.monotonic() - self._progress.start
         return Outcome(self._study, counts["done"], counts["failed"], self._new, self._recovered, seconds)
 
-    def _fill(self) -> bool:
-        """Claim a run for every free slot; False if there were too few."""
+    def _fill_slots(self) -> bool:
+        """Claim and submit a run for every free slot; returns False if there were too few runs."""
         for slot in range(self._executor.slots):
             if slot in self._busy:
                 continue
-            claim = self._store.claim(self._study, self._owner)
-            if claim is None and (freed := self._store.recover(self._owner)):
-                self._recovered += freed
-                claim = self._store.claim(self._study, self._owner)
-            if claim is None:
+            claimed = self._store.claim(self._study, self._owner)
+            if claimed is None and (recovered := self._store.recover(self._owner)):
+                self._recovered += recovered
+                claimed = self._store.claim(self._study, self._owner)
+            if claimed is None:
                 return False
-            self._busy[slot] = claim
-            self._progress.workers[slot] = Working(self._label(claim.settings, claim.seed), time.monotonic())
+            self._busy[slot] = claimed
+            label = self._label(self._kind.flatten(claimed.settings), claimed.seed)
+            self._progress.workers[slot] = WorkerStatus(label, time.monotonic())
             folder = str(self._store.folder.resolve())
-            job = Job(claim.key, self._kind.run, claim.settings, claim.seed, folder, claim.inputs)
+            job = Job(claimed.key, self._kind.function, claimed.settings, claimed.seed, folder, claimed.inputs)
             self._executor.submit(slot, job)
-            self._watch(self._progress, "")
+            self._on_progress(self._progress, "")
         return True
 
-    def _over(self) -> bool:
+    def _is_finished(self) -> bool:
         counts = self._store.counts(self._study)
         progress = self._progress
         progress.done, progress.failed, progress.elsewhere = counts["done"], counts["failed"], counts["running"]
-        self._watch(progress, "")
+        self._on_progress(progress, "")
         return not counts["running"] and not counts["missing"]
 
-    def _handle(self, event: Event) -> None:
-        claim = self._busy.get(event.slot)
-        if claim is None:
+    def _handle(self, event: JobEvent) -> None:
+        claimed = self._busy.get(event.slot)
+        if claimed is None:
             return
         progress = self._progress
-        work = progress.workers[event.slot]
-        if event.said:
-            work.said = event.said
-            self._watch(progress, "")
+        worker = progress.workers[event.slot]
+        if event.message is not None:
+            worker.message = event.message
+            self._on_progress(progress, "")
             return
         del self._busy[event.slot], progress.workers[event.slot]
-        if event.done is not None:
-            kept = self._store.finish(claim.key, self._owner, **event.done)
-            self._new += kept
-            progress.done += kept
-            self._watch(progress, f"{work.label}: {work.said or 'done'}")
-            return
-        self._store.fail(claim.key, self._owner, event.failed)
-        progress.failed += 1
-        self._watch(progress, f"{work.label}: failed: {event.failed.strip().splitlines()[-1]}")
+        if event.completed is not None:
+            stored = self._store.finish(claimed.key, self._owner, **event.completed)
+            self._new += stored
+            progress.done += stored
+            self._on_progress(progress, f"{worker.label}: {worker.message or 'done'}")
+        else:
+            self._store.fail(claimed.key, self._owner, event.error)
+            progress.failed += 1
+            self._on_progress(progress, f"{worker.label}: failed: {event.error.strip().splitlines()[-1]}")

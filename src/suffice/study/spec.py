@@ -1,25 +1,33 @@
-"""What a study is to run: settings, a grid over some of them, and seeds."""
+"""The specification of a study: settings, a grid over some of them, and seeds."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from suffice.study.keys import canonical
-from suffice.study.kinds import Kind, refuse_unknown
+from suffice.study.keys import canonical_json
+from suffice.study.nested_settings import nest
+from suffice.study.run_kind import RunKind, check_names
 
-_MOST = 1_000_000
+_MAX_RUNS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A run that a study wants: complete settings, a seed, and files in the study's folder that it reads."""
+class PlannedRun:
+    """A run that a study asks for.
+
+    Args:
+        settings: complete settings, nested as the kind of run defines them.
+        seed: seed of the run.
+        inputs: files that the run reads, relative to the study's folder.
+
+    """
 
     settings: Mapping[str, Any]
     seed: int
@@ -30,20 +38,22 @@ class Planned:
 class Spec:
     """A study: every combination of the grid's values, each with every seed.
 
+    Settings have plain names (`data`) or, where a kind of run nests them, dotted names (`train.epochs`).
+
     Args:
-        name: letters, digits, dots, dashes, spaces; what it is called in the store.
-        kind: kind of run.
-        settings: the same for all runs.
-        grid: values to combine, by setting.
-        exclude: combinations to leave out; each names some settings of the grid.
-        seeds: how many, from 0, or which.
+        name: name of the study in its store; letters, digits, dots, dashes and spaces.
+        kind: name of the kind of run.
+        settings: settings that all runs share, nested or by dotted name.
+        grid: values to combine, by name of the setting.
+        exclude: combinations to leave out; each gives values of some settings of the grid.
+        seeds: number of seeds, counted from 0, or a list of seeds.
 
     Raises:
         ValueError: the grid is impossible.
 
     Example:
         >>> spec = Spec("rates", "link.correct", grid={"arm": ["fixed/batch", "random/batch"]}, seeds=3)
-        >>> len(spec.combinations()), spec.numbers
+        >>> len(spec.combinations()), spec.seed_list
         (2, (0, 1, 2))
 
     """
@@ -57,67 +67,78 @@ class Spec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[\w.\- ]+", self.name):
-            raise ValueError(f"name is {self.name!r}; accepted: letters, digits, dots, dashes and spaces")
-        _mapping("settings", self.settings)
-        _mapping("grid", self.grid)
+            raise ValueError(f"name must be letters, digits, dots, dashes and spaces, got {self.name!r}")
+        _check_mapping("settings", self.settings)
+        _check_mapping("grid", self.grid)
         for key, values in self.grid.items():
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-                raise ValueError(f"grid[{key!r}] is {values!r}; accepted: a list of at least one value")
-            if len({canonical(value) for value in values}) < len(values):
-                raise ValueError(f"grid[{key!r}] is {list(values)!r}; accepted: each value once")
-            if key in self.settings:
-                raise ValueError(f"{key!r} is in settings and in grid; accepted: in one of them")
+                raise ValueError(f"grid[{key!r}] must be a list of at least one value, got {values!r}")
+            if len({canonical_json(value) for value in values}) < len(values):
+                raise ValueError(f"grid[{key!r}] must be a list of distinct values, got {list(values)!r}")
         for entry in self.exclude:
-            _mapping("exclude", entry)
-            refuse_unknown(entry, self.grid, "exclude")
+            _check_mapping("exclude", entry)
+            check_names(entry, self.grid, "settings in exclude")
             for key, value in entry.items():
                 if value not in self.grid[key]:
-                    raise ValueError(f"exclude has {key}={value!r}; accepted: one of {list(self.grid[key])!r}")
-        numbers = self.numbers
-        if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
-            raise ValueError(f"seeds is {self.seeds!r}; accepted: a number from 1, or distinct seeds from 0")
-        size = len(numbers)
+                    raise ValueError(f"{key} in exclude must be one of {list(self.grid[key])!r}, got {value!r}")
+        seeds = self.seed_list
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise ValueError(f"seeds must be a positive number of seeds or distinct seeds from 0, got {self.seeds!r}")
+        size = len(seeds)
         for values in self.grid.values():
             size *= len(values)
-        if size > _MOST:
-            raise ValueError(f"grid has {size} runs; accepted: at most {_MOST}")
-        if not self.combinations():
-            raise ValueError(f"exclude leaves none of the grid's runs: {list(self.exclude)!r}; accepted: at least one")
+        if size > _MAX_RUNS:
+            raise ValueError(f"grid must have at most {_MAX_RUNS} runs, got {size}")
+        if next(self._combinations(), None) is None:
+            raise ValueError(f"exclude must leave at least one run of the grid, got {list(self.exclude)!r}")
 
     @property
-    def numbers(self) -> tuple[int, ...]:
-        """Every seed."""
+    def seed_list(self) -> tuple[int, ...]:
+        """Every seed of the study."""
         if isinstance(self.seeds, bool) or not isinstance(self.seeds, int | Sequence) or isinstance(self.seeds, str):
-            raise ValueError(f"seeds is {self.seeds!r}; accepted: a number from 1, or a list of seeds")
-        found = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
-        if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in found):
-            raise ValueError(f"seeds is {self.seeds!r}; accepted: whole numbers")
-        return tuple(found)
+            raise ValueError(f"seeds must be a positive number of seeds or a list of seeds, got {self.seeds!r}")
+        seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
+        if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
+            raise ValueError(f"seeds must be integers, got {self.seeds!r}")
+        return tuple(seeds)
 
     def combinations(self) -> list[dict[str, Any]]:
-        """Return settings of every combination that is not excluded, the grid's last setting fastest."""
-        drawn = (dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values()))
-        return [
-            {**self.settings, **chosen}
-            for chosen in drawn
-            if not any(all(chosen[key] == value for key, value in entry.items()) for entry in self.exclude)
-        ]
+        """Return the nested settings of every combination; the last setting of the grid varies fastest."""
+        return list(self._combinations())
 
-    def plan(self, kind: Kind) -> list[Planned]:
-        """Return every run with complete settings, all settings of a seed before the next seed.
+    def plan(self, kind: RunKind) -> list[PlannedRun]:
+        """Return every run with complete settings.
 
-        So an interrupted study has whole seeds to compare.
+        All combinations of a seed come before those of the next seed, so that an interrupted study has complete seeds
+        to compare.
+
+        Args:
+            kind: the kind of run that `kind` names.
 
         Raises:
             ValueError: the kind refuses a setting.
 
         """
-        refuse_unknown({**self.settings, **self.grid}, kind.settings, f"settings of {kind.name}")
-        full = [kind.complete(settings) for settings in self.combinations()]
-        return [Planned(settings, seed) for seed in self.numbers for settings in full]
+        completed = [kind.complete(settings) for settings in self._combinations()]
+        return [PlannedRun(settings, seed) for seed in self.seed_list for settings in completed]
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Spec:
+        """Return the study with some shared settings replaced.
+
+        Args:
+            settings: values by plain or dotted name.
+
+        Raises:
+            ValueError: the grid varies one of the settings.
+
+        """
+        replaced: dict[str, Any] = dict(self.settings)
+        for name, value in settings.items():
+            replaced = {**_without(replaced, name.split(".")), name: value}
+        return replace(self, settings=nest(replaced))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the study as JSON and YAML hold it."""
+        """Return the study as JSON and YAML represent it."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -128,59 +149,92 @@ class Spec:
         }
 
     @classmethod
-    def from_dict(cls, found: Any, *, name: str = "study") -> Spec:
-        """Make a study of a mapping, as YAML holds it; its name is the given one if it has none.
+    def from_dict(cls, content: Any, *, name: str = "study") -> Spec:
+        """Return the study that a mapping describes.
+
+        Args:
+            content: mapping with the arguments of `Spec`.
+            name: name of the study if the mapping has none.
 
         Raises:
-            ValueError: it is no mapping, a key is unknown, or the grid is impossible.
+            ValueError: it is not a mapping, has unknown keys, or the grid is impossible.
 
         """
         accepted = ("name", "kind", "settings", "grid", "exclude", "seeds")
-        _mapping("study", found)
-        refuse_unknown(found, accepted, "studies")
-        if not isinstance(found.get("kind"), str):
-            raise ValueError(f"kind is {found.get('kind')!r}; accepted: the name of a kind of run")
-        kept = {key: value for key, value in found.items() if value is not None}
-        return cls(
-            kept.get("name", name),
-            kept["kind"],
-            kept.get("settings", {}),
-            kept.get("grid", {}),
-            kept.get("exclude", ()),
-            kept.get("seeds", 1),
-        )
+        _check_mapping("study", content)
+        check_names(content, accepted, "keys of a study")
+        if not isinstance(content.get("kind"), str):
+            raise ValueError(f"kind must be the name of a kind of run, got {content.get('kind')!r}")
+        arguments: dict[str, Any] = {"name": name}
+        arguments |= {key: value for key, value in content.items() if value is not None}
+        return cls(**arguments)
 
     @classmethod
     def read(cls, path: str | Path) -> Spec:
-        """Read a study from a YAML file.
+        """Read a study from a YAML file; the name of the file is the name of the study if it gives none.
 
         Raises:
-            ValueError: the file can't be read, is no YAML, or describes no study.
+            ValueError: the file cannot be read, is not YAML, or does not describe a study.
 
         """
         path = Path(path)
         try:
-            found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+            content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} can't be read as a study: {' '.join(str(error).split())}") from None
+            raise ValueError(f"{path} cannot be read as a study: {' '.join(str(error).split())}") from None
         try:
-            return cls.from_dict(found, name=path.stem)
+            return cls.from_dict(content, name=path.stem)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
+    def _combinations(self) -> Iterator[dict[str, Any]]:
+        for values in itertools.product(*self.grid.values()):
+            chosen = dict(zip(self.grid, values, strict=True))
+            if not any(all(chosen[key] == value for key, value in entry.items()) for entry in self.exclude):
+                yield nest(self.settings, chosen)
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Return the name and the value of `NAME=VALUE`, with the value read as YAML.
+
+    Raises:
+        ValueError: the text has no name, no `=`, or a value that is not YAML.
+
+    Example:
+        >>> parse_assignment("train.epochs=3")
+        ('train.epochs', 3)
+
+    """
+    name, equals, value = text.partition("=")
+    try:
+        if name and equals:
+            return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        pass
+    raise ValueError(f"assignment must be NAME=VALUE, got {text!r}")
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, of which it would silently drop the first."""
+    """A YAML loader that refuses repeated keys, of which PyYAML would silently drop the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen and isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is repeated", key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
-def _mapping(name: str, value: Any) -> None:
+def _without(settings: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """Return settings without the value that a dotted name, given as its parts, addresses."""
+    kept = {name: value for name, value in settings.items() if name != ".".join(path)}
+    inner = kept.get(path[0])
+    if len(path) > 1 and isinstance(inner, Mapping):
+        kept[path[0]] = _without(inner, path[1:])
+    return kept
+
+
+def _check_mapping(name: str, value: Any) -> None:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{name} is {value!r}; accepted: a mapping by names")
+        raise ValueError(f"{name} must be a mapping by names, got {value!r}")

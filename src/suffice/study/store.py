@@ -1,11 +1,10 @@
-"""The store of a study's folder: which runs are wanted, who is at them, and what they gave."""
+"""The store of a study's folder: planned runs, which process works on them, and their results."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
 import time
-from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,21 +13,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from suffice.study.keys import canonical, run_key
-from suffice.study.kinds import Kind
-from suffice.study.owners import Owner
-from suffice.study.schema import FILE, StoreError, connect, explain
-from suffice.study.spec import Planned
+from suffice.study.database import FILE_NAME, StoreError, connect, explain
+from suffice.study.keys import canonical_json, run_key
+from suffice.study.nested_settings import nest
+from suffice.study.owner import Owner
+from suffice.study.run_kind import RunKind
+from suffice.study.spec import PlannedRun
 
-__all__ = ["STATES", "Claim", "Record", "Store", "StoreError"]
+__all__ = ["STATES", "ClaimedRun", "Record", "Store", "StoreError"]
 
 STATES = ("done", "failed", "running", "missing")
 _NUMBERS = ("values", "rows")
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A run that this process is to do."""
+class ClaimedRun:
+    """A run that an owner has claimed and is about to do.
+
+    Args:
+        key: key of the run.
+        settings: complete settings, nested as the kind of run defines them.
+        seed: seed of the run.
+        inputs: files that the run reads, relative to the study's folder.
+
+    """
 
     key: str
     settings: dict[str, Any]
@@ -41,51 +49,53 @@ class Record:
     """A run as the store holds it.
 
     Args:
-        key: its name.
-        settings: complete.
-        seed: of the run.
+        key: key of the run.
+        settings: complete settings, nested as the kind of run defines them.
+        flat_settings: the same settings by dotted name.
+        seed: seed of the run.
         state: `done`, `failed`, `running` or `missing`.
-        result: what it returned; empty unless it is done.
-        error: traceback of its last failure, or empty.
-        made: versions, machine and source it was made with.
-        seconds: how long it took.
-        attempts: how often it was begun.
+        result: what the run returned; empty unless it is done.
+        error: traceback of the last failure, or empty.
+        environment: versions, machine and source that the run was done with.
+        seconds: how long the run took.
+        attempts: how many times the run was started.
 
     """
 
     key: str
     settings: Mapping[str, Any]
+    flat_settings: Mapping[str, Any]
     seed: int
     state: str
     result: Mapping[str, Any]
     error: str
-    made: Mapping[str, str]
+    environment: Mapping[str, str]
     seconds: float | None
     attempts: int
 
     def rows(self) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-        """Return each set of values of the result with the settings that come with it, beside those of the run."""
+        """Return each set of values of the result, after the settings that it has beside those of the run."""
         rows = [(row.get("settings", {}), row["values"]) for row in self.result.get("rows", ())]
         return [({}, self.result["values"]), *rows] if "values" in self.result else rows
 
 
 class Store:
-    """Finished and wanted runs in a folder, in SQLite; processes of one machine may share it.
+    """Planned and finished runs in an SQLite database, which several processes of one machine may share.
 
     Args:
-        folder: made if it is missing and `write`.
-        write: False to look only, also where nothing can be written.
+        folder: folder of the store; created if it is missing, unless `read_only`.
+        read_only: open the store to read it only, also where nothing can be written.
 
     Raises:
-        StoreError: the folder holds no store that this code can use.
+        StoreError: the folder holds no store that this version can use.
 
     """
 
-    def __init__(self, folder: str | Path, *, write: bool = True) -> None:
+    def __init__(self, folder: str | Path, *, read_only: bool = False) -> None:
         self.folder = Path(folder)
-        self._path = self.folder / FILE
-        self._db = connect(self.folder, write=write)
-        self._reached: dict[str, int] = {}
+        self._path = self.folder / FILE_NAME
+        self._database = connect(self.folder, read_only=read_only)
+        self._last_claimed: dict[str, int] = {}
 
     def __enter__(self) -> Store:
         return self
@@ -95,135 +105,145 @@ class Store:
 
     def close(self) -> None:
         """Close the database."""
-        self._db.close()
+        self._database.close()
 
-    def plan(self, study: str, kind: Kind, runs: Sequence[Planned], about: Mapping[str, Any] | None = None) -> None:
-        """Say which runs a study wants, in place of what it wanted before; runs that exist are kept as they are.
+    def plan(
+        self, study: str, kind: RunKind, runs: Sequence[PlannedRun], about: Mapping[str, Any] | None = None
+    ) -> None:
+        """Set the runs of a study, in place of those planned before; existing runs keep their state and results.
 
         Args:
-            study: name in this store.
-            kind: of all its runs.
-            runs: in the order in which to do them.
-            about: what to show of the study: its specification, the command.
+            study: name of the study in this store.
+            kind: kind of all its runs.
+            runs: runs in the order in which to do them.
+            about: information about the study that reports and exports show, such as the command.
 
         Raises:
             ValueError: two runs are the same.
-            StoreError: the store can't be written.
+            StoreError: the store cannot be written.
 
         """
-        keys = [run_key(kind.name, kind.code, run.settings, run.seed) for run in runs]
-        if len(set(keys)) < len(keys):
-            twice = next(run for key, run in zip(keys, runs, strict=True) if keys.count(key) > 1)
-            raise ValueError(f"runs hold seed {twice.seed} of {dict(twice.settings)!r} twice; accepted: each once")
-        rows = [
-            (key, kind.name, kind.code, canonical(run.settings), run.seed, json.dumps(run.inputs))
-            for key, run in zip(keys, runs, strict=True)
+        flat = [kind.flatten(run.settings) for run in runs]
+        keys = [
+            run_key(kind.name, kind.code_version, settings, run.seed) for settings, run in zip(flat, runs, strict=True)
         ]
-        with self._transaction() as db:
-            db.execute("INSERT OR REPLACE INTO studies VALUES (?, ?, ?)", (study, kind.name, json.dumps(about or {})))
-            db.execute("DELETE FROM plans WHERE study = ?", (study,))
-            db.executemany(
+        if len(set(keys)) < len(keys):
+            repeated = next(n for n, key in enumerate(keys) if key in keys[:n])
+            raise ValueError(f"runs must be distinct, got seed {runs[repeated].seed} of {flat[repeated]!r} twice")
+        rows = [
+            (key, kind.name, kind.code_version, canonical_json(settings), run.seed, json.dumps(run.inputs))
+            for key, settings, run in zip(keys, flat, runs, strict=True)
+        ]
+        with self._transaction() as database:
+            database.execute(
+                "INSERT OR REPLACE INTO studies VALUES (?, ?, ?)", (study, kind.name, json.dumps(about or {}))
+            )
+            database.execute("DELETE FROM plans WHERE study = ?", (study,))
+            database.executemany(
                 "INSERT OR IGNORE INTO runs (key, kind, code, settings, seed, inputs) VALUES (?, ?, ?, ?, ?, ?)", rows
             )
-            db.executemany("INSERT INTO plans VALUES (?, ?, ?)", ((study, n, key) for n, key in enumerate(keys)))
+            database.executemany("INSERT INTO plans VALUES (?, ?, ?)", ((study, n, key) for n, key in enumerate(keys)))
 
-    def claim(self, study: str, owner: Owner) -> Claim | None:
-        """Return a missing run of a study that is this owner's from now on, or None if there is none."""
+    def claim(self, study: str, owner: Owner) -> ClaimedRun | None:
+        """Claim the next missing run of a study for an owner; None if no run is missing."""
         query = (
             "SELECT key, settings, seed, inputs, position FROM plans JOIN runs USING (key) "
             "WHERE study = ? AND state = 'missing' AND position >= ? ORDER BY position LIMIT 1"
         )
-        with self._transaction() as db:
-            # On from the last one, else every claim would read all that is done; then from the start.
-            reached = self._reached.get(study, 0)
-            row = db.execute(query, (study, reached)).fetchone()
-            if row is None and reached:
-                row = db.execute(query, (study, 0)).fetchone()
+        with self._transaction() as database:
+            # Search from the last claimed position first: a search from the start would read all finished runs.
+            start = self._last_claimed.get(study, 0)
+            row = database.execute(query, (study, start)).fetchone()
+            if row is None and start:
+                row = database.execute(query, (study, 0)).fetchone()
             if row is None:
                 return None
-            self._reached[study] = row[4]
-            db.execute(
+            self._last_claimed[study] = row[4]
+            database.execute(
                 "UPDATE runs SET state = 'running', owner = ?, attempts = attempts + 1 WHERE key = ?",
                 (owner.name, row[0]),
             )
-        return Claim(row[0], json.loads(row[1]), row[2], tuple(json.loads(row[3])))
+        return ClaimedRun(row[0], nest(json.loads(row[1])), row[2], tuple(json.loads(row[3])))
 
     def recover(self, owner: Owner) -> int:
-        """Make runs missing again whose process is gone, and return how many."""
-        found = self._all("SELECT DISTINCT owner FROM runs WHERE state = 'running' AND owner != ?", (owner.name,))
-        gone = [name for (name,) in found if not Owner.lives(self.folder, name)]
-        freed = 0
-        with self._transaction() as db:
-            for name in gone:
-                freed += db.execute(
+        """Make the runs of owners whose process has ended missing again, and return their number."""
+        rows = self._fetch_all("SELECT DISTINCT owner FROM runs WHERE state = 'running' AND owner != ?", (owner.name,))
+        dead = [name for (name,) in rows if not Owner.is_alive(self.folder, name)]
+        recovered = 0
+        with self._transaction() as database:
+            for name in dead:
+                recovered += database.execute(
                     "UPDATE runs SET state = 'missing', owner = NULL WHERE state = 'running' AND owner = ?", (name,)
                 ).rowcount
-        for name in gone:
-            Owner.forget(self.folder, name)
-        return freed
+        for name in dead:
+            Owner.remove(self.folder, name)
+        return recovered
 
     def finish(
-        self, key: str, owner: Owner, result: Mapping[str, Any], made: Mapping[str, str], seconds: float
+        self, key: str, owner: Owner, result: Mapping[str, Any], environment: Mapping[str, str], seconds: float
     ) -> bool:
-        """Keep the result of a run; False if it isn't this owner's any more.
+        """Store the result of a run; returns False and stores nothing if the owner has lost the run.
 
         Raises:
-            StoreError: there is no room; what was finished before is safe.
+            StoreError: there is no space left; the runs that were finished before are safe.
 
         """
         numbers = {name: result[name] for name in _NUMBERS if name in result}
-        rest = {name: value for name, value in result.items() if name not in _NUMBERS}
-        values = (json.dumps(numbers), json.dumps(rest), json.dumps(made), seconds, time.time(), key, owner.name)
-        with self._transaction() as db:
+        details = {name: value for name, value in result.items() if name not in _NUMBERS}
+        values = (
+            *(json.dumps(part) for part in (numbers, details, environment)),
+            *(seconds, time.time(), key, owner.name),
+        )
+        with self._transaction() as database:
             return bool(
-                db.execute(
-                    "UPDATE runs SET state = 'done', owner = NULL, error = NULL, numbers = ?, rest = ?, made = ?, "
-                    "seconds = ?, ended = ? WHERE key = ? AND state = 'running' AND owner = ?",
+                database.execute(
+                    "UPDATE runs SET state = 'done', owner = NULL, error = NULL, numbers = ?, details = ?, "
+                    "environment = ?, seconds = ?, ended = ? WHERE key = ? AND state = 'running' AND owner = ?",
                     values,
                 ).rowcount
             )
 
     def fail(self, key: str, owner: Owner, error: str) -> None:
-        """Keep the traceback of a failed run."""
-        with self._transaction() as db:
-            db.execute(
+        """Store the traceback of a failed run."""
+        with self._transaction() as database:
+            database.execute(
                 "UPDATE runs SET state = 'failed', owner = NULL, error = ?, ended = ? "
                 "WHERE key = ? AND state = 'running' AND owner = ?",
                 (error, time.time(), key, owner.name),
             )
 
     def release(self, owner: Owner) -> None:
-        """Make an owner's unfinished runs missing again."""
-        with self._transaction() as db:
-            db.execute(
+        """Make the unfinished runs of an owner missing again."""
+        with self._transaction() as database:
+            database.execute(
                 "UPDATE runs SET state = 'missing', owner = NULL WHERE state = 'running' AND owner = ?", (owner.name,)
             )
 
-    def retry(self, study: str) -> int:
-        """Make a study's failed runs missing again, and return how many."""
-        with self._transaction() as db:
-            return db.execute(
+    def reset_failed(self, study: str) -> int:
+        """Make the failed runs of a study missing again, and return their number."""
+        with self._transaction() as database:
+            return database.execute(
                 "UPDATE runs SET state = 'missing' WHERE state = 'failed' "
                 "AND key IN (SELECT key FROM plans WHERE study = ?)",
                 (study,),
             ).rowcount
 
-    def drop(self, keys: Sequence[str]) -> None:
-        """Forget what runs gave, so that they are done again."""
-        with self._transaction() as db:
-            db.executemany(
-                "UPDATE runs SET state = 'missing', owner = NULL, numbers = NULL, rest = NULL, error = NULL "
+    def discard_results(self, keys: Sequence[str]) -> None:
+        """Delete the results of done and failed runs, so that they are done again."""
+        with self._transaction() as database:
+            database.executemany(
+                "UPDATE runs SET state = 'missing', owner = NULL, numbers = NULL, details = NULL, error = NULL "
                 "WHERE key = ? AND state IN ('done', 'failed')",
                 ((key,) for key in keys),
             )
 
     def studies(self) -> dict[str, dict[str, Any]]:
-        """Return each study's kind and what `plan` was told about it."""
-        found = self._all("SELECT name, kind, about FROM studies ORDER BY rowid")
-        return {name: {"kind": kind, **json.loads(about)} for name, kind, about in found}
+        """Return, by name of the study, its `kind` and the information that was given to `plan`."""
+        rows = self._fetch_all("SELECT name, kind, about FROM studies ORDER BY rowid")
+        return {name: {"kind": kind, **json.loads(about)} for name, kind, about in rows}
 
-    def only(self, study: str | None = None) -> str:
-        """Return the name of a study: the one asked for, or the only one.
+    def study_name(self, study: str | None = None) -> str:
+        """Return the name of a study if the store has it; without a name, that of the only study.
 
         Raises:
             StoreError: there is no such study, or none or several to choose from.
@@ -231,78 +251,83 @@ class Store:
         """
         names = list(self.studies())
         if study is not None and study not in names:
-            raise StoreError(f"study is {study!r}; {self.folder} holds: {', '.join(names) or 'none'}")
+            raise StoreError(f"study must be one of {', '.join(names) or 'none'} in {self.folder}, got {study!r}")
         if study is None and len(names) != 1:
             raise StoreError(f"{self.folder} holds {', '.join(names) or 'no study'}; name one with --study")
         return study or names[0]
 
     def counts(self, study: str) -> dict[str, int]:
-        """Return how many of a study's runs are in each state."""
-        found = Counter(
-            dict(
-                self._all(
-                    "SELECT state, count(*) FROM plans JOIN runs USING (key) WHERE study = ? GROUP BY state", (study,)
-                )
-            )
-        )
-        return {state: found[state] for state in STATES}
+        """Return the number of runs of a study in each state."""
+        query = "SELECT state, count(*) FROM plans JOIN runs USING (key) WHERE study = ? GROUP BY state"
+        return {**dict.fromkeys(STATES, 0), **dict(self._fetch_all(query, (study,)))}
 
     def overview(self, study: str) -> tuple[dict[str, int], float, dict[str, int]]:
-        """Return counts by state, the seconds that finished runs took, and how many each source of the package made."""
+        """Return the number of runs by state, the seconds of all done runs, and the number of done runs by source."""
         query = (
-            "SELECT state, json_extract(made, '$.source'), count(*), total(seconds) "
+            "SELECT state, json_extract(environment, '$.source'), count(*), total(seconds) "
             "FROM plans JOIN runs USING (key) WHERE study = ? GROUP BY 1, 2"
         )
         counts: dict[str, int] = dict.fromkeys(STATES, 0)
-        seconds, sources = 0.0, dict[str, int]()
-        for state, source, number, took in self._all(query, (study,)):
-            counts[state] += number
+        total_seconds, sources = 0.0, dict[str, int]()
+        for state, source, count, seconds in self._fetch_all(query, (study,)):
+            counts[state] += count
             if state == "done":
-                seconds += took
-                sources[source or ""] = sources.get(source or "", 0) + number
-        return counts, seconds, sources
+                total_seconds += seconds
+                sources[source or ""] = sources.get(source or "", 0) + count
+        return counts, total_seconds, sources
 
-    def records(self, study: str, state: str | None = None, *, whole: bool = True) -> Iterator[Record]:
-        """Return a study's runs in the order of its plan.
+    def records(self, study: str, state: str | None = None, *, numbers_only: bool = False) -> Iterator[Record]:
+        """Return the runs of a study in the order of its plan.
 
         Args:
-            study: which.
-            state: only runs in this state.
-            whole: False to leave out of results what is not a number to compare; quicker.
+            study: name of the study.
+            state: return only runs in this state.
+            numbers_only: leave out everything of the results but the numbers to compare, which is faster.
 
         """
-        rest = "rest" if whole else "NULL"
         query = (
-            f"SELECT key, settings, seed, state, numbers, {rest}, error, made, seconds, attempts "
-            # The few runs that failed are found by their state, all others in the order of the plan.
+            f"SELECT key, settings, seed, state, numbers, {'NULL' if numbers_only else 'details'}, error, environment, "
+            "seconds, attempts "
+            # The few failed runs are found by their state, all others in the order of the plan.
             + ("FROM runs CROSS JOIN plans USING (key) " if state == "failed" else "FROM plans JOIN runs USING (key) ")
             + "WHERE study = ?"
             + (" AND state = ?" if state else "")
         )
-        parsed = lru_cache(maxsize=4096)(json.loads)
-        for row in self._db.execute(query + " ORDER BY position", (study, state) if state else (study,)):
+        # Runs share settings and environments; each distinct text is parsed once.
+        parse = lru_cache(maxsize=4096)(json.loads)
+        parse_nested = lru_cache(maxsize=4096)(lambda text: nest(json.loads(text)))
+        for row in self._database.execute(query + " ORDER BY position", (study, state) if state else (study,)):
             result = {**json.loads(row[5] or "{}"), **json.loads(row[4] or "{}")} if row[3] == "done" else {}
             yield Record(
-                row[0], parsed(row[1]), row[2], row[3], result, row[6] or "", parsed(row[7] or "{}"), row[8], row[9]
+                key=row[0],
+                settings=parse_nested(row[1]),
+                flat_settings=parse(row[1]),
+                seed=row[2],
+                state=row[3],
+                result=result,
+                error=row[6] or "",
+                environment=parse(row[7] or "{}"),
+                seconds=row[8],
+                attempts=row[9],
             )
 
-    def _all(self, query: str, values: tuple[Any, ...] = ()) -> list[Any]:
+    def _fetch_all(self, query: str, values: tuple[Any, ...] = ()) -> list[Any]:
         try:
-            return self._db.execute(query, values).fetchall()
+            return self._database.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise StoreError(explain(error, self._path)) from error
 
     @contextmanager
     def _transaction(self) -> Generator[sqlite3.Connection]:
         try:
-            # Immediate: what is read is still so when it is written.
-            self._db.execute("BEGIN IMMEDIATE")
+            # Immediate, so that nothing changes between reading and writing.
+            self._database.execute("BEGIN IMMEDIATE")
             try:
-                yield self._db
-                self._db.execute("COMMIT")
+                yield self._database
+                self._database.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
                 raise
         except sqlite3.Error as error:
             raise StoreError(explain(error, self._path)) from error

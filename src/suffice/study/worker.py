@@ -1,6 +1,6 @@
-"""A worker process: reads jobs as lines of JSON, does them, and writes what happens as lines of JSON.
+"""A worker process: reads jobs from standard input and writes their events to standard output, as lines of JSON.
 
-It ends when the process that started it is gone, whatever way that went.
+The worker exits when the process that started it ends, for whatever reason, because its standard input then ends.
 """
 
 from __future__ import annotations
@@ -13,39 +13,39 @@ import threading
 import traceback
 from typing import IO, Any
 
-from suffice.study.jobs import Job, perform
+from suffice.study.job import Job, run_job
 
 
 def main() -> None:
-    """Work until standard input ends."""
-    # What a run prints must not get between our lines.
-    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    """Do jobs until standard input ends."""
+    # Events go to a copy of standard output. What a run prints goes to standard error, so that it cannot break a line.
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     jobs: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=_read, args=(jobs,), daemon=True).start()
+    threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
     while True:
-        _do(Job.from_json(jobs.get()), lines)
+        _do(Job.from_json(jobs.get()), output)
 
 
-def _read(jobs: queue.Queue[str]) -> None:
+def _read_jobs(jobs: queue.Queue[str]) -> None:
     for line in sys.stdin:
         jobs.put(line)
-    # Not sys.exit: the run at hand is of no use to anyone now.
+    # Exit at once: nobody is left to receive the result of the current run.
     os._exit(0)
 
 
-def _do(job: Job, lines: IO[str]) -> None:
+def _do(job: Job, output: IO[str]) -> None:
     try:
-        done = perform(job, lambda text: _tell(lines, {"said": text}))
+        completed = run_job(job, lambda text: _write(output, {"message": text}))
     except BaseException:
-        _tell(lines, {"failed": traceback.format_exc()})
+        _write(output, {"error": traceback.format_exc()})
     else:
-        _tell(lines, {"done": done})
+        _write(output, {"completed": completed})
 
 
-def _tell(lines: IO[str], what: dict[str, Any]) -> None:
-    lines.write(json.dumps(what) + "\n")
-    lines.flush()
+def _write(output: IO[str], fields: dict[str, Any]) -> None:
+    output.write(json.dumps(fields) + "\n")
+    output.flush()
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from typing import Any
 from suffice import SufficeError
 from suffice.kv.eval.run_kinds import COMPARE, OWN
 from suffice.kv.policy.registry import DEFAULT_POLICY
-from suffice.study.progress import Watcher
+from suffice.study.progress import ProgressCallback
 from suffice.study.results import Group, group_records, paired_difference, summarize
 from suffice.study.runner import run_study
-from suffice.study.spec import Planned
+from suffice.study.spec import PlannedRun
 from suffice.study.store import Record, Store
 
 TASKS = (("text", "continuation"), ("multikey", "agnostic"), ("multikey", "aware"))
@@ -153,7 +153,7 @@ def compare(
     attn: str = "sdpa",
     folder: str | Path | None = None,
     workers: int = 0,
-    watch: Watcher | None = None,
+    watch: ProgressCallback | None = None,
     command: str = "",
 ) -> Comparison:
     """Measure how close caches stay to the full one; all caches of a sample share one prefill.
@@ -203,11 +203,13 @@ def compare(
         "attn": attn,
     }
     every = [COMPARE.complete({**shared, "task": task, "mode": mode}) for task, mode in tasks]
-    plan = [Planned(settings, number) for number in range(seed, seed + samples) for settings in every]
+    plan = [PlannedRun(settings, number) for number in range(seed, seed + samples) for settings in every]
     about = {"command": command} if command else {}
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as home:
-        run_study(home, COMPARE, plan, name="compare", about=about, workers=workers, retry=True, watch=watch)
-        with Store(home, write=False) as store:
+        run_study(
+            home, COMPARE, plan, name="compare", about=about, workers=workers, retry_failed=True, on_progress=watch
+        )
+        with Store(home, read_only=True) as store:
             records = list(store.records("compare"))
     return Comparison({**shared, "samples": samples, "seed": seed}, group_records(finished(records)))
 

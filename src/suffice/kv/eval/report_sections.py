@@ -13,7 +13,7 @@ from suffice.kv.eval.compare import Comparison
 from suffice.report.blocks import KeptText
 from suffice.report.figures import Point, lines
 from suffice.report.page import Figure, Page, Table, Text
-from suffice.study.keys import canonical
+from suffice.study.keys import canonical_json
 from suffice.study.results import group_records
 from suffice.study.store import Record
 
@@ -70,7 +70,7 @@ def add_records(page: Page, records: Sequence[Record], folder: Path) -> None:
     together: dict[str, list[Record]] = {}
     for record in records:
         shared = {name: value for name, value in record.settings.items() if name not in ("task", "mode")}
-        together.setdefault(canonical(shared), []).append(record)
+        together.setdefault(canonical_json(shared), []).append(record)
     for own in together.values():
         seeds: dict[tuple[str, str], set[int]] = {}
         for record in own:

@@ -9,7 +9,7 @@ from typing import Any
 
 from suffice.kv.budget.protection import Protection
 from suffice.kv.policy.registry import DEFAULT_POLICY, get_allocation, get_policy
-from suffice.study.kinds import Kind
+from suffice.study.run_kind import RunKind
 
 OWN = "own"  # stands for a policy's own allocation
 _MODEL: dict[str, Any] = {"model": None, "device": "cpu", "dtype": "auto", "attn": "sdpa"}
@@ -86,12 +86,12 @@ def digest(path: str | None) -> str:
         raise ValueError(f"haystack is {path!r}, which can't be read: {error}") from None
 
 
-COMPARE = Kind(
+COMPARE = RunKind(
     name="kv.compare",
-    run="suffice.kv.eval.runs:compare_run",
+    function="suffice.kv.eval.runs:compare_run",
     check="suffice.kv.eval.run_kinds:check_compare",
-    view="suffice.kv.eval.report_sections:add_records",
-    compares="policy",
+    report_sections="suffice.kv.eval.report_sections:add_records",
+    compared_setting="policy",
     version=2,  # the capacity is measured under another policy's objective than before
     settings={
         "task": "text",
@@ -104,13 +104,13 @@ COMPARE = Kind(
         "measure_capacity": True,
         **_MODEL,
     },
-    about="Read one example, and measure how close each policy, allocation and budget stays to the full cache.",
+    description="Read one example, and measure how close each policy, allocation and budget stays to the full cache.",
 )
-TUNE = Kind(
+TUNE = RunKind(
     name="kv.tune",
-    run="suffice.kv.eval.runs:tune_run",
+    function="suffice.kv.eval.runs:tune_run",
     check="suffice.kv.eval.run_kinds:check_tune",
     settings={"prompts": "", "mode": "aware", "new_tokens": 32, **_CELLS, **_MODEL},
-    about="Read one of the user's prompts, and measure how close each cache stays to what the full one goes on with.",
+    description="Read one of the user's prompts and measure how close each cache stays to the full one's continuation.",
 )
 KINDS = {COMPARE.name: COMPARE, TUNE.name: TUNE}

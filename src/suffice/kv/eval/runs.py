@@ -16,7 +16,7 @@ from suffice.kv.eval.run_kinds import OWN
 from suffice.kv.eval.tasks import make
 from suffice.kv.hf.loading import load_model
 from suffice.kv.policy.registry import get_allocation, get_policy
-from suffice.study.jobs import Context
+from suffice.study.job import RunContext
 
 VALUES = (
     "kl",
@@ -59,7 +59,7 @@ def cells_of(settings: Mapping[str, Any]) -> list[Cell]:
     return [Cell(policy, budget, None if split == OWN else split) for policy, split, budget in contestants(settings)]
 
 
-def compare_run(settings: Mapping[str, Any], seed: int, context: Context) -> dict[str, Any]:
+def compare_run(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict[str, Any]:
     """Make an example and measure every cache on it.
 
     Args:
@@ -75,7 +75,7 @@ def compare_run(settings: Mapping[str, Any], seed: int, context: Context) -> dic
     text = settings["haystack"]
     hay = {} if text is None else {"haystack": Path(text).read_text(encoding="utf-8")}
     example = make(settings["task"], tokenizer, tokens=settings["tokens"], seed=seed, **hay)
-    context.say(f"{settings['task']}, {settings['mode']}, sample {seed}")
+    context.log(f"{settings['task']}, {settings['mode']}, sample {seed}")
     rows = evaluate(
         model,
         tokenizer,
@@ -94,7 +94,7 @@ def compare_run(settings: Mapping[str, Any], seed: int, context: Context) -> dic
     }
 
 
-def tune_run(settings: Mapping[str, Any], seed: int, context: Context) -> dict[str, Any]:
+def tune_run(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict[str, Any]:
     """Let the full cache go on from a prompt, and measure every cache on what it said.
 
     Args:
@@ -109,7 +109,7 @@ def tune_run(settings: Mapping[str, Any], seed: int, context: Context) -> dict[s
     model, tokenizer = _model(settings)
     prompt = read_prompts(context.folder / settings["prompts"])[seed]
     example = continued(model, tokenizer, prompt, settings["new_tokens"], seed)
-    context.say(f"prompt {seed}")
+    context.log(f"prompt {seed}")
     rows = evaluate(
         model,
         tokenizer,

@@ -17,10 +17,10 @@ from suffice.kv.eval.compare import finished
 from suffice.kv.eval.prompts import UserPrompt, write_prompts
 from suffice.kv.eval.run_kinds import OWN, TUNE
 from suffice.kv.policy.registry import DEFAULT_POLICY
-from suffice.study.progress import Watcher
+from suffice.study.progress import ProgressCallback
 from suffice.study.results import Group, group_records, mean_bound
 from suffice.study.runner import run_study
-from suffice.study.spec import Planned
+from suffice.study.spec import PlannedRun
 from suffice.study.store import Store
 
 BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
@@ -162,7 +162,7 @@ def tune(
     attn: str = "sdpa",
     folder: str | Path | None = None,
     workers: int = 0,
-    watch: Watcher | None = None,
+    watch: ProgressCallback | None = None,
     command: str = "",
 ) -> Tuning:
     """Find the smallest budget, and the policy and allocation, that stay close to the full cache on a user's prompts.
@@ -232,10 +232,10 @@ def tune(
         Path(home).mkdir(parents=True, exist_ok=True)
         file = _kept(given, Path(home))
         settings = TUNE.complete({**shared, "prompts": file})
-        plan = [Planned(settings, number, (file,)) for number in range(len(given))]
+        plan = [PlannedRun(settings, number, (file,)) for number in range(len(given))]
         name = Path(file).stem
-        run_study(home, TUNE, plan, name=name, about=about, workers=workers, retry=True, watch=watch)
-        with Store(home, write=False) as store:
+        run_study(home, TUNE, plan, name=name, about=about, workers=workers, retry_failed=True, on_progress=watch)
+        with Store(home, read_only=True) as store:
             records = list(store.records(name))
     trials = _trials(group_records(finished(records)), metric, target, 1 - confidence)
     return Tuning(metric, target, confidence, len(given), trials, shared)

@@ -24,9 +24,9 @@ from suffice.link.study.run_kinds import CORRECT, REFERENCES, describe_arm, sett
 from suffice.link.study.runs import graph_and_split
 from suffice.link.train.alignment import embeddings
 from suffice.link.train.trainer import TrainSettings
-from suffice.study.progress import Progress, Watcher, plain
+from suffice.study.progress import Progress, ProgressCallback, log_progress
 from suffice.study.runner import run_study
-from suffice.study.spec import Planned
+from suffice.study.spec import PlannedRun
 from suffice.study.store import Record, Store, StoreError
 
 
@@ -43,7 +43,7 @@ def correct(
     folder: str | Path | None = None,
     workers: int = 0,
     progress: Callable[[str], None] | None = None,
-    watch: Watcher | None = None,
+    watch: ProgressCallback | None = None,
     command: str = "",
 ) -> Study:
     """Train every arm on the same splits, audit it, and measure metrics and alignment.
@@ -79,8 +79,8 @@ def correct(
         data = save_graph(graph, home)
         shared = {**settings_of(model, train, protocol), "data": data, "device": device}
 
-        def planned(arm: Any, number: int) -> Planned:
-            return Planned(CORRECT.complete({**shared, "arm": arm}), number, (data,))
+        def planned(arm: Any, number: int) -> PlannedRun:
+            return PlannedRun(CORRECT.complete({**shared, "arm": arm}), number, (data,))
 
         plan = [planned(describe_arm(arm), number) for number in numbers for arm in arms]
         if graph.y is not None:
@@ -92,9 +92,9 @@ def correct(
                 if record.settings["arm"] not in REFERENCES:
                     say(f"arm {_key(record)}, seed {record.seed}: {record.result['verdict']}")
         about = {"command": command} if command else {}
-        show = watch or _trainings(plain(say))
-        run_study(home, CORRECT, plan, name=name, about=about, workers=workers, retry=True, watch=show)
-        with Store(home, write=False) as store:
+        show = watch or _trainings(log_progress(say))
+        run_study(home, CORRECT, plan, name=name, about=about, workers=workers, retry_failed=True, on_progress=show)
+        with Store(home, read_only=True) as store:
             records = list(store.records(name))
     settings = {
         "model": asdict(model),
@@ -185,8 +185,8 @@ def edge_maps(
     wanted = {str(describe_arm(arm)): arm.key for arm in arms}
     keys: dict[str, str] = {}
     try:
-        with Store(folder, write=False) as store:
-            for record in store.records(Path(save_graph(graph, folder)).stem, "done", whole=False):
+        with Store(folder, read_only=True) as store:
+            for record in store.records(Path(save_graph(graph, folder)).stem, "done", numbers_only=True):
                 if record.seed == seed and str(record.settings["arm"]) in wanted:
                     keys[wanted[str(record.settings["arm"])]] = record.key
     except StoreError as error:
@@ -207,7 +207,7 @@ def _key(record: Record) -> str:
     return arm if arm in REFERENCES else read_arm(arm).key
 
 
-def _trainings(watch: Watcher) -> Watcher:
+def _trainings(watch: ProgressCallback) -> ProgressCallback:
     """Leave out the lines of references, which take no time."""
 
     def show(progress: Progress, line: str) -> None:

@@ -14,10 +14,10 @@ from suffice.link.models import ModelSettings, preset
 from suffice.link.study.arms import Arm, parse_arm
 from suffice.link.study.run_kinds import CORRECT, describe_arm, read_arm, settings_of
 from suffice.link.train.trainer import TrainSettings
-from suffice.study.progress import Watcher
+from suffice.study.progress import ProgressCallback
 from suffice.study.results import Group, group_records
 from suffice.study.runner import run_study
-from suffice.study.spec import Planned
+from suffice.study.spec import PlannedRun
 from suffice.study.store import Store
 
 MODELS = ("gcn", "sage", "neognn", "elph", "buddy", "ncn", "ncnc")
@@ -83,7 +83,7 @@ def reproduce(
     root: str | Path = "data",
     device: str = "cpu",
     workers: int = 0,
-    watch: Watcher | None = None,
+    watch: ProgressCallback | None = None,
     command: str = "",
 ) -> list[Cell]:
     """Train, audit and measure every model on every data set in every way, and return what is finished.
@@ -113,7 +113,7 @@ def reproduce(
     if not data or not models or not arms or seeds < 1:
         raise ValueError(f"data, models, arms, seeds are {data}, {models}, {arms}, {seeds}; accepted: one or more")
     train, protocol = train or TrainSettings(), protocol or SplitConfig()
-    plan: list[Planned] = []
+    plan: list[PlannedRun] = []
     for name in data:
         file = save_graph(prepare_graph(load_graph(name, root), protocol), folder)
         for seed in range(seeds):
@@ -123,9 +123,9 @@ def reproduce(
                 shared = {**settings_of(made, chosen, protocol), "data": file, "device": device}
                 for arm in arms:
                     described = describe_arm(arm.resolved(made))
-                    plan.append(Planned(CORRECT.complete({**shared, "arm": described}), seed, (file,)))
+                    plan.append(PlannedRun(CORRECT.complete({**shared, "arm": described}), seed, (file,)))
     about = {"command": command} if command else {}
-    run_study(folder, CORRECT, plan, name=STUDY, about=about, workers=workers, retry=True, watch=watch)
+    run_study(folder, CORRECT, plan, name=STUDY, about=about, workers=workers, retry_failed=True, on_progress=watch)
     return finished(folder)
 
 
@@ -136,7 +136,7 @@ def finished(folder: str | Path) -> list[Cell]:
         StoreError: the folder holds no store.
 
     """
-    with Store(folder, write=False) as store:
+    with Store(folder, read_only=True) as store:
         records = list(store.records(STUDY, "done"))
     verdicts: dict[tuple[str, str, str], dict[str, int]] = {}
     for record in records:

@@ -13,7 +13,7 @@ from suffice.link.data.graph import SplitConfig
 from suffice.link.models import ModelSettings
 from suffice.link.study.arms import Arm, parse_arm
 from suffice.link.train.trainer import TrainSettings
-from suffice.study.kinds import Kind
+from suffice.study.run_kind import RunKind
 
 # The arm says these.
 _OF_ARM = ("encoder_norm", "decoder_norm", "composition", "balanced", "seed")
@@ -125,12 +125,12 @@ def _make(kind: Any, settings: Mapping[str, Any]) -> Any:
     return kind(**{name: settings[name] for name in names})
 
 
-CORRECT = Kind(
+CORRECT = RunKind(
     name="link.correct",
-    run="suffice.link.study.runs:run",
+    function="suffice.link.study.runs:run",
     check="suffice.link.study.run_kinds:check",
-    view="suffice.link.study.report_sections:add_records",
-    compares="arm",
+    report_sections="suffice.link.study.report_sections:add_records",
+    compared_setting="arm",
     settings={
         "arm": None,  # a name, or a mapping of parts
         "data": "digits",
@@ -140,6 +140,6 @@ CORRECT = Kind(
         "device": "cpu",
         **settings_of(ModelSettings(), TrainSettings(), SplitConfig()),
     },
-    about="Train a link predictor one way, audit it, and measure what it keeps of the classes.",
+    description="Train a link predictor one way, audit it, and measure what it keeps of the classes.",
 )
 KINDS = {CORRECT.name: CORRECT}

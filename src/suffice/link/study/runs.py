@@ -17,7 +17,7 @@ from suffice.link.study.run_kinds import RunSettings
 from suffice.link.train.alignment import alignment, raw_alignment
 from suffice.link.train.allocator import reuse_large_blocks
 from suffice.link.train.trainer import Epoch, TrainSettings, fit
-from suffice.study.jobs import Context, Say
+from suffice.study.job import RunContext
 
 AUDITED = (
     "a_pure",
@@ -32,7 +32,7 @@ AUDITED = (
 )
 
 
-def run(settings: Mapping[str, Any], seed: int, context: Context) -> dict[str, Any]:
+def run(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict[str, Any]:
     """Train, audit and measure; the training goes on from its checkpoint if it was cut off.
 
     Args:
@@ -66,7 +66,7 @@ def run(settings: Mapping[str, Any], seed: int, context: Context) -> dict[str, A
             "graph": graph.name,
             "in": graph.x.size(1),
         },
-        progress=_paced(context.say, train),
+        progress=_paced(context.log, train),
     )
     report = audit_trained(net, graph, edges, batch_size=train.batch_size, seed=seed)
     values = {**held_out_scores(net, graph, edges, parts.protocol, train.k), "loss": done.epochs[-1].loss}
@@ -74,7 +74,7 @@ def run(settings: Mapping[str, Any], seed: int, context: Context) -> dict[str, A
         values |= {f"{metric}:{part}": found.statistics[metric].mean for metric in AUDITED}
     if graph.y is not None:
         values |= alignment(net, graph, edges)
-    context.say(report.verdict.level)
+    context.log(report.verdict.level)
     return {
         "facts": {
             "train": train.describe(),
@@ -118,13 +118,13 @@ def _size(graph: Graph) -> dict[str, Any]:
     return {"graph": graph.name, "nodes": graph.num_nodes, "edges": graph.edges.size(1), "in": graph.x.size(1)}
 
 
-def _paced(say: Say, train: TrainSettings, seconds: float = 2.0) -> Callable[[Epoch], None]:
+def _paced(log: Callable[[str], None], train: TrainSettings, seconds: float = 2.0) -> Callable[[Epoch], None]:
     last = time.monotonic()
 
     def show(epoch: Epoch) -> None:
         nonlocal last
         if time.monotonic() - last >= seconds:
             last = time.monotonic()
-            say(f"epoch {epoch.number + 1} of {train.epochs}, loss {epoch.loss:.4f}, {train.metric} {epoch.metric:.3f}")
+            log(f"epoch {epoch.number + 1} of {train.epochs}, loss {epoch.loss:.4f}, {train.metric} {epoch.metric:.3f}")
 
     return show

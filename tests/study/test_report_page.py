@@ -1,4 +1,4 @@
-"""The report of any study, as HTML and Markdown, holds its numbers and says how they were made."""
+"""Reports of studies, as HTML and Markdown, hold the numbers and how they were made."""
 
 import re
 
@@ -6,12 +6,12 @@ import pytest
 from typer.testing import CliRunner
 
 from suffice.cli import app
-from suffice.study import Kind, Planned, Spec, Store, mean_interval, run_study
-from suffice.study.pages import study_page
+from suffice.study import PlannedRun, RunKind, Spec, Store, mean_interval, run_study
+from suffice.study.report_page import study_report
 from tests.study.tiny import SQUARE
 
 
-def policies(settings, seed, context):
+def compare_policies(settings, seed, context):
     rows = [{"settings": {"policy": "full", "budget": 1.0}, "values": {"kl": 0.0}}]
     for n, policy in enumerate(("capkv", "<h2o>")):
         for budget in (0.25, 0.5, 0.75):
@@ -21,7 +21,7 @@ def policies(settings, seed, context):
     return {"rows": rows, "text": "x" * 1000}
 
 
-KIND = Kind("policies", "tests.study.test_pages:policies", {"task": "text"}, compares="policy")
+KIND = RunKind("policies", "tests.study.test_report_page:compare_policies", {"task": "text"}, compared_setting="policy")
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,10 @@ def folder(tmp_path_factory):
 
 
 def test_html_has_results_curves_differences_and_configuration(folder):
-    html = study_page(folder, kinds={"policies": KIND}, command="suffice report x").html()
+    html = study_report(folder, kinds={"policies": KIND}, command="suffice report x").html()
     headings = re.findall(r"<h2>(.*?)</h2>", html)
     assert headings == ["Results", "By budget", "Differences from capkv", "How it was made"]
-    assert html.count("<svg") == html.count("<details>") == 2  # every figure has a table of its numbers
+    assert html.count("<svg") == html.count("<details>") == 2  # every figure has a table with its numbers
     assert "&lt;h2o&gt; · 0.5" in html
     assert "<h2o>" not in html
     expected = mean_interval([1 / 0.25 + seed * 0.01 for seed in range(4)])
@@ -45,7 +45,7 @@ def test_html_has_results_curves_differences_and_configuration(folder):
     assert re.search(r"with python 3\.\d+\.\d+, machine .*, suffice ", html)
 
 
-def test_markdown_has_the_same_and_its_figures_beside_it(folder, tmp_path):
+def test_markdown_has_the_same_content_and_its_figures_as_files(folder, tmp_path):
     target = tmp_path / "mein Bericht.md"
     CliRunner().invoke(app, ["report", str(folder), "--to", str(target)], catch_exceptions=False)
     text = target.read_text(encoding="utf-8")
@@ -59,23 +59,23 @@ def test_markdown_has_the_same_and_its_figures_beside_it(folder, tmp_path):
         assert len({re.sub(r"\\\|", "", line).count("|") for line in table.splitlines()}) == 1
 
 
-def test_failures_and_what_is_missing_are_told(tmp_path):
-    plan = [Planned(SQUARE.complete({"x": x, "fail": "raise" if x == 2 else ""}), 0) for x in (1, 2)]
+def test_failed_and_missing_runs_are_reported(tmp_path):
+    plan = [PlannedRun(SQUARE.complete({"x": x, "fail": "raise" if x == 2 else ""}), 0) for x in (1, 2)]
     run_study(tmp_path, SQUARE, plan, name="squares")
-    html = study_page(tmp_path).html()
+    html = study_report(tmp_path).html()
     assert "1 of 2 runs of square are done" in html
     assert "RuntimeError: no square today" in html
     with Store(tmp_path) as store:
-        store.plan("later", SQUARE, [Planned(SQUARE.complete({"x": 7}), 0)])
-    assert "0 of 1 runs" in study_page(tmp_path, study="later").html()
+        store.plan("later", SQUARE, [PlannedRun(SQUARE.complete({"x": 7}), 0)])
+    assert "0 of 1 runs" in study_report(tmp_path, study="later").html()
 
 
-def test_bad_input_is_named(folder, tmp_path):
-    for arguments, said in (
-        ({"only": ["lk"]}, "metrics hold 'lk'"),
-        ({"compare": "policy", "baseline": "snapkv"}, "baseline must be one of .*, got 'snapkv'"),
+def test_wrong_arguments_are_named(folder, tmp_path):
+    for arguments, message in (
+        ({"metrics": ["lk"]}, "metrics must be among kl, got 'lk'"),
+        ({"compared_setting": "policy", "baseline": "snapkv"}, "baseline must be one of .*, got 'snapkv'"),
     ):
-        with pytest.raises(ValueError, match=said):
-            study_page(folder, **arguments)
+        with pytest.raises(ValueError, match=message):
+            study_report(folder, **arguments)
     with pytest.raises(ValueError, match=r"to is .*x\.pdf'; accepted"):
         CliRunner().invoke(app, ["report", str(folder), "--to", str(tmp_path / "x.pdf")], catch_exceptions=False)

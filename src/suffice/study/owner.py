@@ -1,4 +1,4 @@
-"""Who is at work: a locked file for each process, which the operating system unlocks when the process is gone."""
+"""The owner of runs in progress: a process with a locked file, which the system unlocks when the process ends."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from filelock import FileLock, Timeout
 
 
 class Owner:
-    """A process that does runs of a store. It lives as long as its lock is held; kill -9 ends both.
+    """A process that does runs of a store, for as long as it holds the lock of its file.
+
+    The operating system releases the lock when the process ends, also after `kill -9`, so that other processes can tell
+    whether a run in progress is still being worked on.
 
     Args:
-        folder: the store's.
+        folder: folder of the store.
 
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.name = uuid.uuid4().hex[:16]
-        self._path = _path(Path(folder), self.name)
+        self._path = _lock_path(Path(folder), self.name)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self._path)
 
@@ -32,9 +35,9 @@ class Owner:
         self._path.unlink(missing_ok=True)
 
     @staticmethod
-    def lives(folder: Path, name: str) -> bool:
-        """Say whether the process of this name still runs."""
-        path = _path(folder, name)
+    def is_alive(folder: Path, name: str) -> bool:
+        """Whether the process of an owner still runs."""
+        path = _lock_path(folder, name)
         if not path.exists():
             return False
         try:
@@ -44,10 +47,10 @@ class Owner:
             return True
 
     @staticmethod
-    def forget(folder: Path, name: str) -> None:
-        """Remove what a process that is gone has left."""
-        _path(folder, name).unlink(missing_ok=True)
+    def remove(folder: Path, name: str) -> None:
+        """Remove the lock file of an owner whose process has ended."""
+        _lock_path(folder, name).unlink(missing_ok=True)
 
 
-def _path(folder: Path, name: str) -> Path:
+def _lock_path(folder: Path, name: str) -> Path:
     return folder / "owners" / f"{name}.lock"
