@@ -85,7 +85,7 @@ class GlobalBudget:
         stays = torch.zeros_like(layer_priorities, dtype=torch.bool)
         others = {index: storage for index, storage in self._storages.items() if index != layer}
         masks = {index: torch.ones_like(s.columns["priority"], dtype=torch.bool) for index, s in others.items()}
-        heads = layer_priorities.shape[1] if sharding is None else sharding.heads
+        heads = layer_priorities.shape[1] if sharding is None else sharding.num_kv_heads
         device = layer_priorities.device
         # Layers may be on different devices: priorities are compared on this one, entries stay where they are.
         rows = [

@@ -246,8 +246,8 @@ class CompressedLayer(DynamicLayer):
         if selection.kept is None:
             padded = any(row.num_padding for row in self.rows)
             return self.storage or config.store_all(selection.entries, padded=padded)
-        can_reuse_buffers = self.storage is not None and not config.per_head and not self.settings.rerotate
-        if can_reuse_buffers and self.storage.can_compact_in_place(selection.kept, selection.counts):
+        reused = None if config.per_head or self.settings.rerotate else self.storage
+        if reused is not None and reused.can_compact_in_place(selection.kept, selection.counts):
             return None
         return config.store_kept(selection.entries, selection.kept, selection.counts)
 

@@ -47,8 +47,8 @@ def save_cache(cache: CompressedCache, model: PreTrainedModel, path: str | Path)
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     for number, layer in enumerate(cache.layers):
-        save = _compressed_state if isinstance(layer, CompressedLayer) else _stock_state
-        layer_tensors, layer_facts = save(layer)
+        is_compressed = isinstance(layer, CompressedLayer)
+        layer_tensors, layer_facts = _compressed_state(layer) if is_compressed else _stock_state(layer)
         tensors |= {f"{number}.{name}": value.contiguous() for name, value in layer_tensors.items()}
         layers.append(layer_facts)
     settings = cache.settings
@@ -148,7 +148,7 @@ def _check_model(facts: Mapping[str, Any], model: PreTrainedModel, file: Path) -
 def _process(model: PreTrainedModel) -> list[int] | None:
     """Return rank and number of the processes that share the heads; None if one process holds all."""
     sharding = Sharding.from_model(model)
-    return None if sharding is None else [sharding.rank, sharding.size]
+    return None if sharding is None else [sharding.rank, sharding.world_size]
 
 
 def _describe_process(process: list[int] | None) -> str:
