@@ -1,34 +1,61 @@
-"""The house: ground rooms know nothing of the halves, the halves nothing of each other."""
+"""The structure of the package: imports between packages point down, no file imports itself in a circle."""
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "src" / "suffice"
-FORBIDDEN = {
-    "information": {"kv", "link", "report", "cli", "study"},
-    "report": {"kv", "link", "cli", "study", "information"},
-    "kv": {"link", "cli"},
-    "link": {"kv", "cli"},
-    "study": {"kv", "link", "cli", "information"},
+from tests.structure import SOURCE, cycles, imports, module_names
+
+# What each package may import besides itself; the top level (`suffice`, `gpu`, `folders`) is open to all.
+ALLOWED = {
+    "information": set(),
+    "report": set(),
+    "study": {"report"},
+    "kv": {"information", "report", "study"},
+    "link": {"information", "report", "study"},
+    "cli": {"information", "report", "study", "kv", "link"},
 }
+TOP_LEVEL = {"suffice", "suffice.gpu", "suffice.folders"}
 
 
-@pytest.mark.parametrize("room", FORBIDDEN)
-def test_arrows_point_downwards(room):
-    for file in (SOURCE / room).rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            rooms = {name.split(".")[1] for name in names if name.startswith("suffice.")}
-            assert not rooms & FORBIDDEN[room], f"{file.name} imports {rooms & FORBIDDEN[room]}"
+@pytest.fixture(scope="module")
+def graph():
+    return imports(SOURCE)
 
 
-@pytest.mark.parametrize(("half", "stranger"), [("suffice.kv", "torch_geometric"), ("suffice.link", "transformers")])
-def test_each_half_imports_without_the_others_libraries(half, stranger):
+def test_packages_are_known():
+    packages = {name.split(".")[1] for name in module_names(SOURCE) if name not in TOP_LEVEL}
+    assert packages == set(ALLOWED)
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_between_packages_point_down(graph, package):
+    for name, targets in graph.items():
+        if name.split(".")[1:2] != [package]:
+            continue
+        others = {target.split(".")[1] for target in targets if target not in TOP_LEVEL} - {package}
+        assert others <= ALLOWED[package], f"{name} must not import {others - ALLOWED[package]}"
+
+
+def test_the_top_level_imports_no_package(graph):
+    for name in TOP_LEVEL:
+        assert graph[name] <= TOP_LEVEL
+
+
+def test_no_file_is_part_of_an_import_cycle(graph):
+    assert cycles(graph) == []
+
+
+def test_cycles_are_found():
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+@pytest.mark.parametrize(("half", "foreign"), [("suffice.kv", "torch_geometric"), ("suffice.link", "transformers")])
+def test_each_half_imports_without_the_libraries_of_the_other(half, foreign):
     pytest.importorskip("transformers" if half.endswith("kv") else "torch_geometric")
-    code = f"import sys; sys.modules[{stranger!r}] = None; import {half}; import suffice.cli"
+    code = (
+        f"import sys; sys.modules[{foreign!r}] = None; import {half} as half; import suffice.cli\n"
+        "for name in half.__all__: getattr(half, name)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

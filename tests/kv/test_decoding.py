@@ -9,8 +9,8 @@ from transformers import DynamicCache
 
 from suffice.kv import CompressedCache, Policy, get_policy, policies
 from suffice.kv.policy.attention_stats import AttentionStats
-from suffice.kv.policy.query_moments import QueryMoments
 from suffice.kv.policy.registry import allocations
+from suffice.kv.policy.weight_state import QueryMoments
 from suffice.kv.policy.weights import ExpectedAttention, MeanQuery
 from tests.kv.tiny import VOCABULARY, answer, build, prompt, tiny
 

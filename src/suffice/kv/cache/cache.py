@@ -186,7 +186,7 @@ class CompressedCache(Cache):
         """
         from suffice.kv.cache.serialization import save_cache
 
-        return save_cache(self, model, path)
+        return save_cache(self.layers, self.settings, model, path)
 
     @staticmethod
     def load(path: str | Path, model: PreTrainedModel, policy: Policy | None = None) -> CompressedCache:
@@ -203,9 +203,12 @@ class CompressedCache(Cache):
                 dtype; or the policy is missing or a different one.
 
         """
-        from suffice.kv.cache.serialization import load_cache
+        from suffice.kv.cache.serialization import read_cache
 
-        return load_cache(path, model, policy)
+        saved = read_cache(path, model, policy)
+        cache = CompressedCache(model, saved.policy, saved.budget, **saved.options)
+        saved.restore(cache.layers, model.device)
+        return cache
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
         """Return `copy()`, because stored tensors are never overwritten while a copy exists."""

@@ -26,9 +26,7 @@ from suffice.kv.hf.offload import materialized_weight
 from suffice.kv.hf.rotary import RotaryEmbedding, find_rotate_half
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.attention_stats import AttentionStats
-from suffice.kv.policy.deferred_checks import DeferredChecks
-from suffice.kv.policy.entry_positions import EntryPositions
-from suffice.kv.policy.layer_context import LayerContext
+from suffice.kv.policy.call_context import DeferredChecks, EntryPositions, LayerContext
 from suffice.kv.policy.weight_state import WeightState
 from suffice.kv.storage.base import Entries, Storage, all_finite
 

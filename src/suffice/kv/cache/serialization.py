@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,15 @@ from transformers import PreTrainedModel
 import suffice
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.budget.head_profile import HeadProfile
-from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.eviction import RowState
 from suffice.kv.cache.layer import CompressedLayer
+from suffice.kv.cache.settings import CacheSettings
 from suffice.kv.hf.fingerprint import fingerprint
 from suffice.kv.hf.offload import execution_device
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.policy import Policy
-from suffice.kv.policy.query_moments import QueryMoments
 from suffice.kv.policy.registry import allocations, policies
-from suffice.kv.policy.weight_state import WeightState
+from suffice.kv.policy.weight_state import QueryMoments, WeightState
 from suffice.kv.storage.build import STORAGES
 
 _FORMAT = 2
@@ -37,39 +36,70 @@ _STORAGE_PREFIX = "storage."
 _MOMENTS_PREFIX = "moments."
 
 
-def save_cache(cache: CompressedCache, model: PreTrainedModel, path: str | Path) -> Path:
-    """Write a cache to a safetensors file; see `CompressedCache.save`."""
-    modules = [layer._module() for layer in cache.compressed_layers]  # pyright: ignore[reportPrivateUsage]
+@dataclass(frozen=True)
+class SavedCache:
+    """What a file says of a cache.
+
+    Args:
+        policy: of the cache.
+        budget: of the cache.
+        options: further arguments of `CompressedCache`, by name.
+        tensors: of all layers, by layer index and name.
+        layers: facts of each layer.
+
+    """
+
+    policy: Policy
+    budget: float
+    options: dict[str, Any]
+    tensors: dict[str, Tensor]
+    layers: list[dict[str, Any]]
+
+    def restore(self, layers: Sequence[Any], device: torch.device) -> None:
+        """Fill the empty layers of a cache that was made with these arguments; `device` is that of the model."""
+        for number, (layer, facts) in enumerate(zip(layers, self.layers, strict=True)):
+            tensors = _with_prefix(self.tensors, f"{number}.")
+            if isinstance(layer, CompressedLayer):
+                _restore_compressed(layer, tensors, facts)
+            else:
+                _restore_stock(layer, tensors, facts, device)
+
+
+def save_cache(layers: Sequence[Any], settings: CacheSettings, model: PreTrainedModel, path: str | Path) -> Path:
+    """Write the layers of a cache to a safetensors file; see `CompressedCache.save`."""
+    compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
+    modules = [layer._module() for layer in compressed]  # pyright: ignore[reportPrivateUsage]
     if not set(map(id, modules)) <= set(map(id, model.modules())):
         raise ValueError("model must be the one that the CompressedCache was made for, got another model")
-    if not cache.get_seq_length():
+    if not compressed[0].num_seen:
         raise ValueError("the cache must hold tokens to be saved, got an empty cache")
     tensors: dict[str, Tensor] = {}
-    layers: list[dict[str, Any]] = []
-    for number, layer in enumerate(cache.layers):
+    layer_facts: list[dict[str, Any]] = []
+    for number, layer in enumerate(layers):
         is_compressed = isinstance(layer, CompressedLayer)
-        layer_tensors, layer_facts = _compressed_state(layer) if is_compressed else _stock_state(layer)
-        tensors |= {f"{number}.{name}": value.contiguous() for name, value in layer_tensors.items()}
-        layers.append(layer_facts)
-    settings = cache.settings
+        own_tensors, facts = _compressed_state(layer) if is_compressed else _stock_state(layer)
+        tensors |= {f"{number}.{name}": value.contiguous() for name, value in own_tensors.items()}
+        layer_facts.append(facts)
     facts = {
         "format": _FORMAT,
         "version": suffice.__version__,
         "transformers": transformers.__version__,
         "model": fingerprint(model),
-        "dtype": str(cache.compressed_layers[0].dtype),
+        "dtype": str(compressed[0].dtype),
         "process": _process(model),
         "policy": _policy_name(settings.policy),
         "allocation": _allocation_name(settings.policy.allocation),
         "policy_parts": settings.policy.describe(),
-        "budget": cache.budget,
-        "sinks": settings.protection.sinks,
-        "window": settings.protection.window,
-        "evict": "always" if settings.evict_always else "prefill",
-        "interval": settings.interval,
-        "rerotate": settings.rerotate,
-        "measure_capacity": settings.measure_capacity,
-        "layers": layers,
+        "budget": settings.budget,
+        "options": {
+            "sinks": settings.protection.sinks,
+            "window": settings.protection.window,
+            "evict": "always" if settings.evict_always else "prefill",
+            "interval": settings.interval,
+            "rerotate": settings.rerotate,
+            "measure_capacity": settings.measure_capacity,
+        },
+        "layers": layer_facts,
     }
     target = _file_of_process(path, model)
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")
@@ -78,31 +108,15 @@ def save_cache(cache: CompressedCache, model: PreTrainedModel, path: str | Path)
     return target
 
 
-def load_cache(path: str | Path, model: PreTrainedModel, policy: Policy | None = None) -> CompressedCache:
-    """Read a cache that `save_cache` has written; see `CompressedCache.load`."""
+def read_cache(path: str | Path, model: PreTrainedModel, policy: Policy | None = None) -> SavedCache:
+    """Read a file that `save_cache` has written, and check that it fits the model; see `CompressedCache.load`."""
     file = _file_of_process(path, model)
     if not file.is_file():
         raise FileNotFoundError(f"path must be a file that `save` has written, got {str(file)!r}, which does not exist")
     facts, tensors = _read(file)
     _check_model(facts, model, file)
-    cache = CompressedCache(
-        model,
-        _restore_policy(facts, policy, file),
-        facts["budget"],
-        sinks=facts["sinks"],
-        window=facts["window"],
-        evict=facts["evict"],
-        interval=facts["interval"],
-        rerotate=facts["rerotate"],
-        measure_capacity=facts["measure_capacity"],
-    )
-    for number, (layer, layer_facts) in enumerate(zip(cache.layers, facts["layers"], strict=True)):
-        layer_tensors = _with_prefix(tensors, f"{number}.")
-        if isinstance(layer, CompressedLayer):
-            _restore_compressed(layer, layer_tensors, layer_facts)
-        else:
-            _restore_stock(layer, layer_tensors, layer_facts, model.device)
-    return cache
+    policy = _restore_policy(facts, policy, file)
+    return SavedCache(policy, facts["budget"], facts["options"], tensors, facts["layers"])
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 
 from suffice.kv.hf.rotary import rotate_half
-from suffice.kv.policy.deferred_checks import DeferredChecks
-from suffice.kv.policy.entry_positions import EntryPositions
-from suffice.kv.policy.layer_context import LayerContext
-from suffice.kv.policy.query_moments import QueryMoments
-from suffice.kv.policy.weight_state import WeightState
+from suffice.kv.policy.call_context import DeferredChecks, EntryPositions, LayerContext
+from suffice.kv.policy.weight_state import QueryMoments, WeightState
 
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps positions [batch, m] to cosines and sines [batch, m, rotary_dim] of the model's rotary embedding."""

@@ -4,9 +4,71 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from suffice.kv.policy.query_moments import QueryMoments
+
+@dataclass(frozen=True)
+class QueryMoments:
+    """Weighted mean and mean square of queries, by row and query head, in float32.
+
+    Args:
+        weight: sum of the weights, [batch].
+        count: number of tokens since the first query, long [batch].
+        mean: [batch, heads, head_dim].
+        square: mean of the squares, [batch, heads, head_dim].
+
+    """
+
+    weight: Tensor
+    count: Tensor
+    mean: Tensor
+    square: Tensor
+
+    @classmethod
+    def from_queries(cls, queries: Tensor, valid: Tensor | None, half_life: float) -> QueryMoments:
+        """Compute the moments of queries; the newest has weight 1, the one `half_life` tokens before it weight ½.
+
+        Args:
+            queries: [batch, heads, m, head_dim].
+            valid: bool [batch, m], False for queries to leave out; None to use all.
+            half_life: in tokens.
+
+        """
+        batch, _, m, _ = queries.shape
+        age = torch.arange(m - 1, -1, -1, device=queries.device)
+        share = (0.5 ** (age / half_life)).expand(batch, -1)
+        if valid is not None:
+            share = share * valid
+        weight = share.sum(-1)
+        row = (share / weight.clamp_min(torch.finfo(share.dtype).tiny)[:, None])[:, None, None]
+        x = queries.float()
+        mean, square = ((row @ y).squeeze(2) for y in (x, x.square()))
+        return cls(weight, torch.full_like(weight, m, dtype=torch.long), mean, square)
+
+    def combine_with_earlier(self, earlier: QueryMoments | None, half_life: float) -> QueryMoments:
+        """Return the moments of these queries and of those that came before them."""
+        if earlier is None:
+            return self
+        old = earlier.weight * 0.5 ** (self.count / half_life)
+        weight = old + self.weight
+        share = (old / weight.clamp_min(torch.finfo(weight.dtype).tiny))[:, None, None]
+        return QueryMoments(
+            weight,
+            earlier.count + self.count,
+            share * earlier.mean + (1 - share) * self.mean,
+            share * earlier.square + (1 - share) * self.square,
+        )
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each dimension, [batch, heads, head_dim]."""
+        return (self.square - self.mean.square()).clamp_min(0)
+
+    def select_rows(self, index: Tensor) -> QueryMoments:
+        """Keep, reorder or repeat rows of the batch: row j becomes what row index[j] was."""
+        index = index.to(self.weight.device)
+        return QueryMoments(*(getattr(self, name).index_select(0, index) for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
