@@ -1,9 +1,10 @@
-"""What the cache does beside the conformance suite: errors, several caches, rows, copies, reports."""
+"""Errors, several caches and models, rows, copies and reports of a cache; policies have a conformance suite."""
 
 from __future__ import annotations
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -23,106 +24,110 @@ def model():
 
 
 @pytest.mark.parametrize(
-    ("budget", "error", "words"),
+    ("budget", "error", "message"),
     [
-        (0, ValueError, "budget is 0"),
-        (-3, ValueError, "budget is -3"),
-        (0.0, ValueError, "budget is 0.0"),
-        (-0.5, ValueError, "budget is -0.5"),
-        (1.5, ValueError, "budget is 1.5"),
-        (float("nan"), ValueError, "budget is nan"),
-        (5, ValueError, "smaller than what is protected"),
-        (True, TypeError, "budget is True"),
-        ("half", TypeError, "budget is 'half'"),
+        (0, ValueError, "budget must be a number of tokens .*, got 0$"),
+        (-3, ValueError, "budget must be a number of tokens .*, got -3$"),
+        (0.0, ValueError, "budget must be .* a fraction of the prompt .*, got 0.0$"),
+        (-0.5, ValueError, "budget must be .* a fraction of the prompt .*, got -0.5$"),
+        (1.5, ValueError, "budget must be .* a fraction of the prompt .*, got 1.5$"),
+        (float("nan"), ValueError, "budget must be .* a fraction of the prompt .*, got nan$"),
+        (5, ValueError, "budget must be at least 8 tokens, because 4 sinks and a recent window of 4 .*, got 5"),
+        (True, TypeError, "budget must be a number of tokens .*, got True$"),
+        ("half", TypeError, "budget must be a number of tokens .*, got 'half'$"),
     ],
 )
-def test_impossible_budget(model, budget, error, words):
-    with pytest.raises(error, match=words):
+def test_invalid_budget_is_rejected(model, budget, error, message):
+    with pytest.raises(error, match=message):
         CompressedCache(model, budget=budget)
 
 
-def test_protection_that_does_not_fit(model):
-    with pytest.raises(ValueError, match="need 12"):
+def test_budget_without_room_for_the_protected_entries_is_rejected(model):
+    with pytest.raises(ValueError, match=r"budget must be at least 12 tokens, because 4 sinks .* of 8 .*, got 10"):
         CompressedCache(model, budget=10, sinks=4, window=8)
-    with pytest.raises(ValueError, match="sinks is -1"):
+    with pytest.raises(ValueError, match="sinks must be at least 0, got -1"):
         CompressedCache(model, sinks=-1)
     cache = CompressedCache(model, budget=0.25, sinks=4, window=20)
-    with pytest.raises(ValueError, match="budget is 10 tokens here"):
+    with pytest.raises(ValueError, match=r"budget must be at least 24 tokens, .*, got a budget of 10 for this row"):
         model(prompt(40), past_key_values=cache)
 
 
-def test_unknown_policy_lists_the_known_ones(model):
-    with pytest.raises(ValueError, match=r"'capvk'.*Did you mean 'capkv'.*Known: capkv-profile, .*streaming-llm"):
+def test_unknown_policy_is_rejected_with_the_known_names(model):
+    message = "policy must be one of capkv-profile, .*streaming-llm.*, got 'capvk'. Did you mean 'capkv'"
+    with pytest.raises(ValueError, match=message):
         CompressedCache(model, "capvk")
-    with pytest.raises(TypeError, match="policy is 3"):
+    with pytest.raises(TypeError, match=r"policy must be an instance of Policy or one of .*, got 3"):
         CompressedCache(model, 3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="weights is 'attention'"):
+    with pytest.raises(TypeError, match=r"weights must be an instance of .*Weights, got 'attention'"):
         Policy(weights="attention")  # type: ignore[arg-type]
 
 
-def test_model_must_be_a_model():
-    with pytest.raises(TypeError, match="model is a str"):
+def test_model_of_the_wrong_type_is_rejected():
+    with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got str"):
         CompressedCache("llama")  # type: ignore[arg-type]
 
 
-def test_model_without_full_attention_is_refused():
+def test_model_without_full_attention_is_rejected():
     config = MistralConfig(
         vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, sliding_window=8,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="no layer with full attention"):
+    with pytest.raises(ValueError, match="model must have layers with full attention, got MistralForCausalLM"):
         CompressedCache(MistralForCausalLM(config))
 
 
-def test_right_padding_is_refused(model):
+def test_right_padding_is_rejected(model):
     ids, mask = prompt(20, rows=2), torch.ones(2, 20, dtype=torch.long)
     mask[1, -4:] = 0
     cache = CompressedCache(model)
-    with pytest.raises(ValueError, match="pads on the right"):
+    with pytest.raises(ValueError, match="attention_mask must pad on the left, got a row whose last token is masked"):
         model(ids, attention_mask=mask, past_key_values=cache)
     assert cache.get_seq_length() == 0
 
 
-def test_holes_in_the_mask_are_refused(model):
+def test_masked_tokens_inside_a_prompt_are_rejected(model):
     mask = torch.ones(1, 20, dtype=torch.long)
     mask[0, 7] = 0
-    with pytest.raises(ValueError, match="inside a prompt"):
+    with pytest.raises(ValueError, match="attention_mask must pad on the left, got masked tokens inside a prompt"):
         model(prompt(20), attention_mask=mask, past_key_values=CompressedCache(model))
 
 
 @pytest.mark.parametrize("other", ["llama", "qwen2"])
-@pytest.mark.parametrize("attached", [False, True])
-def test_cache_of_another_model_is_refused(model, other, attached):
-    stranger = build(other, seed=1)
-    keep = CompressedCache(stranger) if attached else None
-    with pytest.raises(ValueError, match="another model"):
-        stranger(prompt(20), past_key_values=CompressedCache(model))
-    del keep
+@pytest.mark.parametrize("has_own_cache", [False, True])
+def test_cache_of_another_model_is_rejected(model, other, has_own_cache):
+    other_model = build(other, seed=1)
+    own_cache = CompressedCache(other_model) if has_own_cache else None
+    found = "layer 0 was made for a different attention module" if has_own_cache else "calls do not reach"
+    message = f"past_key_values must be a CompressedCache of the model that is called, .*{found}"
+    with pytest.raises(ValueError, match=message):
+        other_model(prompt(20), past_key_values=CompressedCache(model))
+    del own_cache
 
 
-def test_changed_attention_implementation_is_noticed():
+def test_change_of_the_attention_implementation_is_rejected():
     model = build("llama")
     cache = CompressedCache(model)
     model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match="attention implementation was changed"):
+    with pytest.raises(ValueError, match="attention implementation that the model had when the cache was made"):
         model(prompt(20), past_key_values=cache)
 
 
-def test_unsupported_attention_implementation_is_refused():
+def test_unsupported_attention_implementation_is_rejected():
     model = build("llama")
     model.config._attn_implementation = "flex_attention"
-    with pytest.raises(ValueError, match="attn_implementation is 'flex_attention'; accepted: sdpa, eager"):
+    message = "attn_implementation of the model must be one of sdpa, eager, got 'flex_attention'"
+    with pytest.raises(ValueError, match=message):
         CompressedCache(model)
 
 
-def test_crop_after_eviction_is_refused(model):
+def test_crop_after_an_eviction_is_rejected(model):
     cache = CompressedCache(model, budget=0.5)
     model(prompt(20), past_key_values=cache)
-    with pytest.raises(ValueError, match="crop of a CompressedCache that has evicted"):
+    with pytest.raises(ValueError, match="crop must come before the first eviction of a CompressedCache"):
         cache.crop(-3)
 
 
-def test_crop_before_eviction_works(model):
+def test_crop_before_an_eviction_equals_that_of_the_stock_cache(model):
     cache, stock = CompressedCache(model, budget=1.0), DynamicCache(config=model.config)
     for each in (cache, stock):
         model(prompt(20), past_key_values=each)
@@ -135,7 +140,7 @@ def test_crop_before_eviction_works(model):
 
 @pytest.mark.parametrize("name", list(policies()))
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_not_finite_keys_are_refused(name, bad):
+def test_keys_that_are_not_finite_are_rejected(name, bad):
     model = build("llama")
     cache = CompressedCache(model, name, 0.5)
     model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = bad
@@ -144,7 +149,7 @@ def test_not_finite_keys_are_refused(name, bad):
     assert cache.compressed_layers[1].storage is None
 
 
-def test_two_models_with_two_caches():
+def test_caches_of_two_models_do_not_interfere():
     first, second = build("llama", seed=1), build("llama", seed=2)
     inputs = {"input_ids": prompt(24)}
     alone = [answer(m, inputs, CompressedCache(m, budget=0.5)) for m in (first, second)]
@@ -153,7 +158,7 @@ def test_two_models_with_two_caches():
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_model_is_as_before_once_its_caches_are_gone():
+def test_model_is_restored_when_its_last_cache_is_deleted():
     model = build("llama")
     expected = answer(model, {"input_ids": prompt(20)})
     first, second = CompressedCache(model), CompressedCache(model)
@@ -170,9 +175,7 @@ def test_model_is_as_before_once_its_caches_are_gone():
 
 
 @pytest.mark.parametrize("policy", ["capkv-profile", "capkv"])
-def test_dropped_cache_is_freed_without_a_garbage_collection(model, policy):
-    import weakref
-
+def test_deleted_cache_is_freed_without_a_garbage_collection(model, policy):
     gc.disable()
     try:
         cache = CompressedCache(model, policy, budget=0.5)
@@ -185,7 +188,7 @@ def test_dropped_cache_is_freed_without_a_garbage_collection(model, policy):
 
 
 @pytest.mark.parametrize("policy", ["capkv-profile", "capkv"])
-def test_copied_cache_answers_and_leaves_the_original(model, policy):
+def test_answering_from_a_copy_leaves_the_original_unchanged(model, policy):
     document, question = prompt(30), prompt(6, seed=1)
     cache = CompressedCache(model, policy, budget=0.5)
     model(document, past_key_values=cache)
@@ -197,7 +200,7 @@ def test_copied_cache_answers_and_leaves_the_original(model, policy):
     assert cache.get_seq_length() == 30
 
 
-def test_beams_equal_the_full_cache_at_full_budget(model):
+def test_beam_search_with_full_budget_equals_the_stock_cache(model):
     inputs = {"input_ids": prompt(20), "attention_mask": torch.ones(1, 20, dtype=torch.long)}
     options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
     expected = model.generate(**inputs, **options)
@@ -220,7 +223,7 @@ def test_rows_can_be_reordered_repeated_and_selected(model):
     assert {head.tokens_seen for head in cache.report().heads} == {17}
 
 
-def test_reset_makes_an_empty_cache(model):
+def test_reset_empties_the_cache(model):
     cache = CompressedCache(model, budget=0.5)
     first = answer(model, {"input_ids": prompt(20)}, cache)
     cache.reset()
@@ -229,15 +232,15 @@ def test_reset_makes_an_empty_cache(model):
     assert torch.equal(answer(model, {"input_ids": prompt(20)}, cache), first)
 
 
-def test_hybrid_model_keeps_its_sliding_layers():
+def test_sliding_window_layers_are_not_compressed():
     model = tiny("gemma3")
     cache = CompressedCache(model, budget=0.5)
     assert [type(layer).__name__ for layer in cache.layers] == ["DynamicSlidingWindowLayer", "CompressedLayer"] * 2
 
 
-def test_report_says_what_is_held(model):
+def test_report_states_what_is_kept(model):
     cache = CompressedCache(model, "capkv", budget=0.5)
-    assert str(cache.report()) == "nothing seen yet"
+    assert str(cache.report()) == "no tokens seen yet"
     model(prompt(40), past_key_values=cache)
     report = cache.report()
     assert "20 of 40 tokens" in str(report)
@@ -248,37 +251,37 @@ def test_report_says_what_is_held(model):
     assert facts["bytes_index"] == 3 * 2 * 20 * 4
     assert report.table().row_count == 3
     assert len(report.figure().axes) == 4
-    with pytest.raises(ValueError, match="layer is 7"):
+    with pytest.raises(ValueError, match=r"layer must be a layer with kept entries \(\[0, 1, 2\]\), got 7"):
         cache.kept_positions(7)
 
 
-def test_capacity_can_be_left_unmeasured(model):
+def test_capacity_is_not_measured_if_switched_off(model):
     cache = CompressedCache(model, budget=0.5, measure_capacity=False)
     model(prompt(40), past_key_values=cache)
     assert cache.report().capacity_retained is None
 
 
-def test_capacity_share_is_that_of_the_information_core():
+def test_capacity_share_equals_that_of_suffice_information():
     torch.manual_seed(0)
     keys, values = torch.randn(2, 2, 30, 8), 50 * torch.randn(2, 2, 30, 8)
     stats = AttentionStats(torch.randn(2, 4, 30, 8), keys, values)
     kept = torch.randperm(30)[:9].sort().values.expand(2, 2, 9)
-    weights = policies()[DEFAULT_POLICY].weights.log(stats).exp()
+    weights = policies()[DEFAULT_POLICY].weights.log_weights(stats).exp()
     expected = capacity(values, weights, subset=kept) / capacity(values, weights)
     torch.testing.assert_close(capacity_share(stats, kept), expected, rtol=1e-4, atol=1e-5)
     everything = torch.arange(30).expand(2, 2, 30)
     torch.testing.assert_close(capacity_share(stats, everything), torch.ones(2, 2), rtol=1e-5, atol=1e-5)
 
 
-def test_own_policy_by_composition(model):
+def test_composed_policy_is_used(model):
     own = Policy(weights=WindowAttention(window_size=8) + 0.5 * KeyNorm(), name="mine")
     cache = CompressedCache(model, own, 0.5)
     model(prompt(40), past_key_values=cache)
     assert cache.report().policy == "mine"
-    assert policies()["capkv"].with_(window=3).name == "custom"
+    assert Policy(weights=KeyNorm()).name == "custom"
 
 
-def test_half_precision_keeps_its_dtype():
+def test_entries_are_stored_in_the_dtype_of_the_model():
     model = build("llama").to(torch.bfloat16)
     cache = CompressedCache(model, budget=0.5)
     answer(model, {"input_ids": prompt(30)}, cache)

@@ -1,4 +1,4 @@
-"""What every policy must do, on every family of models."""
+"""Conformance suite: what every named policy must do on every family of models."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def prefill(model, ids, cache):
 
 @every_family
 @every_policy
-def test_full_budget_changes_no_token(name, family):
+def test_full_budget_generates_the_same_tokens_as_the_stock_cache(name, family):
     model, inputs = tiny(family), {"input_ids": prompt(23)}
     assert torch.equal(answer(model, inputs, CompressedCache(model, name, 1.0)), answer(model, inputs))
 
 
 @every_family
 @every_policy
-def test_padded_rows_equal_single_runs(name, family):
+def test_rows_of_a_padded_batch_equal_single_runs(name, family):
     model, prompts = tiny(family), [prompt(17), prompt(29), prompt(22)]
     for budget in (0.5, 14):
         cache = CompressedCache(model, name, budget)
@@ -45,7 +45,7 @@ def test_padded_rows_equal_single_runs(name, family):
 
 @every_family
 @every_policy
-def test_budget_is_respected_exactly(name, family):
+def test_budget_is_met_exactly(name, family):
     model = tiny(family)
     for budget, kept in ((0.25, 10), (0.5, 20), (13, 13)):
         cache = CompressedCache(model, name, budget)
@@ -54,44 +54,44 @@ def test_budget_is_respected_exactly(name, family):
         expected = 40 if name == "full" else kept
         assert {head.tokens_seen for head in heads} == {40}
         assert sum(head.tokens_kept for head in heads) == expected * len(heads)
-        if name != "pyramidkv" and not cache.policy.allocation.ragged:
+        if name != "pyramidkv" and not cache.policy.allocation.per_head:
             assert {head.tokens_kept for head in heads} == {expected}
 
 
 @every_family
 @every_policy
-def test_kept_entries_are_those_of_the_full_cache_at_their_positions(name, family):
+def test_kept_entries_equal_those_of_the_full_cache_at_their_positions(name, family):
     model, ids = tiny(family), prompt(31)
     cache, stock = CompressedCache(model, name, 0.4), DynamicCache(config=model.config)
     prefill(model, ids, cache)
     prefill(model, ids, stock)
     for layer in cache.compressed_layers:
         positions = cache.kept_positions(layer.index).long()
-        there = positions >= 0
-        assert bool(((positions.diff(dim=-1) > 0) | ~there[..., 1:]).all())
+        is_entry = positions >= 0
+        assert bool(((positions.diff(dim=-1) > 0) | ~is_entry[..., 1:]).all())
         full, entries = stock.layers[layer.index], layer.storage.entries
         for own, whole in ((entries.keys, full.keys), (entries.values, full.values)):
             index = positions.clamp_min(0)[..., None].expand(-1, -1, -1, whole.shape[-1])
-            torch.testing.assert_close(own[there], whole.gather(2, index)[there])
+            torch.testing.assert_close(own[is_entry], whole.gather(2, index)[is_entry])
 
 
 @every_family
 @every_policy
-def test_reported_bytes_are_the_tensors_bytes(name, family):
+def test_reported_bytes_equal_those_of_the_tensors(name, family):
     model = tiny(family)
     cache = CompressedCache(model, name, 0.3)
     answer(model, left_padded([prompt(33), prompt(20)]), cache, new=3)
     report = cache.report()
-    slid = [layer for layer in cache.layers if layer not in cache.compressed_layers]
+    sliding = [layer for layer in cache.layers if layer not in cache.compressed_layers]
     assert report.bytes_kept == sum(
         own.nbytes
-        for own in [*(x for layer in cache.compressed_layers for x in layer.storage.buffers[:2])]
-        + [x for layer in slid for x in (layer.keys, layer.values)]
+        for own in [*(x for layer in cache.compressed_layers for x in layer.storage.buffers)]
+        + [x for layer in sliding for x in (layer.keys, layer.values)]
     )
     for layer in cache.compressed_layers:
-        # Nothing larger stands behind the kept tensors than room for a sixteenth more.
+        # The memory behind the kept tensors holds at most a sixteenth of spare slots.
         if name != "full":
-            for own in layer.storage.buffers[:2]:
+            for own in layer.storage.buffers:
                 assert own.untyped_storage().nbytes() <= own.nbytes * 17 / 16
     stock = DynamicCache(config=model.config)
     answer(model, left_padded([prompt(33), prompt(20)]), stock, new=3)
@@ -100,7 +100,7 @@ def test_reported_bytes_are_the_tensors_bytes(name, family):
 
 @every_family
 @every_policy
-def test_same_input_same_result(name, family):
+def test_results_are_reproducible(name, family):
     model, inputs = tiny(family), {"input_ids": prompt(26)}
     caches = [CompressedCache(model, name, 0.4) for _ in range(2)]
     first, second = (answer(model, inputs, cache) for cache in caches)
@@ -127,8 +127,8 @@ def test_sinks_and_window_are_protected(name, family):
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("new", [7, 1])
-def test_later_tokens_see_exactly_the_kept_entries(name, allocation, attn, family, new, masked_attention):
-    """Against dense attention over everything with a mask that hides what was evicted, head by head."""
+def test_later_tokens_attend_to_exactly_the_kept_entries(name, allocation, attn, family, new, masked_attention):
+    """The oracle is dense attention over all entries with a mask that hides the evicted ones of each head."""
     document, question = prompt(30, rows=2), prompt(new, seed=1, rows=2)
     model = build(family, attn)
     cache = CompressedCache(model, name, 0.4, allocation=allocation)
@@ -151,7 +151,7 @@ def test_later_tokens_see_exactly_the_kept_entries(name, allocation, attn, famil
 
 @pytest.fixture
 def masked_attention():
-    """An eager attention that hides prompt tokens head by head from queries that come after the prompt."""
+    """Eager attention that hides some prompt tokens of each head from queries after the prompt."""
     hidden: dict[int, torch.Tensor] = {}
 
     def attend(module, query, key, value, attention_mask, scaling, **_):

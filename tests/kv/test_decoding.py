@@ -1,4 +1,4 @@
-"""A budget that holds at all times: chunks of a prompt, generated tokens, texts longer than the model's window."""
+"""Caches with `evict="always"`: prompts read in chunks, generated tokens, texts longer than the context window."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from transformers import DynamicCache
 
 from suffice.kv import CompressedCache, Policy, get_policy, policies
 from suffice.kv.policy.attention_stats import AttentionStats
+from suffice.kv.policy.call_context import EntryPositions
 from suffice.kv.policy.registry import allocations
 from suffice.kv.policy.weight_state import QueryMoments
 from suffice.kv.policy.weights import ExpectedAttention, MeanQuery
 from tests.kv.tiny import VOCABULARY, answer, build, prompt, tiny
 
 
-def read(model, cache, ids, pieces):
-    """Read ids in pieces of these lengths, the rest token by token; logits of each last token."""
-    found, start = [], 0
+def read(model, cache, ids, chunks):
+    """Read ids in chunks of these lengths and the rest token by token; return the logits of each last token."""
+    logits, start = [], 0
     with torch.no_grad():
         while start < ids.shape[1]:
-            stop = start + (pieces.pop(0) if pieces else 1)
-            found.append(model(ids[:, start:stop], past_key_values=cache).logits[:, -1])
+            stop = start + (chunks.pop(0) if chunks else 1)
+            logits.append(model(ids[:, start:stop], past_key_values=cache).logits[:, -1])
             start = stop
-    return found
+    return logits
 
 
-class Readings(TorchDispatchMode):
-    """Counts how often Python reads a number from a tensor: on a GPU each reading waits for all that came before."""
+class ScalarReads(TorchDispatchMode):
+    """Counts how often Python reads a number from a tensor; on a GPU, each read waits for all queued work."""
 
     def __init__(self):
         super().__init__()
@@ -40,9 +41,9 @@ class Readings(TorchDispatchMode):
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("options", [{}, {"evict": "always", "interval": 100}])
-def test_a_step_of_decoding_reads_no_number_in_any_layer(options, padded):
+def test_decoding_step_reads_no_number_from_the_device(options, padded):
     model = build("llama")
-    ids = longer(40).expand(2, -1)
+    ids = long_prompt(40).expand(2, -1)
     mask = torch.ones_like(ids)
     mask[1, : 9 * padded] = 0
 
@@ -51,27 +52,28 @@ def test_a_step_of_decoding_reads_no_number_in_any_layer(options, padded):
             for stop in (40, 41, 42, 43):
                 new = ids[:, :40] if stop == 40 else ids[:, :1]
                 grown = torch.cat([mask, mask.new_ones(2, stop - 40)], dim=1)
-                with Readings() as readings:
+                with ScalarReads() as reads:
                     model(new, attention_mask=grown, past_key_values=cache)
-        return readings.count
+        return reads.count
 
-    plain = step(DynamicCache(config=model.config))
-    # One for all layers, of the mask.
-    assert step(CompressedCache(model, budget=0.5, **options)) - plain <= int(padded)
+    stock = step(DynamicCache(config=model.config))
+    # The mask is read once for all layers.
+    assert step(CompressedCache(model, budget=0.5, **options)) - stock <= int(padded)
 
 
-def longer(length):
+def long_prompt(length):
+    """Return random token ids, [1, length], in which tokens may repeat, unlike in `prompt`."""
     generator = torch.Generator().manual_seed(length)
     return torch.randint(2, VOCABULARY, (1, length), generator=generator)
 
 
 @pytest.mark.parametrize("allocation", list(allocations()))
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_output_is_the_full_caches_until_the_budget_is_exceeded(family, allocation):
-    model, ids = tiny(family), longer(50)
+def test_output_equals_that_of_the_full_cache_until_the_first_eviction(family, allocation):
+    model, ids = tiny(family), long_prompt(50)
     cache = CompressedCache(model, "capkv", 24, allocation=allocation, evict="always", interval=6)
     got, expected = read(model, cache, ids, [10]), read(model, DynamicCache(config=model.config), ids, [10])
-    # 24 + 6 entries are held before the first eviction, after the 30th token.
+    # The first eviction comes after the 30th token, when the cache holds 24 + 6 entries.
     for own, full in zip(got[:21], expected[:21], strict=True):
         torch.testing.assert_close(own, full, atol=2e-5, rtol=1e-5)
     assert all(not torch.allclose(own, full, atol=1e-4) for own, full in zip(got[22:], expected[22:], strict=True))
@@ -80,23 +82,24 @@ def test_output_is_the_full_caches_until_the_budget_is_exceeded(family, allocati
 @pytest.mark.parametrize("allocation", list(allocations()))
 @pytest.mark.parametrize("start", [1, 40])
 def test_budget_and_interval_are_never_exceeded(allocation, start):
-    """From an empty cache, and after a prompt that was itself compressed."""
-    model, ids = tiny("llama"), longer(70)
+    """The cache starts empty, or with a prompt that is compressed itself."""
+    model, ids = tiny("llama"), long_prompt(70)
     cache = CompressedCache(model, "h2o", 16, allocation=allocation, evict="always", interval=5)
     read(model, cache, ids[:, :start], [start])
-    held = []
+    kept = []
     for token in range(start, 70):
         read(model, cache, ids[:, token : token + 1], [])
-        held.append(sum(head.tokens_kept for head in cache.report().heads) / 6)
-    assert max(held) == 16 + 4
-    since = [kept - 16 for kept in held if kept >= 16]
-    assert since == [n % 5 for n in range(int(since[0]), int(since[0]) + len(since))]
+        kept.append(sum(head.tokens_kept for head in cache.report().heads) / 6)
+    assert max(kept) == 16 + 4
+    above_budget = [count - 16 for count in kept if count >= 16]
+    first = int(above_budget[0])
+    assert above_budget == [n % 5 for n in range(first, first + len(above_budget))]
 
 
 @pytest.mark.parametrize("name", [name for name in policies() if name != "full"])
-def test_first_eviction_while_generating_chooses_as_one_prefill_would(name):
-    """Nothing was evicted before, so that queries, keys and attention are those of the whole text at once."""
-    model, ids = tiny("llama"), longer(48)
+def test_first_eviction_while_generating_keeps_the_entries_of_one_prefill(name):
+    """Before the first eviction, queries, keys and attention equal those of the whole text in one prefill."""
+    model, ids = tiny("llama"), long_prompt(48)
     whole = CompressedCache(model, name, 40)
     read(model, whole, ids, [48])
     piecewise = CompressedCache(model, name, 40, evict="always", interval=8)
@@ -107,47 +110,47 @@ def test_first_eviction_while_generating_chooses_as_one_prefill_would(name):
 
 @pytest.mark.parametrize("name", ["knorm", "streaming-llm", "random"])
 @pytest.mark.parametrize("allocation", ["equal", "pyramid", "profile"])
-def test_policies_that_score_a_token_for_itself_do_not_depend_on_chunks(name, allocation):
-    model, ids = tiny("llama"), longer(64)
+def test_chunks_do_not_matter_to_policies_that_score_each_token_alone(name, allocation):
+    model, ids = tiny("llama"), long_prompt(64)
     found = []
-    for pieces in ([64], [32, 32], [16] * 4, [5] * 12 + [4]):
+    for chunks in ([64], [32, 32], [16] * 4, [5] * 12 + [4]):
         cache = CompressedCache(model, name, 20, allocation=allocation, evict="always", measure_capacity=False)
-        read(model, cache, ids, list(pieces))
+        read(model, cache, ids, list(chunks))
         found.append([cache.kept_positions(layer.index)[0].tolist() for layer in cache.compressed_layers][:1])
-    # In the first layer: what later layers see depends on what earlier ones evicted.
+    # Only the first layer is compared: the input of later layers depends on what earlier layers evicted.
     assert found[1:] == found[:-1]
 
 
-def in_chunks(model, ids, cache):
-    """Generate 8 tokens after a prompt that is read 16 tokens at a time."""
+def generate_in_chunks(model, ids, cache):
+    """Return 8 generated tokens after a prompt that is read in chunks of 16 tokens."""
     options = {"prefill_chunk_size": 16, "max_new_tokens": 8, "do_sample": False}
     with torch.no_grad():
         mask = torch.ones_like(ids)
         return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)[:, ids.shape[1] :]
 
 
-def chunks_well(model, ids):
-    """Whether stock chunks give what stock gives at once: not with sliding windows in transformers 5.2."""
+def stock_supports_chunks(model, ids):
+    """Whether chunks do not change what the stock cache gives; transformers 5.2 fails with sliding windows."""
     stock = DynamicCache(config=model.config)
-    return torch.equal(in_chunks(model, ids, stock)[0], answer(model, {"input_ids": ids}, None, new=8)[0])
+    return torch.equal(generate_in_chunks(model, ids, stock)[0], answer(model, {"input_ids": ids}, None, new=8)[0])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("allocation", list(allocations()))
-def test_generate_in_chunks_is_the_plain_loop(allocation, family):
-    model, ids = tiny(family), longer(45)
-    if not chunks_well(model, ids):
-        pytest.skip("this transformers reads chunks otherwise, without Suffice too")
+def test_generate_in_chunks_equals_a_plain_loop(allocation, family):
+    model, ids = tiny(family), long_prompt(45)
+    if not stock_supports_chunks(model, ids):
+        pytest.skip("chunks change the output of this transformers without Suffice too")
     settings = {"allocation": allocation, "evict": "always", "interval": 4}
     loop, own = (CompressedCache(model, "capkv", 16, **settings) for _ in range(2))
     read(model, loop, ids[:, :-1], [16, 16, 12])
     expected = answer(model, {"input_ids": ids}, loop, new=8)
-    got = in_chunks(model, ids, own)
-    # The token that starts the answer is read by itself here, with the last chunk there.
-    held = [sum(h.tokens_kept for h in cache.report().heads) for cache in (loop, own)]
+    got = generate_in_chunks(model, ids, own)
+    # The loop reads the last prompt token alone, `generate` reads it with the last chunk.
+    kept = [sum(head.tokens_kept for head in cache.report().heads) for cache in (loop, own)]
     heads = len(own.report().heads)
     assert got.shape == expected.shape
-    assert held == [16 * heads + heads * (8 % 4), 16 * heads + heads * (7 % 4)]
+    assert kept == [16 * heads + heads * (8 % 4), 16 * heads + heads * (7 % 4)]
     again = CompressedCache(model, "capkv", 16, **settings)
     logits = read(model, again, torch.cat((ids, got[:, :-1]), 1), [16, 16, 13])[2:]
     assert [int(x.argmax()) for x in logits] == got[0].tolist()
@@ -155,64 +158,66 @@ def test_generate_in_chunks_is_the_plain_loop(allocation, family):
 
 @pytest.mark.parametrize("allocation", ["equal", "adakv"])
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
-def test_compact_keys_are_those_of_their_new_places(family, allocation):
-    """Undo the rotation at the places: the same keys as in a full cache, its rotation undone at the positions."""
-    model, ids = tiny(family), longer(60)
+def test_rerotated_keys_have_the_rotation_of_their_new_positions(family, allocation):
+    """Without their rotations, rerotated keys equal those of a full cache."""
+    model, ids = tiny(family), long_prompt(60)
     cache = CompressedCache(model, "keydiff", 16, allocation=allocation, evict="always", rerotate=True)
     stock = DynamicCache(config=model.config)
-    # One piece: later layers of later pieces would see other hidden states than the full cache's.
+    # In one chunk, because evictions change the hidden states of later chunks.
     read(model, cache, ids, [60])
     read(model, stock, ids, [60])
     for layer in cache.compressed_layers:
         entries = layer.storage.entries
         for head in range(2):
-            there = entries.positions[0, head] >= 0
-            places = entries.places[0, head][there].long()
-            assert places.tolist() == list(range(60 - len(places), 60))
-            old = entries.positions[0, head][there]
-            keys = entries.keys[:, head : head + 1][:, :, there]
+            is_entry = entries.positions[0, head] >= 0
+            new = entries.rope_positions[0, head][is_entry].long()
+            assert new.tolist() == list(range(60 - len(new), 60))
+            old = entries.positions[0, head][is_entry]
+            keys = entries.keys[:, head : head + 1][:, :, is_entry]
             full = stock.layers[layer.index].keys[:, head : head + 1, old]
             own, other = (
-                AttentionStats(x, x, x, rotary=layer._rotary, positions=at[None, None], query_positions=at[None])
-                for x, at in ((keys, places), (full, old))
+                AttentionStats(
+                    x, x, x, rotary=layer._rotary, positions=EntryPositions(entries=at[None, None], queries=at[None])
+                )
+                for x, at in ((keys, new), (full, old))
             )
             torch.testing.assert_close(own.unrotated_keys(), other.unrotated_keys(), atol=1e-5, rtol=1e-4)
 
 
-def test_compact_texts_may_be_longer_than_the_window():
-    """Distances stay within budget + chunk: the same output wherever in an endless text a stretch begins."""
+def test_rerotated_text_may_be_longer_than_the_context_window():
+    """Distances stay below budget + chunk, so a repeated chunk gives the same output wherever it stands."""
     model = build("llama")
     cache = CompressedCache(model, "streaming-llm", 12, sinks=0, window=12, evict="always", rerotate=True)
-    ids = longer(40).repeat(1, 20)  # 800 tokens, a window of 512
+    ids = long_prompt(40).repeat(1, 20)  # 800 tokens; the context window has 512
     logits = read(model, cache, ids, [40] * 20)
     torch.testing.assert_close(logits[-1], logits[-2], atol=1e-3, rtol=1e-3)
     assert cache.get_seq_length() == 800
 
 
-def test_compact_is_refused_where_rotation_depends_on_length():
+def test_rerotation_is_rejected_if_frequencies_depend_on_the_length():
     model = build("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
-    with pytest.raises(ValueError, match=r"positions is 'compact'.*accepted: 'original'"):
+    message = "rerotate must be False for a model whose rotary embedding changes its frequencies .*, got True"
+    with pytest.raises(ValueError, match=message):
         CompressedCache(model, rerotate=True)
 
 
-def test_attention_adds_up_over_pieces():
-    """H2O's sum over pieces is that over the whole text, as long as nothing is evicted."""
-    model, ids = tiny("llama"), longer(44)
+def test_attention_received_adds_up_over_chunks():
+    """Without evictions, H2O's sum over chunks equals that over the whole text."""
+    model, ids = tiny("llama"), long_prompt(44)
     found = []
-    for pieces in ([44], [13, 9, 22]):
+    for chunks in ([44], [13, 9, 22]):
         cache = CompressedCache(model, "h2o", 100, evict="always")
-        read(model, cache, ids, pieces)
-        found.append([layer.storage.columns["received"] for layer in cache.compressed_layers])
+        read(model, cache, ids, chunks)
+        found.append([layer.storage.columns["attention_received"] for layer in cache.compressed_layers])
     for whole, summed in zip(*found, strict=True):
         torch.testing.assert_close(summed, whole, atol=1e-4, rtol=1e-4)
-        # Each of the 44 queries pays one unit of attention, wherever it goes.
+        # The attention weights of each of the 44 queries sum to 1.
         torch.testing.assert_close(whole.sum(-1), torch.full((1, 2), 44.0), atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("allocation", list(allocations()))
-def test_rows_evict_when_they_are_due(allocation):
-    """While it generates, a row of a batch evicts when it would alone."""
-    model, rows = tiny("llama"), [longer(20), longer(33)]
+def test_rows_evict_at_the_same_tokens_as_alone(allocation):
+    model, rows = tiny("llama"), [long_prompt(20), long_prompt(33)]
     ids, mask = torch.zeros(2, 33, dtype=torch.long), torch.zeros(2, 33, dtype=torch.long)
     for row, own in enumerate(rows):
         ids[row, 33 - own.shape[1] :], mask[row, 33 - own.shape[1] :] = own[0], 1
@@ -229,70 +234,74 @@ def test_rows_evict_when_they_are_due(allocation):
 
 
 @pytest.mark.parametrize("half_life", [1.0, 5.0, 300.0])
-def test_moments_are_those_of_the_whole_stream(half_life):
+def test_query_moments_of_chunks_combine_to_those_of_all_queries(half_life):
     torch.manual_seed(0)
     queries = torch.randn(2, 4, 30, 8)
-    asked = torch.ones(2, 30, dtype=torch.bool)
-    asked[1, :11] = False
+    valid = torch.ones(2, 30, dtype=torch.bool)
+    valid[1, :11] = False
     mean, square = torch.zeros(2, 4, 8), torch.zeros(2, 4, 8)
     for row in range(2):
-        weights = torch.tensor([asked[row, i] * 0.5 ** ((29 - i) / half_life) for i in range(30)])
+        weights = torch.tensor([valid[row, i] * 0.5 ** ((29 - i) / half_life) for i in range(30)])
         weights = weights / weights.sum()
         for i in range(30):
             mean[row] += weights[i] * queries[row, :, i]
             square[row] += weights[i] * queries[row, :, i] ** 2
-    joined = None
+    combined = None
     for start, stop in ((0, 12), (12, 13), (13, 30)):
-        joined = QueryMoments.of(queries[:, :, start:stop], asked[:, start:stop], half_life).after(joined, half_life)
-    for moments in (QueryMoments.of(queries, asked, half_life), joined):
+        chunk = QueryMoments.from_queries(queries[:, :, start:stop], valid[:, start:stop], half_life)
+        combined = chunk.combine_with_earlier(combined, half_life)
+    for moments in (QueryMoments.from_queries(queries, valid, half_life), combined):
         torch.testing.assert_close(moments.mean, mean, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(moments.square, square, atol=1e-5, rtol=1e-4)
 
 
-def test_weights_of_a_stream_follow_its_moments():
-    """With a half-life far longer than the text, all queries count alike, as without one."""
+def test_half_life_far_longer_than_the_text_equals_no_half_life():
     torch.manual_seed(0)
     stats = AttentionStats(torch.randn(1, 4, 40, 8), torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8))
-    plain = ExpectedAttention(future=0, pooled=True, diagonal=True, skip=0).log(stats)
-    stream = ExpectedAttention(future=0, pooled=True, diagonal=True, skip=0, half_life=1e7).log(stats)
-    torch.testing.assert_close(plain, stream, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(
-        MeanQuery(recent=40).log(stats), MeanQuery(half_life=1e7).log(stats), atol=1e-4, rtol=1e-4
-    )
+    without = ExpectedAttention(future=0, pooled=True, diagonal=True, skip=0).log_weights(stats)
+    with_half_life = ExpectedAttention(future=0, pooled=True, diagonal=True, skip=0, half_life=1e7).log_weights(stats)
+    torch.testing.assert_close(without, with_half_life, atol=1e-4, rtol=1e-4)
+    without, with_half_life = (w.log_weights(stats) for w in (MeanQuery(recent=40), MeanQuery(half_life=1e7)))
+    torch.testing.assert_close(without, with_half_life, atol=1e-4, rtol=1e-4)
 
 
-def test_a_stream_with_a_half_life_keeps_the_budget():
+def test_cache_with_a_half_life_keeps_the_budget():
     moving = Policy(weights=MeanQuery(half_life=20.0), name="moving")
     cache = CompressedCache(tiny("llama"), moving, 16, evict="always", interval=4)
-    read(tiny("llama"), cache, longer(61), [20, 21])
+    read(tiny("llama"), cache, long_prompt(61), [20, 21])
     assert {head.tokens_kept for head in cache.report().heads} == {16}
-    assert set(cache.compressed_layers[0].moments) == {20.0}
-    assert float(cache.compressed_layers[0].moments[20.0].count) == 61
+    moments = cache.compressed_layers[0].weight_state.query_moments
+    assert set(moments) == {20.0}
+    assert float(moments[20.0].count) == 61
 
 
 @pytest.mark.parametrize(
-    ("settings", "error", "words"),
+    ("settings", "error", "message"),
     [
-        ({"evict": "never"}, ValueError, "evict is 'never'; accepted: 'prefill', 'always'"),
-        ({"positions": "new"}, ValueError, "positions is 'new'; accepted: 'original', 'compact'"),
-        ({"interval": 0}, ValueError, "interval is 0; accepted: at least 1"),
-        ({"interval": 2.5}, TypeError, "interval is 2.5"),
-        ({"allocation": "pyramids"}, ValueError, "allocation is 'pyramids'.*Did you mean 'pyramid'"),
-        ({"allocation": 3}, TypeError, "allocation is 3"),
+        ({"evict": "never"}, ValueError, "evict must be 'prefill' or 'always', got 'never'"),
+        ({"rerotate": "compact"}, TypeError, "rerotate must be True or False, got 'compact'"),
+        ({"interval": 0}, ValueError, "interval must be at least 1, got 0"),
+        ({"interval": 2.5}, TypeError, "interval must be an int, .*, got 2.5"),
+        (
+            {"allocation": "pyramids"},
+            ValueError,
+            "allocation must be one of .*, got 'pyramids'. Did you mean 'pyramid'",
+        ),
+        ({"allocation": 3}, TypeError, "allocation must be an instance of Allocation or one of .*, got 3"),
     ],
 )
-def test_wrong_settings_are_named(settings, error, words):
-    with pytest.raises(error, match=words):
+def test_invalid_settings_are_rejected(settings, error, message):
+    with pytest.raises(error, match=message):
         CompressedCache(tiny("llama"), **settings)
 
 
-def test_a_chunk_too_small_for_what_is_protected_leaves_the_cache_as_it_was():
-    model, ids = tiny("llama"), longer(60)
+def test_chunk_without_room_for_the_protected_entries_leaves_the_cache_unchanged():
+    model, ids = tiny("llama"), long_prompt(60)
     cache = CompressedCache(model, "capkv", 0.5, sinks=4, window=12, evict="always")
     read(model, cache, ids[:, :40], [40])
     before = cache.report()
     small = CompressedCache(model, "capkv", 0.5, sinks=4, window=12, evict="always")
-    with pytest.raises(ValueError, match="budget is 10 tokens here, smaller than what is protected"):
+    with pytest.raises(ValueError, match=r"budget must be at least 16 tokens, .*, got a budget of 10 for this row"):
         read(model, small, ids[:, :20], [20])
     assert small.get_seq_length() == 0
     assert cache.report() == before
@@ -300,29 +309,29 @@ def test_a_chunk_too_small_for_what_is_protected_leaves_the_cache_as_it_was():
     assert {head.tokens_kept for head in cache.report().heads} == {30}
 
 
-def test_keys_twice_in_one_forward_are_refused():
+def test_second_update_of_a_layer_in_one_forward_pass_is_rejected():
     model = tiny("llama")
     cache = CompressedCache(model, "capkv", 12)
-    read(model, cache, longer(30), [30])
+    read(model, cache, long_prompt(30), [30])
     layer, before = cache.compressed_layers[1], cache.report()
     keys = torch.zeros(1, 2, 1, 12)
     layer.update(keys, keys)
-    with pytest.raises(ValueError, match="got keys twice in one forward pass"):
+    with pytest.raises(ValueError, match="must get keys once in a forward pass, got them twice"):
         layer.update(keys, keys)
-    layer.waiting = False
+    layer.awaits_attention = False
     assert cache.report() == before
 
 
 @pytest.mark.parametrize("lookup", [False, True])
 @pytest.mark.parametrize("budget", [1.0, 0.5])
-def test_assisted_decoding_works_or_is_refused_by_name(budget, lookup):
-    """By a second model, and by looking up what followed the last tokens earlier in the prompt."""
+def test_assisted_decoding_works_with_full_budget_and_is_rejected_otherwise(budget, lookup):
+    """Tokens are proposed by a second model, or looked up in the prompt."""
     model, assistant = build("llama"), build("llama", seed=3)
     ids = torch.cat((prompt(20), prompt(20)), 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     cache = CompressedCache(model, "capkv", budget)
     options = {"prompt_lookup_num_tokens": 3} if lookup else {"assistant_model": assistant}
-    plain = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 1}  # looking up asks for an end of text
+    plain = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 1}  # prompt lookup needs an end token
     if budget == 1.0:
         expected = model.generate(**inputs, **plain)
         assert torch.equal(model.generate(**inputs, **plain, **options, past_key_values=cache), expected)
@@ -331,13 +340,13 @@ def test_assisted_decoding_works_or_is_refused_by_name(budget, lookup):
         model.generate(**inputs, **plain, **options, past_key_values=cache)
 
 
-def test_shares_rank_as_scores_within_a_head():
+def test_contributions_rank_entries_of_a_head_like_scores():
     torch.manual_seed(1)
     stats = AttentionStats(torch.randn(1, 4, 40, 8), torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8))
     for name in ("snapkv", "h2o", "keydiff", "capkv-window"):
-        policy = get_policy(name).with_(weights=get_policy(name).weights)
-        shares = policy.estimator.shares(policy.weights, policy.directions, stats)
+        policy = get_policy(name)
+        contributions = policy.estimator.contributions(policy.objective(stats))
         scores = policy.score(stats).clamp_min(-1e30)
         best = scores[..., 4:].argsort(-1, descending=True)[..., :10]
-        ordered = shares[..., 4:].gather(-1, best)
+        ordered = contributions[..., 4:].gather(-1, best)
         assert bool((ordered.diff(dim=-1) <= 1e-6).all())

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that the cache supports."""
+"""Tiny random models of the supported families, their inputs, and a tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers import (
 from suffice.kv.eval.tasks import manual
 
 VOCABULARY = 97
-TOKENS = 400  # of the tokenizer
+TOKENS = 400  # vocabulary of `tokenizer`
 _SHARED: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
@@ -56,7 +56,7 @@ FAMILIES = tuple(_CONFIGS)
 
 
 def build(family: str, attn: str = "sdpa", seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A new model of the family, in evaluation mode."""
+    """Return a new random model of a family in evaluation mode, with changes to its configuration."""
     torch.manual_seed(seed)
     config = _CONFIGS[family]()
     for name, value in changes.items():
@@ -64,21 +64,22 @@ def build(family: str, attn: str = "sdpa", seed: int = 0, **changes: Any) -> Pre
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            # At their initial values, the norms of keys give every key the same length.
+            # With the initial norm weights, all keys would have the same length.
             parameter.data += 0.3 * torch.randn_like(parameter)
     return model
 
 
 @functools.cache
 def tiny(family: str, attn: str = "sdpa") -> PreTrainedModel:
-    """A model of the family, the same for all tests."""
+    """Return a model of a family that all tests share."""
     return build(family, attn)
 
 
 def prompt(length: int, seed: int = 0, rows: int = 1) -> torch.Tensor:
-    """Random token ids [rows, length], no padding token among them.
+    """Return random token ids, [rows, length], without padding.
 
-    No token comes twice in a row: in the first layer its keys would tie for policies that look at norms.
+    No token occurs twice in a row of the batch, because equal keys in the first layer would tie under policies that
+    score by norms.
     """
     generator = torch.Generator().manual_seed(1000 * seed + length)
     rows_ids = [torch.randperm(VOCABULARY - 2, generator=generator)[:length] + 2 for _ in range(rows)]
@@ -86,7 +87,7 @@ def prompt(length: int, seed: int = 0, rows: int = 1) -> torch.Tensor:
 
 
 def left_padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Prompts of different lengths [1, n] as one batch, padded on the left."""
+    """Return prompts of different lengths, each [1, length], as one batch that is padded on the left."""
     width = max(p.shape[1] for p in prompts)
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -97,7 +98,7 @@ def left_padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def answer(model: PreTrainedModel, inputs: dict[str, torch.Tensor], cache: Any = None, new: int = 6) -> Any:
-    """Greedy continuation, [rows, new]."""
+    """Return `new` greedily generated tokens, [rows, new]."""
     inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
     with torch.no_grad():
         out = model.generate(**inputs, past_key_values=cache, max_new_tokens=new, do_sample=False)
@@ -106,7 +107,7 @@ def answer(model: PreTrainedModel, inputs: dict[str, torch.Tensor], cache: Any =
 
 @functools.cache
 def tokenizer(chat: bool = False) -> Any:
-    """A byte-level tokenizer of 400 tokens, learned from a part of Python's manual, with or without a chat template."""
+    """Return a byte-level tokenizer with 400 tokens, trained on part of Python's manual."""
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = tokenizers.decoders.ByteLevel()
