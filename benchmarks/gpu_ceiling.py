@@ -32,8 +32,8 @@ from suffice.kv.kernels.compaction import move_to_front
 from suffice.kv.kernels.decoding import Plan, decode
 from suffice.kv.kernels.leverage import factorize, inner_products, part_factor
 from suffice.kv.kernels.observation import Observation, Terms, observed_log_weights
-from suffice.link.sparse.kernels.least import least
-from suffice.link.sparse.kernels.matching import matching
+from suffice.link.sparse.kernels.match_neighbors import match_neighbors
+from suffice.link.sparse.kernels.segment_min import segment_min
 
 WINDOW, SAMPLED = 8, 16  # queries of each head, of the default policy
 # Of an H100 SXM, by NVIDIA's data sheet and the table of throughputs in the CUDA programming guide (9.0).
@@ -97,20 +97,20 @@ def _launch_all(dim: int, group: int, dtype: torch.dtype) -> None:
     decode(torch.zeros(1, 2 * group, dim, dtype=dtype), entries, entries, positions, plan, 0.1)
     move_to_front(keys, torch.zeros(1, 2, 9, dtype=torch.long))
     numbers = torch.zeros(8, dtype=torch.long)
-    matching(numbers, numbers, numbers, numbers, common=True)
-    matching(numbers, numbers, numbers, numbers, common=False)
-    least(numbers, numbers, torch.zeros(8, 128))
+    match_neighbors(numbers, numbers, numbers, numbers, common=True)
+    match_neighbors(numbers, numbers, numbers, numbers, common=False)
+    segment_min(numbers, numbers, torch.zeros(8, 128))
 
 
 def bytes_read(dim: int, group: int, size: int) -> dict[str, int]:
     """Bytes that each kernel reads and writes for a token of a KV head."""
     entry, features = dim * size, 4 * (group + 1)
     return {
-        "first_pass": entry + features,
-        "second_pass": entry + features + 16,
-        "_gram": entry + 4,
-        "_quadratic_form": entry + 8,
-        "_part": 2 * entry,
+        "key_sums_kernel": entry + features,
+        "key_scores_kernel": entry + features + 16,
+        "gram_kernel": entry + 4,
+        "quadratic_form_kernel": entry + 8,
+        "attention_parts_kernel": 2 * entry,
     }
 
 
@@ -191,7 +191,7 @@ def main() -> None:
         "triton": triton.__version__,
     }
     parts = ("issue", "half rate", "eighth rate", "matrix", "memory")
-    print(f"{'dim':>4} {'kernel':>16} " + " ".join(f"{part:>11}" for part in parts) + "  ceiling registers spilled")
+    print(f"{'dim':>4} {'kernel':>22} " + " ".join(f"{part:>11}" for part in parts) + "  ceiling registers spilled")
     for dim in options.dims:
         kernels = compile_all(dim, options.group, dtype)
         rows = {
@@ -200,11 +200,11 @@ def main() -> None:
         for name, row in rows.items():
             clocks = " ".join(f"{row[part]:>11.1f}" for part in parts)
             tail = f"{row['ceiling']:>8.0%} {row['registers']:>9} {row['bytes_spilled']:>7}"
-            print(f"{dim:>4} {name:>16} {clocks} {tail}")
-        scoring = [row for name, row in rows.items() if name != "_part"]
+            print(f"{dim:>4} {name:>22} {clocks} {tail}")
+        scoring = [row for name, row in rows.items() if name != "attention_parts_kernel"]
         needed = 4 * dim * dtype.itemsize / (BANDWIDTH / PROCESSORS / CLOCK)
         whole = needed / sum(max(row[part] for part in parts) for row in scoring)
-        print(f"{dim:>4} {'scoring':>16} {whole:.0%} of the bound of reading K and V twice")
+        print(f"{dim:>4} {'scoring':>22} {whole:.0%} of the bound of reading K and V twice")
         result[str(dim)] = {"kernels": rows, "scoring": whole, "compiled": sorted(kernels)}
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -48,13 +48,20 @@ def test_caches_answer_alike_by_kernels(library):
     for line in found:
         assert line.get("same"), line
     # Heads of equal length stay in their buffers when they evict again.
-    assert [line["case"][2:] for line in found if "_move" in line.get("launched", ())] == [
+    assert [line["case"][2:] for line in found if "compaction_kernel" in line.get("launched", ())] == [
         ["capkv", {"evict": "always", "interval": 3}]
     ]
     default = found[0]
     assert default["case"][2:] == ["capkv-profile", {}]
     # Scores by kernel, and so the capacity, and decoding over heads of unequal length.
-    assert {"first_pass", "second_pass", "_gram", "_factor", "_quadratic_form", "_part"} <= set(default["launched"])
+    assert {
+        "key_sums_kernel",
+        "key_scores_kernel",
+        "gram_kernel",
+        "cholesky_kernel",
+        "quadratic_form_kernel",
+        "attention_parts_kernel",
+    } <= set(default["launched"])
     # All that must hold of a layer is asked at once, and of a step nothing.
     assert len(default["waits"]["made"]) == 1
     assert waits_by_layer(default, "prefill") == 1

@@ -168,4 +168,4 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     suffice.gpu.launch = _launch
     import suffice.kv.kernels.grid
 
-    suffice.kv.kernels.grid.processors = lambda device: 8
+    suffice.kv.kernels.grid.num_multiprocessors = lambda device: 8

@@ -12,7 +12,7 @@ from suffice.kv.storage.uniform import UniformStorage
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens_first", [False, True])
 def test_kept_entries_stand_at_the_front(monkeypatch, dtype, tokens_first):
-    monkeypatch.setattr(compaction, "_ROWS", 16)
+    monkeypatch.setattr(compaction, "_BLOCK_N", 16)
     generator = torch.Generator().manual_seed(0)
     batch, heads, tokens, dim, width = 2, 3, 90, 40, 50
     x = torch.randn(batch, heads, tokens, dim, generator=generator).to(dtype)
@@ -33,7 +33,7 @@ def test_kept_entries_stand_at_the_front(monkeypatch, dtype, tokens_first):
 
 
 def test_all_entries_stay_where_they_are(monkeypatch):
-    monkeypatch.setattr(compaction, "_ROWS", 16)
+    monkeypatch.setattr(compaction, "_BLOCK_N", 16)
     x = torch.randn(1, 1, 40, 16)
     before = x.clone()
     compaction.move_to_front(x, torch.arange(40).view(1, 1, -1))

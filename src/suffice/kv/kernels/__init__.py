@@ -1,12 +1,16 @@
-"""Triton kernels for what is read often on a GPU; everything here has a form in plain torch that says the same.
+"""Triton kernels for the operations of the KV cache that are limited by memory bandwidth on a GPU.
 
-* `observation`: log weights of the default policy and of `capkv`, K read twice; its kernels are `first`, `second` and
-  `terms`.
-* `gram`, `cholesky`, `leverage`: Σ w v vᵀ, the inverse of its Cholesky factor, vᵀA⁻¹v and capacities; V read twice.
-* `compaction`: kept entries moved together in place.
+Each has an equivalent in plain PyTorch, which computes the same results up to rounding.
+
+* `observation`: log weights of the policies `capkv` and `capkv-profile`. Reads the keys twice: `key_sums` is the first
+  pass, `key_scores` the second, and `log_weights` combines their results. `moments` describes the queries.
+* `leverage`: leverage scores and capacity. Reads the values twice: `gram` computes Σ w v vᵀ, `cholesky` inverts its
+  Cholesky factor, and `leverage` computes vᵀA⁻¹v.
+* `compaction`: moves the kept entries to the front of their buffer.
 * `decoding`: attention of one new token over heads of unequal length.
+* `grid`, `blocks`, `dot`: shared by the kernels.
 
-Nothing here is imported before `usable` has said yes, so that neither Triton nor a GPU is needed for the rest.
+The modules of this package import Triton. Import them only after `usable` has returned True.
 """
 
 from __future__ import annotations
@@ -20,11 +24,14 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether the kernels support the dtype, which must be one for all, and the last dimension of these tensors."""
+    """Return whether the kernels support the dtype and the last dimension of these tensors [..., dim].
+
+    The tensors must have the same dtype, which is float32, bfloat16 or float16, and dimensions from 16 to 128.
+    """
     dtype = tensors[0].dtype
     return dtype in _DTYPES and all(x.dtype == dtype and 16 <= x.shape[-1] <= 128 for x in tensors)
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels can work on these tensors [..., dim], which must be of one dtype."""
+    """Return whether the kernels can process these tensors: `supports` and `suffice.gpu.can_use_kernels` hold."""
     return supports(*tensors) and can_use_kernels(*tensors)

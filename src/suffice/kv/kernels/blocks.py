@@ -1,9 +1,9 @@
-"""What kernels do alike with a block of keys, values or queries.
+"""Operations on blocks of keys, values and queries that several kernels share.
 
-What is summed over the dimensions of a key is a matrix product with it, so that nothing is passed between lanes for it.
+Sums over the dimensions of a key are computed as matrix products with the key, so that lanes exchange no data for them.
 """
 
-# Triton's annotations speak of its compiler's own calls, not of what a kernel may be written as.
+# Triton's stubs describe the compiler's internal calls, so pyright cannot check the code of kernels.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportUnknownParameterType=false
 # pyright: reportGeneralTypeIssues=false
 
@@ -12,58 +12,58 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from suffice.kv.kernels.product import product
+from suffice.kv.kernels.dot import precise_dot
 
 TINY = tl.constexpr(1.1754943508222875e-38)
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Below every exponent that there is, and finite: differences of two stay numbers.
+# Below all exponents that occur, but finite, so that the difference of two maxima is never NaN.
 LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
 def load_queries(
-    asked: "Any",
+    queries: "Any",
     ends: "Any",
-    stride: "Any",
+    ends_stride_query: "Any",
     head: "Any",
     DIM: tl.constexpr,
     GROUP: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
 ):
-    """Load the queries of a KV head, [dim, group * count], and one past the last key that each may read, int32."""
-    rows = tl.arange(0, BLOCK_R)
-    dims = tl.arange(0, BLOCK_D)
-    there = rows < GROUP * COUNT
-    place = asked + head * GROUP * COUNT * DIM + rows[None, :] * DIM + dims[:, None]
-    q = tl.load(place, mask=there[None, :] & (dims < DIM)[:, None], other=0.0)
-    return q, tl.load(ends + rows % COUNT * stride, mask=there, other=0)
+    """Load the queries of a KV head [dim, group * count], and the end of the keys that each may read, int32."""
+    offs_q = tl.arange(0, BLOCK_Q)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_q = offs_q < GROUP * COUNT
+    pointers = queries + head * GROUP * COUNT * DIM + offs_q[None, :] * DIM + offs_d[:, None]
+    q = tl.load(pointers, mask=mask_q[None, :] & (offs_d < DIM)[:, None], other=0.0)
+    return q, tl.load(ends + offs_q % COUNT * ends_stride_query, mask=mask_q, other=0)
 
 
 @triton.jit
-def load_entries(entries: "Any", n: "Any", there: "Any", dims: "Any", stride_token: "Any", DIM: tl.constexpr):
-    """Load a block of keys, values or queries, 0 where there is none: [tokens, dim]."""
-    place = entries + n.to(tl.int64)[:, None] * stride_token + dims[None, :]
-    return tl.load(place, mask=there[:, None] & (dims < DIM)[None, :], other=0.0)
+def load_vectors(vectors: "Any", offs_n: "Any", mask_n: "Any", offs_d: "Any", stride_token: "Any", DIM: tl.constexpr):
+    """Load a block of keys, values or queries [tokens, dim], 0 where `mask_n` is false."""
+    pointers = vectors + offs_n.to(tl.int64)[:, None] * stride_token + offs_d[None, :]
+    return tl.load(pointers, mask=mask_n[:, None] & (offs_d < DIM)[None, :], other=0.0)
 
 
 @triton.jit
-def column(features: "Any", which: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return one column: [tokens]."""
-    return tl.sum(tl.where((tl.arange(0, COLUMNS) == which)[None, :], features, 0.0), 1)
+def select_column(matrix: "Any", INDEX: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return one column [rows] of a matrix [rows, columns]."""
+    return tl.sum(tl.where((tl.arange(0, COLUMNS) == INDEX)[None, :], matrix, 0.0), 1)
 
 
 @triton.jit
-def query_products(
+def query_key_products(
     k: "Any",
     q: "Any",
-    there: "Any",
-    n: "Any",
-    end: "Any",
+    mask_n: "Any",
+    offs_n: "Any",
+    ends: "Any",
     BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
 ):
-    """Return the query-key products of a block, −inf for what a query may not read: [tokens, rows]."""
-    products = product(k, q, tl.zeros((BLOCK_N, BLOCK_R), tl.float32))
-    return tl.where(there[:, None] & (n[:, None] < end[None, :]), products, float("-inf"))
+    """Return the query-key products of a block [tokens, queries], −inf where a query may not read a key."""
+    products = precise_dot(k, q, tl.zeros((BLOCK_N, BLOCK_Q), tl.float32))
+    return tl.where(mask_n[:, None] & (offs_n[:, None] < ends[None, :]), products, float("-inf"))

@@ -1,6 +1,6 @@
-"""Cholesky factors of small matrices I + G/σ², inverted, one program for each."""
+"""Inverse Cholesky factors of small matrices I + G/σ², one program for each matrix."""
 
-# Triton's annotations speak of its compiler's own calls, not of what a kernel may be written as.
+# Triton's stubs describe the compiler's internal calls, so pyright cannot check the code of kernels.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportUnknownParameterType=false
 # pyright: reportGeneralTypeIssues=false
 
@@ -12,18 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from suffice.gpu import launch
-from suffice.kv.kernels.product import product
+from suffice.kv.kernels.dot import precise_dot
 
 _BLOCK = 32
 
 
-class Factor(NamedTuple):
-    """The Cholesky factor L of I + G/σ² for each row and head.
+class InverseFactor(NamedTuple):
+    """Inverse of the Cholesky factor L of I + G/σ² for each head.
 
     Args:
-        inverse: L⁻¹, float32 [batch, kv_heads, D, D], lower triangular, entries in [−1, 1].
+        inverse: L⁻¹, float32 [batch, kv_heads, D, D], lower triangular, with entries in [−1, 1].
         noise: σ², float32 [batch, kv_heads].
-        failed: int32 [batch, kv_heads], other than 0 where G is not finite or its trace out of range.
+        failed: int32 [batch, kv_heads], not 0 where G is not finite or its trace is out of range.
 
     """
 
@@ -37,27 +37,29 @@ class Factor(NamedTuple):
         return -self.inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
-def inverse_factor(gram: Tensor, dim: int, ridge: float, least: float = 1e-12, noise: Tensor | None = None) -> Factor:
-    """Invert the lower Cholesky factor L of I + G/σ², with σ² = ridge · tr(G)/dim.
+def inverse_factor(
+    gram: Tensor, dim: int, ridge: float, min_trace: float = 1e-12, noise: Tensor | None = None
+) -> InverseFactor:
+    """Compute the inverse of the lower Cholesky factor L of I + G/σ², with σ² = ridge · tr(G)/dim.
 
-    All eigenvalues are at least 1 and at most 1 + dim/ridge, so float32 needs no jitter.
+    The eigenvalues of I + G/σ² are between 1 and 1 + dim/ridge, so float32 needs no jitter.
 
     Args:
-        gram: float32 [batch, kv_heads, D, D], D a power of two, at least 16; its symmetric part counts.
-        dim: rows and columns that are not padding.
+        gram: float32 [batch, kv_heads, D, D], where D is a power of two, at least 16. Only its symmetric part is used.
+        dim: Number of rows and columns that are not padding.
         ridge: λ > 0.
-        least: smallest trace of G in whose squares nothing is lost.
-        noise: σ² of a larger set that this one is part of, [batch, kv_heads], in place of the set's own.
+        min_trace: Smallest trace of G for which squares of its entries do not underflow.
+        noise: σ² [batch, kv_heads] of a larger set that contains this set. If given, it replaces the set's own σ².
 
     """
     gram = gram.contiguous()
     inverse, scratch = torch.empty_like(gram), torch.empty_like(gram)
-    given = noise is not None
+    noise_given = noise is not None
     noise = gram.new_empty(gram.shape[:2]) if noise is None else noise.contiguous()
     failed = torch.empty(gram.shape[:2], dtype=torch.int32, device=gram.device)
-    wide = gram.shape[-1]
+    size = gram.shape[-1]
     launch(
-        _factor,
+        cholesky_kernel,
         (gram.shape[0] * gram.shape[1],),
         gram,
         scratch,
@@ -65,100 +67,104 @@ def inverse_factor(gram: Tensor, dim: int, ridge: float, least: float = 1e-12, n
         noise,
         failed,
         ridge,
-        least,
+        min_trace,
         DIM=dim,
-        GIVEN=given,
-        WIDE=wide,
-        BLOCK=min(_BLOCK, wide),
+        NOISE_GIVEN=noise_given,
+        SIZE=size,
+        BLOCK=min(_BLOCK, size),
         num_warps=4,
         num_stages=1,
     )
-    return Factor(inverse, noise, failed)
+    return InverseFactor(inverse, noise, failed)
 
 
 @triton.jit
-def _factor(
+def cholesky_kernel(
     gram: "Any",
     scratch: "Any",
     inverse: "Any",
     noise: "Any",
     failed: "Any",
     ridge: "Any",
-    least: "Any",
+    min_trace: "Any",
     DIM: tl.constexpr,
-    GIVEN: tl.constexpr,
-    WIDE: tl.constexpr,
+    NOISE_GIVEN: tl.constexpr,
+    SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Factorize one matrix by block columns, and invert the factor by block rows."""
     head = tl.program_id(0).to(tl.int64)
-    gram += head * WIDE * WIDE
-    scratch += head * WIDE * WIDE
-    inverse += head * WIDE * WIDE
-    every = tl.arange(0, WIDE)
-    part = tl.arange(0, BLOCK)
-    trace = tl.sum(tl.load(gram + every * (WIDE + 1)))
-    if GIVEN:
-        bad = tl.where(trace <= 1e12, 0, 1)  # also of NaN; a part of a set may be nothing
+    gram += head * SIZE * SIZE
+    scratch += head * SIZE * SIZE
+    inverse += head * SIZE * SIZE
+    rows = tl.arange(0, SIZE)
+    offsets = tl.arange(0, BLOCK)
+    trace = tl.sum(tl.load(gram + rows * (SIZE + 1)))
+    if NOISE_GIVEN:
+        # A subset may be empty, so the trace has no lower bound. The comparison is false for NaN.
+        status = tl.where(trace <= 1e12, 0, 1)
         variance = tl.load(noise + head)
     else:
-        bad = tl.where((trace >= least) & (trace <= 1e12), 0, 1)
+        status = tl.where((trace >= min_trace) & (trace <= 1e12), 0, 1)
         variance = ridge * trace / DIM
         tl.store(noise + head, variance)
-    tl.store(inverse + every[:, None] * WIDE + every[None, :], tl.zeros((WIDE, WIDE), tl.float32))
-    for j in range(WIDE // BLOCK):
-        own = j * BLOCK + part
-        panel = tl.load(gram + every[:, None] * WIDE + own[None, :])
-        panel += tl.load(gram + own[None, :] * WIDE + every[:, None])
-        panel = panel * (0.5 / variance) + tl.where(every[:, None] == own[None, :], 1.0, 0.0)
+    tl.store(inverse + rows[:, None] * SIZE + rows[None, :], tl.zeros((SIZE, SIZE), tl.float32))
+    # Left-looking block Cholesky: panel j minus its products with the panels before it, times the inverse of the factor
+    # of its diagonal block.
+    for j in range(SIZE // BLOCK):
+        block_j = j * BLOCK + offsets
+        panel = tl.load(gram + rows[:, None] * SIZE + block_j[None, :])
+        panel += tl.load(gram + block_j[None, :] * SIZE + rows[:, None])
+        panel = panel * (0.5 / variance) + tl.where(rows[:, None] == block_j[None, :], 1.0, 0.0)
         for k in range(j):
-            before = k * BLOCK + part
-            left = tl.load(scratch + every[:, None] * WIDE + before[None, :])
-            right = tl.load(scratch + own[None, :] * WIDE + before[:, None])
-            panel -= product(left, right, tl.zeros((WIDE, BLOCK), tl.float32))
-        # Through memory, since a part of a block can't be taken out of registers.
-        tl.store(scratch + every[:, None] * WIDE + own[None, :], panel)
+            block_k = k * BLOCK + offsets
+            left = tl.load(scratch + rows[:, None] * SIZE + block_k[None, :])
+            right = tl.load(scratch + block_j[None, :] * SIZE + block_k[:, None])
+            panel -= precise_dot(left, right, tl.zeros((SIZE, BLOCK), tl.float32))
+        # The diagonal block is read back from memory, because a part of a tensor in registers cannot be addressed.
+        tl.store(scratch + rows[:, None] * SIZE + block_j[None, :], panel)
         tl.debug_barrier()
-        corner = tl.load(scratch + own[:, None] * WIDE + own[None, :])
-        solved, wrong = _inverse_of_factor(corner, BLOCK)
-        bad += wrong
-        column = product(panel, tl.trans(solved), tl.zeros((WIDE, BLOCK), tl.float32))
+        diagonal = tl.load(scratch + block_j[:, None] * SIZE + block_j[None, :])
+        diagonal_inverse, block_failed = _invert_block_factor(diagonal, BLOCK)
+        status += block_failed
+        column = precise_dot(panel, tl.trans(diagonal_inverse), tl.zeros((SIZE, BLOCK), tl.float32))
         tl.debug_barrier()
-        tl.store(scratch + every[:, None] * WIDE + own[None, :], column)
-        tl.store(inverse + own[:, None] * WIDE + own[None, :], solved)
+        tl.store(scratch + rows[:, None] * SIZE + block_j[None, :], column)
+        tl.store(inverse + block_j[:, None] * SIZE + block_j[None, :], diagonal_inverse)
         tl.debug_barrier()
-    # X_ij = −X_ii Σ_k L_ik X_kj, row after row of blocks.
-    for i in range(1, WIDE // BLOCK):
-        own = i * BLOCK + part
-        corner = tl.load(inverse + own[:, None] * WIDE + own[None, :])
+    # With X = L⁻¹: X_ij = −X_ii Σ_k L_ik X_kj over j ≤ k < i, one row of blocks after the other.
+    for i in range(1, SIZE // BLOCK):
+        block_i = i * BLOCK + offsets
+        diagonal = tl.load(inverse + block_i[:, None] * SIZE + block_i[None, :])
         for j in range(i):
-            there = j * BLOCK + part
+            block_j = j * BLOCK + offsets
             total = tl.zeros((BLOCK, BLOCK), tl.float32)
             for k in range(j, i):
-                middle = k * BLOCK + part
-                left = tl.load(scratch + own[:, None] * WIDE + middle[None, :])
-                right = tl.load(inverse + middle[:, None] * WIDE + there[None, :])
-                total = product(left, right, total)
-            block = -product(corner, total, tl.zeros((BLOCK, BLOCK), tl.float32))
-            tl.store(inverse + own[:, None] * WIDE + there[None, :], block)
+                block_k = k * BLOCK + offsets
+                left = tl.load(scratch + block_i[:, None] * SIZE + block_k[None, :])
+                right = tl.load(inverse + block_k[:, None] * SIZE + block_j[None, :])
+                total = precise_dot(left, right, total)
+            result = -precise_dot(diagonal, total, tl.zeros((BLOCK, BLOCK), tl.float32))
+            tl.store(inverse + block_i[:, None] * SIZE + block_j[None, :], result)
         tl.debug_barrier()
-    tl.store(failed + head, bad)
+    tl.store(failed + head, status)
 
 
 @triton.jit
-def _inverse_of_factor(matrix: "Any", SIZE: tl.constexpr):
-    """Invert the Cholesky factor of a small block by elimination; second, whether a pivot was not positive."""
+def _invert_block_factor(matrix: "Any", SIZE: tl.constexpr):
+    """Return the inverse Cholesky factor of a small block, and the number of pivots that are not positive."""
     rows = tl.arange(0, SIZE)[:, None]
     columns = tl.arange(0, SIZE)[None, :]
-    solved = tl.where(rows == columns, 1.0, 0.0)
-    bad = 0
+    inverse = tl.where(rows == columns, 1.0, 0.0)
+    num_failed = 0
     for c in range(SIZE):
-        across = tl.sum(tl.where(rows == c, matrix, 0.0), 0)[None, :]
-        down = tl.sum(tl.where(columns == c, matrix, 0.0), 1)[:, None]
+        pivot_row = tl.sum(tl.where(rows == c, matrix, 0.0), 0)[None, :]
+        pivot_column = tl.sum(tl.where(columns == c, matrix, 0.0), 1)[:, None]
         pivot = tl.sum(tl.where((rows == c) & (columns == c), matrix, 0.0))
-        bad += tl.where(pivot > 0.0, 0, 1)
-        root = 1.0 / tl.sqrt(pivot)
-        line = tl.sum(tl.where(rows == c, solved, 0.0), 0)[None, :] * root
-        below = tl.where(rows > c, down * root, 0.0)
-        solved = tl.where(rows == c, line, solved - below * line)
-        matrix -= below * tl.where(columns > c, across * root, 0.0)
-    return solved, bad
+        num_failed += tl.where(pivot > 0.0, 0, 1)
+        inverse_root = 1.0 / tl.sqrt(pivot)
+        inverse_row = tl.sum(tl.where(rows == c, inverse, 0.0), 0)[None, :] * inverse_root
+        below = tl.where(rows > c, pivot_column * inverse_root, 0.0)
+        inverse = tl.where(rows == c, inverse_row, inverse - below * inverse_row)
+        matrix -= below * tl.where(columns > c, pivot_row * inverse_root, 0.0)
+    return inverse, num_failed

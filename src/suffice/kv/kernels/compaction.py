@@ -1,6 +1,6 @@
-"""Kept entries moved to the front of their head, in the buffer where they are."""
+"""In-place compaction: the kept entries of each head move to the front of its buffer."""
 
-# Triton's annotations speak of its compiler's own calls, not of what a kernel may be written as.
+# Triton's stubs describe the compiler's internal calls, so pyright cannot check the code of kernels.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportUnknownParameterType=false
 
 from typing import Any
@@ -11,43 +11,48 @@ from torch import Tensor
 
 from suffice.gpu import launch
 
-_ROWS, _WIDTH = 512, 32  # entries moved at a time, and numbers of each that one program moves
+_BLOCK_N = 512
+"""Number of entries that a program moves at a time."""
+
+_BLOCK_D = 32
+"""Number of elements of each entry that one program moves."""
 
 
 def move_to_front(x: Tensor, kept: Tensor) -> None:
-    """Move the kept entries of every head to its front; what stands behind them afterwards is of no use.
+    """Move the kept entries of each head to its front, in place. The contents behind them become undefined.
 
-    No entry moves backwards, so that a block of them can be read before anything is written over it.
+    No entry moves to a higher index. A block of entries can therefore be read before any of its sources is overwritten.
 
     Args:
-        x: [batch, kv_heads, tokens, dim], its last dimension contiguous; changed in place.
-        kept: long [batch, kv_heads, width], ascending, right-aligned, −1 for none.
+        x: [batch, kv_heads, tokens, dim], with a contiguous last dimension. Modified in place.
+        kept: Indices of the kept entries, long [batch, kv_heads, width], ascending and right-aligned, −1 for unused
+            slots.
 
     """
     batch, heads, _, dim = x.shape
     kept = kept.contiguous()
     launch(
-        _move,
-        (batch * heads, triton.cdiv(dim, _WIDTH)),
+        compaction_kernel,
+        (batch * heads, triton.cdiv(dim, _BLOCK_D)),
         x,
         kept,
         kept.shape[-1],
         heads,
         dim,
         *x.stride()[:3],
-        BLOCK_N=_ROWS,
-        BLOCK_D=_WIDTH,
+        BLOCK_N=_BLOCK_N,
+        BLOCK_D=_BLOCK_D,
         num_warps=8,
         num_stages=1,
     )
 
 
-@triton.jit(do_not_specialize=["width", "heads", "dim"])
-def _move(
+@triton.jit(do_not_specialize=["width", "kv_heads", "dim"])
+def compaction_kernel(
     x: "Any",
     kept: "Any",
     width: "Any",
-    heads: "Any",
+    kv_heads: "Any",
     dim: "Any",
     stride_batch: "Any",
     stride_head: "Any",
@@ -55,21 +60,23 @@ def _move(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Move BLOCK_D elements of each kept entry of a head."""
     head = tl.program_id(0).to(tl.int64)
-    x += head // heads * stride_batch + head % heads * stride_head
+    x += head // kv_heads * stride_batch + head % kv_heads * stride_head
     kept += head * width
-    dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    done = 0
-    for start in range(0, width, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        source = tl.load(kept + n, mask=n < width, other=-1)
-        there = source >= 0
-        mask = there[:, None] & (dims < dim)[None, :]
-        entries = tl.load(x + source[:, None] * stride_token + dims[None, :], mask=mask)
-        # All that stand in this block's places have been read, by this block or the ones before.
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    num_moved = 0
+    for block_start in range(0, width, BLOCK_N):
+        offs_n = block_start + tl.arange(0, BLOCK_N)
+        source = tl.load(kept + offs_n, mask=offs_n < width, other=-1)
+        is_used = source >= 0
+        mask = is_used[:, None] & (offs_d < dim)[None, :]
+        entries = tl.load(x + source[:, None] * stride_token + offs_d[None, :], mask=mask)
+        # Wait until all threads have read: every entry that this block overwrites has been read by now.
         tl.debug_barrier()
-        count = tl.sum(there.to(tl.int32), 0)
-        # None are at the left, so that the last entry of a block goes to the last place.
-        place = (done + n - start - tl.sum(((n < width) & (source < 0)).to(tl.int32), 0)).to(tl.int64)
-        tl.store(x + place[:, None] * stride_token + dims[None, :], entries, mask=mask)
-        done += count
+        count = tl.sum(is_used.to(tl.int32), 0)
+        # Unused slots are at the left. Subtract their number to get the target of each entry.
+        num_unused = tl.sum(((offs_n < width) & (source < 0)).to(tl.int32), 0)
+        target = (num_moved + offs_n - block_start - num_unused).to(tl.int64)
+        tl.store(x + target[:, None] * stride_token + offs_d[None, :], entries, mask=mask)
+        num_moved += count

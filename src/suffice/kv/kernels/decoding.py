@@ -1,10 +1,11 @@
-"""Attention of one new token over heads of unequal length: the keys are cut into parts, their results put together.
+"""Attention of one new token over heads of unequal length.
 
-Every part is one program, whatever head it is of, so that a long head keeps no processor waiting; the query heads of a
-GQA group read a key once between them.
+The entries of all heads are divided into parts of similar length. One program computes the attention over each part, so
+a long head is shared by many multiprocessors. A second kernel combines the parts of each head. The query heads of a
+GQA group share one read of the keys and values.
 """
 
-# Triton's annotations speak of its compiler's own calls, not of what a kernel may be written as.
+# Triton's stubs describe the compiler's internal calls, so pyright cannot check the code of kernels.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportUnknownParameterType=false
 # pyright: reportGeneralTypeIssues=false
 
@@ -18,23 +19,32 @@ import triton.language as tl
 from torch import Tensor
 
 from suffice.gpu import block_size, launch
-from suffice.kv.kernels.grid import processors, rows_of
-from suffice.kv.kernels.product import product
+from suffice.kv.kernels.dot import precise_dot
+from suffice.kv.kernels.grid import contiguous_rows, num_multiprocessors
 
 _BLOCK = 64
-_PARTS = 32  # partial results of one head that are put together at a time
-_LEAST, _MOST = 128, 4096  # entries of a part
+"""Number of entries that a program processes at a time."""
+
+_BLOCK_PARTS = 32
+"""Number of parts of a head that are combined at a time."""
+
+_MIN_PART, _MAX_PART = 128, 4096
+"""Minimum and maximum number of entries in a part."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How heads of unequal length are cut into parts of about equal length.
+    """Division of heads of unequal length into parts of similar length.
+
+    A head consists of its packed entries, followed by the tail: the entries of the newest tokens, whose number may grow
+    after the plan was made.
 
     Args:
-        items: int32 [parts, 4]: row and head as one number; first entry; entries, −1 for all that there are then; and
-            of new tokens, which follow the packed entries, the first one's number, −1 for packed entries. Parts of
-            one head follow each other; the last goes on to the newest token.
-        spans: int32 [batch * kv_heads + 1], first part of each head, and one past the last of all.
+        items: int32 [parts, 4], one row for each part: index of the head in the batch (row · kv_heads + head); index of
+            the first entry; number of entries, −1 for all entries up to the newest; and index of the first entry in the
+            tail, −1 for a part of the packed entries. The parts of a head are consecutive, and the last one ends at the
+            newest token.
+        spans: int32 [batch * kv_heads + 1], index of the first part of each head, followed by the number of parts.
 
     """
 
@@ -43,24 +53,35 @@ class Plan:
 
     @classmethod
     def of(cls, packed: list[tuple[int, int]], tail: int, device: torch.device) -> "Plan":
-        """Cut heads, row by row, whose packed entries start there and are so many, with a tail of so many or more."""
+        """Divide heads into parts.
+
+        Args:
+            packed: Index of the first entry and number of packed entries of each head, row by row.
+            tail: Number of entries in the tail, at least when the plan is used.
+            device: Device of the plan.
+
+        """
         first, sizes = np.asarray(packed, dtype=np.int64).T
-        fair = triton.next_power_of_2(int((sizes + tail).sum()) // (4 * processors(device)) + 1)
-        part = min(max(fair, _LEAST), _MOST)
-        counts = -(-sizes // part)
-        whole = tail // part
-        ends = (counts + whole + 1).cumsum()
+        # About four parts for each multiprocessor.
+        part = triton.next_power_of_2(int((sizes + tail).sum()) // (4 * num_multiprocessors(device)) + 1)
+        part = min(max(part, _MIN_PART), _MAX_PART)
+        packed_parts = -(-sizes // part)
+        full_tail_parts = tail // part
+        num_parts = packed_parts + full_tail_parts + 1
+        ends = num_parts.cumsum()
         spans = np.concatenate(([0], ends))
-        head = np.repeat(np.arange(len(sizes)), counts + whole + 1)
+        head = np.repeat(np.arange(len(sizes)), num_parts)
         number = np.arange(spans[-1]) - spans[head]
-        late = number >= counts[head]
-        new = np.where(late, (number - counts[head]) * part, -1)
-        start = first[head] + np.where(late, sizes[head] + new, number * part)
-        size = np.where(late, part, np.minimum(part, sizes[head] - number * part))
+        in_tail = number >= packed_parts[head]
+        tail_start = np.where(in_tail, (number - packed_parts[head]) * part, -1)
+        start = first[head] + np.where(in_tail, sizes[head] + tail_start, number * part)
+        size = np.where(in_tail, part, np.minimum(part, sizes[head] - number * part))
         size[ends - 1] = -1
-        items = torch.from_numpy(np.stack((head, start, size, new), axis=1).astype(np.int32))
-        parts = torch.from_numpy(spans.astype(np.int32))
-        return cls(*(x.to(device, non_blocking=True) for x in (items, parts)))
+        items = torch.from_numpy(np.stack((head, start, size, tail_start), axis=1).astype(np.int32))
+        return cls(
+            items.to(device, non_blocking=True),
+            torch.from_numpy(spans.astype(np.int32)).to(device, non_blocking=True),
+        )
 
 
 def decode(
@@ -71,79 +92,84 @@ def decode(
     plan: Plan,
     scaling: float,
 ) -> Tensor:
-    """Softmax attention of one query for each row and head.
+    """Return the softmax attention of one query token.
 
     Args:
         query: [batch, heads, dim].
-        keys: [entries, dim], one head after the other, those of the new tokens behind each.
+        keys: [entries, dim], one head after the other. The tail of each head follows its packed entries.
         values: [entries, value_dim], in the same order.
-        positions: int32 [batch, new] of the new tokens, negative for those that may not be read.
-        plan: where each head's entries are.
-        scaling: factor on the query-key product.
+        positions: Positions of the tail, int32 [batch, tail], negative for entries that may not be read.
+        plan: Division of the entries into parts.
+        scaling: Factor of the query-key product.
 
     Returns:
-        [batch, heads, value_dim], 0 where a query may read nothing.
+        [batch, heads, value_dim], 0 where a query may read no entry.
 
     """
-    query, keys, values, positions = rows_of(query), keys.contiguous(), values.contiguous(), positions.contiguous()
+    query, keys, values, positions = (
+        contiguous_rows(query),
+        keys.contiguous(),
+        values.contiguous(),
+        positions.contiguous(),
+    )
     batch, heads, dim = query.shape
-    new, value_dim = positions.shape[1], values.shape[-1]
+    tail, value_dim = positions.shape[1], values.shape[-1]
     kv_heads = (len(plan.spans) - 1) // batch
     group = heads // kv_heads
-    parts = len(plan.items)
+    num_parts = len(plan.items)
     out = query.new_empty(batch, heads, value_dim)
-    partial = torch.empty(parts, group, value_dim, dtype=torch.float32, device=query.device)
-    peaks, masses = torch.empty(2, parts, group, dtype=torch.float32, device=query.device)
-    wide = block_size(value_dim)
+    partial = torch.empty(num_parts, group, value_dim, dtype=torch.float32, device=query.device)
+    maxima, sums = torch.empty(2, num_parts, group, dtype=torch.float32, device=query.device)
+    block_v = block_size(value_dim)
     launch(
-        _part,
-        (parts,),
+        attention_parts_kernel,
+        (num_parts,),
         query,
         keys,
         values,
         positions,
         plan.items,
         partial,
-        peaks,
-        masses,
+        maxima,
+        sums,
         scaling,
         kv_heads,
-        new,
+        tail,
         *query.stride()[:2],
         GROUP=group,
         DIM=dim,
         VALUE_DIM=value_dim,
         BLOCK_G=block_size(group),
         BLOCK_D=block_size(dim),
-        BLOCK_V=wide,
-        BLOCK_N=_BLOCK // 2 if keys.dtype == torch.float32 else _BLOCK,  # so that registers suffice
+        BLOCK_V=block_v,
+        BLOCK_N=_BLOCK // 2 if keys.dtype == torch.float32 else _BLOCK,  # limited by the number of registers
         num_warps=4,
         num_stages=3,
     )
     launch(
-        _together,
+        combine_parts_kernel,
         (batch * heads,),
         partial,
-        peaks,
-        masses,
+        maxima,
+        sums,
         plan.spans,
         out,
         GROUP=group,
         VALUE_DIM=value_dim,
-        BLOCK_V=wide,
-        BLOCK_P=_PARTS,
+        BLOCK_V=block_v,
+        BLOCK_P=_BLOCK_PARTS,
         num_warps=4,
     )
     return out
 
 
 @triton.jit
-def _walk(
+def _attend(
     q: "Any",
     keys: "Any",
     values: "Any",
     positions: "Any",
-    count: "Any",
+    num_entries: "Any",
     scaling: "Any",
     MASKED: tl.constexpr,
     DIM: tl.constexpr,
@@ -153,50 +179,54 @@ def _walk(
     BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Attention over `count` entries that follow each other: its maximum, sum of exponentials, weighted values."""
-    dims = tl.arange(0, BLOCK_D)
-    outs = tl.arange(0, BLOCK_V)
-    peak = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-    mass = tl.zeros((BLOCK_G,), tl.float32)
-    total = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
-    for start in range(0, count, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        there = n < count
+    """Return the maximum logit, the sum of exponentials and the weighted sum of the values of consecutive entries."""
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_v = tl.arange(0, BLOCK_V)
+    running_max = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    running_sum = tl.zeros((BLOCK_G,), tl.float32)
+    acc = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
+    for block_start in range(0, num_entries, BLOCK_N):
+        offs_n = block_start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < num_entries
         if MASKED:
-            there = there & (tl.load(positions + n, mask=there, other=-1) >= 0)
-        k = tl.load(keys + n[None, :] * DIM + dims[:, None], mask=there[None, :] & (dims < DIM)[:, None], other=0.0)
-        v = tl.load(
-            values + n[:, None] * VALUE_DIM + outs[None, :],
-            mask=there[:, None] & (outs < VALUE_DIM)[None, :],
+            mask_n = mask_n & (tl.load(positions + offs_n, mask=mask_n, other=-1) >= 0)
+        k = tl.load(
+            keys + offs_n[None, :] * DIM + offs_d[:, None],
+            mask=mask_n[None, :] & (offs_d < DIM)[:, None],
             other=0.0,
         )
-        logits = product(q, k, tl.zeros((BLOCK_G, BLOCK_N), tl.float32)) * scaling
-        logits = tl.where(there[None, :], logits, float("-inf"))
-        highest = tl.maximum(peak, tl.max(logits, 1))
-        base = tl.where(highest == float("-inf"), 0.0, highest)
-        shrink = tl.exp(peak - base)
-        weights = tl.exp(logits - base[:, None])
-        mass = mass * shrink + tl.sum(weights, 1)
-        total = product(weights.to(v.dtype), v, total * shrink[:, None])
-        peak = highest
-    return peak, mass, total
+        v = tl.load(
+            values + offs_n[:, None] * VALUE_DIM + offs_v[None, :],
+            mask=mask_n[:, None] & (offs_v < VALUE_DIM)[None, :],
+            other=0.0,
+        )
+        logits = precise_dot(q, k, tl.zeros((BLOCK_G, BLOCK_N), tl.float32)) * scaling
+        logits = tl.where(mask_n[None, :], logits, float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(logits, 1))
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        decay = tl.exp(running_max - finite_max)
+        weights = tl.exp(logits - finite_max[:, None])
+        running_sum = running_sum * decay + tl.sum(weights, 1)
+        acc = precise_dot(weights.to(v.dtype), v, acc * decay[:, None])
+        running_max = new_max
+    return running_max, running_sum, acc
 
 
-@triton.jit(do_not_specialize=["kv_heads", "new"])
-def _part(
+@triton.jit(do_not_specialize=["kv_heads", "tail"])
+def attention_parts_kernel(
     query: "Any",
     keys: "Any",
     values: "Any",
     positions: "Any",
     items: "Any",
     partial: "Any",
-    peaks: "Any",
-    masses: "Any",
+    maxima: "Any",
+    sums: "Any",
     scaling: "Any",
     kv_heads: "Any",
-    new: "Any",
-    query_batch: "Any",
-    query_head: "Any",
+    tail: "Any",
+    query_stride_batch: "Any",
+    query_stride_head: "Any",
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -205,28 +235,29 @@ def _part(
     BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    item = tl.program_id(0).to(tl.int64)
-    which = tl.load(items + item * 4).to(tl.int64)
-    first = tl.load(items + item * 4 + 1).to(tl.int64)
-    count = tl.load(items + item * 4 + 2)
-    number = tl.load(items + item * 4 + 3)
-    row = which // kv_heads
-    head = which % kv_heads
-    group = tl.arange(0, BLOCK_G)
-    dims = tl.arange(0, BLOCK_D)
-    outs = tl.arange(0, BLOCK_V)
+    """Compute the attention of one GQA group over one part."""
+    part = tl.program_id(0).to(tl.int64)
+    row_and_head = tl.load(items + part * 4).to(tl.int64)
+    first = tl.load(items + part * 4 + 1).to(tl.int64)
+    num_entries = tl.load(items + part * 4 + 2)
+    tail_start = tl.load(items + part * 4 + 3)
+    row = row_and_head // kv_heads
+    head = row_and_head % kv_heads
+    offs_g = tl.arange(0, BLOCK_G)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_v = tl.arange(0, BLOCK_V)
     q = tl.load(
-        query + row * query_batch + (head * GROUP + group)[:, None] * query_head + dims[None, :],
-        mask=(group < GROUP)[:, None] & (dims < DIM)[None, :],
+        query + row * query_stride_batch + (head * GROUP + offs_g)[:, None] * query_stride_head + offs_d[None, :],
+        mask=(offs_g < GROUP)[:, None] & (offs_d < DIM)[None, :],
         other=0.0,
     )
-    if number < 0:
-        peak, mass, total = _walk(
+    if tail_start < 0:
+        maximum, total, acc = _attend(
             q,
             keys + first * DIM,
             values + first * VALUE_DIM,
             positions,
-            count,
+            num_entries,
             scaling,
             False,
             DIM,
@@ -237,12 +268,12 @@ def _part(
             BLOCK_N,
         )
     else:
-        peak, mass, total = _walk(
+        maximum, total, acc = _attend(
             q,
             keys + first * DIM,
             values + first * VALUE_DIM,
-            positions + row * new + number,
-            tl.where(count < 0, new - number, count),
+            positions + row * tail + tail_start,
+            tl.where(num_entries < 0, tail - tail_start, num_entries),
             scaling,
             True,
             DIM,
@@ -252,20 +283,20 @@ def _part(
             BLOCK_V,
             BLOCK_N,
         )
-    tl.store(peaks + item * GROUP + group, peak, mask=group < GROUP)
-    tl.store(masses + item * GROUP + group, mass, mask=group < GROUP)
+    tl.store(maxima + part * GROUP + offs_g, maximum, mask=offs_g < GROUP)
+    tl.store(sums + part * GROUP + offs_g, total, mask=offs_g < GROUP)
     tl.store(
-        partial + (item * GROUP + group)[:, None] * VALUE_DIM + outs[None, :],
-        total,
-        mask=(group < GROUP)[:, None] & (outs < VALUE_DIM)[None, :],
+        partial + (part * GROUP + offs_g)[:, None] * VALUE_DIM + offs_v[None, :],
+        acc,
+        mask=(offs_g < GROUP)[:, None] & (offs_v < VALUE_DIM)[None, :],
     )
 
 
 @triton.jit
-def _together(
+def combine_parts_kernel(
     partial: "Any",
-    peaks: "Any",
-    masses: "Any",
+    maxima: "Any",
+    sums: "Any",
     spans: "Any",
     out: "Any",
     GROUP: tl.constexpr,
@@ -273,29 +304,30 @@ def _together(
     BLOCK_V: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Put the parts of one query head together."""
+    """Combine the parts of one query head."""
     head = tl.program_id(0).to(tl.int64)
     first = tl.load(spans + head // GROUP)
-    last = tl.load(spans + head // GROUP + 1)
-    outs = tl.arange(0, BLOCK_V)
-    peak = tl.full((1,), float("-inf"), tl.float32)
-    mass = tl.zeros((1,), tl.float32)
-    total = tl.zeros((BLOCK_V,), tl.float32)
-    for start in range(first, last, BLOCK_P):
-        n = start + tl.arange(0, BLOCK_P)
-        place = n.to(tl.int64) * GROUP + head % GROUP
-        own = tl.load(peaks + place, mask=n < last, other=float("-inf"))
-        highest = tl.maximum(peak, tl.max(own, 0))
-        base = tl.where(highest == float("-inf"), 0.0, highest)
-        shrink = tl.exp(peak - base)
-        weights = tl.exp(own - base)
-        mass = mass * shrink + tl.sum(weights * tl.load(masses + place, mask=n < last, other=0.0), 0)
-        parts = tl.load(
-            partial + place[:, None] * VALUE_DIM + outs[None, :],
-            mask=(n < last)[:, None] & (outs < VALUE_DIM)[None, :],
+    end = tl.load(spans + head // GROUP + 1)
+    offs_v = tl.arange(0, BLOCK_V)
+    running_max = tl.full((1,), float("-inf"), tl.float32)
+    running_sum = tl.zeros((1,), tl.float32)
+    acc = tl.zeros((BLOCK_V,), tl.float32)
+    for block_start in range(first, end, BLOCK_P):
+        parts = block_start + tl.arange(0, BLOCK_P)
+        index = parts.to(tl.int64) * GROUP + head % GROUP
+        part_max = tl.load(maxima + index, mask=parts < end, other=float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(part_max, 0))
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        decay = tl.exp(running_max - finite_max)
+        weights = tl.exp(part_max - finite_max)
+        part_sum = tl.load(sums + index, mask=parts < end, other=0.0)
+        running_sum = running_sum * decay + tl.sum(weights * part_sum, 0)
+        part_acc = tl.load(
+            partial + index[:, None] * VALUE_DIM + offs_v[None, :],
+            mask=(parts < end)[:, None] & (offs_v < VALUE_DIM)[None, :],
             other=0.0,
         )
-        total = total * shrink + tl.sum(parts * weights[:, None], 0)
-        peak = highest
-    result = total / tl.where(mass > 0.0, mass, 1.0)
-    tl.store(out + head * VALUE_DIM + outs, result.to(out.dtype.element_ty), mask=outs < VALUE_DIM)
+        acc = acc * decay + tl.sum(part_acc * weights[:, None], 0)
+        running_max = new_max
+    result = acc / tl.where(running_sum > 0.0, running_sum, 1.0)
+    tl.store(out + head * VALUE_DIM + offs_v, result.to(out.dtype.element_ty), mask=offs_v < VALUE_DIM)

@@ -1,4 +1,4 @@
-"""How work over the tokens is cut into programs."""
+"""Division of the tokens of a head among programs of a kernel."""
 
 from __future__ import annotations
 
@@ -7,37 +7,43 @@ import functools
 import torch
 from torch import Tensor
 
-MOST_SPLITS = 64
-"""Parts that the tokens of one head are cut into at most: the next pass reads one partial result of each."""
+MAX_SPLITS = 64
+"""Maximum number of splits of one head. The next kernel reads one partial result for each split."""
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """Return x with its last dimension contiguous, which keys and values have as a rule."""
+def contiguous_rows(x: Tensor) -> Tensor:
+    """Return x with a contiguous last dimension. Keys and values usually have one, and are not copied."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def split_tokens(tokens: int, heads: int, block: int, per_processor: int, device: torch.device) -> tuple[int, int]:
-    """Cut the tokens of each head so that all processors of the device have work.
+def split_tokens(
+    num_tokens: int, num_heads: int, block: int, programs_per_processor: int, device: torch.device
+) -> tuple[int, int]:
+    """Split the tokens of each head so that all multiprocessors of the device have work.
 
     Args:
-        tokens: of each head.
-        heads: of all rows together.
-        block: tokens that a program works on at a time.
-        per_processor: programs wanted for each multiprocessor.
-        device: where they run.
+        num_tokens: Number of tokens of each head.
+        num_heads: Number of heads in the whole batch.
+        block: Number of tokens that a program processes at a time.
+        programs_per_processor: Number of programs wanted for each multiprocessor.
+        device: Device that runs the kernel.
 
     Returns:
-        Number of parts, and tokens of each, a multiple of `block`.
+        Number of splits of each head, and number of tokens in a split, a multiple of `block`.
 
     """
-    wanted = -(-per_processor * processors(device) // heads)
-    # Short parts would spend their time on partial results.
-    splits = max(1, min(wanted, MOST_SPLITS, tokens // (4 * block)))
-    chunk = -(-tokens // (splits * block)) * block
-    return -(-tokens // chunk), chunk
+    wanted = -(-programs_per_processor * num_multiprocessors(device) // num_heads)
+    # At least four blocks in each split: writing and reading the partial results of short splits costs more than it
+    # gains.
+    num_splits = max(1, min(wanted, MAX_SPLITS, num_tokens // (4 * block)))
+    split_size = -(-num_tokens // (num_splits * block)) * block
+    return -(-num_tokens // split_size), split_size
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
-    """Return the number of multiprocessors; under the interpreter, enough to cut even short inputs."""
+def num_multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a device.
+
+    On the CPU, where Triton's interpreter runs the kernels, the number is 8, so that short inputs are split too.
+    """
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8

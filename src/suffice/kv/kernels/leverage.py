@@ -1,6 +1,9 @@
-"""Capacity of a cache and what each value contributes to it, from Gram matrices and their Cholesky factors."""
+"""Capacity of a cache and leverage of each value, from Gram matrices and inverse Cholesky factors.
 
-# Triton's annotations speak of its compiler's own calls, not of what a kernel may be written as.
+The formulas are those of `suffice.information.capacity`. The values are read twice, and no copy of them is written.
+"""
+
+# Triton's stubs describe the compiler's internal calls, so pyright cannot check the code of kernels.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportUnknownParameterType=false
 # pyright: reportGeneralTypeIssues=false
 
@@ -12,91 +15,99 @@ import triton.language as tl
 from torch import Tensor
 
 from suffice.gpu import block_size, launch
-from suffice.kv.kernels.blocks import load_entries
-from suffice.kv.kernels.cholesky import Factor, inverse_factor
+from suffice.kv.kernels.blocks import load_vectors
+from suffice.kv.kernels.cholesky import InverseFactor, inverse_factor
+from suffice.kv.kernels.dot import precise_dot
 from suffice.kv.kernels.gram import weighted_gram
-from suffice.kv.kernels.grid import rows_of, split_tokens
-from suffice.kv.kernels.product import product
+from suffice.kv.kernels.grid import contiguous_rows, split_tokens
 
 
-def factorize(values: Tensor, log_weights: Tensor, ridge: float) -> Factor:
-    """Factorise A = σ²I + Σ w v vᵀ, σ² = ridge · tr/dim, the largest weight of a head counting as 1.
+def factorize(values: Tensor, log_weights: Tensor, ridge: float) -> InverseFactor:
+    """Factorize A = σ²I + Σ w v vᵀ of each head, with σ² = ridge · tr(Σ w v vᵀ)/value_dim.
+
+    Weights are scaled so that the largest weight of a head is 1.
 
     Args:
         values: [batch, kv_heads, tokens, value_dim], float32, bfloat16 or float16.
-        log_weights: float32 [batch, kv_heads, tokens], −inf for those that do not exist.
-        ridge: λ, at least 1e-3: below that, 16-bit factors lose too much.
+        log_weights: float32 [batch, kv_heads, tokens], −inf for entries that do not exist.
+        ridge: λ, at least 1e-3. Below that, 16-bit parts of the factor are not accurate enough.
 
     """
-    least = 1e-4 if values.dtype == torch.float16 else 1e-12
-    return inverse_factor(weighted_gram(values, log_weights), values.shape[-1], ridge, least)
+    min_trace = 1e-4 if values.dtype == torch.float16 else 1e-12
+    return inverse_factor(weighted_gram(values, log_weights), values.shape[-1], ridge, min_trace)
 
 
-def part_factor(values: Tensor, log_weights: Tensor, kept: Tensor, whole: Factor) -> Factor:
-    """Factorise the same of some of the entries, with the σ² of all; arguments as of `factorize`.
+def part_factor(values: Tensor, log_weights: Tensor, kept: Tensor, whole: InverseFactor) -> InverseFactor:
+    """Factorize A for a part of the entries, with the σ² of all entries.
 
     Args:
-        values: as there.
-        log_weights: as there.
-        kept: long [batch, kv_heads, width], which entries those are, −1 for none.
-        whole: of all entries.
+        values: [batch, kv_heads, tokens, value_dim], float32, bfloat16 or float16.
+        log_weights: float32 [batch, kv_heads, tokens], −inf for entries that do not exist.
+        kept: Indices of the entries in the part, long [batch, kv_heads, width], −1 for unused slots.
+        whole: Result of `factorize` for all entries.
 
     """
     tokens = log_weights.shape[-1]
-    chosen = torch.zeros(*kept.shape[:2], tokens + 1, dtype=torch.bool, device=kept.device)
-    chosen.scatter_(-1, kept.where(kept >= 0, tokens), True)
-    part = log_weights.masked_fill(~chosen[..., :tokens], float("-inf"))
-    # Each set counts its own largest weight as 1.
-    scale = (part.amax(-1) - log_weights.amax(-1)).exp()
-    gram = weighted_gram(values, part) * scale[..., None, None]
+    mask = torch.zeros(*kept.shape[:2], tokens + 1, dtype=torch.bool, device=kept.device)
+    mask.scatter_(-1, kept.where(kept >= 0, tokens), True)
+    part_log_weights = log_weights.masked_fill(~mask[..., :tokens], float("-inf"))
+    # `weighted_gram` scales by the largest weight of the part. Return to the scale of the whole.
+    scale = (part_log_weights.amax(-1) - log_weights.amax(-1)).exp()
+    gram = weighted_gram(values, part_log_weights) * scale[..., None, None]
     return inverse_factor(gram, values.shape[-1], 0.0, noise=whole.noise)
 
 
-def inner_products(values: Tensor, log_weights: Tensor, factor: Factor, power: float | None = None) -> Tensor:
-    """vᵀA⁻¹v of each value, float32 [batch, kv_heads, tokens]; 0 where there is none.
+def inner_products(values: Tensor, log_weights: Tensor, factor: InverseFactor, power: float | None = None) -> Tensor:
+    """Return vᵀA⁻¹v of each value, or a score that contains its power.
 
-    With a power, log (w · (vᵀA⁻¹v)^power) in place of it, −inf where there is none.
-    Arguments are those of `factorize` and what it returned. Between them V is read twice, nothing of its size written.
+    Args:
+        values: [batch, kv_heads, tokens, value_dim], float32, bfloat16 or float16.
+        log_weights: float32 [batch, kv_heads, tokens], −inf for entries that do not exist.
+        factor: Result of `factorize` for these values and weights.
+        power: If given, log (w · (vᵀA⁻¹v)^power) is returned.
+
+    Returns:
+        float32 [batch, kv_heads, tokens]. For entries that do not exist, 0 without `power`, and −inf with it.
+
     """
-    values = rows_of(values)
+    values = contiguous_rows(values)
     batch, heads, tokens, dim = values.shape
-    wide = block_size(dim)
-    block = 128
-    splits, chunk = split_tokens(tokens, batch * heads, block, 2, values.device)
-    inner = torch.empty(batch, heads, tokens, dtype=torch.float32, device=values.device)
+    block_n, block_d = 128, block_size(dim)
+    splits, split_size = split_tokens(tokens, batch * heads, block_n, 2, values.device)
+    result = torch.empty(batch, heads, tokens, dtype=torch.float32, device=values.device)
     launch(
-        _quadratic_form,
+        quadratic_form_kernel,
         (batch * heads, splits),
         values,
         log_weights.contiguous(),
         factor.inverse,
         factor.noise,
-        inner,
+        result,
         tokens,
-        chunk,
+        split_size,
         heads,
         float(power or 0),
         *values.stride()[:3],
         SCORE=power is not None,
         DIM=dim,
-        BLOCK_D=wide,
-        BLOCK_N=block,
-        num_warps=4 if wide <= 64 else 8,
+        BLOCK_D=block_d,
+        BLOCK_N=block_n,
+        num_warps=4 if block_d <= 64 else 8,
         num_stages=3,
     )
-    return inner
+    return result
 
 
-@triton.jit(do_not_specialize=["tokens", "chunk", "heads"])
-def _quadratic_form(
+@triton.jit(do_not_specialize=["num_tokens", "split_size", "kv_heads"])
+def quadratic_form_kernel(
     values: "Any",
     log_weights: "Any",
     inverse: "Any",
     noise: "Any",
-    inner: "Any",
-    tokens: "Any",
-    chunk: "Any",
-    heads: "Any",
+    result: "Any",
+    num_tokens: "Any",
+    split_size: "Any",
+    kv_heads: "Any",
     power: "Any",
     stride_batch: "Any",
     stride_head: "Any",
@@ -106,28 +117,29 @@ def _quadratic_form(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Compute vᵀA⁻¹v = ‖L⁻¹v‖² / σ² for one split of the values of a head."""
     head = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * chunk
-    values += head // heads * stride_batch + head % heads * stride_head
-    log_weights += head * tokens
-    inner += head * tokens
-    dims = tl.arange(0, BLOCK_D)
+    split_start = tl.program_id(1) * split_size
+    values += head // kv_heads * stride_batch + head % kv_heads * stride_head
+    log_weights += head * num_tokens
+    result += head * num_tokens
+    offs_d = tl.arange(0, BLOCK_D)
     variance = tl.load(noise + head)
-    # Transposed: what L⁻¹ maps the columns of Vᵀ to, V maps to from the left.
-    matrix = tl.load(inverse + head * BLOCK_D * BLOCK_D + dims[None, :] * BLOCK_D + dims[:, None])
+    # The transpose of L⁻¹, which is multiplied with the values from the right.
+    matrix = tl.load(inverse + head * BLOCK_D * BLOCK_D + offs_d[None, :] * BLOCK_D + offs_d[:, None])
     high = matrix.to(values.dtype.element_ty)
-    # Values of 16 bits are exact as they are, and the matrix is not: it comes in two parts.
+    # Two 16-bit parts preserve the precision of the matrix. The values are exact in 16 bits.
     low = (matrix - high.to(tl.float32)).to(values.dtype.element_ty)
-    for start in range(first, tl.minimum(first + chunk, tokens), BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        log = tl.load(log_weights + n, mask=n < tokens, other=float("-inf"))
-        there = log > float("-inf")
-        v = load_entries(values, n, there, dims, stride_token, DIM)
+    for block_start in range(split_start, tl.minimum(split_start + split_size, num_tokens), BLOCK_N):
+        offs_n = block_start + tl.arange(0, BLOCK_N)
+        log_weight = tl.load(log_weights + offs_n, mask=offs_n < num_tokens, other=float("-inf"))
+        mask_n = log_weight > float("-inf")
+        v = load_vectors(values, offs_n, mask_n, offs_d, stride_token, DIM)
         y = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         if v.dtype != tl.float32:
-            y = product(v, low, y)
-        y = product(v, high, y)
-        found = tl.sum(y * y, 1) / variance
+            y = precise_dot(v, low, y)
+        y = precise_dot(v, high, y)
+        product = tl.sum(y * y, 1) / variance
         if SCORE:
-            found = tl.where(there, log + power * tl.log(found), float("-inf"))
-        tl.store(inner + n, found, mask=n < tokens)
+            product = tl.where(mask_n, log_weight + power * tl.log(product), float("-inf"))
+        tl.store(result + offs_n, product, mask=offs_n < num_tokens)

@@ -1,6 +1,6 @@
-"""Mean and mean square of the newest queries, for the Gaussian of expected attention."""
+"""Mean and mean square of the newest queries, which define the Gaussian of expected attention."""
 
-# Triton's annotations speak of its compiler's own calls, not of what a kernel may be written as.
+# Triton's stubs describe the compiler's internal calls, so pyright cannot check the code of kernels.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportUnknownParameterType=false
 # pyright: reportGeneralTypeIssues=false
 
@@ -12,28 +12,28 @@ import triton.language as tl
 from torch import Tensor
 
 from suffice.gpu import block_size, launch
-from suffice.kv.kernels.blocks import load_entries
+from suffice.kv.kernels.blocks import load_vectors
 
 
 def query_moments(queries: Tensor, recent: int, first: Tensor) -> Tensor:
-    """Return mean and mean square of each query head, float32 [2, batch, heads, dim].
+    """Return the mean and the mean square of the newest queries of each head, float32 [2, batch, heads, dim].
 
     Args:
-        queries: [batch, heads, m, dim], adjacent along dim.
-        recent: how many of the newest are taken; at most m.
-        first: int32 [batch], how many of those are left out.
+        queries: [batch, heads, m, dim], contiguous along dim.
+        recent: Number of newest queries to use, at most m.
+        first: Number of the oldest of these queries to exclude, int32 [batch].
 
     """
-    batch, heads, count, dim = queries.shape
+    batch, heads, num_queries, dim = queries.shape
     moments = torch.empty(2, batch, heads, dim, dtype=torch.float32, device=queries.device)
     launch(
-        _moments,
+        moments_kernel,
         (batch * heads,),
         queries,
         moments,
         first,
         heads,
-        count,
+        num_queries,
         *queries.stride()[:3],
         first.stride(0),
         RECENT=recent,
@@ -45,35 +45,35 @@ def query_moments(queries: Tensor, recent: int, first: Tensor) -> Tensor:
     return moments
 
 
-@triton.jit(do_not_specialize=["heads", "count", "stride_skipped"])
-def _moments(
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "first_stride"])
+def moments_kernel(
     queries: "Any",
     moments: "Any",
-    skipped: "Any",
-    heads: "Any",
-    count: "Any",
+    first: "Any",
+    num_heads: "Any",
+    num_queries: "Any",
     stride_batch: "Any",
     stride_head: "Any",
     stride_token: "Any",
-    stride_skipped: "Any",
+    first_stride: "Any",
     RECENT: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Find mean and mean square of the newest queries of one query head."""
+    """Compute the moments of one query head."""
     head = tl.program_id(0).to(tl.int64)
-    queries += head // heads * stride_batch + head % heads * stride_head
-    first = tl.load(skipped + head // heads * stride_skipped)
-    dims = tl.arange(0, BLOCK_D)
+    queries += head // num_heads * stride_batch + head % num_heads * stride_head
+    num_excluded = tl.load(first + head // num_heads * first_stride)
+    offs_d = tl.arange(0, BLOCK_D)
     mean = tl.zeros((BLOCK_D,), tl.float32)
     square = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(0, RECENT, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        inside = (n >= first) & (n < RECENT)
-        q = load_entries(queries, count - RECENT + n, inside, dims, stride_token, DIM).to(tl.float32)
+    for block_start in range(0, RECENT, BLOCK_N):
+        offs_n = block_start + tl.arange(0, BLOCK_N)
+        mask_n = (offs_n >= num_excluded) & (offs_n < RECENT)
+        q = load_vectors(queries, num_queries - RECENT + offs_n, mask_n, offs_d, stride_token, DIM).to(tl.float32)
         mean += tl.sum(q, 0)
         square += tl.sum(q * q, 0)
-    asked = tl.maximum(RECENT - first, 1).to(tl.float32)
-    tl.store(moments + head * DIM + dims, mean / asked, mask=dims < DIM)
-    tl.store(moments + (tl.num_programs(0) + head) * DIM + dims, square / asked, mask=dims < DIM)
+    num_used = tl.maximum(RECENT - num_excluded, 1).to(tl.float32)
+    tl.store(moments + head * DIM + offs_d, mean / num_used, mask=offs_d < DIM)
+    tl.store(moments + (tl.num_programs(0) + head) * DIM + offs_d, square / num_used, mask=offs_d < DIM)

@@ -1,8 +1,9 @@
-"""Log weights of `capkv` and of the default policy in two passes over the keys.
+"""Log weights of the policies `capkv` and `capkv-profile` in two passes over the keys.
 
-They are sums of window attention, attention of queries spread over the text, expected attention and salience. What the
-first pass finds for a head (sums of exponentials, the mean of the unit keys) the second needs before it can look at a
-single key again, so K is read twice and no third time. Of the queries' attention no more exists than a block of tokens.
+The weight of a key is a sum of four terms: attention from the newest queries (the observation window), expected
+attention, salience, and attention from queries sampled over the whole text. The first pass computes sums over all keys
+of a head: sums of exponentials, and the sum of the unit keys. The second pass uses them to compute the terms of each
+key. Only one block of the attention matrix exists at any time.
 """
 
 from dataclasses import dataclass
@@ -12,33 +13,36 @@ import triton
 from torch import Tensor
 
 from suffice.gpu import block_size, launch
-from suffice.kv.kernels.first_pass import first_pass
-from suffice.kv.kernels.grid import rows_of, split_tokens
+from suffice.kv.kernels.grid import contiguous_rows, split_tokens
+from suffice.kv.kernels.key_scores import key_scores_kernel
+from suffice.kv.kernels.key_sums import key_sums_kernel
+from suffice.kv.kernels.log_weights import log_weights_kernel
 from suffice.kv.kernels.moments import query_moments
-from suffice.kv.kernels.second_pass import second_pass
-from suffice.kv.kernels.terms import sum_of_terms
 
-_BLOCK = 64  # keys
-_MOST_ROWS = 64  # queries of all heads of a group that four warps hold beside the rest
+_BLOCK = 64
+"""Number of keys that a program processes at a time."""
+
+_MAX_QUERIES_FOUR_WARPS = 64
+"""Number of queries of a KV head, up to which four warps have enough registers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What the log weights are made from.
+    """Inputs of the log weights.
 
     Args:
-        queries: [batch, heads, m, dim], the newest, after rotary embedding, of the dtype of the keys.
-        keys: [batch, kv_heads, tokens, dim], after rotary embedding.
-        scaling: factor on the query-key product.
-        window: queries of the observation window; at most m.
-        recent: queries of which expected attention takes mean and variance; at most m.
-        first: int32 [batch], how many of those `recent` it leaves out.
-        starts: int32 [batch, kv_heads], first entry that exists; all after it do.
-        ends: int32 [batch, kv_heads, window + sampled], one past the last entry that each query of the window, and
-            then each sampled one, may read.
-        sampled: long [batch, sampled], which of the m queries are those of the sample; None for no such term.
-        inner: int32 [batch, kv_heads], first entry that the expected attention of a query head is normalised over:
-            each has a Gaussian of its own. None: one Gaussian for all heads of a group.
+        queries: The newest m queries after rotary embedding, [batch, heads, m, dim], in the dtype of the keys.
+        keys: Keys after rotary embedding, [batch, kv_heads, tokens, dim].
+        scaling: Factor of the query-key product.
+        window: Number of newest queries in the observation window, at most m.
+        recent: Number of newest queries whose mean and variance define expected attention, at most m.
+        first: Number of the oldest of the `recent` queries that are excluded, int32 [batch].
+        starts: Index of the first entry that exists, int32 [batch, kv_heads]. All later entries exist.
+        ends: End of the entries that each query of the window, and then each sampled query, may read, int32
+            [batch, kv_heads, window + sampled].
+        sampled: Indices of the sampled queries among the m queries, long [batch, sampled]; None for no sample.
+        inner: Index of the first entry over which expected attention is normalized, int32 [batch, kv_heads]. Each query
+            head then has its own Gaussian. If None, the heads of a group share one Gaussian.
 
     """
 
@@ -56,15 +60,15 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How the terms are put together.
+    """Parameters and factors of the four terms.
 
     Args:
-        pool: odd width of the pooling of the window's attention along the tokens.
-        beta: w = exp(−β cos(k, mean of the unit keys)) of the salience.
-        window: factor of the window's attention, positive; so the other three.
-        expected: of the expected attention.
-        salience: of the salience.
-        sampled: of the sample's attention.
+        pool: Width of the average pooling of window attention along the tokens, odd.
+        beta: β of the salience exp(−β cos(k, mean of the unit keys)).
+        window: Factor of window attention, above 0, like the other factors.
+        expected: Factor of expected attention.
+        salience: Factor of the salience.
+        sampled: Factor of sampled attention.
 
     """
 
@@ -76,110 +80,121 @@ class Terms:
     sampled: float = 1.0
 
 
-def observed_log_weights(seen: Observation, terms: Terms) -> Tensor:  # [batch, kv_heads, tokens]
-    """Log Σ c_j w_j / Σw_j over w = window, expected and sampled attention and salience.
+def observed_log_weights(seen: Observation, terms: Terms) -> Tensor:
+    """Return log Σ_j c_j t_j / Σ t_j, with the terms t_j of each key, their sums over the head, and their factors c_j.
 
     Returns:
         float32 [batch, kv_heads, tokens], −inf where no entry exists.
 
     """
-    keys = rows_of(seen.keys)
+    keys = contiguous_rows(seen.keys)
     batch, kv_heads, tokens, dim = keys.shape
     heads, group = batch * kv_heads, seen.queries.shape[1] // kv_heads
-    queries = rows_of(seen.queries)
+    queries = contiguous_rows(seen.queries)
     gaussians = _gaussians(seen, queries)
-    newest = queries[:, :, queries.shape[2] - seen.window :].contiguous()
-    sampled, count = newest, 0  # a kernel for no sample does not look at it
+    num_gaussians = gaussians.shape[2]
+    window_queries = queries[:, :, queries.shape[2] - seen.window :].contiguous()
+    num_sampled = 0
+    sampled_queries = window_queries  # not read if there is no sample
     if seen.sampled is not None:
-        count = seen.sampled.shape[1]
-        sampled = queries.gather(2, seen.sampled[:, None, :, None].expand(-1, queries.shape[1], -1, dim))
-    whole: dict[str, int] = {
+        num_sampled = seen.sampled.shape[1]
+        sampled_queries = queries.gather(2, seen.sampled[:, None, :, None].expand(-1, queries.shape[1], -1, dim))
+    options: dict[str, int] = {
         "DIM": dim,
         "GROUP": group,
         "WINDOW": seen.window,
-        "SAMPLED": count,
-        "GAUSSIANS": gaussians.shape[2],
+        "SAMPLED": num_sampled,
+        "GAUSSIANS": num_gaussians,
         "BLOCK_D": block_size(dim),
         "BLOCK_W": block_size(group * seen.window),
-        "BLOCK_S": block_size(group * count) if count else 0,
-        # A column of each Gaussian, and one of the length.
-        "COLUMNS": block_size(gaussians.shape[2] + 1, minimum=8),
+        "BLOCK_S": block_size(group * num_sampled) if num_sampled else 0,
+        "COLUMNS": block_size(num_gaussians + 1, minimum=8),  # one of each Gaussian, and one of the squared norm
         "BLOCK_N": _BLOCK // 2 if keys.dtype == torch.float32 else _BLOCK,
-        "num_warps": 4 if group * max(seen.window, count) <= _MOST_ROWS else 8,  # so that registers suffice
+        "num_warps": 4 if group * max(seen.window, num_sampled) <= _MAX_QUERIES_FOUR_WARPS else 8,
         "num_stages": 3,
     }
-    splits, chunk = split_tokens(tokens, heads, whole["BLOCK_N"], 2, keys.device)
-    width = whole["BLOCK_D"] + 2 * (whole["BLOCK_W"] + whole["BLOCK_S"] + whole["COLUMNS"])
+    splits, split_size = split_tokens(tokens, heads, options["BLOCK_N"], 2, keys.device)
+    width = options["BLOCK_D"] + 2 * (options["BLOCK_W"] + options["BLOCK_S"] + options["COLUMNS"])
     sums = torch.empty(heads, splits, width, dtype=torch.float32, device=keys.device)
+    features = torch.empty(num_gaussians + 1, heads, tokens, dtype=torch.float32, device=keys.device)
     totals = torch.empty(heads, splits, 5, dtype=torch.float32, device=keys.device)
-    # Window attention, expected attention, cosine, sampled attention.
-    scores = torch.empty(3 + (count > 0), batch, kv_heads, tokens, dtype=torch.float32, device=keys.device)
-    inner = seen.starts if seen.inner is None else seen.inner
-    # What the first pass finds of each key for itself.
-    found = torch.empty(gaussians.shape[2] + 1, heads, tokens, dtype=torch.float32, device=keys.device)
-    where = (seen.starts, seen.ends, sums)
-    sizes = (tokens, chunk, kv_heads, seen.scaling, *keys.stride()[:3], *seen.starts.stride(), *seen.ends.stride())
+    num_terms = 3 + (num_sampled > 0)
+    scores = torch.empty(num_terms, batch, kv_heads, tokens, dtype=torch.float32, device=keys.device)
+    expected_starts = seen.starts if seen.inner is None else seen.inner
+    sizes = (tokens, split_size, kv_heads, seen.scaling)
+    strides = (*keys.stride()[:3], *seen.starts.stride(), *seen.ends.stride())
     launch(
-        first_pass,
+        key_sums_kernel,
         (heads, splits),
         keys,
-        newest,
-        sampled,
+        window_queries,
+        sampled_queries,
         gaussians,
-        *where,
-        found,
-        inner,
+        seen.starts,
+        seen.ends,
+        sums,
+        features,
+        expected_starts,
         *sizes,
-        *inner.stride(),
-        **whole,
+        *strides,
+        *expected_starts.stride(),
+        **options,
     )
-    parts = triton.next_power_of_2(splits)
+    block_splits = triton.next_power_of_2(splits)
     launch(
-        second_pass,
+        key_scores_kernel,
         (heads, splits),
         keys,
-        newest,
-        sampled,
-        found,
-        *where,
+        window_queries,
+        sampled_queries,
+        features,
+        seen.starts,
+        seen.ends,
+        sums,
         scores,
         totals,
         *sizes,
+        *strides,
         terms.beta,
         POOL=terms.pool,
-        BLOCK_P=parts,
-        **whole,
+        BLOCK_SPLITS=block_splits,
+        **options,
     )
-    log = torch.empty(batch, kv_heads, tokens, dtype=torch.float32, device=keys.device)
-    factors = (terms.window, terms.expected, terms.salience, terms.sampled)
+    log_weights = torch.empty(batch, kv_heads, tokens, dtype=torch.float32, device=keys.device)
     launch(
-        sum_of_terms,
+        log_weights_kernel,
         (heads, triton.cdiv(tokens, 1024)),
         scores,
         totals,
         seen.starts,
-        log,
+        log_weights,
         tokens,
         kv_heads,
         splits,
         *seen.starts.stride(),
         terms.beta,
-        *factors,
-        SAMPLED=count > 0,
+        terms.window,
+        terms.expected,
+        terms.salience,
+        terms.sampled,
+        SAMPLED=num_sampled > 0,
         POOL=terms.pool,
-        BLOCK_P=parts,
+        BLOCK_SPLITS=block_splits,
         BLOCK_N=1024,
         num_warps=4,
     )
-    return log
+    return log_weights
 
 
 def _gaussians(seen: Observation, queries: Tensor) -> Tensor:
-    """Return mean and half variance of each Gaussian, in the units of attention logits: [2, heads, gaussians, dim]."""
+    """Return mean and half variance of the attention logits' Gaussians, [2, heads, gaussians, dim].
+
+    For a query ~ N(μ, Σ) with diagonal Σ, log E exp(scaling · qᵀk) = scaling · μᵀk + scaling²/2 · kᵀΣk.
+    """
     kv_heads = seen.keys.shape[1]
     moments = query_moments(queries, seen.recent, seen.first).unflatten(2, (kv_heads, -1))
     if seen.inner is None:
         moments = moments.mean(3, keepdim=True)
     mean, square = moments
-    spread = (square - mean * mean).clamp_min(0) * (0.5 * seen.scaling * seen.scaling)
-    return torch.stack((mean * seen.scaling, spread)).flatten(1, 2)
+    half_variance = (square - mean * mean).clamp_min(0) * (0.5 * seen.scaling * seen.scaling)
+    return torch.stack((mean * seen.scaling, half_variance)).flatten(1, 2)

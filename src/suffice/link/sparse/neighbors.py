@@ -77,9 +77,9 @@ def residual_neighbors(graph: Adjacency, pairs: Tensor) -> tuple[Neighbors, Neig
 
 
 def _matching(graph: Adjacency, these: Tensor, those: Tensor, *, common: bool) -> Neighbors:
-    from suffice.link.sparse.kernels.matching import matching
+    from suffice.link.sparse.kernels.match_neighbors import match_neighbors
 
-    node, counts = matching(graph.rows.pointers, graph.rows.col, these, those, common=common)
+    node, counts = match_neighbors(graph.rows.pointers, graph.rows.col, these, those, common=common)
     return Neighbors(node, torch.repeat_interleave(counts), pointers(counts))
 
 

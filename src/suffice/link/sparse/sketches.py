@@ -163,9 +163,9 @@ def _growth(graph: Adjacency, low: Tensor, table: Tensor, own: Tensor) -> Tensor
 def least(index: Tensor, starts: Tensor, table: Tensor) -> Tensor:
     """Least of each column over lists of rows, infinite where a list is empty, [lists, columns]."""
     if can_use_kernels(table):
-        from suffice.link.sparse.kernels import least as kernel
+        from suffice.link.sparse.kernels.segment_min import segment_min
 
-        return kernel.least(index, starts, table)
+        return segment_min(index, starts, table)
     lists = starts.numel() - 1
     empty = (starts[1:] == starts[:-1]).unsqueeze(-1)
     if table.is_cpu:

@@ -1,5 +1,7 @@
-"""Triton kernels for the primitives that plain torch keeps far from the memory's bandwidth (docs/gpu.md).
+"""Triton kernels for operations on graphs that are limited by memory bandwidth on a GPU (docs/gpu.md).
 
-* `matching`: neighbours of one node that are, or are not, neighbours of another.
-* `least`: least of each column over lists of rows.
+* `match_neighbors`: neighbors of one node that are, or are not, neighbors of another node.
+* `segment_min`: minimum of each column over segments of rows.
+
+The modules of this package import Triton. Import them only after `suffice.gpu.can_use_kernels` has returned True.
 """
