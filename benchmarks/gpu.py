@@ -35,7 +35,7 @@ import gpu_exact
 from suffice.gpu import disable_kernels
 from suffice.kv import DEFAULT_POLICY, Signals, get_policy
 from suffice.kv.kernels import usable
-from suffice.kv.policy.call_context import Verdicts
+from suffice.kv.policy.attention_stats import Verdicts
 from suffice.kv.storage.ragged import RaggedStorage
 
 HEADS, KV_HEADS = 32, 8

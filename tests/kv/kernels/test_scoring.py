@@ -9,7 +9,7 @@ from suffice.kv.policy.fused import FusedFactor, fused_log_weights
 
 from suffice.gpu import KernelFallbackError, disable_kernels, kernels_enabled, launch
 from suffice.kv import Signals, get_policy
-from suffice.kv.policy.call_context import Verdicts
+from suffice.kv.policy.attention_stats import Verdicts
 from suffice.kv.policy.capacity_share import capacity_share
 from suffice.kv.policy.weights import KeySalience, WindowAttention
 

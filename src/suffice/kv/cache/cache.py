@@ -17,13 +17,12 @@ from suffice.kv.budget.protection import Protection
 from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.report import CacheReport
-from suffice.kv.cache.settings import CacheSettings
+from suffice.kv.cache.settings import CacheSettings, StorageConfig
 from suffice.kv.hf.model_info import attention_modules, context_window, full_attention_layers
 from suffice.kv.hf.rotary import RotaryEmbedding, rotary_embeddings
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY, get_allocation, get_policy
-from suffice.kv.storage.build import StorageConfig
 from suffice.kv.storage.quantized import Quantization
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from suffice.gpu import async_tensor
 from suffice.kv.budget.allocation import BudgetRequest, MarginalCapacity, priorities
 from suffice.kv.hf.tensor_parallel import Sharding, topk_masks
-from suffice.kv.policy.estimators import score_entries
-from suffice.kv.policy.objective import Objective
+from suffice.kv.policy.estimators import Objective, score_entries
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.selection import LOWEST_SCORE, NAN_SCORES, LayerBudget
 from suffice.kv.storage.base import Entries, Storage

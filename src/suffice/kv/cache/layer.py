@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from suffice.gpu import KernelFallbackError, async_tensor
-from suffice.kv.attention.call import AttentionCall, run_attention
+from suffice.kv.attention.call import AttentionCall, check_left_padding, run_attention
 from suffice.kv.attention.hook import attach_observer
-from suffice.kv.attention.padding import check_left_padding
 from suffice.kv.backend.torch_backend import TORCH_BACKEND, TorchBackend
 from suffice.kv.backend.triton_backend import choose_backend
 from suffice.kv.cache.eviction import EvictionPlan, RowState, Selection, plan_eviction, select_entries
@@ -25,8 +24,7 @@ from suffice.kv.cache.settings import CacheSettings
 from suffice.kv.hf.offload import materialized_weight
 from suffice.kv.hf.rotary import RotaryEmbedding, find_rotate_half
 from suffice.kv.hf.tensor_parallel import Sharding
-from suffice.kv.policy.attention_stats import AttentionStats
-from suffice.kv.policy.call_context import DeferredChecks, EntryPositions, LayerContext
+from suffice.kv.policy.attention_stats import AttentionStats, DeferredChecks, EntryPositions, LayerContext
 from suffice.kv.policy.weight_state import WeightState
 from suffice.kv.storage.base import Entries, Storage, all_finite
 
@@ -65,7 +63,7 @@ class CompressedLayer(DynamicLayer):
         self.index, self.order = index, order
         self.global_budget = global_budget
         self._module = weakref.ref(module)
-        self._rotary = rotary
+        self._rotary, self._rotate = rotary, find_rotate_half(module)
         self.reset()
 
     # The base class assigns keys and values; here the storage holds them.
@@ -295,7 +293,7 @@ class CompressedLayer(DynamicLayer):
             attention=attention if queries.shape[2] == call.query.shape[2] else None,
             output_weight=None if projection is None else functools.partial(materialized_weight, projection, "weight"),
             rotary=self._rotary,
-            rotate=find_rotate_half(call.module),
+            rotate=self._rotate,
             state=replace(self.weight_state, attention_received=entries.columns.get("attention_received")),
             context=LayerContext(self.order, self.settings.num_layers, self.settings.max_entries, sharding),
             # Processes that share the heads must not take different ways: each checks its numbers at once.

@@ -21,14 +21,13 @@ from suffice.kv.budget.allocation import Allocation
 from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.cache.eviction import RowState
 from suffice.kv.cache.layer import CompressedLayer
-from suffice.kv.cache.settings import CacheSettings
+from suffice.kv.cache.settings import STORAGES, CacheSettings
 from suffice.kv.hf.fingerprint import fingerprint
 from suffice.kv.hf.offload import execution_device
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import allocations, policies
 from suffice.kv.policy.weight_state import QueryMoments, WeightState
-from suffice.kv.storage.build import STORAGES
 
 _FORMAT = 2
 _METADATA_KEY = "suffice"

@@ -14,8 +14,7 @@ from suffice.kv.budget.allocation import Allocation, BudgetRequest, Equal
 from suffice.kv.budget.protection import Protection
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.directions import Directions, Value
-from suffice.kv.policy.estimators import Estimator, Leverage, score_entries
-from suffice.kv.policy.objective import Objective
+from suffice.kv.policy.estimators import Estimator, Leverage, Objective, score_entries
 from suffice.kv.policy.selection import CapacitySelection, LayerBudget, Selection, TopK
 from suffice.kv.policy.weights import Weights
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from suffice.information import select_by_leverage, select_greedy
 from suffice.kv.policy.attention_stats import AttentionStats
-from suffice.kv.policy.estimators import Estimator, Leverage, score_entries
-from suffice.kv.policy.objective import Objective
+from suffice.kv.policy.estimators import Estimator, Leverage, Objective, score_entries
 
 NAN_SCORES = "scores of the policy must not be NaN; keys, values or queries probably contain NaN or infinite values"
 LOWEST_SCORE = torch.finfo(torch.float32).min / 2

@@ -1,4 +1,4 @@
-"""The interface of all storages of kept keys and values."""
+"""The interface of all storages of kept keys and values, and what storages share: spare slots and gathering."""
 
 from __future__ import annotations
 
@@ -195,3 +195,106 @@ def unpack_columns(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def all_finite(tensors: tuple[Tensor, ...]) -> Tensor:
     """Return whether no number in the tensors is NaN or infinite, as a bool tensor without dimensions."""
     return torch.stack([x.sum(dtype=torch.float32) for x in tensors]).sum().isfinite()
+
+
+# A buffer grows by a sixteenth of its size, so that one copy makes room for as many new tokens.
+_GROWTH = 16
+
+
+class SpareSlots:
+    """Free slots at the end of buffers that copies of a storage share until one of them writes there.
+
+    Args:
+        first_free: index of the first free slot.
+        end: one past the last slot.
+
+    """
+
+    def __init__(self, first_free: int = 0, end: int = 0) -> None:
+        self.first_free, self.end = first_free, max(first_free, end)
+        self.is_shared = False  # by copies of the storage, whose entries must not move
+
+    def claim(self, start: int, count: int) -> bool:
+        """Claim slots for new entries; False if there are too few, or if a copy has already written there."""
+        if start != self.first_free or start + count > self.end:
+            return False
+        self.first_free += count
+        return True
+
+
+def num_spare_slots(width: int, num_new: int) -> int:
+    """Return how many slots to leave free behind entries; none for a chunk, because an eviction follows it."""
+    return width // _GROWTH if num_new == 1 else 0
+
+
+def can_write_in_place(stored: Tensor, new: Tensor) -> bool:
+    """Whether new entries may be written into a tensor: not with gradients, nor into tensors of inference mode."""
+    if torch.is_grad_enabled() and (stored.requires_grad or new.requires_grad):
+        return False
+    return torch.is_inference_mode_enabled() or not stored.is_inference()
+
+
+def gather_vectors(x: Tensor, index: Tensor) -> Tensor:
+    """Gather whole vectors into a new tensor.
+
+    Args:
+        x: [batch, heads, tokens, dim].
+        index: long [batch, heads, width], indices of tokens.
+
+    Returns:
+        [batch, heads, width, dim].
+
+    """
+    return index_vectors(x, flat_index(x, index).flatten()).unflatten(0, index.shape)
+
+
+def flat_index(x: Tensor, index: Tensor) -> Tensor:
+    """Return the flat index of each indexed vector among all vectors of x, in memory order.
+
+    Args:
+        x: [batch, heads, tokens, dim].
+        index: long [batch, heads, width], indices of tokens.
+
+    """
+    batch, heads, tokens, _ = x.shape
+    first = torch.arange(batch * heads, device=x.device).view(batch, heads, 1)
+    if _is_tokens_first(x):
+        row, head = first // heads, first % heads
+        return index * heads + (row * tokens * heads + head)
+    return index + first * tokens
+
+
+def index_vectors(x: Tensor, flat: Tensor) -> Tensor:
+    """Copy vectors of x by their flat index, [m, dim]; several times faster than `gather`.
+
+    Most models store values with tokens before heads; they are indexed in that order, without a copy.
+    """
+    return (x.transpose(1, 2) if _is_tokens_first(x) else x).flatten(0, 2).index_select(0, flat)
+
+
+def gather_index_columns(entries: Entries, index: Tensor, empty: Tensor | None = None) -> dict[str, Tensor]:
+    """Gather positions, rotary positions (if there are any) and columns of entries.
+
+    Args:
+        entries: all entries.
+        index: long [batch, num_key_value_heads, width].
+        empty: bool, shaped like `index`, where the result holds no entry; None for nowhere.
+
+    Returns:
+        Tensors [batch, num_key_value_heads, width] by name; positions are int32, −1 for no entry.
+
+    """
+    columns = {"positions": entries.positions, "rope_positions": entries.rope_positions, **entries.columns}
+    gathered: dict[str, Tensor] = {}
+    for name, x in columns.items():
+        if x is None:
+            continue
+        own = x.expand(-1, index.shape[1], -1).gather(2, index)
+        is_position = name in ("positions", "rope_positions")
+        own = own if empty is None else own.masked_fill(empty, -1 if is_position else 0)
+        gathered[name] = own.to(torch.int32) if is_position else own
+    return gathered
+
+
+def _is_tokens_first(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()

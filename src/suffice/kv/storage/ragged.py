@@ -14,9 +14,18 @@ from torch import Tensor
 from suffice.gpu import async_tensor
 from suffice.kv.attention.call import AttentionCall
 from suffice.kv.backend.torch_backend import TorchBackend
-from suffice.kv.storage.base import NEW_COLUMN_VALUES, Entries, Storage, pack_columns, unpack_columns
-from suffice.kv.storage.gathering import flat_index, index_vectors
-from suffice.kv.storage.growth import SpareSlots, can_write_in_place, num_spare_slots
+from suffice.kv.storage.base import (
+    NEW_COLUMN_VALUES,
+    Entries,
+    SpareSlots,
+    Storage,
+    can_write_in_place,
+    flat_index,
+    index_vectors,
+    num_spare_slots,
+    pack_columns,
+    unpack_columns,
+)
 
 # Arguments of the attention function that attention over heads of unequal length does not support.
 _UNSUPPORTED_OPTIONS = ("softcap", "s_aux")

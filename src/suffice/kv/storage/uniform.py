@@ -14,9 +14,18 @@ from typing_extensions import Self
 from suffice.kv.attention.call import AttentionCall, run_attention
 from suffice.kv.backend.torch_backend import TorchBackend
 from suffice.kv.kernels import usable
-from suffice.kv.storage.base import NEW_COLUMN_VALUES, Entries, Storage, pack_columns, unpack_columns
-from suffice.kv.storage.gathering import gather_index_columns, gather_vectors
-from suffice.kv.storage.growth import SpareSlots, can_write_in_place, num_spare_slots
+from suffice.kv.storage.base import (
+    NEW_COLUMN_VALUES,
+    Entries,
+    SpareSlots,
+    Storage,
+    can_write_in_place,
+    gather_index_columns,
+    gather_vectors,
+    num_spare_slots,
+    pack_columns,
+    unpack_columns,
+)
 
 _POSITIONS = ("positions", "rope_positions")
 
