@@ -52,7 +52,14 @@ from suffice.link.data.files import read_graph, read_saved_graph, save_graph
 from suffice.link.data.graph import Graph, Split, SplitConfig, prepare_graph, split_edges
 from suffice.link.data.synthetic import block_model, digits
 from suffice.link.metrics import evaluate, mean_reciprocal_rank
-from suffice.link.models import ModelSettings, PairScorer, preset
+from suffice.link.models import (
+    EncoderDecoderSettings,
+    ModelSettings,
+    PairScorer,
+    get_model_settings,
+    models,
+    preset,
+)
 from suffice.link.sparse.adjacency import Adjacency, remove_edges
 from suffice.link.sparse.count_cache import symmetric
 from suffice.link.sparse.distance_counts import pair_counts
@@ -82,7 +89,7 @@ from suffice.study.results import (
 )
 
 # What a setting, a metric or a text among their values is called now: what it was called when the file was written.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"encoder-decoder": "pair"}
 WAYS = {  # keys of ways of training by our names
     "even": "fixed/batch",
     "drawn": "random/batch",
@@ -177,7 +184,25 @@ def labelled_batches(labels: Tensor, mix: str) -> list[Tensor]:
 
 
 def make_model(graph: Graph, seed: int = 0, **spec: Any) -> Any:
-    return ModelSettings(**now({"hidden": 16, **spec})).build(graph.x.size(1), seed)
+    return model_settings(**now({"hidden": 16, **spec})).build(graph.x.size(1), seed)
+
+
+COMPLETION = ("alpha", "scale", "offset", "prior")
+
+
+def model_settings(model: str = "encoder-decoder", completion: Iterable[float] = (), **options: Any) -> ModelSettings:
+    """Return settings; options that the model does not have are left out."""
+    known = get_model_settings(model)
+    options |= dict(zip(COMPLETION, completion, strict=False))
+    return known(**{name: value for name, value in options.items() if name in known.option_names()})
+
+
+def model_options(settings: ModelSettings, **others: Any) -> dict[str, Any]:
+    """Return settings as the file holds them: the options of all models, in one mapping."""
+    found = {name: value for kind in models().values() for name, value in kind().to_dict().items()}
+    found |= others | settings.to_dict()
+    name, completion = stable(found.pop("name")), [found.pop(name) for name in COMPLETION]
+    return {**found, "model": name, "completion": completion}
 
 
 def settings(mix: str = "even", **more: Any) -> TrainSettings:
@@ -218,11 +243,24 @@ def outputs(model: Any, graph: Graph, parts: Split) -> dict[str, Any]:
 
 def presets() -> dict[str, Any]:
     kinds, data = ("neognn", "ncn", "ncnc", "elph", "buddy"), ("Cora", "CiteSeer", "PubMed", "other")
-    return {f"{kind} {name}": preset(now(kind), now(name)) for kind, name in product(kinds, data)}
+    found: dict[str, Any] = {}
+    for kind, name in product(kinds, data):
+        made, training = preset(now(kind), now(name))
+        published = {name: value for name, value in asdict(training).items() if value is not None}
+        # The file holds NCNC's weights for NCN too, and says of BUDDY that its encoder has no norm.
+        others = preset("ncnc", name).model.to_dict() if kind == "ncn" else {"encoder_norm": "none"}
+        found[f"{kind} {name}"] = [model_options(made, **others), published]
+    return found
 
 
 def defaults() -> list[Any]:
-    return [asdict(ModelSettings()), TrainSettings().describe(), asdict(SplitConfig()), MIXES["drawn"], MIXES["even"]]
+    return [
+        model_options(EncoderDecoderSettings()),
+        TrainSettings().describe(),
+        asdict(SplitConfig()),
+        MIXES["drawn"],
+        MIXES["even"],
+    ]
 
 
 def audit_all(model: Any, graph: Graph, parts: Split) -> Any:
@@ -332,7 +370,7 @@ def compared(graph: Graph, seeds: int, ways: Iterable[str]) -> dict[str, Any]:
     arms, wide = [parse_arm(WAYS[way]) for way in ways], protocol("wide")
     trained = settings(epochs=2, batch_size=128, seed=0)
     with tempfile.TemporaryDirectory() as folder:
-        small, more = ModelSettings(**now({"hidden": 8})), {"protocol": wide, "seed": 1, "folder": folder}
+        small, more = model_settings(hidden=8), {"protocol": wide, "seed": 1, "folder": folder}
         made = correct(graph, arms=arms, model=small, train=trained, seeds=seeds, **more)
         maps = edge_maps(graph, arms[:2], folder, protocol=wide, seed=1)
         files = sorted(weights(load_trained(file)[0])["weights"] for file in Path(folder).glob("runs/*.safetensors"))
@@ -384,7 +422,13 @@ def link_study(graph: Graph, ways: Iterable[str], seeds: list[int], workers: int
     """Run a grid of trainings on a graph in a file, as a YAML file would ask for it."""
     with tempfile.TemporaryDirectory() as folder:
         np.savez(Path(folder) / "own.npz", edges=graph.edges.T.numpy(), x=graph.x.numpy(), y=graph.y.numpy())
-        chosen = {"data": f"{folder}/own.npz", "epochs": 1, "hidden": 8, "batch_size": 128, "metric": "hits@10"}
+        chosen = {
+            "data": f"{folder}/own.npz",
+            "epochs": 1,
+            "model": {"name": "encoder-decoder", "hidden": 8},
+            "batch_size": 128,
+            "metric": "hits@10",
+        }
         keys = [(WAYS | REFERENCES)[way] for way in ways]
         spec = Spec("own", CORRECT.name, now(chosen), {now("arm"): keys}, (), seeds)
         run_study(folder, CORRECT, spec, workers=workers, threads=1)

@@ -28,7 +28,7 @@ def measure(run: Run, bandwidth: float) -> bool:
     least = torch.minimum(degree[asked[0]], degree[asked[1]]).sum()
     bytes_needed = {
         "common neighbours": 40 * int(least),
-        "sketches": 2 * (graph.rows.col.numel() + 2 * nodes) * (128 * 4 + 256 * 2),
+        "sketches": 2 * (graph.csr.col.numel() + 2 * nodes) * (128 * 4 + 256 * 2),
     }
     work = {
         "common neighbours": partial(common_neighbors, graph, asked),
@@ -39,7 +39,7 @@ def measure(run: Run, bandwidth: float) -> bool:
     for name, own in work.items():
         with disable_kernels():
             row: dict[str, Any] = {"torch": run.time(f"{name}, plain torch", own, 3), "ours": None}
-        if can_use_kernels(graph.rows.col):
+        if can_use_kernels(graph.csr.col):
             row["ours"] = run.time(name, own, 3)
             if row["ours"]:
                 row["of_copy"] = bytes_needed[name] / row["ours"] / bandwidth

@@ -34,7 +34,7 @@ from suffice.link.data.datasets import load_graph
 from suffice.link.data.graph import Graph, Split, SplitConfig, split_edges
 from suffice.link.data.synthetic import block_model
 from suffice.link.metrics import evaluate
-from suffice.link.models import EncoderDecoder, ModelSettings
+from suffice.link.models import EncoderDecoder, EncoderDecoderSettings
 from suffice.link.sparse.adjacency import remove_edges
 from suffice.link.train.trainer import TrainSettings, features, fit, score_validation, step_loss
 
@@ -79,7 +79,7 @@ def added_mib(nodes: int) -> float:
     """Return what an audit adds to the peak memory of training steps, in MiB."""
     graph = block_model(nodes)
     parts = split_edges(graph, SplitConfig(), 0)
-    model = ModelSettings().build(graph.x.size(1))
+    model = EncoderDecoderSettings().build(graph.x.size(1))
     # The first steps still fill the allocator's arenas.
     for batch in islice(_batches(graph, parts, 0), 3):
         messages = remove_edges(parts.message_edges(), batch.pairs, graph.num_nodes)
@@ -112,7 +112,7 @@ def main() -> None:
         return
     graph = load_graph(options.data, options.root)
     parts = split_edges(graph, SplitConfig(), 0)
-    plain = ModelSettings().build(graph.x.size(1))
+    plain = EncoderDecoderSettings().build(graph.x.size(1))
     optimizer = torch.optim.Adam(plain.parameters(), lr=5e-3)
     taken: dict[str, list[float]] = {"plain": [], "ours": [], "sampler": [], "validation": [], "audit": []}
     edges = {"plain": 0, "ours": 0}
@@ -121,7 +121,7 @@ def main() -> None:
         start = time.perf_counter()
         edges["plain"] += sum(plain_epoch(plain, graph, parts, optimizer) for _ in range(EPOCHS))
         taken["plain"].append(time.perf_counter() - start)
-        model = ModelSettings().build(graph.x.size(1))
+        model = EncoderDecoderSettings().build(graph.x.size(1))
         settings = TrainSettings(Random(), balanced=True, epochs=EPOCHS, batch_size=BATCH, seed=number)
         start = time.perf_counter()
         fit(model, graph, parts, settings)

@@ -33,10 +33,10 @@ from suffice.link.batches.sampler import EdgeBatch, EdgeBatches
 from suffice.link.data.datasets import load_graph
 from suffice.link.data.graph import Graph, Split, SplitConfig, split_edges
 from suffice.link.data.synthetic import block_model
-from suffice.link.models import LinkPredictor, ModelSettings, preset
+from suffice.link.models import LinkPredictor, ModelSettings, Preset, preset
 from suffice.link.models.base import score_in_chunks
-from suffice.link.models.buddy import propagated
-from suffice.link.models.sketched import memory
+from suffice.link.models.buddy import propagated_features
+from suffice.link.models.sketched import count_cache
 from suffice.link.sparse.adjacency import Adjacency, as_adjacency, remove_edges
 from suffice.link.train.allocator import reuse_large_blocks
 from suffice.link.train.trainer import TrainSettings, adam, features, message_edges, step_loss
@@ -50,10 +50,10 @@ TABLE = {
 }
 
 
-def authors(name: str, data: str) -> tuple[ModelSettings, dict[str, Any]]:
+def authors(name: str, data: str) -> Preset:
     """Return the authors' settings; Neo-GNN's with their three layers."""
-    settings, training = preset(name, data)
-    return (replace(settings, layers=3) if name == "neognn" else settings), training
+    found = preset(name, data)
+    return found._replace(model=replace(found.model, layers=3)) if name == "neognn" else found
 
 
 class Ours:
@@ -138,15 +138,15 @@ def clock(function: Any, *arguments: Any) -> float:
 def steps(name: str, graph: Graph, parts: Split, batches: int) -> dict[str, float]:
     """Time training steps of ours and of the direct code, alternating, on the same batches."""
     settings, training = authors(name, graph.name)
-    made = EdgeBatches(parts.train, graph.num_nodes, Fixed(), batch_size=training["batch_size"], known=parts.known)
+    made = EdgeBatches(parts.train, graph.num_nodes, Fixed(), batch_size=training.batch_size, known=parts.known)
     start = time.process_time()
     drawn = list(made)
     sampling = (time.process_time() - start) / len(drawn)
-    ours = Ours(settings, training["learning_rate"], graph, parts)
-    theirs = Theirs(name, settings, training["learning_rate"], graph, parts)
+    ours = Ours(settings, training.learning_rate, graph, parts)
+    theirs = Theirs(name, settings, training.learning_rate, graph, parts)
     if name in ("elph", "buddy"):
         # What is constant over epochs is made before, as the direct code's counts are; `preprocessing` times it.
-        memory(ours.messages, 2).counts(parts.train)
+        count_cache(ours.messages, 2).counts(parts.train)
     taken: dict[str, list[float]] = {"ours": [], "direct": []}
     for batch in drawn[: batches + 1]:
         counts = theirs.counts(batch.pairs)
@@ -167,8 +167,8 @@ def preprocessing(graph: Graph, parts: Split, rounds: int) -> tuple[list[float],
 
     def ours() -> None:
         messages = Adjacency(parts.message_edges(), graph.num_nodes)
-        propagated(messages, graph.x)
-        memory(messages, 2).counts(links)
+        propagated_features(messages, graph.x)
+        count_cache(messages, 2).counts(links)
 
     def theirs() -> None:
         direct.smooth_features(graph.x, parts.train)
@@ -184,7 +184,7 @@ def preprocessing(graph: Graph, parts: Split, rounds: int) -> tuple[list[float],
 def evaluation(graph: Graph, parts: Split, rounds: int) -> tuple[list[float], list[float]]:
     """Time BUDDY's scores of validation and test edges and negatives, counts made before in both."""
     settings, training = preset("buddy", graph.name)
-    ours = Ours(settings, training["learning_rate"], graph, parts)
+    ours = Ours(settings, training.learning_rate, graph, parts)
     model, pairs = ours.model.eval(), parts.known[:, parts.train.size(1) :]
     theirs = direct.DirectBUDDY(graph.x.size(1), settings.hidden, settings.dropout).eval()
     smooth = direct.smooth_features(graph.x, parts.train)
@@ -208,11 +208,11 @@ def grown(name: str, edges: int) -> dict[str, float]:
     graph = block_model(nodes=edges // 4, classes=5, degree=8, features=64)
     reuse_large_blocks(graph.num_nodes, 64)  # as `suffice link train` does
     parts = split_edges(graph, SplitConfig(), 0)
-    norms = {"encoder_norm": "none", "decoder_norm": "batch"}
-    encoder = "pure" if name in ("ncn", "ncnc") else "gcn"
+    encoder = {"encoder": "pure"} if name in ("ncn", "ncnc") else {}
+    settings = ModelSettings.from_dict({"name": name, "hidden": 64, **encoder}).with_norms("none", "batch")
     size = max(256, parts.train.size(1) // 50)
     start = time.process_time()
-    ours = Ours(ModelSettings(encoder, hidden=64, model=name, **norms), 1e-3, graph, parts)
+    ours = Ours(settings, 1e-3, graph, parts)
     batches = iter(EdgeBatches(parts.train, graph.num_nodes, Fixed(), batch_size=size, known=parts.known))
     ours.step(next(batches))
     first = time.process_time() - start

@@ -32,12 +32,12 @@ def pair(name: str, graph: Graph, seed: int, epochs: int) -> tuple[float, float]
     """Return Hits@100 of ours and of the direct code, in percent, after the same batches."""
     parts = split_edges(graph, SplitConfig(0.1, 0.2), seed)
     settings, training = authors(name, graph.name)
-    rate = training["learning_rate"]
+    rate = training.learning_rate
     torch.manual_seed(seed)
     ours = Ours(settings, rate, graph, parts)
     theirs = Theirs(name, settings, rate, graph, parts)
     batches = EdgeBatches(
-        parts.train, graph.num_nodes, Fixed(), batch_size=training["batch_size"], known=parts.known, seed=seed
+        parts.train, graph.num_nodes, Fixed(), batch_size=training.batch_size, known=parts.known, seed=seed
     )
     for epoch in range(epochs):
         batches.set_epoch(epoch)

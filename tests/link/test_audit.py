@@ -12,7 +12,7 @@ from suffice.link.auditing.norm_layers import FrozenBatchNorm
 from suffice.link.auditing.trained import audit_trained
 from suffice.link.batches.composition import Fixed
 from suffice.link.corrections import freeze_statistics, replace_batch_norm, train_corrected
-from suffice.link.models import ModelSettings, PairScorer
+from suffice.link.models import EncoderDecoderSettings, PairScorer
 from suffice.link.train.trainer import TrainSettings, fit
 
 
@@ -144,7 +144,7 @@ def test_distributed_wrapper(tmp_path, edges):
 def test_trained_models_are_told_apart(graph, parts):
     levels = {}
     for norm in ("batch", "layer", "none"):
-        model = ModelSettings(encoder_norm=norm, decoder_norm=norm, hidden=32).build(graph.x.size(1))
+        model = EncoderDecoderSettings(encoder_norm=norm, decoder_norm=norm, hidden=32).build(graph.x.size(1))
         fit(model, graph, parts, TrainSettings(epochs=10, batch_size=256))
         report = audit_trained(model, graph, parts, batch_size=256)
         levels[norm] = report.verdict.level
@@ -156,7 +156,7 @@ def test_trained_models_are_told_apart(graph, parts):
 
 
 def test_frozen_statistics_are_those_of_the_population(graph, parts):
-    model = ModelSettings(decoder="concat", encoder_norm="none", hidden=16).build(graph.x.size(1))
+    model = EncoderDecoderSettings(decoder="concat", encoder_norm="none", hidden=16).build(graph.x.size(1))
     scorer = PairScorer(model, graph.x, parts.message_edges())
     seen = []
     model.decoder.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
@@ -186,7 +186,7 @@ def test_swapping_batch_norm(norm, kind, edges):
 
 
 def test_corrected_training_says_what_it_changed(graph, parts):
-    model = ModelSettings(hidden=16).build(graph.x.size(1))
+    model = EncoderDecoderSettings(hidden=16).build(graph.x.size(1))
     result, changes = train_corrected(model, graph, parts, TrainSettings(epochs=2, batch_size=64))
     assert [change.after for change in changes] == ["random:0.05,0.95", "True"]
     assert len(set(result.epochs[0].fractions)) > 3

@@ -9,7 +9,7 @@ import torch
 from suffice.link.batches.composition import Random
 from suffice.link.batches.sampler import EdgeBatches
 from suffice.link.data.graph import Graph, Split
-from suffice.link.models import ModelSettings
+from suffice.link.models import build_model
 from suffice.link.train import distributed
 from suffice.link.train.trainer import TrainSettings, fit
 
@@ -22,7 +22,7 @@ from suffice.link.data.synthetic import block_model
 from suffice.link.batches.composition import Random
 from suffice.link.train.distributed import process_group, ranks
 from suffice.link.data.graph import SplitConfig, split_edges
-from suffice.link.models import ModelSettings
+from suffice.link.models import build_model
 from suffice.link.auditing.trained import held_out_scores
 from suffice.link.train.trainer import TrainSettings, fit
 
@@ -31,8 +31,8 @@ graph = block_model(nodes=300, classes=3, degree=8, feature_signal=2.0, features
 parts = split_edges(graph, SplitConfig(0.1, 0.2), 0)
 found = {}
 with process_group("cpu"):
-    for name in ("pair", "buddy"):
-        model = ModelSettings(model=name, hidden=16).build(16)
+    for name in ("encoder-decoder", "buddy"):
+        model = build_model(name, 16, hidden=16)
         settings = TrainSettings(Random(), epochs=10, batch_size=64, directions=1, metric="auc", seed=1)
         path = os.path.join(sys.argv[1], name + ".safetensors")
         done = fit(model, graph, parts, settings, checkpoint=path)
@@ -57,7 +57,7 @@ def pair(tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)], folder
 
 
-@pytest.mark.parametrize("name", ["pair", "buddy"])
+@pytest.mark.parametrize("name", ["encoder-decoder", "buddy"])
 def test_two_processes_end_as_one_model_that_is_as_good(name, pair, graph: Graph, parts: Split):
     (one, other), folder = pair
     assert one[name]["parameters"] == other[name]["parameters"]
@@ -65,7 +65,7 @@ def test_two_processes_end_as_one_model_that_is_as_good(name, pair, graph: Graph
     # One draw of the fraction for both; a rank's own batch is rounded to its own edges.
     assert one[name]["fractions"] == pytest.approx(other[name]["fractions"], abs=0.02)
     assert (folder / f"{name}.safetensors").exists()
-    model = ModelSettings(model=name, hidden=16).build(16)
+    model = build_model(name, 16, hidden=16)
     settings = TrainSettings(Random(), epochs=10, batch_size=128, directions=1, metric="auc", seed=1)
     alone = fit(model, graph, parts, settings)
     assert len(alone.epochs[-1].fractions) == pytest.approx(len(one[name]["fractions"]), abs=3)

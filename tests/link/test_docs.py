@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from suffice.link.batches.negatives import draw_negatives
-from suffice.link.models import ModelSettings, PairScorer
+from suffice.link.models import EncoderDecoderSettings, PairScorer
 from suffice.link.train.trainer import TrainSettings
 
 DOCS = (Path(__file__).parents[2] / "docs" / "link.md").read_text(encoding="utf-8")
@@ -19,7 +19,7 @@ class Inner(torch.nn.Module):
 
 
 def test_examples_run(graph, parts, capsys):
-    model = ModelSettings(hidden=16).build(graph.x.size(1)).eval()
+    model = EncoderDecoderSettings(hidden=16).build(graph.x.size(1)).eval()
     z = torch.randn(graph.num_nodes, 16)
     names = {
         "decoder": Inner(),

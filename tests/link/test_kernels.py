@@ -38,14 +38,14 @@ def test_lists_are_those_of_sets(monkeypatch, graph):
             (first, rows[i] - rows[j] - {j}),
             (second, rows[j] - rows[i] - {i}),
         ):
-            own = found.node[found.pointers[number] : found.pointers[number + 1]]
+            own = found.node[found.offsets[number] : found.offsets[number + 1]]
             assert own.tolist() == sorted(exact)
-            assert found.owner[found.pointers[number] : found.pointers[number + 1]].eq(number).all()
+            assert found.owner[found.offsets[number] : found.offsets[number + 1]].eq(number).all()
 
 
 def test_no_pairs_and_no_common_neighbours(monkeypatch, graph):
     by_kernel(monkeypatch)
-    assert neighbors.common_neighbors(graph, torch.empty(2, 0, dtype=torch.long)).pointers.tolist() == [0]
+    assert neighbors.common_neighbors(graph, torch.empty(2, 0, dtype=torch.long)).offsets.tolist() == [0]
     assert neighbors.common_neighbors(graph, torch.tensor([[99], [99]])).node.numel() == 0
 
 

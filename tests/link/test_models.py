@@ -1,6 +1,7 @@
 """What every link predictor must do, and each model's formula written out naively."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,7 +12,18 @@ from suffice.link.auditing.trained import audit_trained, held_out_scores
 from suffice.link.data import checkpoint as files
 from suffice.link.data.graph import SplitConfig, split_edges
 from suffice.link.data.synthetic import block_model
-from suffice.link.models import GCN, MODELS, NORMS, GraphSAGE, ModelSettings, PairScorer, preset
+from suffice.link.models import (
+    GCN,
+    EncoderDecoderSettings,
+    GraphSAGE,
+    ModelSettings,
+    PairScorer,
+    build_model,
+    get_model_settings,
+    models,
+    norms,
+    preset,
+)
 from suffice.link.models.dropout import ByteDropout
 from suffice.link.sparse import adjacency as compressed
 from suffice.link.sparse.adjacency import Adjacency
@@ -21,12 +33,16 @@ from suffice.link.sparse.sketches import sketch
 from suffice.link.train.alignment import embeddings
 from suffice.link.train.trainer import TrainSettings, fit, message_edges, score_validation
 
-BASE = ModelSettings(hidden=16, encoder="pure", layers=1)
-KINDS = [
-    pytest.param(replace(BASE, model=model, encoder_norm=norm, decoder_norm=norm), id=f"{model}-{norm}")
-    for model in MODELS
-    for norm in NORMS
-]
+
+def small(name, norm="batch"):
+    """Settings of a small model on propagation without weights, with one norm everywhere."""
+    options = {"hidden": 16, "encoder": "pure", "layers": 1}
+    settings = get_model_settings(name)
+    given = {option: value for option, value in options.items() if option in settings.option_names()}
+    return settings(**given).with_norms(norm, norm)
+
+
+KINDS = [pytest.param(small(name, norm), id=f"{name}-{norm}") for name in models() for norm in norms()]
 INDEPENDENT = [kind for kind in KINDS if not kind.id.endswith("graph")]
 
 
@@ -83,7 +99,7 @@ def test_a_planted_edge_does_not_leak(settings, graph, parts):
         having = Adjacency(torch.cat([parts.message_edges(), planted], dim=1), graph.num_nodes)
         expected = scores(model, graph.x, without, planted)
         assert torch.allclose(scores(model, graph.x, having.without(planted), planted), expected, atol=1e-4)
-        if settings.model == "buddy":  # keeps constants of the whole graph and takes its own edge off
+        if settings.name == "buddy":  # keeps constants of the whole graph and takes its own edge off
             assert torch.allclose(scores(model, graph.x, having, planted), expected, atol=1e-4)
             assert torch.allclose(
                 scores(model.train(), graph.x, having, planted.repeat(1, 4)),
@@ -104,13 +120,13 @@ def test_gradients_reach_every_parameter(settings, graph, parts):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        if not (name.endswith("bias") and "batch" in (settings.encoder_norm, settings.decoder_norm)):
+        if not (name.endswith("bias") and "batch" in settings.norms.values()):
             assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", models())
 def test_every_model_trains_resumes_and_is_audited(name, graph, parts, tmp_path):
-    settings = ModelSettings(model=name, hidden=16, dropout=0.2)
+    settings = get_model_settings(name)(hidden=16, dropout=0.2)
     train = TrainSettings(epochs=4, batch_size=128, metric="auc", seed=1, learning_rate=3e-3)
     whole = settings.build(graph.x.size(1))
     found = fit(whole, graph, parts, train)
@@ -152,7 +168,7 @@ def dense(graph, parts):
 def test_ncn_and_ncnc_against_dense_loops(graph, parts):
     adjacency, pairs = dense(graph, parts), parts.test[:, :12]
     for name in ("ncn", "ncnc"):
-        model = warmed(replace(BASE, model=name, encoder_norm="layer", decoder_norm="layer"), graph)
+        model = warmed(small(name, "layer"), graph)
         with torch.no_grad():
             h = model.encoder(graph.x, parts.message_edges())
             pooled = h + model.node_mlp(h)
@@ -176,10 +192,10 @@ def test_ncn_and_ncnc_against_dense_loops(graph, parts):
         assert torch.allclose(scores(model, graph.x, parts.message_edges(), pairs), torch.stack(expected), atol=1e-4)
 
 
-@pytest.mark.parametrize("small", [2**26, 0])
-def test_neognn_against_dense_matrices(small, graph, parts, monkeypatch):
-    monkeypatch.setattr("suffice.link.sparse.overlap.SMALL", small)
-    model = warmed(replace(BASE, model="neognn", encoder_norm="none", decoder_norm="none"), graph)
+@pytest.mark.parametrize("limit", [2**26, 0])
+def test_neognn_against_dense_matrices(limit, graph, parts, monkeypatch):
+    monkeypatch.setattr("suffice.link.sparse.overlap.SMALL", limit)
+    model = warmed(small("neognn", "none"), graph)
     adjacency = dense(graph, parts)
     with torch.no_grad():
         s = (adjacency[..., None] * model.edge_mlp(torch.ones(1, 1))).sum(1)
@@ -200,7 +216,7 @@ def test_elph_and_buddy_against_their_parts(graph, parts):
     base = Adjacency(parts.message_edges(), graph.num_nodes)
     counts = symmetric(pair_counts(base, sketch(base), parts.test), 2)
     for name in ("elph", "buddy"):
-        model = warmed(replace(BASE, model=name), graph)
+        model = warmed(small(name), graph)
         with torch.no_grad():
             h = model.encoder(graph.x, parts.message_edges()) if name == "elph" else model.encoder(smooth)
             product = h[parts.test[0]] * h[parts.test[1]]
@@ -209,10 +225,10 @@ def test_elph_and_buddy_against_their_parts(graph, parts):
         assert torch.allclose(scores(model, graph.x, parts.message_edges(), parts.test), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", models())
 def test_odd_pairs_and_graphs(name, graph):
     """Isolated nodes, a pair with no common neighbour, no pair at all, no edge at all."""
-    model = warmed(replace(BASE, model=name), graph)
+    model = warmed(small(name), graph)
     x = torch.cat([graph.x, torch.zeros(2, graph.x.size(1))])
     lonely = torch.tensor([[graph.num_nodes, 0], [graph.num_nodes + 1, graph.num_nodes]])
     for edges in (graph.edges, graph.edges[:, :0]):
@@ -223,7 +239,7 @@ def test_odd_pairs_and_graphs(name, graph):
 
 def test_large_graphs_take_the_other_path(graph, parts, monkeypatch):
     for name in ("ncn", "ncnc", "neognn"):
-        model = warmed(replace(BASE, model=name), graph)
+        model = warmed(small(name), graph)
         expected = scores(model, graph.x, parts.message_edges(), parts.test)
         with monkeypatch.context() as patch:
             patch.setattr(compressed, "SMALL", 0)
@@ -248,7 +264,7 @@ def test_dropout_keeps_the_share_and_the_mean():
 
 @pytest.mark.parametrize("encoder", ["gcn", "sage"])
 def test_an_encoder_without_relu_is_affine(encoder):
-    settings = ModelSettings(encoder=encoder, encoder_norm="none", hidden=8, linear=True)
+    settings = EncoderDecoderSettings(encoder=encoder, encoder_norm="none", hidden=8, linear=True)
     edges = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 4]])
     one, two = torch.randn(2, 5, 6, dtype=torch.float64)
 
@@ -265,25 +281,68 @@ def test_presets_are_the_references_and_build():
         for data in ("Cora", "CiteSeer", "PubMed", "Photo"):
             settings, training = preset(model, data)
             assert isinstance(settings.build(20), nn.Module)
-            TrainSettings(**training)
+            TrainSettings(**asdict(training))
     assert preset("ncn", "CiteSeer")[0].two_layers
     assert preset("buddy", "PubMed")[0].hops == 3
     assert preset("elph", "Cora")[0].linear
     ncn = preset("ncn", "Cora")[0].build(20)
     assert not any(isinstance(part, nn.LayerNorm) for part in ncn.encoder.modules())
     assert any(isinstance(part, nn.LayerNorm) for part in ncn.node_mlp.modules())
-    with pytest.raises(ValueError, match="model is 'gcn'; accepted: neognn"):
+    with pytest.raises(ValueError, match=r"model must be one of .*, got 'gcn'"):
         preset("gcn", "Cora")
-    for wrong, text in (
-        ({"model": "x"}, "model is 'x'"),
-        ({"hops": 4}, "hops is 4"),
-        ({"linear": True, "encoder": "pure"}, "linear is True"),
-        ({"completion": (1.0,)}, "comp"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            ModelSettings(**wrong)
-    with pytest.raises(ValueError, match="no features"):
-        ModelSettings().build(0)
+    with pytest.raises(ValueError, match=r"model must have published settings \(buddy, .*\), got 'encoder-decoder'"):
+        preset("encoder-decoder", "Cora")
+
+
+@pytest.mark.parametrize("name", models())
+def test_settings_survive_storage(name):
+    """`to_dict` gives JSON that `from_dict` turns into equal settings, also with options left out."""
+    settings = replace(get_model_settings(name)(hidden=24, dropout=0.1), decoder_norm="layer")
+    stored = json.loads(json.dumps(settings.to_dict()))
+    assert list(stored) == ["name", *settings.option_names()]
+    assert ModelSettings.from_dict(stored) == settings
+    assert ModelSettings.from_dict({"name": name}) == get_model_settings(name)()
+
+
+@pytest.mark.parametrize("name", models())
+def test_a_model_is_built_alike_by_name_and_by_settings(name):
+    expected = get_model_settings(name)(hidden=8).build(5, seed=3)
+    built = build_model(name, in_channels=5, seed=3, hidden=8)
+    other = build_model(name, in_channels=5, seed=4, hidden=8)
+    assert type(built) is type(expected)
+    for key, value in expected.state_dict().items():
+        assert torch.equal(built.state_dict()[key], value)
+    assert any(not torch.equal(other.state_dict()[key], value) for key, value in expected.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: build_model("mcn", 4), "model must be one of buddy, .*, got 'mcn'. Did you mean 'ncn'?"),
+        (
+            lambda: ModelSettings.from_dict({"hidden": 4}),
+            r"name must be given with the options of a model, got \['hidden",
+        ),
+        (
+            lambda: build_model("ncn", 4, hiden=8),
+            "options of model 'ncn' must be one of hidden, .*, got 'hiden'. Did you mean 'hidden'?",
+        ),
+        (lambda: build_model("buddy", 4, encoder="gcn"), "options of model 'buddy' must be one of .*, got 'encoder'"),
+        (
+            lambda: build_model("ncn", 4, encoder="gnc"),
+            "encoder must be one of gcn, .*, got 'gnc'. Did you mean 'gcn'",
+        ),
+        (lambda: build_model("encoder-decoder", 4, decoder="x"), "decoder must be one of concat, .*, got 'x'"),
+        (lambda: build_model("elph", 4, hops=4), "hops must be 1, 2 or 3, got 4"),
+        (lambda: build_model("ncn", 4, layers=0), "layers must be at least 1, got 0"),
+        (lambda: build_model("ncn", 4, encoder_dropout=1.5), "encoder_dropout must be at least 0 and below 1, got 1.5"),
+        (lambda: build_model("ncn", 4, linear=True, encoder="pure"), "linear must be False with encoder 'pure'"),
+        (lambda: build_model("ncn", 0), "in_channels must be at least 1, got 0"),
+    ],
+)
+def test_wrong_options_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
 
 
 @pytest.mark.parametrize("kind", [GCN, GraphSAGE])
@@ -308,10 +367,10 @@ def test_an_encoder_embeds_alike_over_compressed_rows(kind, channels):
 def test_a_large_graph_is_given_to_every_encoder_in_compressed_rows(monkeypatch):
     graph = block_model(nodes=60, classes=2, degree=6, features=4)
     parts = split_edges(graph, SplitConfig(), 0)
-    model = ModelSettings(encoder="sage", hidden=8).build(4)
+    model = EncoderDecoderSettings(encoder="sage", hidden=8).build(4)
     plain = fit(model, graph, parts, TrainSettings(epochs=2))
     assert isinstance(message_edges(model, parts, 60), torch.Tensor)
     monkeypatch.setattr("suffice.link.train.trainer._MANY_EDGES", 10)
     assert isinstance(message_edges(model, parts, 60), Adjacency)
-    again = fit(ModelSettings(encoder="sage", hidden=8).build(4), graph, parts, TrainSettings(epochs=2))
+    again = fit(EncoderDecoderSettings(encoder="sage", hidden=8).build(4), graph, parts, TrainSettings(epochs=2))
     assert again.epochs[-1].loss == pytest.approx(plain.epochs[-1].loss, rel=1e-3)

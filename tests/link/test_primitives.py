@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch_geometric.nn import GCNConv
 
 from suffice.link.data.synthetic import block_model
-from suffice.link.models.buddy import propagated
+from suffice.link.models.buddy import propagated_features
 from suffice.link.sparse import adjacency as messages
 from suffice.link.sparse import overlap
 from suffice.link.sparse.adjacency import Adjacency, as_adjacency
 from suffice.link.sparse.distance_counts import pair_counts
 from suffice.link.sparse.neighbors import common_neighbors, pool, residual_neighbors, square_rows
 from suffice.link.sparse.overlap import square_dense
-from suffice.link.sparse.propagation import mostly_zero, propagate, propagate_sparse, propagate_without_own_edge
+from suffice.link.sparse.propagation import is_mostly_zero, propagate, propagate_sparse, propagate_without_own_edge
 from suffice.link.sparse.sketches import cardinality, sketch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -41,7 +41,7 @@ def cases(draw):
 
 
 def lists(neighbors):
-    bounds = neighbors.pointers.tolist()
+    bounds = neighbors.offsets.tolist()
     return [set(neighbors.node[start:end].tolist()) for start, end in pairwise(bounds)]
 
 
@@ -151,16 +151,16 @@ def test_sparse_features_are_propagated_as_dense_ones(case, seed):
     out = torch.full_like(x, torch.nan)
     propagate_sparse(graph, x, out)
     assert torch.allclose(out, propagate(graph, x), atol=1e-6)
-    both = propagated(graph, x)
-    assert torch.equal(both, torch.cat([out if mostly_zero(x) else propagate(graph, x), x]))
+    both = propagated_features(graph, x)
+    assert torch.equal(both, torch.cat([out if is_mostly_zero(x) else propagate(graph, x), x]))
 
 
 @pytest.mark.parametrize(("x", "is_sparse"), [(torch.eye(40), True), (torch.ones(3, 3), False)])
 def test_only_features_that_are_mostly_zero_take_sparse_products(x, is_sparse):
-    assert mostly_zero(x) == is_sparse
-    assert not mostly_zero(x.half())  # scipy has no half precision
-    assert not mostly_zero(x.to("meta"))
-    assert not mostly_zero(x.clone().requires_grad_())
+    assert is_mostly_zero(x) == is_sparse
+    assert not is_mostly_zero(x.half())  # scipy has no half precision
+    assert not is_mostly_zero(x.to("meta"))
+    assert not is_mostly_zero(x.clone().requires_grad_())
 
 
 def balls(dense, hops):

@@ -7,7 +7,7 @@ import torch
 
 from suffice.link.data.graph import SplitConfig, split_edges
 from suffice.link.data.synthetic import block_model
-from suffice.link.models import ModelSettings
+from suffice.link.models import EncoderDecoderSettings
 from suffice.link.train import trainer as training
 from suffice.link.train.memory_check import DoesNotFitError, check_room, free_bytes, least_bytes, named_shortage
 from suffice.link.train.trainer import TrainSettings, fit
@@ -17,7 +17,7 @@ PARTS = split_edges(GRAPH, SplitConfig(), 0)
 
 
 def small(hidden: int = 8):
-    return ModelSettings(hidden=hidden).build(GRAPH.x.size(1))
+    return EncoderDecoderSettings(hidden=hidden).build(GRAPH.x.size(1))
 
 
 def test_what_cannot_fit_is_refused_before_any_work():

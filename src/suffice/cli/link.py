@@ -64,12 +64,12 @@ def train(
     root: Root = Path("data"),
     composition: CompositionName = "fixed:0.5",
     balanced: Balanced = False,
-    model: Model = "pair",
-    encoder: Encoder = "gcn",
-    decoder: Decoder = "hadamard",
-    encoder_norm: EncoderNorm = "batch",
-    decoder_norm: DecoderNorm = "batch",
-    hidden: Hidden = 64,
+    model: Model = "encoder-decoder",
+    encoder: Encoder = None,
+    decoder: Decoder = None,
+    encoder_norm: EncoderNorm = None,
+    decoder_norm: DecoderNorm = None,
+    hidden: Hidden = None,
     preset: Preset = False,
     epochs: Epochs = 30,
     directions: Directions = 2,
@@ -95,7 +95,8 @@ def train(
     from suffice.link.train.trainer import TrainSettings
     from suffice.study.results import mean_interval
 
-    made, own = _chosen(model, data, preset, encoder, decoder, encoder_norm, decoder_norm, hidden)
+    options = {"encoder": encoder, "decoder": decoder, "encoder_norm": encoder_norm, "decoder_norm": decoder_norm}
+    made, own = _model_settings(model, data, preset, {**options, "hidden": hidden})
     rates: dict[str, Any] = {"directions": directions, "batch_size": batch_size, "learning_rate": learning_rate}
     protocol = SplitConfig(validation, test, largest_component, validation_edges_at_test)
     graph = _graph(data, features, labels, root, protocol)
@@ -116,7 +117,7 @@ def train(
         if ranks()[0] > 0:
             return
     rows = [{"metric": name, **asdict(mean_interval([run[name] for run in found]))} for name in found[0]]
-    result = {"graph": graph.name, "model": asdict(made), "protocol": asdict(protocol), "rows": rows}
+    result = {"graph": graph.name, "model": made.to_dict(), "protocol": asdict(protocol), "rows": rows}
     show_rows(result, rows, as_json, report, "Test metrics of a link predictor")
 
 
@@ -128,12 +129,12 @@ def audit(
     root: Root = Path("data"),
     composition: CompositionName = "fixed:0.5",
     balanced: Balanced = False,
-    model: Model = "pair",
-    encoder: Encoder = "gcn",
-    decoder: Decoder = "hadamard",
-    encoder_norm: EncoderNorm = "batch",
-    decoder_norm: DecoderNorm = "batch",
-    hidden: Hidden = 64,
+    model: Model = "encoder-decoder",
+    encoder: Encoder = None,
+    decoder: Decoder = None,
+    encoder_norm: EncoderNorm = None,
+    decoder_norm: DecoderNorm = None,
+    hidden: Hidden = None,
     preset: Preset = False,
     epochs: Epochs = 30,
     directions: Directions = 2,
@@ -153,7 +154,8 @@ def audit(
     from suffice.link.study.report_sections import audit_page
     from suffice.link.train.trainer import TrainSettings
 
-    made, own = _chosen(model, data, preset, encoder, decoder, encoder_norm, decoder_norm, hidden)
+    options = {"encoder": encoder, "decoder": decoder, "encoder_norm": encoder_norm, "decoder_norm": decoder_norm}
+    made, own = _model_settings(model, data, preset, {**options, "hidden": hidden})
     rates: dict[str, Any] = {"directions": directions, "batch_size": batch_size, "learning_rate": learning_rate}
     found: list[Any] = []
     for number in range(seed, seed + positive(seeds)):
@@ -198,10 +200,10 @@ def correct(
     features: Features = None,
     labels: Labels = None,
     root: Root = Path("data"),
-    model: Model = "pair",
-    encoder: Encoder = "gcn",
-    decoder: Decoder = "hadamard",
-    hidden: Hidden = 64,
+    model: Model = "encoder-decoder",
+    encoder: Encoder = None,
+    decoder: Decoder = None,
+    hidden: Hidden = None,
     preset: Preset = False,
     epochs: Epochs = 30,
     directions: Directions = 2,
@@ -232,7 +234,7 @@ def correct(
     from suffice.report.figures import save
 
     asked = [parse_arm(key.strip()) for key in arms.split(",")] if arms else list(ARMS)
-    made, own = _chosen(model, data, preset, encoder, decoder, "batch", "batch", hidden)
+    made, own = _model_settings(model, data, preset, {"encoder": encoder, "decoder": decoder, "hidden": hidden})
     rates: dict[str, Any] = {"directions": directions, "batch_size": batch_size}
     protocol = SplitConfig(validation, test, largest_component, validation_edges_at_test)
     graph = _graph(data, features, labels, root, protocol)
@@ -272,12 +274,12 @@ def align(
     root: Root = Path("data"),
     composition: CompositionName = "fixed:0.5",
     balanced: Balanced = False,
-    model: Model = "pair",
-    encoder: Encoder = "gcn",
-    decoder: Decoder = "hadamard",
-    encoder_norm: EncoderNorm = "batch",
-    decoder_norm: DecoderNorm = "batch",
-    hidden: Hidden = 64,
+    model: Model = "encoder-decoder",
+    encoder: Encoder = None,
+    decoder: Decoder = None,
+    encoder_norm: EncoderNorm = None,
+    decoder_norm: DecoderNorm = None,
+    hidden: Hidden = None,
     preset: Preset = False,
     epochs: Epochs = 30,
     directions: Directions = 2,
@@ -294,7 +296,8 @@ def align(
     from suffice.link.train.trainer import TrainSettings
     from suffice.study.results import mean_interval
 
-    made, own = _chosen(model, data, preset, encoder, decoder, encoder_norm, decoder_norm, hidden)
+    options = {"encoder": encoder, "decoder": decoder, "encoder_norm": encoder_norm, "decoder_norm": decoder_norm}
+    made, own = _model_settings(model, data, preset, {**options, "hidden": hidden})
     protocol, rates = SplitConfig(), dict[str, Any](directions=directions)
     graph = _graph(data, features, labels, root, protocol)
     runs: dict[str, list[dict[str, float]]] = {"trained": [], "untrained": [], "raw features": []}
@@ -313,23 +316,25 @@ def align(
     show_rows({"graph": graph.name, "rows": rows}, rows, as_json, report, "Alignment with the classes")
 
 
-def _chosen(
-    model: str,
-    data: str,
-    published: bool,
-    encoder: str,
-    decoder: str,
-    encoder_norm: str,
-    decoder_norm: str,
-    hidden: int,
+def _model_settings(
+    model: str, data: str, published: bool, options: dict[str, Any]
 ) -> tuple[ModelSettings, dict[str, Any]]:
-    """Return the model asked for and what of the training comes with it: all but the epochs of a preset."""
+    """Return the settings of a model, and the options of the training that come with a preset, except its epochs.
+
+    Args:
+        model: name of the model.
+        data: name of the data set.
+        published: take the settings that the model's authors published for the data set.
+        options: options of the model; None for the default. They have no effect with `published`.
+
+    """
     from suffice.link.models import ModelSettings, preset
 
     if not published:
-        return ModelSettings(encoder, decoder, encoder_norm, decoder_norm, hidden, model=model), {}
+        given = {name: value for name, value in options.items() if value is not None}
+        return ModelSettings.from_dict({"name": model, **given}), {}
     made, training = preset(model, data)
-    return made, {name: value for name, value in training.items() if name != "epochs"}
+    return made, {name: value for name, value in asdict(training).items() if name != "epochs"}
 
 
 def _graph(data: str, features: Path | None, labels: Path | None, root: Path, protocol: SplitConfig) -> Graph:
@@ -356,7 +361,7 @@ def _train(
     reuse_large_blocks(graph.num_nodes, model.hidden)
     parts = split_edges(graph, protocol, settings.seed)
     net = model.build(graph.x.size(1), settings.seed).to(device)
-    facts = {"model": asdict(model), "protocol": asdict(protocol), "graph": graph.name, "in": graph.x.size(1)}
+    facts = {"model": model.to_dict(), "protocol": asdict(protocol), "graph": graph.name, "in": graph.x.size(1)}
     with progress() as say:
         fit(
             net,

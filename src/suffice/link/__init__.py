@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from suffice.link.data.files import read_graph
     from suffice.link.data.graph import Graph, Split, SplitConfig, prepare_graph, split_edges
     from suffice.link.metrics import auc, average_precision, evaluate, hits_at_k, mean_reciprocal_rank
-    from suffice.link.models import EncoderDecoder, LinkPredictor, ModelSettings, PairScorer, preset
+    from suffice.link.models import (
+        EncoderDecoderSettings,
+        LinkPredictor,
+        ModelSettings,
+        PairScorer,
+        build_model,
+        preset,
+    )
     from suffice.link.sparse.adjacency import Adjacency
     from suffice.link.study.arms import ARMS, Arm, parse_arm
     from suffice.link.study.correct import correct, edge_maps
@@ -44,7 +51,7 @@ _HOMES = {
     "data.graph": ("Graph", "SplitConfig", "Split", "prepare_graph", "split_edges"),
     "metrics": ("auc", "average_precision", "evaluate", "hits_at_k", "mean_reciprocal_rank"),
     "sparse.adjacency": ("Adjacency",),
-    "models": ("EncoderDecoder", "ModelSettings", "LinkPredictor", "PairScorer", "preset"),
+    "models": ("EncoderDecoderSettings", "LinkPredictor", "ModelSettings", "PairScorer", "build_model", "preset"),
     "batches.negatives": ("TooFewNegativesError", "draw_negatives"),
     "study.reproduction": ("reproduce",),
     "study.correct": ("correct", "edge_maps"),
@@ -65,7 +72,7 @@ __all__ = [
     "EdgeBatch",
     "EdgeBatches",
     "EdgeSet",
-    "EncoderDecoder",
+    "EncoderDecoderSettings",
     "Fixed",
     "Graph",
     "LabelledBatches",
@@ -86,6 +93,7 @@ __all__ = [
     "audit_trained",
     "average_precision",
     "balanced_weights",
+    "build_model",
     "correct",
     "draw_negatives",
     "edge_maps",

@@ -79,6 +79,6 @@ def load_trained(path: str | Path, device: str = "cpu") -> tuple[LinkPredictor, 
     tensors, facts = load_checkpoint(path)
     if "model" not in facts or "in" not in facts:
         raise CheckpointError(f"{path} doesn't say what model it holds: it was not written by `suffice link`")
-    model = ModelSettings(**facts["model"]).build(facts["in"])
+    model = ModelSettings.from_dict(facts["model"]).build(facts["in"])
     model.load_state_dict(select_prefix(tensors, "best") or select_prefix(tensors, "model"))
     return model.to(device).eval(), facts

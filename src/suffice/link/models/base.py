@@ -1,4 +1,4 @@
-"""What all models of pairs share: encode the nodes once, then embed and score any pairs."""
+"""What all link predictors share: encode the nodes once, then embed and score any pairs of nodes."""
 
 from __future__ import annotations
 
@@ -14,89 +14,101 @@ from suffice.link.sparse.adjacency import Adjacency, as_adjacency
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a model keeps of a graph while it scores pairs on it.
+    """What a model computes once for a graph and then uses for every pair.
 
     Args:
-        nodes: embeddings, [nodes, hidden].
+        nodes: node embeddings, [nodes, hidden].
         x: features, [nodes, features].
-        messages: edges that messages pass over.
+        edge_index: message-passing edges, long [2, edges], or an adjacency.
         pooled: what is summed over neighbours if that is not `nodes`, [nodes, hidden].
 
     """
 
     nodes: Tensor
     x: Tensor
-    messages: Tensor | Adjacency
+    edge_index: Tensor | Adjacency
     pooled: Tensor | None = None
 
     @property
-    def graph(self) -> Adjacency:
-        """The messages in compressed rows."""
-        return as_adjacency(self.messages, self.x.size(0))
+    def adjacency(self) -> Adjacency:
+        """The message-passing edges as an adjacency."""
+        return as_adjacency(self.edge_index, self.x.size(0))
 
 
 class LinkPredictor(nn.Module, ABC):
-    """Base of all link predictors: `encode`, `edge_embedding` and `score`.
+    """Base class of all link predictors; a model defines `encode` and `edge_embedding`.
 
-    Scores don't depend on the order of a pair's ends, on how nodes are numbered, or, in eval mode, on what else is
-    scored (GraphNorm apart, which always mixes rows).
+    A score depends neither on the order of the two nodes nor on how the nodes are numbered. In eval mode it does not
+    depend on the other pairs of the batch, except with GraphNorm, which always mixes rows.
     """
 
-    # Whether the model looks at neighbourhoods: such a model is given a `Adjacency`, which keeps what is constant.
+    # Whether the model reads neighbourhoods. It is then given an `Adjacency`, which caches what is constant.
     uses_adjacency: ClassVar[bool] = True
-    chunk: ClassVar[int] = 2**16  # pairs that are scored at a time where there are many
+    chunk_size: ClassVar[int] = 2**16  # number of pairs that `score_in_chunks` scores at a time
     encoder: nn.Module
     last: nn.Module
 
     @property
     def node_modules(self) -> tuple[nn.Module, ...]:
-        """What `encode` runs."""
+        """The modules that `encode` runs."""
         return (self.encoder,)
 
     @abstractmethod
-    def encode(self, x: Tensor, messages: Tensor | Adjacency) -> Encoding:
+    def encode(self, x: Tensor, edge_index: Tensor | Adjacency) -> Encoding:
         """Embed the nodes.
 
         Args:
             x: features, [nodes, features].
-            messages: edges that messages pass over, without the pairs that are to be scored.
+            edge_index: message-passing edges without the pairs that will be scored, long [2, edges], or an adjacency.
 
         """
 
     @abstractmethod
     def edge_embedding(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        """Return what the last layer sees of pairs [2, edges]: [edges, channels]."""
+        """Return what the last layer sees of each pair.
+
+        Args:
+            encoding: what `encode` returned.
+            pairs: long [2, pairs].
+
+        Returns:
+            [pairs, edge channels].
+
+        """
 
     def score(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        """Return logits of pairs [2, edges]: [edges]."""
+        """Return logits, [pairs].
+
+        Args:
+            encoding: what `encode` returned.
+            pairs: long [2, pairs].
+
+        """
         return self.last(self.edge_embedding(encoding, pairs)).squeeze(-1)
 
     def forward(self, x: Tensor, edge_index: Tensor | Adjacency, pairs: Tensor) -> Tensor:
-        """Score pairs.
+        """Return logits of pairs, [pairs].
 
         Args:
             x: features, [nodes, features].
-            edge_index: edges that messages pass over, without the pairs themselves (see `remove_edges`).
-            pairs: [2, edges].
-
-        Returns:
-            Logits, [edges].
+            edge_index: message-passing edges without the pairs (see `remove_edges`), long [2, edges], or an adjacency.
+            pairs: long [2, pairs].
 
         """
         return self.score(self.encode(x, edge_index), pairs)
 
     def training_logits(self, x: Tensor, edge_index: Tensor | Adjacency, pairs: Tensor) -> tuple[Tensor, ...]:
-        """Return logits whose losses are summed in training; the first are the model's scores."""
+        """Return the logits whose losses training adds up, each [pairs]; the first are the model's scores."""
         return (self(x, edge_index, pairs),)
 
 
-def dense_block(channels: int, hidden: int, norm: nn.Module, dropout: nn.Module) -> nn.Sequential:
-    """Return linear, norm, dropout and ReLU, the step that the perceptrons of NCN and Neo-GNN are made of."""
-    return nn.Sequential(nn.Linear(channels, hidden), norm, dropout, nn.ReLU())
+def mlp_block(in_channels: int, out_channels: int, norm: nn.Module, dropout: nn.Module) -> nn.Sequential:
+    """Return linear layer, norm, dropout and ReLU: the block that NCN's perceptrons are made of."""
+    return nn.Sequential(nn.Linear(in_channels, out_channels), norm, dropout, nn.ReLU())
 
 
 def score_in_chunks(model: LinkPredictor, encoding: Encoding, pairs: Tensor) -> Tensor:
-    """Score many pairs, as many at a time as suits the model: [edges]."""
-    if pairs.size(1) <= model.chunk:
+    """Return logits [pairs] of any number of pairs [2, pairs], `model.chunk_size` pairs at a time."""
+    if pairs.size(1) <= model.chunk_size:
         return model.score(encoding, pairs)
-    return torch.cat([model.score(encoding, part) for part in pairs.split(model.chunk, dim=1)])
+    return torch.cat([model.score(encoding, part) for part in pairs.split(model.chunk_size, dim=1)])

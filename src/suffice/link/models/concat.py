@@ -1,20 +1,24 @@
-"""Decoder over a pair's embeddings side by side."""
+"""Decoder over the concatenated node embeddings of a pair."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from suffice.link.models.hadamard import HadamardMLP
+from suffice.link.models.decoder import DECODERS, DecoderMLP
 
 
-class ConcatMLP(HadamardMLP):
-    """Score (z_i, z_j) by a two-layer perceptron; smaller id first, as everywhere in this package."""
+@DECODERS.register("concat")
+class ConcatMLP(DecoderMLP):
+    """Score the concatenation (z_i, z_j) by a two-layer perceptron.
 
-    def inputs(self, channels: int) -> int:
-        """Return the width of the first layer."""
+    The score depends on the order of the two nodes; the library puts the smaller node id first everywhere.
+    """
+
+    def in_channels(self, channels: int) -> int:
+        """Return the number of channels of the concatenation."""
         return 2 * channels
 
     def combine(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return both embeddings, [edges, 2·channels]."""
+        """Return (z_i, z_j), [pairs, 2·channels]."""
         return torch.cat([first, second], dim=-1)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from suffice.link.models.decoder import DECODERS, Decoder
 
 
-class Dot(nn.Module):
-    """Score a pair by the dot product of its ends' embeddings; there is nothing to normalise.
+@DECODERS.register("dot")
+class Dot(Decoder):
+    """Score a pair by the dot product z_i · z_j of its node embeddings.
+
+    The decoder has no parameters; `hidden`, `norm` and `dropout` have no effect.
 
     Args:
-        channels: of an embedding.
-        norm: accepted for the sake of one signature for all decoders.
+        channels: number of channels of a node embedding.
 
     """
 
     def __init__(self, channels: int, hidden: int = 64, norm: str = "none", dropout: float = 0.0) -> None:
-        super().__init__()
-        self.channels = channels
+        super().__init__(channels, hidden, norm, dropout)
 
-    def hidden(self, z: Tensor, pairs: Tensor) -> Tensor:
-        """Edge embeddings z_i ⊙ z_j, [edges, channels]."""
+    def edge_embedding(self, z: Tensor, pairs: Tensor) -> Tensor:
+        """Return z_i ⊙ z_j, [pairs, channels]."""
         return z[pairs[0]] * z[pairs[1]]
 
     def forward(self, z: Tensor, pairs: Tensor) -> Tensor:
-        """Logits of the pairs, [edges]."""
-        return self.hidden(z, pairs).sum(dim=-1)
+        """Return logits, [pairs]."""
+        return self.edge_embedding(z, pairs).sum(dim=-1)

@@ -1,27 +1,30 @@
-"""GCN encoder."""
+"""GCN encoder (Kipf & Welling 2017)."""
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 from torch_geometric.nn import GCNConv
 
-from suffice.link.models.encoder import Encoder
+from suffice.link.models.encoder import ENCODERS, ConvolutionalEncoder
 from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.propagation import propagate
 
 
-class GCN(Encoder):
-    """Graph convolutional network on PyG's `GCNConv`; takes sparse features (CSR) too."""
+@ENCODERS.register("gcn")
+class GCN(ConvolutionalEncoder):
+    """Graph convolutional network on PyG's `GCNConv`."""
 
-    def convolution(self, first: int, second: int) -> nn.Module:
+    accepts_sparse_features: ClassVar[bool] = True
+
+    def create_convolution(self, in_channels: int, out_channels: int) -> nn.Module:
         """Return a `GCNConv`."""
-        return GCNConv(first, second)
+        return GCNConv(in_channels, out_channels)
 
-    def convolve(self, convolution: nn.Module, x: Tensor, messages: Tensor | Adjacency) -> Tensor:
-        """Run one layer; over a message graph without PyG's tensor of messages."""
-        if not isinstance(messages, Adjacency):
-            return super().convolve(convolution, x, messages)
+    def convolve(self, convolution: nn.Module, x: Tensor, edge_index: Tensor | Adjacency) -> Tensor:
+        """Apply one convolution; on an adjacency, without PyG's tensor of messages [edges, channels]."""
+        if not isinstance(edge_index, Adjacency):
+            return super().convolve(convolution, x, edge_index)
         layer = cast(GCNConv, convolution)
-        return propagate(messages, layer.lin(x)) + layer.bias
+        return propagate(edge_index, layer.lin(x)) + layer.bias

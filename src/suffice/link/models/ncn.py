@@ -1,15 +1,18 @@
-"""NCN: features summed over common neighbours, beside the product of the ends' (Wang et al. 2024, eq. 9)."""
+"""NCN: features summed over common neighbours, next to the product of node features (Wang et al. 2024, eq. 9)."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from suffice.link.models.base import Encoding, LinkPredictor, dense_block
+from suffice.link.models.base import Encoding, LinkPredictor, mlp_block
 from suffice.link.models.dropout import ByteDropout
-from suffice.link.models.encoder import Encoder
+from suffice.link.models.encoder import Encoder, EncoderModelSettings
 from suffice.link.models.norms import make_norm
-from suffice.link.sparse.adjacency import Adjacency
+from suffice.link.models.settings import Preset, PublishedTraining, register_model
+from suffice.link.sparse.adjacency import Adjacency, as_adjacency
 from suffice.link.sparse.neighbors import Neighbors, common_neighbors, pool
 
 
@@ -17,10 +20,10 @@ class NCN(LinkPredictor):
     """Score lin(β · f(Σ_{k∈N(i)∩N(j)} h'_k) + g(h_i ⊙ h_j)), with h' = h + xlin(h).
 
     Args:
-        encoder: of the nodes.
-        norm: over pairs: `batch`, `layer`, `graph` or `none`.
-        node_norm: over nodes, in xlin.
-        dropout: share of channels dropped in the perceptrons.
+        encoder: embeds the nodes (h).
+        norm: normalisation over pairs: `batch`, `layer`, `graph` or `none`.
+        node_norm: normalisation over nodes in xlin.
+        dropout: probability that a channel of the perceptrons is dropped.
         two_layers: whether lin has a second hidden layer.
 
     """
@@ -38,7 +41,7 @@ class NCN(LinkPredictor):
         hidden = encoder.out_channels
 
         def block(norm: str) -> nn.Sequential:
-            return dense_block(hidden, hidden, make_norm(norm, hidden), ByteDropout(dropout))
+            return mlp_block(hidden, hidden, make_norm(norm, hidden), ByteDropout(dropout))
 
         self.encoder = encoder
         self.node_mlp = nn.Sequential(*block("none"), *block(node_norm))
@@ -50,51 +53,110 @@ class NCN(LinkPredictor):
 
     @property
     def node_modules(self) -> tuple[nn.Module, ...]:
-        """What `encode` runs."""
+        """The modules that `encode` runs."""
         return self.encoder, self.node_mlp
 
-    def encode(self, x: Tensor, messages: Tensor | Adjacency) -> Encoding:
-        """Embed the nodes, and what is summed of them."""
-        encoding = Encoding(x, x, messages)
-        h = self.encoder(x, graph := encoding.graph)
-        return Encoding(h, x, graph, h + self.node_mlp(h))
+    def encode(self, x: Tensor, edge_index: Tensor | Adjacency) -> Encoding:
+        """Embed the nodes (h) and compute what is summed over neighbours (h')."""
+        adjacency = as_adjacency(edge_index, x.size(0))
+        h = self.encoder(x, adjacency)
+        return Encoding(h, x, adjacency, h + self.node_mlp(h))
 
-    def pooled(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        """Return the sum over common neighbours, [edges, hidden]."""
+    def pool_neighbors(self, encoding: Encoding, pairs: Tensor) -> Tensor:
+        """Return the sum of h' over common neighbours of pairs [2, pairs]: [pairs, hidden]."""
         assert encoding.pooled is not None
-        return pool(encoding.pooled, common_neighbors(encoding.graph, pairs))
+        return pool(encoding.pooled, common_neighbors(encoding.adjacency, pairs))
 
     def edge_embedding(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        """Return the last hidden layer, [edges, hidden]."""
+        """Return the last hidden layer, [pairs, hidden]."""
         h = encoding.nodes
-        common = self.common_mlp(self.pooled(encoding, pairs))
-        return self.join_mlp(
-            common * self.beta + self.product_mlp(h.index_select(0, pairs[0]) * h.index_select(0, pairs[1]))
-        )
+        common = self.common_mlp(self.pool_neighbors(encoding, pairs))
+        product = self.product_mlp(h.index_select(0, pairs[0]) * h.index_select(0, pairs[1]))
+        return self.join_mlp(common * self.beta + product)
 
 
-def fast_scores(model: NCN, encoding: Encoding, first: Tensor, pairs: Tensor, lists: Neighbors) -> Tensor:
-    """Return NCN's logits without gradients, for many pairs whose common neighbours are known: [edges].
+def score_common_neighbors(
+    model: NCN, encoding: Encoding, first_layer: Tensor, pairs: Tensor, neighbors: Neighbors
+) -> Tensor:
+    """Return NCN's logits without gradients for many pairs with known common neighbours: [pairs].
 
-    The first layer is applied to nodes rather than to pairs, and a pair without common neighbours takes a constant.
+    The first layer of f is applied to nodes instead of pairs, and all pairs without common neighbours share one result.
 
     Args:
         model: in eval mode.
         encoding: of the graph.
-        first: the first layer's product with what is pooled, without its bias, [nodes, hidden].
-        pairs: long [2, edges].
-        lists: common neighbours of the pairs.
+        first_layer: first layer of f applied to h' of every node, without its bias, [nodes, hidden].
+        pairs: long [2, pairs].
+        neighbors: common neighbours of the pairs.
 
     """
     layer = model.common_mlp[0]
     assert isinstance(layer, nn.Linear)
-    has = (lists.pointers.diff() > 0).nonzero().flatten()
-    starts = torch.cat([lists.pointers[:-1][has], lists.pointers[-1:]])
-    owner = torch.repeat_interleave(starts.diff())
-    sums = torch.cat([pool(first, Neighbors(lists.node, owner, starts)), first.new_zeros(1, first.size(1))])
-    made = model.common_mlp[1:](sums + layer.bias)
-    common = made[-1].repeat(pairs.size(1), 1)
-    common[has] = made[:-1]
+    with_neighbors = (neighbors.offsets.diff() > 0).nonzero().flatten()
+    offsets = torch.cat([neighbors.offsets[:-1][with_neighbors], neighbors.offsets[-1:]])
+    owner = torch.repeat_interleave(offsets.diff())
+    sums = pool(first_layer, Neighbors(neighbors.node, owner, offsets))
+    sums = torch.cat([sums, first_layer.new_zeros(1, first_layer.size(1))])  # the last row: no common neighbour
+    hidden = model.common_mlp[1:](sums + layer.bias)
+    common = hidden[-1].repeat(pairs.size(1), 1)
+    common[with_neighbors] = hidden[:-1]
     h = encoding.nodes
-    joined = common.mul_(model.beta).add_(model.product_mlp(h.index_select(0, pairs[0]) * h.index_select(0, pairs[1])))
-    return model.last(model.join_mlp(joined)).squeeze(-1)
+    product = model.product_mlp(h.index_select(0, pairs[0]) * h.index_select(0, pairs[1]))
+    return model.last(model.join_mlp(common.mul_(model.beta).add_(product))).squeeze(-1)
+
+
+@register_model("ncn")
+@dataclass(frozen=True, kw_only=True)
+class NCNSettings(EncoderModelSettings):
+    """Options of `NCN`.
+
+    `encoder_norm` is also the norm over nodes in xlin. With the encoder `pure` it is only that, as NCN's authors have
+    it: the encoder itself then has no norm.
+
+    Args:
+        two_layers: whether the pair perceptron has a second hidden layer.
+
+    """
+
+    two_layers: bool = False
+
+    def create(self, in_channels: int) -> NCN:
+        """Return the model."""
+        encoder = self.create_ncn_encoder(in_channels)
+        return NCN(encoder, self.decoder_norm, self.encoder_norm, self.dropout, two_layers=self.two_layers)
+
+    def create_ncn_encoder(self, in_channels: int) -> Encoder:
+        """Return the encoder, without a norm if it is `pure`."""
+        return self.create_encoder(in_channels, norm="none" if self.encoder == "pure" else None)
+
+    @classmethod
+    def published(cls, data: str) -> Preset:
+        """Return the authors' settings (GraphPKU/NeuralCommonNeighbor).
+
+        Their dropout of edges and their separate learning rate of the encoder have no counterpart here: the learning
+        rate is that of the predictor.
+        """
+        row = _PUBLISHED.get(data, _PUBLISHED["Cora"])
+        input_dropout, encoder_dropout, output_dropout, dropout, two_layers, learning_rate, batch_size = row
+        settings = NCNSettings(
+            hidden=256,
+            encoder="pure",
+            layers=1,
+            encoder_norm="layer",
+            decoder_norm="layer",
+            input_dropout=input_dropout,
+            encoder_dropout=encoder_dropout,
+            output_dropout=output_dropout,
+            dropout=dropout,
+            two_layers=two_layers,
+        )
+        return Preset(settings, PublishedTraining(learning_rate=learning_rate, batch_size=batch_size))
+
+
+# input_dropout, encoder_dropout, output_dropout, dropout, two_layers, learning_rate, batch_size. The authors' batch
+# size counts positives only; ours counts positives and negatives.
+_PUBLISHED = {
+    "Cora": (0.7, 0.05, 0.3, 0.05, False, 2.4e-3, 2304),
+    "CiteSeer": (0.4, 0.75, 0.0, 0.55, True, 7.8e-3, 768),
+    "PubMed": (0.3, 0.1, 0.0, 0.05, False, 2e-3, 4096),
+}

@@ -1,38 +1,40 @@
-"""NCNC: NCN with neighbours of one end counted by how likely they are the other's too (Wang et al. 2024, eq. 11)."""
+"""NCNC: NCN plus neighbours of one node weighted by their chance to be the other's too (Wang et al. 2024, eq. 11)."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
 from suffice.link.models.base import Encoding
 from suffice.link.models.encoder import Encoder
-from suffice.link.models.ncn import NCN, fast_scores
-from suffice.link.sparse.adjacency import Adjacency
+from suffice.link.models.ncn import NCN, NCNSettings, score_common_neighbors
+from suffice.link.models.settings import Preset, register_model
 from suffice.link.sparse.neighbors import common_neighbors, pool, residual_neighbors
 
-_CHUNK = 2**12  # rows of 256 channels that stay in a processor's cache
+_CHUNK_SIZE = 2**12  # number of pairs whose 256 channels fit into a processor's cache
 
 
 class NCNC(NCN):
-    """NCN whose sum runs over residual neighbours too, each weighted by NCN's own probability of the missing edge.
+    """NCN whose sum also runs over residual neighbours, each weighted by NCN's own probability of the missing edge.
 
-    The weight of k ∈ N(i) − N(j) is α · p·q / (p·q + 1 − q) with q = σ(scale · (score of (j, k) − offset)). Weights
-    are found without gradients, in eval mode: no dropout, and no norm learns from pairs that are not in the batch.
+    The weight of k ∈ N(i) − N(j) is α·p·q / (p·q + 1 − q) with q = σ(scale · (score of (j, k) − offset)). Weights are
+    computed without gradients and in eval mode: without dropout, and no norm updates its statistics on pairs that are
+    not in the batch.
 
     Args:
-        encoder: of the nodes.
-        norm: over pairs.
-        node_norm: over nodes.
-        dropout: share of channels dropped in the perceptrons.
+        encoder: embeds the nodes.
+        norm: normalisation over pairs: `batch`, `layer`, `graph` or `none`.
+        node_norm: normalisation over nodes in xlin.
+        dropout: probability that a channel of the perceptrons is dropped.
         two_layers: whether lin has a second hidden layer.
-        alpha: largest weight of a residual neighbour.
-        scale: of its logit.
-        offset: of its logit.
-        prior: p.
+        alpha: largest weight of a residual neighbour (α).
+        scale: scale of its logit.
+        offset: offset of its logit.
+        prior: prior probability (p).
 
     """
 
@@ -52,40 +54,42 @@ class NCNC(NCN):
         super().__init__(encoder, norm, node_norm, dropout, two_layers=two_layers)
         self.alpha, self.scale, self.offset, self.prior = alpha, scale, offset, prior
 
-    def pooled(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        """Return the sum over common and, weighted, residual neighbours, [edges, hidden]."""
+    def pool_neighbors(self, encoding: Encoding, pairs: Tensor) -> Tensor:
+        """Return the sum over common neighbours and, weighted, residual neighbours, [pairs, hidden]."""
         assert encoding.pooled is not None
-        total = super().pooled(encoding, pairs)
-        sides = residual_neighbors(encoding.graph, pairs)
-        missing = [torch.stack([pairs[1 - side][part.owner], part.node]) for side, part in enumerate(sides)]
+        total = super().pool_neighbors(encoding, pairs)
+        residuals = residual_neighbors(encoding.adjacency, pairs)
+        # A residual neighbour k of one node misses the edge to the other node.
+        missing = [torch.stack([pairs[1 - side][found.owner], found.node]) for side, found in enumerate(residuals)]
         weights = self._weights(encoding, torch.cat(missing, dim=1)).split([part.size(1) for part in missing])
-        for part, weight in zip(sides, weights, strict=True):
-            total = total + pool(encoding.pooled, part, weight)
+        for neighbors, weight in zip(residuals, weights, strict=True):
+            total = total + pool(encoding.pooled, neighbors, weight)
         return total
 
     @torch.no_grad()
     def _weights(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        graph: Adjacency = encoding.graph
+        """Return the weight of each missing edge [2, pairs]: [pairs]."""
+        adjacency = encoding.adjacency
         assert encoding.pooled is not None
-        # The score is symmetric, and hubs bring the same pair many times.
+        # Scores are symmetric, and nodes of high degree bring the same pair many times: score each pair once.
         low, high = pairs.min(dim=0).values, pairs.max(dim=0).values
-        codes, place = torch.unique(low * graph.num_nodes + high, return_inverse=True)
-        low = torch.div(codes, max(graph.num_nodes, 1), rounding_mode="floor")
-        ends = torch.stack([low, codes - low * graph.num_nodes])
+        codes, inverse = torch.unique(low * adjacency.num_nodes + high, return_inverse=True)
+        low = torch.div(codes, max(adjacency.num_nodes, 1), rounding_mode="floor")
+        unique_pairs = torch.stack([low, codes - low * adjacency.num_nodes])
         layer = self.common_mlp[0]
         assert isinstance(layer, nn.Linear)
-        with _evaluating(self):
-            first = encoding.pooled @ layer.weight.T
-            parts = [
-                fast_scores(self, encoding, first, part, common_neighbors(graph, part))
-                for part in ends.split(_CHUNK, dim=1)
+        with _eval_mode(self):
+            first_layer = encoding.pooled @ layer.weight.T
+            logits = [
+                score_common_neighbors(self, encoding, first_layer, part, common_neighbors(adjacency, part))
+                for part in unique_pairs.split(_CHUNK_SIZE, dim=1)
             ]
-        q = torch.sigmoid(self.scale * (torch.cat(parts) - self.offset)) if parts else first.new_zeros(0)
-        return (self.alpha * self.prior * q / (self.prior * q + 1 - q))[place]
+        q = torch.sigmoid(self.scale * (torch.cat(logits) - self.offset)) if logits else first_layer.new_zeros(0)
+        return (self.alpha * self.prior * q / (self.prior * q + 1 - q))[inverse]
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Generator[None]:
+def _eval_mode(module: nn.Module) -> Generator[None]:
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -93,3 +97,52 @@ def _evaluating(module: nn.Module) -> Generator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+@register_model("ncnc")
+@dataclass(frozen=True, kw_only=True)
+class NCNCSettings(NCNSettings):
+    """Options of `NCNC`.
+
+    Args:
+        alpha: largest weight of a residual neighbour.
+        scale: scale of its logit.
+        offset: offset of its logit.
+        prior: prior probability of the missing edge.
+
+    """
+
+    alpha: float = 1.0
+    scale: float = 5.0
+    offset: float = 3.0
+    prior: float = 0.5
+
+    def create(self, in_channels: int) -> NCNC:
+        """Return the model."""
+        return NCNC(
+            self.create_ncn_encoder(in_channels),
+            self.decoder_norm,
+            self.encoder_norm,
+            self.dropout,
+            two_layers=self.two_layers,
+            alpha=self.alpha,
+            scale=self.scale,
+            offset=self.offset,
+            prior=self.prior,
+        )
+
+    @classmethod
+    def published(cls, data: str) -> Preset:
+        """Return the authors' settings (GraphPKU/NeuralCommonNeighbor): those of NCN, and the weights' parameters."""
+        ncn = NCNSettings.published(data)
+        alpha, scale, offset, prior = _PUBLISHED.get(data, _PUBLISHED["Cora"])
+        return ncn._replace(
+            model=cls(**asdict(ncn.model), alpha=alpha, scale=scale, offset=offset, prior=prior),
+        )
+
+
+_PUBLISHED = {  # alpha, scale, offset, prior
+    "Cora": (1.0, 4.3, 2.8, 0.75),
+    "CiteSeer": (0.4, 6.5, 4.4, 0.75),
+    "PubMed": (0.3, 5.3, 0.5, 0.5),
+}

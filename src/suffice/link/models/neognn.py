@@ -1,30 +1,33 @@
-"""Neo-GNN: overlap of weighted neighbourhoods, mixed with a GNN's score (Yun et al. 2021, eq. 5 to 9)."""
+"""Neo-GNN: overlap of weighted neighbourhoods, mixed with the score of a GNN (Yun et al. 2021, eq. 5 to 9)."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from suffice.link.models.base import Encoding, LinkPredictor
-from suffice.link.models.encoder import Encoder
+from suffice.link.models.encoder import Encoder, EncoderModelSettings
 from suffice.link.models.hadamard import HadamardMLP
 from suffice.link.models.norms import make_norm
-from suffice.link.sparse.adjacency import Adjacency
+from suffice.link.models.settings import Preset, PublishedTraining, register_model
+from suffice.link.sparse.adjacency import Adjacency, as_adjacency
 from suffice.link.sparse.overlap import overlap
 
 
 class NeoGNN(LinkPredictor):
     """Mix σ(g(Σ_k Ã_ik Ã_jk f(s_k)²)) and a GNN's probability by a learned softmax; Ã = A + βA², s = Σ f_edge(A).
 
-    The logit of the mixture is returned. In training the losses of both parts are added to the mixture's.
+    Scores are the logits of the mixture. Training adds the losses of both parts to the loss of the mixture.
 
     Args:
-        encoder: of the nodes.
-        norm: over pairs, in g and in the perceptron behind the GNN.
-        dropout: share of channels dropped in that perceptron.
-        beta: weight of two steps.
-        channels: hidden channels of f_edge, and of f and g.
+        encoder: embeds the nodes.
+        norm: normalisation over pairs, in g and in the decoder of the GNN.
+        dropout: probability that a hidden channel of the decoder is dropped.
+        beta: weight of walks of length two.
+        channels: number of hidden channels of f_edge, and of f and g.
 
     """
 
@@ -47,36 +50,56 @@ class NeoGNN(LinkPredictor):
         self.mixture = nn.Parameter(torch.zeros(2))
         self.beta = beta
 
-    def encode(self, x: Tensor, messages: Tensor | Adjacency) -> Encoding:
+    def encode(self, x: Tensor, edge_index: Tensor | Adjacency) -> Encoding:
         """Embed the nodes."""
-        graph = Encoding(x, x, messages).graph
-        return Encoding(self.encoder(x, graph), x, graph)
+        adjacency = as_adjacency(edge_index, x.size(0))
+        return Encoding(self.encoder(x, adjacency), x, adjacency)
 
     def edge_embedding(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        """Return both hidden layers side by side, the GNN's first, [edges, hidden + 128]."""
-        return torch.cat([self.decoder.hidden(encoding.nodes, pairs), self._overlap(encoding, pairs)], dim=1)
+        """Return the hidden layers of the decoder and of g, concatenated, [pairs, hidden + 128]."""
+        return torch.cat([self.decoder.edge_embedding(encoding.nodes, pairs), self._overlap(encoding, pairs)], dim=1)
 
     def score(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        """Return the mixture's logits, [edges]."""
-        return self._scores(encoding, pairs)[0]
+        """Return the logits of the mixture, [pairs]."""
+        return self._logits(encoding, pairs)[0]
 
     def training_logits(self, x: Tensor, edge_index: Tensor | Adjacency, pairs: Tensor) -> tuple[Tensor, ...]:
-        """Return the logits of the mixture, of the overlap and of the GNN."""
-        return self._scores(self.encode(x, edge_index), pairs)
+        """Return the logits of the mixture, of the overlap and of the GNN, each [pairs]."""
+        return self._logits(self.encode(x, edge_index), pairs)
 
     def _overlap(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        # A is 0 or 1, so that every edge adds the same f_edge(1).
-        each = self.edge_mlp(encoding.nodes.new_ones(1, 1))
-        size = encoding.graph.degree.to(encoding.nodes.dtype).unsqueeze(-1)
-        weight = self.node_mlp(size * each).squeeze(-1) ** 2
-        return self.overlap_mlp(overlap(encoding.graph, pairs, weight, self.beta).unsqueeze(-1))
+        # The entries of A are 0 or 1: s_k is the degree of k times f_edge(1).
+        edge_weight = self.edge_mlp(encoding.nodes.new_ones(1, 1))
+        degree = encoding.adjacency.degree.to(encoding.nodes.dtype).unsqueeze(-1)
+        node_weight = self.node_mlp(degree * edge_weight).squeeze(-1) ** 2
+        return self.overlap_mlp(overlap(encoding.adjacency, pairs, node_weight, self.beta).unsqueeze(-1))
 
-    def _scores(self, encoding: Encoding, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _logits(self, encoding: Encoding, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hidden = self.edge_embedding(encoding, pairs)
         features, structure = hidden.split([self.decoder.last.in_features, self.overlap_last.in_features], dim=1)
         gnn = self.decoder.last(self.decoder.dropout(features)).squeeze(-1)
         structural = self.overlap_last(structure).squeeze(-1)
-        shares = F.log_softmax(self.mixture, dim=0)
-        yes = torch.logaddexp(shares[0] + F.logsigmoid(structural), shares[1] + F.logsigmoid(gnn))
-        no = torch.logaddexp(shares[0] + F.logsigmoid(-structural), shares[1] + F.logsigmoid(-gnn))
-        return yes - no, structural, gnn
+        log_shares = F.log_softmax(self.mixture, dim=0)
+        log_edge = torch.logaddexp(log_shares[0] + F.logsigmoid(structural), log_shares[1] + F.logsigmoid(gnn))
+        log_no_edge = torch.logaddexp(log_shares[0] + F.logsigmoid(-structural), log_shares[1] + F.logsigmoid(-gnn))
+        return log_edge - log_no_edge, structural, gnn
+
+
+@register_model("neognn")
+@dataclass(frozen=True, kw_only=True)
+class NeoGNNSettings(EncoderModelSettings):
+    """Options of `NeoGNN`."""
+
+    def create(self, in_channels: int) -> NeoGNN:
+        """Return the model."""
+        return NeoGNN(self.create_encoder(in_channels), self.decoder_norm, self.dropout)
+
+    @classmethod
+    def published(cls, data: str) -> Preset:
+        """Return the authors' settings for ogbl-collab (seongjunyun/Neo-GNNs): they publish none for the other data.
+
+        The learning rate is Adam's default. There are two layers because three give a lower validation metric.
+        """
+        settings = cls(hidden=256, layers=2, encoder_norm="none", decoder_norm="none")
+        # Their batch size counts positives only; ours counts positives and negatives.
+        return Preset(settings, PublishedTraining(learning_rate=1e-3, batch_size=2048, clip=1.0))

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 from torch_geometric.nn import BatchNorm, GraphNorm
 
-NORMS = ("batch", "layer", "graph", "none")
+from suffice.link.models.registry import Registry
+
+Norm = Callable[[int], nn.Module]  # number of channels -> layer over rows [rows, channels]
+
+NORMS: Registry[Norm] = Registry("norm")
+# `batch` and `graph` mix the rows that they are given: nodes in an encoder, the edge batch in a decoder.
+NORMS.register("batch")(BatchNorm)
+NORMS.register("layer")(nn.LayerNorm)
+NORMS.register("graph")(GraphNorm)
+NORMS.register("none")(nn.Identity)
 
 
-def make_norm(norm: str, channels: int) -> nn.Module:
-    """Return a normalisation layer over rows of `channels` features.
+def norms() -> dict[str, Norm]:
+    """Return every normalisation by name."""
+    return NORMS.entries()
 
-    `batch` and `graph` mix the rows they are given: nodes in an encoder, the edge batch in a decoder.
+
+def make_norm(name: str, channels: int) -> nn.Module:
+    """Return a normalisation layer over rows [rows, channels].
 
     Raises:
         ValueError: there is no such norm.
 
     """
-    if norm == "batch":
-        return BatchNorm(channels)
-    if norm == "layer":
-        return nn.LayerNorm(channels)
-    if norm == "graph":
-        return GraphNorm(channels)
-    if norm == "none":
-        return nn.Identity()
-    raise ValueError(f"norm is {norm!r}; accepted: {', '.join(NORMS)}")
+    return NORMS.find(name)(channels)

@@ -1,63 +1,39 @@
-"""Encoder of one linear layer and weightless propagation."""
+"""Encoder with one linear layer and propagation without weights (Wang et al. 2024)."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from suffice.link.models.dropout import ByteDropout, drop_features
-from suffice.link.models.encoder import Encoder
-from suffice.link.models.norms import make_norm
+from suffice.link.models.encoder import ENCODERS, Encoder
 from suffice.link.sparse.adjacency import Adjacency, as_adjacency
 from suffice.link.sparse.propagation import propagate
 
 
+@ENCODERS.register("pure")
 class PureGCN(Encoder):
-    """A linear layer, then normalised propagation without weights, its steps added up (as NCN's authors train it).
+    """A linear layer, then normalised propagation without weights: Σ_k w_k h_k with h_k = norm(Â h_{k-1}).
 
-    Args:
-        in_channels: features of a node.
-        hidden: channels of every layer, and of the embedding.
-        layers: steps of propagation.
-        norm: `batch`, `layer`, `graph` or `none`, over nodes, after every step.
-        dropout: share of channels dropped in training.
-        input_dropout: share of features dropped in training.
-        output_dropout: share of the embedding's channels dropped in training.
-
+    NCN's authors train NCN on it. `layers` is the number of propagation steps; `dropout` follows the linear layer.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        hidden: int = 64,
-        layers: int = 1,
-        norm: str = "none",
-        dropout: float = 0.0,
-        input_dropout: float = 0.0,
-        output_dropout: float = 0.0,
-    ) -> None:
-        nn.Module.__init__(self)
-        if layers < 1:
-            raise ValueError(f"layers is {layers}; accepted: at least 1")
-        self.out_channels = hidden
-        self.input_dropout = ByteDropout(input_dropout)
+    has_activation: ClassVar[bool] = False
+    accepts_sparse_features: ClassVar[bool] = True
+
+    def create_layers(self, in_channels: int, hidden: int, layers: int) -> None:
+        """Create the linear layer and one weight for each propagation step."""
         self.linear = nn.Linear(in_channels, hidden)
-        self.dropout = ByteDropout(dropout)
-        self.output_dropout = ByteDropout(output_dropout)
-        self.norms = nn.ModuleList(make_norm(norm, hidden) for _ in range(layers))
         self.weights = nn.Parameter(torch.ones(layers))
 
-    def convolution(self, first: int, second: int) -> nn.Module:
-        """There are no weights between steps."""
-        return nn.Identity()
-
-    def forward(self, x: Tensor, edge_index: Tensor | Adjacency) -> Tensor:
-        """Embed the nodes: [nodes, hidden]."""
-        graph = as_adjacency(edge_index, x.size(0))
-        h = self.dropout(F.linear(drop_features(self.input_dropout, x), self.linear.weight, self.linear.bias))
+    def embed(self, x: Tensor, edge_index: Tensor | Adjacency) -> Tensor:
+        """Return node embeddings, [nodes, hidden]."""
+        adjacency = as_adjacency(edge_index, x.size(0))
+        h = self.dropout(F.linear(x, self.linear.weight, self.linear.bias))
         total = torch.zeros_like(h)
         for norm, weight in zip(self.norms, self.weights, strict=True):
-            h = norm(propagate(graph, h))
+            h = norm(propagate(adjacency, h))
             total = total + weight * h
-        return self.output_dropout(total)
+        return total

@@ -1,4 +1,4 @@
-"""Scoring of pairs on a fixed graph."""
+"""Scores of pairs on a fixed graph, as a function of the pairs alone."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from suffice.link.sparse.adjacency import Adjacency, as_adjacency
 
 
 class PairScorer:
-    """Score pairs on a fixed graph with nothing but the pairs as argument, as an audit wants it.
+    """Score pairs on a fixed graph: a callable whose only argument is the pairs, as an audit needs it.
 
-    Nodes are embedded when the mode of what embeds them changes, since they don't depend on the pairs; one embedding
-    is kept. Make a new scorer after the parameters changed.
+    The nodes are embedded once, and again when a module that embeds them changes between train and eval mode. Make a
+    new scorer after the parameters changed.
 
     Args:
-        model: what to score with.
+        model: scores the pairs.
         x: features, [nodes, features].
-        edge_index: edges that messages pass over, [2, edges].
+        edge_index: message-passing edges, long [2, edges], or an adjacency.
 
     """
 
@@ -26,21 +26,21 @@ class PairScorer:
         self.model = model
         self.x = x
         self.edge_index = as_adjacency(edge_index, x.size(0)) if model.uses_adjacency else edge_index
-        self._kept: tuple[tuple[bool, ...], Encoding] | None = None
+        self._cached: tuple[tuple[bool, ...], Encoding] | None = None
 
     def encode(self) -> Encoding:
-        """Return the encoding in the present mode of what makes it."""
+        """Return the encoding of the graph in the current mode of the modules that compute it."""
         mode = tuple(module.training for part in self.model.node_modules for module in part.modules())
-        if self._kept is None or self._kept[0] != mode:
-            self._kept = None  # freed before the next is made
+        if self._cached is None or self._cached[0] != mode:
+            self._cached = None  # free the old encoding before the new one is computed
             with torch.no_grad():
-                self._kept = mode, self.model.encode(self.x, self.edge_index)
-        return self._kept[1]
+                self._cached = mode, self.model.encode(self.x, self.edge_index)
+        return self._cached[1]
 
     def embed(self) -> Tensor:
-        """Return the node embeddings in the present mode, [nodes, hidden]."""
+        """Return the node embeddings in the current mode, [nodes, hidden]."""
         return self.encode().nodes
 
     def __call__(self, pairs: Tensor) -> Tensor:
-        """Logits of the pairs, [edges]."""
+        """Return logits [pairs] of pairs [2, pairs]."""
         return self.model.score(self.encode(), pairs)

@@ -1,146 +1,252 @@
-"""What a link predictor is made of, by name."""
+"""Settings of link predictors: what every model's settings offer, and models by name.
+
+A model is one file of this package: a `LinkPredictor`, and a frozen dataclass of its options that subclasses
+`ModelSettings`, defines `create` and is registered by `register_model`. Commands, studies and the conformance tests
+find every registered model.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
 from suffice.link.models.base import LinkPredictor
-from suffice.link.models.buddy import BUDDY
-from suffice.link.models.concat import ConcatMLP
-from suffice.link.models.dot import Dot
-from suffice.link.models.elph import ELPH
-from suffice.link.models.encoder import Encoder
-from suffice.link.models.gcn import GCN
-from suffice.link.models.hadamard import HadamardMLP
-from suffice.link.models.ncn import NCN
-from suffice.link.models.ncnc import NCNC
-from suffice.link.models.neognn import NeoGNN
 from suffice.link.models.norms import NORMS
-from suffice.link.models.predictor import EncoderDecoder
-from suffice.link.models.pure import PureGCN
-from suffice.link.models.sage import GraphSAGE
+from suffice.link.models.registry import Registry, describe_choices
 from suffice.link.train.memory_check import named_shortage
 
-ENCODERS: dict[str, type[Encoder]] = {"gcn": GCN, "sage": GraphSAGE, "pure": PureGCN}
-DECODERS: dict[str, type[Dot] | type[HadamardMLP]] = {
-    "dot": Dot,
-    "hadamard": HadamardMLP,
-    "concat": ConcatMLP,
-}
-MODELS = ("pair", "neognn", "ncn", "ncnc", "elph", "buddy")
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-@dataclass(frozen=True)
-class ModelSettings:
-    """What a link predictor is made of.
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(ABC):
+    """Options of a link predictor: the base class, with the options that all models share.
 
     Args:
-        encoder: `gcn`, `sage` or `pure` (weightless propagation); BUDDY has none.
-        decoder: `dot`, `hadamard` or `concat`, of the model `pair`.
-        encoder_norm: `batch`, `layer`, `graph` or `none`, over nodes; of NCN and NCNC on `pure` in xlin alone.
-        decoder_norm: the same choice, over pairs.
-        hidden: channels.
-        layers: of the encoder.
-        dropout: share of channels dropped.
-        model: `pair` for encoder and decoder, or `neognn`, `ncn`, `ncnc`, `elph`, `buddy`.
-        encoder_dropout: share of channels dropped in the encoder; None for `dropout`.
-        input_dropout: share of features dropped.
-        output_dropout: share of channels dropped of what the encoder returns.
-        linear: leave out the ReLU between the encoder's layers; `pure` has none.
-        hops: of neighbourhoods that ELPH and BUDDY count, 1 to 3.
-        two_layers: whether NCN and NCNC join by two hidden layers.
-        completion: NCNC's largest weight, scale, offset and prior.
+        hidden: number of channels.
+        dropout: probability that a channel is dropped in training.
+        decoder_norm: normalisation over the edge batch: `batch`, `layer`, `graph` or `none`.
 
     Raises:
-        ValueError: a name or a number is not accepted.
+        ValueError: an option is not accepted.
 
     """
 
-    encoder: str = "gcn"
-    decoder: str = "hadamard"
-    encoder_norm: str = "batch"
-    decoder_norm: str = "batch"
+    name: ClassVar[str]  # set by `register_model`
+
     hidden: int = 64
-    layers: int = 2
     dropout: float = 0.0
-    model: str = "pair"
-    encoder_dropout: float | None = None
-    input_dropout: float = 0.0
-    hops: int = 2
-    two_layers: bool = False
-    completion: tuple[float, float, float, float] = (1.0, 5.0, 3.0, 0.5)
-    output_dropout: float = 0.0
-    linear: bool = False
+    decoder_norm: str = "batch"
 
     def __post_init__(self) -> None:
-        choices = {
-            "model": MODELS,
-            "encoder": ENCODERS,
-            "decoder": DECODERS,
-            "encoder_norm": NORMS,
-            "decoder_norm": NORMS,
-        }
-        for name, accepted in choices.items():
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; accepted: {', '.join(accepted)}")
-        for name in ("hidden", "layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted: at least 1")
-        for name in ("dropout", "encoder_dropout", "input_dropout", "output_dropout"):
-            if not 0 <= (getattr(self, name) or 0) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted: 0 up to 1")
-        if self.linear and self.encoder == "pure":
-            raise ValueError("linear is True with encoder='pure', which is linear already; accepted: gcn, sage")
-        if not 1 <= self.hops <= 3:
-            raise ValueError(f"hops is {self.hops}; accepted: 1 to 3")
-        if len(self.completion) != 4:
-            raise ValueError(f"completion is {self.completion}; accepted: largest weight, scale, offset, prior")
-        object.__setattr__(self, "completion", tuple(self.completion))  # JSON makes a list of it
+        check_minimum("hidden", self.hidden, 1)
+        check_probability("dropout", self.dropout)
+        NORMS.check("decoder_norm", self.decoder_norm)
+
+    @abstractmethod
+    def create(self, in_channels: int) -> LinkPredictor:
+        """Return the model for nodes with `in_channels` features; users call `build`."""
+
+    @classmethod
+    def published(cls, data: str) -> Preset | None:
+        """Return the settings that the model's authors used on a data set, or on Cora for data that they do not report.
+
+        None if the authors published no settings.
+        """
+        return None
 
     def build(self, in_channels: int, seed: int = 0) -> LinkPredictor:
-        """Return a freshly initialised model; no global generator is moved.
+        """Return a freshly initialised model; global random generators are left as they were.
+
+        Args:
+            in_channels: number of features of a node.
+            seed: decides the initial parameters.
 
         Raises:
-            DoesNotFitError: there is no memory for its weights.
-            ValueError: nodes have no features.
+            DoesNotFitError: there is not enough memory for the parameters.
+            ValueError: `in_channels` is below 1.
 
         """
         if in_channels < 1:
-            raise ValueError(f"in_channels is {in_channels}: nodes have no features; accepted: at least 1")
+            raise ValueError(f"in_channels must be at least 1, got {in_channels}. The nodes need features.")
         with torch.random.fork_rng(devices=[]), named_shortage():
             torch.manual_seed(seed)
-            return self._build(in_channels)
+            return self.create(in_channels)
 
-    def _build(self, in_channels: int) -> LinkPredictor:
-        norm, dropout = self.decoder_norm, self.dropout
-        if self.model == "buddy":
-            return BUDDY(in_channels, self.hidden, norm, dropout, hops=self.hops)
-        inner = dropout if self.encoder_dropout is None else self.encoder_dropout
-        kind = ENCODERS[self.encoder]
-        sizes, drops = (in_channels, self.hidden, self.layers), (inner, self.input_dropout, self.output_dropout)
-        # As NCN's authors have it: the norm over nodes stands in xlin, behind propagation that has no weights.
-        bare = self.encoder == "pure" and self.model in ("ncn", "ncnc")
-        more = {"linear": True} if self.linear else {}
-        encoder = kind(*sizes, "none" if bare else self.encoder_norm, *drops, **more)
-        if self.model == "neognn":
-            return NeoGNN(encoder, norm, dropout)
-        if self.model == "elph":
-            return ELPH(encoder, norm, dropout, hops=self.hops)
-        if self.model == "ncn":
-            return NCN(encoder, norm, self.encoder_norm, dropout, two_layers=self.two_layers)
-        if self.model == "ncnc":
-            alpha, scale, offset, prior = self.completion
-            return NCNC(
-                encoder,
-                norm,
-                self.encoder_norm,
-                dropout,
-                two_layers=self.two_layers,
-                alpha=alpha,
-                scale=scale,
-                offset=offset,
-                prior=prior,
-            )
-        return EncoderDecoder(encoder, DECODERS[self.decoder](self.hidden, self.hidden, norm, dropout))
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """Return the names of the model's options."""
+        return tuple(field.name for field in fields(cls))
+
+    @property
+    def norms(self) -> dict[str, str]:
+        """The model's norms by option; `encoder_norm` is missing if the model has no encoder."""
+        names = ("encoder_norm", "decoder_norm")
+        return {name: getattr(self, name) for name in names if name in self.option_names()}
+
+    def with_norms(self, encoder_norm: str, decoder_norm: str) -> Self:
+        """Return the settings with other norms; `encoder_norm` is ignored if the model has no encoder."""
+        given = {"encoder_norm": encoder_norm, "decoder_norm": decoder_norm}
+        return replace(self, **{name: given[name] for name in self.norms})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the model's name, as `name`, and all its options, in types that JSON holds."""
+        return {"name": self.name, **asdict(self)}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> ModelSettings:
+        """Return the settings that `to_dict` returned; options that are missing take their defaults.
+
+        Raises:
+            ValueError: there is no such model, or it has no such option.
+
+        Example:
+            >>> ModelSettings.from_dict({"name": "ncn", "hidden": 128}).hidden
+            128
+
+        """
+        options = dict(values)
+        if "name" not in options:
+            raise ValueError(f"name must be given with the options of a model, got {sorted(options)}")
+        return _settings(options.pop("name"), options)
+
+
+@dataclass(frozen=True)
+class PublishedTraining:
+    """How a model's authors trained it.
+
+    Args:
+        learning_rate: learning rate of Adam.
+        batch_size: number of positive and negative edges in a batch.
+        epochs: number of epochs.
+        directions: 1 if an epoch uses every undirected edge once, 2 if once in each direction.
+        clip: largest norm of the gradient; None for no clipping.
+
+    """
+
+    learning_rate: float
+    batch_size: int
+    epochs: int = 100
+    directions: int = 1
+    clip: float | None = None
+
+
+class Preset(NamedTuple):
+    """What a model's authors published for a data set: the options of the model and of its training."""
+
+    model: ModelSettings
+    training: PublishedTraining
+
+
+MODELS: Registry[type[ModelSettings]] = Registry("model")
+Settings = TypeVar("Settings", bound=ModelSettings)
+
+
+def register_model(name: str) -> Callable[[type[Settings]], type[Settings]]:
+    """Return a decorator that registers the settings of a model under a name.
+
+    Raises:
+        ValueError: another model has this name.
+
+    """
+
+    def decorate(settings: type[Settings]) -> type[Settings]:
+        settings.name = name
+        return MODELS.register(name)(settings)
+
+    return decorate
+
+
+def models() -> dict[str, type[ModelSettings]]:
+    """Return the settings class of every model by name."""
+    return MODELS.entries()
+
+
+def get_model_settings(name: str) -> type[ModelSettings]:
+    """Return the settings class of a model.
+
+    Raises:
+        ValueError: there is no such model; the message lists the models.
+
+    """
+    return MODELS.find(name)
+
+
+def build_model(name: str, in_channels: int, *, seed: int = 0, **options: Any) -> LinkPredictor:
+    """Return a freshly initialised model by name.
+
+    Args:
+        name: one of `models()`.
+        in_channels: number of features of a node.
+        seed: decides the initial parameters.
+        options: options of the model (see its settings class); the others take their defaults.
+
+    Raises:
+        ValueError: there is no such model, it has no such option, or a value is not accepted.
+
+    Example:
+        >>> type(build_model("ncn", in_channels=16, hidden=32)).__name__
+        'NCN'
+
+    """
+    return _settings(name, options).build(in_channels, seed)
+
+
+def preset(name: str, data: str) -> Preset:
+    """Return the settings of a model and of its training that its authors published for a data set.
+
+    The settings for Cora are returned for data sets that the authors do not report.
+
+    Args:
+        name: a model with published settings: `neognn`, `ncn`, `ncnc`, `elph` or `buddy`.
+        data: name of the data set.
+
+    Raises:
+        ValueError: there is no such model, or its authors published no settings.
+
+    Example:
+        >>> settings, training = preset("buddy", "Cora")
+        >>> settings.hidden, training.learning_rate
+        (1024, 0.0001)
+
+    """
+    found = get_model_settings(name).published(data)
+    if found is None:
+        accepted = [other for other, settings in models().items() if settings.published(data) is not None]
+        raise ValueError(f"model must have published settings ({', '.join(accepted)}), got {name!r}")
+    return found
+
+
+def check_minimum(argument: str, value: int, minimum: int) -> None:
+    """Raise unless a number is at least a minimum.
+
+    Raises:
+        ValueError: it is smaller.
+
+    """
+    if value < minimum:
+        raise ValueError(f"{argument} must be at least {minimum}, got {value!r}")
+
+
+def check_probability(argument: str, value: float) -> None:
+    """Raise unless a number is a probability below 1.
+
+    Raises:
+        ValueError: it is below 0, or 1 or more.
+
+    """
+    if not 0 <= value < 1:
+        raise ValueError(f"{argument} must be at least 0 and below 1, got {value!r}")
+
+
+def _settings(name: str, options: Mapping[str, Any]) -> ModelSettings:
+    settings = get_model_settings(name)
+    for option in options:
+        if option not in settings.option_names():
+            raise ValueError(f"options of model {name!r} must be {describe_choices(settings.option_names(), option)}")
+    return settings(**options)

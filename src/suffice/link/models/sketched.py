@@ -1,8 +1,9 @@
-"""What ELPH and BUDDY share: counts by distance from sketches, beside the product of the ends' features."""
+"""What ELPH and BUDDY share: counts of nodes by distance, from sketches, next to the product of node features."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +11,22 @@ from torch import Tensor, nn
 from suffice.link.models.base import Encoding, LinkPredictor
 from suffice.link.models.dropout import ByteDropout
 from suffice.link.models.norms import make_norm
+from suffice.link.models.settings import PublishedTraining
 from suffice.link.sparse.adjacency import Adjacency
-from suffice.link.sparse.count_cache import CountMemory
+from suffice.link.sparse.count_cache import CountCache
+
+# From the command lines of melifluos/subgraph-sketching. Their batch size counts positives and negatives, as ours does.
+PUBLISHED_TRAINING = PublishedTraining(learning_rate=1e-4, batch_size=1024)
 
 
 class SketchHead(nn.Module):
-    """Two hidden layers side by side, over counts by distance and over products of features.
+    """Two hidden layers side by side: over the counts by distance and over the products of node features.
 
     Args:
         hops: k; there are k(k + 2) counts.
-        hidden: channels of the ends' features.
-        norm: over pairs: `batch`, `layer`, `graph` or `none`.
-        dropout: share of channels dropped.
+        hidden: number of channels of the node features.
+        norm: normalisation over pairs: `batch`, `layer`, `graph` or `none`.
+        dropout: probability that a channel is dropped.
 
     """
 
@@ -34,47 +39,58 @@ class SketchHead(nn.Module):
         self.product_mlp = nn.Sequential(nn.Linear(hidden, hidden), make_norm(norm, hidden), nn.ReLU(inplace=True))
         self.dropout = ByteDropout(dropout)
 
-    def forward(self, graph: Adjacency, pairs: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the hidden layers, [edges, k(k + 2)] and [edges, hidden].
+    def forward(self, adjacency: Adjacency, pairs: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the hidden layers, [pairs, k(k + 2)] and [pairs, hidden].
 
         Args:
-            graph: whose base is sketched, once; a pair's own edge is not counted.
-            pairs: long [2, edges].
-            product: of the ends' features, [edges, hidden].
+            adjacency: its base graph is sketched once; a pair that is one of its edges is counted without this edge.
+            pairs: long [2, pairs].
+            product: products of node features, [pairs, hidden].
 
         """
-        # In eval mode the same pairs are scored after every epoch.
-        counts = memory(graph.base, self.hops).counts(pairs, again=not self.training).to(product.dtype)
+        # In eval mode the same pairs are scored after every epoch: their counts are cached.
+        counts = count_cache(adjacency.base, self.hops).counts(pairs, reuse=not self.training).to(product.dtype)
         return self.dropout(self.count_mlp(counts)), self.dropout(self.product_mlp(product))
 
 
 class SketchModel(LinkPredictor):
-    """Base of models of counts and products; a new one defines `encode` and `product`."""
+    """Base class of models of counts and products; a model defines `encode` and `product`."""
 
     head: SketchHead
-    chunk = 2**10
+    chunk_size: ClassVar[int] = 2**10
 
     @abstractmethod
     def product(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        """Return the product of the features of pairs' ends, [edges, hidden]."""
+        """Return the products of the node features of pairs [2, pairs]: [pairs, hidden]."""
 
     def edge_embedding(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        """Return the hidden layers side by side, [edges, k(k + 2) + hidden]."""
-        return torch.cat(self.head(encoding.graph, pairs, self.product(encoding, pairs)), dim=1)
+        """Return the concatenated hidden layers, [pairs, k(k + 2) + hidden]."""
+        return torch.cat(self.head(encoding.adjacency, pairs, self.product(encoding, pairs)), dim=1)
 
     def score(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        """Return logits of pairs [2, edges]: [edges]."""
-        return self.join(encoding.graph, pairs, self.product(encoding, pairs))
+        """Return logits, [pairs]."""
+        return self.score_product(encoding.adjacency, pairs, self.product(encoding, pairs))
 
-    def join(self, graph: Adjacency, pairs: Tensor, product: Tensor) -> Tensor:
-        """Return the logits of pairs from the product of their ends' features, [edges]."""
-        counts, products = self.head(graph, pairs, product)
-        # The last layer over both hidden ones, which needn't be copied side by side for it.
+    def score_product(self, adjacency: Adjacency, pairs: Tensor, product: Tensor) -> Tensor:
+        """Return logits [pairs] of pairs [2, pairs] with products [pairs, hidden]."""
+        counts, products = self.head(adjacency, pairs, product)
+        # The last layer is applied to each hidden layer, which avoids copying both into one tensor.
         assert isinstance(self.last, nn.Linear)
         weight = self.last.weight[0]
         return counts @ weight[: counts.size(1)] + products @ weight[counts.size(1) :] + self.last.bias
 
 
-def memory(graph: Adjacency, hops: int) -> CountMemory:
-    """Return a graph's sketches and the counts made of them so far."""
-    return graph.remember(f"counts of {hops} hops", lambda: CountMemory(graph, hops))
+def count_cache(graph: Adjacency, hops: int) -> CountCache:
+    """Return the sketches of a graph and the counts computed from them so far."""
+    return graph.memoize(f"counts of {hops} hops", lambda: CountCache(graph, hops))
+
+
+def check_hops(hops: int) -> None:
+    """Raise unless neighbourhoods of this many hops can be sketched.
+
+    Raises:
+        ValueError: `hops` is not 1, 2 or 3.
+
+    """
+    if not 1 <= hops <= 3:
+        raise ValueError(f"hops must be 1, 2 or 3, got {hops!r}")

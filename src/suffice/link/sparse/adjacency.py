@@ -14,7 +14,7 @@ T = TypeVar("T")
 SMALL = 2**26
 
 
-class Rows:
+class CompressedRows:
     """Directed edges in compressed sparse rows.
 
     Args:
@@ -29,18 +29,18 @@ class Rows:
         self.row = torch.div(codes, max(num_nodes, 1), rounding_mode="floor")
         self.col = codes - self.row * num_nodes
         self.degree = torch.bincount(self.row, minlength=num_nodes)
-        self.pointers = pointers(self.degree)
+        self.rowptr = offsets_from_counts(self.degree)
 
-    def without(self, places: Tensor) -> Rows:
+    def without(self, places: Tensor) -> CompressedRows:
         """Return the rows without the edges at some places, long, ascending, none twice."""
         keep = torch.ones_like(self.codes, dtype=torch.bool)
         keep[places] = False
         kept = keep.nonzero().flatten()
-        chosen = Rows.__new__(Rows)
+        chosen = CompressedRows.__new__(CompressedRows)
         chosen.num_nodes = self.num_nodes
         chosen.codes, chosen.row, chosen.col = (part.index_select(0, kept) for part in (self.codes, self.row, self.col))
         chosen.degree = self.degree - torch.bincount(self.row[places], minlength=self.num_nodes)
-        chosen.pointers = pointers(chosen.degree)
+        chosen.rowptr = offsets_from_counts(chosen.degree)
         return chosen
 
     def expand(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,9 +50,9 @@ class Rows:
             nodes: long [n], repeats allowed.
 
         """
-        start, count = self.pointers.index_select(0, nodes), self.degree.index_select(0, nodes)
+        start, count = self.rowptr.index_select(0, nodes), self.degree.index_select(0, nodes)
         owner = torch.repeat_interleave(count)
-        place = (start - pointers(count)[:-1]).index_select(0, owner)
+        place = (start - offsets_from_counts(count)[:-1]).index_select(0, owner)
         place += torch.arange(owner.numel(), device=owner.device)
         return self.col.index_select(0, place), owner
 
@@ -91,40 +91,41 @@ class Adjacency:
         if keys is not None and keys.shape != (num_nodes,):
             raise ValueError(f"keys has shape {tuple(keys.shape)}; accepted: ({num_nodes},), one a node")
         self.num_nodes = num_nodes
-        self._rows = Rows(_codes(edge_index[:, edge_index[0] != edge_index[1]], num_nodes).unique(), num_nodes), None
+        without_loops = edge_index[:, edge_index[0] != edge_index[1]]
+        self._csr = CompressedRows(_codes(without_loops, num_nodes).unique(), num_nodes), None
         self.keys = torch.arange(num_nodes, device=edge_index.device) if keys is None else keys
         self.base = self
         self._made: dict[str, tuple[tuple[object, ...], Any]] = {}
 
     @cached_property
-    def _rows(self) -> tuple[Rows, Rows | None]:
+    def _csr(self) -> tuple[CompressedRows, CompressedRows | None]:
         # Of a view, when they are asked for: sketches, for one, are of the base.
         graph, pairs = self._view
         places = graph._edges(pairs).unique()
-        gone = graph.rows.codes[places]
+        gone = graph.csr.codes[places]
         if graph.removed is not None:
             gone = torch.cat([graph.removed.codes, gone]).sort().values
-        return graph.rows.without(places), Rows(gone, self.num_nodes)
+        return graph.csr.without(places), CompressedRows(gone, self.num_nodes)
 
     @property
-    def rows(self) -> Rows:
+    def csr(self) -> CompressedRows:
         """The edges."""
-        return self._rows[0]
+        return self._csr[0]
 
     @property
-    def removed(self) -> Rows | None:
+    def removed(self) -> CompressedRows | None:
         """The edges of the base that a view lacks."""
-        return self._rows[1]
+        return self._csr[1]
 
     @property
     def edge_index(self) -> Tensor:
         """Both directions of every edge, sorted, long [2, edges]."""
-        return torch.stack([self.rows.row, self.rows.col])
+        return torch.stack([self.csr.row, self.csr.col])
 
     @property
     def degree(self) -> Tensor:
         """Neighbours of each node, long [nodes]."""
-        return self.rows.degree
+        return self.csr.degree
 
     @property
     def device(self) -> torch.device:
@@ -149,15 +150,15 @@ class Adjacency:
         """Return which (row, column) are edges, bool [pairs]."""
         codes = rows * self.num_nodes + columns
         if self.num_nodes**2 > SMALL:
-            return self.rows.find(codes) >= 0
-        joined = self.base.remember("bitmap", self.base._bitmap).index_select(0, codes)
+            return self.csr.find(codes) >= 0
+        joined = self.base.memoize("bitmap", self.base._bitmap).index_select(0, codes)
         if self.removed is not None:
             # Few of those asked for are edges: only they are looked up among what the view lacks.
             hits = joined.nonzero().flatten()
             joined[hits] = self.removed.find(codes[hits]) < 0
         return joined
 
-    def remember(self, name: str, make: Callable[[], T], *inputs: object) -> T:
+    def memoize(self, name: str, make: Callable[[], T], *inputs: object) -> T:
         """Return what `make` returns, made once for the same input objects."""
         made = self._made.get(name)
         if made is None or any(old is not new for old, new in zip(made[0], inputs, strict=True)):
@@ -165,12 +166,12 @@ class Adjacency:
         return cast(T, made[1])
 
     def _edges(self, pairs: Tensor) -> Tensor:
-        places = self.rows.find(_codes(pairs, self.num_nodes))
+        places = self.csr.find(_codes(pairs, self.num_nodes))
         return places[places >= 0]
 
     def _bitmap(self) -> Tensor:
         bitmap = torch.zeros(self.num_nodes**2, dtype=torch.bool, device=self.device)
-        bitmap[self.rows.codes] = True
+        bitmap[self.csr.codes] = True
         return bitmap
 
 
@@ -204,7 +205,7 @@ def remove_edges(edge_index: Tensor | Adjacency, pairs: Tensor, num_nodes: int) 
     return edge_index[:, keep]
 
 
-def pointers(count: Tensor) -> Tensor:
+def offsets_from_counts(count: Tensor) -> Tensor:
     """Return where each of several runs begins, and where the last ends: long [runs + 1]."""
     found = count.new_zeros(count.numel() + 1)
     torch.cumsum(count, 0, out=found[1:])

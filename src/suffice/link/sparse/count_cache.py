@@ -12,7 +12,7 @@ from suffice.link.sparse.sketches import sketch
 _MOST = 2**20  # pairs of sets, in all: 32 MiB of counts of two hops
 
 
-class CountMemory:
+class CountCache:
     """Sketches of a graph, and counts that don't depend on which end of a pair comes first.
 
     An edge's counts (without the edge itself) are kept once made, 64 bytes for two hops.
@@ -27,18 +27,18 @@ class CountMemory:
         self.graph, self.hops = graph, hops
         self.sketches = sketch(graph, hops)
         # One row more, for pairs that are no edges.
-        self.edges = torch.full((graph.rows.codes.numel() + 1, hops * (hops + 2)), torch.nan, device=graph.device)
+        self.edges = torch.full((graph.csr.codes.numel() + 1, hops * (hops + 2)), torch.nan, device=graph.device)
         self.sets: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def counts(self, pairs: Tensor, *, again: bool = False) -> Tensor:
+    def counts(self, pairs: Tensor, *, reuse: bool = False) -> Tensor:
         """Return the counts of pairs [2, pairs], as `symmetric` gives them: [pairs, k(k + 2)].
 
         Args:
             pairs: long.
-            again: the same pairs will be asked for again; of such sets the last million pairs are kept.
+            reuse: the same pairs will be asked for again; of such sets the last million pairs are kept.
 
         """
-        if not again:
+        if not reuse:
             return self._counts(pairs)
         key = pairs.size(1), int((pairs[0] * self.graph.num_nodes + pairs[1]).sum())
         known = self.sets.get(key)
@@ -54,7 +54,7 @@ class CountMemory:
     def _counts(self, pairs: Tensor) -> Tensor:
         # Which end comes first decides the last bit.
         pairs = torch.stack([pairs.min(dim=0).values, pairs.max(dim=0).values])
-        places = self.graph.rows.find(pairs[0] * self.graph.num_nodes + pairs[1])
+        places = self.graph.csr.find(pairs[0] * self.graph.num_nodes + pairs[1])
         counts = self.edges[places]
         missing = counts[:, 0].isnan().nonzero().flatten()
         if missing.numel():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from suffice.link.sparse.adjacency import Adjacency, pointers
+from suffice.link.sparse.adjacency import Adjacency, offsets_from_counts
 from suffice.link.sparse.sketches import Sketches, bits, estimate, least
 
 _PAIRS = 2**9  # whose sketches stay in a processor's cache
@@ -24,7 +24,7 @@ def pair_counts(graph: Adjacency, sketches: Sketches, pairs: Tensor) -> Tensor:
         pairs: long [2, pairs].
 
     """
-    edge = graph.rows.find(pairs[0] * graph.num_nodes + pairs[1]) >= 0
+    edge = graph.csr.find(pairs[0] * graph.num_nodes + pairs[1]) >= 0
     counts = torch.empty(pairs.size(1), sketches.hops * (sketches.hops + 2), device=graph.device)
     for own, which in ((False, ~edge), (True, edge)):
         places = which.nonzero().flatten()
@@ -112,12 +112,12 @@ class _Ends:
                 self._third(pairs[side], pairs[1 - side], self.rows[side])
 
     def _third(self, ends: Tensor, others: Tensor, rows: list[Tensor]) -> None:
-        node, owner = self.graph.rows.expand(ends)
+        node, owner = self.graph.csr.expand(ends)
         keep = (node != others[owner]).nonzero().flatten()
         node, owner = node[keep], owner[keep]
-        second, place = self.graph.rows.expand(node)
+        second, place = self.graph.csr.expand(node)
         keep = (second != ends[owner[place]]).nonzero().flatten()
-        starts = pointers(torch.bincount(owner[place[keep]], minlength=ends.numel()))
+        starts = offsets_from_counts(torch.bincount(owner[place[keep]], minlength=ends.numel()))
         torch.minimum(rows[2], bits(least(second[keep], starts, self.tables[1])), out=rows[3])
 
     def equal(self, a: int, b: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from suffice.gpu import can_use_kernels
-from suffice.link.sparse.adjacency import Adjacency, pointers
+from suffice.link.sparse.adjacency import Adjacency, offsets_from_counts
 
 
 class Neighbors(NamedTuple):
@@ -22,18 +22,18 @@ class Neighbors(NamedTuple):
     Args:
         node: long [total], list after list.
         owner: which list each belongs to, ascending, long [total].
-        pointers: where each list begins, long [lists + 1].
+        offsets: where each list begins, long [lists + 1].
 
     """
 
     node: Tensor
     owner: Tensor
-    pointers: Tensor
+    offsets: Tensor
 
     @classmethod
     def of(cls, node: Tensor, owner: Tensor, lists: int) -> Neighbors:
         """Make the lists of nodes and their ascending owners."""
-        return cls(node, owner, pointers(torch.bincount(owner, minlength=lists)))
+        return cls(node, owner, offsets_from_counts(torch.bincount(owner, minlength=lists)))
 
 
 def common_neighbors(graph: Adjacency, pairs: Tensor) -> Neighbors:
@@ -49,9 +49,9 @@ def common_neighbors(graph: Adjacency, pairs: Tensor) -> Neighbors:
     first, second = pairs
     swap = graph.degree[second] < graph.degree[first]
     few, many = torch.where(swap, second, first), torch.where(swap, first, second)
-    if can_use_kernels(graph.rows.col):
+    if can_use_kernels(graph.csr.col):
         return _matching(graph, few, many, common=True)
-    node, owner = graph.rows.expand(few)
+    node, owner = graph.csr.expand(few)
     keep = graph.contains(many.index_select(0, owner), node).nonzero().flatten()
     return Neighbors.of(node.index_select(0, keep), owner.index_select(0, keep), pairs.size(1))
 
@@ -66,9 +66,9 @@ def residual_neighbors(graph: Adjacency, pairs: Tensor) -> tuple[Neighbors, Neig
     """
 
     def one(these: Tensor, those: Tensor) -> Neighbors:
-        if can_use_kernels(graph.rows.col):
+        if can_use_kernels(graph.csr.col):
             return _matching(graph, these, those, common=False)
-        node, owner = graph.rows.expand(these)
+        node, owner = graph.csr.expand(these)
         others = those.index_select(0, owner)
         keep = (~graph.contains(others, node) & (node != others)).nonzero().flatten()
         return Neighbors.of(node.index_select(0, keep), owner.index_select(0, keep), pairs.size(1))
@@ -79,8 +79,8 @@ def residual_neighbors(graph: Adjacency, pairs: Tensor) -> tuple[Neighbors, Neig
 def _matching(graph: Adjacency, these: Tensor, those: Tensor, *, common: bool) -> Neighbors:
     from suffice.link.sparse.kernels.match_neighbors import match_neighbors
 
-    node, counts = match_neighbors(graph.rows.pointers, graph.rows.col, these, those, common=common)
-    return Neighbors(node, torch.repeat_interleave(counts), pointers(counts))
+    node, counts = match_neighbors(graph.csr.rowptr, graph.csr.col, these, those, common=common)
+    return Neighbors(node, torch.repeat_interleave(counts), offsets_from_counts(counts))
 
 
 def square_rows(graph: Adjacency, nodes: Tensor) -> tuple[Neighbors, Tensor]:
@@ -91,8 +91,8 @@ def square_rows(graph: Adjacency, nodes: Tensor) -> tuple[Neighbors, Tensor]:
         nodes: which rows, long [n].
 
     """
-    middle, owner = graph.rows.expand(nodes)
-    end, place = graph.rows.expand(middle)
+    middle, owner = graph.csr.expand(nodes)
+    end, place = graph.csr.expand(middle)
     codes, count = torch.unique(owner[place] * graph.num_nodes + end, return_counts=True)
     owner = torch.div(codes, max(graph.num_nodes, 1), rounding_mode="floor")
     return Neighbors.of(codes - owner * graph.num_nodes, owner, nodes.numel()), count.float()
@@ -130,11 +130,11 @@ class _Pool(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, neighbors: Neighbors, weight: Tensor | None) -> Tensor:
         ctx.rows, ctx.neighbors, ctx.weight = x.size(0), neighbors, weight
-        return bags(x, neighbors.node, neighbors.pointers, weight)
+        return bags(x, neighbors.node, neighbors.offsets, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         node, order = ctx.neighbors.node.sort(stable=True)
         turned = Neighbors.of(ctx.neighbors.owner[order], node, ctx.rows)
         weight = None if ctx.weight is None else ctx.weight[order]
-        return bags(gradients[0].contiguous(), turned.node, turned.pointers, weight), None, None
+        return bags(gradients[0].contiguous(), turned.node, turned.offsets, weight), None, None

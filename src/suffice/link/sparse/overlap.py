@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from suffice.link.sparse.adjacency import SMALL, Adjacency, Rows, pointers
+from suffice.link.sparse.adjacency import SMALL, Adjacency, CompressedRows, offsets_from_counts
 from suffice.link.sparse.neighbors import Neighbors, bags, square_rows
 
 # A² and A in one number of 16 bits: no count of walks is above the number of nodes, which is at most 8,192 here.
@@ -58,7 +58,7 @@ def square_dense(graph: Adjacency, nodes: Tensor) -> Tensor:
 
 def _steps_of(graph: Adjacency) -> _Steps:
     base = graph.base
-    return base.remember("steps", lambda: _Steps(base))
+    return base.memoize("steps", lambda: _Steps(base))
 
 
 class _Steps:
@@ -74,14 +74,14 @@ class _Steps:
         self.table = torch.zeros(n, n, dtype=torch.int16, device=graph.device)
         columns: list[Tensor] = []
         for nodes in torch.arange(n, device=graph.device).split(512):
-            codes = _steps(graph.rows, graph.rows, nodes)
+            codes = _steps(graph.csr, graph.csr, nodes)
             self.table[nodes] = torch.bincount(codes, minlength=nodes.numel() * n).view(nodes.numel(), -1).short()
-        self.table.view(-1)[graph.rows.codes] += _EDGE
+        self.table.view(-1)[graph.csr.codes] += _EDGE
         for part in self.table.split(512):
             columns.append(part.nonzero()[:, 1].int())
-        self.column = torch.cat(columns) if columns else graph.rows.col.int()
+        self.column = torch.cat(columns) if columns else graph.csr.col.int()
         self.size = torch.cat([part.count_nonzero(dim=1) for part in self.table.split(512)]).int()
-        self.start = pointers(self.size)
+        self.start = offsets_from_counts(self.size)
         # So that the lists of a part have some million entries in any graph.
         self.pairs_at_a_time = max(1, _ENTRIES // max(1, n))
         self.lock = Lock()
@@ -104,7 +104,7 @@ class _Steps:
             return
         n = graph.num_nodes
         codes: list[Tensor] = []
-        for first, second in ((graph.rows, removed), (removed, graph.rows), (removed, removed)):
+        for first, second in ((graph.csr, removed), (removed, graph.csr), (removed, removed)):
             codes.append(_steps(first, second, nodes))
         node, owner = removed.expand(nodes)
         codes.append(owner * n + node)
@@ -135,7 +135,7 @@ class _Steps:
         swap = self.size[second] < self.size[first]
         few, many = torch.where(swap, second, first), torch.where(swap, first, second)
         size = self.size.index_select(0, few)
-        starts = pointers(size)
+        starts = offsets_from_counts(size)
         owner = torch.repeat_interleave(size)
         # Numbers of 32 bits, which hold any place in the table and cost half.
         shift = (self.start.index_select(0, few) - starts[:-1]).int().index_select(0, owner)
@@ -150,7 +150,7 @@ class _Steps:
         return Neighbors(node, owner, starts), values[0].mul_(values[1])
 
 
-def _steps(first: Rows, second: Rows, nodes: Tensor) -> Tensor:
+def _steps(first: CompressedRows, second: CompressedRows, nodes: Tensor) -> Tensor:
     middle, owner = first.expand(nodes)
     end, place = second.expand(middle)
     return owner[place] * first.num_nodes + end
@@ -158,12 +158,12 @@ def _steps(first: Rows, second: Rows, nodes: Tensor) -> Tensor:
 
 def _listed(graph: Adjacency, ends: Tensor, place: Tensor, weight: Tensor, beta: float) -> Tensor:
     two, count = square_rows(graph, ends)
-    node, owner = graph.rows.expand(ends)
+    node, owner = graph.csr.expand(ends)
     codes = torch.cat([owner * graph.num_nodes + node, two.owner * graph.num_nodes + two.node])
     codes, inverse = codes.unique(return_inverse=True)
     value = count.new_zeros(codes.numel())
     value.index_add_(0, inverse, torch.cat([torch.ones_like(node, dtype=value.dtype), beta * count]))
-    rows = Rows(codes, graph.num_nodes)  # row: place in `ends`; codes ascend with it
+    rows = CompressedRows(codes, graph.num_nodes)  # row: place in `ends`; codes ascend with it
     size = torch.bincount(rows.row, minlength=ends.numel())
     swap = size[place[1]] < size[place[0]]
     few, many = torch.where(swap, place[1], place[0]), torch.where(swap, place[0], place[1])
@@ -182,7 +182,7 @@ class _Sum(Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, lists: Neighbors, value: Tensor) -> Tensor:
         ctx.lists, ctx.value, ctx.nodes = lists, value, weight.numel()
-        return bags(weight.unsqueeze(-1), lists.node, lists.pointers.to(lists.node.dtype), value).squeeze(-1)
+        return bags(weight.unsqueeze(-1), lists.node, lists.offsets.to(lists.node.dtype), value).squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

@@ -9,7 +9,7 @@ from scipy.sparse import csr_matrix, diags_array
 from torch import Tensor
 from torch.autograd import Function
 
-from suffice.link.sparse.adjacency import Adjacency, pointers
+from suffice.link.sparse.adjacency import Adjacency, offsets_from_counts
 from suffice.link.sparse.neighbors import bags
 
 
@@ -26,7 +26,7 @@ def propagate(graph: Adjacency, x: Tensor) -> Tensor:
     return _Propagate.apply(x, graph)  # pyright: ignore[reportReturnType]
 
 
-def mostly_zero(x: Tensor) -> bool:
+def is_mostly_zero(x: Tensor) -> bool:
     """Return whether features are of the kind that a product of sparse matrices is faster for, on the CPU."""
     fit = x.is_cpu and x.layout == torch.strided and x.dtype in (torch.float32, torch.float64)
     return fit and not x.requires_grad and int(torch.count_nonzero(x)) < 0.05 * x.numel()
@@ -37,14 +37,14 @@ def propagate_sparse(graph: Adjacency, x: Tensor, out: Tensor) -> None:
 
     Args:
         graph: A.
-        x: [nodes, channels], `mostly_zero`.
+        x: [nodes, channels], `is_mostly_zero`.
         out: of the same shape, adjacent, on the CPU.
 
     """
-    nodes, rows = x.size(0), graph.rows
+    nodes, rows = x.size(0), graph.csr
     scale = (graph.degree + 1).to(x.dtype).rsqrt().numpy()
     weights = scale[rows.row.numpy()] * scale[rows.col.numpy()]
-    adjacency = csr_matrix((weights, rows.col.numpy(), rows.pointers.numpy()), shape=(nodes, nodes))
+    adjacency = csr_matrix((weights, rows.col.numpy(), rows.rowptr.numpy()), shape=(nodes, nodes))
     product: Any = (adjacency + diags_array(scale * scale, format="csr")) @ csr_matrix(x.numpy())
     product.toarray(out=out.numpy())
 
@@ -73,12 +73,12 @@ def propagate_without_own_edge(graph: Adjacency, both: Tensor, pairs: Tensor) ->
         pairs: long [2, pairs].
 
     """
-    edge = (graph.rows.find(pairs[0] * graph.num_nodes + pairs[1]) >= 0).repeat(2)
+    edge = (graph.csr.find(pairs[0] * graph.num_nodes + pairs[1]) >= 0).repeat(2)
     these, those = pairs.flatten(), pairs.flip(0).flatten()
     known = edge.nonzero().flatten()
     if known.numel() == 0:
         return both.index_select(0, these)
-    starts = pointers(1 + 2 * edge)
+    starts = offsets_from_counts(1 + 2 * edge)
     index, weight = (both.new_zeros(int(starts[-1]), dtype=kind) for kind in (torch.long, both.dtype))
     index[starts[:-1]], weight[starts[:-1]] = these, 1.0
     these, those, place = these[known], those[known], starts[known]
@@ -93,7 +93,7 @@ def propagate_without_own_edge(graph: Adjacency, both: Tensor, pairs: Tensor) ->
 def _product(graph: Adjacency, x: Tensor) -> Tensor:
     scale = (graph.degree + 1).to(x.dtype).rsqrt().unsqueeze(-1)
     x = x * scale
-    return (bags(x, graph.rows.col, graph.rows.pointers) + x).mul_(scale)
+    return (bags(x, graph.csr.col, graph.csr.rowptr) + x).mul_(scale)
 
 
 class _Propagate(Function):
@@ -111,13 +111,13 @@ class _Mean(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, graph: Adjacency) -> Tensor:
         ctx.graph = graph
-        return bags(x, graph.rows.col, graph.rows.pointers).div_(_count(graph, x))
+        return bags(x, graph.csr.col, graph.csr.rowptr).div_(_count(graph, x))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         graph: Adjacency = ctx.graph
         shares = gradients[0] / _count(graph, gradients[0])
-        return bags(shares, graph.rows.col, graph.rows.pointers), None  # every edge is there in both directions
+        return bags(shares, graph.csr.col, graph.csr.rowptr), None  # every edge is there in both directions
 
 
 def _count(graph: Adjacency, x: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def sketch(graph: Adjacency, hops: int = 2, *, permutations: int = 128, p: int =
     growth: list[tuple[Tensor, Tensor]] = []
     for hop in range(hops):
         both = (minhash, registers)
-        found = [least(graph.rows.col, graph.rows.pointers, tables[-1]) for tables in both]
+        found = [least(graph.csr.col, graph.csr.rowptr, tables[-1]) for tables in both]
         if hop < 2:
             grown = [_growth(graph, low, tables[-1], tables[0]) for low, tables in zip(found, both, strict=True)]
             growth.append((grown[0], grown[1]))
@@ -138,10 +138,10 @@ def _growth(graph: Adjacency, low: Tensor, table: Tensor, own: Tensor) -> Tensor
         own: what stays whoever goes, [nodes, columns].
 
     """
-    rows = graph.rows
+    rows = graph.csr
     found = torch.empty_like(bits(low))
     infinite = int(bits(torch.tensor(torch.inf, dtype=table.dtype)))
-    bounds = rows.pointers.tolist()
+    bounds = rows.rowptr.tolist()
     start = 0
     while start < graph.num_nodes:
         # As many nodes as have some thousand neighbours together, at least one.
@@ -149,7 +149,7 @@ def _growth(graph: Adjacency, low: Tensor, table: Tensor, own: Tensor) -> Tensor
         first, after = bounds[start], bounds[end]
         values = table.index_select(0, rows.col[first:after])
         equal = same(bits(values), bits(low.index_select(0, rows.row[first:after])))
-        starts = rows.pointers[start : end + 1] - first
+        starts = rows.rowptr[start : end + 1] - first
         order = torch.arange(after - first, device=graph.device)
         shared = bags(equal.to(torch.float32), order, starts) > 1
         torch.maximum(bits(values), equal.mul_(infinite), out=bits(values))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from suffice.link.batches.composition import Composition, Fixed, Random, Separate
-from suffice.link.models import ModelSettings
+from suffice.link.models import EncoderDecoderSettings, ModelSettings
 from suffice.link.train.trainer import TrainSettings
 
 OWN = "own"  # stands for the norms of the model's own settings
@@ -40,7 +40,7 @@ class Arm:
 
     def model(self, base: ModelSettings) -> ModelSettings:
         """Return the study's model with this arm's norms."""
-        return replace(base, encoder_norm=self.encoder_norm, decoder_norm=self.decoder_norm)
+        return base.with_norms(self.encoder_norm, self.decoder_norm)
 
     def resolved(self, base: ModelSettings) -> Arm:
         """Return the arm with a model's own norms where it asks for them; its name then says so: `fixed own/layer`."""
@@ -49,8 +49,8 @@ class Arm:
         return replace(
             self,
             name=f"{self.name} {OWN}",
-            encoder_norm=base.encoder_norm if self.encoder_norm == OWN else self.encoder_norm,
-            decoder_norm=base.decoder_norm if self.decoder_norm == OWN else self.decoder_norm,
+            encoder_norm=base.norms.get("encoder_norm", "none") if self.encoder_norm == OWN else self.encoder_norm,
+            decoder_norm=base.norms.get("decoder_norm", "none") if self.decoder_norm == OWN else self.decoder_norm,
         )
 
     def train(self, base: TrainSettings, seed: int) -> TrainSettings:
@@ -93,7 +93,7 @@ def parse_arm(key: str) -> Arm:
     composition, balanced = _NAMED[name]
     rate = 1e-3 if "layer" in (encoder, decoder) else None
     arm = Arm(name, composition, balanced, encoder, decoder or encoder, rate)
-    arm.resolved(ModelSettings()).model(ModelSettings())  # refuses what is no norm
+    arm.resolved(EncoderDecoderSettings()).model(EncoderDecoderSettings())  # refuses what is no norm
     return arm
 
 

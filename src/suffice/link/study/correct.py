@@ -17,7 +17,7 @@ from suffice.link.auditing.trained import load_trained
 from suffice.link.data.checkpoint import CheckpointError
 from suffice.link.data.files import save_graph
 from suffice.link.data.graph import Graph, SplitConfig, prepare_graph, split_edges
-from suffice.link.models import ModelSettings
+from suffice.link.models import EncoderDecoderSettings, ModelSettings
 from suffice.link.study.arms import ARMS, Arm
 from suffice.link.study.results import Run, Study
 from suffice.link.study.run_kinds import CORRECT, REFERENCES, describe_arm, settings_of
@@ -70,7 +70,7 @@ def correct(
     """
     if seeds < 1 or not arms or len({arm.key for arm in arms}) < len(arms):
         raise ValueError(f"seeds, arms are {seeds}, {[arm.key for arm in arms]}; accepted: 1 or more, distinct")
-    model, train, protocol = model or ModelSettings(), train or TrainSettings(), protocol or SplitConfig()
+    model, train, protocol = model or EncoderDecoderSettings(), train or TrainSettings(), protocol or SplitConfig()
     graph = prepare_graph(graph, protocol)
     numbers = range(seed, seed + seeds)
     split_edges(graph, protocol, seed)  # refuses what can't be split
@@ -97,7 +97,7 @@ def correct(
         with Store(home, read_only=True) as store:
             records = list(store.records(name))
     settings = {
-        "model": asdict(model),
+        "model": model.to_dict(),
         "train": train.describe(),
         "protocol": asdict(protocol),
         "seeds": list(numbers),

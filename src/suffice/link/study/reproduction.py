@@ -10,7 +10,7 @@ from typing import Any
 from suffice.link.data.datasets import load_graph
 from suffice.link.data.files import save_graph
 from suffice.link.data.graph import SplitConfig, prepare_graph
-from suffice.link.models import ModelSettings, preset
+from suffice.link.models import EncoderDecoderSettings, ModelSettings, get_model_settings, preset
 from suffice.link.study.arms import Arm, parse_arm
 from suffice.link.study.run_kinds import CORRECT, describe_arm, read_arm, settings_of
 from suffice.link.train.trainer import TrainSettings
@@ -62,11 +62,11 @@ def settings_for(name: str, *, hidden: int = 64, published: str = "") -> tuple[M
         raise ValueError(f"models hold {name!r}; accepted: {', '.join(MODELS)}")
     if name in ("gcn", "sage"):
         norm = "none" if published else "batch"
-        return ModelSettings(encoder=name, hidden=hidden, encoder_norm=norm, decoder_norm=norm), {}
+        return EncoderDecoderSettings(encoder=name, hidden=hidden, encoder_norm=norm, decoder_norm=norm), {}
     if not published:
-        return ModelSettings(hidden=hidden, model=name), {}
+        return get_model_settings(name)(hidden=hidden), {}
     made, training = preset(name, published)
-    return made, {key: value for key, value in training.items() if key != "epochs"}
+    return made, {key: value for key, value in asdict(training).items() if key != "epochs"}
 
 
 def reproduce(
@@ -174,6 +174,7 @@ def _fields(train: TrainSettings) -> dict[str, Any]:
 
 def _names(settings: Mapping[str, Any]) -> tuple[str, str, str]:
     arm = settings["arm"]
-    model = settings["encoder"] if settings["model"] == "pair" else settings["model"]
+    model = settings["model"]
+    name = model["encoder"] if model["name"] == "encoder-decoder" else model["name"]
     data = Path(settings["data"]).stem.rpartition("-")[0] or settings["data"]
-    return data, model, read_arm(arm).key
+    return data, name, read_arm(arm).key

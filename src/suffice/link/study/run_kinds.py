@@ -10,7 +10,7 @@ from typing import Any
 
 from suffice.link.batches.composition import parse
 from suffice.link.data.graph import SplitConfig
-from suffice.link.models import ModelSettings
+from suffice.link.models import EncoderDecoderSettings, ModelSettings
 from suffice.link.study.arms import Arm, parse_arm
 from suffice.link.train.trainer import TrainSettings
 from suffice.study.run_kind import RunKind
@@ -49,7 +49,7 @@ class RunSettings:
             ValueError: a part refuses its settings.
 
         """
-        model, train = (_make(kind, settings) for kind in (ModelSettings, TrainSettings))
+        model, train = ModelSettings.from_dict(settings["model"]), _make(TrainSettings, settings)
         protocol = _make(SplitConfig, settings)
         if settings["arm"] in REFERENCES:
             return cls(None, settings["arm"], model, train, protocol)
@@ -100,6 +100,9 @@ def check(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     from suffice.link.data.datasets import NAMES
 
+    if given := settings["model"].keys() & set(_OF_ARM):
+        raise ValueError(f"model must leave {', '.join(sorted(given))} to the arm, got {settings['model']!r}")
+    settings = {**settings, "model": _describe_model(ModelSettings.from_dict(settings["model"]))}
     RunSettings.of(settings)
     data = Path(settings["data"])
     files = [Path(settings[name]) for name in ("data", "features", "labels") if settings[name] is not None]
@@ -116,8 +119,12 @@ def check(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings_of(model: ModelSettings, train: TrainSettings, protocol: SplitConfig) -> dict[str, Any]:
     """Return the settings that all arms of a study share."""
-    parts = {**asdict(model), **train.describe(), **asdict(protocol)}
+    parts = {"model": _describe_model(model), **train.describe(), **asdict(protocol)}
     return {name: value for name, value in parts.items() if name not in _OF_ARM}
+
+
+def _describe_model(model: ModelSettings) -> dict[str, Any]:
+    return {name: value for name, value in model.to_dict().items() if name not in _OF_ARM}
 
 
 def _make(kind: Any, settings: Mapping[str, Any]) -> Any:
@@ -138,7 +145,7 @@ CORRECT = RunKind(
         "labels": None,
         "root": "data",
         "device": "cpu",
-        **settings_of(ModelSettings(), TrainSettings(), SplitConfig()),
+        **settings_of(EncoderDecoderSettings(), TrainSettings(), SplitConfig()),
     },
     description="Train a link predictor one way, audit it, and measure what it keeps of the classes.",
 )

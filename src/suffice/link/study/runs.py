@@ -61,7 +61,7 @@ def run(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict[str
         train,
         checkpoint=context.file(".safetensors"),
         facts={
-            "model": asdict(model),
+            "model": model.to_dict(),
             "protocol": asdict(parts.protocol),
             "graph": graph.name,
             "in": graph.x.size(1),
@@ -78,7 +78,7 @@ def run(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict[str
     return {
         "facts": {
             "train": train.describe(),
-            "model": asdict(model),
+            "model": model.to_dict(),
             "protocol": asdict(parts.protocol),
             "of": _size(graph),
         },

@@ -20,7 +20,7 @@ from suffice.link.data.graph import Graph, Split
 from suffice.link.metrics import evaluate
 from suffice.link.models.base import LinkPredictor, score_in_chunks
 from suffice.link.sparse.adjacency import Adjacency, remove_edges
-from suffice.link.sparse.propagation import mostly_zero
+from suffice.link.sparse.propagation import is_mostly_zero
 from suffice.link.train.distributed import ranks, replicate, share_buffers, wait
 from suffice.link.train.memory_check import check_room, named_shortage
 
@@ -194,9 +194,7 @@ def adam(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
 
 def features(graph: Graph, model: nn.Module) -> Tensor:
     """Return the node features, sparse (CSR) where an encoder's first product gains from it."""
-    from suffice.link.models import GCN, GraphSAGE, PureGCN
-
-    if isinstance(getattr(model, "encoder", None), (GCN, GraphSAGE, PureGCN)) and mostly_zero(graph.x):
+    if getattr(getattr(model, "encoder", None), "accepts_sparse_features", False) and is_mostly_zero(graph.x):
         import warnings
 
         with warnings.catch_warnings():

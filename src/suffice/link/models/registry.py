@@ -1,0 +1,84 @@
+"""A registry of named parts: norms, encoders, decoders and models are found by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+Part = TypeVar("Part")
+Registered = TypeVar("Registered")
+
+
+class Registry(Generic[Part]):
+    """Parts of one kind by name, in the order of registration.
+
+    Args:
+        kind: what the parts are, for error messages, for example `encoder`.
+
+    Example:
+        >>> shapes = Registry[type]("shape")
+        >>> @shapes.register("square")
+        ... class Square: ...
+        >>> shapes.find("square").__name__
+        'Square'
+
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._parts: dict[str, Part] = {}
+
+    def register(self, name: str) -> Callable[[Registered], Registered]:
+        """Return a decorator that registers a class or function under a name.
+
+        Raises:
+            ValueError: another part has this name.
+
+        """
+
+        def decorate(part: Registered) -> Registered:
+            # A module that is reloaded, or a notebook cell that is run again, replaces its own part.
+            known = self._parts.get(name)
+            if known is not None and _qualified_name(known) != _qualified_name(part):
+                raise ValueError(f"{self.kind} must have a name that is not registered yet, got {name!r}")
+            self._parts[name] = part  # pyright: ignore[reportArgumentType]
+            return part
+
+        return decorate
+
+    def find(self, name: str) -> Part:
+        """Return the part with a name.
+
+        Raises:
+            ValueError: no part has this name.
+
+        """
+        self.check(self.kind, name)
+        return self._parts[name]
+
+    def check(self, argument: str, name: object) -> None:
+        """Raise unless a part has the name that an argument was given.
+
+        Raises:
+            ValueError: no part has this name.
+
+        """
+        if name not in self._parts:
+            raise ValueError(f"{argument} must be {describe_choices(self._parts, name)}")
+
+    def entries(self) -> dict[str, Part]:
+        """Return every part by name."""
+        return dict(self._parts)
+
+
+def describe_choices(accepted: Iterable[str], given: object) -> str:
+    """Return the second half of an error message: what is accepted, what was given, and the nearest name."""
+    accepted = list(accepted)
+    nearest = difflib.get_close_matches(str(given), accepted, n=1)
+    hint = f". Did you mean {nearest[0]!r}?" if nearest else ""
+    return f"one of {', '.join(accepted)}, got {given!r}{hint}"
+
+
+def _qualified_name(part: object) -> tuple[object, object]:
+    return getattr(part, "__module__", None), getattr(part, "__qualname__", None)
