@@ -89,7 +89,8 @@ from suffice.study.results import (
 )
 
 # What a setting, a metric or a text among their values is called now: what it was called when the file was written.
-RENAMED: dict[str, str] = {"encoder-decoder": "pair"}
+# BUDDY has no norm over nodes; the file says that it has the default one.
+RENAMED: dict[str, str] = {"encoder-decoder": "pair", "fixed own/none-batch": "fixed own/batch"}
 WAYS = {  # keys of ways of training by our names
     "even": "fixed/batch",
     "drawn": "random/batch",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,17 @@ def policies() -> str:
 
 def models() -> str:
     """Return the page of link predictors: what their docstrings say, and where they are."""
-    from suffice.link.models import settings
+    from suffice.link.models import decoders, encoders
+    from suffice.link.models import models as registered
 
     lines = ["# Each model", "An option of every command of `suffice link` (`--model`, `--encoder`, `--decoder`)."]
-    for title, names in (("Encoders", settings.ENCODERS), ("Decoders", settings.DECODERS)):
+    for title, names in (("Encoders", encoders()), ("Decoders", decoders())):
         lines.append(f"## {title}")
         lines += [f"### {name}\n\n{_whole(kind)}" for name, kind in names.items()]
-    lines.append("## Models of pairs")
-    for name in settings.MODELS:
-        kind = next((v for k, v in vars(settings).items() if k.lower() == name), None)
-        lines.append(f"### {name}\n\n{_whole(kind) if kind else 'An encoder and a decoder of the above.'}")
+    lines.append("## Models")
+    for name, settings in registered().items():
+        about = " ".join((sys.modules[settings.__module__].__doc__ or "").split())
+        lines.append(f"### {name}\n\n{about}\n\n`{settings.__module__}.{settings.__name__}`")
     return "\n\n".join(lines)
 
 

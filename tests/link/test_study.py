@@ -93,7 +93,7 @@ def test_the_page_of_a_study_shows_differences_and_maps(graph, tmp_path):
 def test_an_unknown_arm_is_named():
     for key, message in (
         ("mixed/batch", "arm is 'mixed/batch'"),
-        ("fixed/group", "encoder_norm must be one of batch"),
+        ("fixed/group", "norm must be one of batch, layer, graph, none, got 'group'"),
     ):
         with pytest.raises(ValueError, match=message):
             parse_arm(key)
