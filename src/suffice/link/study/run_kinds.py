@@ -19,6 +19,7 @@ from suffice.study.run_kind import RunKind
 _OF_ARM = ("encoder_norm", "decoder_norm", "composition", "balanced", "seed")
 # Yardsticks beside the arms: no training, only what features and an untrained model keep of the classes.
 REFERENCES = ("raw features", "untrained")
+DEFAULT_MODEL = EncoderDecoderSettings.name
 _FILES = (".csv", ".parquet", ".npz")
 
 
@@ -102,7 +103,8 @@ def check(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     if given := settings["model"].keys() & set(_OF_ARM):
         raise ValueError(f"model must leave {', '.join(sorted(given))} to the arm, got {settings['model']!r}")
-    settings = {**settings, "model": _describe_model(ModelSettings.from_dict(settings["model"]))}
+    model = ModelSettings.from_dict({"name": DEFAULT_MODEL, **settings["model"]})
+    settings = {**settings, "model": _describe_model(model)}
     RunSettings.of(settings)
     data = Path(settings["data"])
     files = [Path(settings[name]) for name in ("data", "features", "labels") if settings[name] is not None]
@@ -146,6 +148,7 @@ CORRECT = RunKind(
         "root": "data",
         "device": "cpu",
         **settings_of(EncoderDecoderSettings(), TrainSettings(), SplitConfig()),
+        "model": {},  # the name and the options of any model; options differ from model to model
     },
     description="Train a link predictor one way, audit it, and measure what it keeps of the classes.",
 )
