@@ -118,7 +118,7 @@ def summarise(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print the tables of docs/kv.md."""
+    """Print the tables of docs/results/kv.md."""
     places = [(setting, budget) for setting in ("text", "agnostic", "aware") for budget in BUDGETS]
     index = {(row["policy"], row["allocation"], row["setting"], row["budget"]): row for row in rows}
     heads = dict.fromkeys((row["policy"], row["allocation"]) for row in rows)

@@ -1,7 +1,8 @@
 """Every block of Python in the documentation runs as it stands, and so do the short examples.
 
 A comment before a block says why it doesn't (`<!-- not run: … -->`), or that it takes the default model
-(`<!-- heavy: … -->`). The blocks of docs/link.md run in tests/link/test_docs.py, on names that a reader would have.
+(`<!-- heavy: … -->`). The blocks of results/link.md run in tests/link/test_docs.py, which defines
+the names that they use.
 """
 
 import os
@@ -18,7 +19,7 @@ _BLOCK = re.compile(r"(?:<!-- (not run|heavy): [^>]+ -->\n)?```python\n(.*?)```"
 
 
 def blocks():
-    for page in sorted((ROOT / "docs").glob("*.md")):
+    for page in sorted((ROOT / "docs").rglob("*.md")):
         if page.name == "link.md":
             continue
         for number, (mark, code) in enumerate(_BLOCK.findall(page.read_text(encoding="utf-8"))):

@@ -17,8 +17,8 @@ _ROOMS = ("information", "kv", "link", "study", "report")
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages."""
-    pages = {"policies.md": policies(), "models.md": models()}
-    pages |= {f"reference-{room}.md": reference(room) for room in _ROOMS}
+    pages = {"reference/policies.md": policies(), "reference/models.md": models()}
+    pages |= {f"reference/{room}.md": reference(room) for room in _ROOMS}
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files

@@ -209,9 +209,9 @@ def test_the_default_model_finds_a_needle_and_loses_it_with_the_cache():
 
 @pytest.mark.model
 def test_example_of_the_documentation_runs(capsys):
-    page = (Path(__file__).parents[2] / "docs" / "kv.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "results" / "kv.md").read_text(encoding="utf-8")
     code = next(code for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "evaluate" in code)
-    exec(compile(code, "docs/kv.md", "exec"), {})
+    exec(compile(code, "docs/results/kv.md", "exec"), {})
     full, equal, profile, h2o = (line.split() for line in capsys.readouterr().out.splitlines())
     assert full[:2] == ["full", "equal"]
     assert profile[:2] == ["capkv", "profile"]

@@ -1,4 +1,4 @@
-"""The code of docs/link.md runs as it stands, on names that a reader would have; that of docs/link-models.md alone."""
+"""The code of the pages results/link.md and results/link-models.md runs."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,8 @@ from suffice.link.batches.negatives import draw_negatives
 from suffice.link.models import EncoderDecoderSettings, PairScorer
 from suffice.link.train.trainer import TrainSettings
 
-DOCS = (Path(__file__).parents[2] / "docs" / "link.md").read_text(encoding="utf-8")
-MODELS = (Path(__file__).parents[2] / "docs" / "link-models.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).parents[2] / "docs" / "results" / "link.md").read_text(encoding="utf-8")
+MODELS = (Path(__file__).parents[2] / "docs" / "results" / "link-models.md").read_text(encoding="utf-8")
 
 
 class Inner(torch.nn.Module):
