@@ -1,4 +1,4 @@
-"""What is kept, stored by transformers' own quantised layers."""
+"""Caches whose kept entries are stored in the quantised layers of transformers."""
 
 from __future__ import annotations
 
@@ -12,30 +12,34 @@ from suffice.kv import CompressedCache
 from suffice.kv.storage.quantized import Quantization, QuantizedStorage
 from tests.kv.tiny import answer, build, left_padded, prompt, tiny
 
-HERE = {
+AVAILABLE = {
     "fp8": hasattr(cache_utils, "Fp8QuantizedLayer"),
     "quanto": importlib.util.find_spec("optimum") is not None
     and importlib.util.find_spec("optimum.quanto") is not None,
     "hqq": importlib.util.find_spec("hqq") is not None,
 }
 BITS = {"fp8": 8, "quanto": 4, "hqq": 4}
-# Of 16 numbers, the error of one relative to the largest.
+# Largest error of a number, relative to the largest of the 16 numbers that share a scale.
 ERROR = {"fp8": 0.04, "quanto": 0.08, "hqq": 0.15}
 backends = pytest.mark.parametrize(
-    "backend", [pytest.param(b, marks=pytest.mark.skipif(not here, reason=f"needs {b}")) for b, here in HERE.items()]
+    "backend",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(not available, reason=f"needs {name}"))
+        for name, available in AVAILABLE.items()
+    ],
 )
 
 
 def caches(backend, **settings):
-    """The same cache as it is, and quantised."""
-    model = tiny("qwen3")  # 16 dimensions
+    """Return a model, an empty cache of it, and the same cache quantised."""
+    model = tiny("qwen3")  # its heads have 16 dimensions
     return model, *(
         CompressedCache(model, "keydiff", 12, quantized=quantized, **settings) for quantized in (None, backend)
     )
 
 
 def batch():
-    return left_padded([prompt(40), prompt(9, seed=2)])  # a row shorter than the budget has empty places
+    return left_padded([prompt(40), prompt(9, seed=2)])  # the row shorter than the budget has empty slots
 
 
 def fill(model, cache):
@@ -45,9 +49,11 @@ def fill(model, cache):
 
 @backends
 @pytest.mark.parametrize("allocation", ["equal", "pyramid"])
-def test_entries_are_those_kept_to_the_precision_that_is_left(backend, allocation):
+def test_quantised_entries_equal_the_kept_entries_up_to_rounding(backend, allocation):
     model, plain, quantized = caches(backend, allocation=allocation)
-    torch.testing.assert_close(fill(model, quantized), fill(model, plain))  # a prefill reads what it has computed
+    torch.testing.assert_close(
+        fill(model, quantized), fill(model, plain)
+    )  # the prefill attends to entries that are not quantised yet
     for own, other in zip(plain.compressed_layers, quantized.compressed_layers, strict=True):
         assert isinstance(other.storage, QuantizedStorage)
         assert torch.equal(own.storage.positions, other.storage.positions)
@@ -60,7 +66,7 @@ def test_entries_are_those_kept_to_the_precision_that_is_left(backend, allocatio
 
 
 @backends
-def test_bytes_are_those_of_what_is_stored(backend):
+def test_reported_bytes_are_those_of_the_quantised_entries(backend):
     model, plain, quantized = caches(backend)
     fill(model, plain)
     fill(model, quantized)
@@ -74,8 +80,8 @@ def test_bytes_are_those_of_what_is_stored(backend):
 
 @backends
 @pytest.mark.parametrize("settings", [{}, {"evict": "always", "interval": 3}])
-def test_a_model_goes_on_from_it(backend, settings):
-    """Rows as single runs; copies independent; nothing put together stays behind."""
+def test_generation_continues_from_a_quantised_cache(backend, settings):
+    """Copies are independent, and dequantised entries are freed after each attention call."""
     model, plain, quantized = caches(backend, **settings)
     tokens = answer(model, batch(), quantized, new=12)
     answer(model, batch(), plain, new=12)
@@ -84,7 +90,7 @@ def test_a_model_goes_on_from_it(backend, settings):
     ]
     assert tokens.shape == (2, 12)
     for layer in quantized.compressed_layers:
-        assert layer.storage._whole is None
+        assert layer.storage._dequantized is None
         assert bool(torch.isfinite(layer.storage.keys).all())
     other = quantized.copy()
     before = [layer.storage.keys for layer in quantized.compressed_layers]
@@ -100,34 +106,37 @@ def test_a_model_goes_on_from_it(backend, settings):
         assert torch.equal(kept, layer.storage.keys)
 
 
-@pytest.mark.skipif(not HERE["fp8"], reason="needs a newer transformers")
-def test_what_is_beyond_the_scale_is_cut_off():
-    """The scale of 8-bit numbers is that of the first entries; torch makes NaN of what is larger."""
+@pytest.mark.skipif(not AVAILABLE["fp8"], reason="needs a newer transformers")
+def test_fp8_numbers_beyond_the_scale_are_clamped():
+    """The first entries set the scale of 8-bit numbers; torch would turn larger numbers into NaN."""
     model, _, cache = caches("fp8")
     fill(model, cache)
     storage = cache.compressed_layers[0].storage
-    most = float(storage.keys.abs().amax())
-    new = torch.full((2, 2, 1, 16), 100 * most)
+    largest = float(storage.keys.abs().amax())
+    new = torch.full((2, 2, 1, 16), 100 * largest)
     storage.append(new, new, torch.tensor([[40], [9]]))
-    torch.testing.assert_close(storage.keys[:, :, -1], torch.full((2, 2, 16), most), rtol=0.05, atol=0)
+    torch.testing.assert_close(storage.keys[:, :, -1], torch.full((2, 2, 16), largest), rtol=0.05, atol=0)
 
 
-def test_wrong_settings_are_named(tmp_path):
+def test_invalid_settings_are_rejected(tmp_path):
     model = build("llama")
-    with pytest.raises(ValueError, match=r"quantized is 'int4'; accepted: 'quanto', 'hqq', 'fp8', or None"):
+    with pytest.raises(ValueError, match="quantized must be one of 'quanto', 'hqq', 'fp8' or None, got 'int4'"):
         CompressedCache(model, "capkv", quantized="int4")
-    with pytest.raises(TypeError, match="quantized is 4; accepted: a name, a Quantization, or None"):
+    with pytest.raises(TypeError, match="quantized must be a name, a Quantization or None, got 4"):
         CompressedCache(model, quantized=4)
-    with pytest.raises(ValueError, match="residual is 0"):
-        Quantization(residual=0)
-    with pytest.raises(ValueError, match=r"heads of unequal length .* do not support; accepted: None, or an alloc"):
+    with pytest.raises(ValueError, match="residual_length must be at least 1, got 0"):
+        Quantization(residual_length=0)
+    message = (
+        r"quantized must be None for heads of unequal length .*, got 'quanto'. Use allocation='equal' or 'pyramid'"
+    )
+    with pytest.raises(ValueError, match=message):
         CompressedCache(model, allocation="adakv", quantized="quanto")
-    for backend, here in HERE.items():
-        if not here:
-            with pytest.raises(ImportError, match=f"quantized is '{backend}', which needs .*; install it, or choose"):
+    for backend, available in AVAILABLE.items():
+        if not available:
+            with pytest.raises(ImportError, match=f"quantized='{backend}' needs .*. Install it, or choose"):
                 CompressedCache(model, "capkv", quantized=backend)
             continue
         cache = CompressedCache(model, "keydiff", 12, quantized=backend)
         answer(model, {"input_ids": prompt(20)}, cache)
-        with pytest.raises(ValueError, match="a cache with quantized entries is not saved"):
+        with pytest.raises(ValueError, match="quantized must be None for a cache that is saved, got a quantised cache"):
             cache.save(model, tmp_path / "x")

@@ -1,4 +1,4 @@
-"""Caches on disk, copies, rows: a cache is a thing that goes on."""
+"""Saved and loaded caches, copies, several turns, rows and beams: a cache can be continued."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from suffice.kv.policy.registry import allocations
 from suffice.kv.policy.weights import ExpectedAttention, KeyNorm
 from tests.kv.tiny import answer, build, left_padded, prompt, tiny
 
-MOVING = Policy(weights=ExpectedAttention(future=0, pooled=True, diagonal=True, half_life=20.0), name="moving")
+HALF_LIFE = Policy(weights=ExpectedAttention(future=0, pooled=True, diagonal=True, half_life=20.0), name="half-life")
 
 
 def fill(model, cache, rows=None):
@@ -25,14 +25,14 @@ def fill(model, cache, rows=None):
         model(**inputs, past_key_values=cache)
 
 
-def go_on(model, cache, rows=1):
-    """Logits of further chunks and single tokens, the cache evicting where it does."""
+def continue_reading(model, cache, rows=1):
+    """Return the logits of further chunks and single tokens, between which the cache may evict."""
     later = prompt(24, seed=7, rows=rows)
-    found = []
+    logits = []
     with torch.no_grad():
         for start, stop in ((0, 9), (9, 10), (10, 11), (11, 12), (12, 24)):
-            found.append(model(later[:, start:stop], past_key_values=cache).logits[:, -1])
-    return torch.cat(found)
+            logits.append(model(later[:, start:stop], past_key_values=cache).logits[:, -1])
+    return torch.cat(logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -42,25 +42,24 @@ def go_on(model, cache, rows=1):
     [
         ("capkv", {}),
         ("h2o", {"evict": "always", "interval": 2}),
-        (MOVING, {"evict": "always", "interval": 2, "rerotate": True}),
+        (HALF_LIFE, {"evict": "always", "interval": 2, "rerotate": True}),
     ],
 )
-def test_a_loaded_cache_goes_on_as_the_saved_one(tmp_path, family, allocation, policy, settings):
+def test_loaded_cache_continues_like_the_saved_one(tmp_path, family, allocation, policy, settings):
     model = tiny(family)
     cache = CompressedCache(model, policy, 12, allocation=allocation, **settings)
     rows = [prompt(30), prompt(22)]
     fill(model, cache, rows)
-    file = cache.save(model, tmp_path / "a cache.safetensors")
+    file = cache.save(model, tmp_path / "name with spaces.safetensors")
     own = None if isinstance(policy, str) else cache.policy
     loaded = CompressedCache.load(file, model, own)
     assert loaded.report() == cache.report()
     assert loaded.settings == cache.settings
-    assert torch.equal(go_on(model, loaded, 2), go_on(model, cache, 2))
+    assert torch.equal(continue_reading(model, loaded, 2), continue_reading(model, cache, 2))
     assert loaded.report() == cache.report()
 
 
-def test_another_process_goes_on(tmp_path):
-    """The same weights, built again where nothing of this process is left."""
+def test_another_process_can_continue(tmp_path):
     model = build("llama")
     cache = CompressedCache(model, "capkv", 12, allocation="adakv")
     fill(model, cache)
@@ -76,50 +75,73 @@ def test_another_process_goes_on(tmp_path):
     assert json.loads(done.stdout.splitlines()[-1]) == answer(model, {"input_ids": ids}, cache).tolist()
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
+def test_caches_and_files_that_do_not_fit_are_rejected(tmp_path):
     model = tiny("llama")
     cache = CompressedCache(model, "capkv", 12)
-    with pytest.raises(ValueError, match="has seen nothing"):
+    with pytest.raises(ValueError, match="the cache must hold tokens to be saved, got an empty cache"):
         cache.save(model, tmp_path / "x")
     fill(model, cache)
     file = cache.save(model, tmp_path / "x")
-    with pytest.raises(ValueError, match="model is not the one"):
+    with pytest.raises(ValueError, match="model must be the one that the CompressedCache was made for, got another"):
         cache.save(tiny("qwen2"), tmp_path / "y")
-    with pytest.raises(FileNotFoundError, match="accepted: a file that `save` wrote"):
+    with pytest.raises(
+        FileNotFoundError, match=r"path must be a file that `save` has written, got '.*none', which does not exist"
+    ):
         CompressedCache.load(tmp_path / "none", model)
-    with pytest.raises(ValueError, match=r"holds a cache of model \w+, this model is \w+"):
+    message = r"model must be the one that the cache in '.*x' was made with \(fingerprint \w+\), got one with .* \w+"
+    with pytest.raises(ValueError, match=message):
         CompressedCache.load(file, build("llama", seed=1))
-    with pytest.raises(ValueError, match=r"in torch.float32, this model is in torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"model must have the dtype .* \(torch.float32\), got torch.bfloat16"):
         CompressedCache.load(file, build("llama").to(torch.bfloat16))
-    with pytest.raises(ValueError, match="policy is 'custom'"):
+    with pytest.raises(ValueError, match=r"policy must be None or 'capkv' for '.*x', got 'custom'"):
         CompressedCache.load(file, model, Policy(weights=KeyNorm()))
     (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(ValueError, match="is no saved CompressedCache"):
+    with pytest.raises(ValueError, match=r"path must be a saved CompressedCache, got '.*text'"):
         CompressedCache.load(tmp_path / "text", model)
-    save_file({"a": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="is no saved CompressedCache"):
-        CompressedCache.load(tmp_path / "other", model)
-    with safe_open(file, "pt") as held:
-        facts = json.loads(held.metadata()["suffice"])
-        tensors = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
-    save_file(tensors, tmp_path / "newer", {"suffice": json.dumps({**facts, "format": 99})})
-    with pytest.raises(ValueError, match=r"has format 99.*Update suffice"):
-        CompressedCache.load(tmp_path / "newer", model)
 
 
-def test_a_policy_of_ones_own_is_asked_for(tmp_path):
+@pytest.mark.parametrize("metadata", [None, {"other": "{}"}])
+def test_files_without_our_metadata_are_rejected(tmp_path, metadata):
+    """An early version wrote its metadata under another key."""
+    save_file({"a": torch.zeros(1)}, tmp_path / "file", metadata)
+    message = (
+        r"must be a saved CompressedCache, got '.*file' \(it has no metadata .* early version\). Read the prompt again"
+    )
+    with pytest.raises(ValueError, match=message):
+        CompressedCache.load(tmp_path / "file", tiny("llama"))
+
+
+@pytest.mark.parametrize(
+    ("version", "remedy"), [(1, "Read the prompt again and save the new cache"), (99, "Update suffice")]
+)
+def test_files_of_another_format_are_rejected(tmp_path, version, remedy):
+    model = tiny("llama")
+    cache = CompressedCache(model, "capkv", 12)
+    fill(model, cache)
+    file = cache.save(model, tmp_path / "cache.safetensors")
+    with safe_open(file, "pt") as opened:
+        facts = json.loads(opened.metadata()["suffice"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    assert facts["format"] == 2
+    save_file(tensors, file, {"suffice": json.dumps({**facts, "format": version})})
+    message = rf"path must be a saved cache of format 2, got '.*' of format {version}, written by suffice .*\. {remedy}"
+    with pytest.raises(ValueError, match=message):
+        CompressedCache.load(file, model)
+
+
+def test_composed_policy_must_be_passed_to_load(tmp_path):
     model, own = tiny("llama"), Policy(weights=KeyNorm(), name="mine")
     cache = CompressedCache(model, own, 12)
     fill(model, cache)
     file = cache.save(model, tmp_path / "x")
-    with pytest.raises(ValueError, match=r"policy is None.*name mine, weights exp\(−‖k‖\)"):
+    message = r"policy must be the custom policy that .* was made with \(name mine, weights exp\(−‖k‖\).*; got None"
+    with pytest.raises(ValueError, match=message):
         CompressedCache.load(file, model)
     assert CompressedCache.load(file, model, own).policy == own
 
 
 @pytest.mark.parametrize("allocation", list(allocations()))
-def test_one_document_answers_many_questions(allocation):
-    """Copies share what is stored; the original stays as it is, whatever the copies do."""
+def test_copies_share_tensors_and_do_not_change_the_original(allocation):
     model = tiny("gemma3")
     cache = CompressedCache(model, "capkv", 12, allocation=allocation, evict="always", interval=2)
     fill(model, cache)
@@ -130,34 +152,33 @@ def test_one_document_answers_many_questions(allocation):
         for one, two in zip(cache.compressed_layers, copied.compressed_layers, strict=True)
     ]
     assert all(a.data_ptr() == b.data_ptr() for one, two in stored for a, b in zip(one, two, strict=True) if a.numel())
-    first = go_on(model, copied)
+    first = continue_reading(model, copied)
     assert cache.report() == before
-    assert torch.equal(go_on(model, cache.copy()), first)
-    assert torch.equal(go_on(model, cache), first)
+    assert torch.equal(continue_reading(model, cache.copy()), first)
+    assert torch.equal(continue_reading(model, cache), first)
 
 
 @pytest.mark.parametrize("allocation", list(allocations()))
-def test_several_turns_on_one_cache(allocation):
-    """Each turn goes on from the tokens before; what was kept is read as if all had come at once."""
+def test_several_turns_share_one_cache(allocation):
+    """Each turn continues the tokens before it, and entries after the first prompt are not evicted."""
     model = tiny("llama")
     cache = CompressedCache(model, "keydiff", 0.5, allocation=allocation)
     ids, tokens = prompt(20), []
     for turn in range(3):
         tokens = answer(model, {"input_ids": ids}, cache, new=3)
         ids = torch.cat((ids, tokens, prompt(6, seed=turn + 2)), dim=1)
-    # The last token generated is not read before the next turn.
+    # The last generated token is only read in the next turn.
     assert cache.get_seq_length() == 20 + 2 * 9 + 2
     for head in cache.kept_positions(0)[0].tolist():
         assert set(range(20, 40)) <= set(head)
 
 
 @pytest.mark.parametrize("allocation", ["equal", "profile", "marginal"])
-def test_rows_of_a_ragged_cache(allocation):
+def test_rows_of_a_ragged_cache_can_be_selected(allocation):
     model = tiny("llama")
     cache = CompressedCache(model, "capkv", 12, allocation=allocation)
     fill(model, cache, [prompt(17), prompt(29)])
-    go = {"input_ids": prompt(1, seed=4, rows=2)}
-    model(**go, past_key_values=cache)
+    model(prompt(1, seed=4, rows=2), past_key_values=cache)
 
     def rows():
         return [[[p for p in head if p >= 0] for head in row] for row in cache.kept_positions(1).tolist()]
@@ -172,8 +193,8 @@ def test_rows_of_a_ragged_cache(allocation):
 
 
 @pytest.mark.parametrize("allocation", ["equal", "adakv"])
-def test_beams_do_not_mix_rows(allocation):
-    """Beam search over a compressed prompt, against the same search with each beam's cache kept apart by hand."""
+def test_beam_search_does_not_mix_rows(allocation):
+    """The scores of beams equal those computed with a cache of its own for each beam."""
     model = tiny("llama")
     inputs = {"input_ids": prompt(20), "attention_mask": torch.ones(1, 20, dtype=torch.long)}
     options = {

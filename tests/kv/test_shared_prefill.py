@@ -1,3 +1,5 @@
+"""One prefill that fills several caches."""
+
 import pytest
 import torch
 
@@ -6,15 +8,15 @@ from suffice.kv.cache.shared_prefill import prefill
 from tests.kv.tiny import answer, left_padded, prompt, tiny
 
 
-@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("share_statistics", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_shared_prefill_fills_each_cache_as_its_own_would(family, share):
+def test_shared_prefill_fills_each_cache_like_a_prefill_of_its_own(family, share_statistics):
     model = tiny(family)
     settings = [("full", 1.0), ("capkv", 0.5), ("pyramidkv", 0.4), ("h2o", 12), ("h2o", 0.6), ("capkv", 0.3)]
     document = left_padded([prompt(31), prompt(24)])
     question = prompt(5, seed=2, rows=2)
     caches = [CompressedCache(model, name, budget) for name, budget in settings]
-    shared = prefill(model, document, caches, share_statistics=share)
+    shared = prefill(model, document, caches, share_statistics=share_statistics)
     assert len(shared.seconds) == len(settings)
     inputs = {
         "input_ids": torch.cat((document["input_ids"], question), 1),
@@ -30,11 +32,11 @@ def test_shared_prefill_fills_each_cache_as_its_own_would(family, share):
         assert torch.equal(answer(model, inputs, cache), answer(model, inputs, alone))
 
 
-def test_bad_caches_are_refused():
+def test_missing_and_used_caches_are_rejected():
     model = tiny("llama")
-    with pytest.raises(ValueError, match="caches is empty"):
+    with pytest.raises(ValueError, match="caches must hold at least one empty CompressedCache, got none"):
         prefill(model, {"input_ids": prompt(10)}, [])
     used = CompressedCache(model)
     prefill(model, {"input_ids": prompt(20)}, [used])
-    with pytest.raises(ValueError, match=r"caches\[1\] has seen 20 tokens"):
+    with pytest.raises(ValueError, match=r"caches\[1\] must be empty, got one that has seen 20 tokens"):
         prefill(model, {"input_ids": prompt(20)}, [CompressedCache(model), used])
