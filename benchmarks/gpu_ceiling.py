@@ -29,9 +29,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from suffice.kv.kernels.compaction import move_to_front
-from suffice.kv.kernels.decoding import Plan, decode
-from suffice.kv.kernels.leverage import factorize, inner_products, part_factor
-from suffice.kv.kernels.observation import Observation, Terms, observed_log_weights
+from suffice.kv.kernels.decoding import DecodePlan, decode
+from suffice.kv.kernels.leverage import factorize, factorize_subset, inner_products
+from suffice.kv.kernels.mixture import MixtureInputs, MixtureTerms, mixture_log_weights
 from suffice.link.sparse.kernels.match_neighbors import match_neighbors
 from suffice.link.sparse.kernels.segment_min import segment_min
 
@@ -86,13 +86,13 @@ def _launch_all(dim: int, group: int, dtype: torch.dtype) -> None:
     sampled = torch.zeros(1, SAMPLED, dtype=torch.long)
     queries = keys.repeat(1, group, 1, 1)
     first = torch.zeros(1, dtype=torch.int32)
-    whole = Observation(queries, keys, 0.1, WINDOW, tokens, first, starts, ends, sampled, starts)
-    observed_log_weights(whole, Terms(1, 4.0, 3.0, 1.0, 1.0))
+    inputs = MixtureInputs(queries, keys, 0.1, WINDOW, tokens, first, starts, ends, sampled, starts)
+    mixture_log_weights(inputs, MixtureTerms(1, 4.0, 3.0, 1.0, 1.0))
     weights = torch.zeros(1, 2, tokens)
     factor = factorize(keys, weights, 0.1)
     inner_products(keys, weights, factor, 1.0)
-    part_factor(keys, weights, torch.zeros(1, 2, 9, dtype=torch.long), factor)
-    plan = Plan.of([(0, 400), (404, 600)], 4, torch.device("cpu"))
+    factorize_subset(keys, weights, torch.zeros(1, 2, 9, dtype=torch.long), factor)
+    plan = DecodePlan.from_spans([(0, 400), (404, 600)], 4, torch.device("cpu"))
     entries, positions = keys.view(-1, dim), torch.zeros(1, 4, dtype=torch.int32)
     decode(torch.zeros(1, 2 * group, dim, dtype=dtype), entries, entries, positions, plan, 0.1)
     move_to_front(keys, torch.zeros(1, 2, 9, dtype=torch.long))

@@ -71,12 +71,12 @@ TRITON_BACKEND = TritonBackend()
 
 def _decode(query: Tensor, entries: RaggedEntries, scaling: float) -> Tensor:
     """Compute the attention of one new token by one kernel for all heads, split along their keys."""
-    from suffice.kv.kernels.decoding import Plan, decode
+    from suffice.kv.kernels.decoding import DecodePlan, decode
 
     tail = entries.tail_positions.shape[1]
     if entries.decode_plan is None:
         packed = [(start, count - tail) for start, count in entries.spans]
-        entries.decode_plan = Plan.of(packed, tail, query.device)
+        entries.decode_plan = DecodePlan.from_spans(packed, tail, query.device)
     keys, values = entries.buffers
     return decode(query[:, :, 0], keys, values, entries.tail_positions, entries.decode_plan, scaling)[:, None]
 
@@ -148,11 +148,11 @@ class TritonFactor(TorchFactor):
     @_or_torch
     def capacity_share(self, kept: Tensor) -> Tensor:
         """Return the share of the capacity that the kept entries carry; see `TorchFactor.capacity_share`."""
-        from suffice.kv.kernels.leverage import part_factor
+        from suffice.kv.kernels.leverage import factorize_subset
 
-        part = part_factor(self._stats.values, self._log_weights, kept, self._kernel_factor)
-        self._stats.require(~part.failed.any(), KernelFallbackError())
-        return part.capacity / self._kernel_factor.capacity
+        subset = factorize_subset(self._stats.values, self._log_weights, kept, self._kernel_factor)
+        self._stats.require(~subset.failed.any(), KernelFallbackError())
+        return subset.capacity / self._kernel_factor.capacity
 
 
 def fused_log_weights(weights: Weights, stats: AttentionStats) -> Tensor | None:
@@ -185,7 +185,7 @@ def fused_log_weights(weights: Weights, stats: AttentionStats) -> Tensor | None:
     width = min(window.window_size, count)
     if max(width, sampled.count if sampled else 0) * stats.num_key_value_groups > _MAX_ROWS:
         return None
-    from suffice.kv.kernels.observation import Observation, Terms, observed_log_weights
+    from suffice.kv.kernels.mixture import MixtureInputs, MixtureTerms, mixture_log_weights
 
     recent = min(expected.recent or count, count)
     starts, ends = stats.readable_ranges(width)
@@ -194,21 +194,27 @@ def fused_log_weights(weights: Weights, stats: AttentionStats) -> Tensor | None:
         indices = sampled_query_indices(stats, sampled.count)
         ends = torch.cat((ends, _sampled_ends(stats, indices, sampled.min_distance, starts)), dim=-1)
     shared_gaussian = expected.pooled or stats.num_key_value_groups == 1
-    observation = Observation(
-        stats.queries,
-        stats.keys,
-        stats.scaling,
-        width,
-        recent,
-        _num_skipped_queries(stats, recent, expected.skip),
-        starts,
-        ends,
-        indices,
-        None if shared_gaussian else _first_normalized_entry(stats, expected.skip, starts),
+    inputs = MixtureInputs(
+        queries=stats.queries,
+        keys=stats.keys,
+        scaling=stats.scaling,
+        window_size=width,
+        num_recent=recent,
+        num_skipped=_num_skipped_queries(stats, recent, expected.skip),
+        starts=starts,
+        ends=ends,
+        sampled_indices=indices,
+        expected_starts=None if shared_gaussian else _first_normalized_entry(stats, expected.skip, starts),
     )
-    order = (factors[kind] for kind in kinds[:3])
-    mixture = Terms(window.kernel_size, salience.beta, *order, sampled=factors.get(SampledAttention, 1.0))
-    return observed_log_weights(observation, mixture)
+    mixture = MixtureTerms(
+        kernel_size=window.kernel_size,
+        beta=salience.beta,
+        window_factor=factors[WindowAttention],
+        expected_factor=factors[ExpectedAttention],
+        salience_factor=factors[KeySalience],
+        sampled_factor=factors.get(SampledAttention, 1.0),
+    )
+    return mixture_log_weights(inputs, mixture)
 
 
 def _num_skipped_queries(stats: AttentionStats, recent: int, skip: int) -> Tensor:

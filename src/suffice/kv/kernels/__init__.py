@@ -2,7 +2,7 @@
 
 Each has an equivalent in plain PyTorch, which computes the same results up to rounding.
 
-* `observation`: log weights of the policies `capkv` and `capkv-profile`. Reads the keys twice: `key_sums` is the first
+* `mixture`: log weights of the policies `capkv` and `capkv-profile`. Reads the keys twice: `key_sums` is the first
   pass, `key_scores` the second, and `log_weights` combines their results. `moments` describes the queries.
 * `leverage`: leverage scores and capacity. Reads the values twice: `gram` computes Σ w v vᵀ, `cholesky` inverts its
   Cholesky factor, and `leverage` computes vᵀA⁻¹v.

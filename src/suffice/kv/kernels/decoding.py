@@ -33,7 +33,7 @@ _MIN_PART, _MAX_PART = 128, 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class DecodePlan:
     """Division of heads of unequal length into parts of similar length.
 
     A head consists of its packed entries, followed by the tail: the entries of the newest tokens, whose number may grow
@@ -52,21 +52,21 @@ class Plan:
     spans: Tensor
 
     @classmethod
-    def of(cls, packed: list[tuple[int, int]], tail: int, device: torch.device) -> "Plan":
+    def from_spans(cls, packed: list[tuple[int, int]], tail_length: int, device: torch.device) -> "DecodePlan":
         """Divide heads into parts.
 
         Args:
             packed: Index of the first entry and number of packed entries of each head, row by row.
-            tail: Number of entries in the tail, at least when the plan is used.
+            tail_length: Number of entries in the tail. It may have grown when the plan is used.
             device: Device of the plan.
 
         """
         first, sizes = np.asarray(packed, dtype=np.int64).T
         # About four parts for each multiprocessor.
-        part = triton.next_power_of_2(int((sizes + tail).sum()) // (4 * num_multiprocessors(device)) + 1)
+        part = triton.next_power_of_2(int((sizes + tail_length).sum()) // (4 * num_multiprocessors(device)) + 1)
         part = min(max(part, _MIN_PART), _MAX_PART)
         packed_parts = -(-sizes // part)
-        full_tail_parts = tail // part
+        full_tail_parts = tail_length // part
         num_parts = packed_parts + full_tail_parts + 1
         ends = num_parts.cumsum()
         spans = np.concatenate(([0], ends))
@@ -89,7 +89,7 @@ def decode(
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
-    plan: Plan,
+    plan: DecodePlan,
     scaling: float,
 ) -> Tensor:
     """Return the softmax attention of one query token.

@@ -67,7 +67,7 @@ def key_scores_kernel(
     ends_stride_head: "Any",
     ends_stride_query: "Any",
     beta: "Any",
-    POOL: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     DIM: tl.constexpr,
     GROUP: tl.constexpr,
@@ -155,7 +155,9 @@ def key_scores_kernel(
         products = query_key_products(k, q, mask_n, offs_n, window_ends, BLOCK_N, BLOCK_W)
         attention = tl.sum(tl.exp2(products * logit_scale - window_log2_sum[None, :]), 1)
         # Number of keys whose pooled attention contains the attention of this key.
-        num_pooled = tl.minimum(offs_n + POOL // 2, num_tokens - 1) - tl.maximum(offs_n - POOL // 2, start) + 1
+        num_pooled = (
+            tl.minimum(offs_n + KERNEL_SIZE // 2, num_tokens - 1) - tl.maximum(offs_n - KERNEL_SIZE // 2, start) + 1
+        )
         window_total += attention * num_pooled.to(tl.float32)
         tl.store(scores + head * num_tokens + offs_n, attention, mask=offs_n < num_tokens)
 
@@ -167,7 +169,7 @@ def key_scores_kernel(
     totals += (head * num_splits + tl.program_id(1)) * 5
     scalar = tl.arange(0, 1)
     maximum = tl.max(expected_max, 0)
-    tl.store(totals + scalar, tl.sum(window_total, 0) / POOL)
+    tl.store(totals + scalar, tl.sum(window_total, 0) / KERNEL_SIZE)
     tl.store(totals + 1 + scalar, tl.sum(salience_total, 0))
     tl.store(totals + 2 + scalar, tl.sum(sampled_total, 0))
     tl.store(totals + 3 + scalar, maximum)

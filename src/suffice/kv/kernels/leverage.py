@@ -37,23 +37,23 @@ def factorize(values: Tensor, log_weights: Tensor, ridge: float) -> InverseFacto
     return inverse_factor(weighted_gram(values, log_weights), values.shape[-1], ridge, min_trace)
 
 
-def part_factor(values: Tensor, log_weights: Tensor, kept: Tensor, whole: InverseFactor) -> InverseFactor:
-    """Factorize A for a part of the entries, with the σ² of all entries.
+def factorize_subset(values: Tensor, log_weights: Tensor, kept: Tensor, whole: InverseFactor) -> InverseFactor:
+    """Factorize A for a subset of the entries, with the σ² of all entries.
 
     Args:
         values: [batch, kv_heads, tokens, value_dim], float32, bfloat16 or float16.
         log_weights: float32 [batch, kv_heads, tokens], −inf for entries that do not exist.
-        kept: Indices of the entries in the part, long [batch, kv_heads, width], −1 for unused slots.
+        kept: Indices of the entries in the subset, long [batch, kv_heads, width], −1 for unused slots.
         whole: Result of `factorize` for all entries.
 
     """
     tokens = log_weights.shape[-1]
     mask = torch.zeros(*kept.shape[:2], tokens + 1, dtype=torch.bool, device=kept.device)
     mask.scatter_(-1, kept.where(kept >= 0, tokens), True)
-    part_log_weights = log_weights.masked_fill(~mask[..., :tokens], float("-inf"))
-    # `weighted_gram` scales by the largest weight of the part. Return to the scale of the whole.
-    scale = (part_log_weights.amax(-1) - log_weights.amax(-1)).exp()
-    gram = weighted_gram(values, part_log_weights) * scale[..., None, None]
+    subset_log_weights = log_weights.masked_fill(~mask[..., :tokens], float("-inf"))
+    # `weighted_gram` scales by the largest weight of the subset. Return to the scale of all entries.
+    scale = (subset_log_weights.amax(-1) - log_weights.amax(-1)).exp()
+    gram = weighted_gram(values, subset_log_weights) * scale[..., None, None]
     return inverse_factor(gram, values.shape[-1], 0.0, noise=whole.noise)
 
 

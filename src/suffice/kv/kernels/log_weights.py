@@ -31,7 +31,7 @@ def log_weights_kernel(
     salience_factor: "Any",
     sampled_factor: "Any",
     SAMPLED: tl.constexpr,
-    POOL: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -54,12 +54,12 @@ def log_weights_kernel(
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = (offs_n >= start) & (offs_n < num_tokens)
     pooled = tl.zeros((BLOCK_N,), tl.float32)
-    for offset in tl.static_range(POOL):
-        neighbor = offs_n + offset - POOL // 2
+    for offset in tl.static_range(KERNEL_SIZE):
+        neighbor = offs_n + offset - KERNEL_SIZE // 2
         mask = (neighbor >= start) & (neighbor < num_tokens)
         pooled += tl.load(scores + head * num_tokens + neighbor, mask=mask, other=0.0)
     # A term may be 0, for example if no query of the window may read the key. Its log is then −inf.
-    window_log = tl.log(pooled / POOL) - tl.log(tl.maximum(window_sum, TINY)) + tl.log(window_factor)
+    window_log = tl.log(pooled / KERNEL_SIZE) - tl.log(tl.maximum(window_sum, TINY)) + tl.log(window_factor)
     expected = tl.load(scores + (num_heads + head) * num_tokens + offs_n, mask=mask_n, other=float("-inf"))
     expected_log = (expected - expected_max) * _LN_2 - tl.log(tl.maximum(expected_sum, TINY)) + tl.log(expected_factor)
     cosine = tl.load(scores + (2 * num_heads + head) * num_tokens + offs_n, mask=mask_n, other=0.0)

@@ -15,13 +15,13 @@ from suffice.gpu import block_size, launch
 from suffice.kv.kernels.blocks import load_vectors
 
 
-def query_moments(queries: Tensor, recent: int, first: Tensor) -> Tensor:
+def query_moments(queries: Tensor, num_recent: int, num_skipped: Tensor) -> Tensor:
     """Return the mean and the mean square of the newest queries of each head, float32 [2, batch, heads, dim].
 
     Args:
         queries: [batch, heads, m, dim], contiguous along dim.
-        recent: Number of newest queries to use, at most m.
-        first: Number of the oldest of these queries to exclude, int32 [batch].
+        num_recent: Number of newest queries to use, at most m.
+        num_skipped: Number of the oldest of these queries to skip, int32 [batch].
 
     """
     batch, heads, num_queries, dim = queries.shape
@@ -31,12 +31,12 @@ def query_moments(queries: Tensor, recent: int, first: Tensor) -> Tensor:
         (batch * heads,),
         queries,
         moments,
-        first,
+        num_skipped,
         heads,
         num_queries,
         *queries.stride()[:3],
-        first.stride(0),
-        RECENT=recent,
+        num_skipped.stride(0),
+        RECENT=num_recent,
         DIM=dim,
         BLOCK_D=block_size(dim),
         BLOCK_N=64,
@@ -45,17 +45,17 @@ def query_moments(queries: Tensor, recent: int, first: Tensor) -> Tensor:
     return moments
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_queries", "first_stride"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "skipped_stride"])
 def moments_kernel(
     queries: "Any",
     moments: "Any",
-    first: "Any",
+    num_skipped: "Any",
     num_heads: "Any",
     num_queries: "Any",
     stride_batch: "Any",
     stride_head: "Any",
     stride_token: "Any",
-    first_stride: "Any",
+    skipped_stride: "Any",
     RECENT: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -64,16 +64,16 @@ def moments_kernel(
     """Compute the moments of one query head."""
     head = tl.program_id(0).to(tl.int64)
     queries += head // num_heads * stride_batch + head % num_heads * stride_head
-    num_excluded = tl.load(first + head // num_heads * first_stride)
+    skipped = tl.load(num_skipped + head // num_heads * skipped_stride)
     offs_d = tl.arange(0, BLOCK_D)
     mean = tl.zeros((BLOCK_D,), tl.float32)
     square = tl.zeros((BLOCK_D,), tl.float32)
     for block_start in range(0, RECENT, BLOCK_N):
         offs_n = block_start + tl.arange(0, BLOCK_N)
-        mask_n = (offs_n >= num_excluded) & (offs_n < RECENT)
+        mask_n = (offs_n >= skipped) & (offs_n < RECENT)
         q = load_vectors(queries, num_queries - RECENT + offs_n, mask_n, offs_d, stride_token, DIM).to(tl.float32)
         mean += tl.sum(q, 0)
         square += tl.sum(q * q, 0)
-    num_used = tl.maximum(RECENT - num_excluded, 1).to(tl.float32)
+    num_used = tl.maximum(RECENT - skipped, 1).to(tl.float32)
     tl.store(moments + head * DIM + offs_d, mean / num_used, mask=offs_d < DIM)
     tl.store(moments + (tl.num_programs(0) + head) * DIM + offs_d, square / num_used, mask=offs_d < DIM)

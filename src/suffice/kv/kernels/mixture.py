@@ -27,90 +27,92 @@ _MAX_QUERIES_FOUR_WARPS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Observation:
-    """Inputs of the log weights.
+class MixtureInputs:
+    """Tensors of one attention call, and the parts of them that each term uses.
 
     Args:
         queries: The newest m queries after rotary embedding, [batch, heads, m, dim], in the dtype of the keys.
         keys: Keys after rotary embedding, [batch, kv_heads, tokens, dim].
         scaling: Factor of the query-key product.
-        window: Number of newest queries in the observation window, at most m.
-        recent: Number of newest queries whose mean and variance define expected attention, at most m.
-        first: Number of the oldest of the `recent` queries that are excluded, int32 [batch].
+        window_size: Number of newest queries in the observation window, at most m.
+        num_recent: Number of newest queries whose mean and variance define expected attention, at most m.
+        num_skipped: Number of the oldest of the `num_recent` queries that are skipped, int32 [batch].
         starts: Index of the first entry that exists, int32 [batch, kv_heads]. All later entries exist.
         ends: End of the entries that each query of the window, and then each sampled query, may read, int32
-            [batch, kv_heads, window + sampled].
-        sampled: Indices of the sampled queries among the m queries, long [batch, sampled]; None for no sample.
-        inner: Index of the first entry over which expected attention is normalized, int32 [batch, kv_heads]. Each query
-            head then has its own Gaussian. If None, the heads of a group share one Gaussian.
+            [batch, kv_heads, window_size + sampled].
+        sampled_indices: Indices of the sampled queries among the m queries, long [batch, sampled]; None for no sample.
+        expected_starts: Index of the first entry over which expected attention is normalized, int32 [batch, kv_heads].
+            Each query head then has its own Gaussian. If None, the heads of a group share one Gaussian.
 
     """
 
     queries: Tensor
     keys: Tensor
     scaling: float
-    window: int
-    recent: int
-    first: Tensor
+    window_size: int
+    num_recent: int
+    num_skipped: Tensor
     starts: Tensor
     ends: Tensor
-    sampled: Tensor | None = None
-    inner: Tensor | None = None
+    sampled_indices: Tensor | None = None
+    expected_starts: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class MixtureTerms:
     """Parameters and factors of the four terms.
 
     Args:
-        pool: Width of the average pooling of window attention along the tokens, odd.
+        kernel_size: Width of the average pooling of window attention along the tokens, odd.
         beta: β of the salience exp(−β cos(k, mean of the unit keys)).
-        window: Factor of window attention, above 0, like the other factors.
-        expected: Factor of expected attention.
-        salience: Factor of the salience.
-        sampled: Factor of sampled attention.
+        window_factor: Factor of window attention, above 0, like the other factors.
+        expected_factor: Factor of expected attention.
+        salience_factor: Factor of the salience.
+        sampled_factor: Factor of sampled attention.
 
     """
 
-    pool: int
+    kernel_size: int
     beta: float
-    window: float
-    expected: float
-    salience: float
-    sampled: float = 1.0
+    window_factor: float
+    expected_factor: float
+    salience_factor: float
+    sampled_factor: float = 1.0
 
 
-def observed_log_weights(seen: Observation, terms: Terms) -> Tensor:
+def mixture_log_weights(inputs: MixtureInputs, terms: MixtureTerms) -> Tensor:
     """Return log Σ_j c_j t_j / Σ t_j, with the terms t_j of each key, their sums over the head, and their factors c_j.
 
     Returns:
         float32 [batch, kv_heads, tokens], −inf where no entry exists.
 
     """
-    keys = contiguous_rows(seen.keys)
+    keys = contiguous_rows(inputs.keys)
     batch, kv_heads, tokens, dim = keys.shape
-    heads, group = batch * kv_heads, seen.queries.shape[1] // kv_heads
-    queries = contiguous_rows(seen.queries)
-    gaussians = _gaussians(seen, queries)
+    heads, group = batch * kv_heads, inputs.queries.shape[1] // kv_heads
+    queries = contiguous_rows(inputs.queries)
+    gaussians = _gaussians(inputs, queries)
     num_gaussians = gaussians.shape[2]
-    window_queries = queries[:, :, queries.shape[2] - seen.window :].contiguous()
+    window_queries = queries[:, :, queries.shape[2] - inputs.window_size :].contiguous()
     num_sampled = 0
     sampled_queries = window_queries  # not read if there is no sample
-    if seen.sampled is not None:
-        num_sampled = seen.sampled.shape[1]
-        sampled_queries = queries.gather(2, seen.sampled[:, None, :, None].expand(-1, queries.shape[1], -1, dim))
+    if inputs.sampled_indices is not None:
+        num_sampled = inputs.sampled_indices.shape[1]
+        sampled_queries = queries.gather(
+            2, inputs.sampled_indices[:, None, :, None].expand(-1, queries.shape[1], -1, dim)
+        )
     options: dict[str, int] = {
         "DIM": dim,
         "GROUP": group,
-        "WINDOW": seen.window,
+        "WINDOW": inputs.window_size,
         "SAMPLED": num_sampled,
         "GAUSSIANS": num_gaussians,
         "BLOCK_D": block_size(dim),
-        "BLOCK_W": block_size(group * seen.window),
+        "BLOCK_W": block_size(group * inputs.window_size),
         "BLOCK_S": block_size(group * num_sampled) if num_sampled else 0,
         "COLUMNS": block_size(num_gaussians + 1, minimum=8),  # one of each Gaussian, and one of the squared norm
         "BLOCK_N": _BLOCK // 2 if keys.dtype == torch.float32 else _BLOCK,
-        "num_warps": 4 if group * max(seen.window, num_sampled) <= _MAX_QUERIES_FOUR_WARPS else 8,
+        "num_warps": 4 if group * max(inputs.window_size, num_sampled) <= _MAX_QUERIES_FOUR_WARPS else 8,
         "num_stages": 3,
     }
     splits, split_size = split_tokens(tokens, heads, options["BLOCK_N"], 2, keys.device)
@@ -120,9 +122,9 @@ def observed_log_weights(seen: Observation, terms: Terms) -> Tensor:
     totals = torch.empty(heads, splits, 5, dtype=torch.float32, device=keys.device)
     num_terms = 3 + (num_sampled > 0)
     scores = torch.empty(num_terms, batch, kv_heads, tokens, dtype=torch.float32, device=keys.device)
-    expected_starts = seen.starts if seen.inner is None else seen.inner
-    sizes = (tokens, split_size, kv_heads, seen.scaling)
-    strides = (*keys.stride()[:3], *seen.starts.stride(), *seen.ends.stride())
+    expected_starts = inputs.starts if inputs.expected_starts is None else inputs.expected_starts
+    sizes = (tokens, split_size, kv_heads, inputs.scaling)
+    strides = (*keys.stride()[:3], *inputs.starts.stride(), *inputs.ends.stride())
     launch(
         key_sums_kernel,
         (heads, splits),
@@ -130,8 +132,8 @@ def observed_log_weights(seen: Observation, terms: Terms) -> Tensor:
         window_queries,
         sampled_queries,
         gaussians,
-        seen.starts,
-        seen.ends,
+        inputs.starts,
+        inputs.ends,
         sums,
         features,
         expected_starts,
@@ -148,15 +150,15 @@ def observed_log_weights(seen: Observation, terms: Terms) -> Tensor:
         window_queries,
         sampled_queries,
         features,
-        seen.starts,
-        seen.ends,
+        inputs.starts,
+        inputs.ends,
         sums,
         scores,
         totals,
         *sizes,
         *strides,
         terms.beta,
-        POOL=terms.pool,
+        KERNEL_SIZE=terms.kernel_size,
         BLOCK_SPLITS=block_splits,
         **options,
     )
@@ -166,19 +168,19 @@ def observed_log_weights(seen: Observation, terms: Terms) -> Tensor:
         (heads, triton.cdiv(tokens, 1024)),
         scores,
         totals,
-        seen.starts,
+        inputs.starts,
         log_weights,
         tokens,
         kv_heads,
         splits,
-        *seen.starts.stride(),
+        *inputs.starts.stride(),
         terms.beta,
-        terms.window,
-        terms.expected,
-        terms.salience,
-        terms.sampled,
+        terms.window_factor,
+        terms.expected_factor,
+        terms.salience_factor,
+        terms.sampled_factor,
         SAMPLED=num_sampled > 0,
-        POOL=terms.pool,
+        KERNEL_SIZE=terms.kernel_size,
         BLOCK_SPLITS=block_splits,
         BLOCK_N=1024,
         num_warps=4,
@@ -186,15 +188,15 @@ def observed_log_weights(seen: Observation, terms: Terms) -> Tensor:
     return log_weights
 
 
-def _gaussians(seen: Observation, queries: Tensor) -> Tensor:
+def _gaussians(inputs: MixtureInputs, queries: Tensor) -> Tensor:
     """Return mean and half variance of the attention logits' Gaussians, [2, heads, gaussians, dim].
 
     For a query ~ N(μ, Σ) with diagonal Σ, log E exp(scaling · qᵀk) = scaling · μᵀk + scaling²/2 · kᵀΣk.
     """
-    kv_heads = seen.keys.shape[1]
-    moments = query_moments(queries, seen.recent, seen.first).unflatten(2, (kv_heads, -1))
-    if seen.inner is None:
+    kv_heads = inputs.keys.shape[1]
+    moments = query_moments(queries, inputs.num_recent, inputs.num_skipped).unflatten(2, (kv_heads, -1))
+    if inputs.expected_starts is None:
         moments = moments.mean(3, keepdim=True)
     mean, square = moments
-    half_variance = (square - mean * mean).clamp_min(0) * (0.5 * seen.scaling * seen.scaling)
-    return torch.stack((mean * seen.scaling, half_variance)).flatten(1, 2)
+    half_variance = (square - mean * mean).clamp_min(0) * (0.5 * inputs.scaling * inputs.scaling)
+    return torch.stack((mean * inputs.scaling, half_variance)).flatten(1, 2)
