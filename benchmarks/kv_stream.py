@@ -22,7 +22,8 @@ from torch import Tensor
 
 from machine import forget_peak, machine, status
 from suffice.kv import DEFAULT_POLICY, CompressedCache, load_model
-from suffice.report import figures
+from suffice.report import color_of, new_figure, save_figure
+from suffice.report.style import figure_style
 
 FROM = 10_000  # the token from which memory is to stay as it is
 
@@ -86,20 +87,20 @@ def summary(rows: list[dict[str, float]]) -> dict[str, float]:
 def draw(rows: list[dict[str, float]], path: Path) -> None:
     """Time, memory and likelihood by token."""
     x = [row["tokens"] / 1000 for row in rows]
-    figure, panels = figures.new(11, 3.2, columns=3)
+    figure, panels = new_figure(11, 3.2, columns=3)
     shown = {
         "seconds a chunk": [row["seconds"] for row in rows],
         "process memory, MB": [row["rss"] / 1e6 for row in rows],
         "NLL, nats a token": [row["nll"] for row in rows],
     }
-    with figures.style():
+    with figure_style():
         for panel, (name, y) in zip(panels, shown.items(), strict=True):
-            panel.plot(x, y, color=figures.colour(DEFAULT_POLICY), linewidth=1.2)
-            panel.axvline(8.192, color=figures.colour("full"), linewidth=0.8, linestyle=":")
+            panel.plot(x, y, color=color_of(DEFAULT_POLICY), linewidth=1.2)
+            panel.axvline(8.192, color=color_of("full"), linewidth=0.8, linestyle=":")
             panel.set(xlabel="thousand tokens read", title=name, ylim=(0, 1.15 * max(y)))
             panel.grid(alpha=0.25)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figures.save(figure, str(path))
+        save_figure(figure, path)
 
 
 def main() -> None:

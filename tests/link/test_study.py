@@ -83,7 +83,7 @@ def test_the_page_of_a_study_shows_differences_and_maps(graph, tmp_path):
     study = correct(graph, arms=ARMS[:2], train=QUICK, seeds=2, folder=tmp_path)
     maps = edge_maps(graph, ARMS[:2], tmp_path)
     assert [len(x) == len(y) for x, y in maps.values()] == [True, True]
-    html = study_page(study, "suffice link correct", maps).html()
+    html = study_page(study, "suffice link correct", maps).to_html()
     assert html.count("<svg") == 2
     assert "random/batch − fixed/batch" in html
     assert "t-SNE" in html
@@ -111,7 +111,7 @@ def test_an_arm_can_keep_the_models_own_norms():
 
 def test_an_audit_draws_its_page(graph, parts):
     report = audit_trained(EncoderDecoderSettings(hidden=16).build(16), graph, parts)
-    html = audit_page(report, "suffice link audit").html()
+    html = audit_page(report, "suffice link audit").to_html()
     assert report.verdict.why in html.replace("&#39;", "'")
     assert len(audit_response(report).axes[0].lines) == 2
 

@@ -1,4 +1,4 @@
-"""A headless Chromium driven over its own protocol, for tests that look at pages."""
+"""A headless Chromium, driven over the DevTools protocol, for tests of pages."""
 
 import asyncio
 import base64
@@ -10,55 +10,56 @@ import tempfile
 import aiohttp
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-_OFF = ("gpu", "quic", "background-networking", "component-update", "sync")
+_DISABLED = ("gpu", "quic", "background-networking", "component-update", "sync")
 _FLAGS = [
     "--headless",
     "--no-sandbox",
     "--no-first-run",
     "--remote-debugging-port=0",
-    *(f"--disable-{x}" for x in _OFF),
+    *(f"--disable-{x}" for x in _DISABLED),
 ]
 
 
 class Browser:
-    """One tab. `said` collects console messages and errors, `asked` the addresses that the page asked for."""
+    """A tab that collects console `messages` and the addresses of all `requests`."""
 
     def __init__(self, socket):
-        self._socket, self._number, self.said, self.asked = socket, 0, [], []
+        self._socket, self._number = socket, 0
+        self.messages, self.requests = [], []
 
     async def call(self, method, **params):
         self._number += 1
         await self._socket.send_json({"id": self._number, "method": method, "params": params})
         while True:
             message = await self._socket.receive_json(timeout=60)
-            self._note(message)
+            self._collect(message)
             if message.get("id") == self._number:
                 assert "error" not in message, message
                 return message["result"]
 
-    def _note(self, message):
+    def _collect(self, message):
         kind, params = message.get("method"), message.get("params", {})
         if kind in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
-            self.said.append(params)
+            self.messages.append(params)
         if kind == "Network.requestWillBeSent":
-            self.asked.append(params["request"]["url"])
+            self.requests.append(params["request"]["url"])
 
     async def open(self, address):
         for domain in ("Runtime", "Log", "Network", "Page"):
             await self.call(f"{domain}.enable")
         await self.call("Page.navigate", url=address)
-        while await self.value("document.readyState") != "complete":
+        while await self.evaluate("document.readyState") != "complete":
             await asyncio.sleep(0.05)
 
-    async def value(self, code):
-        found = await self.call("Runtime.evaluate", expression=code, returnByValue=True)
-        return found["result"].get("value")
+    async def evaluate(self, code):
+        evaluated = await self.call("Runtime.evaluate", expression=code, returnByValue=True)
+        return evaluated["result"].get("value")
 
-    async def size(self, width, height=900):
+    async def set_size(self, width, height=900):
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         await self.call("Emulation.setDeviceMetricsOverride", **size)
 
-    async def dark(self, dark=True):
+    async def set_dark(self, dark=True):
         feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         await self.call("Emulation.setEmulatedMedia", features=[feature])
 
@@ -68,13 +69,13 @@ class Browser:
             code = {"Enter": 13, "Tab": 9}[key]
             await self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
 
-    async def picture(self, path):
-        found = await self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(found["data"]))
+    async def screenshot(self, path):
+        captured = await self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(captured["data"]))
 
 
-def look(address, visit):
-    """Open an address and run `visit(browser)` on it."""
+def visit_page(address, visit):
+    """Open an address, and return what `visit(browser)` returns."""
 
     async def run(port):
         async with aiohttp.ClientSession() as session:
@@ -93,10 +94,10 @@ def look(address, visit):
     ):
         try:
             for line in process.stderr:
-                if found := re.search(r"DevTools listening on ws://127.0.0.1:(\d+)/", line):
+                if match := re.search(r"DevTools listening on ws://127.0.0.1:(\d+)/", line):
                     break
             else:
                 raise RuntimeError("Chromium did not start")
-            return asyncio.run(run(found[1]))
+            return asyncio.run(run(match[1]))
         finally:
             process.kill()

@@ -1,14 +1,27 @@
+"""Pages escape what they are given, load nothing, and say how they were made."""
+
 import re
 from html.parser import HTMLParser
 
 import pytest
 
-from suffice.report.figures import Point, colour, head_map, lines, save
-from suffice.report.page import Code, Figure, Page, Table, Text
+from suffice.report import (
+    Code,
+    Figure,
+    KeptText,
+    LinePoint,
+    Page,
+    Table,
+    Text,
+    color_of,
+    head_heatmap,
+    line_plot,
+    save_figure,
+)
 
 
 class Checker(HTMLParser):
-    """Collects what would load something, and checks that tags close."""
+    """Collects the addresses that a page loads, and checks that tags are closed."""
 
     LOADING = ("src", "href", "xlink:href")
 
@@ -30,21 +43,24 @@ class Checker(HTMLParser):
 
 @pytest.fixture
 def page():
-    page = Page(title="<i>Title</i>", lead="Lead & more", command="suffice demo --seed 0")
-    figure = lines(
-        {"capkv": [Point(0.25, 1.0, 0.5, 1.5), Point(0.5, 0.2, 0.1, 0.3)], "<h2o>": [Point(0.25, 2), Point(0.5, 1)]},
+    page = Page(title="<i>Title</i>", summary="Summary & more", command="suffice demo --seed 0")
+    figure = line_plot(
+        {
+            "capkv": [LinePoint(0.25, 1.0, 0.5, 1.5), LinePoint(0.5, 0.2, 0.1, 0.3)],
+            "<h2o>": [LinePoint(0.25, 2), LinePoint(0.5, 1)],
+        },
         x_label="budget",
         y_label="KL, nats",
         percent_x=True,
     )
     cells = {(layer, head): float(layer) for layer in range(4) for head in range(2)}
     page.add("One", Text("<script>alert(1)</script>"), Code("a < b"), Table(["name", "x"], [["<b>", 1.5]], "caption"))
-    page.add("Two", Figure(figure, "caption", 'alt "quoted"'), Figure(head_map({"kept": cells}), "map", "a map"))
+    page.add("Two", Figure(figure, "caption", 'alt "quoted"'), Figure(head_heatmap({"kept": cells}), "map", "a map"))
     return page
 
 
-def test_everything_given_is_escaped(page):
-    html = page.html()
+def test_all_texts_are_escaped(page):
+    html = page.to_html()
     assert "<script>" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "&lt;i&gt;Title&lt;/i&gt;" in html
@@ -53,50 +69,62 @@ def test_everything_given_is_escaped(page):
     assert "alt &#34;quoted&#34;" in html
 
 
-def test_nothing_is_loaded_and_tags_close(page):
+def test_nothing_is_loaded_and_all_tags_are_closed(page):
     checker = Checker()
-    checker.feed(page.html())
+    checker.feed(page.to_html())
     assert checker.loads == []
     assert checker.stack == []
-    assert "url(http" not in page.html()
+    assert "url(http" not in page.to_html()
 
 
-def test_figures_take_the_pages_colour(page):
-    html = page.html()
+def test_figures_take_the_pages_color_of(page):
+    html = page.to_html()
     assert html.count("<svg") == 2
     assert "currentColor" in html
     assert "#010203" not in html
     assert "<?xml" not in html
 
 
-def test_page_says_how_it_was_made(page, tmp_path):
+def test_a_page_says_how_it_was_made(page, tmp_path):
     path = page.save(tmp_path / "Ordner mit ä" / "page.html")
     text = path.read_text(encoding="utf-8")
     assert "<code>suffice demo --seed 0</code>" in text
-    assert re.search(r"torch \d", text)
+    assert re.search(r"with python 3\.\d+\.\d+, machine .*, torch \d", text)
 
 
-def test_ragged_table_is_refused():
-    with pytest.raises(ValueError, match=r"rows\[1\] has 1 cells; accepted: 2"):
+def test_a_table_with_rows_of_unequal_length_is_refused():
+    with pytest.raises(ValueError, match=r"rows\[1\] must have 2 cells, got 1"):
         Table(["a", "b"], [[1, 2], [3]])
 
 
-def test_colours_are_fixed_by_name():
-    assert colour("capkv") != colour("snapkv")
-    assert colour("my own policy") == colour("my own policy")
+def test_each_name_has_a_fixed_color():
+    assert color_of("capkv") != color_of("snapkv")
+    assert color_of("my own policy") == color_of("my own policy")
 
 
-def test_variants_share_a_colour_and_differ_in_dashes():
-    series = {name: [Point(0, 1), Point(1, 2)] for name in ("fixed/batch", "random/batch", "fixed/layer")}
-    first, second, third = lines(series, x_label="x", y_label="y").axes[0].lines
+def test_variants_share_a_color_and_differ_in_dashes():
+    series = {name: [LinePoint(0, 1), LinePoint(1, 2)] for name in ("fixed/batch", "random/batch", "fixed/layer")}
+    first, second, third = line_plot(series, x_label="x", y_label="y").axes[0].lines
     assert first.get_color() == third.get_color() != second.get_color()
     assert first.get_linestyle() == second.get_linestyle() != third.get_linestyle()
 
 
-def test_figures_are_the_same_each_time(tmp_path):
+def test_a_figure_is_written_the_same_each_time(tmp_path):
     for name in ("a.svg", "b.svg"):
-        figure = lines({"capkv": [Point(1, 2), Point(2, 3)]}, x_label="x", y_label="y", log_y=True)
-        save(figure, str(tmp_path / name))
+        figure = line_plot({"capkv": [LinePoint(1, 2), LinePoint(2, 3)]}, x_label="x", y_label="y", log_y=True)
+        save_figure(figure, str(tmp_path / name))
     first, second = ((tmp_path / name).read_text() for name in ("a.svg", "b.svg"))
-    drop = re.compile(r"<dc:date>.*?</dc:date>")
-    assert drop.sub("", first) == drop.sub("", second)
+    date = re.compile(r"<dc:date>.*?</dc:date>")
+    assert date.sub("", first) == date.sub("", second)
+
+
+def test_shares_of_kept_text_that_are_impossible_are_refused():
+    with pytest.raises(ValueError, match="shares must hold one value for each of 2 pieces, got 1"):
+        KeptText(["a", "b"], [0.5], "caption")
+    with pytest.raises(ValueError, match=r"shares must be from 0 to 1, got 1\.5"):
+        KeptText(["a", "b"], [0.5, 1.5], "caption")
+
+
+def test_kept_text_joins_tokens_of_the_same_tenth():
+    block = KeptText(["a ", "b ", "c", "d"], [0.51, 0.54, 1.0, 0.0], "caption")
+    assert block.spans == [(5, "a b "), (10, "c"), (0, "d")]

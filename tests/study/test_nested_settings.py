@@ -190,7 +190,7 @@ def test_exports_have_dotted_columns_and_json_has_nested_settings(records, tmp_p
 
 
 def test_a_report_has_dotted_names(folder):
-    html = study_report(folder).html()
+    html = study_report(folder).to_html()
     assert "<h2>By train.epochs</h2>" in html
     assert ">model.hidden<" in html
     assert "<h2>Differences from batch</h2>" in html

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 
 def test_html_has_results_curves_differences_and_configuration(folder):
-    html = study_report(folder, kinds={"policies": KIND}, command="suffice report x").html()
+    html = study_report(folder, kinds={"policies": KIND}, command="suffice report x").to_html()
     headings = re.findall(r"<h2>(.*?)</h2>", html)
     assert headings == ["Results", "By budget", "Differences from capkv", "How it was made"]
     assert html.count("<svg") == html.count("<details>") == 2  # every figure has a table with its numbers
@@ -62,12 +62,12 @@ def test_markdown_has_the_same_content_and_its_figures_as_files(folder, tmp_path
 def test_failed_and_missing_runs_are_reported(tmp_path):
     plan = [PlannedRun(SQUARE.complete({"x": x, "fail": "raise" if x == 2 else ""}), 0) for x in (1, 2)]
     run_study(tmp_path, SQUARE, plan, name="squares")
-    html = study_report(tmp_path).html()
+    html = study_report(tmp_path).to_html()
     assert "1 of 2 runs of square are done" in html
     assert "RuntimeError: no square today" in html
     with Store(tmp_path) as store:
         store.plan("later", SQUARE, [PlannedRun(SQUARE.complete({"x": 7}), 0)])
-    assert "0 of 1 runs" in study_report(tmp_path, study="later").html()
+    assert "0 of 1 runs" in study_report(tmp_path, study="later").to_html()
 
 
 def test_wrong_arguments_are_named(folder, tmp_path):

@@ -10,8 +10,7 @@ import typer
 
 from suffice.cli import demo_kv, demo_link
 from suffice.cli.console import finite, out, print_json, progress
-from suffice.report.figures import save
-from suffice.report.page import Page, Text
+from suffice.report import Page, Text, save_figure
 
 _HALVES = {
     "kv": ("KV cache", "transformers", "pip install 'suffice[kv]'"),
@@ -42,7 +41,7 @@ def demo(
     ]
     page = Page(
         title="What information does a model keep?",
-        lead="A document of real English with planted facts, each question answered from the full KV cache and from "
+        summary="A document of real English with planted facts, each question answered from the full KV cache and from "
         "half and a quarter of it; and link predictors trained on batches of different composition, audited.",
         command=f"suffice demo --tokens {tokens} --epochs {epochs} --seed {seed}",
     )
@@ -82,7 +81,7 @@ def _kv(
     result |= {"tokens": found.tokens, "rows": [demo_kv.numbers(row) for row in found.rows]}
     if figure is not None:
         figure.parent.mkdir(parents=True, exist_ok=True)
-        save(demo_kv.trade_off(found, aware=False), str(figure))
+        save_figure(demo_kv.trade_off(found, aware=False), str(figure))
     if not as_json:
         demo_kv.show(found)
 

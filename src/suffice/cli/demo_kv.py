@@ -8,8 +8,7 @@ from rich.table import Table as RichTable
 
 from suffice.cli.console import out
 from suffice.kv.policy.registry import DEFAULT_POLICY
-from suffice.report.figures import Point, lines
-from suffice.report.page import Code, Figure, Page, Table, Text
+from suffice.report import Code, Figure, LinePoint, Page, Table, Text, line_plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -116,10 +115,10 @@ def trade_off(found: Demo, aware: bool) -> MatplotlibFigure:
     """Draw the divergence from the full cache against the budget, one line for each policy."""
     rows = _of(found, aware)[1:]
     series = {
-        policy: [Point(row.budget, row.mean_kl) for row in rows if row.policy == policy]
+        policy: [LinePoint(row.budget, row.mean_kl) for row in rows if row.policy == policy]
         for policy in dict.fromkeys(row.policy for row in rows)
     }
-    return lines(
+    return line_plot(
         series,
         title=_SETTING[aware],
         x_label="budget, share of the prompt's tokens",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from suffice.cli.console import out
-from suffice.report.page import Page, Text
+from suffice.report import Page, Text
 
 if TYPE_CHECKING:
     from suffice.link.study.demo import Example

@@ -18,7 +18,7 @@ from suffice.kv.budget.protection import Protection
 from suffice.kv.hf.default_model import DEFAULT_MODEL
 from suffice.kv.hf.loading import load_model
 from suffice.kv.policy.registry import DEFAULT_POLICY, allocations, get_allocation, get_policy, policies
-from suffice.report.figures import save
+from suffice.report import save_figure
 
 app = typer.Typer(help="Keep the KV cache entries that carry the most information.", no_args_is_help=True)
 
@@ -93,7 +93,7 @@ def generate(
             rerotate=rerotate,
         )
     if figure is not None:
-        save(report.figure(), str(figure))
+        save_figure(report.figure(), str(figure))
     if report_file is not None:
         from suffice.kv.eval.report_sections import answer_page
 

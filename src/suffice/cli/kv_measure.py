@@ -85,9 +85,9 @@ def compare_caches(
         pandas.DataFrame(found.rows()).to_parquet(parquet)
     if figure is not None:
         from suffice.kv.eval.report_sections import trade_off
-        from suffice.report.figures import save
+        from suffice.report import save_figure
 
-        save(trade_off(found), str(figure))
+        save_figure(trade_off(found), str(figure))
     if report is not None:
         from suffice.kv.eval.report_sections import comparison_page
 

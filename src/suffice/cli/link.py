@@ -231,7 +231,7 @@ def correct(
     from suffice.link.study.figures import response
     from suffice.link.study.report_sections import study_page
     from suffice.link.train.trainer import TrainSettings
-    from suffice.report.figures import save
+    from suffice.report import save_figure
 
     asked = [parse_arm(key.strip()) for key in arms.split(",")] if arms else list(ARMS)
     made, own = _model_settings(model, data, preset, {"encoder": encoder, "decoder": decoder, "hidden": hidden})
@@ -259,7 +259,7 @@ def correct(
             study_page(study, command_line(), edge_maps(graph, pair, home, protocol=protocol, seed=seed)).save(report)
     if figure is not None:
         figure.parent.mkdir(parents=True, exist_ok=True)
-        save(response(study.curves(), f"{study.graph}, held-out edges"), str(figure))
+        save_figure(response(study.curves(), f"{study.graph}, held-out edges"), str(figure))
     if as_json:
         print_json(finite(study.to_dict()))
         return

@@ -42,12 +42,12 @@ def show_rows(
     result: dict[str, Any], rows: list[dict[str, Any]], as_json: bool, report: Path | None, title: str
 ) -> None:
     """Print rows as a table or as JSON, and write their page if asked to."""
-    from suffice.report.page import Page
-    from suffice.report.page import Table as PageTable
+    from suffice.report import Page
+    from suffice.report import Table as PageTable
 
     cells = [[f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     if report is not None:
-        page = Page(title=title, lead=f"On {result['graph']}.", command=command_line())
+        page = Page(title=title, summary=f"On {result['graph']}.", command=command_line())
         page.add("Results", PageTable(list(rows[0]), cells))
         page.save(report)
     if as_json:

@@ -13,8 +13,8 @@ from rich.table import Table
 from suffice.cli.command_line import command_line
 from suffice.cli.console import finite, out, print_json
 from suffice.cli.watching import watching
+from suffice.environment import source_digest
 from suffice.study.export import SUFFIXES, export_records, flat_rows
-from suffice.study.keys import source_digest
 from suffice.study.progress import format_duration
 from suffice.study.results import group_records, metric_names, summarize, varying_settings
 from suffice.study.spec import Spec, parse_assignment

@@ -1,1 +1,28 @@
-"""Figures and pages: they draw what they are given and know neither half of the library."""
+"""Self-contained HTML and Markdown pages of text, tables and figures.
+
+This package depends neither on `suffice.kv` nor on `suffice.link`: it shows what it is given.
+"""
+
+from suffice.report.blocks import Block, Code, Figure, KeptText, Table, Text
+from suffice.report.page import Page
+from suffice.report.plots import ForestRow, LinePoint, forest_plot, head_heatmap, line_plot, tsne_plot
+from suffice.report.style import color_of, new_figure, save_figure
+
+__all__ = [
+    "Block",
+    "Code",
+    "Figure",
+    "ForestRow",
+    "KeptText",
+    "LinePoint",
+    "Page",
+    "Table",
+    "Text",
+    "color_of",
+    "forest_plot",
+    "head_heatmap",
+    "line_plot",
+    "new_figure",
+    "save_figure",
+    "tsne_plot",
+]

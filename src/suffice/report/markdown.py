@@ -1,70 +1,80 @@
-"""A page as Markdown for a repository, with its figures as files beside it."""
+"""Pages as Markdown files, with their figures as SVG files beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from suffice.report.blocks import Block, Code, Figure, KeptText, Table, Text
-from suffice.report.figures import save
+from suffice.report.style import save_figure
 
-_SPECIAL = "\\`*_[]<>|#~"
+_SPECIAL_CHARACTERS = "\\`*_[]<>|#~"
 
 
-def write_markdown(path: Path, sections: Sequence[tuple[str, Sequence[Block]]], facts: Mapping[str, str]) -> None:
-    """Write a page as Markdown.
+def write_markdown(
+    path: Path, title: str, summary: str, sections: Sequence[tuple[str, Sequence[Block]]], footer: str, command: str
+) -> None:
+    """Write a page as a Markdown file.
 
     Args:
-        path: of the Markdown file; figures go to a folder of its name beside it.
-        sections: headings and blocks.
-        facts: `title`, `lead`, `command`, `made`, `versions`.
+        path: the file; figures are written to a folder of the same name without suffix.
+        title: title of the page.
+        summary: first paragraph.
+        sections: heading and blocks of each section.
+        footer: text below, before the command.
+        command: the command that makes the page.
 
     """
-    parts = [f"# {escape(facts['title'])}", escape(facts["lead"])]
-    number = 0
+    folder = path.with_suffix("")
+    parts = [f"# {escape(title)}", escape(summary)]
+    num_figures = 0
     for heading, blocks in sections:
         parts.append(f"## {escape(heading)}")
         for block in blocks:
             if isinstance(block, Figure):
-                number += 1
-                picture = path.with_suffix("") / f"{number}.svg"
-                picture.parent.mkdir(parents=True, exist_ok=True)
-                save(block.figure, str(picture))
-                place = f"{picture.parent.name}/{picture.name}".replace(" ", "%20")
-                parts.append(f"![{escape(block.alt)}]({place})\n\n*{escape(block.caption)}*")
-                parts += [_table(block.numbers)] if block.numbers is not None else []
+                num_figures += 1
+                parts.append(_figure(block, folder / f"{num_figures}.svg"))
             else:
                 parts.append(_block(block))
-    made = f"Made {facts['made']} with {escape(facts['versions'])} by"
-    parts.append(f"---\n\n{made}\n\n{_code(facts['command'])}")
+    parts.append(f"---\n\n{escape(footer)}\n\n{_code_block(command)}")
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def escape(text: object) -> str:
-    """Return text that Markdown shows as it is."""
-    marked = "".join(f"\\{sign}" if sign in _SPECIAL else sign for sign in str(text))
-    return " ".join(marked.split())
+    """Return text with all special characters of Markdown escaped and its whitespace collapsed."""
+    escaped = "".join(f"\\{character}" if character in _SPECIAL_CHARACTERS else character for character in str(text))
+    return " ".join(escaped.split())
+
+
+def _figure(block: Figure, file: Path) -> str:
+    """Write a figure to a file, and return its image, its caption and the table of its numbers."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(block.figure, file)
+    link = f"{file.parent.name}/{file.name}".replace(" ", "%20")
+    image = f"![{escape(block.alt)}]({link})\n\n*{escape(block.caption)}*"
+    return image if block.numbers is None else f"{image}\n\n{_table(block.numbers)}"
 
 
 def _block(block: Text | Code | Table | KeptText) -> str:
     if isinstance(block, Text):
         return escape(block.text)
     if isinstance(block, Code):
-        return _code(block.text)
+        return _code_block(block.text)
     if isinstance(block, Table):
         return _table(block)
-    kept = "".join(escape_inner(text) if level >= 5 else "·" for level, text in block.spans)
-    return f"*{escape(block.caption)} Tokens that fewer than half of the heads kept are a dot.*\n\n> {kept}"
+    kept = "".join(_escape_span(text) if level >= 5 else "·" for level, text in block.spans)
+    return f"*{escape(block.caption)} Tokens that fewer than half of the heads kept are shown as a dot.*\n\n> {kept}"
 
 
-def escape_inner(text: str) -> str:
-    """Return text that Markdown shows as it is, its outer spaces kept."""
+def _escape_span(text: str) -> str:
+    """Return escaped text with a leading and a trailing space where it had whitespace."""
     lead = " " if text[:1].isspace() else ""
     tail = " " if text[-1:].isspace() else ""
     return lead + escape(text) + tail
 
 
-def _code(text: str) -> str:
+def _code_block(text: str) -> str:
+    """Return text as a fenced code block."""
     fence = "```"
     while fence in text:
         fence += "`"

@@ -1,22 +1,19 @@
-"""One self-contained page: text, tables and figures, with nothing loaded from elsewhere; HTML or Markdown."""
+"""Pages: self-contained HTML that loads nothing from elsewhere, or Markdown."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import platform
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
-from suffice.report.blocks import Block, Code, Figure, KeptText, Table, Text
+from suffice.environment import describe_environment, format_environment
+from suffice.report.blocks import Block
 from suffice.report.markdown import write_markdown
-
-__all__ = ["Block", "Code", "Figure", "KeptText", "Page", "Table", "Text", "versions"]
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("suffice.report"),
@@ -25,71 +22,73 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-
 _SCRIPT = (Path(__file__).parent / "templates" / "sort.js").read_text(encoding="utf-8")
-# The page's policy allows this script and no other.
-_DIGEST = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+# The content security policy of the page allows only the script with this digest.
+_SCRIPT_DIGEST = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
 
 
 @dataclass
 class Page:
-    """A page under construction.
+    """A page of sections.
 
     Args:
         title: what the page is about.
-        lead: one or two sentences on what it found.
-        command: the command that makes this page again.
-        made_with: versions and machine of the numbers, where they were made before the page; else those of now.
+        summary: one or two sentences on the result.
+        command: the command that makes this page.
+        made_with: software and machine that the numbers were made with; by default those of this process.
+        sections: heading and blocks of each section.
 
     Example:
-        >>> page = Page(title="Two heads", lead="One keeps more.", command="suffice demo")
+        >>> from suffice.report import Table
+        >>> page = Page(title="Two heads", summary="One keeps more.", command="suffice demo")
         >>> page.add("Numbers", Table(["head", "kept"], [["0", 12], ["1", 30]]))
-        >>> "<td>30</td>" in page.html()
+        >>> "<td>30</td>" in page.to_html()
         True
 
     """
 
     title: str
-    lead: str
+    summary: str
     command: str
     made_with: str = ""
     sections: list[tuple[str, tuple[Block, ...]]] = field(default_factory=list)
 
     def add(self, heading: str, *blocks: Block) -> None:
-        """Add a section."""
+        """Add a section.
+
+        Args:
+            heading: heading of the section.
+            blocks: its paragraphs, tables, figures and so on.
+
+        """
         self.sections.append((heading, blocks))
 
-    def html(self) -> str:
+    def to_html(self) -> str:
         """Return the page as HTML."""
         return _ENVIRONMENT.get_template("page.html").render(
-            page=self, versions=self.made_with or versions(), made=_now(), script=Markup(_SCRIPT), digest=_DIGEST
+            page=self, made=_now(), made_with=self._made_with(), script=Markup(_SCRIPT), script_digest=_SCRIPT_DIGEST
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write the page to a file, its folder made if it is missing, and return the path.
+        """Write the page to a file and return its path.
 
-        A path that ends in `.md` gets Markdown, its figures as SVG files in a folder beside it.
+        Args:
+            path: the file; its folder is created if it is missing. Markdown is written if the file ends in `.md`, with
+                the figures as SVG files in a folder beside it; HTML otherwise.
+
         """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.suffix == ".md":
-            facts = {"title": self.title, "lead": self.lead, "command": self.command}
-            write_markdown(target, self.sections, {**facts, "made": _now(), "versions": self.made_with or versions()})
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".md":
+            footer = f"Made {_now()} with {self._made_with()} by"
+            write_markdown(path, self.title, self.summary, self.sections, footer, self.command)
         else:
-            target.write_text(self.html(), encoding="utf-8")
-        return target
+            path.write_text(self.to_html(), encoding="utf-8")
+        return path
+
+    def _made_with(self) -> str:
+        return self.made_with or format_environment(describe_environment())
 
 
 def _now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def versions() -> str:
-    """Return what the numbers were made with: versions of the packages, Python and the machine's kind."""
-    found = [f"Python {platform.python_version()}", platform.machine()]
-    for package in ("suffice", "torch", "transformers", "torch-geometric"):
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)

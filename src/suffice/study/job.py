@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from suffice.study.keys import describe_environment
+from suffice.environment import describe_environment
 from suffice.study.run_kind import import_object
 
 

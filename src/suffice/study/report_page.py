@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from suffice.environment import format_environment
 from suffice.report.blocks import Code, Figure, Table, Text
-from suffice.report.figures import Point, lines
 from suffice.report.page import Page
-from suffice.report.plots import Difference, forest
+from suffice.report.plots import ForestRow, LinePoint, forest_plot, line_plot
 from suffice.study.results import Group, Interval, compare_groups, group_records, metric_names, varying_settings
 from suffice.study.run_kind import RunKind, check_names, import_object
 from suffice.study.store import Record, Store
@@ -61,7 +61,7 @@ def study_report(
     num_seeds = len({record.seed for record in records})
     page = Page(
         title=name,
-        lead=f"{counts['done']} of {sum(counts.values())} runs of {about['kind']} are done, "
+        summary=f"{counts['done']} of {sum(counts.values())} runs of {about['kind']} are done, "
         f"with {num_seeds} seed{'s' * (num_seeds != 1)}."
         + (f" {counts['failed']} failed." if counts["failed"] else ""),
         command=command or shlex.join(["suffice", "report", str(folder)]),
@@ -113,8 +113,8 @@ def _add_curves(page: Page, groups: Sequence[Group], metrics: Sequence[str]) -> 
         cells = [[name, f"{x:g}", str(y)] for name, points in drawn.items() for x, y in points]
         blocks.append(
             Figure(
-                lines(
-                    {name: [_point(*point) for point in points] for name, points in drawn.items()},
+                line_plot(
+                    {name: [LinePoint(x, y.mean, y.low, y.high) for x, y in points] for name, points in drawn.items()},
                     x_label=x_name,
                     y_label=metric,
                 ),
@@ -152,7 +152,7 @@ def _add_differences(
     drawn = list(dict.fromkeys(label(row) for row in rows))[:_MAX_FOREST_ROWS]
     panels = {
         metric: [
-            Difference(label(row), row["mean"], row["low"], row["high"])
+            ForestRow(label(row), row["mean"], row["low"], row["high"])
             for row in rows
             if row["metric"] == metric and label(row) in drawn and math.isfinite(row["mean"])
         ]
@@ -165,7 +165,7 @@ def _add_differences(
     page.add(
         f"Differences from {baseline}",
         Figure(
-            forest(panels, x_label="difference"),
+            forest_plot(panels, x_label="difference"),
             "Differences paired by seed, all other settings being equal: mean and 95 % t interval. Filled where the "
             "interval excludes 0.",
             f"Forest plot of paired differences from {baseline}",
@@ -198,10 +198,7 @@ def _add_provenance(page: Page, about: Mapping[str, Any], groups: Sequence[Group
 
 def _environments(records: Sequence[Record]) -> str:
     """Return the distinct environments of the runs as text."""
-    texts = (
-        ", ".join(f"{name} {value}" for name, value in record.environment.items() if name != "source")
-        for record in records
-    )
+    texts = (format_environment(record.environment) for record in records)
     return "; ".join(dict.fromkeys(text for text in texts if text))
 
 
@@ -212,7 +209,3 @@ def _is_numeric(groups: Sequence[Group], name: str) -> bool:
 
 def _label(group: Group, names: Sequence[str]) -> str:
     return " · ".join(str(group.settings.get(name)) for name in names)
-
-
-def _point(x: float, y: Interval) -> Point:
-    return Point(x, y.mean, y.low, y.high) if y.has_bounds else Point(x, y.mean)

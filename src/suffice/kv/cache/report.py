@@ -95,13 +95,13 @@ class CacheReport:
 
     def figure(self) -> Figure:
         """Return a matplotlib figure of tokens kept and capacity retained, by layer and head."""
-        from suffice.report.figures import head_map
+        from suffice.report import head_heatmap
 
         panels = {"tokens kept": {(head.layer, head.head): float(head.tokens_kept) for head in self.heads}}
         shares = {(h.layer, h.head): h.capacity_retained for h in self.heads if h.capacity_retained is not None}
         if shares:
             panels["share of capacity retained"] = shares
-        return head_map(panels, title=f"KV cache, policy {self.policy}")
+        return head_heatmap(panels, title=f"KV cache, policy {self.policy}")
 
     def __str__(self) -> str:
         if not self.heads:

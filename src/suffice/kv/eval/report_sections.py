@@ -10,9 +10,7 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.eval.answer import Answer
 from suffice.kv.eval.compare import Comparison
-from suffice.report.blocks import KeptText
-from suffice.report.figures import Point, lines
-from suffice.report.page import Figure, Page, Table, Text
+from suffice.report import Figure, KeptText, LinePoint, Page, Table, Text, line_plot
 from suffice.study.keys import canonical_json
 from suffice.study.results import group_records
 from suffice.study.store import Record
@@ -20,7 +18,7 @@ from suffice.study.store import Record
 
 def answer_page(found: Answer, report: CacheReport, command: str) -> Page:
     """Return the page of one answer: what was said, which words of the prompt survived, what each head kept."""
-    page = Page(title="An answer from a part of the cache", lead=str(report), command=command)
+    page = Page(title="An answer from a part of the cache", summary=str(report), command=command)
     page.add("Answer", Text(found.answer or "(nothing)"))
     pieces, shares = zip(*found.kept, strict=True)
     caption = f"The prompt under {found.policy}, budget {found.budget:g}: the darker, the more heads kept it."
@@ -51,7 +49,8 @@ def comparison_page(found: Comparison, command: str) -> Page:
     samples = found.settings["samples"]
     page = Page(
         title="How close parts of the cache stay to the whole",
-        lead=f"Best mean rank of {len(found.contestants)}: {best}, over {len(found.cells)} cells of {samples} samples.",
+        summary=f"Best mean rank of {len(found.contestants)}: {best}, over {len(found.cells)} cells of {samples} "
+        "samples.",
         command=command,
     )
     add_comparison(page, found)
@@ -144,16 +143,16 @@ def trade_off(found: Comparison, task: str | None = None, mode: str | None = Non
     if task is None or mode is None:
         task, mode, _ = found.cells[0]
     cells = [cell for cell in found.cells if cell[:2] == (task, mode)]
-    series: dict[str, list[Point]] = {}
+    series: dict[str, list[LinePoint]] = {}
     for name in found.contestants:
-        points: list[Point] = []
+        points: list[LinePoint] = []
         for cell in cells:
             one = found.find(name, cell)
             share = one.interval("bytes_kept").mean / one.interval("bytes_full").mean
             kl = one.interval("kl")
-            points.append(Point(share, kl.mean, kl.low, kl.high))
+            points.append(LinePoint(share, kl.mean, kl.low, kl.high))
         series[name] = sorted(points, key=lambda point: point.x)
-    return lines(
+    return line_plot(
         series,
         x_label="bytes of the cache kept",
         y_label="KL to the full cache, nats a token",

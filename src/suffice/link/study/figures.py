@@ -10,8 +10,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from suffice.link.auditing.audit import AuditReport
-from suffice.report.figures import Point, lines
-from suffice.report.plots import scatter_maps
+from suffice.report import LinePoint, line_plot, tsne_plot
 from suffice.study.results import Interval
 
 
@@ -25,12 +24,14 @@ def response(curves: Mapping[str, Sequence[tuple[float, Interval]]], title: str 
     """
     series = {
         name: [
-            Point(x, y.mean) if not y.has_bounds else Point(x, y.mean, max(y.low, 0.0), min(y.high, 1.0))
+            LinePoint(x, y.mean) if not y.has_bounds else LinePoint(x, y.mean, max(y.low, 0.0), min(y.high, 1.0))
             for x, y in curve
         ]
         for name, curve in curves.items()
     }
-    return lines(series, x_label="fraction of positives in the batch", y_label="accuracy", percent_x=True, title=title)
+    return line_plot(
+        series, x_label="fraction of positives in the batch", y_label="accuracy", percent_x=True, title=title
+    )
 
 
 def audit_response(report: AuditReport) -> Figure:
@@ -53,4 +54,4 @@ def embedding_map(panels: Mapping[str, tuple[Tensor, Tensor]], *, most: int = 60
         perplexity = min(30.0, (len(order) - 1) / 3)
         places = TSNE(perplexity=perplexity, random_state=seed, init="pca").fit_transform(x[order].numpy())
         drawn[name] = (places.tolist(), classes[order].tolist())
-    return scatter_maps(drawn)
+    return tsne_plot(drawn)

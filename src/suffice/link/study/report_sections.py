@@ -13,14 +13,14 @@ from suffice.link.auditing.audit import AuditReport
 from suffice.link.study.correct import stored_maps, whole_study
 from suffice.link.study.figures import audit_response, embedding_map, response
 from suffice.link.study.results import Study
-from suffice.report.page import Figure, Page, Table, Text
+from suffice.report import Figure, Page, Table, Text
 from suffice.study.results import Interval
 from suffice.study.store import Record
 
 
 def audit_page(report: AuditReport, command: str) -> Page:
     """Return the page of an audit: verdict, statistics, response curve, norm layers."""
-    page = Page(title="Audit of a link predictor", lead=str(report.verdict), command=command)
+    page = Page(title="Audit of a link predictor", summary=str(report.verdict), command=command)
     for name, part in report.parts.items():
         rows = [[key, str(value)] for key, value in part.statistics.items()]
         page.add(f"On {name} edges", Table(["statistic", "mean and 95 % interval"], rows))
@@ -57,7 +57,7 @@ SHOWN = (
 
 def study_page(study: Study, command: str, maps: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> Page:
     """Return the page of a study: every arm's metrics, paired differences, response curves, embeddings."""
-    page = Page(title=f"Composition bias on {study.graph}", lead=conclusion(study), command=command)
+    page = Page(title=f"Composition bias on {study.graph}", summary=conclusion(study), command=command)
     add_study(page, study, maps)
     return page
 

@@ -1,5 +1,5 @@
 "use strict";
-// Headers become buttons: a click or the keyboard sorts by their column, again the other way.
+// Turns column headers into buttons that sort the table by their column, and in reverse order when used again.
 for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[0];
   if (!body || body.rows.length < 2) continue;
@@ -21,7 +21,7 @@ for (const table of document.querySelectorAll("table")) {
       const numeric = rows.every((row) => value(row, column) === "" || !isNaN(number(value(row, column))));
       rows.sort((a, b) => {
         const [x, y] = [value(a, column), value(b, column)];
-        if ((x === "") !== (y === "")) return x === "" ? 1 : -1; // what is not there comes last
+        if ((x === "") !== (y === "")) return x === "" ? 1 : -1; // empty cells come last
         const order = numeric ? number(x) - number(y) : x.localeCompare(y, undefined, { numeric: true });
         return up ? order : -order;
       });
