@@ -1,4 +1,4 @@
-"""The benchmark for GPUs runs on tiny shapes without one."""
+"""The GPU benchmark also runs on a machine without a GPU, on tiny shapes."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "gpu.py"
 
 
-def test_small_run_measures_what_it_can_and_names_the_rest(tmp_path):
+def test_small_run_without_a_gpu_reports_what_it_skips(tmp_path):
     command = [sys.executable, "-W", "ignore", SCRIPT, "--small", "--json", tmp_path / "gpu.json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET")

@@ -1,4 +1,4 @@
-"""Compaction in place, through Triton's interpreter, against indexing."""
+"""Compaction in place by a kernel, run by Triton's interpreter; the oracle is indexing."""
 
 import pytest
 import torch
@@ -6,12 +6,13 @@ import torch
 pytest.importorskip("triton")
 
 from suffice.kv.kernels import compaction
+from suffice.kv.storage.base import Entries
 from suffice.kv.storage.uniform import UniformStorage
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens_first", [False, True])
-def test_kept_entries_stand_at_the_front(monkeypatch, dtype, tokens_first):
+def test_kept_entries_move_to_the_front(monkeypatch, dtype, tokens_first):
     monkeypatch.setattr(compaction, "_BLOCK_N", 16)
     generator = torch.Generator().manual_seed(0)
     batch, heads, tokens, dim, width = 2, 3, 90, 40, 50
@@ -20,19 +21,19 @@ def test_kept_entries_stand_at_the_front(monkeypatch, dtype, tokens_first):
         x = x.transpose(1, 2).contiguous().transpose(1, 2)
     kept = torch.full((batch, heads, width), -1)
     counts = [[50, 1, 0], [33, 16, 17]]
-    for row, own in enumerate(counts):
-        for head, count in enumerate(own):
+    for row, row_counts in enumerate(counts):
+        for head, count in enumerate(row_counts):
             kept[row, head, width - count :] = torch.randperm(tokens, generator=generator)[:count].sort().values
-    before, buffer = x.clone(), x.data_ptr()
+    before, address = x.clone(), x.data_ptr()
     compaction.move_to_front(x, kept)
-    assert x.data_ptr() == buffer
-    for row, own in enumerate(counts):
-        for head, count in enumerate(own):
+    assert x.data_ptr() == address
+    for row, row_counts in enumerate(counts):
+        for head, count in enumerate(row_counts):
             index = kept[row, head, width - count :]
             assert x[row, head, :count].equal(before[row, head, index])
 
 
-def test_all_entries_stay_where_they_are(monkeypatch):
+def test_nothing_moves_if_all_entries_are_kept(monkeypatch):
     monkeypatch.setattr(compaction, "_BLOCK_N", 16)
     x = torch.randn(1, 1, 40, 16)
     before = x.clone()
@@ -42,48 +43,50 @@ def test_all_entries_stay_where_they_are(monkeypatch):
 
 @pytest.fixture
 def storage(monkeypatch):
-    """Keys, values and a column of 24 entries, five of them appended, in buffers with room for more."""
+    """A storage of 24 entries, five of them appended, in buffers with spare slots."""
     monkeypatch.setattr("suffice.kv.storage.uniform.usable", lambda *tensors: True)
     generator = torch.Generator().manual_seed(1)
     keys, values = torch.randn(2, 2, 3, 19, 16, generator=generator)
     positions = torch.arange(19, dtype=torch.int32).expand(2, 3, -1).clone()
-    made = UniformStorage(keys, values, positions, columns={"received": torch.rand(2, 3, 19, generator=generator)})
-    for number in range(19, 24):
+    received = torch.rand(2, 3, 19, generator=generator)
+    storage = UniformStorage(Entries(keys, values, positions, columns={"attention_received": received}))
+    for position in range(19, 24):
         entry = torch.randn(2, 3, 1, 16, generator=generator)
-        made.append(entry, -entry, torch.full((2, 1), number))
-    return made
+        storage.append(entry, -entry, torch.full((2, 1), position))
+    return storage
 
 
-def test_a_storage_keeps_entries_in_its_buffers(storage):
+def test_storage_is_compacted_in_its_buffers(storage):
     kept = torch.stack(
         [torch.randperm(24, generator=torch.Generator().manual_seed(i))[:20].sort().values for i in range(6)]
     )
     kept = kept.view(2, 3, -1)
     counts = torch.full((2, 3), 20)
     expected = UniformStorage.gather(storage.entries, kept, counts)
-    buffers = [x.data_ptr() for x in storage.tensors]
-    assert storage.keep(storage.entries, kept, counts)
-    assert storage.full
+    addresses = [x.data_ptr() for x in storage.buffers]
+    assert storage.can_compact_in_place(kept, counts)
+    storage.compact_in_place(storage.entries, kept)
+    assert storage.is_full
     for name in ("keys", "values", "positions"):
         assert getattr(storage, name).equal(getattr(expected, name))
-    assert storage.columns["received"].equal(expected.columns["received"])
+    assert storage.columns["attention_received"].equal(expected.columns["attention_received"])
     entry = torch.ones(2, 3, 1, 16)
     storage.append(entry, entry, torch.full((2, 1), 24))
-    assert [x.data_ptr() for x in storage.tensors] == buffers
+    assert [x.data_ptr() for x in storage.buffers] == addresses
     assert storage.keys[:, :, -1].eq(1).all()
-    assert storage.columns["received"][..., -1].eq(0).all()
+    assert storage.columns["attention_received"][..., -1].eq(0).all()
 
 
-def test_buffers_that_a_copy_has_too_stay_as_they_are(storage):
+def test_buffers_that_a_copy_shares_are_not_compacted(storage):
     before, copied = storage.keys.clone(), storage.copy()
-    kept = torch.arange(4, 24).expand(2, 3, -1)
-    assert not storage.keep(storage.entries, kept, torch.full((2, 3), 20))
-    assert not copied.keep(copied.entries, kept, torch.full((2, 3), 20))
+    kept, counts = torch.arange(4, 24).expand(2, 3, -1), torch.full((2, 3), 20)
+    assert not storage.can_compact_in_place(kept, counts)
+    assert not copied.can_compact_in_place(kept, counts)
     assert storage.keys.equal(before)
 
 
-def test_heads_that_keep_unequally_are_gathered(storage):
+def test_heads_that_keep_different_numbers_are_not_compacted(storage):
     kept = torch.arange(4, 24).expand(2, 3, -1).clone()
     kept[0, 0, 0] = -1
-    assert not storage.keep(storage.entries, kept, (kept >= 0).sum(-1))
-    assert not storage.keep(storage.entries, kept, None)
+    assert not storage.can_compact_in_place(kept, (kept >= 0).sum(-1))
+    assert not storage.can_compact_in_place(kept, None)

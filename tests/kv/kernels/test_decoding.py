@@ -1,4 +1,4 @@
-"""Attention over heads of unequal length by kernel, through Triton's interpreter, against float64."""
+"""Attention over heads of unequal length by kernels, run by Triton's interpreter; the oracle is float64."""
 
 import itertools
 
@@ -7,13 +7,21 @@ import torch
 
 pytest.importorskip("triton")
 
+from suffice.gpu import KernelFallbackError
+from suffice.kv.backend.triton_backend import TRITON_BACKEND
 from suffice.kv.kernels.decoding import Plan
-from suffice.kv.storage import ragged_attention
-from suffice.kv.storage.ragged import RaggedStorage
+from suffice.kv.storage.ragged import PackedEntries, RaggedStorage, Tail
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def attend(query, storage, scaling):
+    """Compute the attention of one new token by the kernels."""
+    output = TRITON_BACKEND.ragged_attention(query, storage, None, scaling)
+    assert storage.decode_plan is not None  # plain torch makes none
+    return output
 
 
 def storage_of(lengths, tail_positions, dim, value_dim, dtype):
@@ -22,27 +30,28 @@ def storage_of(lengths, tail_positions, dim, value_dim, dtype):
     total = sum(itertools.chain(*lengths))
     keys, values = (torch.randn(total, d, generator=generator).to(dtype) for d in (dim, value_dim))
     tail = [torch.randn(batch, new, heads, d, generator=generator).to(dtype).transpose(1, 2) for d in (dim, value_dim)]
-    positions = torch.tensor(tail_positions, dtype=torch.int32)
-    return RaggedStorage(keys, values, torch.zeros(total, dtype=torch.int32), lengths, (*tail, positions))
+    packed = PackedEntries(keys, values, torch.zeros(total, dtype=torch.int32), lengths)
+    return RaggedStorage(packed, Tail(*tail, torch.tensor(tail_positions, dtype=torch.int32)))
 
 
-def oracle(query, storage, scaling):
+def exact_attention(query, storage, scaling):
     batch, heads, _, _ = query.shape
-    group = heads // storage.tail_keys.shape[1]
-    out = torch.zeros(batch, 1, heads, storage.packed_values.shape[-1], dtype=torch.float64)
+    packed, tail = storage.packed, storage.tail
+    groups = heads // tail.keys.shape[1]
+    out = torch.zeros(batch, 1, heads, packed.values.shape[-1], dtype=torch.float64)
     sizes = list(itertools.chain(*storage.lengths))
-    packed = list(zip(storage.packed_keys.split(sizes), storage.packed_values.split(sizes), strict=True))
+    packed_heads = list(zip(packed.keys.split(sizes), packed.values.split(sizes), strict=True))
     for row, head in itertools.product(range(batch), range(heads)):
-        there = storage.tail_positions[row] >= 0
-        own = packed[row * (heads // group) + head // group]
-        tail = (storage.tail_keys[row, head // group][there], storage.tail_values[row, head // group][there])
-        keys, values = (torch.cat(pair).double() for pair in zip(own, tail, strict=True))
+        valid = tail.positions[row] >= 0
+        packed_head = packed_heads[row * (heads // groups) + head // groups]
+        tail_head = (tail.keys[row, head // groups][valid], tail.values[row, head // groups][valid])
+        keys, values = (torch.cat(pair).double() for pair in zip(packed_head, tail_head, strict=True))
         out[row, 0, head] = (scaling * keys @ query[row, head, 0].double()).softmax(0) @ values
     return out
 
 
 @pytest.mark.parametrize(
-    ("dtype", "lengths", "tail", "group", "dim", "value_dim"),
+    ("dtype", "lengths", "tail", "groups", "dim", "value_dim"),
     [
         (torch.float32, [[300, 1]], [[5, 6, 7]], 4, 64, 64),
         (torch.bfloat16, [[129, 0, 77], [3, 257, 64]], [[9, 10], [-1, 0]], 3, 128, 128),
@@ -50,41 +59,34 @@ def oracle(query, storage, scaling):
         (torch.float32, [[0], [5]], [[4], [5]], 20, 64, 80),
     ],
 )
-def test_attention_is_that_of_float64(monkeypatch, dtype, lengths, tail, group, dim, value_dim):
+def test_attention_equals_that_of_float64(dtype, lengths, tail, groups, dim, value_dim):
     storage = storage_of(lengths, tail, dim, value_dim, dtype)
-    heads = group * len(lengths[0])
+    heads = groups * len(lengths[0])
     query = torch.randn(len(lengths), heads, 1, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
-    monkeypatch.setattr(ragged_attention, "usable", lambda *tensors: True)
-    exact = oracle(query, storage, 0.2)
-    for _ in range(2):  # with a plan that is made, and with one that is there
-        found = ragged_attention.attend(query, storage, None, 0.2)
-        assert found.dtype == dtype
-        torch.testing.assert_close(found.double(), exact, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    exact = exact_attention(query, storage, 0.2)
+    for _ in range(2):  # the first call makes the plan, the second one uses it
+        output = attend(query, storage, 0.2)
+        assert output.dtype == dtype
+        torch.testing.assert_close(output.double(), exact, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-def test_plan_follows_the_heads(monkeypatch):
+def test_plan_follows_changes_of_the_storage():
     storage = storage_of([[90, 10], [20, 60]], [[90], [60]], 64, 64, torch.float32)
     query = torch.randn(2, 2, 1, 64)
-    monkeypatch.setattr(ragged_attention, "usable", lambda *tensors: True)
-    ragged_attention.attend(query, storage, None, 0.1)
-    storage.rows(torch.tensor([1, 0]))
-    torch.testing.assert_close(ragged_attention.attend(query, storage, None, 0.1), oracle(query, storage, 0.1).float())
-    # With new tokens the heads move apart, and with more of them they stay where they are.
+    attend(query, storage, 0.1)
+    storage.select_rows(torch.tensor([1, 0]))
+    torch.testing.assert_close(attend(query, storage, 0.1), exact_attention(query, storage, 0.1).float())
+    # The first new token moves the heads apart, the next ones use the spare slots behind them.
     for _ in range(3):
         storage.append(*(torch.randn(2, 2, 1, 64) for _ in range(2)), torch.tensor([[91], [61]]))
-        torch.testing.assert_close(
-            ragged_attention.attend(query, storage, None, 0.1), oracle(query, storage, 0.1).float()
-        )
-    storage.keep(torch.arange(180) % 3 > 0)
-    torch.testing.assert_close(ragged_attention.attend(query, storage, None, 0.1), oracle(query, storage, 0.1).float())
+        torch.testing.assert_close(attend(query, storage, 0.1), exact_attention(query, storage, 0.1).float())
 
 
-def test_row_that_may_read_nothing_gets_zeros(monkeypatch):
+def test_row_without_readable_entries_gets_zeros():
     storage = storage_of([[0], [7]], [[-1], [7]], 64, 64, torch.float32)
-    monkeypatch.setattr(ragged_attention, "usable", lambda *tensors: True)
-    found = ragged_attention.attend(torch.randn(2, 1, 1, 64), storage, None, 0.1)
-    assert found[0].eq(0).all()
-    assert found[1].isfinite().all()
+    output = attend(torch.randn(2, 1, 1, 64), storage, 0.1)
+    assert output[0].eq(0).all()
+    assert output[1].isfinite().all()
 
 
 @pytest.mark.parametrize("tail", [9, 700])
@@ -93,32 +95,39 @@ def test_plan_covers_every_entry_once(tail):
     storage = storage_of(lengths, [list(range(tail))] * 2, 16, 16, torch.float32)
     packed = [(start, count - tail) for start, count in storage.spans]
     plan = Plan.of(packed, tail, torch.device("cpu"))
-    seen = torch.zeros(len(storage.tensors[0]), dtype=torch.long)
-    head_of = torch.full_like(seen, -1)
+    times_covered = torch.zeros(len(storage.buffers[0]), dtype=torch.long)
+    head_of = torch.full_like(times_covered, -1)
     for head, (start, count) in enumerate(storage.spans):
         head_of[start : start + count] = head
     longest = max(count for *_, count, _ in plan.items.tolist())
-    for head, first, count, new in plan.items.tolist():
-        start, packed_count = packed[head]
-        assert new == (-1 if first < start + packed_count else first - start - packed_count)
+    for head, first, count, tail_start in plan.items.tolist():
+        start, num_packed = packed[head]
+        assert tail_start == (-1 if first < start + num_packed else first - start - num_packed)
         assert head == head_of[first]
-        count = tail - new if count < 0 else count
+        count = tail - tail_start if count < 0 else count
         assert 0 < count <= longest
-        seen[first : first + count] += 1
-    assert torch.equal(seen, (head_of >= 0).long())
-    ends = plan.items[plan.spans[1:].long() - 1]
-    assert ends[:, 2].eq(-1).all()
-    assert ends[:, 0].tolist() == list(range(6))
+        times_covered[first : first + count] += 1
+    assert torch.equal(times_covered, (head_of >= 0).long())
+    last_parts = plan.items[plan.spans[1:].long() - 1]
+    assert last_parts[:, 2].eq(-1).all()
+    assert last_parts[:, 0].tolist() == list(range(6))
 
 
-def test_long_tail_is_read_in_parts(monkeypatch):
-    monkeypatch.setattr(ragged_attention, "usable", lambda *tensors: True)
+def test_long_tail_is_divided_into_parts():
     tail = [list(range(300)), [-1, -1, *range(298)]]
     storage = storage_of([[10], [20]], tail, 16, 16, torch.float32)
     query = torch.randn(2, 2, 1, 16)
-    for _ in range(3):  # the plan stays where it is while the last part grows
-        torch.testing.assert_close(
-            ragged_attention.attend(query, storage, None, 0.1), oracle(query, storage, 0.1).float()
-        )
-        assert (storage.plan.items[:, 3] > 0).any()
+    for _ in range(3):  # the plan stays the same while the last part grows
+        torch.testing.assert_close(attend(query, storage, 0.1), exact_attention(query, storage, 0.1).float())
+        assert (storage.decode_plan.items[:, 3] > 0).any()
         storage.append(*(torch.randn(2, 1, 1, 16) for _ in range(2)), torch.tensor([[300], [298]]))
+
+
+def test_attention_is_computed_by_torch_if_the_kernels_do_not_fit_the_device(monkeypatch):
+    def fail(*arguments, **options):
+        raise KernelFallbackError
+
+    storage = storage_of([[30, 2]], [[5, 6]], 16, 16, torch.float32)
+    query = torch.randn(1, 4, 1, 16, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr("suffice.kv.kernels.decoding.launch", fail)
+    torch.testing.assert_close(attend(query, storage, 0.2), exact_attention(query, storage, 0.2).float())
