@@ -1,4 +1,4 @@
-"""What each of several processes does in `test_parallel.py`: run under torchrun, writes what it saw as JSON."""
+"""Program that `test_parallel.py` runs under torchrun; each process writes its results as JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.kv.tiny import answer, left_padded, prompt
 
 BUDGET, NEW = 18, 10
 SETTINGS: dict[str, Any] = {"evict": "always", "interval": 4}
-# Policy and allocation; the policies that need more than a head's own tensors are among them.
+# Policy and allocation, including policies that need more than the tensors of a head.
 CASES = [
     ("capkv", "equal"),
     ("criticalkv", "equal"),
@@ -39,34 +39,34 @@ CASES = [
 
 
 def inputs() -> dict[str, torch.Tensor]:
-    """A batch of two prompts of unequal length."""
+    """Return a batch of two prompts of unequal length."""
     return left_padded([prompt(61), prompt(45, seed=2)])
 
 
 def run(model: PreTrainedModel, policy: str, allocation: str) -> dict[str, Any]:
-    """Tokens of an answer, and what the heads that are here then hold."""
+    """Generate an answer; return its tokens and the positions that the local heads keep."""
     cache = CompressedCache(model, policy, BUDGET, allocation=allocation, **SETTINGS)
     return {"tokens": answer(model, inputs(), cache, NEW).tolist(), "kept": kept(cache)}
 
 
 def kept(cache: CompressedCache) -> dict[str, Any]:
-    """Positions held by layer and head, the head's number that of the whole model."""
-    numbers = [(head.layer, head.head) for head in cache.report().heads]
-    rows = [cache.kept_positions(layer.index).transpose(0, 1).tolist() for layer in cache.compressed_layers]
-    heads = [[[p for p in row if p >= 0] for row in head] for layer in rows for head in layer]
-    return {f"{layer}.{head}": own for (layer, head), own in zip(numbers, heads, strict=True)}
+    """Return the kept positions of each row by "layer.head"; the index of the head is that in the whole model."""
+    names = [f"{head.layer}.{head.head}" for head in cache.report().heads]
+    layers = [cache.kept_positions(layer.index).transpose(0, 1).tolist() for layer in cache.compressed_layers]
+    heads = [[[p for p in row if p >= 0] for row in head] for layer in layers for head in layer]
+    return dict(zip(names, heads, strict=True))
 
 
-def split(path: Path) -> PreTrainedModel:
-    """The model, its heads split over the processes by transformers."""
+def load_tensor_parallel(path: Path) -> PreTrainedModel:
+    """Load the model with its heads split over the processes by transformers."""
     options: dict[str, Any] = {"tp_plan": "auto"}
     if "tp_plan" in DistributedConfig.__dataclass_fields__:
         options = {"distributed_config": DistributedConfig(**options)}
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
 
 
-class Counted:
-    """Counts calls of the collectives, which go on as they are."""
+class CollectiveCounter:
+    """Counts the calls of collective operations."""
 
     NAMES = ("all_reduce", "all_gather", "broadcast")
 
@@ -83,8 +83,8 @@ class Counted:
         return call
 
 
-def selection(sharding: Sharding) -> bool:
-    """The largest of all processes, beside a sort of all of them; with ties, −inf and an empty part."""
+def check_selection(sharding: Sharding) -> bool:
+    """Compare `topk_masks` with a sort of the values of all processes; they include ties, −inf and an empty part."""
     generator = torch.Generator().manual_seed(7)
     for count in (0, 1, 5, 40, 200):
         parts = torch.randn(sharding.world_size, 3, 30, generator=generator)
@@ -92,51 +92,51 @@ def selection(sharding: Sharding) -> bool:
         parts[:, 2] = parts[:, 2].where(parts[:, 2] > 0, float("-inf"))
         values = list(parts[sharding.rank])
         values.append(values[0][:0] if sharding.rank else values[0])
-        chosen = topk_masks(values, [count] * 4, sharding)
-        for row, (own, stay) in enumerate(zip(values, chosen, strict=True)):
-            together = parts[:, row].flatten() if row < 3 else parts[0, 0]
-            together = together[together > float("-inf")].sort(descending=True).values[:count]
-            here = torch.full((30,), float("inf"))
-            here[: int(stay.sum())] = own[stay]
-            both = sharding.all_gather(here[None], 0).flatten()
-            both = both[both < float("inf")].sort(descending=True).values
-            if not torch.equal(both, together):
+        masks = topk_masks(values, [count] * 4, sharding)
+        for row, (own, mask) in enumerate(zip(values, masks, strict=True)):
+            expected = parts[:, row].flatten() if row < 3 else parts[0, 0]
+            expected = expected[expected > float("-inf")].sort(descending=True).values[:count]
+            selected = torch.full((30,), float("inf"))
+            selected[: int(mask.sum())] = own[mask]
+            of_all = sharding.all_gather(selected[None], 0).flatten()
+            of_all = of_all[of_all < float("inf")].sort(descending=True).values
+            if not torch.equal(of_all, expected):
                 return False
     return True
 
 
 def main(path: Path, out: Path) -> None:
-    """Run all cases; called in each process."""
+    """Run all cases in this process."""
     warnings.simplefilter("ignore")
-    model = split(path)
+    model = load_tensor_parallel(path)
     sharding = Sharding.from_model(model)
     assert sharding is not None
-    counted = Counted()
+    counter = CollectiveCounter()
     answer(model, inputs(), DynamicCache(config=model.config), NEW)
-    stock = counted.calls
-    found: dict[str, Any] = {"fingerprint": fingerprint(model), "exchanged": {}, "cases": {}}
+    stock_calls = counter.calls
+    results: dict[str, Any] = {"fingerprint": fingerprint(model), "collectives": {}, "cases": {}}
     for policy, allocation in CASES:
-        CompressedCache(model, policy, BUDGET, allocation=allocation)  # a profile is looked up here
-        before = counted.calls
-        found["cases"][f"{policy}/{allocation}"] = run(model, policy, allocation)
-        found["exchanged"][f"{policy}/{allocation}"] = counted.calls - before - stock
-    found["selection"] = selection(sharding)
-    found["profile"] = calibrate(model, tokens=64).attention
+        CompressedCache(model, policy, BUDGET, allocation=allocation)  # so that its profile is known before counting
+        before = counter.calls
+        results["cases"][f"{policy}/{allocation}"] = run(model, policy, allocation)
+        results["collectives"][f"{policy}/{allocation}"] = counter.calls - before - stock_calls
+    results["selection"] = check_selection(sharding)
+    results["profile"] = calibrate(model, tokens=64).attention
     cache = CompressedCache(model, "capkv", BUDGET, allocation="marginal", **SETTINGS)
     tokens = answer(model, inputs(), cache, NEW)
     file = cache.save(model, out / "cache.safetensors")
-    again = CompressedCache.load(out / "cache.safetensors", model)
-    more = [answer(model, follow(tokens), each, 6).tolist() for each in (cache, again)]
-    found["saved"] = {"file": file.name, "goes on": more[0] == more[1]}
-    (out / f"{sharding.rank}.json").write_text(json.dumps(found))
+    loaded = CompressedCache.load(out / "cache.safetensors", model)
+    answers = [answer(model, with_answer(tokens), each, 6).tolist() for each in (cache, loaded)]
+    results["saved"] = {"file": file.name, "same answer": answers[0] == answers[1]}
+    (out / f"{sharding.rank}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
-    # All is written. Once in dozens of runs threads of torch's that still live abort the interpreter as it ends.
+    # Exit at once, because threads of torch sometimes abort the interpreter while it shuts down.
     os._exit(0)
 
 
-def follow(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The batch and its answer, to be continued."""
+def with_answer(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the batch followed by an answer."""
     start = inputs()
     ids = torch.cat((start["input_ids"], tokens), 1)
     return {"input_ids": ids, "attention_mask": torch.cat((start["attention_mask"], torch.ones_like(tokens)), 1)}

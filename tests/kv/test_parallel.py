@@ -1,4 +1,4 @@
-"""Heads split over two processes by transformers' tensor parallelism, layers spread over devices."""
+"""Tensor parallelism over two processes, and models whose layers are spread over devices."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, own_cache):
-    """A tiny model as loaded from its files, in one process, and where they are."""
+    """A tiny model, loaded from its files in one process, and their folder."""
     path = tmp_path_factory.mktemp("model")
     build("llama").save_pretrained(path)
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), path
@@ -40,13 +40,13 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processes(model, tmp_path_factory):
-    """What two processes saw, each with half of the heads."""
+    """Results of two processes with half of the heads each, and the folder of their files."""
     single, path = model
-    get_profile(single)  # measured once, and read by both
+    get_profile(single)  # measured here, and read by both processes
     out = tmp_path_factory.mktemp("out")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONFAULTHANDLER"] = "1"  # says where a process was that something outside of Python ended
+    environment["PYTHONFAULTHANDLER"] = "1"  # a crashed process prints its traceback
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
     done = subprocess.run(
         [*command, str(ROOT / "tests/kv/parallel.py"), str(path), str(out)],
@@ -61,56 +61,57 @@ def processes(model, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("policy", "allocation"), CASES)
-def test_two_processes_answer_as_one(model, processes, policy, allocation):
-    """The same tokens, and each process holds what one would have kept in its heads."""
+def test_two_processes_equal_one(model, processes, policy, allocation):
+    """Both generate the same tokens, and each head keeps the same entries."""
     expected = json.loads(json.dumps(run(model[0], policy, allocation)))
-    for rank, found in enumerate(processes[0]):
-        own = found["cases"][f"{policy}/{allocation}"]
-        assert own["tokens"] == expected["tokens"]
-        assert own["kept"] == {name: held for name, held in expected["kept"].items() if name.endswith(f".{rank}")}
+    for rank, results in enumerate(processes[0]):
+        case = results["cases"][f"{policy}/{allocation}"]
+        assert case["tokens"] == expected["tokens"]
+        assert case["kept"] == {name: kept for name, kept in expected["kept"].items() if name.endswith(f".{rank}")}
 
 
-def test_what_is_exchanged(processes):
-    """Per head: nothing. Where heads compete, three counts by layer and eviction, whatever the length of the text."""
-    for found in processes[0]:
-        exchanged = found["exchanged"]
+def test_number_of_collective_operations(processes):
+    """Policies of single heads need none; if heads compete, each eviction of a layer needs three, for any length."""
+    for results in processes[0]:
+        collectives = results["collectives"]
         for name in ("capkv/equal", "criticalkv/equal", "random/equal", "capkv/pyramid"):
-            assert exchanged[name] == 0
-        assert exchanged["capkv/profile"] == 1  # the first process's profile, when the cache is made
-        # Two for an average over all heads, by layer and eviction: its width and itself.
-        evictions = exchanged["tova/equal"] // 2
+            assert collectives[name] == 0
+        assert collectives["capkv/profile"] == 1  # a new cache takes the profile of the first process
+        # An average over all heads needs two for each eviction of a layer: for its width, and for itself.
+        evictions = collectives["tova/equal"] // 2
         assert evictions > 0
-        assert exchanged["capkv/pooled"] == 3 * evictions
-        assert 3 * evictions <= exchanged["capkv/marginal"] <= 4 * evictions
+        assert collectives["capkv/adakv"] == 3 * evictions
+        assert 3 * evictions <= collectives["capkv/marginal"] <= 4 * evictions
 
 
-def test_a_profile_measured_by_two_is_that_of_one(model, processes):
+def test_profile_and_fingerprint_equal_those_of_one_process(model, processes):
     expected = torch.tensor(calibrate(model[0], tokens=64).attention)
-    for found in processes[0]:
-        torch.testing.assert_close(torch.tensor(found["profile"]), expected, atol=1e-5, rtol=1e-3)
-        assert found["fingerprint"] == fingerprint(model[0])
+    for results in processes[0]:
+        torch.testing.assert_close(torch.tensor(results["profile"]), expected, atol=1e-5, rtol=1e-3)
+        assert results["fingerprint"] == fingerprint(model[0])
 
 
 def test_each_process_saves_its_heads(model, processes):
-    single, (found, out) = model[0], processes
-    assert [each["saved"] for each in found] == [
-        {"file": f"cache-{rank}-of-2.safetensors", "goes on": True} for rank in (1, 2)
+    single, (results, out) = model[0], processes
+    assert [each["saved"] for each in results] == [
+        {"file": f"cache-{rank}-of-2.safetensors", "same answer": True} for rank in (1, 2)
     ]
-    with pytest.raises(ValueError, match="holds a cache of process 2 of 2, this is one process; accepted: the same"):
+    message = r"model must be split as when the cache in .* was saved \(process 2 of 2\), got one process"
+    with pytest.raises(ValueError, match=message):
         CompressedCache.load(out / "cache-2-of-2.safetensors", single)
 
 
-def test_the_largest_of_two_processes(processes):
-    assert [found["selection"] for found in processes[0]] == [True, True]
+def test_topk_masks_of_two_processes(processes):
+    assert [results["selection"] for results in processes[0]] == [True, True]
 
 
-def test_the_largest_of_one():
+def test_topk_masks_of_one_process():
     values = [torch.tensor([3.0, float("-inf"), 5.0, 4.0]), torch.tensor([1.0, 2.0])]
-    found = topk_masks(values, [2, 5])
-    assert [own.tolist() for own in found] == [[False, False, True, True], [True, True]]
+    masks = topk_masks(values, [2, 5])
+    assert [mask.tolist() for mask in masks] == [[False, False, True, True], [True, True]]
 
 
-def test_heads_are_all_here_or_evenly_split():
+def test_heads_must_be_split_evenly_or_not_at_all():
     sharding = Sharding(None, rank=1, world_size=2, num_kv_heads=8)
     assert [sharding.is_split(heads) for heads in (8, 4)] == [False, True]
     with pytest.raises(ValueError, match="process 1 of 2 must be all 8 or 8/2 of them, got 3"):
@@ -118,24 +119,25 @@ def test_heads_are_all_here_or_evenly_split():
     assert sharding.local_part(torch.arange(8), 0).tolist() == [4, 5, 6, 7]
 
 
-def test_a_projection_that_is_split_without_its_heads_is_named():
+def test_output_projection_that_does_not_fit_the_heads_is_rejected():
     weight = torch.zeros(5, 4)
     assert local_columns(weight, 4) is weight
     with pytest.raises(ValueError, match=r"output projection must have 8 columns, .*, got 4:"):
         local_columns(weight, 8)
 
 
-def test_a_model_in_one_process_is_not_sharded():
+def test_model_in_one_process_is_not_sharded():
     assert Sharding.from_model(build("llama")) is None
 
 
 @pytest.fixture(scope="module")
 def spread(model, tmp_path_factory):
-    """The model with accelerate's hooks on every layer, the weights of one waiting on a disk."""
-    places = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
-    places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}
+    """The model with accelerate's hooks on every layer, and the weights of one layer on disk."""
+    device_map = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}
     folder = tmp_path_factory.mktemp("offload")
-    return AutoModelForCausalLM.from_pretrained(model[1], dtype=torch.float32, device_map=places, offload_folder=folder)
+    options = {"dtype": torch.float32, "device_map": device_map, "offload_folder": folder}
+    return AutoModelForCausalLM.from_pretrained(model[1], **options)
 
 
 @pytest.mark.parametrize(("policy", "allocation"), CASES)
@@ -143,8 +145,8 @@ def test_a_device_map_changes_nothing(model, spread, policy, allocation):
     assert run(spread, policy, allocation) == run(model[0], policy, allocation)
 
 
-def test_a_cache_of_a_spread_model_is_that_of_the_model(model, spread, tmp_path):
-    """Its identity is that of the weights, wherever they wait; what is loaded lies where it is computed with."""
+def test_cache_of_a_spread_model_can_be_loaded_for_the_model_in_memory(model, spread, tmp_path):
+    """Offloaded weights give the same fingerprint, and entries are loaded to the device of their layer."""
     single = model[0]
     cache = CompressedCache(spread, "capkv", 18, **SETTINGS)
     answer(spread, inputs(), cache, 4)
@@ -152,14 +154,14 @@ def test_a_cache_of_a_spread_model_is_that_of_the_model(model, spread, tmp_path)
     for each in (single, spread):
         loaded = CompressedCache.load(tmp_path / "cache.safetensors", each)
         assert {layer.storage.keys.device.type for layer in loaded.compressed_layers} == {"cpu"}
-        # The room for new tokens is not in the file.
+        # Spare slots are not saved.
         assert replace(loaded.report(), bytes_index=0) == replace(cache.report(), bytes_index=0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("allocation", ["equal", "marginal"])
-def test_layers_need_nothing_but_their_own_tensors(attention, allocation):
-    """What reaches a layer on another device are copies, without what the mask function has noted on the mask."""
+def test_layers_accept_copies_of_their_inputs(attention, allocation):
+    """A layer on another device gets copies, which lack the attributes that the mask function sets on a mask."""
 
     def copied(x):
         return x.clone() if isinstance(x, torch.Tensor) else tuple(map(copied, x)) if isinstance(x, tuple) else x
@@ -173,7 +175,7 @@ def test_layers_need_nothing_but_their_own_tensors(attention, allocation):
         for layer in network.model.layers if moves else ():
             layer.register_forward_pre_hook(before, with_kwargs=True)
         cache = CompressedCache(network, "capkv", 18, allocation=allocation, **SETTINGS)
-        batch = left_padded([prompt(61), prompt(20, seed=2)])  # of the first chunk, a row has padding alone
+        batch = left_padded([prompt(61), prompt(20, seed=2)])  # the second row has only padding in the first chunk
         with torch.no_grad():
             out = network.generate(
                 **batch, past_key_values=cache, prefill_chunk_size=20, max_new_tokens=8, do_sample=False
