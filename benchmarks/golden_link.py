@@ -61,10 +61,10 @@ from suffice.link.models import (
     preset,
 )
 from suffice.link.sparse.adjacency import Adjacency, remove_edges
-from suffice.link.sparse.count_cache import symmetric
-from suffice.link.sparse.distance_counts import pair_counts
-from suffice.link.sparse.neighbors import common_neighbors, pool, residual_neighbors, square_rows
-from suffice.link.sparse.overlap import overlap, square_dense
+from suffice.link.sparse.count_cache import symmetrize
+from suffice.link.sparse.distance_counts import count_by_distance
+from suffice.link.sparse.neighbors import common_neighbors, pool, residual_neighbors, squared_rows
+from suffice.link.sparse.overlap import EDGE_UNIT, dense_walks, overlap
 from suffice.link.sparse.propagation import neighbor_mean, propagate, propagate_sparse, propagate_without_own_edge
 from suffice.link.sparse.sketches import sketch
 from suffice.link.study import figures, findings, published
@@ -329,7 +329,7 @@ def views(graph: Graph) -> tuple[dict[str, Adjacency], Tensor]:
 
 def neighbours(view: Adjacency, pairs: Tensor, x: Tensor) -> dict[str, Any]:
     first, second = residual_neighbors(view, pairs)
-    square, count = square_rows(view, pairs[0])
+    square, count = squared_rows(view, pairs[0])
     lists = {"common": common_neighbors(view, pairs), "first": first, "second": second, "square": square}
     found = {
         name: [one.node, one.owner, pool(x, one), pool(x, one, noise(one.node.numel()))] for name, one in lists.items()
@@ -339,7 +339,10 @@ def neighbours(view: Adjacency, pairs: Tensor, x: Tensor) -> dict[str, Any]:
 
 def overlaps(view: Adjacency, pairs: Tensor, x: Tensor) -> dict[str, Any]:
     found = with_gradient(lambda weight: overlap(view, pairs, weight, 0.3), x[:, 0])
-    return found if view.num_nodes > 8192 else {**found, "square": square_dense(view, pairs[0])}
+    if view.num_nodes > 8192:
+        return found
+    with dense_walks(view.base).as_of(view, pairs[0].unique()) as table:
+        return {**found, "square": (table.index_select(0, pairs[0]) & (EDGE_UNIT - 1)).float()}
 
 
 def propagations(view: Adjacency, pairs: Tensor, x: Tensor) -> dict[str, Any]:
@@ -356,9 +359,9 @@ def propagations(view: Adjacency, pairs: Tensor, x: Tensor) -> dict[str, Any]:
 
 def sketches(view: Adjacency, pairs: Tensor, hops: int, **more: Any) -> dict[str, Any]:
     made = sketch(view, hops, **now(more))
-    counts = pair_counts(view, made, pairs)
-    kept = {"minhash": made.minhash, "registers": made.registers, "sizes": made.sizes, "growth": made.growth}
-    return {**kept, "counts": [counts, symmetric(counts, hops)]}
+    counts = count_by_distance(view, made, pairs)
+    kept = {"minhash": made.minhash, "registers": made.registers, "sizes": made.sizes, "growth": made.increases}
+    return {**kept, "counts": [counts, symmetrize(counts, hops)]}
 
 
 def metrics(first: Tensor, second: Tensor) -> list[Any]:

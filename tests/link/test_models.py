@@ -27,8 +27,8 @@ from suffice.link.models import (
 from suffice.link.models.dropout import ByteDropout
 from suffice.link.sparse import adjacency as compressed
 from suffice.link.sparse.adjacency import Adjacency
-from suffice.link.sparse.count_cache import symmetric
-from suffice.link.sparse.distance_counts import pair_counts
+from suffice.link.sparse.count_cache import symmetrize
+from suffice.link.sparse.distance_counts import count_by_distance
 from suffice.link.sparse.sketches import sketch
 from suffice.link.train.alignment import embeddings
 from suffice.link.train.trainer import TrainSettings, fit, message_edges, score_validation
@@ -77,7 +77,7 @@ def test_renaming_nodes_changes_nothing(model, graph, parts):
     order = torch.randperm(graph.num_nodes, generator=torch.Generator().manual_seed(0))
     places = order.argsort()
     one = scores(model, graph.x, Adjacency(parts.message_edges(), graph.num_nodes), parts.test)
-    renamed = Adjacency(places[parts.message_edges()], graph.num_nodes, keys=order)
+    renamed = Adjacency(places[parts.message_edges()], graph.num_nodes, hash_keys=order)
     assert torch.allclose(one, scores(model, graph.x[order], renamed, places[parts.test]), atol=1e-4)
 
 
@@ -194,7 +194,7 @@ def test_ncn_and_ncnc_against_dense_loops(graph, parts):
 
 @pytest.mark.parametrize("limit", [2**26, 0])
 def test_neognn_against_dense_matrices(limit, graph, parts, monkeypatch):
-    monkeypatch.setattr("suffice.link.sparse.overlap.SMALL", limit)
+    monkeypatch.setattr("suffice.link.sparse.overlap.MAX_DENSE_ENTRIES", limit)
     model = warmed(small("neognn", "none"), graph)
     adjacency = dense(graph, parts)
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_elph_and_buddy_against_their_parts(graph, parts):
     scale = adjacency.sum(1).rsqrt()
     smooth = (scale[:, None] * adjacency * scale) @ graph.x
     base = Adjacency(parts.message_edges(), graph.num_nodes)
-    counts = symmetric(pair_counts(base, sketch(base), parts.test), 2)
+    counts = symmetrize(count_by_distance(base, sketch(base), parts.test), 2)
     for name in ("elph", "buddy"):
         model = warmed(small(name), graph)
         with torch.no_grad():
@@ -242,8 +242,8 @@ def test_large_graphs_take_the_other_path(graph, parts, monkeypatch):
         model = warmed(small(name), graph)
         expected = scores(model, graph.x, parts.message_edges(), parts.test)
         with monkeypatch.context() as patch:
-            patch.setattr(compressed, "SMALL", 0)
-            patch.setattr("suffice.link.sparse.overlap.SMALL", 0)
+            patch.setattr(compressed, "MAX_DENSE_ENTRIES", 0)
+            patch.setattr("suffice.link.sparse.overlap.MAX_DENSE_ENTRIES", 0)
             assert torch.allclose(scores(model, graph.x, parts.message_edges(), parts.test), expected, atol=1e-4)
 
 

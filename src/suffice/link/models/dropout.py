@@ -1,4 +1,4 @@
-"""Dropout whose mask is drawn a byte for each number."""
+"""Dropout whose mask is drawn with one byte for each element."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from torch.autograd import Function
 
 
 class ByteDropout(nn.Dropout):
-    """Dropout, many times as fast on CPUs: one random byte for each number, eight at a draw.
+    """Dropout that draws one random byte for each element, eight at a time, which is much faster on a CPU.
 
-    The share that is kept is rounded to 1/256, and what is kept is scaled by the rounded share. On other devices it
-    is torch's own.
+    The probability of keeping an element is rounded to a multiple of 1/256, and kept elements are scaled by the rounded
+    probability. On other devices this is `torch.nn.Dropout`.
     """
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        """Drop numbers of a tensor of any shape."""
-        kept = round(256 * (1 - self.p))
-        if not self.training or kept in (0, 256) or not input.is_cpu:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in torch
+        """Drop elements of a tensor of any shape."""
+        num_kept = round(256 * (1 - self.p))  # of 256 byte values
+        if not self.training or num_kept in (0, 256) or not input.is_cpu:
             return super().forward(input)
         count = input.numel()
         words = torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None)
         mask = words.view(torch.uint8)[:count].view(input.shape)
-        return _Masked.apply(input, torch.lt(mask, kept, out=mask), 256 / kept)  # pyright: ignore[reportReturnType]
+        mask = torch.lt(mask, num_kept, out=mask)
+        return _ApplyMask.apply(input, mask, 256 / num_kept)  # pyright: ignore[reportReturnType]
 
 
-class _Masked(Function):
-    # The mask stays a byte for each number. Bytes are compared, and made floats, several times as fast as booleans.
+class _ApplyMask(Function):
+    # The mask stays uint8: bytes are compared and converted to floats several times as fast as booleans.
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
         ctx.mask, ctx.scale = mask, scale
@@ -40,7 +41,7 @@ class _Masked(Function):
 
 
 def drop_features(dropout: nn.Module, x: Tensor) -> Tensor:
-    """Apply dropout to features, of a sparse matrix (CSR) to what it holds."""
+    """Apply dropout to features [nodes, features]; of a sparse CSR tensor, to its stored values."""
     if x.layout != torch.sparse_csr:
         return dropout(x)
     values = dropout(x.values())

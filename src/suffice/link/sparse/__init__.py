@@ -1,1 +1,1 @@
-"""Sparse graph primitives: adjacency, neighbourhoods, propagation, overlap and sketches."""
+"""Operations on sparse graphs: adjacency, neighbors, propagation, overlap and sketches."""

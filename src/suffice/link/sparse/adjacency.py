@@ -1,4 +1,4 @@
-"""The edges that messages pass over, in compressed rows, and views of it that lack some edges."""
+"""The adjacency of an undirected graph in compressed sparse rows, and views of it without some edges."""
 
 from __future__ import annotations
 
@@ -9,17 +9,27 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
-# A byte for each pair of nodes pays up to this many: 64 MiB, graphs of 8,192 nodes.
-SMALL = 2**26
+Result = TypeVar("Result")
+
+MAX_DENSE_ENTRIES = 2**26
+"""Largest num_nodes² for which dense matrices over pairs of nodes are kept: graphs of up to 8,192 nodes.
+
+A dense matrix of bytes then has at most 64 MiB.
+"""
 
 
 class CompressedRows:
-    """Directed edges in compressed sparse rows.
+    """Directed edges in compressed sparse rows (CSR).
 
     Args:
-        codes: row · num_nodes + column of each edge, ascending, none twice, long [edges].
-        num_nodes: nodes of the graph.
+        codes: row · num_nodes + column of each edge, ascending and unique, long [edges].
+        num_nodes: number of nodes.
+
+    Attributes:
+        row: row of each edge, ascending, long [edges].
+        col: column of each edge, ascending within a row, long [edges].
+        degree: number of edges of each row, long [nodes].
+        rowptr: where each row starts in `col`, followed by the number of edges, long [nodes + 1].
 
     """
 
@@ -31,91 +41,100 @@ class CompressedRows:
         self.degree = torch.bincount(self.row, minlength=num_nodes)
         self.rowptr = offsets_from_counts(self.degree)
 
-    def without(self, places: Tensor) -> CompressedRows:
-        """Return the rows without the edges at some places, long, ascending, none twice."""
+    def drop(self, positions: Tensor) -> CompressedRows:
+        """Return the rows without the edges at some positions, long, ascending and unique."""
         keep = torch.ones_like(self.codes, dtype=torch.bool)
-        keep[places] = False
+        keep[positions] = False
         kept = keep.nonzero().flatten()
-        chosen = CompressedRows.__new__(CompressedRows)
-        chosen.num_nodes = self.num_nodes
-        chosen.codes, chosen.row, chosen.col = (part.index_select(0, kept) for part in (self.codes, self.row, self.col))
-        chosen.degree = self.degree - torch.bincount(self.row[places], minlength=self.num_nodes)
-        chosen.rowptr = offsets_from_counts(chosen.degree)
-        return chosen
+        result = CompressedRows.__new__(CompressedRows)
+        result.num_nodes = self.num_nodes
+        result.codes, result.row, result.col = (part.index_select(0, kept) for part in (self.codes, self.row, self.col))
+        result.degree = self.degree - torch.bincount(self.row[positions], minlength=self.num_nodes)
+        result.rowptr = offsets_from_counts(result.degree)
+        return result
 
     def expand(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the neighbours of nodes, node after node, and the position in `nodes` that each belongs to.
+        """Return the neighbors of nodes.
 
         Args:
-            nodes: long [n], repeats allowed.
+            nodes: long [n], with repeats.
+
+        Returns:
+            The neighbors of the first node, then those of the second, and so on, long [total]; and for each neighbor
+            the position in `nodes` of the node that it belongs to, long [total].
 
         """
         start, count = self.rowptr.index_select(0, nodes), self.degree.index_select(0, nodes)
         owner = torch.repeat_interleave(count)
-        place = (start - offsets_from_counts(count)[:-1]).index_select(0, owner)
-        place += torch.arange(owner.numel(), device=owner.device)
-        return self.col.index_select(0, place), owner
+        position = (start - offsets_from_counts(count)[:-1]).index_select(0, owner)
+        position += torch.arange(owner.numel(), device=owner.device)
+        return self.col.index_select(0, position), owner
 
     def find(self, codes: Tensor) -> Tensor:
-        """Return where each code stands, -1 if it is no edge, long [codes]."""
+        """Return the position of each code [n] among the edges, -1 if it is not an edge: long [n]."""
         if self.codes.numel() == 0:
             return torch.full_like(codes, -1)
-        places = torch.searchsorted(self.codes, codes).clamp_(max=self.codes.numel() - 1)
-        return torch.where(self.codes.index_select(0, places) == codes, places, -1)
+        positions = torch.searchsorted(self.codes, codes).clamp_(max=self.codes.numel() - 1)
+        return torch.where(self.codes.index_select(0, positions) == codes, positions, -1)
 
 
 class Adjacency:
-    """An undirected graph: both directions of every edge, no self-loop, none twice.
+    """The adjacency matrix A of an undirected graph: both directions of every edge, no self-loops, no duplicates.
+
+    Views without some edges share the graph that they were made from as their `base`, and all that is cached for it.
 
     Args:
         edge_index: edges in one direction or both, in any order, long [2, edges].
-        num_nodes: nodes of the graph.
-        keys: a number for each node that sketches hash in place of its id, long [nodes]; under a relabelling that
-            takes it along, sketches stay the same.
+        num_nodes: number of nodes.
+        hash_keys: a number for each node that sketches hash instead of its id, long [nodes]. Sketches do not change
+            when the nodes are renumbered and the keys with them.
 
     Raises:
-        ValueError: the shape is wrong or an id is out of range.
+        ValueError: a shape is wrong, or a node id is out of range.
 
     """
 
-    _view: tuple[Adjacency, Tensor]
+    _parent_and_removed_pairs: tuple[Adjacency, Tensor]  # of a view
 
-    def __init__(self, edge_index: Tensor, num_nodes: int, *, keys: Tensor | None = None) -> None:
+    def __init__(self, edge_index: Tensor, num_nodes: int, *, hash_keys: Tensor | None = None) -> None:
         if edge_index.ndim != 2 or edge_index.size(0) != 2:
-            raise ValueError(f"edge_index has shape {tuple(edge_index.shape)}; accepted: [2, edges]")
+            raise ValueError(f"edge_index must have shape [2, edges], got {tuple(edge_index.shape)}")
         if edge_index.numel() and not (int(edge_index.min()) >= 0 and int(edge_index.max()) < num_nodes):
             raise ValueError(
-                f"edge_index holds ids {int(edge_index.min())} to {int(edge_index.max())}; "
-                f"accepted: 0 to {num_nodes - 1}"
+                f"edge_index must hold node ids from 0 to {num_nodes - 1}, "
+                f"got {int(edge_index.min())} to {int(edge_index.max())}"
             )
-        if keys is not None and keys.shape != (num_nodes,):
-            raise ValueError(f"keys has shape {tuple(keys.shape)}; accepted: ({num_nodes},), one a node")
+        if hash_keys is not None and hash_keys.shape != (num_nodes,):
+            raise ValueError(
+                f"hash_keys must have shape ({num_nodes},), one for each node, got {tuple(hash_keys.shape)}"
+            )
         self.num_nodes = num_nodes
         without_loops = edge_index[:, edge_index[0] != edge_index[1]]
-        self._csr = CompressedRows(_codes(without_loops, num_nodes).unique(), num_nodes), None
-        self.keys = torch.arange(num_nodes, device=edge_index.device) if keys is None else keys
+        self._csr_and_removed = CompressedRows(_codes(without_loops, num_nodes).unique(), num_nodes), None
+        self.hash_keys = torch.arange(num_nodes, device=edge_index.device) if hash_keys is None else hash_keys
         self.base = self
-        self._made: dict[str, tuple[tuple[object, ...], Any]] = {}
+        self._memo: dict[str, tuple[tuple[object, ...], Any]] = {}
 
     @cached_property
-    def _csr(self) -> tuple[CompressedRows, CompressedRows | None]:
-        # Of a view, when they are asked for: sketches, for one, are of the base.
-        graph, pairs = self._view
-        places = graph._edges(pairs).unique()
-        gone = graph.csr.codes[places]
-        if graph.removed is not None:
-            gone = torch.cat([graph.removed.codes, gone]).sort().values
-        return graph.csr.without(places), CompressedRows(gone, self.num_nodes)
+    def _csr_and_removed(self) -> tuple[CompressedRows, CompressedRows | None]:
+        # Computed when a view needs it: models of sketches read only the base.
+        parent, pairs = self._parent_and_removed_pairs
+        positions = parent.csr.find(_codes(pairs, self.num_nodes))
+        positions = positions[positions >= 0].unique()
+        removed = parent.csr.codes[positions]
+        if parent.removed is not None:
+            removed = torch.cat([parent.removed.codes, removed]).sort().values
+        return parent.csr.drop(positions), CompressedRows(removed, self.num_nodes)
 
     @property
     def csr(self) -> CompressedRows:
-        """The edges."""
-        return self._csr[0]
+        """The edges in compressed sparse rows."""
+        return self._csr_and_removed[0]
 
     @property
     def removed(self) -> CompressedRows | None:
-        """The edges of the base that a view lacks."""
-        return self._csr[1]
+        """The edges of the base that a view lacks; None if this is not a view."""
+        return self._csr_and_removed[1]
 
     @property
     def edge_index(self) -> Tensor:
@@ -124,64 +143,74 @@ class Adjacency:
 
     @property
     def degree(self) -> Tensor:
-        """Neighbours of each node, long [nodes]."""
+        """Number of neighbors of each node, long [nodes]."""
         return self.csr.degree
 
     @property
     def device(self) -> torch.device:
-        """Where the graph is."""
-        return self.keys.device
+        """The device of the tensors."""
+        return self.hash_keys.device
 
     def without(self, pairs: Tensor) -> Adjacency:
-        """Return a view that lacks the given edges in both directions; pairs that are no edges are ignored.
-
-        The graph that the first view was made of stays its `base`, with all that was remembered.
+        """Return a view without some edges in both directions; pairs that are not edges are ignored.
 
         Args:
             pairs: long [2, pairs].
 
         """
         view = Adjacency.__new__(Adjacency)
-        view.num_nodes, view.keys, view.base, view._made = self.num_nodes, self.keys, self.base, {}
-        view._view = (self, pairs)
+        view.num_nodes, view.hash_keys, view.base, view._memo = self.num_nodes, self.hash_keys, self.base, {}
+        view._parent_and_removed_pairs = (self, pairs)
         return view
 
     def contains(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Return which (row, column) are edges, bool [pairs]."""
+        """Return which pairs (row, column) are edges, bool [pairs].
+
+        Args:
+            rows: long [pairs].
+            columns: long [pairs].
+
+        """
         codes = rows * self.num_nodes + columns
-        if self.num_nodes**2 > SMALL:
+        if self.num_nodes**2 > MAX_DENSE_ENTRIES:
             return self.csr.find(codes) >= 0
-        joined = self.base.memoize("bitmap", self.base._bitmap).index_select(0, codes)
+        is_edge = self.base.memoize("dense", self.base._dense).index_select(0, codes)
         if self.removed is not None:
-            # Few of those asked for are edges: only they are looked up among what the view lacks.
-            hits = joined.nonzero().flatten()
-            joined[hits] = self.removed.find(codes[hits]) < 0
-        return joined
+            # Few of the pairs are edges: only those are searched among the removed edges.
+            edges = is_edge.nonzero().flatten()
+            is_edge[edges] = self.removed.find(codes[edges]) < 0
+        return is_edge
 
-    def memoize(self, name: str, make: Callable[[], T], *inputs: object) -> T:
-        """Return what `make` returns, made once for the same input objects."""
-        made = self._made.get(name)
-        if made is None or any(old is not new for old, new in zip(made[0], inputs, strict=True)):
-            made = self._made[name] = (inputs, make())
-        return cast(T, made[1])
+    def memoize(self, name: str, compute: Callable[[], Result], *inputs: object) -> Result:
+        """Return what `compute` returns, computed once for the same input objects.
 
-    def _edges(self, pairs: Tensor) -> Tensor:
-        places = self.csr.find(_codes(pairs, self.num_nodes))
-        return places[places >= 0]
+        Args:
+            name: key of the result; a result for other inputs is replaced.
+            compute: computes the result.
+            inputs: objects other than this adjacency that the result depends on.
 
-    def _bitmap(self) -> Tensor:
-        bitmap = torch.zeros(self.num_nodes**2, dtype=torch.bool, device=self.device)
-        bitmap[self.csr.codes] = True
-        return bitmap
+        """
+        known = self._memo.get(name)
+        if known is None or any(old is not new for old, new in zip(known[0], inputs, strict=True)):
+            known = self._memo[name] = (inputs, compute())
+        return cast(Result, known[1])
+
+    def _dense(self) -> Tensor:
+        dense = torch.zeros(self.num_nodes**2, dtype=torch.bool, device=self.device)
+        dense[self.csr.codes] = True
+        return dense
 
 
 def as_adjacency(edge_index: Tensor | Adjacency, num_nodes: int) -> Adjacency:
-    """Return the message graph of an edge index; one that is given stays what it is."""
+    """Return the adjacency of an edge index [2, edges]; an adjacency is returned as it is."""
     return edge_index if isinstance(edge_index, Adjacency) else Adjacency(edge_index, num_nodes)
 
 
 def remove_edges(edge_index: Tensor | Adjacency, pairs: Tensor, num_nodes: int) -> Tensor | Adjacency:
     """Remove pairs from a graph in both directions, so that a model does not see the edges that it scores.
+
+    All pairs are removed from one graph. `propagate_without_own_edge` and `count_by_distance` do something else: they
+    see each pair in the graph that lacks only this pair.
 
     Args:
         edge_index: edges, long [2, edges], or an adjacency.
@@ -205,12 +234,21 @@ def remove_edges(edge_index: Tensor | Adjacency, pairs: Tensor, num_nodes: int) 
     return edge_index[:, keep]
 
 
-def offsets_from_counts(count: Tensor) -> Tensor:
-    """Return where each of several runs begins, and where the last ends: long [runs + 1]."""
-    found = count.new_zeros(count.numel() + 1)
-    torch.cumsum(count, 0, out=found[1:])
-    return found
+def offsets_from_counts(counts: Tensor) -> Tensor:
+    """Return where each of several consecutive lists starts, and where the last ends.
+
+    Args:
+        counts: length of each list, long [lists].
+
+    Returns:
+        Long [lists + 1].
+
+    """
+    offsets = counts.new_zeros(counts.numel() + 1)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return offsets
 
 
 def _codes(pairs: Tensor, num_nodes: int) -> Tensor:
+    """Return the codes of pairs [2, pairs] in both directions, long [2·pairs]."""
     return torch.cat([pairs[0] * num_nodes + pairs[1], pairs[1] * num_nodes + pairs[0]])

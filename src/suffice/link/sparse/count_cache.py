@@ -1,4 +1,4 @@
-"""Counts by distance that are asked for again: of a graph's edges in every epoch, of validation pairs after each."""
+"""A cache of counts by distance: those of a graph's edges in every epoch, and of validation pairs after each."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from suffice.link.sparse.adjacency import Adjacency
-from suffice.link.sparse.distance_counts import pair_counts
+from suffice.link.sparse.distance_counts import count_by_distance
 from suffice.link.sparse.sketches import sketch
 
-_MOST = 2**20  # pairs of sets, in all: 32 MiB of counts of two hops
+_MAX_CACHED_PAIRS = 2**20  # over all sets of pairs: 32 MiB of counts of two hops
 
 
 class CountCache:
-    """Sketches of a graph, and counts that don't depend on which end of a pair comes first.
+    """Sketches of a graph, and symmetric counts by distance of pairs of its nodes.
 
-    An edge's counts (without the edge itself) are kept once made, 64 bytes for two hops.
+    The counts of an edge, in the graph without this edge, are kept: 64 bytes for each edge and two hops.
 
     Args:
         graph: not a view.
@@ -26,55 +26,58 @@ class CountCache:
     def __init__(self, graph: Adjacency, hops: int) -> None:
         self.graph, self.hops = graph, hops
         self.sketches = sketch(graph, hops)
-        # One row more, for pairs that are no edges.
-        self.edges = torch.full((graph.csr.codes.numel() + 1, hops * (hops + 2)), torch.nan, device=graph.device)
-        self.sets: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        # The last row belongs to the pairs that are not edges, which `find` gives the position -1. It stays NaN.
+        self._edges = torch.full((graph.csr.codes.numel() + 1, hops * (hops + 2)), torch.nan, device=graph.device)
+        self._sets: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def counts(self, pairs: Tensor, *, reuse: bool = False) -> Tensor:
-        """Return the counts of pairs [2, pairs], as `symmetric` gives them: [pairs, k(k + 2)].
+        """Return the counts of pairs as `symmetrize` returns them, [pairs, k(k + 2)].
 
         Args:
-            pairs: long.
-            reuse: the same pairs will be asked for again; of such sets the last million pairs are kept.
+            pairs: long [2, pairs].
+            reuse: whether the same pairs will be asked for again; sets of up to a million pairs in all are then kept.
 
         """
         if not reuse:
             return self._counts(pairs)
         key = pairs.size(1), int((pairs[0] * self.graph.num_nodes + pairs[1]).sum())
-        known = self.sets.get(key)
+        known = self._sets.get(key)
         if known is not None and torch.equal(known[0], pairs):
             return known[1]
         counts = self._counts(pairs)
-        if pairs.size(1) <= _MOST:
-            self.sets[key] = pairs.clone(), counts
-        while sum(size for size, _ in self.sets) > _MOST:
-            del self.sets[next(iter(self.sets))]
+        if pairs.size(1) <= _MAX_CACHED_PAIRS:
+            self._sets[key] = pairs.clone(), counts
+        while sum(size for size, _ in self._sets) > _MAX_CACHED_PAIRS:
+            del self._sets[next(iter(self._sets))]
         return counts
 
     def _counts(self, pairs: Tensor) -> Tensor:
-        # Which end comes first decides the last bit.
+        # The order of the two nodes decides the last bit of a count: the smaller id comes first.
         pairs = torch.stack([pairs.min(dim=0).values, pairs.max(dim=0).values])
-        places = self.graph.csr.find(pairs[0] * self.graph.num_nodes + pairs[1])
-        counts = self.edges[places]
+        positions = self.graph.csr.find(pairs[0] * self.graph.num_nodes + pairs[1])
+        counts = self._edges[positions]
         missing = counts[:, 0].isnan().nonzero().flatten()
         if missing.numel():
-            found = symmetric(pair_counts(self.graph, self.sketches, pairs[:, missing]), self.hops)
-            counts[missing] = found
-            edge = places[missing] >= 0
-            self.edges[places[missing][edge]] = found[edge]
+            new = symmetrize(count_by_distance(self.graph, self.sketches, pairs[:, missing]), self.hops)
+            counts[missing] = new
+            is_edge = positions[missing] >= 0
+            self._edges[positions[missing][is_edge]] = new[is_edge]
         return counts
 
 
-def symmetric(counts: Tensor, hops: int) -> Tensor:
-    """Return counts that don't depend on which end comes first: of mirrored ones the larger and the smaller.
+def symmetrize(counts: Tensor, hops: int) -> Tensor:
+    """Return counts that do not depend on the order of the two nodes: the larger and the smaller of mirrored counts.
 
     Args:
-        counts: as `pair_counts` returns them, [edges, k(k + 2)].
+        counts: as `count_by_distance` returns them, [pairs, k(k + 2)].
         hops: k.
+
+    Returns:
+        [pairs, k(k + 2)].
 
     """
     grid = counts[:, : hops * hops].reshape(-1, hops, hops)
-    large, small = torch.maximum(grid, grid.mT), torch.minimum(grid, grid.mT)
-    both = large.triu() + small.tril(-1)
-    one, other = counts[:, hops * hops :].chunk(2, dim=1)
-    return torch.cat([both.flatten(1), torch.maximum(one, other), torch.minimum(one, other)], dim=1)
+    larger, smaller = torch.maximum(grid, grid.mT), torch.minimum(grid, grid.mT)
+    mirrored = larger.triu() + smaller.tril(-1)
+    first, second = counts[:, hops * hops :].chunk(2, dim=1)
+    return torch.cat([mirrored.flatten(1), torch.maximum(first, second), torch.minimum(first, second)], dim=1)

@@ -1,6 +1,6 @@
-"""Common and residual neighbours of pairs of nodes, what is pooled from them, and rows of adjacency powers.
+"""Common and residual neighbors of pairs of nodes, sums over them, and rows of the squared adjacency.
 
-Lists are as long as the neighbourhoods of the pairs asked for: memory grows with the batch, not with the graph.
+Lists of neighbors are as long as the neighborhoods of the given pairs: memory grows with the batch, not with the graph.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from suffice.link.sparse.adjacency import Adjacency, offsets_from_counts
 
 
 class Neighbors(NamedTuple):
-    """A list of nodes for each pair (or each node) asked for.
+    """A list of nodes for each of several pairs or nodes, all lists in one tensor.
 
     Args:
-        node: long [total], list after list.
-        owner: which list each belongs to, ascending, long [total].
-        offsets: where each list begins, long [lists + 1].
+        node: the nodes, list after list, long [total].
+        owner: the list that each node belongs to, ascending, long [total].
+        offsets: where each list starts, followed by the total, long [lists + 1].
 
     """
 
@@ -31,110 +31,113 @@ class Neighbors(NamedTuple):
     offsets: Tensor
 
     @classmethod
-    def of(cls, node: Tensor, owner: Tensor, lists: int) -> Neighbors:
-        """Make the lists of nodes and their ascending owners."""
+    def from_owners(cls, node: Tensor, owner: Tensor, lists: int) -> Neighbors:
+        """Make `lists` lists of nodes [total] and their ascending owners [total]."""
         return cls(node, owner, offsets_from_counts(torch.bincount(owner, minlength=lists)))
 
 
-def common_neighbors(graph: Adjacency, pairs: Tensor) -> Neighbors:
+def common_neighbors(adjacency: Adjacency, pairs: Tensor) -> Neighbors:
     """Return N(i) ∩ N(j) for each pair (i, j).
 
-    The end with fewer neighbours is expanded, each looked up at the other end.
+    The neighbors of the node with the smaller degree are looked up among those of the other node.
 
     Args:
-        graph: without the edges that are to be scored.
+        adjacency: without the edges that are scored.
         pairs: long [2, pairs].
 
     """
     first, second = pairs
-    swap = graph.degree[second] < graph.degree[first]
-    few, many = torch.where(swap, second, first), torch.where(swap, first, second)
-    if can_use_kernels(graph.csr.col):
-        return _matching(graph, few, many, common=True)
-    node, owner = graph.csr.expand(few)
-    keep = graph.contains(many.index_select(0, owner), node).nonzero().flatten()
-    return Neighbors.of(node.index_select(0, keep), owner.index_select(0, keep), pairs.size(1))
+    swap = adjacency.degree[second] < adjacency.degree[first]
+    low, high = torch.where(swap, second, first), torch.where(swap, first, second)  # by degree
+    if can_use_kernels(adjacency.csr.col):
+        return _match_neighbors(adjacency, low, high, common=True)
+    node, owner = adjacency.csr.expand(low)
+    keep = adjacency.contains(high.index_select(0, owner), node).nonzero().flatten()
+    return Neighbors.from_owners(node.index_select(0, keep), owner.index_select(0, keep), pairs.size(1))
 
 
-def residual_neighbors(graph: Adjacency, pairs: Tensor) -> tuple[Neighbors, Neighbors]:
-    """Return N(i) − N(j) and N(j) − N(i) for each pair (i, j), without i and j themselves.
+def residual_neighbors(adjacency: Adjacency, pairs: Tensor) -> tuple[Neighbors, Neighbors]:
+    """Return N(i) − N(j) and N(j) − N(i) for each pair (i, j), both without i and j.
 
     Args:
-        graph: without the edges that are to be scored.
+        adjacency: without the edges that are scored.
         pairs: long [2, pairs].
 
     """
 
-    def one(these: Tensor, those: Tensor) -> Neighbors:
-        if can_use_kernels(graph.csr.col):
-            return _matching(graph, these, those, common=False)
-        node, owner = graph.csr.expand(these)
-        others = those.index_select(0, owner)
-        keep = (~graph.contains(others, node) & (node != others)).nonzero().flatten()
-        return Neighbors.of(node.index_select(0, keep), owner.index_select(0, keep), pairs.size(1))
+    def difference(first: Tensor, second: Tensor) -> Neighbors:
+        if can_use_kernels(adjacency.csr.col):
+            return _match_neighbors(adjacency, first, second, common=False)
+        node, owner = adjacency.csr.expand(first)
+        other = second.index_select(0, owner)
+        keep = (~adjacency.contains(other, node) & (node != other)).nonzero().flatten()
+        return Neighbors.from_owners(node.index_select(0, keep), owner.index_select(0, keep), pairs.size(1))
 
-    return one(pairs[0], pairs[1]), one(pairs[1], pairs[0])
+    return difference(pairs[0], pairs[1]), difference(pairs[1], pairs[0])
 
 
-def _matching(graph: Adjacency, these: Tensor, those: Tensor, *, common: bool) -> Neighbors:
+def _match_neighbors(adjacency: Adjacency, first: Tensor, second: Tensor, *, common: bool) -> Neighbors:
     from suffice.link.sparse.kernels.match_neighbors import match_neighbors
 
-    node, counts = match_neighbors(graph.csr.rowptr, graph.csr.col, these, those, common=common)
+    node, counts = match_neighbors(adjacency.csr.rowptr, adjacency.csr.col, first, second, common=common)
     return Neighbors(node, torch.repeat_interleave(counts), offsets_from_counts(counts))
 
 
-def square_rows(graph: Adjacency, nodes: Tensor) -> tuple[Neighbors, Tensor]:
-    """Return rows of A²: for each node, where walks of two steps lead, and how many lead there, float [total].
+def squared_rows(adjacency: Adjacency, nodes: Tensor) -> tuple[Neighbors, Tensor]:
+    """Return rows of A²: the nodes that walks of length two reach from each node, and the number of these walks.
 
     Args:
-        graph: A.
-        nodes: which rows, long [n].
+        adjacency: A.
+        nodes: rows to return, long [n].
+
+    Returns:
+        The nodes reached from each node, and the number of walks to each of them, float [total].
 
     """
-    middle, owner = graph.csr.expand(nodes)
-    end, place = graph.csr.expand(middle)
-    codes, count = torch.unique(owner[place] * graph.num_nodes + end, return_counts=True)
-    owner = torch.div(codes, max(graph.num_nodes, 1), rounding_mode="floor")
-    return Neighbors.of(codes - owner * graph.num_nodes, owner, nodes.numel()), count.float()
+    middle, owner = adjacency.csr.expand(nodes)
+    end, walk = adjacency.csr.expand(middle)
+    codes, count = torch.unique(owner[walk] * adjacency.num_nodes + end, return_counts=True)
+    owner = torch.div(codes, max(adjacency.num_nodes, 1), rounding_mode="floor")
+    return Neighbors.from_owners(codes - owner * adjacency.num_nodes, owner, nodes.numel()), count.float()
 
 
 def pool(x: Tensor, neighbors: Neighbors, weight: Tensor | None = None) -> Tensor:
-    """Sum the rows of each list's nodes: [lists, channels].
+    """Return the sum of the rows of x over the nodes of each list: [lists, channels].
 
     Args:
-        x: [nodes, channels]; gradients pass to it.
-        neighbors: which rows.
-        weight: of each entry, [total]; no gradient passes to it.
+        x: [nodes, channels], differentiable.
+        neighbors: the lists.
+        weight: weight of each node of each list, [total], not differentiable; None for 1.
 
     """
     return _Pool.apply(x, neighbors, weight)  # pyright: ignore[reportReturnType]
 
 
-def bags(x: Tensor, index: Tensor, starts: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Sum rows of x, bag after bag, [bags, channels]; not for gradients.
+def sum_segments(x: Tensor, index: Tensor, offsets: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the sum of the rows of x over each segment of an index: [segments, channels]; not differentiable.
 
     Args:
         x: [nodes, channels].
-        index: which rows, long [total].
-        starts: where each bag begins, and where the last ends, long [bags + 1].
-        weight: of each entry, [total].
+        index: rows of x, segment after segment, long [total].
+        offsets: where each segment starts, followed by the total, long [segments + 1].
+        weight: weight of each row of each segment, [total]; None for 1.
 
     """
-    if index.numel() == 0 or starts.numel() == 1:
-        return x.new_zeros(starts.numel() - 1, x.size(1))
-    return F.embedding_bag(index, x, starts[:-1], mode="sum", per_sample_weights=weight)
+    if index.numel() == 0 or offsets.numel() == 1:
+        return x.new_zeros(offsets.numel() - 1, x.size(1))
+    return F.embedding_bag(index, x, offsets[:-1], mode="sum", per_sample_weights=weight)
 
 
 class _Pool(Function):
-    # `embedding_bag` both ways: several times as fast as `index_add_` and as its own backward.
+    # `embedding_bag` in both directions is several times as fast as `index_add_` and as its own backward.
     @staticmethod
     def forward(ctx: Any, x: Tensor, neighbors: Neighbors, weight: Tensor | None) -> Tensor:
-        ctx.rows, ctx.neighbors, ctx.weight = x.size(0), neighbors, weight
-        return bags(x, neighbors.node, neighbors.offsets, weight)
+        ctx.num_nodes, ctx.neighbors, ctx.weight = x.size(0), neighbors, weight
+        return sum_segments(x, neighbors.node, neighbors.offsets, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         node, order = ctx.neighbors.node.sort(stable=True)
-        turned = Neighbors.of(ctx.neighbors.owner[order], node, ctx.rows)
+        transposed = Neighbors.from_owners(ctx.neighbors.owner[order], node, ctx.num_nodes)
         weight = None if ctx.weight is None else ctx.weight[order]
-        return bags(gradients[0].contiguous(), turned.node, turned.offsets, weight), None, None
+        return sum_segments(gradients[0].contiguous(), transposed.node, transposed.offsets, weight), None, None

@@ -1,9 +1,12 @@
-"""MinHash and HyperLogLog sketches of k-hop neighbourhoods, and what they say of pairs (Chamberlain et al. 2023).
+"""MinHash and HyperLogLog sketches of k-hop neighborhoods (Chamberlain et al. 2023, section 4.1).
 
-The k-hop neighbourhood of a node, B_k, holds every node at a distance of up to k, itself too. MinHash estimates the
-Jaccard index of two sets by the share of equal minima; HyperLogLog estimates a cardinality (the improved estimator of
-Ertl 2017, arXiv 1702.01284, sec. 4, needs no table of biases). A register r is kept as 2^-r, an empty one as 1024, so
-that unions are minima for both kinds, and one sum tells how many registers are empty and what the others add up to.
+The k-hop neighborhood B_k of a node holds every node at a distance of at most k, itself included.
+
+* MinHash estimates the Jaccard index of two sets by the share of permutations for which their minima are equal.
+* HyperLogLog estimates the cardinality of a set. We use the improved estimator of Ertl (2017, arXiv 1702.01284,
+  section 4), which needs no table of biases. A register r is stored as 2^-r, an empty register as 1024. The union of
+  two sets is then the minimum of their registers, as for MinHash, and the sum of the registers gives both the number
+  of empty registers and the sum of the others.
 """
 
 from __future__ import annotations
@@ -17,31 +20,31 @@ from torch import Tensor
 
 from suffice.gpu import can_use_kernels
 from suffice.link.sparse.adjacency import Adjacency
-from suffice.link.sparse.neighbors import bags
+from suffice.link.sparse.neighbors import sum_segments
 
-_CHUNK = 2**16
-_ROWS = 2**9  # of a table that stay in a processor's cache
-_EMPTY = 1024.0  # above what all other registers can add up to
-_ENTRIES = 2**12
+_EMPTY_REGISTER = 1024.0  # larger than the sum of all other registers can be
+_CHUNK_SIZE = 2**16
+_CACHED_ROWS = 2**9  # number of rows of a table that fit into a processor's cache
+_CACHED_ENTRIES = 2**12  # number of neighbors whose rows fit into a processor's cache
 
 
 @dataclass(frozen=True)
 class Sketches:
-    """Sketches of B_0 to B_k of every node.
+    """Sketches of the neighborhoods B_0 to B_k of every node.
 
     Args:
-        minhash: by hop, whole numbers of 24 bits, float32 [nodes, permutations].
-        registers: by hop, 2^-r, bfloat16 [nodes, 2^p].
-        sizes: by hop, estimated cardinality, float32 [nodes].
-        growth: by how much the bits of each number of hops 1 and 2, of both kinds, grow when the neighbour that gave it
-            goes: 0 where another gives the same.
+        minhash: minima by hop, integers of 24 bits stored as float32 [nodes, permutations].
+        registers: registers 2^-r by hop, bfloat16 [nodes, 2^p].
+        sizes: estimated cardinality by hop, float32 [nodes].
+        increases: for hops 1 and 2, of MinHash [nodes, permutations] and of HyperLogLog [nodes, 2^p]: by how much each
+            minimum, read as an integer, increases when the neighbor that attains it is removed; 0 if several do.
 
     """
 
     minhash: tuple[Tensor, ...]
     registers: tuple[Tensor, ...]
     sizes: tuple[Tensor, ...]
-    growth: tuple[tuple[Tensor, Tensor], ...]
+    increases: tuple[tuple[Tensor, Tensor], ...]
 
     @property
     def hops(self) -> int:
@@ -50,76 +53,83 @@ class Sketches:
 
 
 def sketch(graph: Adjacency, hops: int = 2, *, permutations: int = 128, p: int = 8, seed: int = 0) -> Sketches:
-    """Sketch the neighbourhoods of every node.
+    """Sketch the neighborhoods of every node.
 
     Args:
-        graph: with `keys` to hash.
-        hops: k, at least 1.
-        permutations: of MinHash; the error of a Jaccard index is √(J(1 - J) / permutations).
-        p: 2^p registers of HyperLogLog; the relative error of a cardinality is 1.04 / √2^p.
-        seed: of the hash functions.
+        graph: its `hash_keys` are hashed.
+        hops: k, from 1 to 3.
+        permutations: number of permutations of MinHash; the error of a Jaccard index J is √(J(1 − J) / permutations).
+        p: HyperLogLog has 2^p registers; the relative error of a cardinality is 1.04 / √2^p.
+        seed: decides the hash functions.
 
     Raises:
         ValueError: a number is out of range.
 
     """
-    for name, value, most in (("hops", hops, 3), ("permutations", permutations, 4096), ("p", p, 16)):
-        if not 1 <= value <= most:
-            raise ValueError(f"{name} is {value}; accepted: 1 to {most}")
-    minhash = [_hashes(graph.keys, permutations, seed)]
-    registers = [_registers(graph.keys, p, seed)]
-    growth: list[tuple[Tensor, Tensor]] = []
+    for name, value, maximum in (("hops", hops, 3), ("permutations", permutations, 4096), ("p", p, 16)):
+        if not 1 <= value <= maximum:
+            raise ValueError(f"{name} must be from 1 to {maximum}, got {value}")
+    minhash = [_hash_keys(graph.hash_keys, permutations, seed)]
+    registers = [_registers_of_keys(graph.hash_keys, p, seed)]
+    increases: list[tuple[Tensor, Tensor]] = []
     for hop in range(hops):
         both = (minhash, registers)
-        found = [least(graph.csr.col, graph.csr.rowptr, tables[-1]) for tables in both]
+        minima = [segment_min(graph.csr.col, graph.csr.rowptr, tables[-1]) for tables in both]
         if hop < 2:
-            grown = [_growth(graph, low, tables[-1], tables[0]) for low, tables in zip(found, both, strict=True)]
-            growth.append((grown[0], grown[1]))
-        for low, tables in zip(found, both, strict=True):
-            tables.append(torch.minimum(tables[-1], low))
-    sizes = tuple(estimate(totals(table), table.size(1)) for table in registers)
-    return Sketches(tuple(minhash), tuple(registers), sizes, tuple(growth))
+            first, second = (
+                _increases(graph, minimum, tables[-1], tables[0]) for minimum, tables in zip(minima, both, strict=True)
+            )
+            increases.append((first, second))
+        for minimum, tables in zip(minima, both, strict=True):
+            tables.append(torch.minimum(tables[-1], minimum))
+    sizes = tuple(estimate_cardinality(register_sums(table), table.size(1)) for table in registers)
+    return Sketches(tuple(minhash), tuple(registers), sizes, tuple(increases))
 
 
-def bits(table: Tensor) -> Tensor:
-    """Return numbers that are not negative as whole numbers of as many bits, which have the same order.
+def as_integers(table: Tensor) -> Tensor:
+    """Return the bits of non-negative floats as integers, which have the same order.
 
-    A processor compares these several times as fast as halves of floats.
+    A processor compares integers several times as fast as bfloat16.
     """
     return table.view(torch.int32 if table.dtype == torch.float32 else torch.int16)
 
 
-def same(one: Tensor, other: Tensor) -> Tensor:
-    """Return 1 where two tensors are equal and 0 elsewhere, in their own dtype: much faster than booleans."""
-    return torch.eq(one, other, out=torch.empty_like(one))
-
-
 def cardinality(registers: Tensor) -> Tensor:
-    """Estimate the number of distinct elements: [sets].
+    """Estimate the number of distinct elements of sets: [sets].
 
     Args:
-        registers: as `Sketches` holds them, [sets, m].
+        registers: as in `Sketches`, [sets, 2^p].
 
     """
-    return estimate(totals(registers), registers.size(1))
+    return estimate_cardinality(register_sums(registers), registers.size(1))
 
 
-def totals(registers: Tensor) -> Tensor:
-    """Return what the registers of each set add up to, float32 [sets]."""
-    parts = [part.float().sum(dim=1) for part in registers.split(_ROWS)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def register_sums(registers: Tensor) -> Tensor:
+    """Return the sum of the registers [sets, 2^p] of each set, float32 [sets]."""
+    sums = [part.float().sum(dim=1) for part in registers.split(_CACHED_ROWS)]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
-def estimate(total: Tensor, m: int) -> Tensor:
-    """Estimate the number of distinct elements from the sum of m registers, for sums of any shape."""
-    empty = torch.floor(total / _EMPTY)
-    filled = total - _EMPTY * empty
-    table = _sigma(torch.arange(m + 1, device=total.device) / m)
-    return m * m / (2 * math.log(2)) / (m * table[empty.long()] + filled)
+def estimate_cardinality(register_sum: Tensor, num_registers: int) -> Tensor:
+    """Estimate the number of distinct elements of sets from the sums of their registers.
+
+    Args:
+        register_sum: sum of the registers of each set, of any shape.
+        num_registers: 2^p.
+
+    Returns:
+        In the shape of `register_sum`.
+
+    """
+    num_empty = torch.floor(register_sum / _EMPTY_REGISTER)
+    sum_of_others = register_sum - _EMPTY_REGISTER * num_empty
+    sigma = _sigma(torch.arange(num_registers + 1, device=register_sum.device) / num_registers)
+    scale = num_registers * num_registers / (2 * math.log(2))
+    return scale / (num_registers * sigma[num_empty.long()] + sum_of_others)
 
 
 def _sigma(x: Tensor) -> Tensor:
-    # σ(x) = x + Σ_k x^(2^k) 2^(k-1), infinite at 1: nothing was counted.
+    # Ertl 2017: σ(x) = x + Σ_k x^(2^k) 2^(k-1), infinite at 1, where all registers are empty.
     total, power, weight = x.clone(), x.clone(), 1.0
     for _ in range(20):
         power = power * power
@@ -128,87 +138,107 @@ def _sigma(x: Tensor) -> Tensor:
     return torch.where(x == 1, torch.inf, total)
 
 
-def _growth(graph: Adjacency, low: Tensor, table: Tensor, own: Tensor) -> Tensor:
-    """By how much the bits of min(own, least of neighbours) grow without the one neighbour that gives it.
+def _increases(graph: Adjacency, minimum: Tensor, table: Tensor, own: Tensor) -> Tensor:
+    """Return by how much min(own, minimum) increases, read as an integer, without the neighbor that attains it.
 
     Args:
-        graph: whose neighbours.
-        low: least of each column over neighbours, [nodes, columns].
-        table: of the neighbours, [nodes, columns].
-        own: what stays whoever goes, [nodes, columns].
+        graph: the neighbors of each node.
+        minimum: minimum of each column over the neighbors, [nodes, columns].
+        table: values of the neighbors, [nodes, columns].
+        own: value that a node keeps whichever neighbor is removed, [nodes, columns].
+
+    Returns:
+        int32 or int16 [nodes, columns]; 0 where several neighbors attain the minimum.
 
     """
-    rows = graph.csr
-    found = torch.empty_like(bits(low))
-    infinite = int(bits(torch.tensor(torch.inf, dtype=table.dtype)))
-    bounds = rows.rowptr.tolist()
+    csr = graph.csr
+    result = torch.empty_like(as_integers(minimum))
+    infinity = int(as_integers(torch.tensor(torch.inf, dtype=table.dtype)))
+    rowptr = csr.rowptr.tolist()
     start = 0
     while start < graph.num_nodes:
-        # As many nodes as have some thousand neighbours together, at least one.
-        end = min(max(bisect_right(bounds, bounds[start] + _ENTRIES) - 1, start + 1), graph.num_nodes)
-        first, after = bounds[start], bounds[end]
-        values = table.index_select(0, rows.col[first:after])
-        equal = same(bits(values), bits(low.index_select(0, rows.row[first:after])))
-        starts = rows.rowptr[start : end + 1] - first
-        order = torch.arange(after - first, device=graph.device)
-        shared = bags(equal.to(torch.float32), order, starts) > 1
-        torch.maximum(bits(values), equal.mul_(infinite), out=bits(values))
-        second = torch.where(shared, low[start:end], least(order, starts, values))
-        one, other = (torch.minimum(bits(part), bits(own[start:end])) for part in (low[start:end], second))
-        torch.sub(other, one, out=found[start:end])
+        # As many nodes as have together `_CACHED_ENTRIES` neighbors, but at least one.
+        end = min(max(bisect_right(rowptr, rowptr[start] + _CACHED_ENTRIES) - 1, start + 1), graph.num_nodes)
+        first, last = rowptr[start], rowptr[end]
+        values = table.index_select(0, csr.col[first:last])
+        minimum_of_row = as_integers(minimum.index_select(0, csr.row[first:last]))
+        # 1 where a neighbor attains the minimum: in the integers' own dtype, which is much faster than booleans.
+        attains = torch.eq(as_integers(values), minimum_of_row, out=torch.empty_like(minimum_of_row))
+        offsets = csr.rowptr[start : end + 1] - first
+        index = torch.arange(last - first, device=graph.device)
+        several = sum_segments(attains.to(torch.float32), index, offsets) > 1
+        torch.maximum(as_integers(values), attains.mul_(infinity), out=as_integers(values))
+        second_minimum = torch.where(several, minimum[start:end], segment_min(index, offsets, values))
+        before, after = (
+            torch.minimum(as_integers(part), as_integers(own[start:end]))
+            for part in (minimum[start:end], second_minimum)
+        )
+        torch.sub(after, before, out=result[start:end])
         start = end
-    return found
+    return result
 
 
-def least(index: Tensor, starts: Tensor, table: Tensor) -> Tensor:
-    """Least of each column over lists of rows, infinite where a list is empty, [lists, columns]."""
+def segment_min(index: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
+    """Return the minimum of each column over each segment of rows, infinite for an empty segment.
+
+    Args:
+        index: rows of the table, segment after segment, long [total].
+        offsets: where each segment starts, followed by the total, long [segments + 1].
+        table: [rows, columns].
+
+    Returns:
+        [segments, columns].
+
+    """
     if can_use_kernels(table):
-        from suffice.link.sparse.kernels.segment_min import segment_min
+        from suffice.link.sparse.kernels import segment_min as kernel
 
-        return segment_min(index, starts, table)
-    lists = starts.numel() - 1
-    empty = (starts[1:] == starts[:-1]).unsqueeze(-1)
+        return kernel.segment_min(index, offsets, table)
+    segments = offsets.numel() - 1
+    is_empty = (offsets[1:] == offsets[:-1]).unsqueeze(-1)
     if table.is_cpu:
         import warnings
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Sparse CSR tensor support is in beta state.*")
             ones = torch.ones(index.numel(), dtype=table.dtype)
-            matrix = torch.sparse_csr_tensor(starts, index, ones, (lists, table.size(0)), check_invariants=False)
-        # Twenty times as fast as a scatter; on the CPU only.
-        found = torch.sparse.mm(matrix, table, "amin")
-        return found.masked_fill_(empty, torch.inf)
-    owner = torch.repeat_interleave(starts.diff())
-    found = torch.full((lists, table.size(1)), torch.inf, dtype=table.dtype, device=table.device)
-    for rows, part in zip(owner.split(_CHUNK), index.split(_CHUNK), strict=True):
-        found.index_reduce_(0, rows, table[part], "amin")
-    return found
+            matrix = torch.sparse_csr_tensor(offsets, index, ones, (segments, table.size(0)), check_invariants=False)
+        # About twenty times as fast as a scatter, but available on the CPU only.
+        result = torch.sparse.mm(matrix, table, "amin")
+        return result.masked_fill_(is_empty, torch.inf)
+    owner = torch.repeat_interleave(offsets.diff())
+    result = torch.full((segments, table.size(1)), torch.inf, dtype=table.dtype, device=table.device)
+    for owners, part in zip(owner.split(_CHUNK_SIZE), index.split(_CHUNK_SIZE), strict=True):
+        result.index_reduce_(0, owners, table[part], "amin")
+    return result
 
 
-def _hashes(keys: Tensor, permutations: int, seed: int) -> Tensor:
-    salts = _mix(torch.arange(permutations, device=keys.device) + seed * 1_000_003)
-    parts = [(_mix(part.unsqueeze(-1) ^ salts) >> 40 & 0xFFFFFF).float() for part in keys.split(_CHUNK)]
+def _hash_keys(keys: Tensor, permutations: int, seed: int) -> Tensor:
+    """Return one hash of 24 bits for each key and permutation, float32 [keys, permutations]."""
+    salts = _mix_bits(torch.arange(permutations, device=keys.device) + seed * 1_000_003)
+    parts = [(_mix_bits(part.unsqueeze(-1) ^ salts) >> 40 & 0xFFFFFF).float() for part in keys.split(_CHUNK_SIZE)]
     return torch.cat(parts) if parts else keys.new_zeros(0, permutations, dtype=torch.float32)
 
 
-def _registers(keys: Tensor, p: int, seed: int) -> Tensor:
-    mixed = _mix(keys ^ _mix(torch.full_like(keys, -1 - seed)))
-    place = mixed & (2**p - 1)
-    # The next 48 bits: rank r is the place of the first one among them, exact in float64.
-    bits = (mixed >> p & (2**48 - 1)).double()
-    rank = 49 - torch.frexp(bits).exponent
-    registers = torch.full((keys.numel(), 2**p), _EMPTY, dtype=torch.bfloat16, device=keys.device)
-    registers.scatter_(1, place.unsqueeze(-1), torch.exp2(-rank.float()).to(registers.dtype).unsqueeze(-1))
-    return registers
+def _registers_of_keys(keys: Tensor, p: int, seed: int) -> Tensor:
+    """Return the registers of the sets of one key each, bfloat16 [keys, 2^p]."""
+    hashes = _mix_bits(keys ^ _mix_bits(torch.full_like(keys, -1 - seed)))
+    register = hashes & (2**p - 1)
+    # The rank is the position of the first 1 among the next 48 bits, which float64 holds exactly.
+    next_bits = (hashes >> p & (2**48 - 1)).double()
+    rank = 49 - torch.frexp(next_bits).exponent
+    result = torch.full((keys.numel(), 2**p), _EMPTY_REGISTER, dtype=torch.bfloat16, device=keys.device)
+    result.scatter_(1, register.unsqueeze(-1), torch.exp2(-rank.float()).to(result.dtype).unsqueeze(-1))
+    return result
 
 
-def _mix(x: Tensor) -> Tensor:
-    """Scramble 64-bit numbers (the finaliser of SplitMix64)."""
+def _mix_bits(x: Tensor) -> Tensor:
+    """Scramble integers of 64 bits (the finaliser of SplitMix64)."""
     x = x + -7046029254386353131
-    x = (x ^ _shift(x, 30)) * -4658895280553007687
-    x = (x ^ _shift(x, 27)) * -7723592293110705685
-    return x ^ _shift(x, 31)
+    x = (x ^ _logical_shift(x, 30)) * -4658895280553007687
+    x = (x ^ _logical_shift(x, 27)) * -7723592293110705685
+    return x ^ _logical_shift(x, 31)
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
-    return x >> bits & (2 ** (64 - bits) - 1)  # without the sign
+def _logical_shift(x: Tensor, bits: int) -> Tensor:
+    return x >> bits & (2 ** (64 - bits) - 1)  # the sign bit is not repeated
