@@ -1,16 +1,18 @@
-"""Which policy stays closest to the full cache: every policy as published, and every policy with the same head profile.
+"""Which policy stays closest to the full cache: with its own allocation, and with the same head profile for all.
 
-Text: the words that follow a document. Questions: four six-digit codes planted in real English, one asked, after
-eviction (agnostic) or before it (aware). KL divergence from the full cache's next-token distribution in nats a token,
-on the true continuation or answer. All caches of a sample share one prefill, so differences are paired. The text that
-the head profile was measured on is left out, and the seeds are none that a policy was designed on.
+Text: the continuation of a document. Questions: four six-digit codes hidden in real English, one of them asked, seen
+after eviction (agnostic) or before it (aware). The measure is the KL divergence from the full cache's next-token
+distribution, in nats per token of the right continuation or answer. All caches of a sample share one prefill, so
+differences are paired by sample. The haystack leaves out the text that the head profile was measured on, and no policy
+was designed on these seeds.
 
     python benchmarks/evidence.py --samples 8                  # the short form, `make evidence`
     python benchmarks/evidence.py --samples 40 --folder out/evidence --write
 
-It keeps every finished sample in its folder and goes on from there. `--write` puts the tables into docs/evidence.md and
-the numbers into docs/evidence.json; for prompts of another length (`--tokens 2048`) into that length's part of the
-page, and into docs/evidence-2048.json. The last line printed is one JSON object.
+Finished samples are kept in the folder, and a second call continues. `--write` puts the tables into
+docs/results/evidence.md and the numbers into docs/results/evidence.json; with another prompt length (`--tokens 2048`),
+into the section of that length and into docs/results/evidence-2048.json. The last line of the output is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -25,112 +27,127 @@ import torch
 
 from suffice.kv import policies
 from suffice.kv.eval.compare import Comparison, compare
-from suffice.kv.eval.runs import loaded
-from suffice.kv.eval.tasks import manual
+from suffice.kv.eval.run_options import RunOptions
+from suffice.kv.eval.samples import load_cached
+from suffice.kv.eval.tasks import python_manual
+from suffice.kv.hf.loading import ModelSource
 
-OURS = "capkv-spread/profile"
+OUR_METHOD = "capkv-spread/profile"
 
-LEFT_OUT = ("full", "random", "capkv-profile")  # the last one is OURS by its short name
+LEFT_OUT = ("full", "random", "capkv-profile")  # the last one is another name of OUR_METHOD
 FIRST_SEED = 1000
 TOKENS = 900
-PAGE = Path("docs/evidence.md")
+PAGE = Path("docs/results/evidence.md")
 END = "<!-- end -->"
 
 
-def haystack(folder: Path, dtype: str) -> str:
-    """Write Python's manual without what the head profile was measured on, and return where."""
-    _, tokenizer = loaded(None, "cpu", dtype, "sdpa")
-    read = tokenizer(manual(), add_special_tokens=False, verbose=False).input_ids[:700]
-    place = folder / "haystack.txt"
+def write_haystack(folder: Path, dtype: str) -> str:
+    """Write Python's help texts without the part that the head profile was measured on; return the file's path."""
+    _, tokenizer = load_cached(ModelSource(dtype=dtype))
+    measured = tokenizer(python_manual(), add_special_tokens=False, verbose=False).input_ids[:700]
+    path = folder / "haystack.txt"
     folder.mkdir(parents=True, exist_ok=True)
-    place.write_text(manual()[len(str(tokenizer.decode(read))) :], encoding="utf-8")
-    return str(place)
+    path.write_text(python_manual()[len(str(tokenizer.decode(measured))) :], encoding="utf-8")
+    return str(path)
 
 
-def part(found: Comparison, kept: Callable[[str, str], bool]) -> Comparison:
-    """Return the comparison of some contestants alone."""
-    groups = [one for one in found.groups if kept(one.settings["policy"], one.settings["allocation"])]
-    return Comparison(found.settings, groups)
+def select(comparison: Comparison, keep: Callable[[str, str], bool]) -> Comparison:
+    """Return the part of a comparison whose (policy, allocation) satisfies a condition."""
+    groups = [group for group in comparison.groups if keep(group.settings["policy"], group.settings["allocation"])]
+    return Comparison(comparison.settings, groups)
 
 
-def views(found: Comparison) -> dict[str, Comparison]:
-    """Return the two tables: rivals as published, and rivals with the same head profile."""
+def split_by_allocation(comparison: Comparison) -> dict[str, Comparison]:
+    """Return two comparisons by title: policies with their own allocation, and with the same head profile."""
 
-    def ours(policy: str, allocation: str) -> bool:
-        return f"{policy}/{allocation}" == OURS
+    def is_ours(policy: str, allocation: str) -> bool:
+        return f"{policy}/{allocation}" == OUR_METHOD
 
     return {
-        "as published": part(found, lambda policy, allocation: allocation == "own" or ours(policy, allocation)),
-        "with the same head profile": part(found, lambda policy, allocation: allocation == "profile"),
+        "Policies as published": select(
+            comparison, lambda policy, allocation: allocation == "own" or is_ours(policy, allocation)
+        ),
+        "Policies with the same head profile": select(comparison, lambda policy, allocation: allocation == "profile"),
     }
 
 
-def table(found: Comparison, ours: str = OURS) -> list[str]:
-    """Return a table in Markdown: mean KL, a star where it differs from ours."""
-    against = {(row["of"], row["task"], row["mode"], row["budget"]): row for row in found.against(ours)}
-    columns = [f"{'text' if task == 'text' else mode} {budget:.0%}" for task, mode, budget in found.cells]
+def kl_table(comparison: Comparison, our_method: str = OUR_METHOD) -> list[str]:
+    """Return the lines of a Markdown table of mean KL; a star marks a significant difference from our method."""
+    differences = {
+        (row["method"], row["task"], row["mode"], row["budget"]): row for row in comparison.differences(our_method)
+    }
+    columns = [f"{_task_text(task, mode)} {budget:.0%}" for task, mode, budget in comparison.conditions]
     lines = [f"| policy | {' | '.join(columns)} | mean rank |", "|---" * (len(columns) + 2) + "|"]
-    for name, rank in found.ranks().items():
+    for method, rank in comparison.mean_ranks().items():
         cells: list[str] = []
-        for cell in found.cells:
-            row = against.get((name, *cell))
+        for condition in comparison.conditions:
+            row = differences.get((method, *condition))
             star = "*" if row and (row["low"] > 0 or row["high"] < 0) else ""
-            cells.append(f"{found.find(name, cell).interval('kl').mean:.3f}{star}")
-        lines.append(f"| {name} | {' | '.join(cells)} | {rank:.1f} |")
+            cells.append(f"{comparison.group(method, condition).interval('kl').mean:.3f}{star}")
+        lines.append(f"| {method} | {' | '.join(cells)} | {rank:.1f} |")
     return lines
 
 
-def losses(found: Comparison, ours: str = OURS) -> list[str]:
-    """Say in words where ours is beaten."""
-    rows = found.losses(ours)
+def describe_losses(comparison: Comparison, our_method: str = OUR_METHOD) -> list[str]:
+    """Return Markdown lines that list where another method is significantly closer than ours."""
+    rows = comparison.losses(our_method)
     if not rows:
-        return [f"No rival is closer than {ours} in any cell, as far as intervals of 95 % tell."]
+        return [f"No other method is significantly closer than {our_method} under any condition (95 % intervals)."]
     return [
-        f"* {row['of']} is closer at {'text' if row['task'] == 'text' else row['mode']} {row['budget']:.0%} by "
+        f"* {row['method']} is closer at {_task_text(row['task'], row['mode'])} {row['budget']:.0%} by "
         f"{-row['mean']:.4f} [{-row['high']:.4f}, {-row['low']:.4f}]."
         for row in rows
     ]
 
 
-def facts(found: Comparison) -> dict[str, Any]:
-    """Return what the last line tells."""
-    tables = views(found)
+def numbers(comparison: Comparison) -> dict[str, Any]:
+    """Return the content of the JSON file."""
+    as_published, same_profile = split_by_allocation(comparison).values()
+    columns = ("method", "task", "mode", "budget", "mean", "low", "high")
     return {
-        "samples_per_cell": found.settings["samples"],
-        "best_policy": next(iter(tables["as published"].ranks())),
-        "mean_rank": tables["as published"].ranks(),
-        "mean_rank_same_allocation": tables["with the same head profile"].ranks(),
+        "samples_per_cell": comparison.settings["samples"],
+        "best_policy": next(iter(as_published.mean_ranks())),
+        "mean_rank": as_published.mean_ranks(),
+        "mean_rank_same_allocation": same_profile.mean_ranks(),
         "significant_losses": {
-            name: [
-                {key: row[key] for key in ("of", "task", "mode", "budget", "mean", "low", "high")}
-                for row in view.losses(OURS)
-            ]
-            for name, view in tables.items()
+            name: [{column: row[column] for column in columns} for row in part.losses(OUR_METHOD)]
+            for name, part in (("as published", as_published), ("with the same head profile", same_profile))
         },
-        "capacity": found.capacity(),
-        "settings": {key: value for key, value in found.settings.items() if key != "haystack"},
+        "capacity": comparison.capacity_correlations(),
+        "settings": {name: value for name, value in comparison.settings.items() if name != "haystack"},
         "torch": torch.__version__,
     }
 
 
-def markdown(found: Comparison) -> str:
-    """Return both tables and what follows from them."""
+def markdown(comparison: Comparison) -> str:
+    """Return both tables, the losses, and the correlations of capacity and KL."""
     lines: list[str] = []
-    for name, view in views(found).items():
-        best = next(iter(view.ranks()))
-        lines += [f"### Rivals {name}", "", *table(view), "", f"Best mean rank: {best}.", "", *losses(view), ""]
-    rhos = [f"{row['spearman']:+.2f}" for row in found.capacity()]
-    lines += ["### Capacity and fidelity", "", f"Spearman over caches, cell by cell: {', '.join(rhos)}.", ""]
-    return "\n".join(lines)
+    for title, part in split_by_allocation(comparison).items():
+        best = next(iter(part.mean_ranks()))
+        lines += [f"### {title}", "", *kl_table(part), "", f"Best mean rank: {best}.", "", *describe_losses(part), ""]
+    correlations = [f"{row['spearman']:+.2f}" for row in comparison.capacity_correlations()]
+    text = f"Spearman's correlation over caches, for each condition: {', '.join(correlations)}."
+    return "\n".join([*lines, "### Capacity and fidelity", "", text, ""])
 
 
-def write(said: str, numbers: dict[str, Any], length: str) -> None:
-    """Put tables into their part of the page and numbers beside it; the length is named where it is not the usual."""
+def write(text: str, content: dict[str, Any], length: str) -> None:
+    """Write the tables into their section of the page, and the numbers into the JSON file.
+
+    Args:
+        text: the tables.
+        content: the numbers.
+        length: number of tokens per prompt; empty for the usual length.
+
+    """
     start = f"<!-- written by benchmarks/evidence.py{f' --tokens {length}' if length else ''} -->"
     before, _, after = PAGE.read_text(encoding="utf-8").partition(start)
-    PAGE.write_text(f"{before}{start}\n\n{said}\n{END}{after.partition(END)[2]}", encoding="utf-8")
+    PAGE.write_text(f"{before}{start}\n\n{text}\n{END}{after.partition(END)[2]}", encoding="utf-8")
     file = PAGE.with_name(f"evidence{f'-{length}' if length else ''}.json")
-    file.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _task_text(task: str, mode: str) -> str:
+    return "text" if task == "text" else mode
 
 
 def main() -> None:
@@ -143,27 +160,29 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25, 0.1])
     parser.add_argument("--folder", type=Path, default=Path("out/evidence"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help="into docs/")
+    parser.add_argument("--write", action="store_true", help="write the results into docs/")
     options = parser.parse_args()
-    found = compare(
+    comparison = compare(
         policies=options.policies,
         allocations=("own", "profile"),
         budgets=options.budgets,
         tokens=options.tokens,
         samples=options.samples,
         seed=options.seed,
-        haystack=haystack(options.folder, options.dtype),
+        haystack=write_haystack(options.folder, options.dtype),
         answer=False,
-        dtype=options.dtype,
-        folder=options.folder,
-        workers=options.workers,
-        watch=lambda progress, line: print(line, flush=True) if line else None,
+        model=ModelSource(dtype=options.dtype),
+        run=RunOptions(
+            folder=options.folder,
+            workers=options.workers,
+            on_progress=lambda progress, line: print(line, flush=True) if line else None,
+        ),
     )
-    said = markdown(found)
-    print(said)
+    text = markdown(comparison)
+    print(text)
     if options.write:
-        write(said, facts(found), "" if options.tokens == TOKENS else str(options.tokens))
-    print(json.dumps(facts(found)))
+        write(text, numbers(comparison), "" if options.tokens == TOKENS else str(options.tokens))
+    print(json.dumps(numbers(comparison)))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ from suffice.kv.budget.profile import Profile  # isort: skip
 from suffice.kv.cache import batched, shared_prefill  # isort: skip
 from suffice.kv.eval import answer as answering  # isort: skip
 from suffice.kv.eval import compare as comparing  # isort: skip
-from suffice.kv.eval import demo, fidelity, prompts, tasks  # isort: skip
+from suffice.kv.eval import demo, fidelity, generation, tasks, user_prompts  # isort: skip
 from suffice.kv.eval import tune as tuning  # isort: skip
 from suffice.kv.hf import fingerprint as identity  # isort: skip
 from suffice.kv.policy import capacity_share as measuring  # isort: skip
@@ -67,7 +67,7 @@ NEW = {old: new for new, old in RENAMED.items()}
 DEFAULT = RENAMED.get(DEFAULT_POLICY, DEFAULT_POLICY)
 # Of what is passed on by keyword: the name here, and the new one, as {"interval": "every"}.
 KEYWORDS: dict[str, dict[str, str]] = {
-    "cache": {}, "answer": {}, "closeness": {}, "tuned": {}, "information": {},
+    "cache": {}, "answer": {"chunk": "chunk_size"}, "closeness": {}, "tuned": {}, "information": {},
     "quantized": {"group": "group_size", "residual": "residual_length"},
 }  # fmt: skip
 INFORMATION = {"gram": information.gram_matrix} | {
@@ -280,7 +280,7 @@ def as_rows(caches: list[Any]) -> Any:
 
 
 def read_chunks(model: Any, ids: Tensor, cache: Any, chunk: int | None) -> None:
-    answering.read(model, ids, cache, chunk)
+    generation.fill_cache(model, ids, cache, chunk)
 
 
 def answer(model: Any, tokenizer: Any, document: str, question: str | None, **options: Any) -> dict[str, Any]:
@@ -295,28 +295,28 @@ def answer(model: Any, tokenizer: Any, document: str, question: str | None, **op
         "held": found.tokens_kept,
         "bytes": [found.bytes_full, found.bytes_kept],
         "capacity": found.capacity_retained,
-        "shares": torch.tensor([share for _, share in found.kept], dtype=torch.float64),
+        "shares": torch.tensor([share for _, share in found.token_shares], dtype=torch.float64),
     }
 
 
 def example(task: str, tokenizer: Any, tokens: int, seed: int) -> Any:
-    return tasks.make(NEW.get(task, task), tokenizer, tokens=tokens, seed=seed)
+    return tasks.make_example(NEW.get(task, task), tokenizer, tokens=tokens, seed=seed)
 
 
 def example_texts(example: Any, tokenizer: Any) -> dict[str, Any]:
     parts = example.prompt(tokenizer)
     return {
-        "texts": [example.document, example.question, example.opening, example.answer],
+        "texts": [example.document, example.question, example.answer_prefix, example.answer],
         "right": [list(example.references), list(example.distractors), example.chance],
         "document": parts.document,
         "question": parts.question,
-        "gold": example.gold(tokenizer),
+        "gold": example.answer_ids(tokenizer),
     }
 
 
 def document_ids(example: Any, tokenizer: Any, aware: bool) -> Tensor:
     parts = example.prompt(tokenizer)
-    return parts.ids if aware else parts.document
+    return parts.input_ids if aware else parts.document
 
 
 def task_names() -> list[str]:
@@ -328,10 +328,10 @@ def closeness(model: Any, tokenizer: Any, example: Any, cells: list[tuple[Any, .
 
     Accepts mode ("agnostic", "aware", "continuation"), answer, greedy_tokens, measure_capacity.
     """
-    made = [fidelity.Cell(NEW.get(p, p), budget, NEW.get(a, a)) for p, budget, a in cells]
+    made = [fidelity.CacheConfig(NEW.get(p, p), budget, NEW.get(a, a)) for p, budget, a in cells]
     names = {
         "kl": "kl", "log_likelihood": "likelihood", "log_likelihood_change": "likelihood-change", "top1": "top1",
-        "score": "score", "said": "said", "agreement": "agreement", "agreed_tokens": "agreed", "tokens": "tokens",
+        "score": "score", "answer": "said", "agreement": "agreement", "agreed_tokens": "agreed", "tokens": "tokens",
         "tokens_kept": "held", "bytes_kept": "bytes-held", "bytes_full": "bytes-full", "capacity_retained": "capacity",
     }  # fmt: skip
     found = fidelity.evaluate(model, tokenizer, example, made, **words("closeness", options))
@@ -412,19 +412,19 @@ def comparison(place: str) -> dict[str, Any]:
         s = one.settings
         name = "|".join(str(RENAMED.get(s[k], s[k])) for k in ("task", "mode", "policy", "allocation", "budget"))
         values[name] = {m: {str(k): v for k, v in x.items()} for m, x in one.values.items() if "seconds" not in m}
-    against = [[row["mean"], row["low"], row["high"]] for row in found.against(found.contestants[0])]
-    correlations = [row["spearman"] for row in found.capacity()]
-    return {"values": values, "ranks": list(found.ranks().values()), "against": against, "capacity": correlations}
+    against = [[row["mean"], row["low"], row["high"]] for row in found.differences(found.methods[0])]
+    correlations = [row["spearman"] for row in found.capacity_correlations()]
+    return {"values": values, "ranks": list(found.mean_ranks().values()), "against": against, "capacity": correlations}
 
 
 def tuned(place: str, pairs: list[tuple[str, str]], **options: Any) -> dict[str, Any]:
     """Run a short search for the smallest safe budget. Accepts target_kl, target_agreement, mode."""
     found = tuning.tune(
-        [prompts.UserPrompt(*pair) for pair in pairs],
+        [user_prompts.UserPrompt(*pair) for pair in pairs],
         policies=[NEW.get(name, name) for name in ("capkv", "h2o")],
         allocations=["own", NEW.get("profile", "profile")],
         budgets=[0.3, 1.0, 0.7],
-        new_tokens=4,
+        max_new_tokens=4,
         model=place,
         **words("tuned", options),
     )
@@ -434,8 +434,8 @@ def tuned(place: str, pairs: list[tuple[str, str]], **options: Any) -> dict[str,
 
 def demonstration(model: Any, tokenizer: Any) -> list[Any]:
     names = tuple(NEW.get(name, name) for name in ("capkv", "streaming-llm"))
-    found = demo.run(model, tokenizer, tokens=300, facts=2, policies=names, budgets=(0.5,), seed=1)
-    return [[list(row.kl), list(row.correct), list(row.answers), row.report.bytes_kept] for row in found.rows]
+    found = demo.run_demo(model, tokenizer, tokens=300, num_facts=2, policies=names, budgets=(0.5,), seed=1)
+    return [[list(row.kl), list(row.correct), list(row.answers), row.bytes_kept] for row in found.rows]
 
 
 # ---- Values and their names: nothing below knows the library --------------------------------------------------------

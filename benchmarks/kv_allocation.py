@@ -1,11 +1,12 @@
-"""What the split of a budget over heads is worth: every allocation against equal heads, at the same total.
+"""Compare every allocation of the budget over heads with equal heads, at the same total.
 
-Text: the next 32 tokens of a document. Questions: four six-digit numbers planted in real English, one asked, before
-eviction (aware) or after it (agnostic). KL divergence from the full cache's next-token distribution in nats a token,
-on the true continuation or answer. Each sample is read once, and every policy, allocation and budget keeps its part of
-that one prefill; so differences are paired. The text that the head profile was measured on is left out.
+Text: the next 32 tokens of a document. Questions: four six-digit numbers hidden in real English, one of them asked,
+seen before eviction (aware) or after it (agnostic). The measure is the KL divergence from the full cache's next-token
+distribution, in nats per token of the right continuation or answer. Every policy, allocation and budget selects from
+one shared prefill of each sample, so differences are paired. The text that the head profile was measured on is left
+out.
 
-Writes a line for each row as it goes, and goes on where it stopped:
+Each row is written to a file when it is measured, and a second call continues:
 
     python benchmarks/kv_allocation.py --samples 40 --dtype bfloat16 --json docs/results/kv-allocation.json
 """
@@ -21,141 +22,146 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 
 from suffice.kv import Policy, load_model
-from suffice.kv.eval.compare import TASKS
-from suffice.kv.eval.fidelity import Cell, evaluate
-from suffice.kv.eval.tasks import make, manual
+from suffice.kv.eval.compare import DEFAULT_TASKS
+from suffice.kv.eval.fidelity import CacheConfig, evaluate
+from suffice.kv.eval.tasks import make_example, python_manual
 from suffice.kv.policy.estimators import Leverage
 from suffice.kv.policy.registry import allocations
 from suffice.kv.policy.weights import ExpectedAttention, KeySalience, WindowAttention
+from suffice.study.results import mean_interval
 
 BUDGETS = (0.5, 0.25, 0.1)
-# The best one-pass policy of the search that led to `capkv`, without its attention in chunks, which was found to
-# change nothing. `capkv` differs from it by a cheaper estimate of the expected attention and a window of 16.
+# The best one-pass policy of the search that led to `capkv`, without its attention in chunks, which made no
+# difference. `capkv` differs from it by a cheaper estimate of the expected attention and a window of 16.
 SEARCHED = Policy(
     name="searched",
     weights=WindowAttention(window_size=32, kernel_size=5) + ExpectedAttention() + 2 * KeySalience(),
     estimator=Leverage(power=0.5, ridge=0.1),
 )
 POLICIES: tuple[str | Policy, ...] = ("capkv", "capkv-paper", SEARCHED, "h2o", "snapkv", "keydiff")
-FACTS = ("task", "mode", "seed", "policy", "allocation", "budget", "tokens_kept", "kl", "log_likelihood_change", "top1")
+COLUMNS = (
+    "task", "mode", "seed", "policy", "allocation", "budget", "tokens_kept", "kl", "log_likelihood_change", "top1",
+)  # fmt: skip
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Run the samples that are not in the file yet, and add their rows."""
+    """Measure the samples that the file does not hold yet, and add their rows."""
     torch.set_num_threads(1)
     model, tokenizer = load_model(dtype=options.dtype)
-    read = tokenizer(manual(), add_special_tokens=False, verbose=False).input_ids[:700]
-    haystack = manual()[len(str(tokenizer.decode(read))) :]
-    cells = [Cell(policy, budget, name) for policy in POLICIES for name in allocations() for budget in BUDGETS]
+    profiled = tokenizer(python_manual(), add_special_tokens=False, verbose=False).input_ids[:700]
+    haystack = python_manual()[len(str(tokenizer.decode(profiled))) :]
+    configs = [CacheConfig(policy, budget, name) for policy in POLICIES for name in allocations() for budget in BUDGETS]
     options.rows.parent.mkdir(parents=True, exist_ok=True)
-    done = {(row["seed"], row["task"], row["mode"]) for row in complete(options.rows, len(cells) + 1)}
+    done = {(row["seed"], row["task"], row["mode"]) for row in read_complete(options.rows, len(configs) + 1)}
     for seed in range(options.seed, options.seed + options.samples):
-        for task, mode in TASKS:
+        for task, mode in DEFAULT_TASKS:
             if (seed, task, mode) in done:
                 continue
-            more = {"new_tokens": 32} if task == "text" else {}
-            example = make(task, tokenizer, tokens=options.tokens, seed=seed, haystack=haystack, **more)
-            rows = evaluate(model, tokenizer, example, cells, mode=mode, answer=False)
+            length = {"max_new_tokens": 32} if task == "text" else {}
+            example = make_example(task, tokenizer, tokens=options.tokens, seed=seed, haystack=haystack, **length)
+            rows = evaluate(model, tokenizer, example, configs, mode=mode, answer=False)
             with options.rows.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({fact: row[fact] for fact in FACTS}) + "\n" for row in rows)
+                file.writelines(json.dumps({column: row[column] for column in COLUMNS}) + "\n" for row in rows)
             print(f"sample {seed}, {task} {mode}", flush=True)
 
 
-def complete(path: Path, rows: int) -> list[dict[str, Any]]:
-    """Return the rows of the samples that were measured to their end."""
+def read_complete(path: Path, num_rows: int) -> list[dict[str, Any]]:
+    """Return the rows of all samples that have `num_rows` rows."""
     if not path.exists():
         return []
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    samples: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:  # the line that was being written when the run was stopped
+        except ValueError:  # the line that was being written when the run was interrupted
             continue
-        groups[row["seed"], row["task"], row["mode"]].append(row)
-    # A sample that was stopped and begun again has the rows of both: the last are whole.
-    return [row for group in groups.values() if len(group) >= rows for row in group[-rows:]]
+        samples[row["seed"], row["task"], row["mode"]].append(row)
+    # An interrupted sample that was measured again has the rows of both attempts: the last ones are complete.
+    return [row for rows in samples.values() if len(rows) >= num_rows for row in rows[-num_rows:]]
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
-    """Return the mean and its 95 % interval by Student's t."""
-    mean = statistics.mean(values)
+    """Return the mean and its 95 % t interval, rounded; the interval of a single value is infinite."""
     if len(values) < 2:
-        return round(mean, 4), float("-inf"), float("inf")
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return round(mean, 4), round(mean - half, 4), round(mean + half, 4)
+        return round(values[0], 4), float("-inf"), float("inf")
+    found = mean_interval(values)
+    return round(found.mean, 4), round(found.low, 4), round(found.high, 4)
 
 
-def summarise(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each setting, budget, policy and allocation.
+def summarize(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each condition, policy and allocation.
 
-    Each has the mean KL, its paired change from equal heads under the same policy, and its paired excess over the
-    policy `capkv` under the same allocation, all with 95 % intervals.
+    It has the mean KL, the paired change from equal heads with the same policy, and the paired excess over the policy
+    `capkv` with the same allocation, all with 95 % t intervals.
     """
-    found: dict[tuple[str, float], dict[tuple[str, str], dict[int, dict[str, Any]]]] = defaultdict(dict)
+    by_condition: dict[tuple[str, float], dict[tuple[str, str], dict[int, dict[str, Any]]]] = defaultdict(dict)
     for row in rows:
         if row["policy"] != "full":
             setting = "text" if row["task"] == "text" else row["mode"]
-            found[setting, row["budget"]].setdefault((row["policy"], row["allocation"]), {})[row["seed"]] = row
-    out: list[dict[str, Any]] = []
-    for (setting, budget), cells in found.items():
-        for (policy, allocation), own in cells.items():
+            methods = by_condition[setting, row["budget"]]
+            methods.setdefault((row["policy"], row["allocation"]), {})[row["seed"]] = row
+    summary: list[dict[str, Any]] = []
+    for (setting, budget), methods in by_condition.items():
+        for (policy, allocation), by_seed in methods.items():
             facts: dict[str, Any] = {"policy": policy, "allocation": allocation, "setting": setting, "budget": budget}
-            facts["kl"], *facts["kl_interval"] = interval([row["kl"] for row in own.values()])
-            others = {"change": (policy, "equal"), "over_default": (POLICIES[0], allocation)}
-            for name, other in others.items():
-                pairs = [row["kl"] - cells[other][seed]["kl"] for seed, row in own.items()]
+            facts["kl"], *facts["kl_interval"] = interval([row["kl"] for row in by_seed.values()])
+            baselines = {"change": (policy, "equal"), "over_default": (POLICIES[0], allocation)}
+            for name, baseline in baselines.items():
+                pairs = [row["kl"] - methods[baseline][seed]["kl"] for seed, row in by_seed.items()]
                 facts[name], *facts[f"{name}_interval"] = interval(pairs)
-            facts["top1"] = round(statistics.mean(row["top1"] for row in own.values()), 4)
-            equal = cells[policy, "equal"]
+            facts["top1"] = round(statistics.mean(row["top1"] for row in by_seed.values()), 4)
+            equal = methods[policy, "equal"]
             facts["tokens_off_equal"] = max(
-                abs(row["tokens_kept"] - equal[seed]["tokens_kept"]) for seed, row in own.items()
+                abs(row["tokens_kept"] - equal[seed]["tokens_kept"]) for seed, row in by_seed.items()
             )
-            out.append(facts)
-    return out
+            summary.append(facts)
+    return summary
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the tables of docs/results/kv.md."""
-    places = [(setting, budget) for setting in ("text", "agnostic", "aware") for budget in BUDGETS]
+    conditions = [(setting, budget) for setting in ("text", "agnostic", "aware") for budget in BUDGETS]
     index = {(row["policy"], row["allocation"], row["setting"], row["budget"]): row for row in rows}
-    heads = dict.fromkeys((row["policy"], row["allocation"]) for row in rows)
-    print("KL to the full cache; ↓ and ↑ where the paired 95 % interval of the change from equal heads leaves out 0")
-    table(("policy", "allocation"), places)
-    for policy, allocation in heads:
-        cells = [f"{(row := index[(policy, allocation, *place)])['kl']:.3f}{arrow(row, 'change')}" for place in places]
-        print(f"| {policy} | {allocation} | {' | '.join(cells)} |")
-    print("\nChange from equal heads under the head profile, with its interval")
-    table(("policy",), places)
-    for policy in dict.fromkeys(policy for policy, _ in heads):
-        print(f"| {policy} | {' | '.join(spread(index[(policy, 'profile', *place)], 'change') for place in places)} |")
-    print("\nExcess over capkv, both under the head profile, with its interval")
-    table(("policy",), places)
-    for policy in dict.fromkeys(policy for policy, _ in heads):
-        if policy != POLICIES[0]:
-            cells = [spread(index[(policy, "profile", *place)], "over_default") for place in places]
-            print(f"| {policy} | {' | '.join(cells)} |")
-    for allocation in dict.fromkeys(allocation for _, allocation in heads):
-        marks = [arrow(row, "change") for row in rows if row["allocation"] == allocation]
-        print(f"{allocation}: lower in {marks.count(' ↓')}, higher in {marks.count(' ↑')} of {len(marks)} cells")
+    methods = list(dict.fromkeys((row["policy"], row["allocation"]) for row in rows))
+    names = list(dict.fromkeys(policy for policy, _ in methods))
+    print("KL to the full cache; ↓ and ↑ mark a significant change from equal heads (paired 95 % t interval)")
+    print_header(("policy", "allocation"), conditions)
+    for method in methods:
+        found = [index[(*method, *condition)] for condition in conditions]
+        cells = [f"{row['kl']:.3f}{arrow(row, 'change')}" for row in found]
+        print(f"| {' | '.join((*method, *cells))} |")
+    print("\nChange from equal heads with the head profile, and its interval")
+    print_header(("policy",), conditions)
+    for name in names:
+        cells = [with_interval(index[(name, "profile", *condition)], "change") for condition in conditions]
+        print(f"| {name} | {' | '.join(cells)} |")
+    print("\nExcess over capkv, both with the head profile, and its interval")
+    print_header(("policy",), conditions)
+    for name in names:
+        if name != POLICIES[0]:
+            cells = [with_interval(index[(name, "profile", *condition)], "over_default") for condition in conditions]
+            print(f"| {name} | {' | '.join(cells)} |")
+    for allocation in dict.fromkeys(allocation for _, allocation in methods):
+        arrows = [arrow(row, "change") for row in rows if row["allocation"] == allocation]
+        print(f"{allocation}: lower in {arrows.count(' ↓')}, higher in {arrows.count(' ↑')} of {len(arrows)} cells")
 
 
-def table(first: tuple[str, ...], places: list[tuple[str, float]]) -> None:
-    """Print the head of a table."""
-    heads = (*first, *(f"{setting} {budget:.0%}" for setting, budget in places))
-    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+def print_header(first: tuple[str, ...], conditions: list[tuple[str, float]]) -> None:
+    """Print the header of a Markdown table."""
+    headers = (*first, *(f"{setting} {budget:.0%}" for setting, budget in conditions))
+    print(f"| {' | '.join(headers)} |\n|{'---|' * len(headers)}")
 
 
 def arrow(row: dict[str, Any], name: str) -> str:
-    """Return whether a difference is one."""
+    """Return an arrow if a difference is significant."""
     low, high = row[f"{name}_interval"]
     return " ↓" if high < 0 else " ↑" if low > 0 else ""
 
 
-def spread(row: dict[str, Any], name: str) -> str:
-    """Return a difference and its interval."""
+def with_interval(row: dict[str, Any], name: str) -> str:
+    """Return a difference and its interval as text."""
     low, high = row[f"{name}_interval"]
     return f"{row[name]:+.3f} [{low:+.3f}, {high:+.3f}]"
 
@@ -165,12 +171,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=900)
-    parser.add_argument("--dtype", default="float32", help="of the model; scores are float32 whatever it is")
+    parser.add_argument("--dtype", default="float32", help="of the model; scores are always computed in float32")
     parser.add_argument("--rows", type=Path, default=Path("out/kv-allocation.jsonl"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     measure(options)
-    rows = summarise(complete(options.rows, len(POLICIES) * len(allocations()) * len(BUDGETS) + 1))
+    rows = summarize(read_complete(options.rows, len(POLICIES) * len(allocations()) * len(BUDGETS) + 1))
     show(rows)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

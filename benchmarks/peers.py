@@ -1,9 +1,9 @@
-"""kvpress's presses as selections of ours: each chooses in the one prefill that all caches of a sample share.
+"""The presses of kvpress as selections of Suffice, so that all of them choose in one shared prefill.
 
-A press of one pass is called right after each layer's attention, as its own hook would call it, with the tensors that
-the shared prefill has there: hidden states, keys, values, rotary embedding. What it keeps is read off what it returns
-(or masks) and becomes an ordinary cache of ours, so that every number comes from the same code. A press that replays
-the context chooses in passes of its own before.
+A press with one pass is called right after the attention of each layer, as kvpress's own hook would call it, with the
+tensors of the shared prefill: hidden states, keys, values and rotary embedding. The entries that it returns (or does
+not mask) become a cache of Suffice, so that the same code measures all methods. A press that replays the context
+chooses in passes of its own before the shared prefill.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from transformers import DynamicCache
 
 from suffice.kv import Policy
 from suffice.kv.budget.allocation import Equal
-from suffice.kv.eval.fidelity import Cell
+from suffice.kv.eval.fidelity import CacheConfig
 from suffice.kv.policy.attention_stats import AttentionStats
-from suffice.kv.policy.selection import Budget, Selection
+from suffice.kv.policy.estimators import Estimator, Objective
+from suffice.kv.policy.selection import LayerBudget, Selection
 from suffice.kv.policy.weights import Uniform
 
 if importlib.util.find_spec("kvpress") is None:
     sys.exit(
-        "kvpress is not installed here. `make bench-evidence-peers` makes an environment that has it, in .venv-bench; "
-        "or: pip install kvpress==0.5.5"
+        "kvpress is not installed. `make bench-evidence-peers` makes an environment with it in .venv-bench; or run "
+        "pip install kvpress==0.5.5"
     )
-logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzip warns of its passes, each time
+logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzip warns about its passes at each call
 
-import kvpress  # noqa: E402  (said above what to do without it)
+import kvpress  # noqa: E402  (after the check that it is installed)
 
-# Name: the press for a compression ratio, with kvpress's own defaults. Wrappers as kvpress's own evaluation has them.
+# Presses by name, as functions of the compression ratio, with kvpress's defaults; wrappers as in its own evaluation.
 ONE_PASS: dict[str, Callable[[float], Any]] = {
     **{
         name: functools.partial(lambda kind, ratio: getattr(kvpress, kind)(compression_ratio=ratio), name)
@@ -71,30 +72,30 @@ ONE_PASS: dict[str, Callable[[float], Any]] = {
     "ChunkKVPress(SnapKVPress)": lambda ratio: kvpress.ChunkKVPress(kvpress.SnapKVPress(ratio)),
     "EntropyGatedChunkKVPress(SnapKVPress)": lambda ratio: kvpress.EntropyGatedChunkKVPress(kvpress.SnapKVPress(ratio)),
 }
-MORE_PASSES: dict[str, Callable[[], Any]] = {
+SEVERAL_PASSES: dict[str, Callable[[], Any]] = {
     "KVzipPress": lambda: kvpress.KVzipPress(0.5),
     "KVzipPress+": lambda: kvpress.KVzipPress(0.5, kvzip_plus_normalization=True),
     "KVgradPress": lambda: kvpress.KVgradPress(0.5),
 }
-PRESSES = (*ONE_PASS, *MORE_PASSES)
-WITHOUT: dict[str, str] = {
-    "RandomPress": "random",
-    "ChunkPress": "chunks of 1,024 tokens: at these lengths the press inside it",
-    "ComposedPress": "no rule of its own",
-    "PerLayerCompressionPress": "no rule of its own",
-    "KeyRerotationPress": "moves keys, chooses nothing",
-    "ThinKPress": "drops channels of keys, no entries",
-    "MergingPress": "changes the values of what it keeps",
+PRESSES = (*ONE_PASS, *SEVERAL_PASSES)
+LEFT_OUT: dict[str, str] = {
+    "RandomPress": "selects at random",
+    "ChunkPress": "works on chunks of 1,024 tokens, so at these lengths it equals the press that it wraps",
+    "ComposedPress": "only combines other presses",
+    "PerLayerCompressionPress": "only configures another press",
+    "KeyRerotationPress": "moves keys but selects none",
+    "ThinKPress": "removes channels of keys, not entries",
+    "MergingPress": "changes the values of the kept entries",
     "FinchPress": "needs a new token in the vocabulary and a question in the prompt",
-    "SimLayerKVPress": "takes a threshold, no ratio; keeps 1,024 recent tokens",
-    "DMSPress": "takes a threshold, no ratio",
-    "QFilterPress": "needs filters made for a model, downloaded",
-    "ExpectedAttentionStatsPress": "needs statistics made for a model, downloaded",
-    "DuoAttentionPress": "needs patterns made for a model, downloaded",
-    "KVzapPress": "needs weights trained for a model, downloaded",
-    "FastKVzipPress": "needs weights trained for a model, downloaded",
-    "RestoreKVPress": "needs weights trained for a model, downloaded",
-    "LUKVPress": "needs budgets made for a model, downloaded",
+    "SimLayerKVPress": "takes a threshold instead of a ratio; keeps 1,024 recent tokens",
+    "DMSPress": "takes a threshold instead of a ratio",
+    "QFilterPress": "needs filters of the model, which are downloaded",
+    "ExpectedAttentionStatsPress": "needs statistics of the model, which are downloaded",
+    "DuoAttentionPress": "needs patterns of the model, which are downloaded",
+    "KVzapPress": "needs weights trained for the model, which are downloaded",
+    "FastKVzipPress": "needs weights trained for the model, which are downloaded",
+    "RestoreKVPress": "needs weights trained for the model, which are downloaded",
+    "LUKVPress": "needs budgets of the model, which are downloaded",
     "KVComposePress": "needs eager attention over twice the context",
     "DecodingPress": "evicts while decoding",
     "CompressionRatioDecodingPress": "evicts while decoding",
@@ -104,54 +105,54 @@ WITHOUT: dict[str, str] = {
 
 
 def check_presses(names: Sequence[str]) -> None:
-    """Refuse a name that is not known.
+    """Check the names of presses.
 
     Raises:
-        ValueError: which, and what is accepted.
+        ValueError: a name is unknown.
 
     """
     for name in names:
         if name not in PRESSES:
-            why = f", which is left out: {WITHOUT[name]}" if name in WITHOUT else ""
-            raise ValueError(f"press is {name!r}{why}; accepted: {', '.join(PRESSES)}")
+            reason = f", which is left out because it {LEFT_OUT[name]}" if name in LEFT_OUT else ""
+            raise ValueError(f"press must be one of {', '.join(PRESSES)}, got {name!r}{reason}")
 
 
 def unknown_presses() -> list[str]:
-    """Return the presses of the installed kvpress that neither are measured nor have a reason why not."""
-    known = {part for name in PRESSES for part in name.rstrip("+)").split("(")} | set(WITHOUT)
-    kinds = {name: getattr(kvpress, name) for name in kvpress.__all__}
+    """Return the presses of the installed kvpress that are neither measured nor left out."""
+    known = {part for name in PRESSES for part in name.rstrip("+)").split("(")} | set(LEFT_OUT)
+    exports = {name: getattr(kvpress, name) for name in kvpress.__all__}
     return [
         name
-        for name, kind in kinds.items()
-        if inspect.isclass(kind) and issubclass(kind, kvpress.BasePress) and name not in known
-        if kind not in (kvpress.BasePress, kvpress.ScorerPress)
+        for name, export in exports.items()
+        if inspect.isclass(export) and issubclass(export, kvpress.BasePress) and name not in known
+        if export not in (kvpress.BasePress, kvpress.ScorerPress)
     ]
 
 
 @dataclass(frozen=True)
 class Ragged(Equal):
-    """Leaves the numbers to the selection: heads may keep different ones."""
+    """An allocation under which the selection may keep a different number of entries in each head."""
 
     @property
-    def ragged(self) -> bool:
+    def per_head(self) -> bool:
         return True
 
 
 @dataclass
-class Prefill:
-    """What presses look at beside keys and values: the attention call under way, as it was called."""
+class AttentionCall:
+    """The attention call that is running: what presses use besides keys and values."""
 
     module: Any = None
     kwargs: dict[str, Any] = field(default_factory=dict)
-    whole: Places | None = None  # keys and values of the layer, and what finds their places
+    entries: EntryIndex | None = None  # keys and values of the layer
     attention: Tensor | None = None
 
     @contextmanager
-    def watch(self, model: Any) -> Generator[None]:
-        """Follow a prefill of a model."""
+    def follow(self, model: Any) -> Generator[None]:
+        """Record every attention call of a model inside this context."""
 
         def begin(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            self.module, self.kwargs, self.whole, self.attention = module, kwargs, None, None
+            self.module, self.kwargs, self.entries, self.attention = module, kwargs, None, None
 
         hooks: list[Any] = []
         try:
@@ -162,205 +163,225 @@ class Prefill:
         finally:
             for hook in hooks:
                 hook.remove()
-            self.module, self.kwargs, self.whole, self.attention = None, {}, None, None
+            self.module, self.kwargs, self.entries, self.attention = None, {}, None, None
 
-    def places(self, keys: Tensor, values: Tensor) -> Places:
-        """Return what finds the places of this layer's keys and values."""
-        if self.whole is None:
-            self.whole = Places(keys, values)
-        return self.whole
+    def index(self, keys: Tensor, values: Tensor) -> EntryIndex:
+        """Return the index of this layer's keys and values."""
+        if self.entries is None:
+            self.entries = EntryIndex(keys, values)
+        return self.entries
 
-    def attentions(self, stats: AttentionStats) -> Tensor:
-        """Return causal attention [1, heads, tokens, tokens], which eager attention would have returned."""
+    def attention_weights(self, stats: AttentionStats) -> Tensor:
+        """Return the causal attention weights [1, heads, tokens, tokens] that eager attention would have returned."""
         if self.attention is None:
-            keys = stats.keys.repeat_interleave(stats.queries.shape[1] // stats.kv_heads, 1)
+            keys = stats.keys.repeat_interleave(stats.num_key_value_groups, 1)
             logits = stats.queries @ keys.mT * self.module.scaling
             logits += torch.full(logits.shape[-2:], float("-inf")).triu(1)
             self.attention = logits.softmax(-1)
         return self.attention
 
 
-class Places:
-    """Finds where given keys and values stand among all of a layer's, by bit."""
+class EntryIndex:
+    """Finds the positions of given keys and values among all entries of a layer, by exact comparison."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         generator = torch.Generator().manual_seed(0)
         self.factors = [torch.randint(1, 2**62, x.shape[-1:], generator=generator) * 2 + 1 for x in (keys, values)]
-        self.whole = [self._sums(x, f) for x, f in zip((keys, values), self.factors, strict=True)]
-        self.sorted, self.order = self.whole[0].sort(-1)
+        self.hashes = [self._hash(x, factors) for x, factors in zip((keys, values), self.factors, strict=True)]
+        self.sorted, self.order = self.hashes[0].sort(-1)
 
-    def _sums(self, x: Tensor, factors: Tensor) -> Tensor:
+    def _hash(self, x: Tensor, factors: Tensor) -> Tensor:
         return (x.view(torch.int32).long() * factors).sum(-1)
 
     def find(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Return the places of entries [1, heads, kept, dim], ascending.
+        """Return the positions of entries [1, heads, kept, dim], in ascending order.
 
         Raises:
-            ValueError: an entry is not one of the layer's.
+            ValueError: an entry does not belong to the layer.
 
         """
-        own, beside = (self._sums(x, f) for x, f in zip((keys, values), self.factors, strict=True))
-        at = torch.searchsorted(self.sorted, own).clamp_max(self.sorted.shape[-1] - 1)
-        found = self.order.gather(-1, at)
-        if not all(torch.equal(w.gather(-1, found), o) for w, o in zip(self.whole, (own, beside), strict=True)):
-            raise ValueError("a press returned keys or values that the prefill did not have")
+        hashes = [self._hash(x, factors) for x, factors in zip((keys, values), self.factors, strict=True)]
+        indices = torch.searchsorted(self.sorted, hashes[0]).clamp_max(self.sorted.shape[-1] - 1)
+        found = self.order.gather(-1, indices)
+        if not all(torch.equal(own.gather(-1, found), h) for own, h in zip(self.hashes, hashes, strict=True)):
+            raise ValueError("a press must return keys and values of the prefill, got others")
         return found.sort(-1).values
 
 
 @dataclass(frozen=True, eq=False)
-class ByPress(Selection):
+class PressSelection(Selection):
     """Keeps what a press keeps.
 
     Args:
-        press: of kvpress, for one compression ratio.
-        prefill: the one under way.
-        seed: of what the press draws at random; layer and sample.
+        press: a press of kvpress, for one compression ratio.
+        call: the running attention call.
+        seed: seed of the press's random choices, combined with the layer.
 
     """
 
     press: Any
-    prefill: Prefill
+    call: AttentionCall
     seed: int = 0
 
-    def choose(self, policy: Policy, stats: AttentionStats, budget: Budget) -> Tensor:
-        """Return what the press keeps, −1 where a head keeps fewer than another."""
-        now, keys, values = self.prefill, stats.keys, stats.values
-        observed = isinstance(self.press, kvpress.ObservedAttentionPress)
-        attention = now.attentions(stats) if observed else None
-        compress = seeded(self.press.compress, self.seed)
-        found = compress(now.module, now.kwargs["hidden_states"], keys, values, attention, now.kwargs)
-        if (masked := take_mask(now.module)) is not None:
-            return unmasked(masked, stats.kv_heads, stats.tokens)
-        return now.places(keys, values).find(*found)
+    def select(self, estimator: Estimator, objective: Objective, budget: LayerBudget) -> Tensor:
+        """Return the positions that the press keeps, −1 where a head keeps fewer than another."""
+        call, stats = self.call, objective.stats
+        keys, values = stats.keys, stats.values
+        needs_attention = isinstance(self.press, kvpress.ObservedAttentionPress)
+        attention = call.attention_weights(stats) if needs_attention else None
+        compress = with_seed(self.press.compress, self.seed)
+        found = compress(call.module, call.kwargs["hidden_states"], keys, values, attention, call.kwargs)
+        if (masked := take_mask(call.module)) is not None:
+            return unmasked_positions(masked, keys.shape[1], keys.shape[2])
+        return call.index(keys, values).find(*found)
 
     def __str__(self) -> str:
         return str(self.press)
 
 
 @dataclass(frozen=True, eq=False)
-class Given(Selection):
-    """Keeps what was chosen before, given for each layer: long [1, kv_heads, width], −1 for none."""
+class FixedSelection(Selection):
+    """Keeps given positions.
+
+    Args:
+        kept: positions for each layer, long [1, kv_heads, width], −1 for none.
+
+    """
 
     kept: Sequence[Tensor]
 
-    def choose(self, policy: Policy, stats: AttentionStats, budget: Budget) -> Tensor:
-        """Return this layer's."""
-        return self.kept[stats.layer]
+    def select(self, estimator: Estimator, objective: Objective, budget: LayerBudget) -> Tensor:
+        """Return the positions of this layer."""
+        return self.kept[objective.stats.context.layer]
 
     def __str__(self) -> str:
-        return "given"
+        return "fixed"
 
 
-def seeded(compress: Callable[..., Any], seed: int) -> Callable[..., Any]:
-    """Return a press's function with random numbers of its own in each layer, whatever else draws some."""
+def with_seed(compress: Callable[..., Any], seed: int) -> Callable[..., Any]:
+    """Return a press's `compress` with its own random numbers in each layer, independent of other random draws."""
 
-    def drawn(module: Any, *arguments: Any) -> Any:
+    def seeded(module: Any, *arguments: Any) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1000 * seed + module.layer_idx)
             return compress(module, *arguments)
 
-    return drawn
+    return seeded
 
 
 def take_mask(module: Any) -> tuple[Tensor, ...] | None:
-    """Return which entries a press has masked in a layer, and unmask them."""
+    """Return the indices of the entries that a press masked in a layer, and remove the mask."""
     masked = getattr(module, "masked_key_indices", None)
     module.masked_key_indices = None
     return masked
 
 
-def unmasked(masked: tuple[Tensor, ...], heads: int, tokens: int) -> Tensor:
-    """Return what is left, long [1, heads, width], ascending, −1 for none."""
-    left = torch.ones(1, heads, tokens, dtype=torch.bool)
-    left[masked] = False
-    width = int(left.sum(-1).max())
-    return torch.arange(tokens).where(left, -1).sort(-1).values[..., -width:]
+def unmasked_positions(masked: tuple[Tensor, ...], heads: int, tokens: int) -> Tensor:
+    """Return the positions that are not masked, long [1, heads, width], ascending, −1 for none."""
+    kept = torch.ones(1, heads, tokens, dtype=torch.bool)
+    kept[masked] = False
+    width = int(kept.sum(-1).max())
+    return torch.arange(tokens).where(kept, -1).sort(-1).values[..., -width:]
 
 
-def cells(
-    model: Any, names: Sequence[str], budgets: Sequence[float], prefill: Prefill, ids: Tensor, chat: bool, seed: int
-) -> list[Cell]:
-    """Return what `evaluate` measures, budgets fastest.
+def press_configs(
+    model: Any,
+    names: Sequence[str],
+    budgets: Sequence[float],
+    call: AttentionCall,
+    input_ids: Tensor,
+    chat: bool,
+    seed: int,
+) -> list[CacheConfig]:
+    """Return the cache configurations for `evaluate`; the budget varies fastest.
 
     Args:
         model: the model.
-        names: of presses.
-        budgets: shares to keep.
-        prefill: the shared one, to come.
-        ids: what will be prefilled, for presses that replay it.
-        chat: whether it begins with the chat template's opening, which a replay leaves out.
-        seed: of what presses draw at random.
+        names: names of presses.
+        budgets: fractions to keep.
+        call: follows the shared prefill.
+        input_ids: the ids that will be prefilled, for presses that replay them.
+        chat: whether they begin with the start of the chat template, which a replay leaves out.
+        seed: seed of the presses' random choices.
 
     """
-    found: list[Cell] = []
+    configs: list[CacheConfig] = []
     for name in names:
-        if name in MORE_PASSES:
-            chosen: list[Selection] = [Given(kept) for kept in replayed(model, name, budgets, ids, chat)]
+        selections: list[Selection] = []
+        if name in SEVERAL_PASSES:
+            selections += [FixedSelection(kept) for kept in replay(model, name, budgets, input_ids, chat)]
         else:
-            chosen = [ByPress(ONE_PASS[name](ratio(budget)), prefill, seed) for budget in budgets]
-            for one in chosen:
-                one.press.post_init_from_model(model)  # pyright: ignore[reportAttributeAccessIssue]
-        found += [
-            Cell(Policy(weights=Uniform(), selection=one, allocation=Ragged(), name=name), budget)
-            for one, budget in zip(chosen, budgets, strict=True)
+            for budget in budgets:
+                press = ONE_PASS[name](compression_ratio(budget))
+                press.post_init_from_model(model)
+                selections.append(PressSelection(press, call, seed))
+        configs += [
+            CacheConfig(Policy(weights=Uniform(), selection=selection, allocation=Ragged(), name=name), budget)
+            for selection, budget in zip(selections, budgets, strict=True)
         ]
-    return found
+    return configs
 
 
-def ratio(budget: float) -> float:
-    """Return the compression ratio of a budget; the small term keeps 900 * (1 - 0.9) from becoming 89."""
+def compression_ratio(budget: float) -> float:
+    """Return the compression ratio of a budget. The small term keeps 900 · (1 − 0.9) from becoming 89."""
     return 1 - budget - 1e-9
 
 
-def replayed(model: Any, name: str, budgets: Sequence[float], ids: Tensor, chat: bool) -> list[list[Tensor]]:
-    """Let a press replay a context once, and return what it keeps of each layer for each budget."""
-    press = MORE_PASSES[name]()
-    found: list[list[Tensor]] = []
-    heads, tokens = model.config.num_key_value_heads, ids.shape[1]
-    evict = press.compress_post
+def replay(model: Any, name: str, budgets: Sequence[float], input_ids: Tensor, chat: bool) -> list[list[Tensor]]:
+    """Let a press replay a context once; return the positions that it keeps, by budget and layer."""
+    press = SEVERAL_PASSES[name]()
+    by_budget: list[list[Tensor]] = []
+    heads, tokens = model.config.num_key_value_heads, input_ids.shape[1]
+    compress_post = press.compress_post
 
-    def for_each(network: Any) -> None:
+    def compress_for_each_budget(network: Any) -> None:
         for budget in budgets:
-            press.compression_ratio = ratio(budget)
-            evict(network)
+            press.compression_ratio = compression_ratio(budget)
+            compress_post(network)
             masks = [take_mask(layer.self_attn) for layer in network.model.layers]
-            found.append([unmasked(mask, heads, tokens) for mask in masks if mask is not None])
+            by_budget.append([unmasked_positions(mask, heads, tokens) for mask in masks if mask is not None])
 
-    press.compress_post = for_each
+    press.compress_post = compress_for_each_budget
     with torch.no_grad(), press(model):
-        model.model(input_ids=ids, past_key_values=DynamicCache())
+        model.model(input_ids=input_ids, past_key_values=DynamicCache())
         if not chat:
             press.prefix_length = 0
-    return found
+    return by_budget
 
 
-def official(model: Any, name: str, budget: float, ids: Tensor, chat: bool, seed: int) -> tuple[Any, list[Tensor]]:
-    """Run a press as kvpress's documentation does; return its cache, and what each layer keeps.
+def run_with_kvpress(
+    model: Any, name: str, budget: float, input_ids: Tensor, chat: bool, seed: int
+) -> tuple[Any, list[Tensor]]:
+    """Run a press as kvpress documents it.
 
-    What it masks stays masked: read from the cache before the model is used for anything else.
+    Entries that it masks stay masked, so read the cache before using the model for anything else.
+
+    Returns:
+        kvpress's cache, and the positions that each layer keeps.
+
     """
-    cache, whole = DynamicCache(), DynamicCache()
-    press = ONE_PASS[name](ratio(budget)) if name in ONE_PASS else MORE_PASSES[name]()
+    cache, full_cache = DynamicCache(), DynamicCache()
+    press = ONE_PASS[name](compression_ratio(budget)) if name in ONE_PASS else SEVERAL_PASSES[name]()
     if name in ONE_PASS:
-        # Wrappers and dataclasses alike: an attribute of the instance.
-        press.compress = seeded(press.compress, seed)
+        # An attribute of the instance, which works for wrappers and for dataclasses.
+        press.compress = with_seed(press.compress, seed)
     else:
-        press.compression_ratio = ratio(budget)
+        press.compression_ratio = compression_ratio(budget)
     with torch.no_grad(), ExitStack() as stack:
         if isinstance(press, kvpress.ObservedAttentionPress):
             model.set_attn_implementation("eager")
             stack.callback(model.set_attn_implementation, "sdpa")
-        model.model(input_ids=ids, past_key_values=whole)
+        model.model(input_ids=input_ids, past_key_values=full_cache)
         stack.enter_context(press(model))
-        model.model(input_ids=ids, past_key_values=cache)
-        if name in MORE_PASSES and not chat:
+        model.model(input_ids=input_ids, past_key_values=cache)
+        if name in SEVERAL_PASSES and not chat:
             press.prefix_length = 0
     kept: list[Tensor] = []
     for index, layer in enumerate(model.model.layers):
-        all_of, own = whole.layers[index], cache.layers[index]
+        full, compressed = full_cache.layers[index], cache.layers[index]
         masked = getattr(layer.self_attn, "masked_key_indices", None)
         if masked is not None:
-            kept.append(unmasked(masked, own.keys.shape[1], own.keys.shape[2]))
+            kept.append(unmasked_positions(masked, compressed.keys.shape[1], compressed.keys.shape[2]))
         else:
-            kept.append(Places(all_of.keys, all_of.values).find(own.keys, own.values))
+            kept.append(EntryIndex(full.keys, full.values).find(compressed.keys, compressed.values))
     return cache, kept

@@ -5,6 +5,7 @@ python examples/tune_a_budget.py
 
 import argparse
 
+from suffice.kv.eval.run_options import RunOptions
 from suffice.kv.eval.tune import tune
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -17,13 +18,13 @@ filler = "The sea was calm that day, and the boats stayed in. " * (10 if argumen
 ask = "What is the code of the {name}?"
 prompts = [f"{filler}The code of the {name} is {code}. {filler}{ask.format(name=name)}" for name, code in facts.items()]
 
-found = tune(
+result = tune(
     prompts,
     target_kl=0.05,
     policies=["capkv"],
     budgets=(0.5, 0.25) if arguments.quick else (0.75, 0.5, 0.25, 0.1),
-    new_tokens=8 if arguments.quick else 32,
-    folder="tuned",  # run it again and only what is missing is measured
+    max_new_tokens=8 if arguments.quick else 32,
+    run=RunOptions(folder="tuned"),  # a second call measures only what is missing
 )
-print(found.words())
-print(found.code())
+print(result.summary())
+print(result.code())

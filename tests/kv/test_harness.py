@@ -1,4 +1,4 @@
-"""The model of the LM Evaluation Harness, on tasks of our own that need no download."""
+"""The model for the LM Evaluation Harness, on tasks that need no download."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import warnings
 import pytest
 import torch
 
-from suffice.kv.eval.fidelity import Cell, evaluate
-from suffice.kv.eval.tasks import make
+from suffice.kv.eval.fidelity import CacheConfig, evaluate
+from suffice.kv.eval.tasks import make_example
 from tests.kv.tiny import TOKENS, build, tokenizer
 
 pytest.importorskip("lm_eval")
@@ -39,7 +39,7 @@ def instances(kind, arguments):
     ]
 
 
-EXAMPLES = [make("multikey", tokenizer(), tokens=tokens, seed=tokens) for tokens in (300, 340, 420)]
+EXAMPLES = [make_example("multikey", tokenizer(), tokens=tokens, seed=tokens) for tokens in (300, 340, 420)]
 CHOICES = [
     (example.document + "\n" + example.question, f" {value}")
     for example in EXAMPLES
@@ -48,7 +48,7 @@ CHOICES = [
 OPEN = [(example.document + "\n" + example.question, {"until": ["e"], "max_gen_toks": 12}) for example in EXAMPLES]
 
 
-def test_at_full_budget_it_is_the_harness_s_own_model(model):
+def test_at_full_budget_results_equal_those_of_the_harness_model(model):
     own = CompressedLM(model, tokenizer=tokenizer(), budget=1.0, batch_size=2)
     peer = HFLM(pretrained=model, tokenizer=tokenizer(), batch_size=2)
     ours = own.loglikelihood(instances("loglikelihood", CHOICES), disable_tqdm=True)
@@ -60,16 +60,16 @@ def test_at_full_budget_it_is_the_harness_s_own_model(model):
 
 def test_continuations_are_scored_from_the_compressed_cache(model):
     example = EXAMPLES[0]
-    parts, gold = example.prompt(tokenizer()), example.gold(tokenizer())
-    _, row = evaluate(model, tokenizer(), example, [Cell("h2o", 0.3, "adakv")], mode="aware", answer=False)
+    parts, gold = example.prompt(tokenizer()), example.answer_ids(tokenizer())
+    _, row = evaluate(model, tokenizer(), example, [CacheConfig("h2o", 0.3, "adakv")], mode="aware", answer=False)
     own = CompressedLM(model, tokenizer=tokenizer(), policy="h2o", budget=0.3, allocation="adakv")
-    (found, _), again = own._loglikelihood_tokens([(None, parts.ids[0].tolist(), gold[0].tolist())] * 2)
+    (found, _), again = own._loglikelihood_tokens([(None, parts.input_ids[0].tolist(), gold[0].tolist())] * 2)
     assert found == again[0] == pytest.approx(row["log_likelihood"] * gold.shape[1], rel=1e-4)
     full = CompressedLM(model, tokenizer=tokenizer(), budget=1.0)
-    assert abs(full._loglikelihood_tokens([(None, parts.ids[0].tolist(), gold[0].tolist())])[0][0] - found) > 0.01
+    assert abs(full._loglikelihood_tokens([(None, parts.input_ids[0].tolist(), gold[0].tolist())])[0][0] - found) > 0.01
 
 
-def test_a_context_longer_than_the_window_is_cut_from_the_left(model):
+def test_a_context_longer_than_the_window_is_truncated_on_the_left(model):
     own = CompressedLM(model, tokenizer=tokenizer(), budget=1.0)
     generator = torch.Generator().manual_seed(0)
     long = torch.randint(1, TOKENS, (1500,), generator=generator).tolist()
@@ -78,7 +78,7 @@ def test_a_context_longer_than_the_window_is_cut_from_the_left(model):
 
 
 def task(folder):
-    """A multiple-choice task and one that generates, over a file."""
+    """A multiple-choice task and a generation task that read a file."""
     rows = [
         {
             "prompt": f"{example.document}\n{example.question}",
@@ -138,7 +138,7 @@ def test_tasks_run_from_python(model, tmp_path, monkeypatch):
     assert 0 <= found["results"]["own_open"]["exact_match,none"] <= 1
 
 
-def test_the_command_line_knows_the_model():
+def test_the_command_line_registers_the_model():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "suffice.kv.eval.lm_eval", "--model", "suffice", "--model_args",
          "policy=h3o", "--tasks", "arc_easy"],
@@ -148,13 +148,13 @@ def test_the_command_line_knows_the_model():
     assert "Did you mean 'h2o'" in done.stderr
 
 
-def test_wrong_arguments_are_named(model):
-    with pytest.raises(ValueError, match="tokenizer is None"):
+def test_invalid_arguments_are_rejected(model):
+    with pytest.raises(ValueError, match="tokenizer must be given if pretrained is a model, got None"):
         CompressedLM(model)
-    with pytest.raises(ValueError, match=r"budget is 1\.5"):
+    with pytest.raises(ValueError, match=r"budget must be .*, got 1\.5"):
         CompressedLM(model, tokenizer=tokenizer(), budget=1.5)
     own = CompressedLM(model, tokenizer=tokenizer())
     with pytest.raises(ValueError, match="loglikelihood_rolling"):
         own.loglikelihood_rolling([])
-    with pytest.raises(ValueError, match="request 0 has a context of 0"):
+    with pytest.raises(ValueError, match=r"of request 0 must have at least 1 token each.*, got 0 and 1"):
         own._loglikelihood_tokens([(None, [], [3])])

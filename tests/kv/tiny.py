@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from suffice.kv.eval.tasks import manual
+from suffice.kv.eval.tasks import python_manual
 
 VOCABULARY = 97
 TOKENS = 400  # vocabulary of `tokenizer`
@@ -117,7 +117,7 @@ def tokenizer(chat: bool = False) -> Any:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator([manual()[:50_000]], trainer)
+    core.train_from_iterator([python_manual()[:50_000]], trainer)
     made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", clean_up_tokenization_spaces=False)
     if chat:
         made.chat_template = (

@@ -71,17 +71,21 @@ def _kv(
     figure: Path | None,
     as_json: bool,
 ) -> None:
-    from suffice.kv.eval.demo import run
+    from suffice.kv.eval.demo import document_report, run_demo
+    from suffice.kv.eval.fidelity import CacheConfig
     from suffice.kv.hf.loading import load_model
+    from suffice.kv.policy.registry import DEFAULT_POLICY
 
     with progress() as say:
         network, tokenizer = load_model(model, device=device, on_progress=say)
-        found = run(network, tokenizer, tokens=tokens, seed=seed, say=say)
-    demo_kv.add(page, found)
-    result |= {"tokens": found.tokens, "rows": [demo_kv.numbers(row) for row in found.rows]}
+        found = run_demo(network, tokenizer, tokens=tokens, seed=seed, on_progress=say)
+        config = CacheConfig(DEFAULT_POLICY, 0.25)
+        report = document_report(network, tokenizer, found, config)
+    demo_kv.add(page, found, config, report)
+    result |= {"tokens": found.tokens, "rows": [demo_kv.row_to_dict(row) for row in found.rows]}
     if figure is not None:
         figure.parent.mkdir(parents=True, exist_ok=True)
-        save_figure(demo_kv.trade_off(found, aware=False), str(figure))
+        save_figure(demo_kv.trade_off(found, "agnostic"), str(figure))
     if not as_json:
         demo_kv.show(found)
 

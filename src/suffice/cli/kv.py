@@ -65,9 +65,10 @@ def generate(
 ) -> None:
     """Answer greedily from a part of the prompt's KV cache."""
     # Imported here: transformers takes seconds, which other commands need not wait for.
-    from suffice.kv.eval.answer import answer, check_chunk
+    from suffice.kv.eval.answer import answer
+    from suffice.kv.eval.generation import check_chunk_size
 
-    check_chunk(chunk)
+    check_chunk_size(chunk)
     chosen = get_policy(policy)
     split = None if allocation is None else get_allocation(allocation)
     allowed = parse_budget(budget)
@@ -76,7 +77,7 @@ def generate(
     if not text.strip():
         raise ValueError("the prompt is empty; accepted: some text")
     with progress() as say:
-        network, tokenizer = load_model(model, device=device, dtype=dtype, attn=attn, on_progress=say)
+        network, tokenizer = load_model(model, device=device, dtype=dtype, attn_implementation=attn, on_progress=say)
         say(f"generating with {chosen.name}, budget {budget}")
         result, report = answer(
             network,
@@ -88,7 +89,7 @@ def generate(
             aware=aware,
             max_new_tokens=max_new_tokens,
             allocation=split,
-            chunk=chunk,
+            chunk_size=chunk,
             interval=interval,
             rerotate=rerotate,
         )
@@ -155,7 +156,7 @@ def calibrate_model(
     text = None if text_file is None else _read_file("--text-file", text_file)
     start = time.perf_counter()
     with progress() as say:
-        network, tokenizer = load_model(model, device=device, dtype=dtype, attn=attn, on_progress=say)
+        network, tokenizer = load_model(model, device=device, dtype=dtype, attn_implementation=attn, on_progress=say)
         say("measuring the head profile")
         if from_weights:
             profile = profile_from_weights(network)

@@ -17,7 +17,7 @@ from suffice.kv.policy.registry import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from suffice.kv.eval.compare import Comparison
-    from suffice.kv.eval.tune import Tuning
+    from suffice.kv.eval.tune import TuningResult
 
 Folder = Annotated[Path | None, typer.Option(help="Keep finished samples here, and go on from them.")]
 Workers = Annotated[int, typer.Option(help="Processes; 0 for this one.", min=0)]
@@ -55,6 +55,8 @@ def compare_caches(
 ) -> None:
     """Measure how close policies, allocations and budgets stay to the full cache, on tasks made locally."""
     from suffice.kv.eval.compare import compare
+    from suffice.kv.eval.run_options import RunOptions
+    from suffice.kv.hf.loading import ModelSource
 
     chosen = [pair for name in _split(tasks) for pair in _task(name)]
     with watching(quiet) as watch:
@@ -69,14 +71,8 @@ def compare_caches(
             haystack=None if haystack is None else str(haystack),
             answer=answer,
             greedy_tokens=greedy_tokens,
-            model=None if model == DEFAULT_MODEL else model,
-            device=device,
-            dtype=dtype,
-            attn=attn,
-            folder=folder,
-            workers=workers,
-            watch=watch,
-            command=command_line(),
+            model=ModelSource(None if model == DEFAULT_MODEL else model, device, dtype, attn),
+            run=RunOptions(folder, workers, watch, command_line()),
         )
     if parquet is not None:
         import pandas
@@ -122,10 +118,12 @@ def tune_budget(
     as_json: Json = False,
 ) -> None:
     """Find the smallest budget that stays close to the full cache on your own prompts. Exit status 1 if none does."""
-    from suffice.kv.eval.prompts import read_prompts
-    from suffice.kv.eval.tune import BUDGETS, tune
+    from suffice.kv.eval.run_options import RunOptions
+    from suffice.kv.eval.tune import DEFAULT_BUDGETS, tune
+    from suffice.kv.eval.user_prompts import read_user_prompts
+    from suffice.kv.hf.loading import ModelSource
 
-    given = read_prompts(prompts)
+    given = read_user_prompts(prompts)
     with watching(quiet) as watch:
         found = tune(
             given,
@@ -133,24 +131,18 @@ def tune_budget(
             target_agreement=target_agreement,
             policies=_split(policies),
             allocations=_split(allocations),
-            budgets=BUDGETS if budgets is None else [parse_budget(text) for text in _split(budgets)],
+            budgets=DEFAULT_BUDGETS if budgets is None else [parse_budget(text) for text in _split(budgets)],
             mode="aware" if aware else "agnostic",
             confidence=confidence,
-            new_tokens=new_tokens,
-            model=None if model == DEFAULT_MODEL else model,
-            device=device,
-            dtype=dtype,
-            attn=attn,
-            folder=folder,
-            workers=workers,
-            watch=watch,
-            command=command_line(),
+            max_new_tokens=new_tokens,
+            model=ModelSource(None if model == DEFAULT_MODEL else model, device, dtype, attn),
+            run=RunOptions(folder, workers, watch, command_line()),
         )
     if as_json:
         print_json(finite(found.to_dict()))
     else:
         out.print(_trials(found))
-        out.print(found.words(), highlight=False, markup=False)
+        out.print(found.summary(), highlight=False, markup=False)
         if found.best is not None:
             out.print("\n" + found.code(), highlight=False, markup=False, soft_wrap=True)
     if found.best is None:
@@ -162,12 +154,12 @@ def _split(text: str) -> list[str]:
 
 
 def _task(text: str) -> list[tuple[str, str]]:
-    from suffice.kv.eval.tasks import TASKS, modes
+    from suffice.kv.eval.tasks import TASKS, task_modes
 
     task, _, mode = text.partition(":")
     if task not in TASKS:
         raise ValueError(f"tasks has {task!r}; accepted: {', '.join(TASKS)}, each with :agnostic or :aware, or without")
-    return [(task, own) for own in modes(task)] if not mode else [(task, mode)]
+    return [(task, own) for own in task_modes(task)] if not mode else [(task, mode)]
 
 
 def _table(found: Comparison) -> Table:
@@ -175,14 +167,14 @@ def _table(found: Comparison) -> Table:
     table = Table(title=f"KL to the full cache, nats a token: mean of {samples} samples ± half of a 95 % interval")
     table.add_column("policy", no_wrap=True)
     table.add_column("budget", justify="right", no_wrap=True)
-    settings = list(dict.fromkeys((task, mode) for task, mode, _ in found.cells))
+    settings = list(dict.fromkeys((task, mode) for task, mode, _ in found.conditions))
     for task, mode in settings:
         table.add_column(task if mode == "continuation" else f"{task}\n{mode}", justify="right", no_wrap=True)
     table.add_column("rank", justify="right", no_wrap=True)
-    ranks = found.ranks()
+    ranks = found.mean_ranks()
     for name, rank in ranks.items():
-        for number, budget in enumerate(dict.fromkeys(cell[2] for cell in found.cells)):
-            means = [found.find(name, (task, mode, budget)).interval("kl") for task, mode in settings]
+        for number, budget in enumerate(dict.fromkeys(condition.budget for condition in found.conditions)):
+            means = [found.group(name, (task, mode, budget)).interval("kl") for task, mode in settings]
             cells = [f"{one.mean:.3f}" + (f" ± {one.high - one.mean:.3f}" if samples > 1 else "") for one in means]
             label = f"{budget:.0%}" if isinstance(budget, float) else str(budget)
             table.add_row("" if number else name, label, *cells, "" if number else f"{rank:.1f}")
@@ -190,25 +182,25 @@ def _table(found: Comparison) -> Table:
 
 
 def _words(found: Comparison) -> list[str]:
-    best = next(iter(found.ranks()))
+    best = next(iter(found.mean_ranks()))
     losses = found.losses(best)
     said = [f"Best mean rank: {best}."]
     said += [
-        f"In {row['task']}, {row['mode']}, at {row['budget']:g}, {row['of']} is closer by {-row['mean']:.3f} "
+        f"In {row['task']}, {row['mode']}, at {row['budget']:g}, {row['method']} is closer by {-row['mean']:.3f} "
         f"[{-row['high']:.3f}, {-row['low']:.3f}]."
         for row in losses
     ]
     if not losses:
         said.append("No other is closer in any cell, as far as these samples tell (95 % intervals, not corrected).")
-    rhos: list[Any] = [f"{row['spearman']:+.2f}" for row in found.capacity()]
+    rhos: list[Any] = [f"{row['spearman']:+.2f}" for row in found.capacity_correlations()]
     if rhos:
         said.append(f"Capacity kept and KL, Spearman over caches in each cell: {', '.join(rhos)}.")
     return said
 
 
-def _trials(found: Tuning) -> Table:
+def _trials(found: TuningResult) -> Table:
     name = "KL" if found.metric == "kl" else "agreement"
-    table = Table(title=f"{found.prompts} prompts, target {name} {found.target:g}")
+    table = Table(title=f"{found.num_prompts} prompts, target {name} {found.target:g}")
     for column in ("policy", "allocation", "budget", f"mean {name}", "bound", "within", "MB", "safe"):
         table.add_column(column, justify="left" if column in ("policy", "allocation") else "right", no_wrap=True)
     for trial in found.trials:

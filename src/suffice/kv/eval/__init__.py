@@ -1,1 +1,1 @@
-"""Measurements on a compressed cache: answers, fidelity, comparisons, tuning."""
+"""Measure compressed caches: answer questions, evaluate fidelity, compare policies, tune the budget."""

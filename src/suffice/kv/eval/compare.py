@@ -1,36 +1,41 @@
-"""Policies × allocations × budgets × tasks: which cache stays closest to the full one, and by how much."""
+"""Compare policies, allocations and budgets: which caches stay closest to the full cache on which tasks."""
 
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from suffice import SufficeError
-from suffice.kv.eval.run_kinds import COMPARE, OWN
+from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid
+from suffice.kv.eval.run_kinds import COMPARE
+from suffice.kv.eval.run_options import RunOptions, run_samples
+from suffice.kv.hf.loading import ModelSource
 from suffice.kv.policy.registry import DEFAULT_POLICY
-from suffice.study.progress import ProgressCallback
-from suffice.study.results import Group, group_records, paired_difference, summarize
-from suffice.study.runner import run_study
+from suffice.study.results import Group, group_records, summarize
 from suffice.study.spec import PlannedRun
-from suffice.study.store import Record, Store
 
-TASKS = (("text", "continuation"), ("multikey", "agnostic"), ("multikey", "aware"))
-_NAMES = ("task", "mode", "policy", "allocation", "budget")
+DEFAULT_TASKS = (("text", "continuation"), ("multikey", "agnostic"), ("multikey", "aware"))
+_COLUMNS = ("task", "mode", "policy", "allocation", "budget")
+
+
+class Condition(NamedTuple):
+    """A task, a mode of eviction and a budget, under which methods are compared."""
+
+    task: str
+    mode: str
+    budget: float
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison measured.
+    """The result of `compare`.
+
+    A method is a policy with an allocation, such as `h2o/profile`; `h2o` alone has the policy's own allocation.
 
     Args:
-        settings: what was compared, on which model.
-        groups: one for each task, mode, policy, allocation and budget, with the values of every sample; the full
-            cache is among them.
+        settings: what was compared, and the model.
+        groups: the values of all samples for each task, mode, policy, allocation and budget, and for the full cache.
 
     """
 
@@ -38,61 +43,70 @@ class Comparison:
     groups: list[Group]
 
     @property
-    def contestants(self) -> list[str]:
-        """Every policy with its allocation, as `h2o/profile`; without a slash where it is the policy's own."""
-        return list(dict.fromkeys(_contestant(one) for one in self.groups if one.settings["policy"] != "full"))
+    def methods(self) -> list[str]:
+        """The names of all methods."""
+        return list(dict.fromkeys(_method(group) for group in self._compressed()))
 
     @property
-    def cells(self) -> list[tuple[str, str, float]]:
-        """Every task, mode and budget."""
-        found = (
-            (one.settings["task"], one.settings["mode"], one.settings["budget"])
-            for one in self.groups
-            if one.settings["policy"] != "full"
-        )
-        return list(dict.fromkeys(found))
+    def conditions(self) -> list[Condition]:
+        """All tasks, modes and budgets."""
+        return list(dict.fromkeys(_condition(group) for group in self._compressed()))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return mean and 95 % t interval over samples of every cache and metric."""
-        return summarize(self.groups, _NAMES)
+        """Return the mean and the 95 % t interval over samples of every metric of every cache."""
+        return summarize(self.groups, _COLUMNS)
 
-    def find(self, contestant: str, cell: tuple[str, str, float]) -> Group:
-        """Return the values of a contestant in a cell."""
-        for one in self.groups:
-            own = (one.settings["task"], one.settings["mode"], one.settings["budget"])
-            if own == cell and _contestant(one) == contestant and one.settings["policy"] != "full":
-                return one
-        raise ValueError(f"contestant is {contestant!r}, cell {cell!r}; accepted: one of {self.contestants}")
+    def group(self, method: str, condition: Condition | tuple[str, str, float]) -> Group:
+        """Return the values of a method under a condition.
 
-    def ranks(self, metric: str = "kl") -> dict[str, float]:
-        """Return each contestant's mean rank over all cells, 1 for the lowest mean, best first."""
-        placed: dict[str, list[float]] = {name: [] for name in self.contestants}
-        for cell in self.cells:
-            means = [self.find(name, cell).interval(metric).mean for name in placed]
-            for name, rank in zip(placed, ranked(means), strict=True):
-                placed[name].append(rank)
-        found = {name: statistics.fmean(ranks) for name, ranks in placed.items()}
-        return dict(sorted(found.items(), key=lambda item: item[1]))
+        Raises:
+            ValueError: the method was not measured under this condition.
 
-    def against(self, best: str, metric: str = "kl") -> list[dict[str, Any]]:
-        """Return how much each other contestant differs from one, sample by sample, with 95 % t intervals."""
+        """
+        for group in self._compressed():
+            if _method(group) == method and _condition(group) == condition:
+                return group
+        raise ValueError(
+            f"method must be one of {', '.join(self.methods)}, and condition one that it was measured under, got "
+            f"{method!r} and {tuple(condition)!r}"
+        )
+
+    def mean_ranks(self, metric: str = "kl") -> dict[str, float]:
+        """Return the mean rank of each method over all conditions; rank 1 is the lowest mean. The best comes first."""
+        ranks: dict[str, list[float]] = {method: [] for method in self.methods}
+        for condition in self.conditions:
+            means = [self.group(method, condition).interval(metric).mean for method in ranks]
+            for method, rank in zip(ranks, _ranks(means), strict=True):
+                ranks[method].append(rank)
+        means = {method: statistics.fmean(values) for method, values in ranks.items()}
+        return dict(sorted(means.items(), key=lambda item: item[1]))
+
+    def differences(self, baseline: str, metric: str = "kl") -> list[dict[str, Any]]:
+        """Return how much each other method differs from a baseline, paired by sample.
+
+        Args:
+            baseline: name of a method.
+            metric: name of a metric.
+
+        Returns:
+            One row for each condition and method: `task`, `mode`, `budget`, `method`, `baseline`, `metric`; `mean`,
+            `low` and `high` of method − baseline (95 % t interval); `samples`.
+
+        """
         rows: list[dict[str, Any]] = []
-        for task, mode, budget in self.cells:
-            base = self.find(best, (task, mode, budget)).values[metric]
-            for name in self.contestants:
-                if name == best:
+        for condition in self.conditions:
+            base = self.group(baseline, condition)
+            for method in self.methods:
+                if method == baseline:
                     continue
-                own = self.find(name, (task, mode, budget)).values[metric]
-                difference = paired_difference(own, base)
+                difference = self.group(method, condition).difference(base, metric)
                 if difference is None:
                     continue
                 rows.append(
                     {
-                        "task": task,
-                        "mode": mode,
-                        "budget": budget,
-                        "of": name,
-                        "minus": best,
+                        **condition._asdict(),
+                        "method": method,
+                        "baseline": baseline,
                         "metric": metric,
                         **asdict(difference.interval),
                         "samples": difference.num_seeds,
@@ -100,46 +114,48 @@ class Comparison:
                 )
         return rows
 
-    def losses(self, best: str, metric: str = "kl") -> list[dict[str, Any]]:
-        """Return where another contestant is closer to the full cache, with an interval that leaves out 0."""
-        return [row for row in self.against(best, metric) if row["high"] < 0]
+    def losses(self, method: str, metric: str = "kl") -> list[dict[str, Any]]:
+        """Return the rows of `differences` in which another method is significantly closer to the full cache."""
+        return [row for row in self.differences(method, metric) if row["high"] < 0]
 
-    def capacity(self) -> list[dict[str, Any]]:
-        """Return, for each cell, Spearman's correlation over contestants of the capacity kept with the KL.
+    def capacity_correlations(self) -> list[dict[str, Any]]:
+        """Return Spearman's correlation over methods of retained capacity and KL for each condition.
 
-        Negative where keeping more of the capacity goes with staying closer. Empty where capacity was not measured.
+        It is negative where methods that retain more of the capacity stay closer to the full cache. Conditions with
+        fewer than three methods whose capacity was measured are left out.
         """
         rows: list[dict[str, Any]] = []
-        for task, mode, budget in self.cells:
-            groups = [self.find(name, (task, mode, budget)) for name in self.contestants]
-            groups = [one for one in groups if "capacity_retained" in one.values]
+        for condition in self.conditions:
+            groups = [self.group(method, condition) for method in self.methods]
+            groups = [group for group in groups if "capacity_retained" in group.values]
             if len(groups) < 3:
                 continue
-            kept = [one.interval("capacity_retained").mean for one in groups]
-            kl = [one.interval("kl").mean for one in groups]
-            rows.append(
-                {"task": task, "mode": mode, "budget": budget, "spearman": spearman(kept, kl), "caches": len(groups)}
-            )
+            capacity = [group.interval("capacity_retained").mean for group in groups]
+            kl = [group.interval("kl").mean for group in groups]
+            rows.append({**condition._asdict(), "spearman": spearman(capacity, kl), "caches": len(groups)})
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON holds it."""
-        ranks = self.ranks()
+        """Return settings, rows, ranks, losses of the best method, and correlations as plain values for JSON."""
+        ranks = self.mean_ranks()
         return {
             "settings": self.settings,
             "rows": self.rows(),
             "mean_rank": ranks,
             "losses": self.losses(next(iter(ranks))),
-            "capacity": self.capacity(),
+            "capacity": self.capacity_correlations(),
         }
+
+    def _compressed(self) -> list[Group]:
+        return [group for group in self.groups if group.settings["policy"] != "full"]
 
 
 def compare(
     *,
     policies: Sequence[str] = (DEFAULT_POLICY, "h2o", "snapkv", "keydiff"),
-    allocations: Sequence[str] = (OWN,),
+    allocations: Sequence[str] = (OWN_ALLOCATION,),
     budgets: Sequence[float] = (0.5, 0.25),
-    tasks: Sequence[tuple[str, str]] = TASKS,
+    tasks: Sequence[tuple[str, str]] = DEFAULT_TASKS,
     tokens: int = 900,
     samples: int = 8,
     seed: int = 0,
@@ -147,104 +163,76 @@ def compare(
     answer: bool = True,
     greedy_tokens: int = 0,
     measure_capacity: bool = True,
-    model: str | None = None,
-    device: str = "cpu",
-    dtype: str = "auto",
-    attn: str = "sdpa",
-    folder: str | Path | None = None,
-    workers: int = 0,
-    watch: ProgressCallback | None = None,
-    command: str = "",
+    model: str | ModelSource | None = None,
+    run: RunOptions | None = None,
 ) -> Comparison:
-    """Measure how close caches stay to the full one; all caches of a sample share one prefill.
+    """Compare how close compressed caches stay to the full cache. All caches of a sample share one prefill.
 
     Args:
-        policies: by name.
-        allocations: by name, with every policy; `"own"` stands for the policy's own.
-        budgets: entries (whole numbers) or fractions.
-        tasks: task and mode, as `suffice.kv.eval.tasks` has them.
-        tokens: most tokens of a prompt.
-        samples: examples of each task.
-        seed: the first one's.
-        haystack: a text file that prompts are made from; None takes Python's manual.
-        answer: let every cache answer, and score it.
-        greedy_tokens: also compare greedy continuations of so many tokens; 0 for not.
-        measure_capacity: measure the share of the capacity that is kept.
-        model: a Hugging Face model id or local folder; None takes the default model.
-        device: a torch device.
-        dtype: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
-        attn: `"sdpa"` or `"eager"`.
-        folder: a store of finished samples, to go on from.
-        workers: processes to measure in; 0 for this one.
-        watch: shows progress.
-        command: what to type for this comparison, for its reports.
+        policies: names of policies.
+        allocations: names of allocations, each combined with every policy; `"own"` is the policy's own allocation.
+        budgets: numbers of tokens (integers), or fractions.
+        tasks: pairs of a task and a mode of eviction, as in `suffice.kv.eval.tasks`.
+        tokens: maximum number of tokens in a prompt.
+        samples: number of examples of each task.
+        seed: seed of the first example.
+        haystack: path of a text file to make the prompts from; Python's help texts by default.
+        answer: also generate an answer from each cache and score it.
+        greedy_tokens: also compare this many greedily generated tokens; 0 skips this.
+        measure_capacity: also measure the share of the capacity that is kept.
+        model: a Hugging Face model id, a local folder, or a `ModelSource`; None is the default model.
+        run: where finished samples are kept, and how many processes measure.
 
     Raises:
-        TypeError, ValueError: an argument is unknown or impossible; nothing was done yet.
-        SufficeError: samples failed; the others are kept, and a second call tries those again.
+        TypeError, ValueError: an argument is out of range. Nothing was measured yet.
+        SufficeError: samples failed. The others are kept in the folder, and a second call tries the failed ones again.
+
+    Example:
+        >>> result = compare(policies=["capkv", "h2o"], budgets=[0.25], samples=4)    # doctest: +SKIP
+        >>> result.mean_ranks()                                                       # doctest: +SKIP
+        {'capkv': 1.0, 'h2o': 2.0}
 
     """
     if samples < 1:
-        raise ValueError(f"samples is {samples}; accepted: at least 1")
+        raise ValueError(f"samples must be at least 1, got {samples}")
     if not tasks or len(set(tasks)) < len(tasks):
-        raise ValueError(f"tasks is {list(tasks)!r}; accepted: at least one, each once")
-    shared = {
-        "policies": list(policies),
-        "allocations": list(allocations),
-        "budgets": list(budgets),
+        raise ValueError(f"tasks must hold at least one pair of task and mode, each once, got {list(tasks)!r}")
+    run = run or RunOptions()
+    settings = {
         "tokens": tokens,
         "haystack": haystack,
         "answer": answer,
         "greedy_tokens": greedy_tokens,
         "measure_capacity": measure_capacity,
-        "model": model,
-        "device": device,
-        "dtype": dtype,
-        "attn": attn,
+        "caches": asdict(CacheGrid(list(policies), list(allocations), list(budgets))),
+        "model": asdict(ModelSource.from_name(model)),
     }
-    every = [COMPARE.complete({**shared, "task": task, "mode": mode}) for task, mode in tasks]
-    plan = [PlannedRun(settings, number) for number in range(seed, seed + samples) for settings in every]
-    about = {"command": command} if command else {}
-    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as home:
-        run_study(
-            home, COMPARE, plan, name="compare", about=about, workers=workers, retry_failed=True, on_progress=watch
-        )
-        with Store(home, read_only=True) as store:
-            records = list(store.records("compare"))
-    return Comparison({**shared, "samples": samples, "seed": seed}, group_records(finished(records)))
+    by_task = [COMPARE.complete({**settings, "task": task, "mode": mode}) for task, mode in tasks]
+    plan = [PlannedRun(own, sample) for sample in range(seed, seed + samples) for own in by_task]
+    with run.open_folder() as folder:
+        records = run_samples(folder, COMPARE, plan, "compare", run)
+    return Comparison({**settings, "samples": samples, "seed": seed}, group_records(records))
 
 
-def finished(records: Sequence[Record]) -> Sequence[Record]:
-    """Return the records, or say which are not done.
-
-    Raises:
-        SufficeError: a run is missing or failed.
-
-    """
-    if undone := [record for record in records if record.state != "done"]:
-        first = undone[0]
-        why = first.error.strip().splitlines()[-1] if first.error else first.state
-        raise SufficeError(
-            f"{len(undone)} of {len(records)} samples are not done; the others are kept. The first, seed {first.seed}: "
-            f"{why}"
-        )
-    return records
-
-
-def ranked(values: Sequence[float]) -> list[float]:
-    """Return the rank of each value, 1 for the lowest; equal values share the mean of their ranks."""
-    order = sorted(values)
-    return [(2 * order.index(value) + order.count(value) + 1) / 2 for value in values]
-
-
-def spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return Spearman's rank correlation; 0 where one side is constant."""
-    ranks = ranked(one), ranked(other)
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return Spearman's rank correlation; 0 if all values on one side are equal."""
+    ranks = _ranks(first), _ranks(second)
     if min(len(set(side)) for side in ranks) < 2:
         return 0.0
     return statistics.correlation(*ranks)
 
 
-def _contestant(one: Group) -> str:
-    policy, allocation = one.settings["policy"], one.settings["allocation"]
-    return policy if allocation == OWN else f"{policy}/{allocation}"
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Return the rank of each value, 1 for the lowest; equal values share the mean of their ranks."""
+    from scipy.stats import rankdata  # imported here because it takes a second
+
+    return rankdata(values).tolist()
+
+
+def _method(group: Group) -> str:
+    policy, allocation = group.settings["policy"], group.settings["allocation"]
+    return policy if allocation == OWN_ALLOCATION else f"{policy}/{allocation}"
+
+
+def _condition(group: Group) -> Condition:
+    return Condition(group.settings["task"], group.settings["mode"], group.settings["budget"])

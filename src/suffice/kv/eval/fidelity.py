@@ -1,4 +1,4 @@
-"""How close a part of the cache stays to the full one, on one example, for any number of policies at once."""
+"""Measure how close compressed caches stay to the full cache on one example."""
 
 from __future__ import annotations
 
@@ -14,23 +14,28 @@ from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.batched import BatchedCaches
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.shared_prefill import prefill
-from suffice.kv.eval.answer import Prompt, check_length, generate
-from suffice.kv.eval.tasks import Example
+from suffice.kv.eval.generation import check_prompt_length, greedy_generate
+from suffice.kv.eval.prompt import PromptTokens
+from suffice.kv.eval.tasks.example import Example
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import get_policy
 
-# Rows that one forward pass reads at once are limited by what their logits take.
-_LOGITS = 32_000_000
+# Maximum number of logits that one forward pass over several caches computes, to limit its memory.
+_MAX_LOGITS = 32_000_000
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A policy, a budget and an allocation to be tried.
+class CacheConfig:
+    """The configuration of a compressed cache.
 
     Args:
-        policy: a name, or a `Policy`.
-        budget: entries to keep of each row, or a fraction.
-        allocation: how the budget is split over heads, in place of the policy's own; None for its own.
+        policy: name of a policy, or a `Policy`.
+        budget: number of tokens to keep per row, or a fraction of the tokens seen.
+        allocation: how the budget is split over heads; None uses the policy's own allocation.
+
+    Example:
+        >>> CacheConfig("h2o", 0.5).names
+        ('h2o', 'equal')
 
     """
 
@@ -38,11 +43,11 @@ class Cell:
     budget: float = 0.25
     allocation: str | Allocation | None = None
 
-    def cache(self, model: PreTrainedModel, *, measure_capacity: bool = False) -> CompressedCache:
-        """Return an empty cache of this kind.
+    def build(self, model: PreTrainedModel, *, measure_capacity: bool = False) -> CompressedCache:
+        """Return an empty cache with this configuration.
 
         Raises:
-            TypeError, ValueError: what `CompressedCache` refuses.
+            TypeError, ValueError: `CompressedCache` rejects the configuration.
 
         """
         return CompressedCache(
@@ -51,79 +56,92 @@ class Cell:
 
     @property
     def names(self) -> tuple[str, str]:
-        """Names of policy and allocation, as given, or the allocation's words."""
-        split = self.allocation
-        if split is None:
-            split = get_policy(self.policy).allocation
-        return get_policy(self.policy).name, split if isinstance(split, str) else str(split)
+        """The name of the policy, and the name or description of the allocation."""
+        policy = get_policy(self.policy)
+        allocation = policy.allocation if self.allocation is None else self.allocation
+        return policy.name, allocation if isinstance(allocation, str) else str(allocation)
 
 
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     example: Example,
-    cells: Sequence[Cell],
+    configs: Sequence[CacheConfig],
     *,
     mode: str = "agnostic",
     answer: bool = True,
     greedy_tokens: int = 0,
     measure_capacity: bool = False,
+    share_statistics: bool = True,
 ) -> list[dict[str, Any]]:
-    """Measure how close caches stay to the full one on an example; all of them share one prefill.
+    """Measure how close compressed caches stay to the full cache on one example. All caches share one prefill.
 
-    Divergence, likelihood and top-1 agreement are measured on the right answer, given to the model token after
-    token, so that they do not depend on what each cache would have said.
+    Divergence, likelihood and top-1 agreement are measured with teacher forcing: the tokens of the right answer are
+    fed to the model, so that the result does not depend on what each cache would have generated.
 
     Args:
-        model: the model.
+        model: the language model.
         tokenizer: its tokenizer.
-        example: what is read and asked, `suffice.kv.eval.tasks.make`.
-        cells: what to try.
-        mode: `"agnostic"` evicts before the question is seen, `"aware"` after; `"continuation"` for a text.
-        answer: let each cache answer, greedily, and score what it says.
-        greedy_tokens: let each cache go on greedily for so many tokens and compare with the full one; 0 for not.
-        measure_capacity: measure the share of capacity that is kept.
+        example: the document, the question and the right answer; `suffice.kv.eval.tasks.make_example` makes one.
+        configs: the caches to evaluate.
+        mode: `"agnostic"` evicts before the question is seen, `"aware"` after it; `"continuation"` for a text.
+        answer: also generate an answer from each cache and score it.
+        greedy_tokens: also generate this many tokens from each cache and compare them with those of the full cache;
+            0 skips this.
+        measure_capacity: also measure the share of the capacity that is kept.
+        share_statistics: compute statistics that several policies use, such as the received attention, only once.
 
     Returns:
-        A row of plain values for the full cache and then one for each cell:
-        `task`, `mode`, `seed`; `policy`, `allocation`, `budget`;
-        `tokens` of the prompt, `gold_tokens` of the right answer;
-        `kl`, the divergence KL(full ‖ cell) of the next-token distributions, nats a token;
-        `log_likelihood` of the right answer, nats a token, and `log_likelihood_change` against the full cache;
-        `top1`, share of the tokens at which both deem the same token likeliest;
-        `score` of the answer, 0 to 1, `full_score`, the full cache's, and `chance`; None without `answer`, or
-        for a text;
-        `said`, the answer; None without `answer`;
-        `agreement`, share of the full cache's greedy tokens that come the same at the same place, and
-        `agreed_tokens`, how many come the same before the first that does not; None without `greedy_tokens`;
-        `tokens_kept` (mean over heads), `bytes_kept`, `bytes_full` after the prefill, `capacity_retained` (None if
-        it was not measured) and `seconds`, what scoring and evicting took on top of the cells before.
+        One dict of plain values for the full cache, then one for each configuration:
+
+        * `task`, `mode`, `seed`, `policy`, `allocation`, `budget`
+        * `tokens`: number of tokens in the prompt; `gold_tokens`: in the right answer
+        * `kl`: KL(full ‖ compressed) of the next-token distributions, in nats per token
+        * `log_likelihood`: of the right answer, in nats per token; `log_likelihood_change`: minus the full cache's
+        * `top1`: share of tokens at which both caches predict the same most likely token
+        * `score`: of the generated answer, 0 to 1; `full_score`: the full cache's; `chance`: expected score of a
+          random choice; None without `answer` or for a text
+        * `answer`: the generated text; None without `answer`
+        * `agreement`: share of the full cache's greedy tokens that are generated at the same place;
+          `agreed_tokens`: number of equal tokens before the first difference; None without `greedy_tokens`
+        * `tokens_kept`: mean number of entries kept per head after the prefill; `bytes_kept`, `bytes_full`
+        * `capacity_retained`: None if it was not measured
+        * `seconds`: time for scoring and eviction. With `share_statistics`, the time for a statistic counts for the
+          first configuration that uses it.
 
     Raises:
-        ValueError: a mode that the example does not have, a prompt longer than the model's window, or what
-            `CompressedCache` refuses.
+        ValueError: the example does not have this mode, the prompt is longer than the model's context window, or
+            `CompressedCache` rejects a configuration.
+
+    Example:
+        >>> example = make_example("multikey", tokenizer, tokens=600, seed=1)         # doctest: +SKIP
+        >>> full, row = evaluate(model, tokenizer, example, [CacheConfig("h2o", 0.25)])  # doctest: +SKIP
+        >>> row["kl"], row["score"]                                                   # doctest: +SKIP
 
     """
     if mode not in example.modes:
-        raise ValueError(f"mode is {mode!r}; accepted for task {example.task!r}: {', '.join(example.modes)}")
+        raise ValueError(f"mode must be one of {', '.join(example.modes)} for task {example.task!r}, got {mode!r}")
     if greedy_tokens < 0:
-        raise ValueError(f"greedy_tokens is {greedy_tokens}; accepted: 0 or more")
-    gold = example.gold(tokenizer)
-    parts = example.prompt(tokenizer)
-    spoken = example.new_tokens if answer and example.references else 0
-    check_length(model, parts.ids.shape[1] + max(gold.shape[1], spoken, greedy_tokens))
-    every = [Cell("full", 1.0, "equal"), *cells]
-    caches = [cell.cache(model, measure_capacity=measure_capacity) for cell in every]
-    shared = prefill(model, {"input_ids": _first(parts, mode).to(model.device)}, caches, share_statistics=True)
+        raise ValueError(f"greedy_tokens must be at least 0, got {greedy_tokens}")
+    gold = example.answer_ids(tokenizer)
+    prompt = example.prompt(tokenizer)
+    answer_tokens = example.max_new_tokens if answer and example.references else 0
+    check_prompt_length(model, prompt.input_ids.shape[1] + max(gold.shape[1], answer_tokens, greedy_tokens))
+    all_configs = [CacheConfig("full", 1.0, "equal"), *configs]
+    caches = [config.build(model, measure_capacity=measure_capacity) for config in all_configs]
+    prefill_ids = _prefill_ids(prompt, mode).to(model.device)
+    shared = prefill(model, {"input_ids": prefill_ids}, caches, share_statistics=share_statistics)
     reports = [cache.report() for cache in caches]
-    measured = _on_gold(model, caches, parts.ids, gold)
-    told = _greedy(model, caches, parts.ids, max(spoken, greedy_tokens))
-    said = [_text(tokenizer, tokens[:spoken]) if spoken else None for tokens in told]
-    scores = [None if text is None else example.score(text) for text in said]
+    measured = _metrics_of_each(model, caches, prompt.input_ids, gold)
+    generated = _generate_from_each(model, caches, prompt.input_ids, max(answer_tokens, greedy_tokens))
+    answers = [_decode(tokenizer, tokens[:answer_tokens]) if answer_tokens else None for tokens in generated]
+    scores = [None if text is None else example.score(text) for text in answers]
     rows: list[dict[str, Any]] = []
-    for number, (cell, report) in enumerate(zip(every, reports, strict=True)):
-        policy, allocation = cell.names
-        same = _agreement(told[0][:greedy_tokens], told[number][:greedy_tokens]) if greedy_tokens else (None, None)
+    for index, (config, report) in enumerate(zip(all_configs, reports, strict=True)):
+        policy, allocation = config.names
+        agreement = agreed_tokens = None
+        if greedy_tokens:
+            agreement, agreed_tokens = _agreement(generated[0][:greedy_tokens], generated[index][:greedy_tokens])
         rows.append(
             {
                 "task": example.task,
@@ -131,105 +149,107 @@ def evaluate(
                 "seed": example.seed,
                 "policy": policy,
                 "allocation": allocation,
-                "budget": cell.budget,
-                "tokens": parts.ids.shape[1],
+                "budget": config.budget,
+                "tokens": prompt.input_ids.shape[1],
                 "gold_tokens": gold.shape[1],
-                **measured[number],
-                "log_likelihood_change": measured[number]["log_likelihood"] - measured[0]["log_likelihood"],
-                "score": scores[number],
+                **measured[index],
+                "log_likelihood_change": measured[index]["log_likelihood"] - measured[0]["log_likelihood"],
+                "score": scores[index],
                 "full_score": scores[0],
                 "chance": example.chance,
-                "said": said[number],
-                "agreement": same[0],
-                "agreed_tokens": same[1],
+                "answer": answers[index],
+                "agreement": agreement,
+                "agreed_tokens": agreed_tokens,
                 "tokens_kept": report.tokens_kept,
                 "bytes_kept": report.bytes_kept,
                 "bytes_full": report.bytes_full,
                 "capacity_retained": report.capacity_retained,
-                "seconds": shared.seconds[number],
+                "seconds": shared.seconds[index],
             }
         )
     return rows
 
 
-def divergence(reference: Tensor, own: Tensor) -> Tensor:  # log-probabilities [..., vocabulary]
-    """Return KL(reference ‖ own) of distributions given as log-probabilities, nats, [...]."""
-    # Where the reference has no weight its log is −∞, and 0 · −∞ counts as 0.
-    terms = reference.exp() * (reference - own)
+def kl_divergence(reference: Tensor, other: Tensor) -> Tensor:  # log-probabilities [..., vocabulary]
+    """Return KL(reference ‖ other) of distributions given as log-probabilities, in nats, [...]."""
+    # Where the reference has probability 0, its logarithm is −∞, and 0 · −∞ counts as 0.
+    terms = reference.exp() * (reference - other)
     return terms.masked_fill(reference == float("-inf"), 0).sum(-1)
 
 
-def compare(reference: Tensor, own: Tensor, gold: Tensor) -> dict[str, float]:
-    """Compare two caches by what they predict for each token of a right answer.
+def teacher_forced_metrics(reference: Tensor, other: Tensor, gold: Tensor) -> dict[str, float]:
+    """Compare two caches' predictions of the right answer.
 
     Args:
-        reference: the full cache's log-probabilities, [tokens, vocabulary].
-        own: the other's.
+        reference: log-probabilities from the full cache before each token of the answer, [tokens, vocabulary].
+        other: log-probabilities from another cache, [tokens, vocabulary].
         gold: the tokens of the answer, long [tokens].
 
     Returns:
-        `kl` and `log_likelihood`, means over the tokens, nats, and `top1`.
+        `kl`, `log_likelihood` (both in nats) and `top1`, as means over the tokens.
 
     """
     return {
-        "kl": float(divergence(reference, own).mean()),
-        "log_likelihood": float(own.gather(-1, gold[:, None]).mean()),
-        "top1": float((reference.argmax(-1) == own.argmax(-1)).float().mean()),
+        "kl": float(kl_divergence(reference, other).mean()),
+        "log_likelihood": float(other.gather(-1, gold[:, None]).mean()),
+        "top1": float((reference.argmax(-1) == other.argmax(-1)).float().mean()),
     }
 
 
-def _first(parts: Prompt, mode: str) -> Tensor:
-    """Return what is prefilled: of a whole prompt all but the last token, whose logits predict the answer's first."""
-    return parts.document if mode == "agnostic" else parts.ids[:, :-1]
+def _prefill_ids(prompt: PromptTokens, mode: str) -> Tensor:
+    """Return the ids to prefill. The last token of a whole prompt is left out: its logits predict the answer."""
+    return prompt.document if mode == "agnostic" else prompt.input_ids[:, :-1]
 
 
-def _on_gold(
-    model: PreTrainedModel, caches: list[CompressedCache], ids: Tensor, gold: Tensor
+def _metrics_of_each(
+    model: PreTrainedModel, caches: list[CompressedCache], input_ids: Tensor, gold: Tensor
 ) -> list[dict[str, float]]:
-    """Read the rest of the prompt and the right answer from each cache, and compare with the first."""
-    rest = torch.cat((ids[:, caches[0].get_seq_length() :], gold), dim=1).to(model.device)
+    """Feed the rest of the prompt and the right answer to a copy of each cache; the first cache is the reference."""
+    rest = torch.cat((input_ids[:, caches[0].get_seq_length() :], gold), dim=1).to(model.device)
     network: Any = model
-    wanted = gold.shape[1] + 1
-    at_once = max(1, _LOGITS // (wanted * model.config.get_text_config().vocab_size))
-    target = gold[0].to(model.device)
+    num_logits = gold.shape[1] + 1
+    batch_size = max(1, _MAX_LOGITS // (num_logits * model.config.get_text_config().vocab_size))
+    answer = gold[0].to(model.device)
     reference: Tensor | None = None
-    found: list[dict[str, float]] = []
-    for start in range(0, len(caches), at_once):
-        rows = [cache.copy() for cache in caches[start : start + at_once]]
+    metrics: list[dict[str, float]] = []
+    for start in range(0, len(caches), batch_size):
+        copies = [cache.copy() for cache in caches[start : start + batch_size]]
         with torch.no_grad():
             logits = network(
-                rest.expand(len(rows), -1), past_key_values=BatchedCaches(rows), logits_to_keep=wanted
+                rest.expand(len(copies), -1), past_key_values=BatchedCaches(copies), logits_to_keep=num_logits
             ).logits
-        for own in logits[:, :-1]:
-            scored: Tensor = own.float().log_softmax(-1)
+        for row in logits[:, :-1]:
+            log_probs: Tensor = row.float().log_softmax(-1)
             if reference is None:
-                reference = scored
-            found.append(compare(reference, scored, target))
-    return found
+                reference = log_probs
+            metrics.append(teacher_forced_metrics(reference, log_probs, answer))
+    return metrics
 
 
-def _greedy(model: PreTrainedModel, caches: list[CompressedCache], ids: Tensor, count: int) -> list[list[int]]:
-    """Continue the prompt from a copy of each cache; what comes after an end of text is left out."""
-    if count == 0:
+def _generate_from_each(
+    model: PreTrainedModel, caches: list[CompressedCache], input_ids: Tensor, max_new_tokens: int
+) -> list[list[int]]:
+    """Generate greedily from a copy of each cache, up to and including the end-of-text token."""
+    if max_new_tokens == 0:
         return [[] for _ in caches]
-    ends = model.generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
-    rows = BatchedCaches([cache.copy() for cache in caches])
-    told = generate(model, ids.expand(len(caches), -1), rows, count).tolist()
-    return [_until(tokens, ends) for tokens in told]
+    eos = model.generation_config.eos_token_id
+    eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
+    copies = BatchedCaches([cache.copy() for cache in caches])
+    generated = greedy_generate(model, input_ids.expand(len(caches), -1), copies, max_new_tokens).tolist()
+    return [_truncate_at(tokens, eos_ids) for tokens in generated]
 
 
-def _until(tokens: list[int], ends: list[int]) -> list[int]:
-    places = [place for place, token in enumerate(tokens) if token in ends]
-    return tokens[: places[0] + 1] if places else tokens
+def _truncate_at(tokens: list[int], eos_ids: list[int]) -> list[int]:
+    ends = [index for index, token in enumerate(tokens) if token in eos_ids]
+    return tokens[: ends[0] + 1] if ends else tokens
 
 
-def _agreement(reference: list[int], own: list[int]) -> tuple[float, int]:
-    """Share of the reference's tokens that come the same at the same place, and how many before the first other."""
-    same = [place < len(own) and own[place] == token for place, token in enumerate(reference)]
-    first = same.index(False) if False in same else len(same)
-    return sum(same) / len(same), first
+def _agreement(reference: list[int], other: list[int]) -> tuple[float, int]:
+    """Return the share of tokens that are equal at the same place, and the number before the first difference."""
+    equal = [index < len(other) and other[index] == token for index, token in enumerate(reference)]
+    num_agreed = equal.index(False) if False in equal else len(equal)
+    return sum(equal) / len(equal), num_agreed
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()

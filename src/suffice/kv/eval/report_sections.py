@@ -1,4 +1,4 @@
-"""Pages and figures of comparisons."""
+"""HTML pages and figures of answers and comparisons."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from matplotlib.figure import Figure as MatplotlibFigure
 
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.eval.answer import Answer
-from suffice.kv.eval.compare import Comparison
+from suffice.kv.eval.compare import Comparison, Condition
 from suffice.report import Figure, KeptText, LinePoint, Page, Table, Text, line_plot
 from suffice.study.keys import canonical_json
 from suffice.study.results import group_records
 from suffice.study.store import Record
 
 
-def answer_page(found: Answer, report: CacheReport, command: str) -> Page:
-    """Return the page of one answer: what was said, which words of the prompt survived, what each head kept."""
-    page = Page(title="An answer from a part of the cache", summary=str(report), command=command)
-    page.add("Answer", Text(found.answer or "(nothing)"))
-    pieces, shares = zip(*found.kept, strict=True)
-    caption = f"The prompt under {found.policy}, budget {found.budget:g}: the darker, the more heads kept it."
-    page.add("What was kept of the prompt", KeptText(pieces, shares, caption))
+def answer_page(answer: Answer, report: CacheReport, command: str) -> Page:
+    """Return the page of an answer: its text, the prompt tokens that were kept, and the entries kept by each head."""
+    page = Page(title="An answer from a compressed cache", summary=str(report), command=command)
+    page.add("Answer", Text(answer.answer or "(empty)"))
+    texts, shares = zip(*answer.token_shares, strict=True)
+    caption = f"The prompt under {answer.policy}, budget {answer.budget:g}. Darker tokens were kept by more heads."
+    page.add("Tokens of the prompt that were kept", KeptText(texts, shares, caption))
     layers = sorted({head.layer for head in report.heads})
     heads = sorted({head.head for head in report.heads})
     kept = {(head.layer, head.head): head.tokens_kept for head in report.heads}
     numbers = Table(
         ["layer", *(f"head {head}" for head in heads)],
         [[str(layer), *(kept[layer, head] for head in heads)] for layer in layers],
-        f"Entries kept of {report.tokens_seen}, the answer's included.",
+        f"Entries kept of {report.tokens_seen}, including those of the answer.",
     )
     page.add(
         "Budget by layer and head",
@@ -43,123 +43,151 @@ def answer_page(found: Answer, report: CacheReport, command: str) -> Page:
     return page
 
 
-def comparison_page(found: Comparison, command: str) -> Page:
-    """Return the page of a comparison: ranks, every cell, trade-off curves, capacity, scores, differences."""
-    best = next(iter(found.ranks()))
-    samples = found.settings["samples"]
+def comparison_page(comparison: Comparison, command: str) -> Page:
+    """Return the page of a comparison: ranks, KL, trade-off curves, scores, capacity and paired differences."""
+    best = next(iter(comparison.mean_ranks()))
     page = Page(
-        title="How close parts of the cache stay to the whole",
-        summary=f"Best mean rank of {len(found.contestants)}: {best}, over {len(found.cells)} cells of {samples} "
-        "samples.",
+        title="How close compressed caches stay to the full cache",
+        summary=f"{best} has the best mean rank of {len(comparison.methods)} methods, over "
+        f"{len(comparison.conditions)} conditions with {comparison.settings['samples']} samples each.",
         command=command,
     )
-    add_comparison(page, found)
+    add_comparison(page, comparison)
     return page
 
 
 def add_records(page: Page, records: Sequence[Record], folder: Path) -> None:
-    """Add finished runs of the kind `kv.compare`, of which those that differ in their tasks alone belong together.
+    """Add the finished runs of the kind `kv.compare` to a page; runs that differ only in their tasks form one section.
 
     Args:
-        page: of the report.
+        page: the page of the report.
         records: finished runs.
-        folder: of the store; not needed here.
+        folder: the folder of the study; not used.
 
     """
-    together: dict[str, list[Record]] = {}
+    comparisons: dict[str, list[Record]] = {}
     for record in records:
         shared = {name: value for name, value in record.settings.items() if name not in ("task", "mode")}
-        together.setdefault(canonical_json(shared), []).append(record)
-    for own in together.values():
+        comparisons.setdefault(canonical_json(shared), []).append(record)
+    for members in comparisons.values():
         seeds: dict[tuple[str, str], set[int]] = {}
-        for record in own:
+        for record in members:
             seeds.setdefault((record.settings["task"], record.settings["mode"]), set()).add(record.seed)
-        whole = set.intersection(*seeds.values())
-        if not whole:
-            page.add("Caches", Text("Runs are still missing: there is no seed that every task has."))
+        common_seeds = set.intersection(*seeds.values())
+        if not common_seeds:
+            page.add("Caches", Text("Runs are missing: no seed is finished for all tasks."))
             continue
-        groups = group_records(record for record in own if record.seed in whole)
-        add_comparison(page, Comparison({**own[0].settings, "samples": len(whole)}, groups))
+        groups = group_records(record for record in members if record.seed in common_seeds)
+        add_comparison(page, Comparison({**members[0].settings, "samples": len(common_seeds)}, groups))
 
 
-def add_comparison(page: Page, found: Comparison) -> None:
+def add_comparison(page: Page, comparison: Comparison) -> None:
     """Add the sections of a comparison to a page."""
-    best = next(iter(found.ranks()))
-    samples = found.settings["samples"]
-    columns = [f"{task} {mode} {_budget(budget)}" for task, mode, budget in found.cells]
-    rows = [
-        [name, *(str(found.find(name, cell).interval("kl")) for cell in found.cells), f"{rank:.2f}"]
-        for name, rank in found.ranks().items()
-    ]
-    page.add(
-        "KL to the full cache",
-        Table(["policy", *columns, "mean rank"], rows, f"Nats a token, mean and 95 % t interval of {samples} samples."),
-    )
-    for task, mode in dict.fromkeys((task, mode) for task, mode, _ in found.cells):
+    _add_kl(page, comparison)
+    for task, mode in dict.fromkeys((condition.task, condition.mode) for condition in comparison.conditions):
         page.add(
             f"Fidelity against bytes: {task}, {mode}",
             Figure(
-                trade_off(found, task, mode),
+                trade_off(comparison, task, mode),
                 caption="KL to the full cache against the share of its bytes that is kept; lower left is better.",
-                alt=f"KL against bytes kept, one line for each policy, on {task}, {mode}.",
+                alt=f"KL against bytes kept, one line for each method, on {task}, {mode}.",
             ),
         )
-    scored = [cell for cell in found.cells if "score" in found.find(best, cell).values]
-    if scored:
-        rows = [
-            [name, *(str(found.find(name, cell).interval("score")) for cell in scored)] for name in found.contestants
-        ]
-        rows.append(["full cache", *(str(found.find(best, cell).interval("full_score")) for cell in scored)])
-        rows.append(["chance", *(f"{found.find(best, cell).interval('chance').mean:.3f}" for cell in scored)])
-        columns = [f"{task} {mode} {_budget(budget)}" for task, mode, budget in scored]
-        page.add("Score of the answers", Table(["policy", *columns], rows, "Share of what a right answer holds."))
-    capacity = [
-        [row["task"], row["mode"], _budget(row["budget"]), f"{row['spearman']:+.2f}"] for row in found.capacity()
-    ]
-    if capacity:
-        page.add(
-            "Capacity and fidelity",
-            Table(["task", "mode", "budget", "Spearman"], capacity, "Capacity kept against KL, over caches."),
-        )
-    rows = [
-        [
-            f"{row['of']} − {row['minus']}",
-            row["task"],
-            row["mode"],
-            _budget(row["budget"]),
-            f"{row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]",
-        ]
-        for row in found.against(best)
-    ]
-    if rows:
-        page.add(
-            "Paired differences of KL",
-            Table(["of", "task", "mode", "budget", "difference"], rows, "Sample by sample, 95 % t interval."),
-        )
+    _add_scores(page, comparison)
+    _add_capacity(page, comparison)
+    _add_differences(page, comparison)
 
 
-def trade_off(found: Comparison, task: str | None = None, mode: str | None = None) -> MatplotlibFigure:
-    """Draw KL against the share of bytes kept, a line for each contestant; without a task, of the first."""
+def trade_off(comparison: Comparison, task: str | None = None, mode: str | None = None) -> MatplotlibFigure:
+    """Draw KL against the share of bytes kept, one line for each method.
+
+    Args:
+        comparison: the result of `compare`.
+        task: the task to draw; by default the first one.
+        mode: its mode of eviction.
+
+    """
     if task is None or mode is None:
-        task, mode, _ = found.cells[0]
-    cells = [cell for cell in found.cells if cell[:2] == (task, mode)]
+        task, mode, _ = comparison.conditions[0]
+    conditions = [condition for condition in comparison.conditions if condition[:2] == (task, mode)]
     series: dict[str, list[LinePoint]] = {}
-    for name in found.contestants:
+    for method in comparison.methods:
         points: list[LinePoint] = []
-        for cell in cells:
-            one = found.find(name, cell)
-            share = one.interval("bytes_kept").mean / one.interval("bytes_full").mean
-            kl = one.interval("kl")
+        for condition in conditions:
+            group = comparison.group(method, condition)
+            share = group.interval("bytes_kept").mean / group.interval("bytes_full").mean
+            kl = group.interval("kl")
             points.append(LinePoint(share, kl.mean, kl.low, kl.high))
-        series[name] = sorted(points, key=lambda point: point.x)
+        series[method] = sorted(points, key=lambda point: point.x)
     return line_plot(
         series,
         x_label="bytes of the cache kept",
-        y_label="KL to the full cache, nats a token",
+        y_label="KL to the full cache, nats per token",
         title=f"{task}, {mode}",
         percent_x=True,
     )
 
 
-def _budget(budget: float) -> str:
+def _add_kl(page: Page, comparison: Comparison) -> None:
+    rows = [
+        [
+            method,
+            *(str(comparison.group(method, condition).interval("kl")) for condition in comparison.conditions),
+            f"{rank:.2f}",
+        ]
+        for method, rank in comparison.mean_ranks().items()
+    ]
+    caption = f"Nats per token, mean and 95 % t interval of {comparison.settings['samples']} samples."
+    headers = ["method", *map(_condition_text, comparison.conditions), "mean rank"]
+    page.add("KL to the full cache", Table(headers, rows, caption))
+
+
+def _add_scores(page: Page, comparison: Comparison) -> None:
+    best = next(iter(comparison.mean_ranks()))
+    scored = [condition for condition in comparison.conditions if "score" in comparison.group(best, condition).values]
+    if not scored:
+        return
+    groups = [comparison.group(best, condition) for condition in scored]
+    rows = [
+        [method, *(str(comparison.group(method, condition).interval("score")) for condition in scored)]
+        for method in comparison.methods
+    ]
+    rows.append(["full cache", *(str(group.interval("full_score")) for group in groups)])
+    rows.append(["chance", *(f"{group.interval('chance').mean:.3f}" for group in groups)])
+    caption = "Share of the references that the generated answer contains."
+    page.add("Score of the answers", Table(["method", *map(_condition_text, scored)], rows, caption))
+
+
+def _add_capacity(page: Page, comparison: Comparison) -> None:
+    rows = [
+        [row["task"], row["mode"], _budget_text(row["budget"]), f"{row['spearman']:+.2f}"]
+        for row in comparison.capacity_correlations()
+    ]
+    if rows:
+        caption = "Spearman's correlation of retained capacity and KL over methods."
+        page.add("Capacity and fidelity", Table(["task", "mode", "budget", "Spearman"], rows, caption))
+
+
+def _add_differences(page: Page, comparison: Comparison) -> None:
+    best = next(iter(comparison.mean_ranks()))
+    rows = [
+        [
+            f"{row['method']} − {row['baseline']}",
+            row["task"],
+            row["mode"],
+            _budget_text(row["budget"]),
+            f"{row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]",
+        ]
+        for row in comparison.differences(best)
+    ]
+    if rows:
+        caption = "Paired by sample, with 95 % t interval."
+        page.add("Paired differences of KL", Table(["methods", "task", "mode", "budget", "difference"], rows, caption))
+
+
+def _condition_text(condition: Condition) -> str:
+    return f"{condition.task} {condition.mode} {_budget_text(condition.budget)}"
+
+
+def _budget_text(budget: float) -> str:
     return f"{budget:.0%}" if isinstance(budget, float) else str(budget)

@@ -1,4 +1,4 @@
-"""The kinds of runs of this half: many caches on one example, and many caches on one prompt of the user's."""
+"""The kinds of runs of `suffice.kv`: measure caches on one example, or on one prompt of the user."""
 
 from __future__ import annotations
 
@@ -7,75 +7,55 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from suffice.kv.budget.protection import Protection
-from suffice.kv.policy.registry import DEFAULT_POLICY, get_allocation, get_policy
+from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid
+from suffice.kv.policy.registry import DEFAULT_POLICY
 from suffice.study.run_kind import RunKind
 
-OWN = "own"  # stands for a policy's own allocation
-_MODEL: dict[str, Any] = {"model": None, "device": "cpu", "dtype": "auto", "attn": "sdpa"}
-_CELLS: dict[str, Any] = {"policies": [DEFAULT_POLICY], "allocations": [OWN], "budgets": [0.25]}
-
-
-def check_cells(settings: Mapping[str, Any]) -> None:
-    """Refuse policies, allocations and budgets that no cache could have.
-
-    Raises:
-        TypeError, ValueError: which, and what is accepted.
-
-    """
-    for name in _CELLS:
-        values = settings[name]
-        if not values or len({str(value) for value in values}) < len(values):
-            raise ValueError(f"{name} is {list(values)!r}; accepted: at least one, each once")
-    for policy in settings["policies"]:
-        get_policy(policy)
-    for allocation in settings["allocations"]:
-        if allocation != OWN:
-            get_allocation(allocation)
-    for budget in settings["budgets"]:
-        Protection().check(budget)
+# The fields of `CacheGrid` and of `ModelSource`.
+_CACHES: dict[str, Any] = {"policies": [DEFAULT_POLICY], "allocations": [OWN_ALLOCATION], "budgets": [0.25]}
+_MODEL: dict[str, Any] = {"name": None, "device": "cpu", "dtype": "auto", "attn_implementation": "sdpa"}
 
 
 def check_compare(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuse what no comparison could do; a haystack enters by its content.
+    """Check the settings of a run of `kv.compare`, and add the digest of the haystack.
 
     Raises:
-        TypeError, ValueError: which setting, and what is accepted.
+        TypeError, ValueError: a setting is out of range.
 
     """
-    from suffice.kv.eval.tasks import TASKS, modes
+    from suffice.kv.eval.tasks import TASKS, task_modes
 
-    check_cells(settings)
+    CacheGrid(**settings["caches"]).check()
     task, mode = settings["task"], settings["mode"]
     if task not in TASKS:
-        raise ValueError(f"task is {task!r}; accepted: {', '.join(TASKS)}")
-    if mode not in modes(task):
-        raise ValueError(f"mode is {mode!r}; accepted for task {task!r}: {', '.join(modes(task))}")
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if mode not in task_modes(task):
+        raise ValueError(f"mode must be one of {', '.join(task_modes(task))} for task {task!r}, got {mode!r}")
     if settings["tokens"] < 1:
-        raise ValueError(f"tokens is {settings['tokens']}; accepted: at least 1")
+        raise ValueError(f"tokens must be at least 1, got {settings['tokens']}")
     if settings["greedy_tokens"] < 0:
-        raise ValueError(f"greedy_tokens is {settings['greedy_tokens']}; accepted: 0 or more")
-    return {**settings, "digest": digest(settings["haystack"])}
+        raise ValueError(f"greedy_tokens must be at least 0, got {settings['greedy_tokens']}")
+    return {**settings, "digest": file_digest(settings["haystack"])}
 
 
 def check_tune(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuse what no run on a prompt could do.
+    """Check the settings of a run of `kv.tune`.
 
     Raises:
-        TypeError, ValueError: which setting, and what is accepted.
+        TypeError, ValueError: a setting is out of range.
 
     """
-    check_cells(settings)
-    if settings["new_tokens"] < 1:
-        raise ValueError(f"new_tokens is {settings['new_tokens']}; accepted: at least 1")
+    CacheGrid(**settings["caches"]).check()
+    if settings["max_new_tokens"] < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {settings['max_new_tokens']}")
     return dict(settings)
 
 
-def digest(path: str | None) -> str:
-    """Return 16 hexadecimal digits that stand for a file's content; nothing for no file.
+def file_digest(path: str | None) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of a haystack file; an empty string for None.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: the file cannot be read.
 
     """
     if path is None:
@@ -83,34 +63,34 @@ def digest(path: str | None) -> str:
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     except OSError as error:
-        raise ValueError(f"haystack is {path!r}, which can't be read: {error}") from None
+        raise ValueError(f"haystack must be a text file, got {path!r}, which cannot be read: {error}") from None
 
 
 COMPARE = RunKind(
     name="kv.compare",
-    function="suffice.kv.eval.runs:compare_run",
+    function="suffice.kv.eval.samples:compare_on_example",
     check="suffice.kv.eval.run_kinds:check_compare",
     report_sections="suffice.kv.eval.report_sections:add_records",
     compared_setting="policy",
-    version=2,  # the capacity is measured under another policy's objective than before
+    version=2,  # the capacity is measured under another policy's objective than in version 1
     settings={
         "task": "text",
         "mode": "continuation",
         "tokens": 900,
         "haystack": None,
-        **_CELLS,
         "answer": True,
         "greedy_tokens": 0,
         "measure_capacity": True,
-        **_MODEL,
+        "caches": _CACHES,
+        "model": _MODEL,
     },
-    description="Read one example, and measure how close each policy, allocation and budget stays to the full cache.",
+    description="Measure how close caches stay to the full cache on one example of a task.",
 )
 TUNE = RunKind(
     name="kv.tune",
-    function="suffice.kv.eval.runs:tune_run",
+    function="suffice.kv.eval.samples:compare_on_prompt",
     check="suffice.kv.eval.run_kinds:check_tune",
-    settings={"prompts": "", "mode": "aware", "new_tokens": 32, **_CELLS, **_MODEL},
-    description="Read one of the user's prompts and measure how close each cache stays to the full one's continuation.",
+    settings={"prompts": "", "mode": "aware", "max_new_tokens": 32, "caches": _CACHES, "model": _MODEL},
+    description="Measure how close caches stay to the full cache's answer to one of the user's prompts.",
 )
 KINDS = {COMPARE.name: COMPARE, TUNE.name: TUNE}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,12 +21,47 @@ _DTYPES = {
 }
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model to load, and how.
+
+    Args:
+        name: a Hugging Face model id or a local folder; None is the default model.
+        device: a torch device, such as `"cpu"` or `"cuda:0"`.
+        dtype: `"auto"` (the dtype of the stored weights), `"float32"`, `"bfloat16"` or `"float16"`.
+        attn_implementation: `"sdpa"` or `"eager"`.
+
+    """
+
+    name: str | None = None
+    device: str = "cpu"
+    dtype: str = "auto"
+    attn_implementation: str = "sdpa"
+
+    @classmethod
+    def from_name(cls, model: str | ModelSource | None) -> ModelSource:
+        """Return the source of a model given by its name; a `ModelSource` is returned as it is."""
+        return model if isinstance(model, ModelSource) else cls(model)
+
+    def load(
+        self, on_progress: Callable[[str], None] = lambda _: None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load the model and its tokenizer; see `load_model`."""
+        return load_model(
+            self.name,
+            device=self.device,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+            on_progress=on_progress,
+        )
+
+
 def load_model(
     model: str | None = None,
     *,
     device: str = "cpu",
     dtype: str = "auto",
-    attn: str = "sdpa",
+    attn_implementation: str = "sdpa",
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model in evaluation mode, and its tokenizer.
@@ -34,7 +70,7 @@ def load_model(
         model: a Hugging Face model id or a local folder; None loads the default model.
         device: a torch device, such as `"cpu"` or `"cuda:0"`.
         dtype: `"auto"` (the dtype of the stored weights), `"float32"`, `"bfloat16"` or `"float16"`.
-        attn: attention implementation, `"sdpa"` or `"eager"`.
+        attn_implementation: `"sdpa"` or `"eager"`.
         on_progress: called with one line before each slow step.
 
     Raises:
@@ -47,8 +83,8 @@ def load_model(
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    if attn not in ("sdpa", "eager"):
-        raise ValueError(f"attn must be sdpa or eager, got {attn!r}")
+    if attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(f"attn_implementation must be sdpa or eager, got {attn_implementation!r}")
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
@@ -63,7 +99,9 @@ def load_model(
     try:
         with no_progress_bars():
             tokenizer: Any = AutoTokenizer.from_pretrained(source)
-            network: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_DTYPES[dtype], attn_implementation=attn)
+            network: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=_DTYPES[dtype], attn_implementation=attn_implementation
+            )
     except OSError as error:
         raise ValueError(f"model must be a folder with a model or a known model id, got {model!r}: {error}") from error
     return network.to(target).eval(), tokenizer

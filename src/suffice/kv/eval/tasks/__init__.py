@@ -1,7 +1,7 @@
-"""Tasks: what a compressed cache is tried on, made locally, from any text, at any length, from a seed.
+"""Tasks to evaluate a compressed cache on, made locally from any text, at any length, reproducibly from a seed.
 
-The families of RULER (2404.06654) in words of our own, and the continuation of plain text. `make` builds an example by
-the name of its task; the functions that it calls take more options.
+The tasks follow RULER (2404.06654) with texts of our own; one more task is the continuation of plain text.
+`make_example` makes an example by the name of its task. The function of each task has further options.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from suffice.kv.eval.tasks.continuation import continuation
 from suffice.kv.eval.tasks.example import Example
-from suffice.kv.eval.tasks.haystack import manual
+from suffice.kv.eval.tasks.haystack import python_manual
 from suffice.kv.eval.tasks.needles import needles
-from suffice.kv.eval.tasks.qa import Passage, lives, qa
-from suffice.kv.eval.tasks.text import continuation
+from suffice.kv.eval.tasks.planted_facts import planted_facts
+from suffice.kv.eval.tasks.qa import Passage, made_up_biographies, qa
 from suffice.kv.eval.tasks.variables import variables
 from suffice.kv.eval.tasks.words import common_words, frequent_words
 
@@ -29,21 +30,22 @@ __all__ = [
     "common_words",
     "continuation",
     "frequent_words",
-    "lives",
-    "make",
-    "manual",
-    "modes",
+    "made_up_biographies",
+    "make_example",
     "needles",
+    "planted_facts",
+    "python_manual",
     "qa",
+    "task_modes",
     "variables",
 ]
 
 TASKS: dict[str, Callable[..., Example]] = {
     "text": continuation,
     "single": functools.partial(needles, task="single"),
-    "multikey": functools.partial(needles, task="multikey", keys=4),
-    "multivalue": functools.partial(needles, task="multivalue", keys=2, values=4),
-    "multiquery": functools.partial(needles, task="multiquery", keys=4, queries=2),
+    "multikey": functools.partial(needles, task="multikey", num_keys=4),
+    "multivalue": functools.partial(needles, task="multivalue", num_keys=2, num_values=4),
+    "multiquery": functools.partial(needles, task="multiquery", num_keys=4, num_queries=2),
     "variables": variables,
     "common-words": common_words,
     "frequent-words": frequent_words,
@@ -51,33 +53,35 @@ TASKS: dict[str, Callable[..., Example]] = {
 }
 
 
-def modes(task: str) -> tuple[str, ...]:
-    """Return the ways to evict that a task has: before or after its question, or, for a text, one."""
+def task_modes(task: str) -> tuple[str, ...]:
+    """Return the modes of eviction of a task: before or after its question is seen; one mode for a text."""
     return ("continuation",) if task == "text" else ("agnostic", "aware")
 
 
-def make(task: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, seed: int = 0, **options: Any) -> Example:
+def make_example(
+    task: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, seed: int = 0, **options: Any
+) -> Example:
     """Make an example of a task.
 
     Args:
-        task: its name, one of `TASKS`.
-        tokenizer: counts tokens, and gives the chat template.
-        tokens: most tokens of the prompt: document, question and template.
+        task: name of the task, one of `TASKS`.
+        tokenizer: counts tokens, and provides the chat template.
+        tokens: maximum number of tokens in the prompt: document, question and template.
         seed: the same seed makes the same example.
-        options: further arguments of the task's function, as `haystack` (any text) or `documents` of `qa`.
+        options: further arguments of the task's function, such as `haystack` (any text) or `passages` (of `qa`).
 
     Raises:
-        ValueError: no such task, too few tokens for it, or what its function refuses.
+        ValueError: the task is unknown, the prompt needs more tokens, or the task's function rejects an option.
 
     Example:
-        >>> from suffice.kv.eval.tasks import make
-        >>> example = make("multikey", tokenizer, tokens=900, seed=1)     # doctest: +SKIP
-        >>> example.question                                              # doctest: +SKIP
+        >>> from suffice.kv.eval.tasks import make_example
+        >>> example = make_example("multikey", tokenizer, tokens=900, seed=1)     # doctest: +SKIP
+        >>> example.question                                                      # doctest: +SKIP
         'What is the access code of the silver windmill?'
 
     """
     if task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"task is {task!r}, which is not known.{hint} Known: {', '.join(TASKS)}")
+        close = difflib.get_close_matches(task, TASKS, n=1)
+        hint = f". Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}{hint}")
     return TASKS[task](tokenizer, tokens=tokens, seed=seed, **options)

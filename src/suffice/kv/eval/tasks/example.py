@@ -1,4 +1,4 @@
-"""One example of a task: a document, a question for it, and what a right answer holds."""
+"""One example of a task: a document, a question about it, and the right answer."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from suffice.kv.eval.prompt import PromptTokens, tokenize, tokenize_prompt
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from suffice.kv.eval.answer import Prompt
 
 
 @dataclass(frozen=True)
 class Example:
-    """A document, a question and the gold answer; without a question, a text and how it goes on.
+    """A document, a question and the right answer; or, without a question, a text and its continuation.
 
     Args:
         task: name of the task.
-        seed: that it was made with.
-        document: what is read first; names neither the task nor what will be asked.
-        question: asked of it; None if the text itself is continued.
-        opening: how the answer starts; given to the model, because a small one would not find the form by itself.
-        answer: how it goes on when it is right; what likelihood and divergence are measured on.
-        references: what a right answer holds; each is in the document.
-        distractors: what the document offers beside it; none is a reference or contains one.
-        every: score the share of references that are in the answer; False: 1 if any is.
-        new_tokens: longest answer that is scored.
+        seed: the seed that the example was made with.
+        document: the text that is read first. It does not reveal the task or the question.
+        question: the question about it; None if the text itself is continued.
+        answer_prefix: the first words of the answer, given to the model because small models do not find the
+            expected form by themselves.
+        answer: the rest of the right answer. Likelihood and divergence are measured on its tokens.
+        references: the strings that a right answer contains; each occurs in the document.
+        distractors: wrong candidates in the document; none of them contains a reference.
+        match_all: True scores the share of references in an answer; False scores 1 if any of them is in it.
+        max_new_tokens: maximum length of an answer that is scored.
 
     """
 
@@ -36,61 +37,52 @@ class Example:
     seed: int
     document: str
     question: str | None
-    opening: str
+    answer_prefix: str
     answer: str
     references: tuple[str, ...]
     distractors: tuple[str, ...] = ()
-    every: bool = True
-    new_tokens: int = 32
+    match_all: bool = True
+    max_new_tokens: int = 32
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """Ways to evict: before the question is seen and after it; for a text there is one."""
+        """The modes of eviction: before (agnostic) or after (aware) the question is seen; one mode for a text."""
         return ("continuation",) if self.question is None else ("agnostic", "aware")
 
     @property
     def chance(self) -> float | None:
-        """Score to be expected of one who picks at random as many candidates of the document as are right."""
+        """The expected score of choosing candidates in the document at random; None for a text."""
         if not self.references:
             return None
-        right = len(self.references) if self.every else 1
-        return right / (right + len(self.distractors))
+        num_right = len(self.references) if self.match_all else 1
+        return num_right / (num_right + len(self.distractors))
 
-    def score(self, said: str) -> float | None:
-        """Return the score of an answer, 0 to 1, as RULER does (2404.06654): by the references that are in it.
+    def score(self, answer: str) -> float | None:
+        """Return the score of an answer, 0 to 1, by the references it contains, as RULER does (2404.06654).
 
-        None for a text, which has no right answer.
+        Returns:
+            The score; None for a text, which has no right answer.
+
         """
         if not self.references:
             return None
-        found = [reference.lower() in said.lower() for reference in self.references]
-        return sum(found) / len(found) if self.every else float(any(found))
+        found = [reference.lower() in answer.lower() for reference in self.references]
+        return sum(found) / len(found) if self.match_all else float(any(found))
 
-    def prompt(self, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-        """Return document and question as token ids, in the tokenizer's chat template if it has one.
+    def prompt(self, tokenizer: PreTrainedTokenizerBase) -> PromptTokens:
+        """Return the token ids of the document and of the question with the answer prefix.
 
-        The opening of the answer is the end of the question. A text is read as it is, without a template.
+        A question is asked in the tokenizer's chat template, if there is one. A text is read without a template.
         """
-        from suffice.kv.eval.answer import Prompt, prompt
-
         if self.question is None:
-            return Prompt(_ids(tokenizer, self.document, True), torch.empty(1, 0, dtype=torch.long))
-        parts = prompt(tokenizer, self.document, self.question)
-        space = "" if getattr(tokenizer, "chat_template", None) else " "
-        opening = _ids(tokenizer, space + self.opening, False)
-        return Prompt(parts.document, torch.cat((parts.question, opening), dim=1))
+            document = tokenize(tokenizer, self.document, add_special_tokens=True)
+            return PromptTokens(document, torch.empty(1, 0, dtype=torch.long))
+        return tokenize_prompt(tokenizer, self.document, self.question, answer_prefix=self.answer_prefix)
 
-    def gold(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """Return the tokens of the right answer, [1, tokens]."""
-        return _ids(tokenizer, self.answer, False)
+    def answer_ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """Return the token ids of the right answer, [1, tokens]."""
+        return tokenize(tokenizer, self.answer)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, ready for JSON."""
+        """Return all fields as plain values for JSON."""
         return asdict(self)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> Tensor:
-    if not text:
-        return torch.empty(1, 0, dtype=torch.long)
-    encoded: Any = tokenizer(text, return_tensors="pt", add_special_tokens=special, verbose=False)
-    return encoded.input_ids

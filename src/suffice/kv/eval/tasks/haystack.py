@@ -1,4 +1,4 @@
-"""Haystacks: the text that a task hides something in, and how much of it fits."""
+"""Filler text of the tasks, and the search for the amount of it that fits into a prompt."""
 
 from __future__ import annotations
 
@@ -14,23 +14,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@functools.cache
-def manual() -> str:
-    """Return Python's own manual, some 700 kB of English that every interpreter brings along."""
+def manual_topics() -> list[str]:
+    """Return the long topics of Python's help texts: about 700 kB of English in every Python installation."""
     import pydoc_data.topics
 
-    return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()) if len(text) > 1500)
+    return [text for _, text in sorted(pydoc_data.topics.topics.items()) if len(text) > 1500]
+
+
+@functools.cache
+def python_manual() -> str:
+    """Return the long topics of Python's help texts as one text."""
+    return "\n\n".join(manual_topics())
 
 
 class Haystack:
-    """A text that starts anywhere and never ends.
+    """An endless text that starts at a random word.
 
     Args:
-        text: any text; read from its start again when it is used up.
-        generator: decides where it starts.
+        text: any text; after its end, it is read again from the beginning.
+        generator: draws the first word.
 
     Raises:
-        ValueError: the text holds no word.
+        ValueError: the text has no words.
 
     """
 
@@ -38,62 +43,66 @@ class Haystack:
         self.text = text
         self._words = _words(text)
         if not self._words:
-            raise ValueError("haystack holds no word; accepted: some text")
+            raise ValueError(f"haystack must hold at least one word, got {text!r}")
         self._start = generator.randrange(len(self._words))
 
-    def take(self, first: int, last: int) -> str:
-        """Return the words from `first` to `last` as they stand in the text, white space between them too."""
+    def words(self, start: int, stop: int) -> str:
+        """Return the words from index `start` up to `stop`, with the white space between them."""
         words = self._words
-        return "".join(words[(self._start + place) % len(words)] for place in range(first, last)).rstrip()
+        return "".join(words[(self._start + index) % len(words)] for index in range(start, stop)).rstrip()
 
 
 @functools.lru_cache(maxsize=8)
 def _words(text: str) -> list[str]:
-    found = re.findall(r"\S+\s*", text)
-    if found and not found[-1][-1].isspace():
-        found[-1] += "\n\n"  # where the text starts again
-    return found
+    words = re.findall(r"\S+\s*", text)
+    if words and not words[-1][-1].isspace():
+        words[-1] += "\n\n"  # the text repeats after its last word
+    return words
 
 
 @functools.lru_cache(maxsize=8)
-def vocabulary(text: str) -> tuple[str, ...]:
-    """Return the words of four to nine small letters that a text uses, sorted; none is part of another."""
-    found = sorted(set(re.findall(r"(?<![\w.])[a-z]{4,9}(?![\w.])", text)), key=lambda word: (len(word), word))
+def distinct_words(text: str) -> tuple[str, ...]:
+    """Return the words of four to nine lowercase letters in a text, sorted; none is a substring of another."""
+    words = sorted(set(re.findall(r"(?<![\w.])[a-z]{4,9}(?![\w.])", text)), key=lambda word: (len(word), word))
     kept: list[str] = []
-    parts: set[str] = set()
-    for word in reversed(found):  # long ones first, so that what is part of one is known
-        if word not in parts:
+    substrings: set[str] = set()
+    for word in reversed(words):  # the longest first, so that all substrings are known
+        if word not in substrings:
             kept.append(word)
-            parts.update(word[i:j] for i in range(len(word)) for j in range(i + 4, len(word) + 1))
+            substrings.update(word[i:j] for i in range(len(word)) for j in range(i + 4, len(word) + 1))
     return tuple(sorted(kept))
 
 
-def fill(
-    tokenizer: PreTrainedTokenizerBase, build: Callable[[int], Example], tokens: int, *, most: int | None = None
+def fit_to_length(
+    tokenizer: PreTrainedTokenizerBase,
+    build: Callable[[int], Example],
+    tokens: int,
+    *,
+    max_filler: int | None = None,
 ) -> Example:
-    """Return the longest example whose prompt has at most so many tokens.
+    """Return the longest example whose prompt has at most `tokens` tokens.
 
     Args:
-        tokenizer: counts them.
-        build: makes an example with so much filling.
-        tokens: length of the prompt, the question and the template included.
-        most: the most filling that there is.
+        tokenizer: counts tokens.
+        build: makes an example with a given amount of filler.
+        tokens: maximum length of the prompt, including the question and the chat template.
+        max_filler: maximum amount of filler; None for no limit.
 
     Raises:
-        ValueError: without any filling the prompt is already longer.
+        ValueError: the prompt is longer even without filler.
 
     """
 
-    def length(count: int) -> int:
-        return int(build(count).prompt(tokenizer).ids.shape[1])
+    def length(filler: int) -> int:
+        return int(build(filler).prompt(tokenizer).input_ids.shape[1])
 
-    shortest = length(0)
-    if shortest > tokens:
-        raise ValueError(f"tokens is {tokens}; accepted: at least {shortest} for this task and these options")
+    min_tokens = length(0)
+    if min_tokens > tokens:
+        raise ValueError(f"tokens must be at least {min_tokens} for this task and these options, got {tokens}")
     low, high = 0, 16
-    while (most is None or high < most) and length(high) <= tokens:
+    while (max_filler is None or high < max_filler) and length(high) <= tokens:
         low, high = high, 2 * high
-    high = high if most is None else min(high, most + 1)
+    high = high if max_filler is None else min(high, max_filler + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if length(middle) <= tokens else (low, middle)

@@ -1,4 +1,4 @@
-"""Needles in a haystack: one or several values under one or several keys (RULER, 2404.06654)."""
+"""Needles in a haystack: values hidden under keys (RULER, 2404.06654)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from suffice.kv.eval.tasks.example import Example
-from suffice.kv.eval.tasks.haystack import Haystack, fill, manual, vocabulary
+from suffice.kv.eval.tasks.haystack import Haystack, distinct_words, fit_to_length, python_manual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ _PLACES = (
     "library lighthouse market mill museum observatory orchard palace pavilion quarry school stable station theatre "
     "tower tunnel vineyard warehouse windmill workshop"
 )
-VALUES = ("numbers", "words", "uuids")
+_NOUNS = {"numbers": "access code", "words": "password", "uuids": "serial number"}  # by type of value
 
 
 def needles(
@@ -31,105 +31,107 @@ def needles(
     tokens: int,
     seed: int = 0,
     haystack: str | None = None,
-    keys: int = 1,
-    values: int = 1,
-    queries: int = 1,
-    kind: str = "numbers",
+    num_keys: int = 1,
+    num_values: int = 1,
+    num_queries: int = 1,
+    value_type: str = "numbers",
     depth: float | None = None,
     task: str = "needles",
 ) -> Example:
-    """Hide values under keys in a text and ask for those of one key, or of several.
+    """Hide values under keys in a text, and ask for the values of one or several keys.
 
     Args:
         tokenizer: counts tokens.
-        tokens: most tokens of the prompt.
-        seed: of everything drawn.
-        haystack: any text; Python's manual without it.
-        keys: how many keys are hidden.
-        values: how many values under each key.
-        queries: how many of the keys are asked for.
-        kind: what a value is: `"numbers"` of six digits, `"words"` of the haystack, or `"uuids"`.
-        depth: where all needles are, 0 for the start and 1 for the end; None draws it for each.
+        tokens: maximum number of tokens in the prompt.
+        seed: seed of all random choices.
+        haystack: any text; Python's help texts by default.
+        num_keys: number of hidden keys.
+        num_values: number of values under each key.
+        num_queries: number of keys that the question names.
+        value_type: `"numbers"` of six digits, `"words"` from the haystack, or `"uuids"`.
+        depth: position of all needles, 0 for the start of the text and 1 for the end; None draws one for each.
         task: name of the task.
 
     Raises:
-        ValueError: counts that do not fit together, or too few tokens.
+        ValueError: an argument is out of range, or the prompt needs more tokens.
 
     """
     colours, places = _COLOURS.split(), _PLACES.split()
-    for name, count in (("keys", keys), ("values", values), ("queries", queries)):
+    max_keys = len(colours) * len(places)
+    for name, count in (("num_keys", num_keys), ("num_values", num_values), ("num_queries", num_queries)):
         if count < 1:
-            raise ValueError(f"{name} is {count}; accepted: at least 1")
-    if keys > len(colours) * len(places):
-        raise ValueError(f"keys is {keys}; accepted: at most {len(colours) * len(places)}")
-    if queries > keys:
-        raise ValueError(f"queries is {queries}; accepted: at most the number of keys, {keys}")
-    if kind not in VALUES:
-        raise ValueError(f"kind is {kind!r}; accepted: {', '.join(VALUES)}")
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if num_keys > max_keys:
+        raise ValueError(f"num_keys must be at most {max_keys}, got {num_keys}")
+    if num_queries > num_keys:
+        raise ValueError(f"num_queries must be at most the number of keys, {num_keys}, got {num_queries}")
+    if value_type not in _NOUNS:
+        raise ValueError(f"value_type must be one of {', '.join(_NOUNS)}, got {value_type!r}")
     if depth is not None and not 0 <= depth <= 1:
-        raise ValueError(f"depth is {depth}; accepted: 0 to 1")
+        raise ValueError(f"depth must be between 0 and 1, got {depth}")
     generator = random.Random(f"{task} {seed}")
-    text = manual() if haystack is None else haystack
-    hay = Haystack(text, generator)
-    names = [
+    text = python_manual() if haystack is None else haystack
+    filler = Haystack(text, generator)
+    keys = [
         f"{colours[number % len(colours)]} {places[number // len(colours)]}"
-        for number in generator.sample(range(len(colours) * len(places)), keys)
+        for number in generator.sample(range(max_keys), num_keys)
     ]
-    drawn = _values(generator, kind, keys * values, text)
-    hidden = [(name, drawn[place * values + j]) for place, name in enumerate(names) for j in range(values)]
+    values = _draw_values(generator, value_type, num_keys * num_values, text)
+    hidden = [(key, values[index * num_values + j]) for index, key in enumerate(keys) for j in range(num_values)]
     generator.shuffle(hidden)
-    # The last tenth stays plain: a needle there would show the last queries what a needle looks like.
+    # The last tenth of the text has no needle: it would show the last queries what a needle looks like.
     depths = sorted(generator.uniform(0, 0.9) if depth is None else depth for _ in hidden)
-    asked = sorted(generator.sample(names, queries), key=lambda name: [n for n, _ in hidden].index(name))
-    found = [(name, value) for own in asked for name, value in hidden if name == own]
-    noun = {"numbers": "access code", "words": "password", "uuids": "serial number"}[kind]
+    asked = sorted(generator.sample(keys, num_queries), key=lambda key: [k for k, _ in hidden].index(key))
+    found = [value for key in asked for other, value in hidden if other == key]
+    noun = _NOUNS[value_type]
 
-    def build(count: int) -> Example:
+    def build(num_words: int) -> Example:
         parts: list[str] = []
         start = 0
-        for place, (name, value) in zip(depths, hidden, strict=True):
-            stop = round(place * count)
-            parts += [hay.take(start, stop), f"One {noun} of the {name} is {value}."]
+        for needle_depth, (key, value) in zip(depths, hidden, strict=True):
+            stop = round(needle_depth * num_words)
+            parts += [filler.words(start, stop), f"One {noun} of the {key} is {value}."]
             start = stop
-        parts.append(hay.take(start, count))
-        whom = _listed([f"the {name}" for name in asked])
+        parts.append(filler.words(start, num_words))
+        owners = _enumerate_in_words([f"the {key}" for key in asked])
         what = noun if len(found) == 1 else f"{noun}s"
         return Example(
             task=task,
             seed=seed,
             document="\n\n".join(part for part in parts if part),
-            question=f"What {'is' if len(found) == 1 else 'are'} the {what} of {whom}?",
-            opening=f"The {what} of {whom} {'is' if len(found) == 1 else 'are'}",
-            answer=f" {_listed([value for _, value in found])}.",
-            references=tuple(value for _, value in found),
-            distractors=tuple(value for own, value in hidden if own not in asked),
-            new_tokens=16 + len(tokenizer(" ".join(value for _, value in found), verbose=False).input_ids),
+            question=f"What {'is' if len(found) == 1 else 'are'} the {what} of {owners}?",
+            answer_prefix=f"The {what} of {owners} {'is' if len(found) == 1 else 'are'}",
+            answer=f" {_enumerate_in_words(found)}.",
+            references=tuple(found),
+            distractors=tuple(value for key, value in hidden if key not in asked),
+            max_new_tokens=16 + len(tokenizer(" ".join(found), verbose=False).input_ids),
         )
 
-    return fill(tokenizer, build, tokens)
+    return fit_to_length(tokenizer, build, tokens)
 
 
-def _values(generator: random.Random, kind: str, count: int, text: str) -> list[str]:
-    """Distinct values, none of which is in the haystack already nor part of another."""
-    words = vocabulary(text) if kind == "words" else ()
-    if kind == "words" and len(words) < max(8, 2 * count):
-        raise ValueError(f"haystack has {len(words)} words to draw from; accepted: at least {max(8, 2 * count)}")
+def _draw_values(generator: random.Random, value_type: str, count: int, text: str) -> list[str]:
+    """Draw distinct values that do not occur in the haystack."""
+    words = distinct_words(text) if value_type == "words" else ()
+    min_words = max(8, 2 * count)
+    if value_type == "words" and len(words) < min_words:
+        raise ValueError(f"haystack must have at least {min_words} distinct words to draw from, got {len(words)}")
 
     def draw() -> str:
-        if kind == "numbers":
+        if value_type == "numbers":
             return str(generator.randrange(100_000, 1_000_000))
-        if kind == "uuids":
+        if value_type == "uuids":
             return str(uuid.UUID(int=generator.getrandbits(128), version=4))
-        # Two words, since one alone stands in the haystack.
+        # Two words, because each single word occurs in the haystack.
         return "-".join(generator.sample(words, 2))
 
-    found: list[str] = []
-    while len(found) < count:
+    values: list[str] = []
+    while len(values) < count:
         value = draw()
-        if value not in found and value not in text:
-            found.append(value)
-    return found
+        if value not in values and value not in text:
+            values.append(value)
+    return values
 
 
-def _listed(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+def _enumerate_in_words(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

@@ -1,4 +1,4 @@
-"""Questions about one of many documents (RULER, 2404.06654)."""
+"""Questions that one of many documents answers (RULER, 2404.06654)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from suffice.kv.eval.tasks.example import Example
-from suffice.kv.eval.tasks.haystack import fill
+from suffice.kv.eval.tasks.haystack import fit_to_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FIRST = "Ada Bruno Clara David Elena Felix Greta Hugo Irma Jonas Karin Leo Mona Nils Olga Paul Rita Simon Tilda Viktor"
-_LAST = "Abel Brandt Carlsen Duval Eklund Ferrari Gruber Hansen Ivanov Jensen Keller Lindt Moreau Novak Olsen Petit"
+_FIRST_NAMES = (
+    "Ada Bruno Clara David Elena Felix Greta Hugo Irma Jonas Karin Leo Mona Nils Olga Paul Rita Simon Tilda Viktor"
+)
+_LAST_NAMES = (
+    "Abel Brandt Carlsen Duval Eklund Ferrari Gruber Hansen Ivanov Jensen Keller Lindt Moreau Novak Olsen Petit"
+)
 _TOWNS = (
     "Aarhus Antwerp Bergen Bilbao Bologna Bruges Cork Dresden Ghent Gothenburg Graz Krakow Leipzig Linz Lyon Malmo "
     "Nantes Odense Porto Riga Rouen Seville Tallinn Tartu Trieste Turin Turku Utrecht Vilnius Zagreb"
@@ -23,16 +27,20 @@ _TOWNS = (
 _TRADES = (
     "baker carpenter chemist clockmaker dentist engraver glazier joiner lawyer painter potter printer tailor weaver"
 )
+_MAX_BIOGRAPHIES = 7800  # in one prompt
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A document that a question can be asked of.
+    """A document that may answer a question.
 
     Args:
         text: the document.
-        question: what it answers; None for one that only distracts.
-        answers: accepted answers, each of them in the text; the first is the gold answer.
+        question: the question that it answers; None for a document that only distracts.
+        answers: the accepted answers, each a part of the text; the first one is the gold answer.
+
+    Raises:
+        ValueError: the text is empty, a question has no answer, or an answer is not in the text.
 
     """
 
@@ -42,28 +50,35 @@ class Passage:
 
     def __post_init__(self) -> None:
         if not self.text.strip():
-            raise ValueError("text of a passage is empty; accepted: some text")
+            raise ValueError(f"text of a passage must not be empty, got {self.text!r}")
         if self.question is not None and not self.answers:
-            raise ValueError(
-                f"answers of the passage with the question {self.question!r} is empty; accepted: one or more"
-            )
+            raise ValueError(f"answers to the question {self.question!r} must hold at least one, got none")
         for answer in self.answers:
             if not answer or answer.lower() not in self.text.lower():
-                raise ValueError(f"answer {answer!r} does not stand in its passage {self.text[:60]!r}…")
+                raise ValueError(f"answers must be parts of the passage {self.text[:60]!r}…, got {answer!r}")
 
 
-def lives(count: int, seed: int = 0) -> list[Passage]:
-    """Return short made-up lives, each with a question for its town; every person comes once.
+def made_up_biographies(count: int, seed: int = 0) -> list[Passage]:
+    """Return short invented biographies of different people, each with a question for a town.
+
+    Args:
+        count: number of biographies, at most 8,320.
+        seed: seed of all random choices.
 
     Raises:
-        ValueError: more than there are names, 7,800, or none.
+        ValueError: the count is out of range.
 
     """
-    people = [f"{f} {m}. {last}" for f in _FIRST.split() for m in string.ascii_uppercase for last in _LAST.split()]
+    people = [
+        f"{first} {initial}. {last}"
+        for first in _FIRST_NAMES.split()
+        for initial in string.ascii_uppercase
+        for last in _LAST_NAMES.split()
+    ]
     if not 1 <= count <= len(people):
-        raise ValueError(f"count is {count}; accepted: 1 to {len(people)}")
+        raise ValueError(f"count must be between 1 and {len(people)}, got {count}")
     generator = random.Random(f"lives {seed}")
-    found: list[Passage] = []
+    passages: list[Passage] = []
     for person in generator.sample(people, count):
         town = generator.choice(_TOWNS.split())
         born = generator.randrange(1820, 1960)
@@ -74,8 +89,8 @@ def lives(count: int, seed: int = 0) -> list[Passage]:
             f"{born + generator.randrange(20, 30)} a workshop in {town}. It stayed in the family for "
             f"{generator.randrange(2, 9)} generations."
         )
-        found.append(Passage(text, f"In which town was the workshop of {person}?", (town,)))
-    return found
+        passages.append(Passage(text, f"In which town was the workshop of {person}?", (town,)))
+    return passages
 
 
 def qa(
@@ -83,53 +98,54 @@ def qa(
     *,
     tokens: int,
     seed: int = 0,
-    documents: Sequence[Passage] | None = None,
+    passages: Sequence[Passage] | None = None,
     task: str = "qa",
 ) -> Example:
-    """Ask a question that one of the documents answers; the others fill the prompt, in any order.
+    """Ask a question that exactly one of the documents in the prompt answers.
 
-    Documents that hold an accepted answer themselves are left out.
+    Other documents that contain an accepted answer are left out.
 
     Args:
         tokenizer: counts tokens.
-        tokens: most tokens of the prompt.
-        seed: of everything drawn.
-        documents: given documents, at least one with a question; short made-up lives without them, enough for
+        tokens: maximum number of tokens in the prompt.
+        seed: seed of all random choices.
+        passages: your own documents, at least one with a question; by default invented biographies, enough for
             400,000 tokens.
         task: name of the task.
 
     Raises:
-        ValueError: no document with a question, or too few tokens for it.
+        ValueError: no document has a question, or the prompt needs more tokens.
 
     """
     generator = random.Random(f"{task} {seed}")
-    passages = list(lives(min(7800, 8 + tokens // 50), seed) if documents is None else documents)
-    asking = [passage for passage in passages if passage.question]
-    if not asking:
-        raise ValueError(f"documents holds {len(passages)} passages and no question; accepted: at least one with")
-    target = generator.choice(asking)
+    if passages is None:
+        passages = made_up_biographies(min(_MAX_BIOGRAPHIES, 8 + tokens // 50), seed)
+    with_question = [passage for passage in passages if passage.question]
+    if not with_question:
+        raise ValueError(f"passages must have at least one question, got {len(passages)} passages without")
+    target = generator.choice(with_question)
     others = [
         passage for passage in passages if not any(answer.lower() in passage.text.lower() for answer in target.answers)
     ]
     generator.shuffle(others)
-    place = generator.random()
+    target_depth = generator.random()
 
     def build(count: int) -> Example:
         used = others[:count]
-        where = round(place * len(used))
-        texts = [passage.text.strip() for passage in (*used[:where], target, *used[where:])]
+        index = round(target_depth * len(used))
+        texts = [passage.text.strip() for passage in (*used[:index], target, *used[index:])]
         wrong = dict.fromkeys(passage.answers[0] for passage in used if passage.answers)
         return Example(
             task=task,
             seed=seed,
             document="\n\n".join(f"Document {number}:\n{text}" for number, text in enumerate(texts, 1)),
             question=f"{target.question} Answer with a few words of the documents.",
-            opening="The answer is",
+            answer_prefix="The answer is",
             answer=f" {target.answers[0]}.",
             references=target.answers,
             distractors=tuple(wrong),
-            every=False,
-            new_tokens=16 + len(tokenizer(target.answers[0], verbose=False).input_ids),
+            match_all=False,
+            max_new_tokens=16 + len(tokenizer(target.answers[0], verbose=False).input_ids),
         )
 
-    return fill(tokenizer, build, tokens, most=len(others))
+    return fit_to_length(tokenizer, build, tokens, max_filler=len(others))

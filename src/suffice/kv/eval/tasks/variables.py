@@ -1,4 +1,4 @@
-"""Variable tracking: which names hold a value, over chains of assignments (RULER, 2404.06654)."""
+"""Variable tracking: which variables hold a value, over chains of assignments (RULER, 2404.06654)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import string
 from typing import TYPE_CHECKING
 
 from suffice.kv.eval.tasks.example import Example
-from suffice.kv.eval.tasks.haystack import Haystack, fill, manual
+from suffice.kv.eval.tasks.haystack import Haystack, fit_to_length, python_manual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,74 +19,73 @@ def variables(
     tokens: int,
     seed: int = 0,
     haystack: str | None = None,
-    chains: int = 2,
-    hops: int = 4,
+    num_chains: int = 2,
+    num_hops: int = 4,
     task: str = "variables",
 ) -> Example:
-    """Assign a number to a variable, that variable to another and so on, and ask for all that hold the number.
+    """Assign a number to a variable, that variable to another and so on; ask for all variables that hold the number.
 
     Args:
         tokenizer: counts tokens.
-        tokens: most tokens of the prompt.
-        seed: of everything drawn.
-        haystack: any text; Python's manual without it.
-        chains: how many such chains there are; one is asked for.
-        hops: assignments of a chain after its first.
+        tokens: maximum number of tokens in the prompt.
+        seed: seed of all random choices.
+        haystack: any text; Python's help texts by default.
+        num_chains: number of chains; the question asks for one of them.
+        num_hops: number of assignments in a chain after the first.
         task: name of the task.
 
     Raises:
-        ValueError: fewer than one chain or hop, or too few tokens.
+        ValueError: an argument is out of range, or the prompt needs more tokens.
 
     """
-    for name, count in (("chains", chains), ("hops", hops)):
+    for name, count in (("num_chains", num_chains), ("num_hops", num_hops)):
         if count < 1:
-            raise ValueError(f"{name} is {count}; accepted: at least 1")
+            raise ValueError(f"{name} must be at least 1, got {count}")
     generator = random.Random(f"{task} {seed}")
-    text = manual() if haystack is None else haystack
-    hay = Haystack(text, generator)
+    text = python_manual() if haystack is None else haystack
+    filler = Haystack(text, generator)
     names: list[str] = []
-    while len(names) < chains * (hops + 1):
+    while len(names) < num_chains * (num_hops + 1):
         name = "".join(generator.choices(string.ascii_uppercase, k=5))
         # Scoring ignores case.
         if name not in names and name.lower() not in text.lower():
             names.append(name)
     numbers: list[str] = []
-    while len(numbers) < chains:
+    while len(numbers) < num_chains:
         number = str(generator.randrange(10_000, 100_000))
         if number not in numbers and number not in text:
             numbers.append(number)
-    groups = [names[chain * (hops + 1) : (chain + 1) * (hops + 1)] for chain in range(chains)]
-    lines = [_lines(group, number) for group, number in zip(groups, numbers, strict=True)]
-    # The order within a chain stays; chains mix.
-    turns = [chain for chain in range(chains) for _ in range(hops + 1)]
-    generator.shuffle(turns)
-    steps = [iter(own) for own in lines]
-    statements = [next(steps[chain]) for chain in turns]
+    chains = [names[chain * (num_hops + 1) : (chain + 1) * (num_hops + 1)] for chain in range(num_chains)]
+    assignments = [iter(_assignments(chain, number)) for chain, number in zip(chains, numbers, strict=True)]
+    # The chains are interleaved; the order within each chain is kept.
+    order = [chain for chain in range(num_chains) for _ in range(num_hops + 1)]
+    generator.shuffle(order)
+    statements = [next(assignments[chain]) for chain in order]
     depths = sorted(generator.uniform(0, 0.9) for _ in statements)
 
-    def build(count: int) -> Example:
+    def build(num_words: int) -> Example:
         parts: list[str] = []
         start = 0
-        for place, statement in zip(depths, statements, strict=True):
-            stop = round(place * count)
-            parts += [hay.take(start, stop), statement]
+        for depth, statement in zip(depths, statements, strict=True):
+            stop = round(depth * num_words)
+            parts += [filler.words(start, stop), statement]
             start = stop
-        parts.append(hay.take(start, count))
+        parts.append(filler.words(start, num_words))
         return Example(
             task=task,
             seed=seed,
             document="\n\n".join(part for part in parts if part),
             question=f"Which variables hold the value {numbers[0]}, directly or through other variables?",
-            opening=f"The {hops + 1} variables that hold the value {numbers[0]} are",
-            answer=f" {', '.join(groups[0])}.",
-            references=tuple(groups[0]),
-            distractors=tuple(name for group in groups[1:] for name in group),
-            new_tokens=16 + len(tokenizer(", ".join(groups[0]), verbose=False).input_ids),
+            answer_prefix=f"The {num_hops + 1} variables that hold the value {numbers[0]} are",
+            answer=f" {', '.join(chains[0])}.",
+            references=tuple(chains[0]),
+            distractors=tuple(name for chain in chains[1:] for name in chain),
+            max_new_tokens=16 + len(tokenizer(", ".join(chains[0]), verbose=False).input_ids),
         )
 
-    return fill(tokenizer, build, tokens)
+    return fit_to_length(tokenizer, build, tokens)
 
 
-def _lines(names: list[str], number: str) -> list[str]:
+def _assignments(names: list[str], number: str) -> list[str]:
     values = [number, *(f"VAR {name}" for name in names[:-1])]
     return [f"VAR {name} = {value}" for name, value in zip(names, values, strict=True)]

@@ -1,4 +1,4 @@
-"""Words that come most often, in a list and in made-up text (RULER, 2404.06654)."""
+"""The most frequent words of a list, and of an invented text (RULER, 2404.06654)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import string
 from typing import TYPE_CHECKING
 
 from suffice.kv.eval.tasks.example import Example
-from suffice.kv.eval.tasks.haystack import fill, manual, vocabulary
+from suffice.kv.eval.tasks.haystack import distinct_words, fit_to_length, python_manual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_NUM_INVENTED_WORDS = 1000
 
 
 def common_words(
@@ -19,57 +21,57 @@ def common_words(
     tokens: int,
     seed: int = 0,
     haystack: str | None = None,
-    common: int = 10,
-    times: int | None = None,
+    num_common: int = 10,
+    frequency: int | None = None,
     task: str = "common-words",
 ) -> Example:
-    """List words, some of them many times, and ask for those.
+    """List words, some of them many times, and ask for the frequent ones.
 
     Args:
         tokenizer: counts tokens.
-        tokens: most tokens of the prompt.
-        seed: of everything drawn.
-        haystack: any text, whose words are used; Python's manual without it.
-        common: how many words come often.
-        times: how often; None means what fills about half of the prompt, at most 30. The others come a tenth as
-            often, at least once.
+        tokens: maximum number of tokens in the prompt.
+        seed: seed of all random choices.
+        haystack: any text whose words are used; Python's help texts by default.
+        num_common: number of frequent words.
+        frequency: how often each frequent word occurs; None fills about half of the prompt with them, with at most
+            30 occurrences each. All other words occur a tenth as often, at least once.
         task: name of the task.
 
     Raises:
-        ValueError: fewer than one common word, fewer than two times, or too few tokens.
+        ValueError: an argument is out of range, or the prompt needs more tokens.
 
     """
-    if common < 1:
-        raise ValueError(f"common is {common}; accepted: at least 1")
-    words = list(vocabulary(manual() if haystack is None else haystack))
+    if num_common < 1:
+        raise ValueError(f"num_common must be at least 1, got {num_common}")
+    words = list(distinct_words(python_manual() if haystack is None else haystack))
     random.Random(f"{task} {seed}").shuffle(words)
-    if len(words) <= common:
-        raise ValueError(f"haystack has {len(words)} words to draw from; accepted: more than common, {common}")
-    gold, rest = sorted(words[:common]), words[common:]
-    if times is None:
-        entry = len(tokenizer("\n".join(f"{j}. {word}" for j, word in enumerate(gold, 101)), verbose=False).input_ids)
-        times = min(30, max(2, tokens // (2 * entry)))
-    if times < 2:
-        raise ValueError(f"times is {times}; accepted: at least 2")
-    rare = max(1, times // 10)
+    if len(words) <= num_common:
+        raise ValueError(f"haystack must have more than {num_common} distinct words to draw from, got {len(words)}")
+    common, rare = sorted(words[:num_common]), words[num_common:]
+    if frequency is None:
+        entries = "\n".join(f"{number}. {word}" for number, word in enumerate(common, 101))
+        frequency = min(30, max(2, tokens // (2 * len(tokenizer(entries, verbose=False).input_ids))))
+    if frequency < 2:
+        raise ValueError(f"frequency must be at least 2, got {frequency}")
+    rare_frequency = max(1, frequency // 10)
 
     def build(count: int) -> Example:
-        others = rest[: count + 1]
-        entries = gold * times + others * rare
+        others = rare[: count + 1]
+        entries = common * frequency + others * rare_frequency
         random.Random(f"{task} order {seed}").shuffle(entries)
         return Example(
             task=task,
             seed=seed,
             document="\n".join(f"{number}. {word}" for number, word in enumerate(entries, 1)),
-            question=f"Which {common} words come most often in this list?",
-            opening=f"The {common} words that come most often are",
-            answer=f" {', '.join(gold)}.",
-            references=tuple(gold),
+            question=f"Which {num_common} words come most often in this list?",
+            answer_prefix=f"The {num_common} words that come most often are",
+            answer=f" {', '.join(common)}.",
+            references=tuple(common),
             distractors=tuple(others),
-            new_tokens=16 + len(tokenizer(", ".join(gold), verbose=False).input_ids),
+            max_new_tokens=16 + len(tokenizer(", ".join(common), verbose=False).input_ids),
         )
 
-    return fill(tokenizer, build, tokens, most=len(rest) - 1)
+    return fit_to_length(tokenizer, build, tokens, max_filler=len(rare) - 1)
 
 
 def frequent_words(
@@ -78,61 +80,61 @@ def frequent_words(
     tokens: int,
     seed: int = 0,
     alpha: float = 2.0,
-    asked: int = 3,
+    num_queries: int = 3,
     task: str = "frequent-words",
 ) -> Example:
-    """Write made-up words whose frequency falls as rank to the power −alpha, and ask for the first.
+    """Write invented words with a frequency proportional to rank^(−alpha), and ask for the most frequent ones.
 
     Args:
         tokenizer: counts tokens.
-        tokens: most tokens of the prompt.
-        seed: of everything drawn.
-        alpha: how fast frequency falls with rank, above 0.
-        asked: how many words are asked for.
+        tokens: maximum number of tokens in the prompt.
+        seed: seed of all random choices.
+        alpha: exponent of the frequency, above 0.
+        num_queries: number of words that the question asks for.
         task: name of the task.
 
     Raises:
-        ValueError: alpha or asked out of range, or too few tokens.
+        ValueError: an argument is out of range, or the prompt needs more tokens.
 
     """
     if not 0 < alpha < float("inf"):
-        raise ValueError(f"alpha is {alpha}; accepted: a positive number")
-    if asked < 1:
-        raise ValueError(f"asked is {asked}; accepted: at least 1")
+        raise ValueError(f"alpha must be a positive number, got {alpha}")
+    if num_queries < 1:
+        raise ValueError(f"num_queries must be at least 1, got {num_queries}")
     generator = random.Random(f"{task} {seed}")
     words: list[str] = []
-    while len(words) < 1000:
+    while len(words) < _NUM_INVENTED_WORDS:
         word = "".join(generator.choices(string.ascii_lowercase, k=6))
         if word not in words:
             words.append(word)
-    # The least text in which each word that is asked for comes more often than the next.
-    least = 1
-    while len(set(counts := _counts(least, alpha)[: asked + 1])) <= asked or len(counts) <= asked:
-        least += 1
+    # The shortest text in which each word of the answer occurs more often than the next word.
+    min_top_count = 1
+    while len(set(_counts(min_top_count, alpha)[: num_queries + 1])) <= num_queries:
+        min_top_count += 1
 
-    def build(count: int) -> Example:
-        numbers = _counts(least + count, alpha)
-        entries = [word for word, number in zip(words, numbers, strict=False) for _ in range(number)]
+    def build(filler: int) -> Example:
+        counts = _counts(min_top_count + filler, alpha)
+        entries = [word for word, count in zip(words, counts, strict=False) for _ in range(count)]
         random.Random(f"{task} order {seed}").shuffle(entries)
-        gold = words[:asked]
+        most_frequent = words[:num_queries]
         return Example(
             task=task,
             seed=seed,
             document=" ".join(entries),
-            question=f"Which {asked} words come most often in this text?",
-            opening=f"The {asked} words that come most often are",
-            answer=f" {', '.join(gold)}.",
-            references=tuple(gold),
-            distractors=tuple(words[asked : len(numbers)]),
-            new_tokens=16 + len(tokenizer(", ".join(gold), verbose=False).input_ids),
+            question=f"Which {num_queries} words come most often in this text?",
+            answer_prefix=f"The {num_queries} words that come most often are",
+            answer=f" {', '.join(most_frequent)}.",
+            references=tuple(most_frequent),
+            distractors=tuple(words[num_queries : len(counts)]),
+            max_new_tokens=16 + len(tokenizer(", ".join(most_frequent), verbose=False).input_ids),
         )
 
-    return fill(tokenizer, build, tokens)
+    return fit_to_length(tokenizer, build, tokens)
 
 
-def _counts(first: int, alpha: float) -> list[int]:
-    """How often each rank comes when the first comes `first` times; ranks that do not come are left out."""
+def _counts(top_count: int, alpha: float) -> list[int]:
+    """Return how often the word of each rank occurs if the first occurs `top_count` times; zeros are left out."""
     counts: list[int] = []
-    while len(counts) < 1000 and (number := round(first * (len(counts) + 1) ** -alpha)) > 0:
-        counts.append(number)
+    while len(counts) < _NUM_INVENTED_WORDS and (count := round(top_count * (len(counts) + 1) ** -alpha)) > 0:
+        counts.append(count)
     return counts

@@ -1,0 +1,97 @@
+"""Fill a cache with a prompt and generate from it, greedily."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from suffice.kv.hf.model_info import context_window
+
+
+def check_prompt_length(model: PreTrainedModel, tokens: int) -> None:
+    """Check that a prompt and its answer fit into a model's context window.
+
+    Raises:
+        ValueError: they have more tokens than the window.
+
+    """
+    window = context_window(model)
+    if window is not None and tokens > window:
+        raise ValueError(
+            f"prompt and answer must have at most {window} tokens, the model's context window, got {tokens}. Shorten "
+            "the prompt, lower max_new_tokens, or use a model with a longer window"
+        )
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Check the number of tokens per chunk of a prompt.
+
+    Raises:
+        ValueError: it is below 1.
+
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
+
+
+def fill_cache(model: PreTrainedModel, input_ids: Tensor, cache: Cache, chunk_size: int | None = None) -> None:
+    """Run a prefill: feed token ids to a model and store their keys and values in a cache.
+
+    Args:
+        model: the language model.
+        input_ids: [batch, tokens].
+        cache: the cache to fill; it may already hold earlier tokens.
+        chunk_size: number of tokens per forward pass; None feeds all tokens at once.
+
+    """
+    if not input_ids.shape[1]:
+        return
+    with torch.no_grad():
+        for chunk in input_ids.split(chunk_size or input_ids.shape[1], dim=1):
+            model(chunk.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def greedy_generate(
+    model: PreTrainedModel, input_ids: Tensor, cache: Cache, max_new_tokens: int, *, chunk_size: int | None = None
+) -> Tensor:
+    """Generate greedily after a prompt whose first tokens the cache may already have seen.
+
+    The prompt is chunked here and not by `prefill_chunk_size` of `generate`, because in transformers 5.2 that option
+    changes the generated tokens, also with transformers' own caches.
+
+    Args:
+        model: the language model.
+        input_ids: the whole prompt, [batch, tokens].
+        cache: the cache; tokens that it has seen are not fed to the model again.
+        max_new_tokens: maximum number of generated tokens.
+        chunk_size: number of prompt tokens per forward pass; None feeds the prompt at once.
+
+    Returns:
+        The ids of the generated tokens, [batch, new_tokens].
+
+    """
+    input_ids = input_ids.to(model.device)
+    network: Any = model
+    if chunk_size is not None:
+        fill_cache(model, input_ids[:, cache.get_seq_length() : -1], cache, chunk_size)
+    output: Any = network.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=_pad_token_id(model),
+    )
+    return output[:, input_ids.shape[1] :]
+
+
+def _pad_token_id(model: PreTrainedModel) -> int | None:
+    """Return the token that fills a row after its end while other rows continue."""
+    config = model.generation_config
+    if config.pad_token_id is not None:
+        return config.pad_token_id
+    ends = config.eos_token_id
+    return ends[0] if isinstance(ends, list) else ends

@@ -1,0 +1,79 @@
+"""Tokenize a document and a question as one prompt that is split where the document ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """The token ids of a prompt in two parts.
+
+    Args:
+        document: ids of the part that is compressed before the question is seen, [1, tokens].
+        question: ids of the rest, including the start of the assistant's turn; empty without a question.
+
+    """
+
+    document: Tensor
+    question: Tensor
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Ids of the whole prompt, [1, tokens]."""
+        return torch.cat((self.document, self.question), dim=1)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False) -> Tensor:
+    """Return the token ids of a text, [1, tokens]; none for an empty text."""
+    if not text:
+        return torch.empty(1, 0, dtype=torch.long)
+    encoded: Any = tokenizer(text, return_tensors="pt", add_special_tokens=add_special_tokens, verbose=False)
+    return encoded.input_ids
+
+
+def tokenize_prompt(
+    tokenizer: PreTrainedTokenizerBase, document: str, question: str | None = None, *, answer_prefix: str = ""
+) -> PromptTokens:
+    """Tokenize a document and a question as one user message, split where the document ends.
+
+    The message is written in the tokenizer's chat template. Without a template, the question follows the document
+    after `Question:`, and the prompt ends with `Answer:`.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        document: the text that comes first.
+        question: the question about it; without one, the document is the whole message.
+        answer_prefix: the first words of the model's answer, added to the end of the prompt.
+
+    Raises:
+        ValueError: the document is empty.
+
+    """
+    if not document.strip():
+        raise ValueError(f"the prompt must hold some text, got {document!r}")
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if has_template:
+        content = document if question is None else f"{document}\n\n{question}"
+        message = [{"role": "user", "content": content}]
+        text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        # A template may strip the message, so look for the document without surrounding white space.
+        end = text.index(document.strip()) + len(document.strip())
+    else:
+        text = document if question is None else f"{document}\n\nQuestion: {question}\nAnswer:"
+        end = len(document)
+    if question is None:
+        end = len(text)
+    prefix = answer_prefix if has_template or not answer_prefix else f" {answer_prefix}"
+    # A template already contains the special tokens.
+    return PromptTokens(
+        tokenize(tokenizer, text[:end], add_special_tokens=not has_template),
+        torch.cat((tokenize(tokenizer, text[end:]), tokenize(tokenizer, prefix)), dim=1),
+    )

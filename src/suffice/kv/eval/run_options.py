@@ -1,0 +1,87 @@
+"""Run the samples of a comparison or of a search as a resumable study."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from suffice import SufficeError
+from suffice.study.progress import ProgressCallback
+from suffice.study.run_kind import RunKind
+from suffice.study.runner import run_study
+from suffice.study.spec import PlannedRun
+from suffice.study.store import Record, Store
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where finished samples are kept, and which processes measure them.
+
+    Args:
+        folder: keeps finished samples, so that a later call with the same folder continues; None keeps nothing.
+        workers: number of worker processes; 0 measures in this process.
+        on_progress: called with the progress.
+        command: the command line, recorded in the folder for reports.
+
+    """
+
+    folder: str | Path | None = None
+    workers: int = 0
+    on_progress: ProgressCallback | None = None
+    command: str = ""
+
+    def open_folder(self) -> AbstractContextManager[str | Path]:
+        """Return a context with the folder; without a folder, with a temporary one."""
+        return tempfile.TemporaryDirectory() if self.folder is None else nullcontext(self.folder)
+
+
+def run_samples(
+    folder: str | Path, kind: RunKind, samples: Sequence[PlannedRun], name: str, options: RunOptions
+) -> list[Record]:
+    """Measure all samples that the folder does not hold yet, and return the records of all.
+
+    Args:
+        folder: the folder of the study.
+        kind: the kind of run.
+        samples: settings and seed of each sample.
+        name: name of the study in the folder.
+        options: how to run.
+
+    Raises:
+        SufficeError: samples failed. The others are kept, and a second call tries the failed ones again.
+
+    """
+    about = {"command": options.command} if options.command else {}
+    run_study(
+        folder,
+        kind,
+        samples,
+        name=name,
+        about=about,
+        workers=options.workers,
+        retry_failed=True,
+        on_progress=options.on_progress,
+    )
+    return read_records(folder, name)
+
+
+def read_records(folder: str | Path, name: str) -> list[Record]:
+    """Return the records of a study whose samples are all done.
+
+    Raises:
+        SufficeError: a sample is missing or failed.
+
+    """
+    with Store(folder, read_only=True) as store:
+        records = list(store.records(name))
+    if unfinished := [record for record in records if record.state != "done"]:
+        first = unfinished[0]
+        reason = first.error.strip().splitlines()[-1] if first.error else first.state
+        raise SufficeError(
+            f"{len(unfinished)} of {len(records)} samples are not done; the others are kept. The first one has seed "
+            f"{first.seed}: {reason}"
+        )
+    return records
