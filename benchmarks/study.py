@@ -1,4 +1,4 @@
-"""How long a look at 10,000 stored runs takes, as whole commands; the last line is one JSON object.
+"""Duration of the commands that show 10,000 stored runs, with the start of Python; the last line is one JSON object.
 
 make bench-study
 """
@@ -15,13 +15,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from suffice.study import RunKind, Spec, Store
 from suffice.study.owner import Owner
 
 POLICIES = [f"policy-{number}" for number in range(20)]
 METRICS = [f"metric-{number}" for number in range(10)]
-KIND = RunKind("bench", "benchmarks.study:none", {"policy": "", "budget": 0.5, "task": "", "note": "x" * 100})
+KIND = RunKind("bench", "benchmarks.study:no_function", {"policy": "", "budget": 0.5, "task": "", "note": "x" * 100})
 
 
 def main() -> None:
@@ -34,40 +35,45 @@ def main() -> None:
         runs = fill(Path(folder), arguments.seeds)
         print(f"{runs} runs, store of {(Path(folder) / 'study.db').stat().st_size / 1e6:.0f} MB")
         page = str(Path(folder) / "page.html")
-        found: dict[str, list[tuple[float, float]]] = {
+        measured: dict[str, list[tuple[float, float]]] = {
             "status_seconds": timed(["study", "status", folder], arguments.repeats),
             "show_seconds": timed(["study", "show", folder], arguments.repeats),
             "report_seconds": timed(["report", folder, "--to", page], min(arguments.repeats, 3)),
         }
         print(f"page of {Path(page).stat().st_size / 1e6:.1f} MB")
-    wall = {name: [one[0] for one in values] for name, values in found.items()}
-    result = {"runs": runs, **{name: round(statistics.median(values), 3) for name, values in wall.items()}}
+    wall = {name: [seconds for seconds, _ in values] for name, values in measured.items()}
+    # CPU time depends less than wall time on what else runs on a shared machine.
+    cpu = {name: [seconds for _, seconds in values] for name, values in measured.items()}
+    result: dict[str, Any] = {"runs": runs, **medians(wall)}
     result["ranges"] = {name: [round(min(values), 3), round(max(values), 3)] for name, values in wall.items()}
-    # What the commands would take on a machine of their own, on which a shared one has no say.
-    result["cpu_seconds"] = {name: round(statistics.median(o[1] for o in values), 3) for name, values in found.items()}
+    result["cpu_seconds"] = medians(cpu)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
 
 def fill(folder: Path, seeds: int) -> int:
-    """Store finished runs: 20 policies, 10 budgets, 5 tasks, each with every seed, and return how many."""
-    dice = random.Random(0)
+    """Store finished runs of 20 policies, 10 budgets and 5 tasks with every seed, and return their number."""
+    generator = random.Random(0)
     grid = {"policy": POLICIES, "budget": [n / 10 for n in range(1, 11)], "task": [f"task-{n}" for n in range(5)]}
     plan = Spec("bench", "bench", grid=grid, seeds=seeds).plan(KIND)
     with Store(folder) as store, Owner(folder) as owner:
         store.plan("bench", KIND, plan)
-        # What is timed is reading: what is stored need not outlive a power cut.
+        # Only reading is timed, so that the runs need not survive a power failure.
         store._database.execute("PRAGMA synchronous = OFF")
         while (claim := store.claim("bench", owner)) is not None:
-            values = {metric: dice.gauss(claim.settings["budget"], 0.1) for metric in METRICS}
-            curve = [[step / 20, dice.random(), dice.random()] for step in range(21)]
+            values = {metric: generator.gauss(claim.settings["budget"], 0.1) for metric in METRICS}
+            curve = [[step / 20, generator.random(), generator.random()] for step in range(21)]
             store.finish(claim.key, owner, {"values": values, "curve": curve}, {"source": "bench", "suffice": "x"}, 1.0)
     return len(plan)
 
 
+def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {name: round(statistics.median(values), 3) for name, values in seconds.items()}
+
+
 def timed(arguments: list[str], repeats: int) -> list[tuple[float, float]]:
-    """Run a command several times and return its seconds, wall and CPU, start of the interpreter included."""
+    """Run a command several times, and return the wall time and the CPU time of each in seconds."""
     seconds: list[tuple[float, float]] = []
     for _ in range(repeats):
         start, before = time.perf_counter(), os.times()

@@ -18,7 +18,8 @@ def spec(x=4, seeds=1, **settings):
     return Spec("squares", "square", settings=settings, grid={"x": list(range(x))}, seeds=seeds)
 
 
-def found(folder):
+def stored(folder):
+    """Return the values of all done runs by setting and seed."""
     with Store(folder, read_only=True) as store:
         return {(r.settings["x"], r.seed): r.result["values"]["y"] for r in store.records("squares", "done")}
 
@@ -34,7 +35,7 @@ def test_every_run_is_done_once_and_only_missing_runs_are_done(tmp_path, workers
     assert (first.done, first.failed, first.new) == (8, 0, 8)
     again = run_study(folder, SQUARE, spec(4, 3, log=str(log)), workers=workers)
     assert (again.done, again.new) == (12, 4)
-    assert found(folder) == expected(4, 3)
+    assert stored(folder) == expected(4, 3)
     keys = log.read_text().split()
     assert len(keys) == len(set(keys)) == 12
     # A smaller grid plans fewer runs; the results of the others are kept.
@@ -81,7 +82,7 @@ def test_failed_runs_can_be_retried(tmp_path):
         assert [(record.attempts, record.error) for record in store.records("squares")] == [(2, "")] * 2
 
 
-_CALL = """
+_RUN_STUDY = """
 import sys
 from suffice.study import Spec, run_study
 from tests.study.tiny import SQUARE
@@ -91,9 +92,10 @@ print(run_study(sys.argv[1], SQUARE, spec, workers=2, threads=1).new)
 """
 
 
-def call(folder, log, x, sleep):
+def start_process(folder, log, x, sleep):
+    """Start a process that does a study with two workers."""
     return subprocess.Popen(
-        [sys.executable, "-c", _CALL, str(folder), str(log), str(x), str(sleep)],
+        [sys.executable, "-c", _RUN_STUDY, str(folder), str(log), str(x), str(sleep)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TEST_LOG": str(log)},
@@ -101,44 +103,44 @@ def call(folder, log, x, sleep):
 
 
 def test_a_study_killed_twenty_times_has_every_result_once(tmp_path):
-    dice, log = random.Random(0), tmp_path / "log"
+    generator, log = random.Random(0), tmp_path / "log"
     log.touch()
     interrupted = 0
     for _ in range(20):
-        with call(tmp_path / "s", log, 300, 0.05) as process:
+        with start_process(tmp_path / "s", log, 300, 0.05) as process:
             # Anywhere from before the store exists to the middle of its runs.
-            time.sleep(dice.uniform(0.05, 1.2))
+            time.sleep(generator.uniform(0.05, 1.2))
             process.kill()
         try:
-            interrupted += len(found(tmp_path / "s")) < 300
+            interrupted += len(stored(tmp_path / "s")) < 300
         except StoreError:  # killed before the store was created
             interrupted += 1
     assert interrupted > 10
-    with call(tmp_path / "s", log, 300, 0.05) as process:
+    with start_process(tmp_path / "s", log, 300, 0.05) as process:
         process.communicate()
-    assert found(tmp_path / "s") == expected(300)
-    started = log.read_text().split()
+    assert stored(tmp_path / "s") == expected(300)
+    started_keys = log.read_text().split()
     # A run is started again only if it was interrupted: at most two runs were in progress at each kill.
-    assert set(Counter(started).values()) <= set(range(1, 22))
-    assert len(started) - 300 <= 2 * 20
+    assert set(Counter(started_keys).values()) <= set(range(1, 22))
+    assert len(started_keys) - 300 <= 2 * 20
     assert not list((tmp_path / "s" / "owners").iterdir())
 
 
 def test_two_processes_share_a_store(tmp_path):
     log = tmp_path / "log"
-    calls = [call(tmp_path / "s", log, 40, 0.02) for _ in range(2)]
-    counts = [int(process.communicate()[0]) for process in calls]
+    processes = [start_process(tmp_path / "s", log, 40, 0.02) for _ in range(2)]
+    counts = [int(process.communicate()[0]) for process in processes]
     assert sum(counts) == 40
     keys = log.read_text().split()
     assert len(keys) == len(set(keys)) == 40
-    assert found(tmp_path / "s") == expected(40)
+    assert stored(tmp_path / "s") == expected(40)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
 def test_workers_exit_when_their_runner_is_killed(tmp_path):
     log = tmp_path / "log"
     log.touch()
-    with call(tmp_path / "s", log, 2, 60) as process:
+    with start_process(tmp_path / "s", log, 2, 60) as process:
         while len(log.read_text().split()) < 2:
             time.sleep(0.05)
         assert _is_running(str(log).encode())
@@ -185,7 +187,7 @@ def test_a_full_disk_loses_no_finished_run(tmp_path, monkeypatch):
         kept = store.counts("squares")["done"]
     assert 0 < kept < 100
     assert run_study(tmp_path, SQUARE, study).new == 100 - kept
-    assert found(tmp_path) == expected(100)
+    assert stored(tmp_path) == expected(100)
 
 
 def test_progress_shows_totals_and_failures(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from suffice.study import Spec
-from suffice.study.keys import canonical_json, run_key
+from suffice.study.run_key import canonical_json, run_key
 from suffice.study.run_kind import find_run_kind
 from tests.study.tiny import READ_INPUT, SQUARE
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from suffice.study.keys import canonical_json
+from suffice.study.run_key import canonical_json
 from suffice.study.store import Record
 
 

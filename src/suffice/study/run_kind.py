@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import suffice
-from suffice.study.keys import canonical_json
 from suffice.study.nested_settings import flatten, is_group, nest
+from suffice.study.run_key import canonical_json
 
 
 @dataclass(frozen=True)

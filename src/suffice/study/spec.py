@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from suffice.study.keys import canonical_json
 from suffice.study.nested_settings import nest
+from suffice.study.run_key import canonical_json
 from suffice.study.run_kind import RunKind, check_names
 
 _MAX_RUNS = 1_000_000

@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import Any
 
 from suffice.study.database import FILE_NAME, StoreError, connect, explain
-from suffice.study.keys import canonical_json, run_key
 from suffice.study.nested_settings import nest
 from suffice.study.owner import Owner
+from suffice.study.run_key import canonical_json, run_key
 from suffice.study.run_kind import RunKind
 from suffice.study.spec import PlannedRun
 

@@ -11,8 +11,8 @@ from suffice.kv.cache.report import CacheReport
 from suffice.kv.eval.answer import Answer
 from suffice.kv.eval.compare import Comparison, Condition
 from suffice.report import Figure, KeptText, LinePoint, Page, Table, Text, line_plot
-from suffice.study.keys import canonical_json
 from suffice.study.results import group_records
+from suffice.study.run_key import canonical_json
 from suffice.study.store import Record
 
 
