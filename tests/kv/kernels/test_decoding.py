@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from suffice.gpu import KernelFallbackError
 from suffice.kv.backend.triton_backend import TRITON_BACKEND
-from suffice.kv.kernels.decoding import Plan
+from suffice.kv.kernels.decoding import DecodePlan
 from suffice.kv.storage.ragged import PackedEntries, RaggedStorage, Tail
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -94,7 +94,7 @@ def test_plan_covers_every_entry_once(tail):
     lengths = [[700, 0, 129], [1, 5000, 128]]
     storage = storage_of(lengths, [list(range(tail))] * 2, 16, 16, torch.float32)
     packed = [(start, count - tail) for start, count in storage.spans]
-    plan = Plan.of(packed, tail, torch.device("cpu"))
+    plan = DecodePlan.from_spans(packed, tail, torch.device("cpu"))
     times_covered = torch.zeros(len(storage.buffers[0]), dtype=torch.long)
     head_of = torch.full_like(times_covered, -1)
     for head, (start, count) in enumerate(storage.spans):

@@ -138,7 +138,7 @@ def test_launch_reduces_the_stages_until_a_kernel_fits(monkeypatch):
         launch(FakeKernel(grids, "b"), (1,), x, num_stages=2)
 
 
-@pytest.mark.parametrize("module", ["observation", "gram", "cholesky", "leverage"])
+@pytest.mark.parametrize("module", ["mixture", "gram", "cholesky", "leverage"])
 def test_scores_are_computed_by_torch_if_a_kernel_does_not_fit_the_device(monkeypatch, module):
     def fail(*arguments, **options):
         raise KernelFallbackError
