@@ -1,3 +1,6 @@
+"""Graphs, splits, files and checkpoints."""
+
+import json
 import sys
 from types import SimpleNamespace
 
@@ -7,15 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from suffice.link.auditing.trained import load_trained
 from suffice.link.batches.negatives import edge_keys
+from suffice.link.data.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from suffice.link.data.datasets import from_ogb, load_graph
-from suffice.link.data.files import read_graph
+from suffice.link.data.files import read_graph, read_saved_graph, save_graph
 from suffice.link.data.graph import Graph, SplitConfig, prepare_graph, split_edges
 from suffice.link.data.synthetic import block_model, digits
 
 
 @given(seed=st.integers(0, 50), negatives=st.sampled_from([0.5, 1.0, 3.0]))
-def test_a_split_shares_nothing_between_its_parts(graph, seed, negatives):
+def test_the_parts_of_a_split_are_disjoint_and_complete(graph, seed, negatives):
     parts = split_edges(graph, SplitConfig(0.1, 0.2, negatives=negatives), seed)
     sets = [set(edge_keys(edges, graph.num_nodes).tolist()) for edges in (parts.train, parts.validation, parts.test)]
     assert set.union(*sets) == set(edge_keys(graph.edges, graph.num_nodes).tolist())
@@ -28,7 +33,7 @@ def test_a_split_shares_nothing_between_its_parts(graph, seed, negatives):
     assert len(false[1]) == round(parts.test.size(1) * negatives)
 
 
-def test_messages_hold_validation_edges_only_where_the_protocol_says(parts):
+def test_message_edges_include_validation_edges_on_request(parts):
     assert parts.message_edges().size(1) == 2 * parts.train.size(1)
     assert parts.message_edges(validation=True).size(1) == 2 * (parts.train.size(1) + parts.validation.size(1))
 
@@ -40,12 +45,12 @@ def test_largest_component():
     assert small.edges.tolist() == [[0, 1], [1, 2]]
 
 
-def test_block_model_keeps_its_dials():
+def test_a_block_model_has_the_requested_degree_and_signals():
     graph = block_model(1200, 4, 10, edge_signal=0.7, feature_signal=3.0, seed=3)
     y = graph.classes
-    same = (y[graph.edges[0]] == y[graph.edges[1]]).float().mean()
-    # Expected shares: p_in : p_out = 1 : 0.3, one class of own nodes against three others.
-    assert float(same) == pytest.approx(1 / (1 + 3 * 0.3), abs=0.03)
+    share = (y[graph.edges[0]] == y[graph.edges[1]]).float().mean()
+    # p_in : p_out = 1 : 0.3, and a node has one class of its own and three others.
+    assert float(share) == pytest.approx(1 / (1 + 3 * 0.3), abs=0.03)
     assert 2 * graph.edges.size(1) / 1200 == pytest.approx(10, rel=0.05)
     means = torch.stack([graph.x[y == c].mean(0) for c in range(4)])
     assert torch.allclose(means.norm(dim=1), torch.tensor(3.0), atol=0.3)
@@ -53,7 +58,7 @@ def test_block_model_keeps_its_dials():
 
 
 @given(seed=st.integers(0, 30), nodes=st.integers(6, 40))
-def test_block_models_of_highest_degree_are_complete_classes(seed, nodes):
+def test_a_block_model_of_the_largest_degree_has_complete_classes(seed, nodes):
     graph = block_model(nodes, 2, nodes / 2 - 1, edge_signal=1.0, seed=seed)
     assert all(graph.classes[u] == graph.classes[v] and u < v for u, v in graph.edges.T.tolist())
     if nodes % 2 == 0:
@@ -61,7 +66,7 @@ def test_block_models_of_highest_degree_are_complete_classes(seed, nodes):
         assert graph.edges.size(1) == half * (half - 1)
 
 
-def test_digits_are_joined_to_their_neighbours():
+def test_digits_are_joined_to_their_nearest_neighbors():
     graph = digits()
     assert graph.edges.size(1) == 7522
     distance = torch.cdist(graph.x[:1], graph.x)[0]
@@ -75,49 +80,50 @@ def test_planetoid_by_name(data_root):
     assert (graph.num_nodes, graph.edges.size(1), graph.classes.unique().numel()) == (2708, 5278, 7)
 
 
-def test_ogb_needs_its_package(monkeypatch):
+def test_ogb_data_need_the_package_ogb(monkeypatch):
     monkeypatch.setitem(sys.modules, "ogb.linkproppred", None)
     with pytest.raises(ImportError, match="pip install ogb"):
         load_graph("ogbl-collab")
 
 
-def test_ogb_parts_are_made_disjoint():
+def test_the_parts_of_an_ogb_split_are_made_disjoint():
     parts = {
         "train": {"edge": torch.tensor([[0, 1], [1, 0], [1, 2]])},
         "valid": {"edge": torch.tensor([[2, 1], [2, 3]]), "edge_neg": torch.tensor([[0, 4], [0, 1]])},
         "test": {"edge": torch.tensor([[3, 4]]), "edge_neg": torch.tensor([[4, 0], [1, 4]])},
     }
 
-    class Fake:
+    class FakeDataset:
         def __getitem__(self, _):
             return SimpleNamespace(x=torch.ones(5, 2))
 
         def get_edge_split(self):
             return parts
 
-    graph = from_ogb(Fake(), "ogbl-test")
-    own = split_edges(graph, SplitConfig(), 0)
-    assert own.train.T.tolist() == [[0, 1], [1, 2]]
-    assert own.validation.T.tolist() == [[2, 3]]
-    assert own.validation_negatives.T.tolist() == [[0, 4]]
-    assert own.test_negatives.T.tolist() == [[1, 4]]
+    graph = from_ogb(FakeDataset(), "ogbl-test")
+    official = split_edges(graph, SplitConfig(), 0)
+    assert official.train.T.tolist() == [[0, 1], [1, 2]]
+    assert official.validation.T.tolist() == [[2, 3]]
+    assert official.test.T.tolist() == [[3, 4]]
+    assert official.validation_negatives.T.tolist() == [[0, 4]]
+    assert official.test_negatives.T.tolist() == [[1, 4]]
 
 
-def test_the_same_graph_from_csv_and_npz(tmp_path):
+def test_csv_and_npz_files_give_the_same_graph(tmp_path):
     edges, x, y = [[0, 1], [2, 1], [0, 3]], np.eye(4), ["a", "b", "a", "b"]
     np.savez(tmp_path / "g.npz", edges=np.array(edges), x=x, y=np.array(y))
     (tmp_path / "e.csv").write_text("source,target\n" + "\n".join(f"{u},{v}" for u, v in edges))
     (tmp_path / "x.csv").write_text("\n".join(",".join(map(str, row)) for row in x))
     (tmp_path / "y.csv").write_text("class\n" + "\n".join(y))
-    one = read_graph(tmp_path / "g.npz")
-    two = read_graph(tmp_path / "e.csv", tmp_path / "x.csv", tmp_path / "y.csv")
-    for graph in (one, two, load_graph(str(tmp_path / "g.npz"))):
+    from_npz = read_graph(tmp_path / "g.npz")
+    from_csv = read_graph(tmp_path / "e.csv", tmp_path / "x.csv", tmp_path / "y.csv")
+    for graph in (from_npz, from_csv, load_graph(str(tmp_path / "g.npz"))):
         assert graph.edges.tolist() == [[0, 1, 0], [1, 2, 3]]
         assert torch.equal(graph.x, torch.eye(4))
         assert graph.classes.tolist() == [0, 1, 0, 1]
 
 
-def test_both_directions_of_every_edge_count_once(tmp_path):
+def test_an_edge_list_may_hold_both_directions_of_every_edge(tmp_path):
     np.savez(tmp_path / "g.npz", edges=np.array([[0, 1], [1, 0], [1, 2], [2, 1]]), x=np.eye(3))
     assert read_graph(tmp_path / "g.npz").edges.tolist() == [[0, 1], [1, 2]]
 
@@ -125,23 +131,23 @@ def test_both_directions_of_every_edge_count_once(tmp_path):
 @pytest.mark.parametrize(
     ("edges", "y", "message"),
     [
-        ([[0, 9]], [0, 1, 0], "1 with ids out of range; accepted: 0 to 2"),
-        ([[0, 1], [2, 2]], [0, 1, 0], r"1 self-loops.*\(2, 2\)"),
-        ([[0, 1], [1, 2], [1, 0]], [0, 1, 0], "1 duplicates"),
-        ([[0, 1]], [0, 1], "labels hold 2 rows, 1 missing"),
-        ([[0, 1]], [0.0, np.nan, 1.0], "missing for 1 nodes"),
-        ([[0, 1]], ["a", "", "b"], "missing for 1 nodes"),
-        ([[0, 1.5]], [0, 1, 0], "no whole numbers"),
-        ([[0, 1, 2]], [0, 1, 0], r"edges has shape \(1, 3\)"),
+        ([[0, 9]], [0, 1, 0], r"edges must have node ids from 0 to 2, got 1 out of range, the first is \(0, 9\)"),
+        ([[0, 1], [2, 2]], [0, 1, 0], r"edges must join two different nodes, got 1 self-loops, the first is \(2, 2\)"),
+        ([[0, 1], [1, 2], [1, 0]], [0, 1, 0], "edges must be listed once each, got 1 duplicates"),
+        ([[0, 1]], [0, 1], "labels must have 3 rows, one for each node, got 2"),
+        ([[0, 1]], [0.0, np.nan, 1.0], "labels must hold a class for each node, got none for 1 nodes, the first is 1"),
+        ([[0, 1]], ["a", "", "b"], "labels must hold a class for each node, got none for 1 nodes"),
+        ([[0, 1.5]], [0, 1, 0], "edges must hold node ids that are integers"),
+        ([[0, 1, 2]], [0, 1, 0], r"edges must have shape \[edges, 2\], got \(1, 3\)"),
     ],
 )
-def test_bad_files_are_named(tmp_path, edges, y, message):
+def test_files_with_wrong_content_are_refused(tmp_path, edges, y, message):
     np.savez(tmp_path / "g.npz", edges=np.array(edges), x=np.eye(3), y=np.array(y))
     with pytest.raises(ValueError, match=message):
         read_graph(tmp_path / "g.npz")
 
 
-def test_the_same_graph_from_parquet(tmp_path):
+def test_parquet_files(tmp_path):
     pd = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
     pd.DataFrame({"u": [0, 2], "v": [1, 1]}).to_parquet(tmp_path / "e.parquet")
@@ -152,7 +158,7 @@ def test_the_same_graph_from_parquet(tmp_path):
     assert graph.classes.tolist() == [0, 1, 0]
 
 
-def test_parquet_needs_its_packages(tmp_path, monkeypatch):
+def test_parquet_files_need_pandas_and_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     (tmp_path / "e.parquet").touch()
     (tmp_path / "x.csv").write_text("1")
@@ -163,25 +169,90 @@ def test_parquet_needs_its_packages(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: load_graph("Kora"), "name is 'Kora'; accepted: block-model"),
-        (lambda: SplitConfig(validation=0), "validation, test are 0, 0.1"),
-        (lambda: SplitConfig(negatives=0), "negatives is 0"),
-        (lambda: block_model(edge_signal=2), "edge_signal is 2"),
-        (lambda: block_model(degree=1e6), "degree is 1000000"),
-        (lambda: digits(0), "neighbours is 0"),
-        (lambda: read_graph("x.txt"), "ends in '.txt'"),
-        (lambda: read_graph("x.csv"), "x.csv does not exist"),
-        (lambda: Graph("g", torch.ones(3, 1), torch.tensor([[0], [1]])).classes, "y of g is missing"),
+        (lambda: load_graph("Kora"), "name must be one of block-model, .*, or the path of an NPZ file, got 'Kora'"),
+        (lambda: SplitConfig(validation=0), "validation and test must be above 0 and below 1 together, got 0 and 0.1"),
+        (lambda: SplitConfig(negatives=0), "negatives must be above 0, got 0"),
+        (lambda: block_model(edge_signal=2), "edge_signal must be from 0 to 1, got 2"),
+        (lambda: block_model(feature_signal=-1), "feature_signal must be at least 0, got -1"),
+        (lambda: block_model(5, 3), "classes must be at least 2 with at least 2 nodes each, got 3 with 5 nodes"),
+        (lambda: block_model(degree=1e6), "degree must be above 0 and possible in classes of 400 nodes, got 1000000"),
+        (lambda: digits(0), "neighbors must be from 1 to 1796, got 0"),
+        (lambda: read_graph("x.txt"), "x.txt must be a file with one of the suffixes .csv, .parquet, .npz, got '.txt'"),
+        (lambda: read_graph("x.csv"), "x.csv must be an existing file"),
+        (
+            lambda: Graph("g", torch.ones(3, 1), torch.tensor([[0], [1]])).classes,
+            "y must be the class of each node of g, got None",
+        ),
+        (
+            lambda: Graph("g", torch.ones(3, 1), torch.tensor([[0], [1]]), torch.zeros(2)),
+            r"y must have shape \(3,\), one class for each node, got \(2,\)",
+        ),
+        (
+            lambda: Graph("g", torch.ones(3, 1), torch.zeros(2, 0, dtype=torch.long)),
+            r"edges must have shape \[2, edges\] with at least one edge, got \(2, 0\)",
+        ),
     ],
 )
-def test_errors_name_the_argument(make, message):
+def test_wrong_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_an_empty_split_and_too_few_negatives_are_named():
+def test_an_empty_part_and_too_few_negatives_are_refused():
     tiny = Graph("g", torch.ones(4, 1), torch.tensor([[0, 1, 2], [1, 2, 3]]))
-    with pytest.raises(ValueError, match="an empty split"):
+    with pytest.raises(ValueError, match=r"validation must be a fraction of at least one of the 3 edges, got 0\.05"):
         split_edges(tiny, SplitConfig(), 0)
-    with pytest.raises(ValueError, match=r"count is .* negatives; accepted: at most the 3 pairs"):
+    with pytest.raises(ValueError, match=r"count .* 3 pairs"):
         split_edges(tiny, SplitConfig(0.34, 0.34, negatives=9), 0)
+
+
+@pytest.mark.parametrize("with_split", [False, True])
+def test_a_saved_graph_is_read_as_it_was(tmp_path, graph, with_split):
+    if with_split:
+        graph = Graph("own", graph.x, graph.edges, None, split_edges(graph, SplitConfig(), 0))
+    file = save_graph(graph, tmp_path)
+    assert save_graph(graph, tmp_path) == file
+    again = read_saved_graph(tmp_path / file)
+    assert again.name == graph.name
+    assert torch.equal(again.x, graph.x)
+    assert torch.equal(again.edges, graph.edges)
+    assert (again.y is None) == (graph.y is None)
+    if with_split:
+        for name in graph.official_split.__dataclass_fields__:
+            assert torch.equal(getattr(again.official_split, name), getattr(graph.official_split, name))
+    else:
+        assert again.official_split is None
+
+
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
+    weight = torch.arange(6.0).view(2, 3)
+    tensors, metadata = {"w": weight, "transposed": weight.T}, {"epochs": [1, 2.5], "name": None}
+    path = save_checkpoint(tmp_path / "new folder" / "a.safetensors", tensors, metadata)
+    read, also_read = load_checkpoint(path)
+    assert also_read == metadata
+    assert all(torch.equal(read[name], value) for name, value in tensors.items())
+    assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("read", [load_checkpoint, load_trained, read_saved_graph])
+def test_files_of_earlier_versions_are_refused_with_what_to_do(tmp_path, read):
+    """A safetensors file whose header has another key: that of another program, or of this one under another name."""
+    header = {
+        "__metadata__": {"former-name": json.dumps({"model": {"model": "ncn"}, "in": 4, "name": "g"})},
+        "model/w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+    }
+    text = json.dumps(header).encode()
+    path = tmp_path / "old.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(CheckpointError, match=r"old.safetensors must hold 'suffice' in its header, .* write it again"):
+        read(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint"])
+def test_damaged_and_missing_checkpoints_are_refused(tmp_path, content):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(CheckpointError, match="must be a checkpoint in safetensors format"):
+        load_checkpoint(path)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="must be a checkpoint in safetensors format"):
+        load_checkpoint(path)

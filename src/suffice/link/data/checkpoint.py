@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file whose header holds the rest as JSON, replaced by rename."""
+"""Checkpoints: one safetensors file of tensors, with everything else as JSON in its header."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+_HEADER_KEY = "suffice"
+
 
 class CheckpointError(ValueError):
-    """A file is no checkpoint of ours, or one of another run."""
+    """A file cannot be read as a checkpoint, or it is the checkpoint of another run."""
 
 
-def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
-    """Write a checkpoint; a reader sees the old file or the new one, never half of either.
+def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Path:
+    """Write a checkpoint and return its path.
+
+    The file is replaced by a rename, so that a reader sees the old file or the new one, but never a part of either.
 
     Args:
-        path: where to.
-        tensors: by name.
-        facts: anything that JSON holds.
+        path: file to write.
+        tensors: tensors by name.
+        metadata: everything else, in types that JSON can represent.
 
     """
     target = Path(path)
@@ -36,7 +40,7 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[st
         save_file(
             {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()},
             name,
-            metadata={"suffice": json.dumps(facts)},
+            metadata={_HEADER_KEY: json.dumps(metadata)},
         )
         with open(name, "rb+") as file:
             os.fsync(file.fileno())
@@ -47,25 +51,31 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[st
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint: its tensors and its facts.
+    """Read a checkpoint.
+
+    Returns:
+        Its tensors by name, and its metadata.
 
     Raises:
-        CheckpointError: the file is missing or no checkpoint of ours.
+        CheckpointError: the file is missing or damaged, or another program or an earlier version wrote it.
 
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            facts = (file.metadata() or {}).get("suffice")
-            if facts is None:
-                raise CheckpointError(f"{path} is no checkpoint of a link predictor")
+            header = file.metadata() or {}
+            if _HEADER_KEY not in header:
+                raise CheckpointError(
+                    f"{path} must hold {_HEADER_KEY!r} in its header, got {sorted(header)}. Another program or an "
+                    f"earlier version wrote this file: delete or rename it, and write it again with this version."
+                )
             names: list[str] = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, json.loads(facts)
+            return {name: file.get_tensor(name) for name in names}, json.loads(header[_HEADER_KEY])
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} can't be read as a checkpoint: {error}") from error
+        raise CheckpointError(f"{path} must be a checkpoint in safetensors format, got an error: {error}") from error
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimiser's state as tensors named `optimizer/PARAMETER/NAME`."""
+    """Return the state of an optimizer as tensors named `optimizer/PARAMETER/NAME`."""
     return {
         f"optimizer/{number}/{name}": torch.as_tensor(value)
         for number, state in optimizer.state_dict()["state"].items()
@@ -74,7 +84,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put the tensors of `pack_optimizer` back."""
+    """Load the state that `pack_optimizer` returned into an optimizer, in place."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in select_prefix(tensors, "optimizer").items():
         number, name = key.split("/")
@@ -83,5 +93,5 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
 
 
 def select_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with `prefix/`, without it."""
+    """Return the tensors whose names start with `prefix/`, named without it."""
     return {key[len(prefix) + 1 :]: value for key, value in tensors.items() if key.startswith(prefix + "/")}

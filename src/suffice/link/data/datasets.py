@@ -1,4 +1,4 @@
-"""Graphs by name: built in, through PyG, through OGB, or from a user's file."""
+"""Graphs by name: built-in graphs, data sets of PyG and OGB, or a user's own file."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch_geometric.datasets import Amazon, Coauthor, Planetoid
 
 from suffice.link.data.files import read_graph
 from suffice.link.data.graph import Graph, Split
 from suffice.link.data.synthetic import block_model, digits
+from suffice.link.sparse.adjacency import remove_edges
 
 _BUILT_IN = {"block-model": block_model, "digits": digits}
-_PYG = {
+_PYG = {  # class and folder of each data set
     "Cora": (Planetoid, "planetoid"),
     "CiteSeer": (Planetoid, "planetoid"),
     "PubMed": (Planetoid, "planetoid"),
@@ -23,33 +25,34 @@ _PYG = {
     "Photo": (Amazon, "amazon"),
 }
 _OGB = ("ogbl-collab", "ogbl-ppa")
-NAMES = (*_BUILT_IN, *_PYG, *_OGB)
+DATASET_NAMES = (*_BUILT_IN, *_PYG, *_OGB)
 
 
 def load_graph(name: str, root: str | Path = "data") -> Graph:
-    """Return a graph by its name, or from a user's CSV, Parquet or NPZ file.
+    """Return a graph by name, or from a user's NPZ file.
 
     Args:
-        name: one of `NAMES`, or the path of an NPZ file (see `suffice.link.data.files.read_graph`).
-        root: folder of downloaded data sets, in PyG's layout; nothing is read there for built-in graphs.
+        name: one of `DATASET_NAMES` in any case, or the path of an NPZ file (see `suffice.link.data.files.read_graph`).
+        root: folder of downloaded data sets, in PyG's layout; PyG downloads what is missing. Built-in graphs need none.
 
     Raises:
-        ImportError: an OGB data set is asked for without ogb.
+        ImportError: the package ogb is missing, which an OGB data set needs.
         ValueError: there is no such data set.
 
     """
-    known = {key.lower(): key for key in NAMES}
+    known = {key.lower(): key for key in DATASET_NAMES}
     if name.lower() not in known:
         if Path(name).suffix == ".npz":
             return read_graph(name)
-        raise ValueError(f"name is {name!r}; accepted: {', '.join(NAMES)}, or the path of an NPZ file")
+        raise ValueError(f"name must be one of {', '.join(DATASET_NAMES)}, or the path of an NPZ file, got {name!r}")
     key = known[name.lower()]
     if key in _BUILT_IN:
         return _BUILT_IN[key]()
     if key in _OGB:
         return _load_ogb(key, root)
-    kind, folder = _PYG[key]
-    return Graph.from_data(kind(str(Path(root) / folder), key)[0], key)  # pyright: ignore[reportArgumentType]
+    dataset_class, folder = _PYG[key]
+    dataset = dataset_class(str(Path(root) / folder), key)
+    return Graph.from_data(dataset[0], key)  # pyright: ignore[reportArgumentType]
 
 
 def _load_ogb(name: str, root: str | Path) -> Graph:
@@ -63,8 +66,8 @@ def _load_ogb(name: str, root: str | Path) -> Graph:
 def from_ogb(dataset: Any, name: str) -> Graph:
     """Make a graph of an OGB link data set, with its official split.
 
-    Repeated edges of a part count once, and an edge of an earlier part is left out of the later ones: the
-    same pair can't be both a message and a target.
+    Repeated edges of a part count once. An edge of an earlier part is removed from the later ones, so that no edge is
+    used for message passing and also scored.
 
     Args:
         dataset: what `ogb.linkproppred.PygLinkPropPredDataset` returns.
@@ -72,23 +75,23 @@ def from_ogb(dataset: Any, name: str) -> Graph:
 
     """
     data, parts = dataset[0], dataset.get_edge_split()
+    num_nodes = data.x.size(0)
 
-    def pairs(part: str, kind: str) -> torch.Tensor:
+    def unique_pairs(part: str, kind: str) -> Tensor:
         edges = parts[part][kind].T
         edges = edges[:, edges[0] != edges[1]]
-        ends = torch.stack([edges.min(dim=0).values, edges.max(dim=0).values])
-        return torch.unique(ends, dim=1)
+        return torch.unique(torch.stack([edges.min(dim=0).values, edges.max(dim=0).values]), dim=1)
 
-    train = pairs("train", "edge")
-    validation = _without(pairs("valid", "edge"), train)
-    test = _without(pairs("test", "edge"), torch.cat([train, validation], dim=1))
+    def without(pairs: Tensor, *others: Tensor) -> Tensor:
+        remaining = remove_edges(pairs, torch.cat(others, dim=1), num_nodes)
+        assert isinstance(remaining, Tensor)
+        return remaining
+
+    train = unique_pairs("train", "edge")
+    validation = without(unique_pairs("valid", "edge"), train)
+    test = without(unique_pairs("test", "edge"), train, validation)
     positives = torch.cat([train, validation, test], dim=1)
-    validation_negatives = _without(pairs("valid", "edge_neg"), positives)
-    test_negatives = _without(pairs("test", "edge_neg"), torch.cat([positives, validation_negatives], dim=1))
+    validation_negatives = without(unique_pairs("valid", "edge_neg"), positives)
+    test_negatives = without(unique_pairs("test", "edge_neg"), positives, validation_negatives)
     split = Split(train, validation, test, validation_negatives, test_negatives)
     return Graph(name, data.x.float(), positives, None, split)
-
-
-def _without(edges: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
-    base = int(max(edges.max(), taken.max())) + 1
-    return edges[:, ~torch.isin(edges[0] * base + edges[1], taken[0] * base + taken[1])]

@@ -1,4 +1,4 @@
-"""A user's own graph: an edge list, features and labels in CSV, Parquet or NPZ files."""
+"""Graphs in files: a user's own tables, and graphs that a study saves in its folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from suffice.link.data.checkpoint import load_checkpoint, save_checkpoint, select_prefix
 from suffice.link.data.graph import Graph, Split, check_edges
 
-_ENDINGS = (".csv", ".parquet", ".npz")
+_SUFFIXES = (".csv", ".parquet", ".npz")
 
 
 def read_graph(
@@ -25,44 +25,55 @@ def read_graph(
     *,
     name: str | None = None,
 ) -> Graph:
-    """Read a graph from files.
+    """Read a graph from a user's files.
 
-    CSV and Parquet: the first two columns of `edges` are the ids of its ends, 0 to nodes - 1; `features` has
-    a row for each node; the only column of `labels` is the class of each node, in the order of the ids. One
-    NPZ file may hold all of it in arrays `edges` [edges, 2], `x` [nodes, features] and `y` [nodes].
-
-    An edge list may name every edge once or in both directions, but not some of them twice.
+    In CSV and Parquet files, the first two columns of `edges` are the node ids of each edge, from 0 to nodes - 1;
+    `features` has a row for each node, and `labels` has one column with the class of each node, both in the order of
+    the node ids. An NPZ file holds all of it in arrays `edges` [edges, 2], `x` [nodes, features] and, optionally, `y`
+    [nodes]. An edge list has either each edge once, or both directions of each edge.
 
     Args:
         edges: edge list, or an NPZ file with everything.
         features: features; needed unless `edges` is an NPZ file.
-        labels: classes; without them there is no alignment to measure.
-        name: name in tables; that of the edge file if not given.
+        labels: classes; without them the alignment with classes cannot be measured.
+        name: name in tables; by default that of the file of edges.
 
     Raises:
-        ImportError: Parquet is asked for without pandas and pyarrow.
-        ValueError: a file's ending or content is not accepted; ids out of range, self-loops, duplicates,
-            missing labels.
+        ImportError: the packages pandas and pyarrow are missing, which a Parquet file needs.
+        ValueError: a file has another suffix or wrong content, node ids are out of range, there are self-loops or
+            duplicates, or classes are missing.
 
     """
     path = Path(edges)
-    if _ending(path) == ".npz":
+    if _check_suffix(path) == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
-            missing = {"edges", "x"} - set(arrays.files)
-            if missing:
-                raise ValueError(f"{path} lacks {sorted(missing)}; accepted: arrays edges, x and perhaps y")
+            if missing := {"edges", "x"} - set(arrays.files):
+                raise ValueError(
+                    f"{path} must hold arrays edges, x and, optionally, y, got {arrays.files} without {sorted(missing)}"
+                )
             pairs, x = arrays["edges"], arrays["x"]
             y = arrays["y"] if "y" in arrays.files else None
     else:
         if features is None:
-            raise ValueError(f"features is not given for {path}; accepted: a file with a row for each node")
-        pairs, x = _read(path)[:, :2], _read(Path(features))
-        y = None if labels is None else _read(Path(labels))[:, 0]
-    return _graph(name or path.stem, pairs, x, y)
+            raise ValueError(f"features must be a file with a row for each node of {path}, got None")
+        pairs, x = _read_table(path)[:, :2], _read_table(Path(features))
+        y = None if labels is None else _read_table(Path(labels))[:, 0]
+    return _graph_from_arrays(name or path.stem, pairs, x, y)
 
 
 def save_graph(graph: Graph, folder: str | Path) -> str:
-    """Write a graph unless it is there, and return its path within the folder."""
+    """Write a graph to a file whose name has a digest of its content, unless the file exists.
+
+    Worker processes of a study read graphs from these files.
+
+    Args:
+        graph: the graph.
+        folder: folder of the study.
+
+    Returns:
+        The path of the file, relative to the folder.
+
+    """
     tensors: dict[str, Tensor] = {"x": graph.x, "edges": graph.edges}
     if graph.y is not None:
         tensors["y"] = graph.y
@@ -72,60 +83,62 @@ def save_graph(graph: Graph, folder: str | Path) -> str:
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    place = f"inputs/{''.join(c if c.isalnum() else '-' for c in graph.name)}-{digest.hexdigest()[:12]}.safetensors"
-    if not (Path(folder) / place).exists():
-        save_checkpoint(Path(folder) / place, tensors, {"name": graph.name})
-    return place
+    stem = "".join(c if c.isalnum() else "-" for c in graph.name)
+    file = f"inputs/{stem}-{digest.hexdigest()[:12]}.safetensors"
+    if not (Path(folder) / file).exists():
+        save_checkpoint(Path(folder) / file, tensors, {"name": graph.name})
+    return file
 
 
 @lru_cache(maxsize=2)
 def read_saved_graph(path: Path) -> Graph:
-    """Read what `save_graph` wrote; the last ones are kept, since the runs of a study share them.
+    """Read a graph that `save_graph` wrote; the last graphs are cached, because the runs of a study share them.
 
     Raises:
-        CheckpointError: the file is missing or no graph of ours.
+        CheckpointError: the file is missing or damaged, or another program or an earlier version wrote it.
 
     """
-    tensors, facts = load_checkpoint(path)
-    official = select_prefix(tensors, "official")
-    return Graph(
-        str(facts["name"]), tensors["x"], tensors["edges"], tensors.get("y"), Split(**official) if official else None
-    )
+    tensors, metadata = load_checkpoint(path)
+    split = select_prefix(tensors, "official")
+    official_split = Split(**split) if split else None
+    return Graph(str(metadata["name"]), tensors["x"], tensors["edges"], tensors.get("y"), official_split)
 
 
-def _graph(name: str, pairs: NDArray[Any], x: NDArray[Any], y: NDArray[Any] | None) -> Graph:
+def _graph_from_arrays(name: str, pairs: NDArray[Any], x: NDArray[Any], y: NDArray[Any] | None) -> Graph:
     if pairs.ndim != 2 or pairs.shape[1] != 2:
-        raise ValueError(f"edges has shape {pairs.shape}; accepted: [edges, 2]")
+        raise ValueError(f"edges must have shape [edges, 2], got {pairs.shape}")
     if x.ndim != 2 or not np.isfinite(x.astype(np.float64)).all():
-        raise ValueError(f"features of shape {x.shape} hold NaN or are no table; accepted: finite numbers")
+        raise ValueError(
+            f"features must be a table of finite numbers, got shape {x.shape} or values that are not finite"
+        )
     if not np.equal(np.mod(pairs, 1), 0).all():
-        raise ValueError("edges hold ids that are no whole numbers; accepted: 0 to nodes - 1")
+        raise ValueError("edges must hold node ids that are integers from 0 to nodes - 1, got fractions")
     edges = torch.from_numpy(pairs.astype(np.int64)).T.contiguous()
     classes = None
     if y is not None:
         if len(y) != len(x):
-            raise ValueError(f"labels hold {len(y)} rows, {len(x) - len(y)} missing; accepted: {len(x)}")
-        absent = _absent(y)
-        if absent.any():
+            raise ValueError(f"labels must have {len(x)} rows, one for each node, got {len(y)}")
+        is_missing = _is_missing(y)
+        if is_missing.any():
             raise ValueError(
-                f"labels are missing for {int(absent.sum())} nodes (the first is {int(absent.argmax())}); "
-                "accepted: a class for each node"
+                f"labels must hold a class for each node, got none for {int(is_missing.sum())} nodes, "
+                f"the first is {int(is_missing.argmax())}"
             )
         classes = torch.from_numpy(np.unique(y, return_inverse=True)[1]).long()
-    return Graph(name, torch.from_numpy(x.astype(np.float32)), _once(edges, len(x)), classes)
+    return Graph(name, torch.from_numpy(x.astype(np.float32)), _undirected_once(edges, len(x)), classes)
 
 
-def _once(edges: Tensor, nodes: int) -> Tensor:
-    """Return each undirected edge once if the list holds both directions of all of them."""
+def _undirected_once(edges: Tensor, num_nodes: int) -> Tensor:
+    """Return each undirected edge once, the smaller node id first; the list may hold both directions of all edges."""
     up, down = edges[:, edges[0] < edges[1]], edges[:, edges[0] > edges[1]].flip(0)
-    symmetric = up.size(1) == down.size(1) == edges.size(1) / 2
-    if symmetric and torch.equal(torch.unique(up, dim=1), torch.unique(down, dim=1)):
+    has_both_directions = up.size(1) == down.size(1) == edges.size(1) / 2
+    if has_both_directions and torch.equal(torch.unique(up, dim=1), torch.unique(down, dim=1)):
         return up
-    check_edges(edges, nodes)
+    check_edges(edges, num_nodes)
     return torch.stack([edges.min(dim=0).values, edges.max(dim=0).values])
 
 
-def _absent(y: NDArray[Any]) -> NDArray[np.bool_]:
+def _is_missing(y: NDArray[Any]) -> NDArray[np.bool_]:
     if y.dtype.kind in "fc":
         return np.isnan(y)
     if y.dtype.kind in "iu":
@@ -133,43 +146,43 @@ def _absent(y: NDArray[Any]) -> NDArray[np.bool_]:
     return np.array([value is None or value != value or value == "" for value in y.tolist()], dtype=bool)
 
 
-def _read(path: Path) -> NDArray[Any]:
-    if _ending(path) == ".npz":
-        raise ValueError(f"{path} is an NPZ file; accepted here: CSV or Parquet, or one NPZ with everything")
+def _read_table(path: Path) -> NDArray[Any]:
+    if _check_suffix(path) == ".npz":
+        raise ValueError(f"{path} must be a CSV or Parquet file, unless one NPZ file with everything is given")
     if path.suffix == ".parquet":
         try:
             import pandas as pd
 
             table = pd.read_parquet(path).to_numpy()
         except ImportError as error:
-            raise ImportError(f"{path} needs pandas and pyarrow: pip install pandas pyarrow") from error
+            raise ImportError(f"{path} needs the packages pandas and pyarrow: pip install pandas pyarrow") from error
     else:
         table = _read_csv(path)
     if table.ndim != 2 or 0 in table.shape:
-        raise ValueError(f"{path} holds no rows; accepted: a table")
+        raise ValueError(f"{path} must hold a table with at least one row and column, got shape {table.shape}")
     return table
 
 
 def _read_csv(path: Path) -> NDArray[Any]:
     rows = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines() if line]
     if not rows:
-        raise ValueError(f"{path} is empty; accepted: a table")
+        raise ValueError(f"{path} must hold a table, got an empty file")
     if len({len(row) for row in rows}) > 1:
-        raise ValueError(f"{path} has rows of different lengths; accepted: comma-separated values")
+        raise ValueError(f"{path} must have comma-separated rows of one length, got several lengths")
     table = np.array([[cell.strip() for cell in row] for row in rows])
-    for start in (0, 1):  # a first line that is no number is a header
+    for start in (0, 1):  # a first line that is not numeric is a header
         try:
             return table[start:].astype(np.float64)
         except ValueError:
             continue
     if table.shape[1] == 1:
         return table[1:].astype(object)
-    raise ValueError(f"{path} holds cells that are no numbers; accepted: numbers below at most one header")
+    raise ValueError(f"{path} must hold numbers below at most one header line, got other cells")
 
 
-def _ending(path: Path) -> str:
-    if path.suffix not in _ENDINGS:
-        raise ValueError(f"{path} ends in {path.suffix!r}; accepted: {', '.join(_ENDINGS)}")
+def _check_suffix(path: Path) -> str:
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f"{path} must be a file with one of the suffixes {', '.join(_SUFFIXES)}, got {path.suffix!r}")
     if not path.exists():
-        raise ValueError(f"{path} does not exist; accepted: a file")
+        raise ValueError(f"{path} must be an existing file")
     return path.suffix

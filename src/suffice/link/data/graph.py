@@ -20,12 +20,12 @@ class Graph:
     Args:
         name: name in tables.
         x: features, float32 [nodes, features].
-        edges: each edge once, the smaller id first, long [2, edges].
-        y: class of each node, long [nodes]; None if the data set has none.
-        official_split: split that comes with the data set, if one does.
+        edges: each edge once, the smaller node id first, long [2, edges].
+        y: class of each node, long [nodes]; None if the data set has no classes.
+        official_split: the split that comes with the data set; None if there is none.
 
     Raises:
-        ValueError: ids out of range, self-loops, duplicates, or labels that don't fit the nodes.
+        ValueError: a node id is out of range, there are self-loops or duplicates, or `y` does not fit the nodes.
 
     """
 
@@ -38,7 +38,9 @@ class Graph:
     def __post_init__(self) -> None:
         check_edges(self.edges, self.num_nodes)
         if self.y is not None and self.y.shape != (self.num_nodes,):
-            raise ValueError(f"y has shape {tuple(self.y.shape)}; accepted: ({self.num_nodes},), one a node")
+            raise ValueError(
+                f"y must have shape ({self.num_nodes},), one class for each node, got {tuple(self.y.shape)}"
+            )
 
     @property
     def num_nodes(self) -> int:
@@ -47,21 +49,26 @@ class Graph:
 
     @property
     def classes(self) -> Tensor:
-        """Class of each node.
+        """Class of each node, long [nodes].
 
         Raises:
-            ValueError: the data set has no labels.
+            ValueError: the data set has no classes.
 
         """
         if self.y is None:
-            raise ValueError(f"y of {self.name} is missing; accepted: a class for each node")
+            raise ValueError(f"y must be the class of each node of {self.name}, got None")
         return self.y
 
     @classmethod
     def from_data(cls, data: Data, name: str) -> Graph:
-        """Make a graph from PyG's `Data`: undirected, without self-loops or repeated edges."""
+        """Make a graph from PyG's `Data`: made undirected, without self-loops and repeated edges.
+
+        Raises:
+            ValueError: `data` has no edges or no features.
+
+        """
         if data.edge_index is None or data.x is None:
-            raise ValueError(f"{name} lacks edge_index or x; accepted: Data with both")
+            raise ValueError(f"data must have edge_index and x, got {sorted(data.to_dict())} for {name}")
         edges = to_undirected(data.edge_index, num_nodes=data.num_nodes)
         y = data.y if isinstance(data.y, Tensor) and data.y.ndim == 1 else None
         return cls(name, data.x.float(), edges[:, edges[0] < edges[1]], None if y is None else y.long())
@@ -73,17 +80,17 @@ class Graph:
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """How a graph is split and what a model may see; part of every result.
+    """How a graph is split and which edges a model may see; recorded with every result.
 
     Args:
-        validation: share of the edges for validation.
-        test: share of the edges for the test.
+        validation: fraction of the edges for validation.
+        test: fraction of the edges for the test.
         largest_component: keep only the largest connected component.
-        validation_edges_at_test: let messages pass over validation edges when test edges are scored.
-        negatives: validation and test negatives for each positive.
+        validation_edges_at_test: use validation edges for message passing when test edges are scored.
+        negatives: number of validation and test negatives for each positive.
 
     Raises:
-        ValueError: a share is not above 0, or they leave nothing to train on.
+        ValueError: a fraction is not above 0, they leave no edges for training, or `negatives` is not above 0.
 
     """
 
@@ -96,36 +103,53 @@ class SplitConfig:
     def __post_init__(self) -> None:
         if self.validation <= 0 or self.test <= 0 or self.validation + self.test >= 1:
             raise ValueError(
-                f"validation, test are {self.validation}, {self.test}; accepted: above 0, together below 1"
+                f"validation and test must be above 0 and below 1 together, got {self.validation} and {self.test}"
             )
         if self.negatives <= 0:
-            raise ValueError(f"negatives is {self.negatives}; accepted: above 0")
+            raise ValueError(f"negatives must be above 0, got {self.negatives}")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Edges of a split, each positive once; negatives of validation and test are fixed and disjoint."""
+    """The edges of a split: every positive is in one part, and validation and test share no negatives.
 
-    train: Tensor  # long [2, train]
+    Args:
+        train: positives for training, long [2, edges].
+        validation: positives for validation, long [2, edges].
+        test: positives for the test, long [2, edges].
+        validation_negatives: pairs without an edge for validation, long [2, pairs].
+        test_negatives: pairs without an edge for the test, long [2, pairs].
+
+    Raises:
+        ValueError: a part is empty.
+
+    """
+
+    train: Tensor
     validation: Tensor
     test: Tensor
     validation_negatives: Tensor
     test_negatives: Tensor
 
     def __post_init__(self) -> None:
-        for name in ("train", "validation", "test", "validation_negatives", "test_negatives"):
+        for name in self.__dataclass_fields__:
             if getattr(self, name).size(1) == 0:
-                raise ValueError(f"{name} holds no edge; accepted: at least one in every part of a split")
+                raise ValueError(f"{name} must hold at least one edge, got none")
 
     @property
     def known(self) -> Tensor:
-        """What must never be drawn as a training negative: all edges, and the negatives of other parts."""
+        """All edges and all held-out negatives: what must not be drawn as a training negative, long [2, pairs]."""
         return torch.cat(
             [self.train, self.validation, self.test, self.validation_negatives, self.test_negatives], dim=1
         )
 
     def message_edges(self, *, validation: bool = False) -> Tensor:
-        """Return the edges that messages pass over, both directions one after the other: long [2, 2·edges]."""
+        """Return the edges for message passing: one direction of all, then the other, long [2, 2·edges].
+
+        Args:
+            validation: whether validation edges are among them.
+
+        """
         edges = torch.cat([self.train, self.validation], dim=1) if validation else self.train
         return torch.cat([edges, edges.flip(0)], dim=1)
 
@@ -134,39 +158,39 @@ class Split:
         return Split(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
 
 
-def prepare_graph(graph: Graph, protocol: SplitConfig) -> Graph:
-    """Return the graph that the protocol works on: all of it, or its largest component."""
-    if not protocol.largest_component:
+def prepare_graph(graph: Graph, config: SplitConfig) -> Graph:
+    """Return the graph that `config` asks for: all of it, or its largest connected component."""
+    if not config.largest_component:
         return graph
     data = LargestConnectedComponents()(graph.to_data())
     return replace(Graph.from_data(data, graph.name), official_split=None)
 
 
-def split_edges(graph: Graph, protocol: SplitConfig, seed: int) -> Split:
-    """Split the edges (PyG's `RandomLinkSplit`) and draw negatives that no two parts share.
+def split_edges(graph: Graph, config: SplitConfig, seed: int) -> Split:
+    """Split the edges by PyG's `RandomLinkSplit`, and draw negatives that no two parts share.
 
-    A split that comes with the data set is taken as it is.
+    The official split of a data set is returned as it is.
 
     Args:
-        graph: already prepared for the protocol.
-        protocol: shares and negatives.
-        seed: the same seed gives the same split; no global generator is moved.
+        graph: as `prepare_graph` returned it.
+        config: fractions and number of negatives.
+        seed: decides the split; global random generators are left as they were.
 
     Raises:
-        ValueError: a part would hold no edge, or there are too few negatives.
+        ValueError: a part would be empty, or there are too few pairs without an edge.
 
     """
     if graph.official_split is not None:
         return graph.official_split
     for name in ("validation", "test"):
-        if int(getattr(protocol, name) * graph.edges.size(1)) < 1:
+        if int(getattr(config, name) * graph.edges.size(1)) < 1:
             raise ValueError(
-                f"{name} is {getattr(protocol, name)} of {graph.edges.size(1)} edges, an empty split; "
-                "accepted: a share of at least one edge"
+                f"{name} must be a fraction of at least one of the {graph.edges.size(1)} edges, "
+                f"got {getattr(config, name)}"
             )
     transform = RandomLinkSplit(
-        protocol.validation,
-        protocol.test,
+        config.validation,
+        config.test,
         is_undirected=True,
         split_labels=True,
         add_negative_train_samples=False,
@@ -176,33 +200,33 @@ def split_edges(graph: Graph, protocol: SplitConfig, seed: int) -> Split:
         torch.manual_seed(seed)
         parts = transform(Data(edge_index=to_undirected(graph.edges), num_nodes=graph.num_nodes))
     train, validation, test = (part.pos_edge_label_index for part in parts)
-    count = [max(1, round(part.size(1) * protocol.negatives)) for part in (validation, test)]
-    # One draw for both parts: its pairs are distinct, so that the parts share none (PyG issue 10706).
-    negatives = draw_negatives(graph.edges, graph.num_nodes, sum(count), seed)
-    negatives = negatives[:, torch.randperm(sum(count), generator=torch.Generator().manual_seed(seed))]
-    return Split(train, validation, test, negatives[:, : count[0]], negatives[:, count[0] :])
+    counts = [max(1, round(part.size(1) * config.negatives)) for part in (validation, test)]
+    # One draw for both parts, whose pairs are distinct: RandomLinkSplit can repeat negatives (PyG issue 10706).
+    negatives = draw_negatives(graph.edges, graph.num_nodes, sum(counts), seed)
+    negatives = negatives[:, torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed))]
+    return Split(train, validation, test, negatives[:, : counts[0]], negatives[:, counts[0] :])
 
 
 def check_edges(edges: Tensor, num_nodes: int) -> None:
-    """Raise unless every edge is there once, joins two different nodes, and its ids are in range.
+    """Raise unless edges [2, edges] are distinct, join two different nodes, and have node ids in range.
 
     Raises:
         ValueError: what is wrong, how often, and the first case.
 
     """
     if edges.ndim != 2 or edges.size(0) != 2 or edges.size(1) == 0:
-        raise ValueError(f"edges has shape {tuple(edges.shape)}; accepted: [2, edges] with at least one edge")
+        raise ValueError(f"edges must have shape [2, edges] with at least one edge, got {tuple(edges.shape)}")
 
-    def refuse(bad: Tensor, what: str) -> None:
-        if bool(bad.any()):
-            first = tuple(edges[:, int(bad.nonzero()[0])].tolist())
-            raise ValueError(f"edges hold {int(bad.sum())} {what} (the first is {first})")
+    def refuse(is_wrong: Tensor, accepted: str, found: str) -> None:
+        if bool(is_wrong.any()):
+            first = tuple(edges[:, int(is_wrong.nonzero()[0])].tolist())
+            raise ValueError(f"edges must {accepted}, got {int(is_wrong.sum())} {found}, the first is {first}")
 
-    outside = (edges < 0) | (edges >= num_nodes)
-    refuse(outside.any(dim=0), f"with ids out of range; accepted: 0 to {num_nodes - 1}")
-    refuse(edges[0] == edges[1], "self-loops; accepted: edges between two different nodes")
+    out_of_range = ((edges < 0) | (edges >= num_nodes)).any(dim=0)
+    refuse(out_of_range, f"have node ids from 0 to {num_nodes - 1}", "out of range")
+    refuse(edges[0] == edges[1], "join two different nodes", "self-loops")
     keys = edges.min(dim=0).values * num_nodes + edges.max(dim=0).values
     order = keys.argsort(stable=True)
-    again = torch.zeros_like(keys, dtype=torch.bool)
-    again[order[1:]] = keys[order[1:]] == keys[order[:-1]]
-    refuse(again, "duplicates; accepted: every undirected edge once")
+    is_repeated = torch.zeros_like(keys, dtype=torch.bool)
+    is_repeated[order[1:]] = keys[order[1:]] == keys[order[:-1]]
+    refuse(is_repeated, "be listed once each", "duplicates")

@@ -99,7 +99,7 @@ def check(settings: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: which setting, and what is accepted.
 
     """
-    from suffice.link.data.datasets import NAMES
+    from suffice.link.data.datasets import DATASET_NAMES
 
     if given := settings["model"].keys() & set(_OF_ARM):
         raise ValueError(f"model must leave {', '.join(sorted(given))} to the arm, got {settings['model']!r}")
@@ -114,8 +114,10 @@ def check(settings: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"data is {str(file)!r}, which is no file")
         digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
         return {**settings, "digest": digest.hexdigest()[:16]}
-    if data.suffix != ".safetensors" and settings["data"].lower() not in map(str.lower, NAMES):
-        raise ValueError(f"data is {settings['data']!r}; accepted: {', '.join(NAMES)}, or a CSV, Parquet or NPZ file")
+    if data.suffix != ".safetensors" and settings["data"].lower() not in map(str.lower, DATASET_NAMES):
+        raise ValueError(
+            f"data is {settings['data']!r}; accepted: {', '.join(DATASET_NAMES)}, or a CSV, Parquet or NPZ file"
+        )
     return {**settings, "digest": ""}
 
 
