@@ -140,7 +140,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path, graph, parts):
     with pytest.raises(files.CheckpointError, match="was made with settings"):
         fit(SMALL.build(16), graph, parts, replace(QUICK, epochs=2), checkpoint=path)
     path.write_bytes(b"half")
-    with pytest.raises(files.CheckpointError, match="can't be read"):
+    with pytest.raises(files.CheckpointError, match="must be a checkpoint in safetensors format"):
         files.load_checkpoint(path)
 
 
