@@ -65,16 +65,6 @@ def run_samples(
         retry_failed=True,
         on_progress=options.on_progress,
     )
-    return read_records(folder, name)
-
-
-def read_records(folder: str | Path, name: str) -> list[Record]:
-    """Return the records of a study whose samples are all done.
-
-    Raises:
-        SufficeError: a sample is missing or failed.
-
-    """
     with Store(folder, read_only=True) as store:
         records = list(store.records(name))
     if unfinished := [record for record in records if record.state != "done"]:

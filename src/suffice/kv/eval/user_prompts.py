@@ -97,6 +97,7 @@ def answer_with_full_cache(
         ValueError: prompt and answer do not fit into the model's context window, or the answer is empty.
 
     """
+    # Imported here: reading prompts does not need transformers, which takes seconds to import.
     from suffice.kv.eval.answer import answer
 
     full, _ = answer(
