@@ -19,6 +19,7 @@ from suffice.kv.eval.run_options import RunOptions
 from suffice.kv.eval.tasks import make_example
 from suffice.kv.eval.tune import tune
 from suffice.kv.eval.user_prompts import UserPrompt, read_user_prompts
+from suffice.kv.hf.loading import ModelSource
 from suffice.study.results import Group
 from tests.kv.tiny import TOKENS, build, tokenizer
 
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
     return str(place)
 
 
-def small(place, **more):
+def small_comparison(model, **more):
     tasks = (("text", "continuation"), ("multikey", "agnostic"))
     return compare(
         **{
@@ -47,14 +48,14 @@ def small(place, **more):
             "tasks": tasks,
             "tokens": 300,
             "samples": 2,
-            "model": place,
+            "model": model,
             **more,
         }
     )
 
 
 def test_comparison_equals_evaluate_on_each_sample(folder, tmp_path):
-    found = small(folder, run=RunOptions(tmp_path))
+    found = small_comparison(folder, run=RunOptions(tmp_path))
     assert found.methods == ["capkv", "capkv/adakv", "h2o", "h2o/adakv"]
     assert found.conditions == [
         (t, m, b) for t, m in (("text", "continuation"), ("multikey", "agnostic")) for b in (0.5, 40)
@@ -68,34 +69,36 @@ def test_comparison_equals_evaluate_on_each_sample(folder, tmp_path):
             own = found.group(name, ("multikey", "agnostic", budget))
             for metric in ("kl", "score", "bytes_kept", "capacity_retained"):
                 assert own.values[metric][seed] == pytest.approx(row[metric], abs=1e-4)
-    again = small(folder, run=RunOptions(tmp_path))
+    again = small_comparison(ModelSource(folder), run=RunOptions(tmp_path))
     assert again.rows() == found.rows()
     assert found.to_dict()["mean_rank"] == found.mean_ranks()
 
 
 def test_finished_samples_are_not_measured_again(folder, tmp_path, monkeypatch):
-    small(folder, run=RunOptions(tmp_path), samples=1)
+    small_comparison(folder, run=RunOptions(tmp_path), samples=1)
     monkeypatch.setattr("suffice.kv.eval.samples.evaluate", lambda *_, **__: pytest.fail("measured again"))
-    small(folder, run=RunOptions(tmp_path), samples=1)
+    small_comparison(folder, run=RunOptions(tmp_path), samples=1)
 
 
-def group_of(policy, mode, budget, values, **more):
+def make_group(policy, mode, budget, values, **more):
     settings = {"task": "multikey", "mode": mode, "policy": policy, "allocation": "own", "budget": budget}
     return Group(settings, {"kl": dict(enumerate(values)), **{k: dict(enumerate(v)) for k, v in more.items()}})
 
 
 def test_mean_ranks_losses_and_capacity_correlations():
     groups = [
-        group_of("a", "aware", 0.5, [0.1, 0.2, 0.3], capacity_retained=[0.9] * 3),
-        group_of("b", "aware", 0.5, [0.3, 0.4, 0.5], capacity_retained=[0.8] * 3),
-        group_of("c", "aware", 0.5, [0.6, 0.5, 0.9], capacity_retained=[0.7] * 3),
-        group_of("a", "agnostic", 0.5, [0.5, 0.6, 0.7]),
-        group_of("b", "agnostic", 0.5, [0.4, 0.5, 0.61]),
-        group_of("c", "agnostic", 0.5, [1.0, 2.0, 3.0]),
-        group_of("full", "aware", 1.0, [0.0] * 3),
+        make_group("a", "aware", 0.5, [0.1, 0.2, 0.3], capacity_retained=[0.9] * 3),
+        make_group("b", "aware", 0.5, [0.3, 0.4, 0.5], capacity_retained=[0.8] * 3),
+        make_group("c", "aware", 0.5, [0.6, 0.5, 0.9], capacity_retained=[0.7] * 3),
+        make_group("a", "agnostic", 0.5, [0.5, 0.6, 0.7]),
+        make_group("b", "agnostic", 0.5, [0.4, 0.5, 0.61]),
+        make_group("c", "agnostic", 0.5, [1.0, 2.0, 3.0]),
+        make_group("full", "aware", 1.0, [0.0] * 3),
     ]
     found = Comparison({}, groups)
     assert found.mean_ranks() == {"a": 1.5, "b": 1.5, "c": 3.0}
+    tied = [make_group(policy, "aware", 0.5, [kl]) for policy, kl in (("a", 5.0), ("b", 1.0), ("c", 5.0))]
+    assert Comparison({}, tied).mean_ranks() == {"b": 1.0, "a": 2.5, "c": 2.5}
     (loss,) = found.losses("a")
     assert (loss["method"], loss["mode"]) == ("b", "agnostic")
     half = student.ppf(0.975, 2) * (1 / 3e4) ** 0.5 / 3**0.5
@@ -193,7 +196,7 @@ def test_tune_rejects_a_single_prompt_and_missing_questions():
 )
 def test_compare_rejects_invalid_arguments_before_any_work(changes, words):
     with pytest.raises(ValueError, match=words):
-        small("/nowhere", **changes)
+        small_comparison("/nowhere", **changes)
 
 
 def test_a_prompt_longer_than_the_window_fails_alone(folder, tmp_path):
