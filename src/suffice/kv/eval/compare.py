@@ -121,7 +121,7 @@ class Comparison:
     def capacity_correlations(self) -> list[dict[str, Any]]:
         """Return Spearman's correlation over methods of retained capacity and KL for each condition.
 
-        It is negative where methods that retain more of the capacity stay closer to the full cache. Conditions with
+        It is negative where methods that keep more of the capacity stay closer to the full cache. Conditions with
         fewer than three methods whose capacity was measured are left out.
         """
         rows: list[dict[str, Any]] = []
