@@ -1,9 +1,10 @@
-"""The models written directly in scipy and PyG, as their authors' loops run them: what `link_models.py` compares with.
+"""Direct implementations of the models in scipy and PyG, which `link_models.py` compares our models with.
 
-Each class trains one batch of positives and negatives with `step` and nothing is shared with `suffice.link.models`:
-adjacency matrices of scipy, `torch.sparse` products, `torch_geometric.utils.scatter` for sketches, torch's dropout,
-one forward for positives and one for negatives where the authors do so. The batch's positives are masked from the
-graph for NCN, NCNC, Neo-GNN and ELPH, as in ours; BUDDY's sketches and features keep them, as its authors'.
+The classes share no code with `suffice.link.models`. Like the authors' code they use scipy's adjacency matrices,
+`torch.sparse` products, `torch_geometric.utils.scatter` for sketches and torch's dropout, and score positives and
+negatives in two passes where the authors do. `step` returns the loss of one batch. The positives of the batch are
+removed from the graph for NCN, NCNC, Neo-GNN and ELPH, as in our models; BUDDY's sketches and features keep them, as
+in its authors' code.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def to_torch(matrix: sp.csr_matrix) -> Tensor:
 
 
 class DirectNCN(nn.Module):
-    """NCN: A[i] ∘ A[j] by scipy, summed by a sparse product."""
+    """NCN: common neighbors A[i] ∘ A[j] by scipy, summed by a sparse product."""
 
     def __init__(self, features: int, hidden: int, dropout: float, inner: float, outer: float) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ class DirectNCN(nn.Module):
 
 
 class DirectNCNC(DirectNCN):
-    """NCNC: every residual neighbour scored by NCN, without gradients, with its dropout, as its authors do."""
+    """NCNC: residual neighbors scored by NCN without gradients but with dropout, as its authors do."""
 
     completion = (1.0, 4.3, 2.8, 0.75)
 
@@ -100,7 +101,7 @@ class DirectNCNC(DirectNCN):
 
 
 class DirectNeoGNN(nn.Module):
-    """Neo-GNN: A² by scipy for every batch's masked graph, rows multiplied by scipy."""
+    """Neo-GNN: A² of the graph without the batch's positives, and products of its rows, by scipy."""
 
     def __init__(self, features: int, hidden: int, layers: int) -> None:
         super().__init__()
@@ -143,7 +144,7 @@ class DirectNeoGNN(nn.Module):
 
 
 class Tables:
-    """64-bit MinHash and 8-bit HyperLogLog by scatter, with self-loops, every hop over all edges."""
+    """MinHash of 64 bits and HyperLogLog of 8 bits, by a scatter over all edges and self-loops for each hop."""
 
     def __init__(self, nodes: int, edges: Tensor) -> None:
         rng = np.random.RandomState(1)
@@ -189,7 +190,7 @@ class Tables:
 
 
 class Head(nn.Module):
-    """The predictor of both sketch models."""
+    """The decoder of ELPH and BUDDY."""
 
     def __init__(self, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -198,15 +199,15 @@ class Head(nn.Module):
         self.last = nn.Linear(8 + hidden, 1)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, counts: Tensor, ends: Tensor) -> Tensor:
+    def forward(self, counts: Tensor, node_features: Tensor) -> Tensor:
         counts = self.dropout(torch.relu(self.count_norm(self.counts(counts))))
-        product = ends[:, 0, :] * ends[:, 1, :]
+        product = node_features[:, 0, :] * node_features[:, 1, :]
         product = self.dropout(torch.relu(self.product_norm(self.product(product))))
         return self.last(torch.cat([counts, product], dim=1)).squeeze(-1)
 
 
 class DirectELPH(nn.Module):
-    """ELPH: sketches propagated anew for every batch."""
+    """ELPH: sketches are computed again for every batch."""
 
     def __init__(self, features: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -228,7 +229,7 @@ class DirectELPH(nn.Module):
 
 
 class DirectBUDDY(nn.Module):
-    """BUDDY: counts of all links made before training, features gathered and mapped for both ends of every pair."""
+    """BUDDY: counts are computed before training; the features of both nodes of every pair are gathered and mapped."""
 
     def __init__(self, features: int, hidden: int, dropout: float) -> None:
         super().__init__()

@@ -1,13 +1,14 @@
-"""Epoch, preprocessing and evaluation time of the models, beside direct scipy and PyG code, and growth with the graph.
+"""Time of epochs, preprocessing and evaluation of the models, compared with direct code, and growth with the graph.
 
     python benchmarks/link_models.py [--data Photo --root DATA_FOLDER] [--batches 6] [--threads 1] [--json FILE]
 
-The authors' own code needs compiled companions of PyG that don't install everywhere, so what is compared with is
-`link_direct.py`: the same mathematics written directly. Both train the same batches, alternating in one process, with
-the authors' settings (`preset`), on a 70/10/20 split; an epoch is the median step, times the steps that a pass over
-the positives takes. Ours draws fresh negatives and takes every positive's own edge off sketches and features, which
-the direct BUDDY doesn't. Times are seconds of processor time, since machines are shared. Growth: block models of
-degree 8, a batch of a fiftieth of the edges, each in a process of its own. Last line: one JSON object.
+The authors' own code needs compiled companion packages of PyG, which do not install everywhere. We therefore compare
+with `link_direct.py`, which implements the same mathematics directly in scipy and PyG. Both train on the same batches,
+alternating in one process, with the authors' settings (`preset`) on a 70/10/20 split. The time of an epoch is the
+median time of a step, times the number of steps of one pass over the positives. Our code draws fresh negatives and
+removes the edge of each positive from sketches and features, which the direct BUDDY does not. Times are seconds of
+processor time, because machines are shared. Growth is measured on block models of degree 8 with batches of 1/50 of the
+edges, each in its own process. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ from suffice.link.train.allocator import reuse_large_blocks
 from suffice.link.train.trainer import TrainSettings, adam, features, message_edges, step_loss
 
 MODELS = ("neognn", "elph", "ncn", "ncnc", "buddy")
-SIZES = (10_000, 100_000, 1_000_000)  # edges
-# Seconds an epoch that the authors' code took, one thread of a two-core machine (not this run).
+SIZES = (10_000, 100_000, 1_000_000)  # numbers of edges
+# Seconds per epoch of the authors' code, measured separately on one thread of a machine with two cores.
 TABLE = {
     "Photo": {"buddy": 20.6, "elph": 845.0, "ncn": 37.0, "ncnc": 219.0, "neognn": 605.0},
     "CS": {"buddy": 55.0, "ncn": 154.0},
@@ -51,23 +52,23 @@ TABLE = {
 
 
 def authors(name: str, data: str) -> Preset:
-    """Return the authors' settings; Neo-GNN's with their three layers."""
+    """Return the authors' settings; for Neo-GNN with their three layers."""
     found = preset(name, data)
     return found._replace(model=replace(found.model, layers=3)) if name == "neognn" else found
 
 
 class Ours:
-    """One of our models, its optimiser, and the trainer's step."""
+    """One of our models, its optimizer, and the step of the trainer."""
 
     def __init__(self, settings: ModelSettings, rate: float, graph: Graph, parts: Split) -> None:
         self.model: LinkPredictor = settings.build(graph.x.size(1)).train()
         self.x = features(graph, self.model)
         self.parts = parts
-        self.messages = as_adjacency(message_edges(self.model, parts, graph.num_nodes), graph.num_nodes)
+        self.adjacency = as_adjacency(message_edges(self.model, parts, graph.num_nodes), graph.num_nodes)
         self.optimizer = adam(self.model, TrainSettings(learning_rate=rate))
 
     def step(self, batch: EdgeBatch) -> None:
-        rest = remove_edges(self.messages, self.parts.train[:, batch.index], self.x.size(0))
+        rest = remove_edges(self.adjacency, self.parts.train[:, batch.index], self.x.size(0))
         scores = self.model.training_logits(self.x, rest, batch.pairs)
         torch.autograd.backward(torch.stack([step_loss(part, batch) for part in scores]).sum())
         self.optimizer.step()
@@ -75,7 +76,7 @@ class Ours:
 
 
 class Theirs:
-    """The direct version of a model, its optimiser, and a step as its authors write it."""
+    """The direct implementation of a model, its optimizer, and a training step as its authors write it."""
 
     def __init__(self, name: str, settings: ModelSettings, rate: float, graph: Graph, parts: Split) -> None:
         self.model = direct_model(name, settings, graph.x.size(1)).train()
@@ -83,12 +84,12 @@ class Theirs:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=rate)
         self.smooth, self.tables = None, None
         if name == "buddy":
-            # What its authors make before training; `preprocessing` times it.
+            # The authors compute this before training; `preprocessing` measures its time.
             self.smooth = direct.smooth_features(graph.x, parts.train)
             self.tables = direct.Tables(graph.num_nodes, parts.train)
 
     def counts(self, pairs: Tensor) -> Tensor | None:
-        """Return what BUDDY counts of pairs before training."""
+        """Return the counts of pairs that BUDDY computes before training; None for the other models."""
         return None if self.tables is None else self.tables.features(pairs)
 
     def step(self, batch: EdgeBatch, counts: Tensor | None) -> None:
@@ -105,7 +106,7 @@ class Theirs:
 
     @torch.no_grad()
     def scores(self, pairs: Tensor) -> Tensor:
-        """Return logits, or what is ordered as they are, in eval mode."""
+        """Return logits, or scores with the same order, in eval mode."""
         self.model.eval()
         found = (
             self.model.scores(self.x, self.train, pairs)
@@ -129,14 +130,14 @@ def direct_model(name: str, settings: ModelSettings, features: int) -> nn.Module
 
 
 def clock(function: Any, *arguments: Any) -> float:
-    # Seconds of processor time: the machine is shared.
+    # Seconds of processor time, because the machine is shared.
     start = time.process_time()
     function(*arguments)
     return time.process_time() - start
 
 
 def steps(name: str, graph: Graph, parts: Split, batches: int) -> dict[str, float]:
-    """Time training steps of ours and of the direct code, alternating, on the same batches."""
+    """Measure training steps of our code and of the direct code, alternating, on the same batches."""
     settings, training = authors(name, graph.name)
     made = EdgeBatches(parts.train, graph.num_nodes, Fixed(), batch_size=training.batch_size, known=parts.known)
     start = time.process_time()
@@ -145,14 +146,14 @@ def steps(name: str, graph: Graph, parts: Split, batches: int) -> dict[str, floa
     ours = Ours(settings, training.learning_rate, graph, parts)
     theirs = Theirs(name, settings, training.learning_rate, graph, parts)
     if name in ("elph", "buddy"):
-        # What is constant over epochs is made before, as the direct code's counts are; `preprocessing` times it.
-        count_cache(ours.messages, 2).counts(parts.train)
+        # Results that are constant over epochs are computed before, like the counts of the direct code.
+        count_cache(ours.adjacency, 2).counts(parts.train)
     taken: dict[str, list[float]] = {"ours": [], "direct": []}
     for batch in drawn[: batches + 1]:
         counts = theirs.counts(batch.pairs)
         taken["ours"].append(clock(ours.step, batch))
         taken["direct"].append(clock(theirs.step, batch, counts))
-    # The first step fills what is kept for a graph.
+    # The first step is left out: it fills the caches of the graph.
     middle = {side: statistics.median(each[1:]) for side, each in taken.items()}
     found = {f"{side}_epoch_seconds": value * len(drawn) for side, value in middle.items()}
     found["sampling_percent"] = 100 * sampling / (middle["ours"] + sampling)
@@ -161,14 +162,14 @@ def steps(name: str, graph: Graph, parts: Split, batches: int) -> dict[str, floa
 
 
 def preprocessing(graph: Graph, parts: Split, rounds: int) -> tuple[list[float], list[float]]:
-    """Time what BUDDY makes before training: sketches, counts of all links, propagated features."""
+    """Measure what BUDDY computes before training: sketches, counts of all links, propagated features."""
     negatives = torch.randint(graph.num_nodes, parts.train.shape, generator=torch.Generator().manual_seed(0))
     links = torch.cat([parts.known, negatives], dim=1)
 
     def ours() -> None:
-        messages = Adjacency(parts.message_edges(), graph.num_nodes)
-        propagated_features(messages, graph.x)
-        count_cache(messages, 2).counts(links)
+        adjacency = Adjacency(parts.message_edges(), graph.num_nodes)
+        propagated_features(adjacency, graph.x)
+        count_cache(adjacency, 2).counts(links)
 
     def theirs() -> None:
         direct.smooth_features(graph.x, parts.train)
@@ -182,15 +183,15 @@ def preprocessing(graph: Graph, parts: Split, rounds: int) -> tuple[list[float],
 
 @torch.no_grad()
 def evaluation(graph: Graph, parts: Split, rounds: int) -> tuple[list[float], list[float]]:
-    """Time BUDDY's scores of validation and test edges and negatives, counts made before in both."""
+    """Measure BUDDY's scores of validation and test pairs; both implementations have computed the counts before."""
     settings, training = preset("buddy", graph.name)
     ours = Ours(settings, training.learning_rate, graph, parts)
     model, pairs = ours.model.eval(), parts.known[:, parts.train.size(1) :]
     theirs = direct.DirectBUDDY(graph.x.size(1), settings.hidden, settings.dropout).eval()
     smooth = direct.smooth_features(graph.x, parts.train)
     counts = direct.Tables(graph.num_nodes, parts.train).features(pairs)
-    model.encode(ours.x, ours.messages)
-    score_in_chunks(model, model.encode(ours.x, ours.messages), pairs)  # makes the counts
+    model.encode(ours.x, ours.adjacency)
+    score_in_chunks(model, model.encode(ours.x, ours.adjacency), pairs)  # computes the counts
 
     def their_scores() -> list[Tensor]:
         parts_of = zip(pairs.split(2**13, dim=1), counts.split(2**13), strict=True)
@@ -198,13 +199,13 @@ def evaluation(graph: Graph, parts: Split, rounds: int) -> tuple[list[float], li
 
     taken: list[tuple[float, float]] = []
     for _ in range(rounds):
-        one = clock(lambda: score_in_chunks(model, model.encode(ours.x, ours.messages), pairs))
+        one = clock(lambda: score_in_chunks(model, model.encode(ours.x, ours.adjacency), pairs))
         taken.append((one, clock(their_scores)))
     return [one for one, _ in taken], [other for _, other in taken]
 
 
 def grown(name: str, edges: int) -> dict[str, float]:
-    """Time graph building, the first step (with all that is kept) and further steps of a model on a block model."""
+    """Measure a model on a block model: construction and first step, which fills the caches, and further steps."""
     graph = block_model(nodes=edges // 4, classes=5, degree=8, features=64)
     reuse_large_blocks(graph.num_nodes, 64)  # as `suffice link train` does
     parts = split_edges(graph, SplitConfig(), 0)
@@ -221,7 +222,7 @@ def grown(name: str, edges: int) -> dict[str, float]:
         "edges": graph.edges.size(1),
         "first": first,
         "epoch": each * (2 * parts.train.size(1) / size),
-        # Not `ru_maxrss`, in which a process inherits the peak of the one that started it.
+        # Not `ru_maxrss`: a process inherits the peak of its parent process there.
         "peak_gib": status("VmHWM") / 2**30,
     }
 
@@ -255,17 +256,17 @@ def draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def data_of(data: str, root: str) -> tuple[Graph, Split]:
+def load_data(data: str, root: str) -> tuple[Graph, Split]:
     graph = load_graph(data, root)
     return graph, split_edges(graph, SplitConfig(0.1, 0.2), 0)
 
 
 def measure_models(data: str, root: str, batches: int) -> dict[str, Any]:
-    """Return epochs on a data set."""
-    graph, parts = data_of(data, root)
+    """Return the times of epochs on a data set."""
+    graph, parts = load_data(data, root)
     models: dict[str, dict[str, float]] = {}
     for name in MODELS:
-        # The slow ones of the direct code take many seconds a step.
+        # Some of the direct implementations take many seconds per step.
         models[name] = steps(name, graph, parts, batches if name in ("buddy", "ncn") else max(2, batches // 2))
         print(f"{name}, {data}: { ({key: round(value, 3) for key, value in models[name].items()}) }", flush=True)
     result = {
@@ -281,8 +282,8 @@ def measure_models(data: str, root: str, batches: int) -> dict[str, Any]:
 
 
 def measure_once(data: str, root: str, rounds: int) -> dict[str, Any]:
-    """Return BUDDY's preprocessing and evaluation on a data set."""
-    graph, parts = data_of(data, root)
+    """Return the times of BUDDY's preprocessing and evaluation on a data set."""
+    graph, parts = load_data(data, root)
     before, evaluated = preprocessing(graph, parts, rounds), evaluation(graph, parts, rounds)
     return {
         "preprocessing_seconds": round(statistics.median(before[0]), 3),
@@ -294,7 +295,7 @@ def measure_once(data: str, root: str, rounds: int) -> dict[str, Any]:
 
 
 def measure_growth(threads: int, figure: Path | None) -> dict[str, Any]:
-    """Return growth with the graph."""
+    """Return how time and memory grow with the graph."""
     found = growth(threads, SIZES)
     if figure is not None:
         draw(found, figure)
@@ -317,7 +318,7 @@ def main() -> None:
         "--part",
         choices=("models", "once", "growth", "all"),
         default="all",
-        help="epochs; preprocessing and evaluation; growth; what is not measured stays in the file",
+        help="measure epochs (models), preprocessing and evaluation (once), growth, or all; the file keeps the rest",
     )
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--grown", nargs=2, metavar=("MODEL", "EDGES"), help="measure one model on one block model")

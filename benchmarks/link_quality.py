@@ -47,7 +47,7 @@ def pair(name: str, graph: Graph, seed: int, epochs: int) -> tuple[float, float]
     both = torch.cat([parts.validation, parts.validation_negatives], dim=1)
     found = theirs.scores(both)
     size = parts.validation.size(1)
-    sides = score_validation(ours.model, ours.x, parts, ours.messages), (found[:size], found[size:])
+    sides = score_validation(ours.model, ours.x, parts, ours.adjacency), (found[:size], found[size:])
     one, other = (100 * evaluate(*scores, 100)["hits@100"] for scores in sides)
     return one, other
 

@@ -1,13 +1,16 @@
-"""What every link predictor must do, and each model's formula written out naively."""
+"""Properties that every registered link predictor must have, and each model against its formula in dense loops."""
 
 import json
-from dataclasses import asdict, replace
+import pkgutil
+import sys
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from suffice.link import models as package
 from suffice.link.auditing.trained import audit_trained, held_out_scores
 from suffice.link.data import checkpoint as files
 from suffice.link.data.graph import SplitConfig, split_edges
@@ -15,27 +18,33 @@ from suffice.link.data.synthetic import block_model
 from suffice.link.models import (
     GCN,
     EncoderDecoderSettings,
+    Encoding,
     GraphSAGE,
+    LinkPredictor,
     ModelSettings,
     PairScorer,
     build_model,
     get_model_settings,
+    make_norm,
     models,
     norms,
     preset,
+    register_model,
 )
 from suffice.link.models.dropout import ByteDropout
-from suffice.link.sparse import adjacency as compressed
+from suffice.link.models.settings import MODELS
+from suffice.link.sparse import adjacency as adjacency_module
 from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.count_cache import symmetrize
 from suffice.link.sparse.distance_counts import count_by_distance
 from suffice.link.sparse.sketches import sketch
+from suffice.link.study.run_kinds import CORRECT, RunSettings
 from suffice.link.train.alignment import embeddings
 from suffice.link.train.trainer import TrainSettings, fit, message_edges, score_validation
 
 
 def small(name, norm="batch"):
-    """Settings of a small model on propagation without weights, with one norm everywhere."""
+    """Settings of a small model, on the encoder `pure` if it has one, with one norm everywhere."""
     options = {"hidden": 16, "encoder": "pure", "layers": 1}
     settings = get_model_settings(name)
     given = {option: value for option, value in options.items() if option in settings.option_names()}
@@ -43,7 +52,7 @@ def small(name, norm="batch"):
 
 
 KINDS = [pytest.param(small(name, norm), id=f"{name}-{norm}") for name in models() for norm in norms()]
-INDEPENDENT = [kind for kind in KINDS if not kind.id.endswith("graph")]
+INDEPENDENT = [kind for kind in KINDS if not kind.id.endswith("graph")]  # GraphNorm mixes the pairs of a batch
 
 
 @pytest.fixture(params=KINDS)
@@ -52,7 +61,7 @@ def model(request, graph):
 
 
 def warmed(settings, graph):
-    """A model in eval mode whose norms have seen something."""
+    """A model in eval mode whose norms have running statistics."""
     model = settings.build(graph.x.size(1), seed=3).train()
     messages = Adjacency(graph.edges, graph.num_nodes)
     with torch.no_grad():
@@ -67,13 +76,13 @@ def scores(model, x, messages, pairs):
         return model(x, messages, pairs)
 
 
-def test_a_score_does_not_know_which_end_comes_first(model, graph, parts):
+def test_a_score_does_not_depend_on_the_order_of_the_two_nodes(model, graph, parts):
     one, two = (scores(model, graph.x, parts.message_edges(), pairs) for pairs in (parts.test, parts.test.flip(0)))
     assert torch.allclose(one, two, atol=1e-4)
     assert one.std() > 1e-4
 
 
-def test_renaming_nodes_changes_nothing(model, graph, parts):
+def test_a_score_does_not_depend_on_the_numbering_of_the_nodes(model, graph, parts):
     order = torch.randperm(graph.num_nodes, generator=torch.Generator().manual_seed(0))
     places = order.argsort()
     one = scores(model, graph.x, Adjacency(parts.message_edges(), graph.num_nodes), parts.test)
@@ -82,9 +91,9 @@ def test_renaming_nodes_changes_nothing(model, graph, parts):
 
 
 @pytest.mark.parametrize("settings", INDEPENDENT)
-def test_in_eval_mode_a_score_does_not_know_its_batch(settings, graph, parts):
+def test_in_eval_mode_a_score_does_not_depend_on_the_batch(settings, graph, parts):
     model = warmed(settings, graph)
-    # Some of the pairs are edges of the graph.
+    # Some pairs are edges of the graph.
     pairs = torch.cat([parts.test, parts.train[:, :9], parts.test_negatives], dim=1)
     together = scores(model, graph.x, parts.message_edges(), pairs)
     apart = torch.cat([scores(model, graph.x, parts.message_edges(), part) for part in pairs.split(7, dim=1)])
@@ -92,14 +101,14 @@ def test_in_eval_mode_a_score_does_not_know_its_batch(settings, graph, parts):
 
 
 @pytest.mark.parametrize("settings", INDEPENDENT)
-def test_a_planted_edge_does_not_leak(settings, graph, parts):
+def test_the_edge_of_a_pair_does_not_change_its_score(settings, graph, parts):
     model = warmed(settings, graph)
     for planted in parts.test[:, :4].split(1, dim=1):
         without = Adjacency(parts.message_edges(), graph.num_nodes)
         having = Adjacency(torch.cat([parts.message_edges(), planted], dim=1), graph.num_nodes)
         expected = scores(model, graph.x, without, planted)
         assert torch.allclose(scores(model, graph.x, having.without(planted), planted), expected, atol=1e-4)
-        if settings.name == "buddy":  # keeps constants of the whole graph and takes its own edge off
+        if settings.name == "buddy":  # computes constants of the whole graph and removes the edge itself
             assert torch.allclose(scores(model, graph.x, having, planted), expected, atol=1e-4)
             assert torch.allclose(
                 scores(model.train(), graph.x, having, planted.repeat(1, 4)),
@@ -125,7 +134,7 @@ def test_gradients_reach_every_parameter(settings, graph, parts):
 
 
 @pytest.mark.parametrize("name", models())
-def test_every_model_trains_resumes_and_is_audited(name, graph, parts, tmp_path):
+def test_a_model_trains_resumes_and_can_be_audited(name, graph, parts, tmp_path):
     settings = get_model_settings(name)(hidden=16, dropout=0.2)
     train = TrainSettings(epochs=4, batch_size=128, metric="auc", seed=1, learning_rate=3e-3)
     whole = settings.build(graph.x.size(1))
@@ -226,28 +235,28 @@ def test_elph_and_buddy_against_their_parts(graph, parts):
 
 
 @pytest.mark.parametrize("name", models())
-def test_odd_pairs_and_graphs(name, graph):
-    """Isolated nodes, a pair with no common neighbour, no pair at all, no edge at all."""
+def test_isolated_nodes_and_empty_inputs(name, graph):
+    """Isolated nodes, pairs without common neighbors, no pairs, and no edges."""
     model = warmed(small(name), graph)
     x = torch.cat([graph.x, torch.zeros(2, graph.x.size(1))])
-    lonely = torch.tensor([[graph.num_nodes, 0], [graph.num_nodes + 1, graph.num_nodes]])
+    isolated = torch.tensor([[graph.num_nodes, 0], [graph.num_nodes + 1, graph.num_nodes]])
     for edges in (graph.edges, graph.edges[:, :0]):
         messages = torch.cat([edges, edges.flip(0)], dim=1)
-        assert scores(model, x, messages, lonely).isfinite().all()
-        assert scores(model, x, messages, lonely[:, :0]).shape == (0,)
+        assert scores(model, x, messages, isolated).isfinite().all()
+        assert scores(model, x, messages, isolated[:, :0]).shape == (0,)
 
 
-def test_large_graphs_take_the_other_path(graph, parts, monkeypatch):
+def test_models_score_alike_without_dense_matrices(graph, parts, monkeypatch):
     for name in ("ncn", "ncnc", "neognn"):
         model = warmed(small(name), graph)
         expected = scores(model, graph.x, parts.message_edges(), parts.test)
         with monkeypatch.context() as patch:
-            patch.setattr(compressed, "MAX_DENSE_ENTRIES", 0)
+            patch.setattr(adjacency_module, "MAX_DENSE_ENTRIES", 0)
             patch.setattr("suffice.link.sparse.overlap.MAX_DENSE_ENTRIES", 0)
             assert torch.allclose(scores(model, graph.x, parts.message_edges(), parts.test), expected, atol=1e-4)
 
 
-def test_dropout_keeps_the_share_and_the_mean():
+def test_byte_dropout_has_the_expected_share_and_mean():
     torch.manual_seed(0)
     layer, x = ByteDropout(0.3), torch.ones(1000, 333, requires_grad=True)
     out = layer(x)
@@ -259,11 +268,11 @@ def test_dropout_keeps_the_share_and_the_mean():
     assert not torch.equal(layer(x), out)
     assert layer.eval()(x) is x
     rows = (out > 0).float().mean(dim=0)
-    assert float((rows - 0.7).abs().max()) < 0.07  # no column is kept more often
+    assert float((rows - 0.7).abs().max()) < 0.07  # all columns are kept equally often
 
 
 @pytest.mark.parametrize("encoder", ["gcn", "sage"])
-def test_an_encoder_without_relu_is_affine(encoder):
+def test_a_linear_encoder_is_affine(encoder):
     settings = EncoderDecoderSettings(encoder=encoder, encoder_norm="none", hidden=8, linear=True)
     edges = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 4]])
     one, two = torch.randn(2, 5, 6, dtype=torch.float64)
@@ -276,7 +285,7 @@ def test_an_encoder_without_relu_is_affine(encoder):
     assert float(apart(other.build(6).double().eval().encoder).detach().abs().max()) > 1e-3
 
 
-def test_presets_are_the_references_and_build():
+def test_presets_are_those_of_the_authors_and_build():
     for model in ("neognn", "ncn", "ncnc", "elph", "buddy"):
         for data in ("Cora", "CiteSeer", "PubMed", "Photo"):
             settings, training = preset(model, data)
@@ -347,9 +356,9 @@ def test_wrong_options_are_refused(build, message):
 
 @pytest.mark.parametrize("kind", [GCN, GraphSAGE])
 @pytest.mark.parametrize("channels", [5, 40])
-def test_an_encoder_embeds_alike_over_compressed_rows(kind, channels):
+def test_an_encoder_gives_the_same_on_an_edge_index_and_an_adjacency(kind, channels):
     torch.manual_seed(0)
-    edges = torch.randint(29, (2, 60))  # of 30 nodes, so that one has no edge
+    edges = torch.randint(29, (2, 60))  # of 30 nodes: at least one node has no edge
     edges = Adjacency(edges, 30).edge_index
     x = torch.randn(30, channels)
     encoder = kind(channels, 16)
@@ -364,7 +373,7 @@ def test_an_encoder_embeds_alike_over_compressed_rows(kind, channels):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_a_large_graph_is_given_to_every_encoder_in_compressed_rows(monkeypatch):
+def test_a_large_graph_is_given_to_every_encoder_as_an_adjacency(monkeypatch):
     graph = block_model(nodes=60, classes=2, degree=6, features=4)
     parts = split_edges(graph, SplitConfig(), 0)
     model = EncoderDecoderSettings(encoder="sage", hidden=8).build(4)
@@ -374,3 +383,57 @@ def test_a_large_graph_is_given_to_every_encoder_in_compressed_rows(monkeypatch)
     assert isinstance(message_edges(model, parts, 60), Adjacency)
     again = fit(EncoderDecoderSettings(encoder="sage", hidden=8).build(4), graph, parts, TrainSettings(epochs=2))
     assert again.epochs[-1].loss == pytest.approx(plain.epochs[-1].loss, rel=1e-3)
+
+
+def test_a_new_model_is_one_class_and_its_settings(graph, parts, monkeypatch):
+    """A model registered by a user is built, stored, trained, audited and run as an arm of a study like the others."""
+    monkeypatch.setattr(MODELS, "_parts", MODELS.entries())
+
+    class FeatureProduct(LinkPredictor):
+        uses_adjacency = False
+
+        def __init__(self, in_channels, hidden, norm):
+            super().__init__()
+            self.encoder = nn.Linear(in_channels, hidden)
+            self.norm = make_norm(norm, hidden)
+            self.last = nn.Linear(hidden, 1)
+
+        def encode(self, x, edge_index):
+            return Encoding(self.encoder(x), x, edge_index)
+
+        def edge_embedding(self, encoding, pairs):
+            return torch.relu(self.norm(encoding.nodes[pairs[0]] * encoding.nodes[pairs[1]]))
+
+    @register_model("feature-product")
+    @dataclass(frozen=True, kw_only=True)
+    class FeatureProductSettings(ModelSettings):
+        scale: float = 1.0
+
+        def create(self, in_channels):
+            return FeatureProduct(in_channels, int(self.scale * self.hidden), self.decoder_norm)
+
+    assert models()["feature-product"] is FeatureProductSettings
+    settings = ModelSettings.from_dict({"name": "feature-product", "scale": 2.0})
+    assert settings == FeatureProductSettings(scale=2.0)
+    assert settings.with_norms("layer", "none") == FeatureProductSettings(scale=2.0, decoder_norm="none")
+    with pytest.raises(ValueError, match=r"must be one of hidden, dropout, decoder_norm, scale, got 'layers'"):
+        build_model("feature-product", 4, layers=2)
+    run = RunSettings.of(CORRECT.complete({"arm": "random/layer", "model": {"name": "feature-product"}}))
+    assert run.model == FeatureProductSettings(decoder_norm="layer")
+    model = build_model("feature-product", in_channels=graph.x.size(1), scale=0.5)
+    fit(model, graph, parts, TrainSettings(epochs=2, batch_size=128))
+    assert audit_trained(model, graph, parts, batch_size=64).verdict.level
+
+
+def test_a_name_can_be_registered_once():
+    with pytest.raises(ValueError, match="model must have a name that is not registered yet, got 'ncn'"):
+
+        @register_model("ncn")
+        class OtherSettings(ModelSettings):
+            pass
+
+
+def test_every_file_of_the_package_is_imported():
+    """So that a model that is one new file is registered."""
+    for module in pkgutil.iter_modules(package.__path__, prefix=f"{package.__name__}."):
+        assert module.name in sys.modules
