@@ -459,7 +459,9 @@ def store_parts(folder: Path, name: str, setting: str) -> list[Any]:
     tables: list[Any] = []
     for ending in (".csv", ".jsonl", ".parquet"):
         export_records(folder / f"table{ending}", name, {}, records)
-        tables.append(columns(read_rows(folder / f"table{ending}")))
+        rows = read_rows(folder / f"table{ending}")
+        # The file knows settings of runs by the last part of their name.
+        tables.append(columns([{key.rpartition(".")[2]: cell for key, cell in row.items()} for row in rows]))
     groups = group_records(records)
     found = [counts["done"], counts["failed"], [record.seed for record in records], tables]
     found += [[{stable(k): v for k, v in record.result.get("values", {}).items()} for record in records]]

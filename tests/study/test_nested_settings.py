@@ -55,13 +55,23 @@ def test_defaults_fill_in_every_level():
 
 def test_mappings_that_are_values_are_not_flattened():
     arm = {"name": "own", "norms": {"decoder": "none"}}
-    full = TRAIN.complete({"arm": arm, "options": {"any": 1}})
+    full = TRAIN.complete({"arm": arm})
     assert full["arm"] == arm
     flat = TRAIN.flatten(full)
     assert flat["arm"] == arm
-    assert flat["options"] == {"any": 1}
     assert flat["model.norms.decoder"] == "batch"
     assert nest(flat) == full
+
+
+def test_a_group_without_defaults_accepts_any_names():
+    full = TRAIN.complete({"options": {"any": 1}, "options.deep.er": [2]})
+    assert full["options"] == {"any": 1, "deep": {"er": [2]}}
+    flat = TRAIN.flatten(full)
+    assert (flat["options.any"], flat["options.deep.er"]) == (1, [2])
+    assert nest(flat) == full
+    without = TRAIN.complete({})
+    assert TRAIN.flatten(without)["options"] == {}
+    assert nest(TRAIN.flatten(without)) == without
 
 
 @pytest.mark.parametrize(
@@ -73,6 +83,7 @@ def test_mappings_that_are_values_are_not_flattened():
         ({"trian": {"epochs": 3}}, "got 'trian.epochs' (did you mean 'train.epochs'?)"),
         ({"model": {"norms": {"decodr": "none"}}}, "got 'model.norms.decodr' (did you mean 'model.norms.decoder'?)"),
         ({"train": 3}, "train must be a mapping of settings, got 3"),
+        ({"options": 3}, "options must be a mapping of settings, got 3"),
         ({"train.epochs": 1.5}, "train.epochs must be an integer, got 1.5"),
         ({"model.norms": {"decoder": 3}}, "model.norms.decoder must be text, got 3"),
         ({"train.epochs": 1, "train": {"epochs": 1}}, "settings must be set once each, got 'train.epochs' twice"),

@@ -52,7 +52,7 @@ TRAIN = RunKind(
     "tests.study.tiny:train",
     {
         "arm": None,  # a name, or a mapping that is a value and not a group of settings
-        "options": {},
+        "options": {},  # a group that accepts any names
         "model": {"hidden": 8, "norms": {"encoder": "batch", "decoder": "batch"}},
         "train": {"epochs": 2, "rate": 0.1},
     },

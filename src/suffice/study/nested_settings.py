@@ -38,23 +38,28 @@ def flatten(settings: Mapping[str, Any], defaults: Mapping[str, Any], prefix: st
 
     Args:
         settings: nested settings.
-        defaults: nested defaults. Only what is a group of settings here is flattened; any other mapping is a value.
+        defaults: nested defaults. Only mappings whose default is a mapping are flattened; all other values are kept. In
+            a group without defaults, which accepts any names, all mappings are flattened.
         prefix: put before each name.
+
+    Example:
+        >>> flatten({"arm": {"norm": "none"}, "train": {"epochs": 3}}, {"arm": None, "train": {"epochs": 2}})
+        {'arm': {'norm': 'none'}, 'train.epochs': 3}
 
     """
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         default = defaults.get(name)
-        if is_group(default) and isinstance(value, Mapping):
-            flat |= flatten(value, default, f"{prefix}{name}.")
+        if is_group(default) and is_group(value) and value:
+            flat |= flatten(value, default or value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
     return flat
 
 
 def is_group(default: Any) -> TypeGuard[Mapping[str, Any]]:
-    """Whether a default value is a group of nested settings: a mapping that is not empty."""
-    return isinstance(default, Mapping) and bool(default)
+    """Whether a default value is a group of nested settings, which is any mapping."""
+    return isinstance(default, Mapping)
 
 
 def _merge(target: dict[str, Any], name: str, value: Any, full_name: str) -> None:

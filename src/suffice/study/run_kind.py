@@ -25,7 +25,8 @@ class RunKind:
             Its `values` are the numbers to compare, by metric. A run that measures several things at once returns
             `rows` instead, each with its own `settings` and `values`. All other items are stored as they are.
         settings: default settings. A value must have the type of its default, unless the default is None. A mapping
-            that is not empty is a group of nested settings; dotted names such as `train.epochs` address its values.
+            is a group of nested settings; dotted names such as `train.epochs` address its values. An empty mapping is a
+            group that accepts any names, which `check` may refuse.
         check: called as `check(settings)` with complete settings before any work; raises an error for impossible
             settings and returns the settings, possibly with additions such as the digest of a file.
         report_sections: called as `report_sections(page, records, folder)` to add sections of this kind to a report.
@@ -78,17 +79,17 @@ class RunKind:
     def _fill(self, given: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         for name, value in given.items():
             if name not in defaults:
-                unknown = ".".join([name, *value][:2]) if isinstance(value, Mapping) else name
+                unknown = ".".join([name, *value][:2]) if is_group(value) else name
                 check_names([prefix + unknown], self.flatten(self.settings), f"settings of {self.name}")
         full: dict[str, Any] = {}
         for name, default in defaults.items():
             value = given.get(name, {} if is_group(default) else default)
             if not is_group(default):
                 full[name] = _typed(prefix + name, value, default)
-            elif isinstance(value, Mapping):
-                full[name] = self._fill(value, default, f"{prefix}{name}.")
-            else:
+            elif not is_group(value):
                 _refuse(prefix + name, value, "a mapping of settings")
+            else:
+                full[name] = self._fill(value, default, f"{prefix}{name}.") if default else dict(value)
         return full
 
 
@@ -178,10 +179,8 @@ def _typed(name: str, value: Any, default: Any) -> Any:
             _refuse(name, value, "a number")
     elif isinstance(default, str):
         accepted, fits = "text", isinstance(value, str)
-    elif isinstance(default, list | tuple):
-        accepted, fits = "a list", isinstance(value, list | tuple)
     else:
-        accepted, fits = "a mapping", isinstance(value, Mapping)
+        accepted, fits = "a list", isinstance(value, list | tuple)
     return value if fits else _refuse(name, value, accepted)
 
 

@@ -146,10 +146,12 @@ def difference_table(study: Study) -> tuple[list[str], list[list[str]]]:
 
 
 def _by_settings(records: Sequence[Record]) -> dict[str, list[Record]]:
-    names = [n for n in records[0].settings if n != "arm" and len({repr(r.settings.get(n)) for r in records}) > 1]
+    every_name = dict.fromkeys(name for record in records for name in record.flat_settings)
+    names = [n for n in every_name if n != "arm" and len({repr(r.flat_settings.get(n)) for r in records}) > 1]
     found: dict[str, list[Record]] = {}
     for record in records:
-        found.setdefault("".join(f", {name} {record.settings[name]}" for name in names), []).append(record)
+        varying = "".join(f", {name} {record.flat_settings.get(name)}" for name in names)
+        found.setdefault(varying, []).append(record)
     return found
 
 

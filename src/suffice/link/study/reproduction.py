@@ -14,6 +14,7 @@ from suffice.link.models import EncoderDecoderSettings, ModelSettings, get_model
 from suffice.link.study.arms import Arm, parse_arm
 from suffice.link.study.run_kinds import CORRECT, describe_arm, read_arm, settings_of
 from suffice.link.train.trainer import TrainSettings
+from suffice.study.nested_settings import nest
 from suffice.study.progress import ProgressCallback
 from suffice.study.results import Group, group_records
 from suffice.study.runner import run_study
@@ -142,7 +143,9 @@ def finished(folder: str | Path) -> list[Cell]:
     for record in records:
         found = verdicts.setdefault(_names(record.settings), {})
         found[record.result["verdict"]] = found.get(record.result["verdict"], 0) + 1
-    return [Cell(*names, one, verdicts[names]) for one in group_records(records) for names in [_names(one.settings)]]
+    return [
+        Cell(*names, one, verdicts[names]) for one in group_records(records) for names in [_names(nest(one.settings))]
+    ]
 
 
 def to_dict(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -157,7 +160,7 @@ def to_dict(cells: Sequence[Cell]) -> dict[str, Any]:
         for cell in cells
         for metric, values in cell.group.values.items()
     ]
-    settings = {cell.model: {k: v for k, v in cell.group.settings.items() if k not in _OWN} for cell in cells}
+    settings = {cell.model: {k: v for k, v in nest(cell.group.settings).items() if k not in _OWN} for cell in cells}
     return {"rows": rows, "verdicts": [{**_named(c), "verdicts": c.verdicts} for c in cells], "settings": settings}
 
 
