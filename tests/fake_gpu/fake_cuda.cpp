@@ -1,4 +1,4 @@
-// What PyTorch's own library asks of a CUDA device, answered for one that does nothing: one device, no waiting.
+// The hooks by which PyTorch asks about CUDA devices: they report one device that needs no synchronization.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -13,7 +13,7 @@ struct CUDAHooks : CUDAHooksInterface {
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   Generator getNewGenerator(DeviceIndex) const override { return detail::createCPUGenerator(); }
-  std::string showConfig() const override { return "pretended"; }
+  std::string showConfig() const override { return "fake"; }
   DeviceIndex deviceCount() const override { return 1; }
   DeviceIndex getCurrentDevice() const override { return 0; }
 };
@@ -24,7 +24,7 @@ REGISTER_CUDA_HOOKS(CUDAHooks)
 
 namespace c10::impl {
 
-struct PretendedGuard : NoOpDeviceGuardImpl<DeviceType::CUDA> {
+struct FakeGuard : NoOpDeviceGuardImpl<DeviceType::CUDA> {
   Device getDevice() const override { return Device(DeviceType::CUDA, 0); }
   Device exchangeDevice(Device) const override { return getDevice(); }
   Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, Device(DeviceType::CUDA, 0)); }
@@ -35,6 +35,6 @@ struct PretendedGuard : NoOpDeviceGuardImpl<DeviceType::CUDA> {
   void synchronizeEvent(void*) const override {}
 };
 
-C10_REGISTER_GUARD_IMPL(CUDA, PretendedGuard)
+C10_REGISTER_GUARD_IMPL(CUDA, FakeGuard)
 
 }  // namespace c10::impl

@@ -1,4 +1,4 @@
-"""Trains, audits and evaluates every link predictor on a pretended GPU and on the CPU; prints a JSON line for each."""
+"""Trains, audits and evaluates every link predictor on the CPU and on the fake GPU; prints a JSON line for each."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from suffice.link.data.graph import SplitConfig, split_edges
 from suffice.link.data.synthetic import block_model
 from suffice.link.models import build_model, models
 from suffice.link.train.trainer import TrainSettings, fit
-from tests.pretended.device import NAME
+from tests.fake_gpu.device import DEVICE
 
 CASES = (
     {"name": "encoder-decoder"},
@@ -24,7 +24,7 @@ PROTOCOL = SplitConfig(0.1, 0.2)
 
 
 def run(device, case):
-    """Losses, metric, audit and test scores of one training."""
+    """Return losses, metric, test scores and, in the first case, audit statistics of one training."""
     graph = block_model(nodes=120, classes=3, degree=6, feature_signal=2.0, features=16, seed=1)
     parts = split_edges(graph, PROTOCOL, seed=0)
     torch.manual_seed(0)
@@ -33,7 +33,7 @@ def run(device, case):
     result = fit(model, graph, parts, settings)
     numbers = [*(epoch.loss for epoch in result.epochs), result.metric]
     numbers += held_out_scores(model, graph, parts, PROTOCOL).values()
-    if case == CASES[0]:  # the audit asks every model alike
+    if case == CASES[0]:  # the audit does the same with every model
         report = audit_trained(model, graph, parts, batch_size=64)
         numbers += [found.mean for part in report.parts.values() for found in part.statistics.values()]
     return numbers
@@ -45,7 +45,7 @@ if __name__ == "__main__":
     for case in CASES:
         try:
             expected = run("cpu", case)
-            found = run(NAME, case)
+            found = run(DEVICE, case)
             print(json.dumps({"case": case, "numbers": [expected, found]}), flush=True)
         except Exception as error:
             print(json.dumps({"case": case, "error": f"{type(error).__name__}: {error}"}), flush=True)

@@ -1,4 +1,4 @@
-"""Runs the benchmark for GPUs on a pretended one, its kernels through the interpreter; its times are void."""
+"""Runs the GPU benchmark on the fake GPU, with kernels run by Triton's interpreter; its times mean nothing."""
 
 import sys
 import time
@@ -8,29 +8,29 @@ from types import SimpleNamespace
 
 import torch
 
-import tests.pretended.device  # noqa: F401, which changes torch
+import tests.fake_gpu.device  # noqa: F401, registers the device with torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 class Event:
-    """What times work on a device; here, the program's own time."""
+    """Stands in for `torch.cuda.Event`; records the wall time."""
 
     def __init__(self, **options):
-        self.at = 0.0
+        self.seconds = 0.0
 
     def record(self):
-        self.at = time.perf_counter()
+        self.seconds = time.perf_counter()
 
     def elapsed_time(self, other):
-        return 1000 * (other.at - self.at)
+        return 1000 * (other.seconds - self.seconds)
 
 
 def main():
     torch.cuda.Event = Event
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(
-        name="pretended", total_memory=2**33, multi_processor_count=8, major=9, minor=0
+        name="fake", total_memory=2**33, multi_processor_count=8, major=9, minor=0
     )
     for name in ("_sleep", "synchronize", "empty_cache", "reset_peak_memory_stats"):
         setattr(torch.cuda, name, lambda *arguments: None)
