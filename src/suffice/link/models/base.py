@@ -20,7 +20,7 @@ class Encoding:
         nodes: node embeddings, [nodes, hidden].
         x: features, [nodes, features].
         edge_index: message-passing edges, long [2, edges], or an adjacency.
-        pooled: what is summed over neighbours if that is not `nodes`, [nodes, hidden].
+        pooled: what is summed over neighbors if that is not `nodes`, [nodes, hidden].
 
     """
 
@@ -42,7 +42,7 @@ class LinkPredictor(nn.Module, ABC):
     depend on the other pairs of the batch, except with GraphNorm, which always mixes rows.
     """
 
-    # Whether the model reads neighbourhoods. It is then given an `Adjacency`, which caches what is constant.
+    # Whether the model reads neighborhoods. It is then given an `Adjacency`, which caches what is constant.
     uses_adjacency: ClassVar[bool] = True
     chunk_size: ClassVar[int] = 2**16  # number of pairs that `score_in_chunks` scores at a time
     encoder: nn.Module

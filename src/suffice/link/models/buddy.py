@@ -29,9 +29,9 @@ class BUDDY(SketchModel):
     Args:
         in_channels: number of features of a node.
         hidden: number of channels.
-        norm: normalisation over pairs: `batch`, `layer`, `graph` or `none`.
+        norm: normalization over pairs: `batch`, `layer`, `graph` or `none`.
         dropout: probability that a channel is dropped.
-        hops: radius of the neighbourhoods, 1 to 3.
+        hops: radius of the neighborhoods, 1 to 3.
 
     """
 
@@ -109,7 +109,7 @@ class BUDDYSettings(ModelSettings):
     """Options of `BUDDY`.
 
     Args:
-        hops: radius of the neighbourhoods that are counted, 1 to 3.
+        hops: radius of the neighborhoods that are counted, 1 to 3.
 
     """
 

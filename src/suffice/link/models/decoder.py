@@ -18,7 +18,7 @@ class Decoder(nn.Module, ABC):
     Args:
         channels: number of channels of a node embedding.
         hidden: number of channels of the hidden layer.
-        norm: normalisation over the edge batch: `batch`, `layer`, `graph` or `none`.
+        norm: normalization over the edge batch: `batch`, `layer`, `graph` or `none`.
         dropout: probability that a hidden channel is dropped in training.
 
     """
@@ -52,7 +52,7 @@ class Decoder(nn.Module, ABC):
 
 
 class DecoderMLP(Decoder):
-    """Base class of decoders that are a two-layer perceptron whose hidden layer is normalised.
+    """Base class of decoders that are a two-layer perceptron whose hidden layer is normalized.
 
     A subclass defines `combine`, and `in_channels` if the combination is wider than one node embedding.
     """
@@ -82,7 +82,7 @@ class DecoderMLP(Decoder):
         """
 
     def edge_embedding(self, z: Tensor, pairs: Tensor) -> Tensor:
-        """Return the hidden layer after normalisation and ReLU, [pairs, hidden]."""
+        """Return the hidden layer after normalization and ReLU, [pairs, hidden]."""
         return torch.relu(self.norm(self.first(self.combine(z.index_select(0, pairs[0]), z.index_select(0, pairs[1])))))
 
     def forward(self, z: Tensor, pairs: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ class ELPH(SketchModel):
 
     Args:
         encoder: embeds the nodes.
-        norm: normalisation over pairs: `batch`, `layer`, `graph` or `none`.
+        norm: normalization over pairs: `batch`, `layer`, `graph` or `none`.
         dropout: probability that a channel is dropped.
-        hops: radius of the neighbourhoods, 1 to 3.
+        hops: radius of the neighborhoods, 1 to 3.
 
     """
 
@@ -47,7 +47,7 @@ class ELPHSettings(EncoderModelSettings):
     """Options of `ELPH`.
 
     Args:
-        hops: radius of the neighbourhoods that are counted, 1 to 3.
+        hops: radius of the neighborhoods that are counted, 1 to 3.
 
     """
 

@@ -24,7 +24,7 @@ class Encoder(nn.Module, ABC):
         in_channels: number of features of a node.
         hidden: number of channels of every layer and of the embedding.
         layers: number of layers.
-        norm: normalisation over nodes after every layer: `batch`, `layer`, `graph` or `none`.
+        norm: normalization over nodes after every layer: `batch`, `layer`, `graph` or `none`.
         dropout: probability that a channel is dropped between layers in training.
         input_dropout: probability that a feature is dropped in training.
         output_dropout: probability that a channel of the embedding is dropped in training.
@@ -128,7 +128,7 @@ class EncoderModelSettings(ModelSettings):
     Args:
         encoder: `gcn`, `sage` or `pure` (propagation without weights).
         layers: number of layers of the encoder.
-        encoder_norm: normalisation over nodes: `batch`, `layer`, `graph` or `none`.
+        encoder_norm: normalization over nodes: `batch`, `layer`, `graph` or `none`.
         encoder_dropout: probability that a channel is dropped between the encoder's layers; None for `dropout`.
         input_dropout: probability that a feature is dropped.
         output_dropout: probability that a channel of the node embedding is dropped.

@@ -1,4 +1,4 @@
-"""NCN: features summed over common neighbours, next to the product of node features (Wang et al. 2024, eq. 9)."""
+"""NCN: features summed over common neighbors, next to the product of node features (Wang et al. 2024, eq. 9)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class NCN(LinkPredictor):
 
     Args:
         encoder: embeds the nodes (h).
-        norm: normalisation over pairs: `batch`, `layer`, `graph` or `none`.
-        node_norm: normalisation over nodes in xlin.
+        norm: normalization over pairs: `batch`, `layer`, `graph` or `none`.
+        node_norm: normalization over nodes in xlin.
         dropout: probability that a channel of the perceptrons is dropped.
         two_layers: whether lin has a second hidden layer.
 
@@ -57,13 +57,13 @@ class NCN(LinkPredictor):
         return self.encoder, self.node_mlp
 
     def encode(self, x: Tensor, edge_index: Tensor | Adjacency) -> Encoding:
-        """Embed the nodes (h) and compute what is summed over neighbours (h')."""
+        """Embed the nodes (h) and compute what is summed over neighbors (h')."""
         adjacency = as_adjacency(edge_index, x.size(0))
         h = self.encoder(x, adjacency)
         return Encoding(h, x, adjacency, h + self.node_mlp(h))
 
     def pool_neighbors(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        """Return the sum of h' over common neighbours of pairs [2, pairs]: [pairs, hidden]."""
+        """Return the sum of h' over common neighbors of pairs [2, pairs]: [pairs, hidden]."""
         assert encoding.pooled is not None
         return pool(encoding.pooled, common_neighbors(encoding.adjacency, pairs))
 
@@ -78,16 +78,16 @@ class NCN(LinkPredictor):
 def score_common_neighbors(
     model: NCN, encoding: Encoding, first_layer: Tensor, pairs: Tensor, neighbors: Neighbors
 ) -> Tensor:
-    """Return NCN's logits without gradients for many pairs with known common neighbours: [pairs].
+    """Return NCN's logits without gradients for many pairs with known common neighbors: [pairs].
 
-    The first layer of f is applied to nodes instead of pairs, and all pairs without common neighbours share one result.
+    The first layer of f is applied to nodes instead of pairs, and all pairs without common neighbors share one result.
 
     Args:
         model: in eval mode.
         encoding: of the graph.
         first_layer: first layer of f applied to h' of every node, without its bias, [nodes, hidden].
         pairs: long [2, pairs].
-        neighbors: common neighbours of the pairs.
+        neighbors: common neighbors of the pairs.
 
     """
     layer = model.common_mlp[0]
@@ -96,7 +96,7 @@ def score_common_neighbors(
     offsets = torch.cat([neighbors.offsets[:-1][with_neighbors], neighbors.offsets[-1:]])
     owner = torch.repeat_interleave(offsets.diff())
     sums = pool(first_layer, Neighbors(neighbors.node, owner, offsets))
-    sums = torch.cat([sums, first_layer.new_zeros(1, first_layer.size(1))])  # the last row: no common neighbour
+    sums = torch.cat([sums, first_layer.new_zeros(1, first_layer.size(1))])  # the last row: no common neighbor
     hidden = model.common_mlp[1:](sums + layer.bias)
     common = hidden[-1].repeat(pairs.size(1), 1)
     common[with_neighbors] = hidden[:-1]

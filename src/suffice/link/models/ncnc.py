@@ -1,4 +1,4 @@
-"""NCNC: NCN plus neighbours of one node weighted by their chance to be the other's too (Wang et al. 2024, eq. 11)."""
+"""NCNC: NCN plus neighbors of one node weighted by their chance to be the other's too (Wang et al. 2024, eq. 11)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CHUNK_SIZE = 2**12  # number of pairs whose 256 channels fit into a processor's
 
 
 class NCNC(NCN):
-    """NCN whose sum also runs over residual neighbours, each weighted by NCN's own probability of the missing edge.
+    """NCN whose sum also runs over residual neighbors, each weighted by NCN's own probability of the missing edge.
 
     The weight of k ∈ N(i) − N(j) is α·p·q / (p·q + 1 − q) with q = σ(scale · (score of (j, k) − offset)). Weights are
     computed without gradients and in eval mode: without dropout, and no norm updates its statistics on pairs that are
@@ -27,11 +27,11 @@ class NCNC(NCN):
 
     Args:
         encoder: embeds the nodes.
-        norm: normalisation over pairs: `batch`, `layer`, `graph` or `none`.
-        node_norm: normalisation over nodes in xlin.
+        norm: normalization over pairs: `batch`, `layer`, `graph` or `none`.
+        node_norm: normalization over nodes in xlin.
         dropout: probability that a channel of the perceptrons is dropped.
         two_layers: whether lin has a second hidden layer.
-        alpha: largest weight of a residual neighbour (α).
+        alpha: largest weight of a residual neighbor (α).
         scale: scale of its logit.
         offset: offset of its logit.
         prior: prior probability (p).
@@ -55,11 +55,11 @@ class NCNC(NCN):
         self.alpha, self.scale, self.offset, self.prior = alpha, scale, offset, prior
 
     def pool_neighbors(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        """Return the sum over common neighbours and, weighted, residual neighbours, [pairs, hidden]."""
+        """Return the sum over common neighbors and, weighted, residual neighbors, [pairs, hidden]."""
         assert encoding.pooled is not None
         total = super().pool_neighbors(encoding, pairs)
         residuals = residual_neighbors(encoding.adjacency, pairs)
-        # A residual neighbour k of one node misses the edge to the other node.
+        # A residual neighbor k of one node misses the edge to the other node.
         missing = [torch.stack([pairs[1 - side][found.owner], found.node]) for side, found in enumerate(residuals)]
         weights = self._weights(encoding, torch.cat(missing, dim=1)).split([part.size(1) for part in missing])
         for neighbors, weight in zip(residuals, weights, strict=True):
@@ -105,7 +105,7 @@ class NCNCSettings(NCNSettings):
     """Options of `NCNC`.
 
     Args:
-        alpha: largest weight of a residual neighbour.
+        alpha: largest weight of a residual neighbor.
         scale: scale of its logit.
         offset: offset of its logit.
         prior: prior probability of the missing edge.

@@ -1,4 +1,4 @@
-"""Neo-GNN: overlap of weighted neighbourhoods, mixed with the score of a GNN (Yun et al. 2021, eq. 5 to 9)."""
+"""Neo-GNN: overlap of weighted neighborhoods, mixed with the score of a GNN (Yun et al. 2021, eq. 5 to 9)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NeoGNN(LinkPredictor):
 
     Args:
         encoder: embeds the nodes.
-        norm: normalisation over pairs, in g and in the decoder of the GNN.
+        norm: normalization over pairs, in g and in the decoder of the GNN.
         dropout: probability that a hidden channel of the decoder is dropped.
         beta: weight of walks of length two.
         channels: number of hidden channels of f_edge, and of f and g.

@@ -1,4 +1,4 @@
-"""Normalisation layers by name, for encoders (over nodes) and decoders (over the edge batch)."""
+"""Normalization layers by name, for encoders (over nodes) and decoders (over the edge batch)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ NORMS.register("none")(nn.Identity)
 
 
 def norms() -> dict[str, Norm]:
-    """Return every normalisation by name."""
+    """Return every normalization by name."""
     return NORMS.entries()
 
 
 def make_norm(name: str, channels: int) -> nn.Module:
-    """Return a normalisation layer over rows [rows, channels].
+    """Return a normalization layer over rows [rows, channels].
 
     Raises:
         ValueError: there is no such norm.

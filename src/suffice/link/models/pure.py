@@ -15,7 +15,7 @@ from suffice.link.sparse.propagation import propagate
 
 @ENCODERS.register("pure")
 class PureGCN(Encoder):
-    """A linear layer, then normalised propagation without weights: Σ_k w_k h_k with h_k = norm(Â h_{k-1}).
+    """A linear layer, then normalized propagation without weights: Σ_k w_k h_k with h_k = norm(Â h_{k-1}).
 
     NCN's authors train NCN on it. `layers` is the number of propagation steps; `dropout` follows the linear layer.
     """

@@ -31,7 +31,7 @@ class GraphSAGE(ConvolutionalEncoder):
             return super().convolve(convolution, x, edge_index)
         layer = cast(SAGEConv, convolution)
         adjacency = as_adjacency(edge_index, x.size(0))
-        # The mean over neighbours and the linear map commute: average on the side with fewer channels.
+        # The mean over neighbors and the linear map commute: average on the side with fewer channels.
         if is_sparse or layer.lin_l.out_channels < layer.lin_l.in_channels:
             neighbors, own = F.linear(x, torch.cat([layer.lin_l.weight, layer.lin_r.weight])).chunk(2, dim=1)
             neighbors = neighbor_mean(adjacency, neighbors.contiguous())

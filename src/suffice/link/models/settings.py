@@ -30,7 +30,7 @@ class ModelSettings(ABC):
     Args:
         hidden: number of channels.
         dropout: probability that a channel is dropped in training.
-        decoder_norm: normalisation over the edge batch: `batch`, `layer`, `graph` or `none`.
+        decoder_norm: normalization over the edge batch: `batch`, `layer`, `graph` or `none`.
 
     Raises:
         ValueError: an option is not accepted.
@@ -61,7 +61,7 @@ class ModelSettings(ABC):
         return None
 
     def build(self, in_channels: int, seed: int = 0) -> LinkPredictor:
-        """Return a freshly initialised model; global random generators are left as they were.
+        """Return a freshly initialized model; global random generators are left as they were.
 
         Args:
             in_channels: number of features of a node.
@@ -178,7 +178,7 @@ def get_model_settings(name: str) -> type[ModelSettings]:
 
 
 def build_model(name: str, in_channels: int, *, seed: int = 0, **options: Any) -> LinkPredictor:
-    """Return a freshly initialised model by name.
+    """Return a freshly initialized model by name.
 
     Args:
         name: one of `models()`.

@@ -25,7 +25,7 @@ class SketchHead(nn.Module):
     Args:
         hops: k; there are k(k + 2) counts.
         hidden: number of channels of the node features.
-        norm: normalisation over pairs: `batch`, `layer`, `graph` or `none`.
+        norm: normalization over pairs: `batch`, `layer`, `graph` or `none`.
         dropout: probability that a channel is dropped.
 
     """
@@ -86,7 +86,7 @@ def count_cache(graph: Adjacency, hops: int) -> CountCache:
 
 
 def check_hops(hops: int) -> None:
-    """Raise unless neighbourhoods of this many hops can be sketched.
+    """Raise unless neighborhoods of this many hops can be sketched.
 
     Raises:
         ValueError: `hops` is not 1, 2 or 3.

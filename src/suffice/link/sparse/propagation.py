@@ -1,4 +1,4 @@
-"""Propagation of features: products with the normalised adjacency (Kipf & Welling 2017, eq. 2) and neighbor means."""
+"""Propagation of features: products with the normalized adjacency (Kipf & Welling 2017, eq. 2) and neighbor means."""
 
 from __future__ import annotations
 

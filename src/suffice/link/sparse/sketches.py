@@ -233,7 +233,7 @@ def _registers_of_keys(keys: Tensor, p: int, seed: int) -> Tensor:
 
 
 def _mix_bits(x: Tensor) -> Tensor:
-    """Scramble integers of 64 bits (the finaliser of SplitMix64)."""
+    """Scramble integers of 64 bits (the finalizer of SplitMix64)."""
     x = x + -7046029254386353131
     x = (x ^ _logical_shift(x, 30)) * -4658895280553007687
     x = (x ^ _logical_shift(x, 27)) * -7723592293110705685
