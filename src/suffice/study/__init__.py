@@ -1,8 +1,8 @@
 """Studies: resumable grids of runs, on this machine or on a Ray cluster.
 
-A `RunKind` describes one kind of run, and a `Spec` describes a grid of runs. `run_study` does the runs that a folder
-does not hold yet, and a `Store` gives access to the finished ones. `group_records`, `summarize` and `compare_groups`
-compute means over seeds and paired differences with confidence intervals.
+A `RunKind` describes one kind of run, and a `Spec` describes a grid of runs. `run_study` executes the runs that a
+folder does not hold yet, and a `Store` gives access to the finished ones. `group_records`, `summarize` and
+`compare_groups` compute means over seeds and paired differences with confidence intervals.
 
 This package depends neither on `suffice.kv` nor on `suffice.link`: callers pass the kind of run.
 """

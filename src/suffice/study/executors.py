@@ -1,4 +1,4 @@
-"""Executors: where runs are done, in this process or in worker processes with a fixed number of threads."""
+"""Executors, which execute runs in this process or in worker processes with a fixed number of threads."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class JobEvent:
 
 
 class Executor(Protocol):
-    """A place with a number of slots, each of which does one job at a time."""
+    """A place with a number of slots, each of which executes one job at a time."""
 
     slots: int
 
@@ -58,7 +58,7 @@ class Executor(Protocol):
 
 
 class InlineExecutor:
-    """Does jobs in this process, one at a time.
+    """Executes jobs in this process, one at a time.
 
     A run that crashes the interpreter ends this process as well; the runs finished before are safe.
 
@@ -78,7 +78,7 @@ class InlineExecutor:
         self._job = job
 
     def wait(self, seconds: float) -> list[JobEvent]:
-        """Do the job and return its completion or failure."""
+        """Execute the job and return its completion or failure."""
         if self._job is None:
             return []
         job, self._job = self._job, None
@@ -104,7 +104,7 @@ _WorkerMessage = tuple[int, int, dict[str, Any] | None]
 
 
 class ProcessExecutor:
-    """Does jobs in worker processes of this machine.
+    """Executes jobs in worker processes of this machine.
 
     Args:
         workers: number of processes.
@@ -186,7 +186,7 @@ class _Worker:
         return True
 
     def describe_exit(self) -> str:
-        """Return how a process that ended by itself did so, and the end of its standard error."""
+        """Return the exit status of a process that ended by itself, and the end of its standard error."""
         status = self._process.wait()
         self._log.seek(0)
         output = self._log.read().decode("utf-8", "replace")[-4000:]

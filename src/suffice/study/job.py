@@ -1,4 +1,4 @@
-"""A job: one run as an executor does it, the same in this process, in a worker process and on Ray."""
+"""Jobs: one run each, executed by the same function in this process, in a worker process and on Ray."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from suffice.study.run_kind import import_object
 
 @dataclass(frozen=True)
 class Job:
-    """A run to do.
+    """A run to execute.
 
     Args:
         key: key of the run.
-        function: the function that does it, as `module:function`.
+        function: function that executes it, as `module:function`.
         settings: complete nested settings.
         seed: seed of the run.
         folder: the study's folder.
@@ -66,7 +66,7 @@ class RunContext:
 
 
 def run_job(job: Job, log: Callable[[str], None]) -> dict[str, Any]:
-    """Do a run and return its `result`, the `environment` it was done with, and its `seconds`.
+    """Execute a run and return its `result`, the `environment` it was executed in, and its `seconds`.
 
     Args:
         job: the run.

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 
 class Owner:
-    """A process that does runs of a store, for as long as it holds the lock of its file.
+    """A process that executes runs of a store, for as long as it holds the lock of its file.
 
     The operating system releases the lock when the process ends, also after `kill -9`, so that other processes can tell
     whether a run in progress is still being worked on.

@@ -1,4 +1,4 @@
-"""An executor on a Ray cluster: every job is a task that calls the same function as a worker of this machine."""
+"""An executor on a Ray cluster: every job is a task that calls the same function as a worker process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from suffice.study.job import Job, run_job
 
 
 class RayExecutor:
-    """Does jobs as tasks on a Ray cluster. If a node fails, its tasks are done on another one.
+    """Executes jobs as tasks on a Ray cluster. If a node fails, its tasks are repeated on another one.
 
     Args:
         address: address of the cluster as `ray.init` takes it: `auto`, `HOST:6379` or `ray://HOST:10001`; `local`
@@ -91,7 +91,7 @@ class RayExecutor:
 
 
 def run_remotely(job_json: str, names: list[str], *contents: bytes) -> str:
-    """Do a run on a node of the cluster.
+    """Execute a run on a node of the cluster.
 
     Args:
         job_json: the job, as JSON.

@@ -1,4 +1,4 @@
-"""Kinds of runs: the settings that a run accepts and the function that does it."""
+"""Kinds of runs: the settings that a run accepts and the function that executes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runner: does the missing runs of a study and stores each one as it ends; several processes may share a study."""
+"""The runner: executes the missing runs of a study and stores each one as it ends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Outcome:
         study: name of the study.
         done: number of done runs.
         failed: number of failed runs.
-        new: number of runs that this call has done.
+        new: number of runs that this call has completed.
         recovered: number of runs that were taken over from processes that had ended.
         seconds: duration of the call.
 
@@ -56,10 +56,10 @@ def run_study(
     retry_failed: bool = False,
     on_progress: ProgressCallback | None = None,
 ) -> Outcome:
-    """Do every run of a study that its folder does not hold yet.
+    """Execute every run of a study that its folder does not hold yet.
 
     Each run is stored when it ends, so that a call that is killed loses only the runs in progress. Several calls on one
-    folder share the work: no run is done twice, and all calls return when no run is missing.
+    folder share the work: no run is executed twice, and all calls return when no run is missing.
 
     Args:
         folder: folder of the store; created if it is missing.
@@ -75,7 +75,7 @@ def run_study(
         on_progress: shows progress.
 
     Returns:
-        how many runs are done and have failed.
+        the number of done and failed runs.
 
     Raises:
         ValueError: the study or an argument is impossible.

@@ -28,7 +28,7 @@ _NUMBERS = ("values", "rows")
 
 @dataclass(frozen=True)
 class ClaimedRun:
-    """A run that an owner has claimed and is about to do.
+    """A run that an owner has claimed and is about to execute.
 
     Args:
         key: key of the run.
@@ -56,7 +56,7 @@ class Record:
         state: `done`, `failed`, `running` or `missing`.
         result: what the run returned; empty unless it is done.
         error: traceback of the last failure, or empty.
-        environment: versions, machine and source that the run was done with.
+        environment: versions, machine and source that the run was executed with.
         seconds: how long the run took.
         attempts: how many times the run was started.
 
@@ -115,7 +115,7 @@ class Store:
         Args:
             study: name of the study in this store.
             kind: kind of all its runs.
-            runs: runs in the order in which to do them.
+            runs: runs in the order of execution.
             about: information about the study that reports and exports show, such as the command.
 
         Raises:
@@ -229,7 +229,7 @@ class Store:
             ).rowcount
 
     def discard_results(self, keys: Sequence[str]) -> None:
-        """Delete the results of done and failed runs, so that they are done again."""
+        """Delete the results of done and failed runs, so that they are executed again."""
         with self._transaction() as database:
             database.executemany(
                 "UPDATE runs SET state = 'missing', owner = NULL, numbers = NULL, details = NULL, error = NULL "

@@ -17,14 +17,14 @@ from suffice.study.job import Job, run_job
 
 
 def main() -> None:
-    """Do jobs until standard input ends."""
+    """Execute jobs until standard input ends."""
     # Events go to a copy of standard output. What a run prints goes to standard error, so that it cannot break a line.
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     jobs: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
     while True:
-        _do(Job.from_json(jobs.get()), output)
+        _execute(Job.from_json(jobs.get()), output)
 
 
 def _read_jobs(jobs: queue.Queue[str]) -> None:
@@ -34,7 +34,7 @@ def _read_jobs(jobs: queue.Queue[str]) -> None:
     os._exit(0)
 
 
-def _do(job: Job, output: IO[str]) -> None:
+def _execute(job: Job, output: IO[str]) -> None:
     try:
         completed = run_job(job, lambda text: _write(output, {"message": text}))
     except BaseException:
