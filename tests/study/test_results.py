@@ -13,12 +13,12 @@ from suffice.study import (
     bootstrap_interval,
     compare_groups,
     group_records,
+    mean_bound,
     mean_interval,
     paired_difference,
     run_study,
     summarize,
 )
-from suffice.study.results import mean_bound
 from tests.study.tiny import SQUARE
 
 VALUES = [1.0, 2.0, 4.0, 7.0]

@@ -7,7 +7,9 @@ folder does not hold yet, and a `Store` gives access to the finished ones. `grou
 This package depends neither on `suffice.kv` nor on `suffice.link`: callers pass the kind of run.
 """
 
+from suffice.study.export import export_records
 from suffice.study.job import RunContext
+from suffice.study.progress import ProgressCallback
 from suffice.study.results import (
     Group,
     Interval,
@@ -15,6 +17,7 @@ from suffice.study.results import (
     bootstrap_interval,
     compare_groups,
     group_records,
+    mean_bound,
     mean_interval,
     paired_difference,
     summarize,
@@ -30,6 +33,7 @@ __all__ = [
     "Outcome",
     "PairedDifference",
     "PlannedRun",
+    "ProgressCallback",
     "Record",
     "RunContext",
     "RunKind",
@@ -38,7 +42,9 @@ __all__ = [
     "StoreError",
     "bootstrap_interval",
     "compare_groups",
+    "export_records",
     "group_records",
+    "mean_bound",
     "mean_interval",
     "paired_difference",
     "run_study",

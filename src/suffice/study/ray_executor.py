@@ -36,7 +36,7 @@ class RayExecutor:
             self._ray: Any = importlib.import_module("ray")
         except ImportError:
             raise ValueError(
-                f"ray must be used with Ray installed, got {address!r}; install it with: pip install 'suffice[scale]'"
+                f"ray must be None where Ray is not installed, got {address!r}; run: pip install 'suffice[scale]'"
             ) from None
         variables = {
             name: value for name, value in worker_environment(threads).items() if value != os.environ.get(name)
