@@ -1,8 +1,8 @@
-"""What scoring and eviction cost, as a share of a prefill: ours and kvpress 0.5.5 on the same tensors.
+"""Cost of scoring and eviction as a share of a prefill: our policies and kvpress 0.5.5 on the same tensors.
 
-One process, one prefill: in every layer, right after its attention, each policy of ours and each press of
-kvpress scores and evicts the same keys, values and queries (kvpress re-projects its queries from the same
-hidden states, as it always does). The prefill itself is timed alone. Medians over several repetitions.
+Everything happens in one prefill of one process. In every layer, right after its attention, each of our policies and
+each press of kvpress scores and evicts the same keys and values; kvpress projects its queries again from the same
+hidden states, as it always does. The prefill is timed without them. The results are medians over several repetitions.
 
 Run with `make bench-kv`. Options: --tokens 2048 4096, --repeats 3, --budget 0.25, --json PATH.
 """
@@ -25,17 +25,17 @@ from torch import Tensor
 
 from machine import machine
 from suffice.kv import CompressedCache, get_policy, load_model
-from suffice.kv.attention.hook import Call
+from suffice.kv.attention.call import AttentionCall
 from suffice.kv.cache.layer import CompressedLayer
-from suffice.kv.policy.attention_stats import AttentionStats
+from suffice.kv.policy.attention_stats import AttentionStats, LayerContext
 
 try:
     import kvpress
 except ImportError:
-    sys.exit("kvpress is missing: run this with `make bench-kv`, which has an environment of its own")
+    sys.exit("kvpress is not installed. Run this with `make bench-kv`, which installs it in a separate environment")
 
-# Their press for each of our policies, with the settings that ours takes from the papers.
-PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+# The press that corresponds to each of our policies, with the settings of the papers.
+PRESSES: dict[str, tuple[str, dict[str, Any]]] = {
     "capkv": ("CapPress", {}),
     "capkv-profile": ("CapPress", {}),
     "capkv-spread": ("CapPress", {}),
@@ -54,96 +54,101 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "random": ("RandomPress", {}),
 }
 WHY_DIFFERENT = {
-    "capkv": "other weights: attention, expected attention and salience in place of the mean query",
-    "capkv-profile": "other weights: attention, expected attention and salience in place of the mean query",
-    "capkv-spread": "other weights: attention, expected attention and salience in place of the mean query",
-    "capkv-window": "other weights: attention in place of the mean query",
-    "capkv-paper": "the press brings keys and query to length one, and averages the rotary embedding over the future",
-    "h2o": "the press divides by the number of queries that saw a token, the paper does not",
-    "key-leverage": "the press projects the keys at random before it takes their leverage",
+    "capkv": "our weights are attention, expected attention and salience instead of the mean query",
+    "capkv-profile": "our weights are attention, expected attention and salience instead of the mean query",
+    "capkv-spread": "our weights are attention, expected attention and salience instead of the mean query",
+    "capkv-window": "our weights are attention instead of the mean query",
+    "capkv-paper": "the press normalises keys and query, and averages the rotary embedding over future positions",
+    "h2o": "the press divides by the number of queries that could read a token, the paper does not",
+    "key-leverage": "the press projects the keys randomly before it computes their leverage",
     "random": "random",
-    "streaming-llm": "the press scores 0 and 1 only: ties",
-    "criticalkv": "the press multiplies average scores of a group, and adds 1e-4 to them",
-    "pyramidkv": "the same scores as snapkv; the split over layers differs",
+    "streaming-llm": "the press scores only 0 and 1, so most scores tie",
+    "criticalkv": "the press multiplies the average scores of a group and adds 1e-4 to them",
+    "pyramidkv": "same scores as snapkv; the split over layers differs",
 }
 
 
-def press_of(name: str, budget: float) -> Any:
-    kind, options = PEERS[name]
-    if kind == "CriticalKVPress":
+def make_press(name: str, budget: float) -> Any:
+    class_name, options = PRESSES[name]
+    if class_name == "CriticalKVPress":
         return kvpress.CriticalKVPress(kvpress.SnapKVPress(compression_ratio=1 - budget))
-    return getattr(kvpress, kind)(compression_ratio=1 - budget, **options)
+    return getattr(kvpress, class_name)(compression_ratio=1 - budget, **options)
 
 
 class Probe:
-    """Times every policy and press in each layer of one prefill, and keeps the scores of some layers."""
+    """Times every policy and press in each layer of one prefill, and correlates their scores in some layers.
 
-    def __init__(self, model: Any, names: list[str], budget: float, attentions: bool) -> None:
-        self.model, self.names, self.budget, self.attentions = model, names, budget, attentions
+    Args:
+        model: a transformers model.
+        names: of our policies.
+        budget: fraction of the tokens to keep.
+
+    """
+
+    def __init__(self, model: Any, names: list[str], budget: float) -> None:
+        self.model, self.names = model, names
         self.seconds: dict[tuple[str, str], float] = defaultdict(float)
         self.correlations: dict[str, list[float]] = defaultdict(list)
         self.bytes: dict[str, list[int]] = {"ours": [], "kvpress": []}
         self.caches = {name: CompressedCache(model, name, budget, measure_capacity=False) for name in names}
         self.measuring = CompressedCache(model, budget=budget, measure_capacity=True)
-        self.presses = {name: press_of(name, budget) for name in names if name in PEERS}
+        self.presses = {name: make_press(name, budget) for name in names}
         self.carrier = CompressedCache(model, "full", 1.0, measure_capacity=False)
         self.call: Any = None
-        self.returned: list[int] = []  # bytes that CapPress keeps of each layer
+        self.bytes_of_cap_press: list[int] = []  # that it keeps of each layer
 
     def run(self, ids: Tensor) -> None:
-        """One prefill with everything in it."""
+        """Run one prefill in which everything is measured."""
         hooks = []
         for layer in self.carrier.compressed_layers:
             module = layer._module()
             module.rotary_emb = self.model.model.rotary_emb
-            layer.after = self._record(layer, layer.after)
+            layer.post_attention = self._recording(layer.post_attention)
             hooks.append(module.register_forward_hook(self._measure, with_kwargs=True))
         with torch.no_grad():
             self.model(ids, past_key_values=self.carrier, use_cache=True, logits_to_keep=1)
         for hook in hooks:
             hook.remove()
 
-    def _record(self, layer: CompressedLayer, after: Any) -> Any:
-        def record(call: Call, attention: Any) -> None:
+    def _recording(self, post_attention: Any) -> Any:
+        def record(call: AttentionCall, attention: Any) -> None:
             self.call = call
-            after(call, attention)
+            post_attention(call, attention)
 
         return record
 
     def _measure(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         call, index = self.call, module.layer_idx
         for name in self.names:
-            # Theirs and ours in turn, so that both meet the same machine.
-            if name in self.presses:
-                self._time(("kvpress", name), self._press, name, module, kwargs, output[1])
-            layer = self.caches[name].layers[index]
-            self._time(("ours", name), self._own, layer)
-        self._time(("ours", "default with capacity"), self._own, self.measuring.layers[index])
+            # In turn, so that changes of the machine's speed affect both.
+            self._time(("kvpress", name), self._run_press, name, module, kwargs, output[1])
+            self._time(("ours", name), self._run_layer, self.caches[name].layers[index])
+        self._time(("ours", "default with capacity"), self._run_layer, self.measuring.layers[index])
         full = call.key.nbytes + call.value.nbytes
         stored = sum(part.storage.nbytes for part in self.measuring.compressed_layers if part.index < index)
         self.bytes["ours"].append(stored + full)
-        if self.returned:
-            self.bytes["kvpress"].append(sum(self.returned[:-1]) + full)
-        if index % 6 == 3 and not self.attentions:
+        if self.bytes_of_cap_press:
+            self.bytes["kvpress"].append(sum(self.bytes_of_cap_press[:-1]) + full)
+        if index % 6 == 3:
             self._correlate(index, module, kwargs)
 
-    def _time(self, name: tuple[str, str], work: Any, *arguments: Any) -> None:
+    def _time(self, name: tuple[str, str], function: Any, *arguments: Any) -> None:
         start = time.perf_counter()
-        work(*arguments)
+        function(*arguments)
         self.seconds[name] += time.perf_counter() - start
 
-    def _own(self, layer: CompressedLayer) -> None:
+    def _run_layer(self, layer: CompressedLayer) -> None:
         layer.update(self.call.key, self.call.value)
-        layer.before(self.call)
-        layer.after(self.call, None)
+        layer.pre_attention(self.call)
+        layer.post_attention(self.call, None)
 
-    def _press(self, name: str, module: Any, kwargs: Any, attentions: Any) -> None:
+    def _run_press(self, name: str, module: Any, kwargs: Any, attentions: Any) -> None:
         if name == "h2o" and attentions is None:
             return
         call = self.call
         kept = self.presses[name].compress(module, kwargs["hidden_states"], call.key, call.value, attentions, kwargs)
         if name == "capkv":
-            self.returned.append(sum(part.nbytes for part in kept))
+            self.bytes_of_cap_press.append(sum(part.nbytes for part in kept))
 
     def _correlate(self, index: int, module: Any, kwargs: Any) -> None:
         call = self.call
@@ -155,14 +160,13 @@ class Probe:
                 call.key,
                 call.value,
                 scaling=call.scaling,
-                layer=layer.layer,
-                layers=layer.settings.layers,
-                output=module.o_proj.weight,
+                output_weight=module.o_proj.weight,
                 rotary=layer._rotary,
+                context=LayerContext(layer.order, layer.settings.num_layers),
             )
             ours = get_policy(name).score(stats)
             if name == "h2o" and attention is None:
-                logits = call.query @ call.key.repeat_interleave(stats.group, 1).mT * call.scaling
+                logits = call.query @ call.key.repeat_interleave(stats.num_key_value_groups, 1).mT * call.scaling
                 logits += torch.full(logits.shape[-2:], float("-inf")).triu(1)
                 attention = logits.softmax(-1)
             theirs = self.presses[name].score(
@@ -173,13 +177,14 @@ class Probe:
                 attention if name == "h2o" else None,
                 kwargs,
             )
-            # Not compared: what either side keeps or drops whatever it holds.
+            # Entries that either side always keeps or drops are not compared.
             last = 64 if name in ("snapkv", "pyramidkv", "criticalkv") else 1
             rows = zip(ours[0, :, 4:-last], theirs[0, :, 4:-last], strict=True)
-            for mine, other in rows:
-                free = other < other.max() if name == "criticalkv" else torch.ones_like(other, dtype=torch.bool)
-                if bool((other[free] != other[free][0]).any()) and bool((mine[free] != mine[free][0]).any()):
-                    self.correlations[name].append(float(spearmanr(mine[free], other[free]).statistic))
+            for own, other in rows:
+                compared = other < other.max() if name == "criticalkv" else torch.ones_like(other, dtype=torch.bool)
+                own, other = own[compared], other[compared]
+                if bool((other != other[0]).any()) and bool((own != own[0]).any()):
+                    self.correlations[name].append(float(spearmanr(own, other).statistic))
 
 
 def prefill_seconds(model: Any, ids: Tensor) -> float:
@@ -194,7 +199,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--budget", type=float, default=0.25)
-    parser.add_argument("--policies", nargs="+", default=list(PEERS), choices=list(PEERS), metavar="NAME")
+    parser.add_argument("--policies", nargs="+", default=list(PRESSES), choices=list(PRESSES), metavar="NAME")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -213,9 +218,9 @@ def main() -> None:
         prefill_seconds(model, part)
         measured: dict[tuple[str, str], list[float]] = defaultdict(list)
         for repeat in range(options.repeats):
-            # The plain prefill before and after, since the machine's speed drifts.
+            # The plain prefill is timed before and after, because the speed of the machine drifts.
             before = prefill_seconds(model, part)
-            probe = Probe(model, names, options.budget, attentions=False)
+            probe = Probe(model, names, options.budget)
             probe.run(part)
             plain = (before + prefill_seconds(model, part)) / 2
             for name, seconds in probe.seconds.items():
@@ -225,7 +230,7 @@ def main() -> None:
             peak = {side: max(values, default=0) for side, values in probe.bytes.items()}
             print(f"{tokens} tokens, repetition {repeat + 1}: prefill {plain:.2f} s", flush=True)
         if "h2o" in names:
-            measured["kvpress", "h2o"] = [eager_cost(model, part, options.budget)]
+            measured["kvpress", "h2o"] = [percent_of_observed_attention(model, part, options.budget)]
         for (side, name), values in measured.items():
             shares[side, name, tokens] = statistics.median(values)
             spread[side, name, tokens] = (min(values), max(values))
@@ -244,7 +249,7 @@ def main() -> None:
         agreement = "-" if not rank else f"{statistics.median(rank):.4f}"
         why = WHY_DIFFERENT.get(name, "") if rank and statistics.median(rank) < 0.99 else ""
         print(f"{name:<20}{cells}   {agreement}  {why}")
-    print("kvpress has no VATP. Its h2o needs eager attention: its cost is that of eager over sdpa, plus scoring.")
+    print("kvpress has no VATP. Its h2o needs eager attention, whose extra time over sdpa is part of its cost.")
     longest = max(options.tokens)
     result = {
         "capkv_percent_4k": shares["ours", "capkv", longest],
@@ -269,8 +274,8 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def eager_cost(model: Any, ids: Tensor, budget: float) -> float:
-    """Percent of a plain prefill that kvpress's ObservedAttentionPress adds: eager attention, then scoring."""
+def percent_of_observed_attention(model: Any, ids: Tensor, budget: float) -> float:
+    """Return what ObservedAttentionPress adds to a prefill, eager attention included, in percent of the prefill."""
     plain = prefill_seconds(model, ids)
     model.set_attn_implementation("eager")
     press = kvpress.ObservedAttentionPress(compression_ratio=1 - budget)

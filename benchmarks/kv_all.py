@@ -1,7 +1,6 @@
-"""All measurements of the KV cache, one after the other: `make bench-kv`. The last line is one JSON object.
+"""Runs all benchmarks of the KV cache: `make bench-kv`. The last line of the output is a JSON object.
 
-Each is a program of its own beside this one, with options of its own, and writes what it measured to
-`docs/results`.
+Each benchmark is a program in this folder with its own options, and writes its results to `docs/results`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "docs" / "results"
 FIGURE = HERE.parent / "docs" / "images" / "kv-stream.png"
-PARTS = {
+PROGRAMS = {
     "kv-cost.json": ["kv.py"],
     "kv-decode.json": ["kv_decode.py"],
     "kv-stream.json": ["kv_stream.py", "--figure", str(FIGURE)],
@@ -40,11 +39,11 @@ KEYS = (
 
 
 def main() -> None:
-    for name, (program, *options) in PARTS.items():
+    for name, (program, *options) in PROGRAMS.items():
         command = [sys.executable, "-W", "ignore", str(HERE / program), *options, "--json", str(RESULTS / name)]
         subprocess.run(command, check=True)
-    found = {key: value for name in PARTS for key, value in json.loads((RESULTS / name).read_text()).items()}
-    print(json.dumps({key: found[key] for key in KEYS}))
+    results = {key: value for name in PROGRAMS for key, value in json.loads((RESULTS / name).read_text()).items()}
+    print(json.dumps({key: results[key] for key in KEYS}))
 
 
 if __name__ == "__main__":

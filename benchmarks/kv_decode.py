@@ -1,12 +1,12 @@
-"""Decoding over a compressed cache: tokens a second and process memory, beside stock transformers and kvpress 0.5.5.
+"""Speed and memory of decoding over a compressed cache, stock transformers and kvpress 0.5.5.
 
-Speed: one process, one thread. After a prompt of 4,096 tokens every cache decodes one token in turn, so that all meet
-the same machine; a ratio is taken within each turn, and the median over turns is told with its quartiles. Time is the
-process's own processor time, which other processes of a shared machine disturb less. The bound is stock transformers
-on a prompt as short as what the cache kept.
+Speed is measured in one process with one thread. After a prompt of 4,096 tokens, all caches decode one token in turn,
+so that changes of the machine's speed affect all of them. Ratios are computed within each turn; the results are their
+median and quartiles. Time is processor time, which depends less on other processes. The bound is stock transformers
+with a prompt as short as the number of entries that the cache keeps.
 
-Memory: a fresh process for each setting; the most that it held from the prompt to the last new token, above what it
-held with the model loaded.
+Memory is measured in a new process for each setting: the peak between the prompt and the last new token, above the
+memory with the model loaded.
 
 Run with `make bench-kv`. Options: --tokens 4096, --budgets .5 .25 .1, --steps 32, --json PATH, --only speed|memory.
 """
@@ -37,25 +37,26 @@ from suffice.kv.cache.shared_prefill import prefill
 try:
     import kvpress
 except ImportError:
-    sys.exit("kvpress is missing: run this with `make bench-kv`, which has an environment of its own")
+    sys.exit("kvpress is not installed. Run this with `make bench-kv`, which installs it in a separate environment")
 
-POLICY = "snapkv"  # which entries are kept does not change how long reading them takes; kvpress has the same one
+POLICY = "snapkv"  # kvpress has it too; the time of decoding does not depend on which entries are kept
 OURS = {"uniform": "equal", "ragged, pooled scores": "adakv", "ragged, head profile": "profile"}
 PRESSES: dict[str, Callable[[float], Any]] = {
     "kvpress uniform": lambda ratio: kvpress.SnapKVPress(compression_ratio=ratio),
     "kvpress AdaKV": lambda ratio: kvpress.AdaKVPress(kvpress.SnapKVPress(compression_ratio=ratio)),
 }
 BOUND, STOCK = "stock, shorter prompt", "stock"
-MEASURED = (BOUND, "uniform", "ragged, head profile", *PRESSES)  # for memory: one ragged form, the other differs little
+# Settings whose memory is measured; the other ragged allocation needs about the same.
+MEASURED = (BOUND, "uniform", "ragged, head profile", *PRESSES)
 
 
-def twin(model: Any) -> Any:
-    """Return another model of the same weights: what is set on its modules does not show in the first."""
+def share_weights(model: Any) -> Any:
+    """Return a copy of a model that shares its weights but has modules of its own."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
 def fill(model: Any, ids: Tensor, name: str, budget: float) -> tuple[Any, Cache]:
-    """Read a prompt under a setting; the model to go on with, and the cache."""
+    """Read a prompt with the cache of a setting; return the model and the cache."""
     with torch.no_grad():
         if name in OURS:
             cache: Cache = CompressedCache(model, POLICY, budget, allocation=OURS[name], measure_capacity=False)
@@ -72,7 +73,7 @@ def fill(model: Any, ids: Tensor, name: str, budget: float) -> tuple[Any, Cache]
 
 
 def step(model: Any, cache: Cache, token: Tensor, position: int) -> float:
-    """Return the processor seconds of one decoding step."""
+    """Return the processor time of one decoding step in seconds."""
     start = time.process_time()
     with torch.no_grad():
         model(token, past_key_values=cache, position_ids=torch.tensor([[position]]), use_cache=True, logits_to_keep=1)
@@ -80,16 +81,16 @@ def step(model: Any, cache: Cache, token: Tensor, position: int) -> float:
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """Median, lower and upper quartile."""
+    """Return the median and the lower and upper quartile."""
     low, middle, high = statistics.quantiles(values, n=4)
     return [middle, low, high]
 
 
 def speed(model: Any, ids: Tensor, budgets: list[float], steps: int) -> dict[str, Any]:
-    """Decode in turn over every cache; milliseconds and shares of the bound."""
-    caches: dict[tuple[str, float], tuple[Any, Cache]] = {(STOCK, 1.0): fill(twin(model), ids, STOCK, 1.0)}
-    # Models of their own: kvpress keeps what it masks on the modules, and ours selects its attention there.
-    own = twin(model)
+    """Decode with all caches in turn; return times and ratios to the bound."""
+    caches: dict[tuple[str, float], tuple[Any, Cache]] = {(STOCK, 1.0): fill(share_weights(model), ids, STOCK, 1.0)}
+    # Separate modules, because kvpress stores masks on them, and our cache selects its attention function.
+    own = share_weights(model)
     ours = {
         (name, budget): CompressedCache(own, POLICY, budget, allocation=allocation, measure_capacity=False)
         for budget in budgets
@@ -97,29 +98,29 @@ def speed(model: Any, ids: Tensor, budgets: list[float], steps: int) -> dict[str
     }
     prefill(own, {"input_ids": ids}, list(ours.values()))
     for budget in budgets:
-        caches[BOUND, budget] = fill(twin(model), ids, BOUND, budget)
+        caches[BOUND, budget] = fill(share_weights(model), ids, BOUND, budget)
         caches |= {key: (own, cache) for key, cache in ours.items() if key[1] == budget}
-        caches |= {(name, budget): fill(twin(model), ids, name, budget) for name in PRESSES}
-        print(f"prompt read by all caches of {budget:.0%}", flush=True)
+        caches |= {(name, budget): fill(share_weights(model), ids, name, budget) for name in PRESSES}
+        print(f"all caches with a budget of {budget:.0%} have read the prompt", flush=True)
     seconds: dict[tuple[str, float], list[float]] = {key: [] for key in caches}
-    warm = 4
-    for number in range(steps + warm):
+    warm_up = 4
+    for number in range(steps + warm_up):
         order = list(caches)[number % len(caches) :] + list(caches)[: number % len(caches)]
         for key in order:
-            own_time = step(*caches[key], ids[:, number : number + 1], ids.shape[1] + number)
-            if number >= warm:
-                seconds[key].append(own_time)
+            step_seconds = step(*caches[key], ids[:, number : number + 1], ids.shape[1] + number)
+            if number >= warm_up:
+                seconds[key].append(step_seconds)
     rows = []
-    for (name, budget), taken in seconds.items():
+    for (name, budget), times in seconds.items():
         bound = seconds[(BOUND, budget) if budget < 1 else (STOCK, 1.0)]
         rows.append(
             {
                 "setting": name,
                 "budget": budget,
-                "ms": 1000 * statistics.median(taken),
-                "tokens_per_second": 1 / statistics.median(taken),
-                "of_bound": quartiles([b / o for b, o in zip(bound, taken, strict=True)]),
-                "of_full": quartiles([f / o for f, o in zip(seconds[STOCK, 1.0], taken, strict=True)]),
+                "ms": 1000 * statistics.median(times),
+                "tokens_per_second": 1 / statistics.median(times),
+                "of_bound": quartiles([b / o for b, o in zip(bound, times, strict=True)]),
+                "of_full": quartiles([f / o for f, o in zip(seconds[STOCK, 1.0], times, strict=True)]),
             }
         )
     attention = {
@@ -131,12 +132,12 @@ def speed(model: Any, ids: Tensor, budgets: list[float], steps: int) -> dict[str
 
 
 def attention_ratio(own: tuple[Any, Cache], stock: tuple[Any, Cache], steps: int) -> list[float]:
-    """Time of ours over stock's: a new token's entries stored and all attention computed, in every layer.
+    """Return the time in which our cache appends a token and attends in all layers, relative to the stock cache.
 
-    Everything that a cache adds to a step is in it, the checks of each layer too; the rest of the model is not.
+    It contains everything that a cache adds to a decoding step, but not the rest of the model.
     """
 
-    def once(model: Any, cache: Cache, implementation: str) -> float:
+    def run_layers(model: Any, cache: Cache, implementation: str) -> float:
         attend = ALL_ATTENTION_FUNCTIONS[implementation]
         heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
         query, new = torch.randn(1, heads, 1, 64), torch.randn(2, 1, kv_heads, 1, 64)
@@ -150,7 +151,7 @@ def attention_ratio(own: tuple[Any, Cache], stock: tuple[Any, Cache], steps: int
 
     ratios = []
     for number in range(2 * steps):
-        pair = [lambda: once(*own, "suffice_sdpa"), lambda: once(*stock, "sdpa")]
+        pair = [lambda: run_layers(*own, "suffice_sdpa"), lambda: run_layers(*stock, "sdpa")]
         first = number % 2
         times = {first: pair[first](), 1 - first: pair[1 - first]()}
         ratios.append(times[0] / times[1])
@@ -158,9 +159,9 @@ def attention_ratio(own: tuple[Any, Cache], stock: tuple[Any, Cache], steps: int
 
 
 def memory_of(name: str, budget: float, tokens: int, steps: int) -> None:
-    """Print what a process that does this, and nothing else, holds at most, in bytes above the loaded model."""
+    """Fill and use one cache in this process; print the peak memory above that of the loaded model, in bytes."""
     model, ids = inputs(tokens)
-    fill(model, ids[:, :8], STOCK, 1.0)  # weights come from the file when they are first used
+    fill(model, ids[:, :8], STOCK, 1.0)  # the weights are read from the file when they are first used
     before = status("VmRSS")
     forget_peak()
     model, cache = fill(model, ids, name, budget)
@@ -170,7 +171,7 @@ def memory_of(name: str, budget: float, tokens: int, steps: int) -> None:
 
 
 def memory(budgets: list[float], tokens: int) -> list[dict[str, Any]]:
-    """Peak memory of every setting, each in a process of its own."""
+    """Measure the peak memory of every setting, each in a process of its own."""
     rows = []
     for name, budget in [(STOCK, 1.0), *((name, budget) for budget in budgets for name in MEASURED)]:
         command = [sys.executable, __file__, "--memory-of", name, "--budgets", str(budget), "--tokens", str(tokens)]
@@ -182,7 +183,7 @@ def memory(budgets: list[float], tokens: int) -> list[dict[str, Any]]:
 
 
 def inputs(tokens: int) -> tuple[Any, Tensor]:
-    """Return the default model in float32, and real English."""
+    """Return the default model in float32 and the token ids of an English text."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, tokenizer = load_model(dtype="float32")
@@ -191,7 +192,7 @@ def inputs(tokens: int) -> tuple[Any, Tensor]:
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """Return the figures by which it is judged, from all that was measured."""
+    """Return the most important numbers of a result."""
     found: dict[str, Any] = {}
     shares = {(row["setting"], row["budget"]): row["of_bound"][0] for row in result.get("decoding", [])}
     if ("uniform", 0.25) in shares:
@@ -215,7 +216,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> None:
-    """Print what was measured."""
+    """Print a result as a table."""
     peaks = {(row["setting"], row["budget"]): row["peak"] / 1e6 for row in result.get("memory", [])}
     print(f"\n{'setting':<24}{'budget':>7}{'tokens/s':>10}{'of the bound':>22}{'peak MB':>9}   attention of stock's")
     for row in result.get("decoding", []):
@@ -240,7 +241,7 @@ def main() -> None:
     if options.memory_of:
         memory_of(options.memory_of, options.budgets[0], options.tokens, steps=16)
         return
-    # What one part measured stays when the other is measured again.
+    # With `--only`, the other part of an earlier result is kept.
     known = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     result = {**known, "tokens": options.tokens, "steps": options.steps}
     if options.only != "memory":
