@@ -40,18 +40,19 @@ from torch import Tensor
 # isort: split
 import suffice as library
 from suffice.information.alignment import class_information, cluster_nmi, linear_probe, trace_ratio
-from suffice.link.auditing.audit import EdgeSet, audit
-from suffice.link.auditing.trained import audit_trained, held_out_scores, load_trained
+from suffice.link.auditing.audit import audit
+from suffice.link.auditing.scoring import EdgeSet
+from suffice.link.auditing.trained import audit_trained
 from suffice.link.auditing.verdict import judge
 from suffice.link.batches.composition import Fixed, Random, Separate, balanced_weights
-from suffice.link.batches.negatives import draw_negatives
-from suffice.link.batches.sampler import EdgeBatches, LabelledBatches
+from suffice.link.batches.negatives import sample_negatives
+from suffice.link.batches.sampler import CompositionBatchSampler, EdgeBatches
 from suffice.link.corrections import freeze_statistics, replace_batch_norm, train_corrected
 from suffice.link.data.datasets import load_graph
 from suffice.link.data.files import read_graph, read_saved_graph, save_graph
 from suffice.link.data.graph import Graph, Split, SplitConfig, prepare_graph, split_edges
 from suffice.link.data.synthetic import block_model, digits
-from suffice.link.metrics import evaluate, mean_reciprocal_rank
+from suffice.link.metrics import compute_metrics, mean_reciprocal_rank
 from suffice.link.models import (
     EncoderDecoderSettings,
     ModelSettings,
@@ -74,8 +75,10 @@ from suffice.link.study.correct import correct, edge_maps
 from suffice.link.study.report_sections import audit_page
 from suffice.link.study.report_sections import study_page as link_page
 from suffice.link.study.run_kinds import CORRECT, KINDS
-from suffice.link.train.alignment import alignment, embeddings, raw_alignment
-from suffice.link.train.trainer import TrainSettings, fit, score_parts
+from suffice.link.train.alignment import alignment, feature_alignment
+from suffice.link.train.config import TrainConfig
+from suffice.link.train.evaluate import score_edges
+from suffice.link.train.trainer import fit
 from suffice.study import RunKind, Spec, Store, run_study
 from suffice.study.export import export_records
 from suffice.study.report_page import study_report
@@ -106,7 +109,7 @@ WAYS = {  # keys of ways of training by our names
 REFERENCES = {"untrained": "untrained", "features": "raw features"}
 MIXES = {"even": Fixed(), "third": Fixed(0.3), "apart": Separate(), "drawn": Random(), "narrow": Random(0.3, 0.7)}
 VERDICTS = ("unaffected", "affected", "dominated")
-SEES = ("not called", "nodes", "edge batch")
+INPUT_ROWS = ("not called", "nodes", "edges")
 _STABLE = {now: own for own, now in (WAYS | REFERENCES).items()} | RENAMED
 _NOW = {then: now for now, then in RENAMED.items()}
 
@@ -163,7 +166,7 @@ def split_parts(parts: Split) -> dict[str, Tensor]:
 
 
 def negatives(graph: Graph, count: int, seed: int) -> Tensor:
-    return draw_negatives(graph.edges, graph.num_nodes, count, seed)
+    return sample_negatives(graph.edges, graph.num_nodes, count, seed)
 
 
 def batches(graph: Graph, parts: Split, mix: str, epochs: Iterable[int] = (0, 1), **more: Any) -> dict[str, Any]:
@@ -172,7 +175,7 @@ def batches(graph: Graph, parts: Split, mix: str, epochs: Iterable[int] = (0, 1)
     found: dict[str, Any] = {"steps": len(made)}
     for epoch in epochs:
         made.set_epoch(epoch)
-        each = [(b.pairs, b.labels, b.labels * 0 if b.weights is None else b.weights, b.index) for b in made]
+        each = [(b.pairs, b.labels, b.labels * 0 if b.weights is None else b.weights, b.positive_index) for b in made]
         named = zip(("pairs", "labels", "weights", "index"), zip(*each, strict=True), strict=True)
         found |= {f"{epoch} {name}": torch.cat(parts, dim=-1) for name, parts in named}
         found[f"{epoch} fractions"] = torch.tensor(made.fractions)
@@ -180,7 +183,7 @@ def batches(graph: Graph, parts: Split, mix: str, epochs: Iterable[int] = (0, 1)
 
 
 def labelled_batches(labels: Tensor, mix: str) -> list[Tensor]:
-    made = LabelledBatches(labels, MIXES[mix], batch_size=32, seed=4)
+    made = CompositionBatchSampler(labels, MIXES[mix], batch_size=32, seed=4)
     return [torch.tensor([i for batch in made for i in batch]) for _ in (0, 1)] + [torch.tensor(made.fractions)]
 
 
@@ -206,9 +209,9 @@ def model_options(settings: ModelSettings, **others: Any) -> dict[str, Any]:
     return {**found, "model": name, "completion": completion}
 
 
-def settings(mix: str = "even", **more: Any) -> TrainSettings:
+def settings(mix: str = "even", **more: Any) -> TrainConfig:
     chosen = {"epochs": 2, "batch_size": 256, "metric": "hits@10", "seed": 1, **more}
-    return TrainSettings(MIXES[mix], **now(chosen))
+    return TrainConfig(MIXES[mix], **now(chosen))
 
 
 def train(model: Any, graph: Graph, parts: Split, mix: str = "even", **more: Any) -> dict[str, Any]:
@@ -225,7 +228,7 @@ def train_balanced(model: Any, graph: Graph, parts: Split, **more: Any) -> list[
 def epochs_of(done: Any) -> dict[str, Any]:
     fractions = [torch.tensor(epoch.fractions) for epoch in done.epochs]
     loss, metric = ([getattr(epoch, now(name)) for epoch in done.epochs] for name in ("loss", "metric"))
-    return {"loss": loss, "metric": metric, "fractions": fractions, "chosen": done.chosen}
+    return {"loss": loss, "metric": metric, "fractions": fractions, "chosen": done.kept_epoch}
 
 
 def outputs(model: Any, graph: Graph, parts: Split) -> dict[str, Any]:
@@ -233,12 +236,10 @@ def outputs(model: Any, graph: Graph, parts: Split) -> dict[str, Any]:
     messages, test = parts.message_edges(), (parts.test, parts.test_negatives)
     rows = Adjacency(messages, graph.num_nodes)
     scorer = PairScorer(model, graph.x, messages)
-    found: dict[str, Any] = {
-        kind: held_out_scores(model, graph, parts, protocol(kind), 10) for kind in ("usual", "seen")
-    }
+    found: dict[str, Any] = {kind: evaluate(model, graph, parts, protocol(kind), 10) for kind in ("usual", "seen")}
     found |= {"nodes": scorer.embed(), "pairs": model.edge_embedding(scorer.encode(), parts.test)}
     return found | {
-        "scores": [*score_parts(model, graph.x, messages, *test), *score_parts(model, graph.x, rows, *test)]
+        "scores": [*score_edges(model, graph.x, messages, *test), *score_edges(model, graph.x, rows, *test)]
     }
 
 
@@ -257,7 +258,7 @@ def presets() -> dict[str, Any]:
 def defaults() -> list[Any]:
     return [
         model_options(EncoderDecoderSettings()),
-        TrainSettings().describe(),
+        TrainConfig().to_dict(),
         asdict(SplitConfig()),
         MIXES["drawn"],
         MIXES["even"],
@@ -280,9 +281,9 @@ def report_parts(report: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"verdict": VERDICTS.index(report.verdict.level)}
     for name, part in report.parts.items():
         found[name] = {key: numbers(value) for key, value in part.statistics.items()}
-        curve = [[p.fraction, *numbers(p.predicted), *numbers(p.accuracy), *numbers(p.probe_logit)] for p in part.curve]
+        curve = [[p.fraction, *numbers(p.predicted), *numbers(p.accuracy), *numbers(p.probe_score)] for p in part.curve]
         found[name]["curve"] = torch.tensor(curve, dtype=torch.float64)
-    found["layers"] = [[SEES.index(layer.sees), layer.mixes_rows, layer.frozen] for layer in report.layers]
+    found["layers"] = [[INPUT_ROWS.index(layer.input_rows), layer.mixes_rows, layer.frozen] for layer in report.layers]
     return found
 
 
@@ -310,12 +311,15 @@ def freeze(model: Any, graph: Graph, parts: Split, mix: str | None) -> int:
 
 
 def aligned(model: Any, graph: Graph, parts: Split) -> list[Any]:
-    return [alignment(model, graph, parts), {k: x for k, (x, _) in embeddings(model, graph, parts).items()}]
+    return [alignment(model, graph, parts), {k: x for k, (x, _) in representations(model, graph, parts).items()}]
 
 
 def aligned_features(graph: Graph) -> list[Any]:
     direct = (trace_ratio, cluster_nmi, linear_probe, class_information)
-    return [raw_alignment(graph), [measure(graph.x, graph.y) for measure in direct]]
+    return [
+        {k.replace("feature", "raw"): v for k, v in feature_alignment(graph).items()},
+        [measure(graph.x, graph.y) for measure in direct],
+    ]
 
 
 def views(graph: Graph) -> tuple[dict[str, Adjacency], Tensor]:
@@ -366,7 +370,7 @@ def sketches(view: Adjacency, pairs: Tensor, hops: int, **more: Any) -> dict[str
 
 def metrics(first: Tensor, second: Tensor) -> list[Any]:
     own = mean_reciprocal_rank(first, second.repeat(first.numel(), 1) + first[:, None] / 7)
-    return [*(evaluate(first, second, k) for k in (1, 10, 100)), own]
+    return [*(compute_metrics(first, second, k) for k in (1, 10, 100)), own]
 
 
 def compared(graph: Graph, seeds: int, ways: Iterable[str]) -> dict[str, Any]:

@@ -33,10 +33,13 @@ from suffice.link.batches.sampler import EdgeBatches
 from suffice.link.data.datasets import load_graph
 from suffice.link.data.graph import Graph, Split, SplitConfig, split_edges
 from suffice.link.data.synthetic import block_model
-from suffice.link.metrics import evaluate
+from suffice.link.metrics import compute_metrics
 from suffice.link.models import EncoderDecoder, EncoderDecoderSettings
 from suffice.link.sparse.adjacency import remove_edges
-from suffice.link.train.trainer import TrainSettings, features, fit, score_validation, step_loss
+from suffice.link.train.config import TrainConfig
+from suffice.link.train.evaluate import score_validation_edges
+from suffice.link.train.inputs import node_features
+from suffice.link.train.trainer import batch_loss, fit
 
 BATCH = 512
 EPOCHS = 5  # of each of our trainings
@@ -71,7 +74,8 @@ def sampling(graph: Graph, parts: Split, seed: int) -> tuple[float, int]:
 
 def validating(model: EncoderDecoder, graph: Graph, parts: Split) -> float:
     start = time.perf_counter()
-    evaluate(*score_validation(model, features(graph, model), parts))
+    scores = score_validation_edges(model, node_features(graph, model), parts.message_edges(), parts)
+    compute_metrics(*scores)
     return time.perf_counter() - start
 
 
@@ -83,7 +87,7 @@ def added_mib(nodes: int) -> float:
     # The first steps still fill the allocator's arenas.
     for batch in islice(_batches(graph, parts, 0), 3):
         messages = remove_edges(parts.message_edges(), batch.pairs, graph.num_nodes)
-        step_loss(model(features(graph, model), messages, batch.pairs), batch).backward()
+        batch_loss(model(node_features(graph, model), messages, batch.pairs), batch).backward()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     audit_trained(model, graph, parts)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
@@ -122,7 +126,7 @@ def main() -> None:
         edges["plain"] += sum(plain_epoch(plain, graph, parts, optimizer) for _ in range(EPOCHS))
         taken["plain"].append(time.perf_counter() - start)
         model = EncoderDecoderSettings().build(graph.x.size(1))
-        settings = TrainSettings(Random(), balanced=True, epochs=EPOCHS, batch_size=BATCH, seed=number)
+        settings = TrainConfig(Random(), balanced=True, epochs=EPOCHS, batch_size=BATCH, seed=number)
         start = time.perf_counter()
         fit(model, graph, parts, settings)
         taken["ours"].append(time.perf_counter() - start)

@@ -39,8 +39,10 @@ from suffice.link.models.base import score_in_chunks
 from suffice.link.models.buddy import propagated_features
 from suffice.link.models.sketched import count_cache
 from suffice.link.sparse.adjacency import Adjacency, as_adjacency, remove_edges
-from suffice.link.train.allocator import reuse_large_blocks
-from suffice.link.train.trainer import TrainSettings, adam, features, message_edges, step_loss
+from suffice.link.train.allocator import reuse_freed_memory
+from suffice.link.train.config import TrainConfig
+from suffice.link.train.inputs import message_edges, node_features
+from suffice.link.train.trainer import batch_loss, make_optimizer
 
 MODELS = ("neognn", "elph", "ncn", "ncnc", "buddy")
 SIZES = (10_000, 100_000, 1_000_000)  # numbers of edges
@@ -62,15 +64,15 @@ class Ours:
 
     def __init__(self, settings: ModelSettings, rate: float, graph: Graph, parts: Split) -> None:
         self.model: LinkPredictor = settings.build(graph.x.size(1)).train()
-        self.x = features(graph, self.model)
+        self.x = node_features(graph, self.model)
         self.parts = parts
         self.adjacency = as_adjacency(message_edges(self.model, parts, graph.num_nodes), graph.num_nodes)
-        self.optimizer = adam(self.model, TrainSettings(learning_rate=rate))
+        self.optimizer = make_optimizer(self.model, TrainConfig(learning_rate=rate))
 
     def step(self, batch: EdgeBatch) -> None:
-        rest = remove_edges(self.adjacency, self.parts.train[:, batch.index], self.x.size(0))
+        rest = remove_edges(self.adjacency, self.parts.train[:, batch.positive_index], self.x.size(0))
         scores = self.model.training_logits(self.x, rest, batch.pairs)
-        torch.autograd.backward(torch.stack([step_loss(part, batch) for part in scores]).sum())
+        torch.autograd.backward(torch.stack([batch_loss(part, batch) for part in scores]).sum())
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -97,8 +99,8 @@ class Theirs:
             loss = self.model.step(self.smooth, counts, batch.pairs, batch.labels)
         else:
             keep = torch.ones(self.train.size(1), dtype=torch.bool)
-            keep[batch.index] = False
-            own = batch.index.numel()
+            keep[batch.positive_index] = False
+            own = batch.positive_index.numel()
             loss = self.model.step(self.x, self.train[:, keep], batch.pairs[:, :own], batch.pairs[:, own:])
         loss.backward()
         self.optimizer.step()
@@ -207,7 +209,7 @@ def evaluation(graph: Graph, parts: Split, rounds: int) -> tuple[list[float], li
 def grown(name: str, edges: int) -> dict[str, float]:
     """Measure a model on a block model: construction and first step, which fills the caches, and further steps."""
     graph = block_model(nodes=edges // 4, classes=5, degree=8, features=64)
-    reuse_large_blocks(graph.num_nodes, 64)  # as `suffice link train` does
+    reuse_freed_memory(graph.num_nodes, 64)  # as `suffice link train` does
     parts = split_edges(graph, SplitConfig(), 0)
     encoder = {"encoder": "pure"} if name in ("ncn", "ncnc") else {}
     settings = ModelSettings.from_dict({"name": name, "hidden": 64, **encoder}).with_norms("none", "batch")

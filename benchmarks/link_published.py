@@ -23,14 +23,15 @@ from rich.table import Table
 from torch import nn
 
 from machine import machine
-from suffice.link.auditing.trained import held_out_scores
 from suffice.link.data.datasets import load_graph
 from suffice.link.data.graph import SplitConfig, prepare_graph, split_edges
 from suffice.link.models import LinkPredictor
 from suffice.link.study.published import HITS_AT_100
 from suffice.link.study.reproduction import settings_for
 from suffice.link.train import trainer as training
-from suffice.link.train.trainer import TrainSettings, fit
+from suffice.link.train.config import TrainConfig
+from suffice.link.train.evaluate import evaluate
+from suffice.link.train.trainer import fit
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "link-published.json"
 # What the other variants change: the protocol under which the models are compared with what is printed.
@@ -122,9 +123,9 @@ def measure(variant: Variant, data: str, root: str, seed: int) -> dict[str, floa
     if variant.change is not None:
         variant.change(model)
     with unmasked(variant.targets):
-        done = fit(model, graph, edges, TrainSettings(**{**TRAIN, **own, **variant.train, "seed": seed}))
-    test = held_out_scores(model, graph, edges, protocol, 100)["hits@100"]
-    return {"test": 100 * test, "validation": 100 * done.epochs[done.chosen].metric}
+        done = fit(model, graph, edges, TrainConfig(**{**TRAIN, **own, **variant.train, "seed": seed}))
+    test = evaluate(model, graph, edges, protocol, 100)["hits@100"]
+    return {"test": 100 * test, "validation": 100 * done.metric}
 
 
 def rows(folder: Path, names: list[str], seeds: int) -> Iterator[dict[str, Any]]:

@@ -23,8 +23,8 @@ from suffice.link.batches.composition import Fixed
 from suffice.link.batches.sampler import EdgeBatches
 from suffice.link.data.datasets import load_graph
 from suffice.link.data.graph import Graph, SplitConfig, split_edges
-from suffice.link.metrics import evaluate
-from suffice.link.train.trainer import score_validation
+from suffice.link.metrics import compute_metrics
+from suffice.link.train.evaluate import score_validation_edges
 from suffice.study.results import mean_interval
 
 
@@ -47,8 +47,8 @@ def pair(name: str, graph: Graph, seed: int, epochs: int) -> tuple[float, float]
     both = torch.cat([parts.validation, parts.validation_negatives], dim=1)
     found = theirs.scores(both)
     size = parts.validation.size(1)
-    sides = score_validation(ours.model, ours.x, parts, ours.adjacency), (found[:size], found[size:])
-    one, other = (100 * evaluate(*scores, 100)["hits@100"] for scores in sides)
+    sides = score_validation_edges(ours.model, ours.x, ours.adjacency, parts), (found[:size], found[size:])
+    one, other = (100 * compute_metrics(*scores, 100)["hits@100"] for scores in sides)
     return one, other
 
 

@@ -26,7 +26,7 @@ class Mine(torch.nn.Module):
 
 
 torch.manual_seed(0)
-graph = load_graph("digits")  # or your own edge list, see suffice.link.read_graph
+graph = load_graph("digits")  # or your own edge list, see suffice.link.data.files.read_graph
 parts = split_edges(graph, SplitConfig(), seed=0)
 model, messages = Mine(graph.x.size(1)), parts.message_edges()
 optimizer = torch.optim.Adam(model.parameters(), 1e-2)

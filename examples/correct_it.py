@@ -5,7 +5,8 @@ python examples/correct_it.py
 
 import argparse
 
-from suffice.link import TrainSettings, correct, load_graph, parse_arm
+from suffice.link import TrainConfig, correct, load_graph
+from suffice.link.study.arms import parse_arm
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--data", default="digits")
@@ -17,7 +18,7 @@ arms = [parse_arm(key) for key in ("fixed/batch", "random/batch")]
 study = correct(
     load_graph(arguments.data),
     arms=arms,
-    train=TrainSettings(epochs=arguments.epochs),
+    train=TrainConfig(epochs=arguments.epochs),
     seeds=arguments.seeds,
     folder="corrected",  # run it again and only what is missing is trained
 )

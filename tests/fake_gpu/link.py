@@ -6,12 +6,14 @@ import warnings
 
 import torch
 
-from suffice.link.auditing.trained import audit_trained, held_out_scores
+from suffice.link.auditing.trained import audit_trained
 from suffice.link.batches.composition import Random
 from suffice.link.data.graph import SplitConfig, split_edges
 from suffice.link.data.synthetic import block_model
 from suffice.link.models import build_model, models
-from suffice.link.train.trainer import TrainSettings, fit
+from suffice.link.train.config import TrainConfig
+from suffice.link.train.evaluate import evaluate
+from suffice.link.train.trainer import fit
 from tests.fake_gpu.device import DEVICE
 
 CASES = (
@@ -29,10 +31,10 @@ def run(device, case):
     parts = split_edges(graph, PROTOCOL, seed=0)
     torch.manual_seed(0)
     model = build_model(in_channels=16, hidden=16, **case).to(device)
-    settings = TrainSettings(epochs=1, batch_size=64, composition=Random())
+    settings = TrainConfig(epochs=1, batch_size=64, composition=Random())
     result = fit(model, graph, parts, settings)
     numbers = [*(epoch.loss for epoch in result.epochs), result.metric]
-    numbers += held_out_scores(model, graph, parts, PROTOCOL).values()
+    numbers += evaluate(model, graph, parts, PROTOCOL).values()
     if case == CASES[0]:  # the audit does the same with every model
         report = audit_trained(model, graph, parts, batch_size=64)
         numbers += [found.mean for part in report.parts.values() for found in part.statistics.values()]

@@ -7,17 +7,20 @@ import torch
 from torch import nn
 from torch_geometric.nn import MLP
 
-from suffice.link.auditing.audit import EdgeSet, audit
+from suffice.link.auditing.audit import audit
+from suffice.link.auditing.module_state import norm_mode
 from suffice.link.auditing.norm_layers import FrozenBatchNorm
+from suffice.link.auditing.scoring import EdgeSet
 from suffice.link.auditing.trained import audit_trained
 from suffice.link.batches.composition import Fixed
 from suffice.link.corrections import freeze_statistics, replace_batch_norm, train_corrected
 from suffice.link.models import EncoderDecoderSettings, PairScorer
-from suffice.link.train.trainer import TrainSettings, fit
+from suffice.link.train.config import TrainConfig
+from suffice.link.train.trainer import fit
 
 
 class Decoder(nn.Module):
-    """A foreign model: random embeddings, a Hadamard product, PyG's MLP with a norm of its choice."""
+    """A model that is not of this package: fixed embeddings, a Hadamard product and PyG's MLP."""
 
     def __init__(self, norm="batch_norm", nodes=200):
         super().__init__()
@@ -42,8 +45,8 @@ def _statistics(report, name="heldout"):
     return {key: value.mean for key, value in report.parts[name].statistics.items()}
 
 
-def test_a_known_shift_gives_its_kappa(edges):
-    """s(e) = ±1 − c·f(batch): every logit falls by c as f goes from 0 to 1, and the gap is 2."""
+def test_kappa_of_a_known_shift(edges):
+    """s(e) = ±1 − c·(f − 0.5): scores fall by c = 3 as f goes from 0 to 1, and the gap is 2."""
     positive = {tuple(pair) for pair in edges.positives.T.tolist()}
 
     def score(pairs):
@@ -52,13 +55,13 @@ def test_a_known_shift_gives_its_kappa(edges):
 
     found = _statistics(audit(score, edges, batch_size=200))
     assert found["kappa"] == pytest.approx(-1.5, abs=1e-5)
-    # f = 1: 1 − 1.5 < 0; f = 0: −1 + 1.5 > 0: every pure batch is wrong.
+    # At f = 1 positives score 1 − 1.5 < 0, and at f = 0 negatives score −1 + 1.5 > 0: all are misclassified.
     assert found["a_pure"] == 0
     assert found["accuracy_balanced"] == 1
     assert found["rank_change"] == 0
 
 
-def test_an_honest_function_is_unaffected_and_tau_is_tpr_minus_fpr(edges):
+def test_a_function_of_single_edges_is_unaffected_and_tau_is_tpr_minus_fpr(edges):
     z = Decoder().z
 
     def score(pairs):
@@ -74,7 +77,7 @@ def test_an_honest_function_is_unaffected_and_tau_is_tpr_minus_fpr(edges):
     assert report.layers == ()
 
 
-def test_pyg_mlp_is_found_out_and_left_as_it_was(edges):
+def test_the_batch_norm_of_pyg_mlp_is_found_and_the_model_left_unchanged(edges):
     model = Decoder()
     model.train()
     model.mlp.norms[0].eval().train()
@@ -82,7 +85,7 @@ def test_pyg_mlp_is_found_out_and_left_as_it_was(edges):
     modes = [part.training for part in model.modules()]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
     report = audit(model, edges)
-    assert [(layer.sees, layer.mixes_rows) for layer in report.layers] == [("edge batch", True)]
+    assert [(layer.input_rows, layer.mixes_edges) for layer in report.layers] == [("edges", True)]
     assert report.verdict.level != "unaffected"
     assert abs(_statistics(report)["kappa"]) > 0.2
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -94,10 +97,28 @@ def test_pyg_mlp_is_found_out_and_left_as_it_was(edges):
     assert audit(model, edges) == report
 
 
+def test_norm_mode_switches_norm_layers_alone_and_restores_every_mode():
+    model = Decoder().train()
+    model.mlp.norms[0].module.eval()
+    modes = [part.training for part in model.modules()]
+    is_norm = [name.startswith("mlp.norms.0") for name, _ in model.named_modules()]
+    with norm_mode(model, training=True, frozen=set()):
+        assert [part.training for part in model.modules()] == is_norm
+        with norm_mode(model, training=True, frozen={"mlp.norms.0.module"}):
+            assert not model.mlp.norms[0].module.training
+        assert model.mlp.norms[0].module.training
+        with norm_mode(model, training=False, frozen=set()):
+            assert not any(part.training for part in model.modules())
+    assert [part.training for part in model.modules()] == modes
+    with pytest.raises(KeyError), norm_mode(model, training=True, frozen=set()):
+        raise KeyError
+    assert [part.training for part in model.modules()] == modes
+
+
 @pytest.mark.parametrize("norm", [None, "layer_norm"])
-def test_norms_of_single_rows_or_none(norm, edges):
+def test_models_with_a_row_wise_norm_or_none_are_unaffected(norm, edges):
     model = Decoder(norm)
-    if norm:  # PyG's LayerNorm works on the whole batch unless told otherwise
+    if norm:  # by default, PyG's LayerNorm normalizes over the whole batch
         assert audit(model, edges).layers[0].mixes_rows
         for layer in model.mlp.norms:
             layer.mode = "node"
@@ -107,7 +128,7 @@ def test_norms_of_single_rows_or_none(norm, edges):
 
 
 @pytest.mark.parametrize("how", ["eval", "grad", "named", "replaced"])
-def test_a_frozen_batch_norm_is_not_accused(how, edges):
+def test_a_frozen_batch_norm_has_no_effect(how, edges):
     model = Decoder().train()
     for _ in range(20):
         model(torch.cat([edges.positives, edges.negatives], 1))
@@ -127,7 +148,7 @@ def test_a_frozen_batch_norm_is_not_accused(how, edges):
     assert _statistics(report)["eval_gap"] == pytest.approx(0, abs=1e-5)
 
 
-def test_distributed_wrapper(tmp_path, edges):
+def test_a_model_wrapped_by_ddp_gives_the_same_audit(tmp_path, edges):
     from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
 
@@ -141,11 +162,11 @@ def test_distributed_wrapper(tmp_path, edges):
     assert [layer.name for layer in wrapped.layers] == ["module." + layer.name for layer in plain.layers]
 
 
-def test_trained_models_are_told_apart(graph, parts):
+def test_trained_models_with_and_without_batch_norm_get_different_verdicts(graph, parts):
     levels = {}
     for norm in ("batch", "layer", "none"):
         model = EncoderDecoderSettings(encoder_norm=norm, decoder_norm=norm, hidden=32).build(graph.x.size(1))
-        fit(model, graph, parts, TrainSettings(epochs=10, batch_size=256))
+        fit(model, graph, parts, TrainConfig(epochs=10, batch_size=256))
         report = audit_trained(model, graph, parts, batch_size=256)
         levels[norm] = report.verdict.level
         for part in ("heldout", "train"):
@@ -155,7 +176,7 @@ def test_trained_models_are_told_apart(graph, parts):
     assert levels["layer"] == levels["none"] == "unaffected"
 
 
-def test_frozen_statistics_are_those_of_the_population(graph, parts):
+def test_frozen_statistics_are_means_over_all_batches(graph, parts):
     model = EncoderDecoderSettings(decoder="concat", encoder_norm="none", hidden=16).build(graph.x.size(1))
     scorer = PairScorer(model, graph.x, parts.message_edges())
     seen = []
@@ -175,7 +196,7 @@ def test_frozen_statistics_are_those_of_the_population(graph, parts):
 
 
 @pytest.mark.parametrize(("norm", "kind"), [("layer", nn.LayerNorm), ("none", nn.Identity)])
-def test_swapping_batch_norm(norm, kind, edges):
+def test_replacing_batch_norm(norm, kind, edges):
     model = Decoder()
     changes = replace_batch_norm(model, norm)
     assert [(change.name, change.before) for change in changes] == [("mlp.norms.0", "BatchNorm")]
@@ -185,9 +206,9 @@ def test_swapping_batch_norm(norm, kind, edges):
     assert kind.__name__ in repr(model.mlp.norms)
 
 
-def test_corrected_training_says_what_it_changed(graph, parts):
+def test_corrected_training_reports_its_changes(graph, parts):
     model = EncoderDecoderSettings(hidden=16).build(graph.x.size(1))
-    result, changes = train_corrected(model, graph, parts, TrainSettings(epochs=2, batch_size=64))
+    result, changes = train_corrected(model, graph, parts, TrainConfig(epochs=2, batch_size=64))
     assert [change.after for change in changes] == ["random:0.05,0.95", "True"]
     assert len(set(result.epochs[0].fractions)) > 3
 
@@ -195,17 +216,29 @@ def test_corrected_training_says_what_it_changed(graph, parts):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda e: audit(3, e), TypeError, "score is int"),
-        (lambda e: audit(lambda p: p[0], e, probes=1), ValueError, "probes is 1"),
-        (lambda e: audit(lambda p: p, e), ValueError, "accepted: 400, one a pair"),
-        (lambda e: audit(lambda p: p[0] / 0.0 * 0, e), ValueError, "NaN or infinite"),
-        (lambda e: audit(lambda p: [1], e), TypeError, "score returned list"),
-        (lambda e: audit(lambda p: p[0], {}), ValueError, "edges is empty"),
-        (lambda e: audit(Decoder(), e, frozen=("x",)), ValueError, "frozen names"),
-        (lambda e: EdgeSet(e.positives[:, :3], e.negatives), ValueError, "positives has shape"),
-        (lambda e: replace_batch_norm(Decoder(), "group"), ValueError, "norm is 'group'"),
-        (lambda e: replace_batch_norm(Decoder(), names=["x"]), ValueError, "names is"),
-        (lambda e: freeze_statistics(nn.ReLU(), len, e.positives, 9), ValueError, "holds no BatchNorm"),
+        (lambda e: audit(3, e), TypeError, "score must be a function or module that scores pairs, got int"),
+        (lambda e: audit(lambda p: p[0], e, num_probes=1), ValueError, "num_probes must be at least 4, got 1"),
+        (lambda e: audit(lambda p: p, e), ValueError, "one score per pair, got 800 scores for 400 pairs"),
+        (lambda e: audit(lambda p: p[0] / 0.0 * 0, e), ValueError, "finite scores, got 400 NaN or infinite"),
+        (lambda e: audit(lambda p: [1], e), TypeError, "score must return a tensor of scores .*, got list"),
+        (lambda e: audit(lambda p: p[0], {}), ValueError, "edges must contain at least one EdgeSet"),
+        (
+            lambda e: audit(Decoder(), e, frozen=("x",)),
+            ValueError,
+            r"frozen must name BatchNorm .*, got \['x'\]",
+        ),
+        (lambda e: EdgeSet(e.positives[:, :3], e.negatives), ValueError, r"positives must have shape .*, got \(2, 3\)"),
+        (lambda e: replace_batch_norm(Decoder(), "group"), ValueError, "norm must be layer or none, got 'group'"),
+        (
+            lambda e: replace_batch_norm(Decoder(), names=["x"]),
+            ValueError,
+            r"names must be BatchNorm .*, got \['x'\]",
+        ),
+        (
+            lambda e: freeze_statistics(nn.ReLU(), len, e.positives, 9),
+            ValueError,
+            "module must contain BatchNorm layers",
+        ),
     ],
 )
 def test_errors_name_the_argument(make, error, message, edges):

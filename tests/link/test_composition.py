@@ -6,27 +6,27 @@ from torch_geometric.data import Data
 from torch_geometric.loader import LinkLoader
 from torch_geometric.sampler import BaseSampler, SamplerOutput
 
-from suffice.link.batches.composition import Fixed, Random, Separate, balanced_weights, parse
-from suffice.link.batches.negatives import TooFewNegativesError, draw_negatives, edge_keys
-from suffice.link.batches.sampler import EdgeBatches, LabelledBatches
+from suffice.link.batches.composition import Fixed, Random, Separate, balanced_weights, parse_composition
+from suffice.link.batches.negatives import TooFewNegativesError, edge_keys, sample_negatives
+from suffice.link.batches.sampler import CompositionBatchSampler, EdgeBatches
 
 COMPOSITIONS = [Fixed(0.5), Fixed(0.1), Separate(), Random(0.05, 0.95), Random(0.0, 1.0)]
 
 
 def _edges(nodes: int, count: int, seed: int = 0) -> torch.Tensor:
-    return draw_negatives(torch.empty(2, 0, dtype=torch.long), nodes, count, seed)
+    return sample_negatives(torch.empty(2, 0, dtype=torch.long), nodes, count, seed)
 
 
 @pytest.mark.parametrize("composition", COMPOSITIONS, ids=str)
 @given(positives=st.integers(1, 200), batch_size=st.integers(4, 64), seed=st.integers(0, 9))
-def test_every_plan_uses_each_positive_once_and_never_overfills(composition, positives, batch_size, seed):
+def test_every_plan_uses_each_positive_once_and_no_batch_is_too_large(composition, positives, batch_size, seed):
     plan = composition.plan(positives, batch_size, torch.Generator().manual_seed(seed))
     assert sum(own for own, _ in plan) == positives
     assert all(0 < own + other <= batch_size for own, other in plan)
 
 
 @given(low=st.floats(0, 0.9), width=st.floats(0.1, 1), seed=st.integers(0, 9))
-def test_random_draws_within_its_bounds(low, width, seed):
+def test_random_fractions_are_within_their_bounds(low, width, seed):
     high = min(1.0, low + width)
     plan = Random(low, high).plan(2000, 100, torch.Generator().manual_seed(seed))
     fractions = [own / (own + other) for own, other in plan[:-1]]
@@ -35,7 +35,7 @@ def test_random_draws_within_its_bounds(low, width, seed):
 
 @pytest.mark.parametrize("composition", COMPOSITIONS, ids=str)
 @pytest.mark.parametrize("balanced", [False, True])
-def test_batches_hold_positives_once_and_only_true_negatives(composition, balanced):
+def test_batches_contain_each_positive_once_and_no_known_edge_as_negative(composition, balanced):
     edges = _edges(60, 300)
     positives, other = edges[:, :200], edges[:, 200:]
     batches = EdgeBatches(positives, 60, composition, batch_size=40, known=other, balanced=balanced, seed=3)
@@ -44,11 +44,11 @@ def test_batches_hold_positives_once_and_only_true_negatives(composition, balanc
     for batch in batches:
         keys = edge_keys(batch.pairs, 60)
         own = batch.labels == 1
-        assert torch.equal(batch.pairs[:, own], positives[:, batch.index])
+        assert torch.equal(batch.pairs[:, own], positives[:, batch.positive_index])
         assert not known & set(keys[~own].tolist())
         assert keys.unique().numel() == keys.numel()
         assert (batch.pairs[0] < batch.pairs[1]).all()
-        seen += batch.index.tolist()
+        seen += batch.positive_index.tolist()
         fractions.append(float(batch.labels.mean()))
         if balanced and own.any() and not own.all():
             assert torch.isclose(batch.weights[own].sum(), batch.weights[~own].sum())
@@ -57,7 +57,7 @@ def test_batches_hold_positives_once_and_only_true_negatives(composition, balanc
     assert len(batches) == len(fractions)
 
 
-def test_negatives_are_fresh_each_epoch_and_repeat_with_the_seed():
+def test_negatives_change_with_the_epoch_and_repeat_with_the_seed():
     batches = EdgeBatches(_edges(200, 300), 200, Fixed(), batch_size=64, seed=1)
     state = torch.get_rng_state()
 
@@ -71,12 +71,12 @@ def test_negatives_are_fresh_each_epoch_and_repeat_with_the_seed():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_ranks_share_fractions_and_no_edges():
+def test_ranks_have_the_same_fractions_and_different_edges():
     edges = _edges(200, 301)
     ranks = [EdgeBatches(edges, 200, Random(), batch_size=32, seed=5, rank=rank, world_size=2) for rank in (0, 1)]
     pairs = list(zip(*(list(rank) for rank in ranks), strict=True))
     assert all(abs(one.fraction - two.fraction) < 0.1 for one, two in pairs[:-1])
-    seen = [set(torch.cat([b.index for b in batches]).tolist()) for batches in zip(*pairs, strict=True)]
+    seen = [set(torch.cat([b.positive_index for b in batches]).tolist()) for batches in zip(*pairs, strict=True)]
     assert not seen[0] & seen[1]
     assert seen[0] | seen[1] == set(range(301))
     drawn = [
@@ -87,16 +87,16 @@ def test_ranks_share_fractions_and_no_edges():
 
 
 @given(nodes=st.integers(3, 12), seed=st.integers(0, 20), share=st.floats(0, 1))
-def test_drawn_negatives_are_the_complement_when_all_are_asked_for(nodes, seed, share):
+def test_sampling_all_negatives_returns_the_complement_of_the_graph(nodes, seed, share):
     every = torch.combinations(torch.arange(nodes)).T
     kept = torch.randperm(every.size(1), generator=torch.Generator().manual_seed(seed))
     known = every[:, kept[: int(share * (every.size(1) - 1))]].flip(0)
     free = every.size(1) - known.size(1)
-    drawn = draw_negatives(known, nodes, free, seed)
+    drawn = sample_negatives(known, nodes, free, seed)
     expected = set(edge_keys(every, nodes).tolist()) - set(edge_keys(known, nodes).tolist())
     assert set(edge_keys(drawn, nodes).tolist()) == expected
-    with pytest.raises(TooFewNegativesError, match=f"at most the {free} pairs"):
-        draw_negatives(known, nodes, free + 1, seed)
+    with pytest.raises(TooFewNegativesError, match=f"count must be at most {free}, .* got {free + 1}"):
+        sample_negatives(known, nodes, free + 1, seed)
 
 
 def test_a_dense_graph_reuses_negatives_across_batches_but_never_within_one():
@@ -106,14 +106,14 @@ def test_a_dense_graph_reuses_negatives_across_batches_but_never_within_one():
     for batch in batches:
         keys = edge_keys(batch.pairs, 20)
         assert keys.unique().numel() == keys.numel()
-    with pytest.raises(TooFewNegativesError, match="a step needs 20 negatives"):
+    with pytest.raises(TooFewNegativesError, match="with batch_size=40 a step needs 20 negatives"):
         list(EdgeBatches(positives, 20, Fixed(), batch_size=40))
 
 
 @pytest.mark.parametrize("composition", COMPOSITIONS, ids=str)
-def test_labelled_batches_use_positives_once_and_cycle_negatives(composition):
+def test_the_batch_sampler_uses_positives_once_and_cycles_through_negatives(composition):
     labels = torch.cat([torch.ones(100), torch.zeros(70)])[torch.randperm(170)]
-    sampler = LabelledBatches(labels, composition, batch_size=32, seed=2)
+    sampler = CompositionBatchSampler(labels, composition, batch_size=32, seed=2)
     epochs = [list(sampler), list(sampler)]
     assert epochs[0] != epochs[1]
     for batches in epochs:
@@ -126,7 +126,7 @@ def test_labelled_batches_use_positives_once_and_cycle_negatives(composition):
 
 
 class _WholeGraph(BaseSampler):
-    """PyG's own neighbour sampler needs a compiled companion; this one returns all of the graph."""
+    """A sampler that returns the whole graph; PyG's neighbor sampler needs a compiled package."""
 
     def __init__(self, data):
         self.data = data
@@ -146,12 +146,12 @@ class _WholeGraph(BaseSampler):
         return None
 
 
-def test_works_as_batch_sampler_of_a_pyg_loader():
+def test_the_batch_sampler_works_with_a_pyg_loader():
     edges = _edges(50, 100)
     data = Data(x=torch.randn(50, 4), edge_index=torch.cat([edges, edges.flip(0)], 1))
-    pairs = torch.cat([edges, draw_negatives(edges, 50, 100, 1)], 1)
+    pairs = torch.cat([edges, sample_negatives(edges, 50, 100, 1)], 1)
     labels = torch.cat([torch.ones(100), torch.zeros(100)])
-    sampler = LabelledBatches(labels, Random(0.2, 0.8), batch_size=20)
+    sampler = CompositionBatchSampler(labels, Random(0.2, 0.8), batch_size=20)
     loader = LinkLoader(data, _WholeGraph(data), edge_label_index=pairs, edge_label=labels, batch_sampler=sampler)
     batches = list(loader)
     assert [float(batch.edge_label.mean()) for batch in batches] == pytest.approx(sampler.fractions)
@@ -160,31 +160,34 @@ def test_works_as_batch_sampler_of_a_pyg_loader():
     assert sorted(seen.T.tolist()) == sorted(edges.T.tolist())
 
 
-def test_weights_against_the_formula():
+def test_balanced_weights_against_the_formula():
     labels = torch.tensor([1.0] * 3 + [0.0] * 9)
     assert torch.allclose(balanced_weights(labels), torch.tensor([2.0] * 3 + [2 / 3] * 9))
     assert torch.equal(balanced_weights(torch.ones(4)), torch.ones(4))
 
 
 @pytest.mark.parametrize("composition", COMPOSITIONS, ids=str)
-def test_names_read_back(composition):
-    assert parse(str(composition)) == composition
+def test_the_text_of_a_composition_is_parsed_back(composition):
+    assert parse_composition(str(composition)) == composition
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Fixed(1.0), "fraction is 1.0; accepted: above 0"),
-        (lambda: Random(0.9, 0.1), r"low, high are 0.9, 0.1"),
-        (lambda: parse("mixed"), "composition is 'mixed'; accepted"),
-        (lambda: parse("random:1"), "accepted: fixed:FRACTION"),
-        (lambda: parse("fixed:x"), "composition is 'fixed:x'"),
-        (lambda: balanced_weights(torch.tensor([2.0])), "accepted: at least one, each 0 or 1"),
-        (lambda: EdgeBatches(torch.ones(3, 1), 2, Fixed()), r"positives has shape \(3, 1\)"),
-        (lambda: EdgeBatches(torch.ones(2, 1), 2, Fixed(), rank=1), "rank is 1"),
-        (lambda: EdgeBatches(torch.ones(2, 1), 2, Fixed(), batch_size=1), "batch_size is 1"),
-        (lambda: LabelledBatches(torch.ones(9), Fixed()), "labels hold 0 negatives"),
-        (lambda: LabelledBatches(torch.zeros(9), Fixed()), "positives is 0"),
+        (lambda: Fixed(1.0), "fraction must be above 0 and below 1, got 1.0"),
+        (lambda: Random(0.9, 0.1), "low and high must satisfy .*, got 0.9 and 0.1"),
+        (lambda: parse_composition("mixed"), "composition must be fixed:FRACTION, .*, got 'mixed'"),
+        (lambda: parse_composition("random:1"), "composition must be fixed:FRACTION, .*, got 'random:1'"),
+        (lambda: parse_composition("fixed:x"), "composition must be valid, got 'fixed:x'"),
+        (lambda: balanced_weights(torch.tensor([2.0])), r"tensor of 0 and 1, got the values \[2.0\]"),
+        (lambda: EdgeBatches(torch.ones(3, 1), 2, Fixed()), r"positives must have shape .*, got \(3, 1\)"),
+        (lambda: EdgeBatches(torch.ones(2, 1), 2, Fixed(), rank=1), "rank must be from 0 to world_size - 1 = 0, got 1"),
+        (lambda: EdgeBatches(torch.ones(2, 1), 2, Fixed(), batch_size=1), "batch_size must be at least 2, got 1"),
+        (
+            lambda: CompositionBatchSampler(torch.ones(9), Fixed()),
+            "labels must contain .* negatives of one batch, got 0",
+        ),
+        (lambda: CompositionBatchSampler(torch.zeros(9), Fixed()), "num_positives must be at least 1, got 0"),
     ],
 )
 def test_errors_name_the_argument(make, message):

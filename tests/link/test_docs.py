@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from suffice.link.batches.negatives import draw_negatives
+from suffice.link.batches.negatives import sample_negatives
 from suffice.link.models import EncoderDecoderSettings, PairScorer
-from suffice.link.train.trainer import TrainSettings
+from suffice.link.train.config import TrainConfig
 
 DOCS = (Path(__file__).parents[2] / "docs" / "results" / "link.md").read_text(encoding="utf-8")
 MODELS = (Path(__file__).parents[2] / "docs" / "results" / "link-models.md").read_text(encoding="utf-8")
@@ -25,13 +25,13 @@ def test_examples_run(graph, parts, capsys):
         "decoder": Inner(),
         "z": z,
         "positives": parts.train,
-        "negatives": draw_negatives(parts.known, graph.num_nodes, 64, 5),
+        "negatives": sample_negatives(parts.known, graph.num_nodes, 64, 5),
         "model": model,
         "score": PairScorer(model, graph.x, parts.message_edges()),
         "num_nodes": graph.num_nodes,
         "graph": graph,
         "parts": parts,
-        "settings": TrainSettings(epochs=1, batch_size=256),
+        "settings": TrainConfig(epochs=1, batch_size=256),
     }
     codes = re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL)
     assert len(codes) == 2

@@ -3,14 +3,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suffice.link.metrics import auc, average_precision, evaluate, hits_at_k, mean_reciprocal_rank
+from suffice.link.metrics import auc, average_precision, compute_metrics, hits_at_k, mean_reciprocal_rank
 
 # Few distinct values, so that ties are common.
 SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=40).map(torch.tensor)
 
 
 @given(positives=SCORES, negatives=SCORES, k=st.integers(1, 30))
-def test_hits_against_ogb(positives, negatives, k):
+def test_hits_equals_that_of_ogb(positives, negatives, k):
     linkproppred = pytest.importorskip("ogb.linkproppred")
     evaluator = linkproppred.Evaluator("ogbl-ppa")
     evaluator.K = k
@@ -19,32 +19,31 @@ def test_hits_against_ogb(positives, negatives, k):
 
 
 @given(positives=SCORES, negatives=SCORES)
-def test_ranks_against_brute_force(positives, negatives):
+def test_ranks_and_auc_equal_brute_force(positives, negatives):
     p, n = positives.tolist(), negatives.tolist()
     ranks = [1 + sum(x > s for x in n) + sum(x == s for x in n) / 2 for s in p]
     assert mean_reciprocal_rank(positives, negatives) == pytest.approx(sum(1 / r for r in ranks) / len(p))
-    own = negatives.expand(len(p), -1)
-    assert mean_reciprocal_rank(positives, own) == pytest.approx(sum(1 / r for r in ranks) / len(p))
-    won = sum((s > x) + (s == x) / 2 for s in p for x in n) / (len(p) * len(n))
-    assert auc(positives, negatives) == pytest.approx(won)
+    negatives_of_each = negatives.expand(len(p), -1)
+    assert mean_reciprocal_rank(positives, negatives_of_each) == pytest.approx(sum(1 / r for r in ranks) / len(p))
+    wins = sum((s > x) + (s == x) / 2 for s in p for x in n) / (len(p) * len(n))
+    assert auc(positives, negatives) == pytest.approx(wins)
 
 
 def test_average_precision_by_hand():
-    found = average_precision(torch.tensor([3.0, 1.0]), torch.tensor([2.0]))
-    assert found == pytest.approx((1 / 1 + 2 / 3) / 2)
+    assert average_precision(torch.tensor([3.0, 1.0]), torch.tensor([2.0])) == pytest.approx((1 / 1 + 2 / 3) / 2)
 
 
-def test_all_metrics_by_name():
-    found = evaluate(torch.tensor([1.0]), torch.tensor([0.0]), k=1)
+def test_all_metrics_are_returned_by_name():
+    found = compute_metrics(torch.tensor([1.0]), torch.tensor([0.0]), k=1)
     assert found == {"hits@1": 1.0, "auc": 1.0, "ap": 1.0, "mrr": 1.0}
 
 
 @pytest.mark.parametrize(
     ("positives", "negatives", "k", "message"),
     [
-        ([], [1.0], 1, r"positives has shape \(0,\)"),
-        ([1.0], [float("nan")], 1, "negatives hold 1 NaN"),
-        ([1.0], [1.0], 0, "k is 0"),
+        ([], [1.0], 1, r"positives must have shape \[scores\] with at least one score, got \(0,\)"),
+        ([1.0], [float("nan")], 1, "negatives must not contain NaN, got 1 NaN"),
+        ([1.0], [1.0], 0, "k must be at least 1, got 0"),
     ],
 )
 def test_errors_name_the_argument(positives, negatives, k, message):

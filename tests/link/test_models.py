@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from suffice.link import models as package
-from suffice.link.auditing.trained import audit_trained, held_out_scores
+from suffice.link.auditing.trained import audit_trained
 from suffice.link.data import checkpoint as files
 from suffice.link.data.graph import SplitConfig, split_edges
 from suffice.link.data.synthetic import block_model
@@ -39,8 +39,11 @@ from suffice.link.sparse.count_cache import symmetrize
 from suffice.link.sparse.distance_counts import count_by_distance
 from suffice.link.sparse.sketches import sketch
 from suffice.link.study.run_kinds import CORRECT, RunSettings
-from suffice.link.train.alignment import embeddings
-from suffice.link.train.trainer import TrainSettings, fit, message_edges, score_validation
+from suffice.link.train.alignment import representations
+from suffice.link.train.config import TrainConfig
+from suffice.link.train.evaluate import evaluate, score_validation_edges
+from suffice.link.train.inputs import message_edges
+from suffice.link.train.trainer import fit
 
 
 def small(name, norm="batch"):
@@ -136,7 +139,7 @@ def test_gradients_reach_every_parameter(settings, graph, parts):
 @pytest.mark.parametrize("name", models())
 def test_a_model_trains_resumes_and_can_be_audited(name, graph, parts, tmp_path):
     settings = get_model_settings(name)(hidden=16, dropout=0.2)
-    train = TrainSettings(epochs=4, batch_size=128, metric="auc", seed=1, learning_rate=3e-3)
+    train = TrainConfig(epochs=4, batch_size=128, metric="auc", seed=1, learning_rate=3e-3)
     whole = settings.build(graph.x.size(1))
     found = fit(whole, graph, parts, train)
     assert found.epochs[-1].loss < found.epochs[0].loss
@@ -155,13 +158,13 @@ def test_a_model_trains_resumes_and_can_be_audited(name, graph, parts, tmp_path)
         assert torch.equal(one, two)
     again = settings.build(graph.x.size(1), seed=5)
     again.load_state_dict(files.select_prefix(files.load_checkpoint(path)[0], "model"))
-    expected = score_validation(whole, graph.x, parts)
-    for one, two in zip(expected, score_validation(again, graph.x, parts), strict=True):
+    expected = score_validation_edges(whole, graph.x, parts.message_edges(), parts)
+    for one, two in zip(expected, score_validation_edges(again, graph.x, parts.message_edges(), parts), strict=True):
         assert torch.allclose(one, two, atol=1e-5)
     report = audit_trained(whole, graph, parts, batch_size=64)
-    assert any(layer.sees == "edge batch" for layer in report.layers)
-    assert held_out_scores(whole, graph, parts, SplitConfig())["auc"] > 0.6
-    maps = embeddings(whole, graph, parts)
+    assert any(layer.input_rows == "edges" for layer in report.layers)
+    assert evaluate(whole, graph, parts, SplitConfig())["auc"] > 0.6
+    maps = representations(whole, graph, parts)
     assert maps["node"][0].shape == (graph.num_nodes, 16)
     assert maps["edge"][0].isfinite().all()
     scorer = PairScorer(whole, graph.x, parts.message_edges())
@@ -290,7 +293,7 @@ def test_presets_are_those_of_the_authors_and_build():
         for data in ("Cora", "CiteSeer", "PubMed", "Photo"):
             settings, training = preset(model, data)
             assert isinstance(settings.build(20), nn.Module)
-            TrainSettings(**asdict(training))
+            TrainConfig(**asdict(training))
     assert preset("ncn", "CiteSeer")[0].two_layers
     assert preset("buddy", "PubMed")[0].hops == 3
     assert preset("elph", "Cora")[0].linear
@@ -377,11 +380,11 @@ def test_a_large_graph_is_given_to_every_encoder_as_an_adjacency(monkeypatch):
     graph = block_model(nodes=60, classes=2, degree=6, features=4)
     parts = split_edges(graph, SplitConfig(), 0)
     model = EncoderDecoderSettings(encoder="sage", hidden=8).build(4)
-    plain = fit(model, graph, parts, TrainSettings(epochs=2))
+    plain = fit(model, graph, parts, TrainConfig(epochs=2))
     assert isinstance(message_edges(model, parts, 60), torch.Tensor)
-    monkeypatch.setattr("suffice.link.train.trainer._MANY_EDGES", 10)
+    monkeypatch.setattr("suffice.link.train.inputs._LARGE_GRAPH_EDGES", 10)
     assert isinstance(message_edges(model, parts, 60), Adjacency)
-    again = fit(EncoderDecoderSettings(encoder="sage", hidden=8).build(4), graph, parts, TrainSettings(epochs=2))
+    again = fit(EncoderDecoderSettings(encoder="sage", hidden=8).build(4), graph, parts, TrainConfig(epochs=2))
     assert again.epochs[-1].loss == pytest.approx(plain.epochs[-1].loss, rel=1e-3)
 
 
@@ -421,7 +424,7 @@ def test_a_new_model_is_one_class_and_its_settings(graph, parts, monkeypatch):
     run = RunSettings.of(CORRECT.complete({"arm": "random/layer", "model": {"name": "feature-product"}}))
     assert run.model == FeatureProductSettings(decoder_norm="layer")
     model = build_model("feature-product", in_channels=graph.x.size(1), scale=0.5)
-    fit(model, graph, parts, TrainSettings(epochs=2, batch_size=128))
+    fit(model, graph, parts, TrainConfig(epochs=2, batch_size=128))
     assert audit_trained(model, graph, parts, batch_size=64).verdict.level
 
 

@@ -8,7 +8,7 @@ from suffice.cli.link import app
 from suffice.link.study import findings, published
 from suffice.link.study.arms import parse_arm
 from suffice.link.study.reproduction import Cell, finished, reproduce, settings_for, to_dict
-from suffice.link.train.trainer import TrainSettings
+from suffice.link.train.config import TrainConfig
 from suffice.study.results import Group
 
 
@@ -66,7 +66,7 @@ def test_models_are_named():
 
 
 def test_a_model_is_trained_with_the_norms_of_its_authors(tmp_path):
-    train = TrainSettings(epochs=1, directions=1)
+    train = TrainConfig(epochs=1, directions=1)
     (own,) = reproduce(
         ["digits"], tmp_path, models=["ncn"], arms=[parse_arm("fixed/own")], seeds=1, train=train, published=True
     )
@@ -75,7 +75,7 @@ def test_a_model_is_trained_with_the_norms_of_its_authors(tmp_path):
 
 
 def test_a_study_goes_on_where_it_stopped(tmp_path):
-    train = TrainSettings(epochs=1, directions=1)
+    train = TrainConfig(epochs=1, directions=1)
     asked = {"models": ("gcn", "buddy"), "seeds": 1, "train": train, "hidden": 8}
     first = reproduce(["digits"], tmp_path, arms=[parse_arm("fixed/batch")], **asked)
     assert [(c.data, c.model, c.arm) for c in first] == [

@@ -16,16 +16,16 @@ from suffice.link.study.correct import correct, edge_maps
 from suffice.link.study.figures import audit_response, embedding_map
 from suffice.link.study.report_sections import audit_page, study_page
 from suffice.link.study.run_kinds import describe_arm, read_arm
-from suffice.link.train.alignment import incident_means, measure
-from suffice.link.train.trainer import TrainSettings
+from suffice.link.train.alignment import incident_edge_means, measure_alignment
+from suffice.link.train.config import TrainConfig
 from suffice.study import Store, mean_interval
 
-QUICK = TrainSettings(epochs=2, batch_size=256)
+QUICK = TrainConfig(epochs=2, batch_size=256)
 
 
 def test_incident_means_by_brute_force(parts, graph):
     embedded = torch.randn(parts.train.size(1), 3)
-    means, has = incident_means(embedded, parts.train, graph.num_nodes)
+    means, has = incident_edge_means(embedded, parts.train, graph.num_nodes)
     for row, node in enumerate(has.nonzero().flatten().tolist()):
         own = (parts.train == node).any(dim=0)
         assert torch.allclose(means[row], embedded[own].mean(0), atol=1e-5)
@@ -35,8 +35,8 @@ def test_incident_means_by_brute_force(parts, graph):
 def test_small_classes_do_not_stop_the_measures():
     x = torch.randn(40, 3)
     small, single = (torch.tensor([0] * (40 - n) + [1] * n) for n in (3, 1))
-    assert 0 <= measure(x, small, measures=("probe",))["probe"] <= 1
-    found = measure(x, single)
+    assert 0 <= measure_alignment(x, small, measures=("probe",))["probe"] <= 1
+    found = measure_alignment(x, single)
     assert math.isnan(found.pop("probe"))
     assert all(math.isfinite(value) for value in found.values())
 

@@ -13,10 +13,12 @@ from suffice.link.batches.sampler import EdgeBatches
 from suffice.link.data import checkpoint as files
 from suffice.link.models import EncoderDecoderSettings, PairScorer, build_model, decoders, encoders, norms
 from suffice.link.sparse.adjacency import remove_edges
-from suffice.link.train.trainer import TrainSettings, features, fit, step_loss
+from suffice.link.train.config import TrainConfig
+from suffice.link.train.inputs import node_features
+from suffice.link.train.trainer import batch_loss, fit
 
 SMALL = EncoderDecoderSettings(hidden=16)
-QUICK = TrainSettings(epochs=4, batch_size=128, metric="auc", seed=1)
+QUICK = TrainConfig(epochs=4, batch_size=128, metric="auc", seed=1)
 
 
 @pytest.mark.parametrize("decoder", decoders())
@@ -29,10 +31,10 @@ def test_every_model_trains_and_renaming_nodes_changes_nothing(encoder, decoder,
     found = fit(model, graph, parts, replace(QUICK, epochs=3))
     assert found.epochs[-1].loss < found.epochs[0].loss
     order = torch.randperm(graph.num_nodes, generator=torch.Generator().manual_seed(0))
-    places = order.argsort()
+    new_ids = order.argsort()
     with torch.no_grad():
         one = model(graph.x, parts.message_edges(), parts.test)
-        two = model(graph.x[order], places[parts.message_edges()], places[parts.test])
+        two = model(graph.x[order], new_ids[parts.message_edges()], new_ids[parts.test])
     assert torch.allclose(one, two, atol=1e-4)
 
 
@@ -40,7 +42,7 @@ def test_every_model_trains_and_renaming_nodes_changes_nothing(encoder, decoder,
 def test_sparse_features_give_the_same_scores(encoder, graph, parts):
     thin = replace(graph, x=graph.x * (torch.rand(graph.x.shape) < 0.02))
     model = replace(SMALL, encoder=encoder).build(graph.x.size(1)).eval()
-    x = features(thin, model)
+    x = node_features(thin, model)
     assert x.layout == torch.sparse_csr
     with torch.no_grad():
         sparse, dense = (model(part, parts.message_edges(), parts.test) for part in (x, thin.x))
@@ -55,7 +57,7 @@ def test_remove_edges_against_sets(parts, graph):
 
 
 @pytest.mark.parametrize("directions", [1, 2])
-def test_the_trainer_against_a_loop_written_out(directions, graph, parts):
+def test_the_trainer_equals_a_loop_in_plain_torch(directions, graph, parts):
     settings = replace(QUICK, epochs=2, directions=directions, composition=Separate(), clip=0.5, balanced=True)
     positives = torch.cat([parts.train, parts.train.flip(0)], dim=1) if directions == 2 else parts.train
     model = SMALL.build(graph.x.size(1))
@@ -72,14 +74,14 @@ def test_the_trainer_against_a_loop_written_out(directions, graph, parts):
             optimizer.zero_grad()
             for batch in (first, second):
                 messages = remove_edges(parts.message_edges(), batch.pairs, graph.num_nodes)
-                (step_loss(plain(graph.x, messages, batch.pairs), batch) / 2).backward()
+                (batch_loss(plain(graph.x, messages, batch.pairs), batch) / 2).backward()
             torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
             optimizer.step()
     for one, two in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(one, two, atol=1e-6)
 
 
-def test_global_generators_are_left_alone_and_seeds_decide(graph, parts):
+def test_training_depends_on_its_seed_alone_and_keeps_global_generators(graph, parts):
     state = torch.get_rng_state()
     models = [replace(SMALL, dropout=0.3).build(graph.x.size(1)) for _ in range(2)]
     results = [fit(model, graph, parts, replace(QUICK, composition=Random())) for model in models]
@@ -92,9 +94,9 @@ def test_early_stopping_keeps_the_best_epoch(graph, parts):
     found = fit(model, graph, parts, replace(QUICK, epochs=60, patience=2, learning_rate=0.05))
     metrics = [epoch.metric for epoch in found.epochs]
     assert len(metrics) < 60
-    assert found.chosen == metrics.index(max(metrics)) == len(metrics) - 3
+    assert found.kept_epoch == metrics.index(max(metrics)) == len(metrics) - 3
     again = SMALL.build(graph.x.size(1))
-    fit(again, graph, parts, replace(QUICK, epochs=found.chosen + 1, learning_rate=0.05))
+    fit(again, graph, parts, replace(QUICK, epochs=found.kept_epoch + 1, learning_rate=0.05))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
@@ -104,12 +106,13 @@ torch.set_num_threads(1)
 from suffice.link.data.synthetic import block_model
 from suffice.link.data.graph import SplitConfig, split_edges
 from suffice.link.models import build_model
-from suffice.link.train.trainer import TrainSettings, fit
+from suffice.link.train.config import TrainConfig
+from suffice.link.train.trainer import fit
 graph = block_model(nodes=300, classes=3, degree=8, feature_signal=2.0, features=16, seed=1)
 model = build_model(sys.argv[2], 16, hidden=16, dropout=0.2)
 model.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # so that an epoch takes a second
 fit(model, graph, split_edges(graph, SplitConfig(0.1, 0.2), 0),
-    TrainSettings(epochs=8, batch_size=128, metric="auc", seed=1), checkpoint=sys.argv[1])
+    TrainConfig(epochs=8, batch_size=128, metric="auc", seed=1), checkpoint=sys.argv[1])
 """
 
 
@@ -134,17 +137,17 @@ def test_a_training_killed_in_mid_epoch_goes_on_to_the_same_result(tmp_path, gra
         assert torch.equal(model.state_dict()[key], value), key
 
 
-def test_a_checkpoint_of_another_training_is_refused(tmp_path, graph, parts):
+def test_a_checkpoint_of_a_training_with_other_settings_is_refused(tmp_path, graph, parts):
     path = tmp_path / "run.safetensors"
     fit(SMALL.build(16), graph, parts, replace(QUICK, epochs=1), checkpoint=path)
-    with pytest.raises(files.CheckpointError, match="was made with settings"):
+    with pytest.raises(files.CheckpointError, match="must be of a training with settings"):
         fit(SMALL.build(16), graph, parts, replace(QUICK, epochs=2), checkpoint=path)
     path.write_bytes(b"half")
     with pytest.raises(files.CheckpointError, match="must be a checkpoint in safetensors format"):
         files.load_checkpoint(path)
 
 
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = files.save_checkpoint(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {"n": 1})
 
     def full(*_):
@@ -157,7 +160,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_pair_scorer_embeds_once_a_mode(graph, parts):
+def test_pair_scorer_embeds_nodes_once_per_mode(graph, parts):
     model = SMALL.build(16).eval()
     scorer = PairScorer(model, graph.x, parts.message_edges())
     with torch.no_grad():
@@ -171,10 +174,10 @@ def test_pair_scorer_embeds_once_a_mode(graph, parts):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TrainSettings(epochs=0), "epochs is 0"),
-        (lambda: TrainSettings(directions=3), "directions is 3; accepted: 1, 2"),
-        (lambda: TrainSettings(clip=0.0), "clip is 0.0"),
-        (lambda: TrainSettings(metric="f1"), "metric is 'f1'; accepted: hits@K"),
+        (lambda: TrainConfig(epochs=0), "epochs is 0"),
+        (lambda: TrainConfig(directions=3), "directions is 3; accepted: 1, 2"),
+        (lambda: TrainConfig(clip=0.0), "clip is 0.0"),
+        (lambda: TrainConfig(metric="f1"), "metric is 'f1'; accepted: hits@K"),
         (lambda: EncoderDecoderSettings(encoder="gat"), "encoder must be one of gcn, pure, sage, got 'gat'"),
         (
             lambda: EncoderDecoderSettings(decoder_norm="x"),

@@ -51,7 +51,9 @@ from suffice.cli.link_show import show_rows, study_table
 from suffice.cli.watching import watching
 
 if TYPE_CHECKING:
-    from suffice.link import Graph, LinkPredictor, ModelSettings, Split, SplitConfig, TrainSettings
+    from suffice.link.data.graph import Graph, Split, SplitConfig
+    from suffice.link.models import LinkPredictor, ModelSettings
+    from suffice.link.train.config import TrainConfig
 
 app = typer.Typer(help="Audit link predictors for composition bias.", no_args_is_help=True)
 
@@ -88,11 +90,11 @@ def train(
     report: Report = None,
 ) -> None:
     """Train a link predictor and print its test metrics; under torchrun, on all its processes together."""
-    from suffice.link.auditing.trained import held_out_scores
-    from suffice.link.batches.composition import parse
+    from suffice.link.batches.composition import parse_composition
     from suffice.link.data.graph import SplitConfig
-    from suffice.link.train.distributed import process_group, ranks
-    from suffice.link.train.trainer import TrainSettings
+    from suffice.link.train.config import TrainConfig
+    from suffice.link.train.distributed import process_group, rank_and_world_size
+    from suffice.link.train.evaluate import evaluate
     from suffice.study.results import mean_interval
 
     options = {"encoder": encoder, "decoder": decoder, "encoder_norm": encoder_norm, "decoder_norm": decoder_norm}
@@ -103,8 +105,8 @@ def train(
     found: list[dict[str, float]] = []
     with process_group(device) as own_device:
         for number in range(seed, seed + positive(seeds)):
-            settings = TrainSettings(
-                parse(composition),
+            settings = TrainConfig(
+                parse_composition(composition),
                 balanced=balanced,
                 epochs=epochs,
                 patience=patience,
@@ -113,8 +115,8 @@ def train(
             )
             path = _numbered(checkpoint, number, seeds)
             net, parts = _train(graph, made, settings, protocol, own_device, path)
-            found.append(held_out_scores(net, graph, parts, protocol))
-        if ranks()[0] > 0:
+            found.append(evaluate(net, graph, parts, protocol))
+        if rank_and_world_size()[0] > 0:
             return
     rows = [{"metric": name, **asdict(mean_interval([run[name] for run in found]))} for name in found[0]]
     result = {"graph": graph.name, "model": made.to_dict(), "protocol": asdict(protocol), "rows": rows}
@@ -148,11 +150,12 @@ def audit(
     report: Report = None,
 ) -> None:
     """Audit a link predictor: that of a checkpoint if there is one, else one trained for it."""
-    from suffice.link.auditing.trained import audit_trained, load_trained
-    from suffice.link.batches.composition import parse
+    from suffice.link.auditing.trained import audit_trained
+    from suffice.link.batches.composition import parse_composition
     from suffice.link.data.graph import SplitConfig, split_edges
     from suffice.link.study.report_sections import audit_page
-    from suffice.link.train.trainer import TrainSettings
+    from suffice.link.train.checkpoint import load_trained
+    from suffice.link.train.config import TrainConfig
 
     options = {"encoder": encoder, "decoder": decoder, "encoder_norm": encoder_norm, "decoder_norm": decoder_norm}
     made, own = _model_settings(model, data, preset, {**options, "hidden": hidden})
@@ -170,8 +173,8 @@ def audit(
         else:
             protocol = SplitConfig()
             graph = _graph(data, features, labels, root, protocol)
-            settings = TrainSettings(
-                parse(composition),
+            settings = TrainConfig(
+                parse_composition(composition),
                 balanced=balanced,
                 epochs=epochs,
                 seed=number,
@@ -230,7 +233,7 @@ def correct(
     from suffice.link.study.correct import edge_maps
     from suffice.link.study.figures import response
     from suffice.link.study.report_sections import study_page
-    from suffice.link.train.trainer import TrainSettings
+    from suffice.link.train.config import TrainConfig
     from suffice.report import save_figure
 
     asked = [parse_arm(key.strip()) for key in arms.split(",")] if arms else list(ARMS)
@@ -244,7 +247,7 @@ def correct(
             graph,
             arms=asked,
             model=made,
-            train=TrainSettings(epochs=epochs, **{**rates, **own}),
+            train=TrainConfig(epochs=epochs, **{**rates, **own}),
             protocol=protocol,
             seeds=seeds,
             seed=seed,
@@ -290,10 +293,10 @@ def align(
     report: Report = None,
 ) -> None:
     """Measure what a training keeps of the classes, against raw features and an untrained model."""
-    from suffice.link.batches.composition import parse
+    from suffice.link.batches.composition import parse_composition
     from suffice.link.data.graph import SplitConfig
-    from suffice.link.train.alignment import alignment, raw_alignment
-    from suffice.link.train.trainer import TrainSettings
+    from suffice.link.train.alignment import alignment, feature_alignment
+    from suffice.link.train.config import TrainConfig
     from suffice.study.results import mean_interval
 
     options = {"encoder": encoder, "decoder": decoder, "encoder_norm": encoder_norm, "decoder_norm": decoder_norm}
@@ -302,12 +305,14 @@ def align(
     graph = _graph(data, features, labels, root, protocol)
     runs: dict[str, list[dict[str, float]]] = {"trained": [], "untrained": [], "raw features": []}
     for number in range(seed, seed + positive(seeds)):
-        settings = TrainSettings(parse(composition), balanced=balanced, epochs=epochs, seed=number, **{**rates, **own})
+        settings = TrainConfig(
+            parse_composition(composition), balanced=balanced, epochs=epochs, seed=number, **{**rates, **own}
+        )
         net, parts = _train(graph, made, settings, protocol, device, None)
         fresh = made.build(graph.x.size(1), number).to(device)
         runs["trained"].append(alignment(net, graph, parts, seed=number))
         runs["untrained"].append(alignment(fresh, graph, parts, seed=number))
-        runs["raw features"].append(raw_alignment(graph, seed=number))
+        runs["raw features"].append(feature_alignment(graph, seed=number))
     rows = [
         {"of": name, "metric": metric, **asdict(mean_interval([one[metric] for one in found]))}
         for name, found in runs.items()
@@ -349,16 +354,16 @@ def _graph(data: str, features: Path | None, labels: Path | None, root: Path, pr
 def _train(
     graph: Graph,
     model: ModelSettings,
-    settings: TrainSettings,
+    settings: TrainConfig,
     protocol: SplitConfig,
     device: str,
     path: Path | None,
 ) -> tuple[LinkPredictor, Split]:
     from suffice.link.data.graph import split_edges
-    from suffice.link.train.allocator import reuse_large_blocks
+    from suffice.link.train.allocator import reuse_freed_memory
     from suffice.link.train.trainer import fit
 
-    reuse_large_blocks(graph.num_nodes, model.hidden)
+    reuse_freed_memory(graph.num_nodes, model.hidden)
     parts = split_edges(graph, protocol, settings.seed)
     net = model.build(graph.x.size(1), settings.seed).to(device)
     facts = {"model": model.to_dict(), "protocol": asdict(protocol), "graph": graph.name, "in": graph.x.size(1)}
@@ -369,7 +374,7 @@ def _train(
             parts,
             settings,
             checkpoint=path,
-            facts=facts,
+            metadata=facts,
             progress=lambda epoch: say(
                 f"epoch {epoch.number}: loss {epoch.loss:.4f}, {settings.metric} {epoch.metric:.3f}"
             ),

@@ -59,7 +59,7 @@ def reproduce(
     from suffice.link.study import findings
     from suffice.link.study import reproduction as study
     from suffice.link.study.arms import parse_arm
-    from suffice.link.train.trainer import TrainSettings
+    from suffice.link.train.config import TrainConfig
 
     if show:
         cells = study.finished(folder)
@@ -71,7 +71,7 @@ def reproduce(
                 models=[name.strip() for name in models.split(",")] if models else study.MODELS,
                 arms=[parse_arm(key.strip()) for key in arms.split(",")] if arms else study.ARMS,
                 seeds=positive(seeds),
-                train=TrainSettings(epochs=epochs, directions=directions, batch_size=batch_size, patience=patience),
+                train=TrainConfig(epochs=epochs, directions=directions, batch_size=batch_size, patience=patience),
                 protocol=SplitConfig(validation, test, largest_component, validation_edges_at_test),
                 hidden=hidden,
                 published=preset,

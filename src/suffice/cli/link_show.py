@@ -12,7 +12,7 @@ from suffice.cli.command_line import command_line
 from suffice.cli.console import finite, out, print_json
 
 if TYPE_CHECKING:
-    from suffice.link import Study
+    from suffice.link.study.results import Study
 
 
 def study_table(study: Study) -> Table:

@@ -1,25 +1,35 @@
-"""Corrections of composition bias, one call each, on any module."""
+"""Corrections of composition bias for any module."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch_geometric.nn as pyg
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from suffice.link.auditing.norm_layers import FrozenBatchNorm, batch_norms
 from suffice.link.batches.composition import Composition, Fixed, Random
 from suffice.link.batches.sampler import EdgeBatches
 from suffice.link.data.graph import Graph, Split
-from suffice.link.train.trainer import TrainResult, TrainSettings, fit
+from suffice.link.train.config import TrainConfig
+from suffice.link.train.trainer import TrainResult, fit
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that a correction changed."""
+    """One change that a correction made.
+
+    Args:
+        name: Name of the layer or setting.
+        before: What it was.
+        after: What it is now.
+
+    """
 
     name: str
     before: str
@@ -29,34 +39,34 @@ class Change:
 def replace_batch_norm(
     module: nn.Module, norm: str = "layer", *, names: Sequence[str] | None = None
 ) -> tuple[Change, ...]:
-    """Swap BatchNorm for LayerNorm or for nothing, in place; the module needs to be trained again.
+    """Replace BatchNorm by LayerNorm or by no norm, in place. The module must be trained again afterwards.
 
     Args:
-        module: any module.
+        module: Any module.
         norm: `layer` or `none`.
-        names: paths of the layers to swap; all if not given.
+        names: Names of the layers to replace (as in `named_modules`); all BatchNorm layers by default.
 
     Returns:
-        What was changed, empty if there is no BatchNorm.
+        The replaced layers; empty if there is no BatchNorm.
 
     Raises:
-        ValueError: `norm` or a name is not accepted, or the module itself is a BatchNorm.
+        ValueError: `norm` is unknown, a name is not a BatchNorm of the module, or the module itself is a BatchNorm.
 
     """
     if norm not in ("layer", "none"):
-        raise ValueError(f"norm is {norm!r}; accepted: layer, none")
-    found = _wrappers(module)
-    if "" in found:
-        raise ValueError("module is a BatchNorm itself; accepted: a module that holds some")
-    if names is not None and (wrong := set(names) - found.keys()):
-        raise ValueError(f"names is {sorted(wrong)}; accepted: {sorted(found)}")
+        raise ValueError(f"norm must be layer or none, got {norm!r}")
+    layers = _replaceable_layers(module)
+    if "" in layers:
+        raise ValueError("module must contain BatchNorm layers, got a BatchNorm itself")
+    if names is not None and (unknown := set(names) - layers.keys()):
+        raise ValueError(f"names must be BatchNorm layers of the module ({sorted(layers)}), got {sorted(unknown)}")
     changes: list[Change] = []
-    for name in found if names is None else names:
-        old, channels, like = found[name]
-        new = nn.Identity() if norm == "none" else nn.LayerNorm(channels)
-        if like is not None:
-            new = new.to(like.device, like.dtype)
-        _put(module, name, new.train(old.training))
+    for name in layers if names is None else names:
+        old, batch_norm = layers[name]
+        new = nn.Identity() if norm == "none" else nn.LayerNorm(batch_norm.num_features)
+        if batch_norm.weight is not None:
+            new = new.to(batch_norm.weight.device, batch_norm.weight.dtype)
+        _replace_submodule(module, name, new.train(old.training))
         changes.append(Change(name, type(old).__name__, type(new).__name__))
     return tuple(changes)
 
@@ -72,44 +82,34 @@ def freeze_statistics(
     batch_size: int = 512,
     seed: int = 0,
 ) -> tuple[Change, ...]:
-    """Re-estimate population statistics over one epoch of a given composition, and freeze them, in place.
+    """Estimate the running statistics of BatchNorm again over one epoch, and freeze them, in place.
 
     Args:
-        module: any module.
-        score: scores pairs [2, edges] through the module.
-        positives: edges to estimate on, [2, edges].
-        num_nodes: nodes of the graph.
-        known: edges that are never drawn as negatives.
-        composition: of the batches; 1:1 if not given.
-        batch_size: edges in a batch.
-        seed: of the batches.
+        module: Any module.
+        score: Scoring function that uses `module`, pairs [2, edges] -> scores [edges].
+        positives: Positive edges of the epoch, long [2, edges].
+        num_nodes: Number of nodes of the graph.
+        known: Further edges that are never sampled as negatives, long [2, edges].
+        composition: How many positives a batch contains; `Fixed(0.5)` by default.
+        batch_size: Edges in a batch.
+        seed: Seed of the batches.
 
     Returns:
-        What was changed.
+        The frozen layers.
 
     Raises:
-        ValueError: there is no BatchNorm with statistics.
+        ValueError: The module contains no BatchNorm with running statistics.
 
     """
     layers = {name: layer for name, layer in batch_norms(module).items() if layer.running_mean is not None}
     if not layers or "" in layers:
-        raise ValueError("module holds no BatchNorm with statistics; accepted: a module that holds some")
+        raise ValueError("module must contain BatchNorm layers with running statistics, got none")
     batches = EdgeBatches(positives, num_nodes, composition or Fixed(), batch_size=batch_size, known=known, seed=seed)
-    modes = [(part, part.training) for part in module.modules()]
-    momenta = {name: layer.momentum for name, layer in layers.items()}
-    module.eval()
-    for layer in layers.values():
-        layer.reset_running_stats()
-        layer.momentum = None  # a plain mean over all batches
-        layer.training = True
-    with torch.no_grad():
+    with _collect_statistics(module, list(layers.values())), torch.no_grad():
         for batch in batches:
             score(batch.pairs)
-    for part, training in modes:
-        part.training = training
     for name, layer in layers.items():
-        layer.momentum = momenta[name]
-        _put(module, name, FrozenBatchNorm(layer))
+        _replace_submodule(module, name, FrozenBatchNorm(layer))
     return tuple(Change(name, type(layer).__name__, "FrozenBatchNorm") for name, layer in layers.items())
 
 
@@ -117,44 +117,71 @@ def train_corrected(
     model: nn.Module,
     graph: Graph,
     split: Split,
-    settings: TrainSettings,
+    config: TrainConfig,
     *,
     composition: Composition | None = None,
     checkpoint: str | Path | None = None,
 ) -> tuple[TrainResult, tuple[Change, ...]]:
-    """Train with `Random` composition and balanced loss (arXiv 2604.25978; the balance is ours).
+    """Train with the `Random` composition and the balanced loss.
+
+    The composition is the correction of arXiv 2604.25978. The balanced loss is added to it because random fractions
+    alone can teach a model to infer the fraction of positives in its batch.
 
     Args:
-        model: trained in place; called as `model(x, edge_index, pairs)`.
-        graph: features and size.
-        split: edges.
-        settings: everything else.
-        composition: `Random(0.05, 0.95)` if not given.
-        checkpoint: as for `fit`.
+        model: Module called as `model(x, edge_index, pairs)`; trained in place.
+        graph: Graph that provides the node features.
+        split: Edges of the graph.
+        config: All other settings of the training.
+        composition: How many positives a batch contains; `Random(0.05, 0.95)` by default.
+        checkpoint: File to write after each epoch and to resume from, as for `fit`.
 
     Returns:
-        The training, and what of the settings was changed.
+        The result of the training and the settings that were changed.
 
     """
-    new = replace(settings, composition=composition or Random(), balanced=True)
+    corrected = replace(config, composition=composition or Random(), balanced=True)
     changes = (
-        Change("composition", str(settings.composition), str(new.composition)),
-        Change("balanced", str(settings.balanced), str(new.balanced)),
+        Change("composition", str(config.composition), str(corrected.composition)),
+        Change("balanced", str(config.balanced), str(corrected.balanced)),
     )
-    return fit(model, graph, split, new, checkpoint=checkpoint), changes
+    return fit(model, graph, split, corrected, checkpoint=checkpoint), changes
 
 
-def _wrappers(module: nn.Module) -> dict[str, tuple[nn.Module, int, Tensor | None]]:
-    """Batch norms by path with their channels and a parameter; of PyG's wrapper, the wrapper."""
-    found: dict[str, tuple[nn.Module, int, Tensor | None]] = {}
+def _replaceable_layers(module: nn.Module) -> dict[str, tuple[nn.Module, TorchBatchNorm]]:
+    """Return what to replace by name, with torch's BatchNorm in it: PyG's wrapper where there is one."""
+    found: dict[str, tuple[nn.Module, TorchBatchNorm]] = {}
     for name, layer in batch_norms(module).items():
-        outer = name.rpartition(".")[0]
-        parent = module.get_submodule(outer)
-        wrapped = isinstance(parent, pyg.BatchNorm)
-        found[outer if wrapped else name] = (parent if wrapped else layer, layer.num_features, layer.weight)
+        parent_name = name.rpartition(".")[0]
+        parent = module.get_submodule(parent_name)
+        if isinstance(parent, pyg.BatchNorm):
+            found[parent_name] = parent, layer
+        else:
+            found[name] = layer, layer
     return found
 
 
-def _put(module: nn.Module, name: str, new: nn.Module) -> None:
-    outer, _, last = name.rpartition(".")
-    setattr(module.get_submodule(outer), last, new)
+@contextmanager
+def _collect_statistics(module: nn.Module, layers: Sequence[TorchBatchNorm]) -> Generator[None]:
+    """Reset the statistics of BatchNorm layers and average them over all batches scored within the context.
+
+    Everything else is in eval mode. Modes and momenta are restored on exit.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    momenta = [layer.momentum for layer in layers]
+    module.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative mean over all batches
+        layer.training = True
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+
+
+def _replace_submodule(module: nn.Module, name: str, new: nn.Module) -> None:
+    parent_name, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(parent_name), attribute, new)

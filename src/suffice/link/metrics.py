@@ -1,4 +1,4 @@
-"""Link prediction metrics: Hits@K as OGB defines it, AUC, average precision, MRR."""
+"""Metrics of link prediction: Hits@K as in OGB, AUC, average precision and mean reciprocal rank."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 
 
 def hits_at_k(positives: Tensor, negatives: Tensor, k: int = 100) -> float:
-    """Share of positives scored strictly above the k-th best negative (OGB's Hits@K).
+    """Return Hits@K: the fraction of positives with a score strictly above that of the K-th best negative (OGB).
 
     Args:
-        positives: scores, [positives].
-        negatives: scores, [negatives].
-        k: rank of the negative to beat; 1.0 is returned if there are fewer negatives.
+        positives: Scores of the positives, [positives].
+        negatives: Scores of the negatives, [negatives].
+        k: Rank of the negative to beat. With fewer negatives, the result is 1.0.
 
     Raises:
-        ValueError: an input is empty, not one-dimensional or NaN; k is not above 0.
+        ValueError: An input is empty, not one-dimensional or contains NaN, or `k` is below 1.
 
     Example:
         >>> hits_at_k(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0]), k=1)
         0.5
 
     """
-    _check(positives, negatives)
+    _check_scores(positives, negatives)
     if k < 1:
-        raise ValueError(f"k is {k}; accepted: at least 1")
+        raise ValueError(f"k must be at least 1, got {k}")
     if negatives.numel() < k:
         return 1.0
     threshold = negatives.topk(k).values[-1]
@@ -35,51 +35,80 @@ def hits_at_k(positives: Tensor, negatives: Tensor, k: int = 100) -> float:
 
 
 def auc(positives: Tensor, negatives: Tensor) -> float:
-    """Area under the ROC curve: chance that a positive outranks a negative, ties half (Mann and Whitney's U)."""
-    _check(positives, negatives)
-    first, second = (scores.detach().double().cpu().numpy() for scores in (positives, negatives))
-    wins = float(mannwhitneyu(first, second, method="asymptotic").statistic)
-    return wins / (first.size * second.size)
+    """Return the area under the ROC curve: P(positive scores above negative), with ties counted half (Mann-Whitney U).
+
+    Args:
+        positives: Scores of the positives, [positives].
+        negatives: Scores of the negatives, [negatives].
+
+    Raises:
+        ValueError: An input is empty, not one-dimensional or contains NaN.
+
+    """
+    _check_scores(positives, negatives)
+    positive_scores, negative_scores = (scores.detach().double().cpu().numpy() for scores in (positives, negatives))
+    wins = float(mannwhitneyu(positive_scores, negative_scores, method="asymptotic").statistic)
+    return wins / (positive_scores.size * negative_scores.size)
 
 
 def average_precision(positives: Tensor, negatives: Tensor) -> float:
-    """Average precision (scikit-learn's)."""
-    _check(positives, negatives)
+    """Return the average precision (`sklearn.metrics.average_precision_score`).
+
+    Args:
+        positives: Scores of the positives, [positives].
+        negatives: Scores of the negatives, [negatives].
+
+    Raises:
+        ValueError: An input is empty, not one-dimensional or contains NaN.
+
+    """
+    _check_scores(positives, negatives)
     labels = np.repeat([1, 0], [positives.numel(), negatives.numel()])
     scores = torch.cat([positives, negatives]).detach().double().cpu().numpy()
     return float(average_precision_score(labels, scores))
 
 
 def mean_reciprocal_rank(positives: Tensor, negatives: Tensor) -> float:
-    """Mean reciprocal rank of each positive among fixed negatives; ties count half, as in OGB.
+    """Return the mean reciprocal rank of each positive among negatives; ties count half, as in OGB.
 
     Args:
-        positives: scores, [positives].
-        negatives: scores of the same negatives for all positives, [negatives], or of a positive's own,
+        positives: Scores of the positives, [positives].
+        negatives: Scores of negatives shared by all positives, [negatives], or of each positive's own negatives,
             [positives, negatives].
 
     Raises:
-        ValueError: an input is empty or NaN, or shapes do not fit.
+        ValueError: An input is empty or contains NaN, or the shapes do not match.
 
     """
     if negatives.ndim == 2:
         if negatives.size(0) != positives.numel() or negatives.numel() == 0:
             raise ValueError(
-                f"negatives has shape {tuple(negatives.shape)}; accepted: [{positives.numel()}, negatives]"
+                f"negatives must have shape [{positives.numel()}, negatives] with one row per positive, "
+                f"got {tuple(negatives.shape)}"
             )
-        _check(positives, negatives.flatten())
-        above = (negatives > positives[:, None]).sum(dim=1)
-        tied = (negatives == positives[:, None]).sum(dim=1)
+        _check_scores(positives, negatives.flatten())
+        num_above = (negatives > positives[:, None]).sum(dim=1)
+        num_tied = (negatives == positives[:, None]).sum(dim=1)
     else:
-        _check(positives, negatives)
+        _check_scores(positives, negatives)
         ranked = negatives.sort().values
-        above = ranked.numel() - torch.searchsorted(ranked, positives.contiguous(), right=True)
-        tied = ranked.numel() - torch.searchsorted(ranked, positives.contiguous()) - above
-    return float((1 / (1 + above + tied / 2).double()).mean())
+        num_above = ranked.numel() - torch.searchsorted(ranked, positives.contiguous(), right=True)
+        num_tied = ranked.numel() - torch.searchsorted(ranked, positives.contiguous()) - num_above
+    return float((1 / (1 + num_above + num_tied / 2).double()).mean())
 
 
-def evaluate(positives: Tensor, negatives: Tensor, k: int = 100) -> dict[str, float]:
-    """Return every metric by name: `hits@K`, `auc`, `ap`, `mrr`."""
+def compute_metrics(positives: Tensor, negatives: Tensor, k: int = 100) -> dict[str, float]:
+    """Return all metrics by name: `hits@K`, `auc`, `ap` and `mrr`.
+
+    Args:
+        positives: Scores of the positives, [positives].
+        negatives: Scores of the negatives, [negatives].
+        k: K of Hits@K.
+
+    Raises:
+        ValueError: An input is empty, not one-dimensional or contains NaN, or `k` is below 1.
+
+    """
     return {
         f"hits@{k}": hits_at_k(positives, negatives, k),
         "auc": auc(positives, negatives),
@@ -88,9 +117,9 @@ def evaluate(positives: Tensor, negatives: Tensor, k: int = 100) -> dict[str, fl
     }
 
 
-def _check(positives: Tensor, negatives: Tensor) -> None:
+def _check_scores(positives: Tensor, negatives: Tensor) -> None:
     for name, scores in (("positives", positives), ("negatives", negatives)):
         if scores.ndim != 1 or scores.numel() == 0:
-            raise ValueError(f"{name} has shape {tuple(scores.shape)}; accepted: [scores], at least one")
+            raise ValueError(f"{name} must have shape [scores] with at least one score, got {tuple(scores.shape)}")
         if bool(scores.isnan().any()):
-            raise ValueError(f"{name} hold {int(scores.isnan().sum())} NaN; accepted: numbers")
+            raise ValueError(f"{name} must not contain NaN, got {int(scores.isnan().sum())} NaN scores")

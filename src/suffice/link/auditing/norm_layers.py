@@ -1,49 +1,54 @@
-"""Normalisation layers of any module: which there are, what each sees, and how to run them as in training."""
+"""Normalization layers of any module: which there are, and whether one mixes the edges of a batch."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch_geometric.nn as pyg
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm  # pyright: ignore[reportPrivateUsage]
 
-# Layers whose output for a row depends on the other rows, in training or always.
-_MIXING = (TorchBatchNorm, pyg.GraphNorm, pyg.PairNorm, pyg.MeanSubtractionNorm, pyg.DiffGroupNorm)
-_ROW_WISE = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
-_BY_MODE = (pyg.LayerNorm, pyg.InstanceNorm)
+# Layers whose output for one row depends on the other rows, in training or always.
+_MIXING_LAYERS = (TorchBatchNorm, pyg.GraphNorm, pyg.PairNorm, pyg.MeanSubtractionNorm, pyg.DiffGroupNorm)
+_ROW_WISE_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+_CONFIGURABLE_LAYERS = (pyg.LayerNorm, pyg.InstanceNorm)  # row-wise or mixing, depending on their arguments
 
 
 @dataclass(frozen=True)
 class NormLayer:
-    """One normalisation layer.
+    """One normalization layer of a module.
 
     Args:
-        name: path in the module.
-        kind: class.
-        sees: `edge batch`, `nodes`, or `not called`.
-        mixes_rows: whether a row's output depends on the other rows while it is trained.
-        frozen: whether it uses stored statistics even in training.
+        name: Name of the layer in the module (as in `named_modules`).
+        kind: Name of its class.
+        input_rows: What a row of its input is: `edges`, `nodes`, or `not called` if the layer is never called.
+        mixes_rows: Whether the output for one row depends on the other rows in training.
+        frozen: Whether the layer uses stored statistics even in training.
 
     """
 
     name: str
     kind: str
-    sees: str
+    input_rows: str
     mixes_rows: bool
     frozen: bool
 
+    @property
+    def mixes_edges(self) -> bool:
+        """Whether the layer normalizes over the edges of a batch."""
+        return self.mixes_rows and self.input_rows == "edges"
+
 
 class FrozenBatchNorm(nn.Module):
-    """Batch normalisation by stored statistics, in training too.
+    """Batch normalization with stored statistics, in training as well as in eval mode.
 
     Args:
-        layer: where statistics and affine parameters come from.
+        layer: BatchNorm that provides statistics and affine parameters.
+
+    Raises:
+        ValueError: `layer` tracks no running statistics.
 
     """
 
@@ -53,148 +58,125 @@ class FrozenBatchNorm(nn.Module):
     def __init__(self, layer: TorchBatchNorm) -> None:
         super().__init__()
         if layer.running_mean is None or layer.running_var is None:
-            raise ValueError("layer tracks no statistics; accepted: one with running_mean and running_var")
+            raise ValueError("layer must be a BatchNorm with track_running_stats=True, got one without statistics")
         self.num_features, self.eps = layer.num_features, layer.eps
         self.weight, self.bias = layer.weight, layer.bias
         self.register_buffer("running_mean", layer.running_mean.detach().clone())
         self.register_buffer("running_var", layer.running_var.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x, [rows, channels]."""
+        """Normalize x, [rows, channels]."""
         return nn.functional.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
         )
 
     def extra_repr(self) -> str:
-        """Return the size."""
+        """Return the number of channels."""
         return str(self.num_features)
 
 
 def batch_norms(module: nn.Module) -> dict[str, TorchBatchNorm]:
-    """Return torch's batch norms by path, those inside PyG's wrappers too."""
+    """Return torch's BatchNorm layers by name, including those inside PyG's wrappers."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, TorchBatchNorm)}
 
 
-def frozen_names(module: nn.Module, extra: Sequence[str] = ()) -> set[str]:
-    """Return the batch norms that keep their statistics in training.
+def norm_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Return all normalization layers by name.
 
-    These are the layers named in `extra`, those in eval mode while the module trains, and those whose affine
-    parameters alone are not trained.
+    PyG wraps torch's BatchNorm; only the wrapper is listed.
     """
-    found = set(extra)
-    layers = batch_norms(module)
-    if missing := found - layers.keys():
-        raise ValueError(f"frozen names {sorted(missing)}; accepted: {sorted(layers)}")
-    trained = any(parameter.requires_grad for parameter in module.parameters())
-    for name, layer in layers.items():
-        own = list(layer.parameters())
-        fixed = bool(own) and trained and not any(parameter.requires_grad for parameter in own)
-        if fixed or (module.training and not layer.training):
-            found.add(name)
-    return found
-
-
-def find_norms(
-    module: nn.Module, score: Callable[[Tensor], Tensor], pairs: Tensor, frozen: set[str]
-) -> tuple[NormLayer, ...]:
-    """List the normalisation layers; whether one sees edges or nodes shows in the rows it is called with."""
-    layers = _outermost(module)
-    rows: dict[str, list[int]] = {name: [] for name in layers}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: rows[name].append(inputs[0].size(0))
-
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    sizes = (pairs.size(1), pairs.size(1) // 2)
-    try:
-        with torch.no_grad():
-            for size in sizes:
-                score(pairs[:, :size])
-    finally:
-        for handle in handles:
-            handle.remove()
-    found: list[NormLayer] = []
-    for name, layer in layers.items():
-        seen = rows[name]
-        half = len(seen) // 2
-        grows = half > 0 and seen[:half] != seen[half:]
-        sees = "edge batch" if grows else "nodes" if seen else "not called"
-        inner = any(isinstance(part, FrozenBatchNorm) for part in layer.modules())
-        still = name in frozen or f"{name}.module" in frozen or inner
-        found.append(NormLayer(name, type(layer).__name__, sees, _mixes(layer) and not still, still))
-    return tuple(found)
-
-
-@contextmanager
-def untouched(module: nn.Module | None) -> Generator[None]:
-    """Give back modes, buffers and random generators as they were."""
-    modes = [(part, part.training) for part in module.modules()] if module is not None else []
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    saved = [(buffer, buffer.detach().clone()) for buffer in _small_buffers(module)]
-    try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
-        for part, mode in modes:
-            part.training = mode
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-
-
-@contextmanager
-def mode(module: nn.Module | None, *, batch_statistics: bool, frozen: set[str]) -> Generator[None]:
-    """Run norm layers on batch statistics or on stored ones, and everything else (dropout) in eval mode."""
-    if module is not None:
-        for part in module.modules():
-            part.training = False
-        for name, layer in _outermost(module).items():
-            for inner, part in layer.named_modules():
-                path = f"{name}.{inner}" if inner else name
-                part.training = batch_statistics and path not in frozen
-    yield
-
-
-def _small_buffers(module: nn.Module | None) -> list[Tensor]:
-    # Only norm layers run as in training, so that only their buffers can move; a graph kept in a buffer
-    # elsewhere is not copied.
-    if module is None:
-        return []
-    return [buffer for layer in _outermost(module).values() for buffer in layer.buffers()]
-
-
-def _outermost(module: nn.Module) -> dict[str, nn.Module]:
-    """Norm layers by path; of PyG's wrapper and torch's layer inside it, the wrapper."""
     found: dict[str, nn.Module] = {}
     for name, layer in module.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        known = isinstance(layer, (*_MIXING, *_ROW_WISE, *_BY_MODE, pyg.BatchNorm, FrozenBatchNorm))
-        if not inside and (known or _named_norm(layer)):
+        is_inside_another = any(name.startswith(f"{outer}.") for outer in found)
+        if not is_inside_another and _is_norm(layer):
             found[name] = layer
     return found
 
 
-def _named_norm(layer: nn.Module) -> bool:
-    # Norms of other libraries; containers of norms are no norm themselves.
-    kind = type(layer).__name__.lower()
-    return kind.endswith(("batchnorm1d", "norm")) and not isinstance(layer, nn.ModuleList)
+def frozen_batch_norms(module: nn.Module, names: Sequence[str] = ()) -> set[str]:
+    """Return the names of the BatchNorm layers that keep their statistics in training.
+
+    These are the layers in `names`, layers in eval mode while `module` is in training mode, and layers whose affine
+    parameters do not require gradients while other parameters do.
+
+    Raises:
+        ValueError: A name in `names` is not a BatchNorm of the module.
+
+    """
+    frozen = set(names)
+    layers = batch_norms(module)
+    if unknown := frozen - layers.keys():
+        raise ValueError(f"frozen must name BatchNorm layers of the module ({sorted(layers)}), got {sorted(unknown)}")
+    is_trained = any(parameter.requires_grad for parameter in module.parameters())
+    for name, layer in layers.items():
+        affine = list(layer.parameters())
+        has_fixed_affine = bool(affine) and is_trained and not any(parameter.requires_grad for parameter in affine)
+        if has_fixed_affine or (module.training and not layer.training):
+            frozen.add(name)
+    return frozen
 
 
-def _mixes(layer: nn.Module) -> bool:
+def describe_norm_layers(
+    module: nn.Module, score: Callable[[Tensor], Tensor], pairs: Tensor, frozen: set[str]
+) -> tuple[NormLayer, ...]:
+    """Describe every normalization layer of a module.
+
+    A layer normalizes edges if the number of rows in its input changes with the number of scored pairs. If it is not
+    called for the second set of pairs, its output was cached, so that it normalizes nodes.
+
+    Args:
+        module: Module behind `score`.
+        score: Scoring function, pairs [2, edges] -> scores [edges].
+        pairs: Pairs to score, long [2, edges].
+        frozen: Names of layers that keep their statistics in training.
+
+    """
+    layers = norm_layers(module)
+    rows_of_all = _count_input_rows(layers, score, pairs)
+    rows_of_half = _count_input_rows(layers, score, pairs[:, : pairs.size(1) // 2])
+    described: list[NormLayer] = []
+    for name, layer in layers.items():
+        if not rows_of_all[name] and not rows_of_half[name]:
+            rows = "not called"
+        else:
+            rows = "edges" if rows_of_half[name] and rows_of_half[name] != rows_of_all[name] else "nodes"
+        is_replaced = any(isinstance(part, FrozenBatchNorm) for part in layer.modules())
+        is_frozen = name in frozen or f"{name}.module" in frozen or is_replaced
+        described.append(NormLayer(name, type(layer).__name__, rows, _mixes_rows(layer) and not is_frozen, is_frozen))
+    return tuple(described)
+
+
+def _count_input_rows(
+    layers: dict[str, nn.Module], score: Callable[[Tensor], Tensor], pairs: Tensor
+) -> dict[str, list[int]]:
+    """Score pairs and return the number of input rows of each call of each layer."""
+    rows: dict[str, list[int]] = {name: [] for name in layers}
+
+    def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, inputs: rows[name].append(inputs[0].size(0))
+
+    handles = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            score(pairs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rows
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    known = (*_MIXING_LAYERS, *_ROW_WISE_LAYERS, *_CONFIGURABLE_LAYERS, pyg.BatchNorm, FrozenBatchNorm)
+    if isinstance(layer, known):
+        return True
+    # Layers of other libraries are recognized by their names. A list of norms is not a norm itself.
+    return type(layer).__name__.lower().endswith(("batchnorm1d", "norm")) and not isinstance(layer, nn.ModuleList)
+
+
+def _mixes_rows(layer: nn.Module) -> bool:
     if isinstance(layer, pyg.LayerNorm):
         return layer.mode == "graph"
-    if isinstance(layer, pyg.InstanceNorm):
+    if isinstance(layer, (*_MIXING_LAYERS, pyg.BatchNorm, pyg.InstanceNorm)):
         return True
-    return isinstance(layer, (*_MIXING, pyg.BatchNorm)) or not _known_row_wise(layer)
-
-
-def _known_row_wise(layer: nn.Module) -> bool:
-    return isinstance(layer, (*_ROW_WISE, FrozenBatchNorm)) or "layer" in type(layer).__name__.lower()
-
-
-def as_module(value: object) -> nn.Module | None:
-    """Return the module if it is one."""
-    return value if isinstance(value, nn.Module) else None
+    is_row_wise = isinstance(layer, (*_ROW_WISE_LAYERS, FrozenBatchNorm)) or "layer" in type(layer).__name__.lower()
+    return not is_row_wise

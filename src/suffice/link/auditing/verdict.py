@@ -1,4 +1,4 @@
-"""What an audit's numbers mean, in plain words."""
+"""What the statistics of an audit mean, in words."""
 
 from __future__ import annotations
 
@@ -8,15 +8,46 @@ from dataclasses import dataclass
 from suffice.link.auditing.norm_layers import NormLayer
 from suffice.study.results import Interval
 
+LEVELS = ("unaffected", "affected", "dominated")
+
+# Thresholds of `judge`, chosen on trainings whose composition is known (see docs/link-study.md).
+# Share of the accuracy above chance in balanced batches that remains in pure ones. Below 0.2 for models trained at a
+# fixed ratio, above 0.3 for models trained at random ratios.
+_REMAINING_ACCURACY = 0.25
+_NOTICEABLE_DROP = 0.1  # accuracy of balanced minus accuracy of pure batches
+_NOTICEABLE_KAPPA = 0.05
+_NOTICEABLE_RANK_CHANGE = 0.05
+_REVERSAL_KAPPA = -1.0  # probes move by the whole gap between positives and negatives
+# Signs that the model recognizes pure batches: it classifies them better than balanced ones, …
+_PURE_ADVANTAGE = 0.15
+_RECOGNIZING_KAPPA = 3.0
+# … or ranks edges of different pure batches much better than single edges in eval mode.
+_AUC_ADVANTAGE = 0.2
+_POOR_EVAL_AUC = 0.7
+
+_ADVICE = {
+    "unaffected": "Nothing needs to be corrected.",
+    "affected": (
+        "Score edges in eval mode, or always in batches of the same composition. Training with Random(0.05, 0.95) and "
+        "the balanced loss reduces the dependence, and longer training with them reduces it further. LayerNorm or no "
+        "norm in place of the layers that normalize over the edge batch removes it."
+    ),
+    "dominated": (
+        "Train the model again with Random(0.05, 0.95) and the balanced loss, or with LayerNorm or no norm in place of "
+        "the layers that normalize over the edge batch. Freezing the running statistics makes scores reproducible, but "
+        "it does not undo what the model has learned."
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """How much the make-up of a batch decides the scores.
+    """How much the composition of a batch decides the scores of its edges.
 
     Args:
         level: `unaffected`, `affected` or `dominated`.
-        why: the numbers that say so.
-        advice: what to do.
+        why: The numbers behind the level, as sentences.
+        advice: What to do, as sentences.
 
     """
 
@@ -28,70 +59,65 @@ class Verdict:
         return f"{self.level}: {self.why} {self.advice}"
 
 
-# Of the accuracy above chance that balanced batches show, the share that has to be left in pure ones; trained
-# at a fixed ratio, models on citation graphs, block models and digits keep less than .2, at a random one more
-# than .3.
-_SURVIVING = 0.25
-_NOTICEABLE = 0.1  # of accuracy
-_ADVICE = {
-    "unaffected": "Nothing to correct.",
-    "affected": (
-        "Score in eval mode, or in batches of one composition. Random(0.05, 0.95) with balanced loss lessens it, "
-        "longer training under it more so; LayerNorm or no norm in place of the layers over the edge batch ends it."
-    ),
-    "dominated": (
-        "Train again with Random(0.05, 0.95) and balanced loss, or with LayerNorm or no norm in place of the layers "
-        "over the edge batch; freezing population statistics makes scores repeatable but leaves what was learned."
-    ),
-}
-
-
 def judge(parts: Mapping[str, Mapping[str, Interval]], layers: tuple[NormLayer, ...]) -> Verdict:
-    """Return the verdict over all audited parts; the worst one decides.
+    """Return the verdict over all edge sets; the worst one decides.
 
-    Dominated, any of:
+    An edge set is **dominated** if at least one of these holds:
 
-    * at most a quarter of the accuracy above chance that balanced batches show is left in pure ones;
-    * the class is read off the batch: pure batches are classified better by .15 than balanced ones, or κ ≥ 3,
-      or pure passes have an AUC .2 above that of eval mode, which is below .7;
-    * a probe moves by the whole gap between positives and negatives: κ ≤ −1.
+    * accuracy drops by 0.1 or more from balanced to pure batches, and at most a quarter of the accuracy above chance
+      remains;
+    * the model recognizes pure batches: they are classified better than balanced ones by 0.15, or κ ≥ 3, or the AUC
+      across pure batches exceeds that in eval mode by 0.2 while the latter is below 0.7;
+    * κ ≤ −1: probes move by the whole gap between positives and negatives.
 
-    Affected: probes move by |κ| ≥ .05, their order changes in 5 % of pairs, or accuracy by .1.
+    It is **affected** if |κ| ≥ 0.05, if 5 % of the probe pairs change their order, or if the accuracy of pure and
+    balanced batches differs by 0.1. Otherwise it is **unaffected**.
+
+    Args:
+        parts: Statistics of each edge set, by the name of the set.
+        layers: Normalization layers of the model, named in the explanation if they mix edges.
+
     """
-    found = [_judge_part(name, {key: value.mean for key, value in part.items()}) for name, part in parts.items()]
-    level = max((level for level, _ in found), key=_LEVELS.index)
-    reasons = [reason for _, part in found for reason in part]
+    judged = [_judge_part(name, {key: value.mean for key, value in part.items()}) for name, part in parts.items()]
+    level = max((level for level, _ in judged), key=LEVELS.index)
+    reasons = [reason for _, part_reasons in judged for reason in part_reasons]
     if level == "unaffected":
-        reasons.append("Scores of an edge don't depend on the make-up of its batch.")
-    guilty = [layer.name for layer in layers if layer.sees == "edge batch" and layer.mixes_rows]
-    if guilty:
-        reasons.append(f"Normalised over the edge batch: {', '.join(guilty)}.")
+        reasons.append("The score of an edge does not depend on the composition of its batch.")
+    if mixing := [layer.name for layer in layers if layer.mixes_edges]:
+        reasons.append(f"Layers that normalize over the edge batch: {', '.join(mixing)}.")
     return Verdict(level, " ".join(reasons), _ADVICE[level])
 
 
-_LEVELS = ("unaffected", "affected", "dominated")
-
-
 def _judge_part(name: str, values: Mapping[str, float]) -> tuple[str, list[str]]:
+    """Return the level of one edge set and the sentences that explain it."""
     pure, balanced, kappa = values["a_pure"], values["accuracy_balanced"], values["kappa"]
     drop = balanced - pure
-    accuracies = f"pure batches are classified with accuracy {pure:.2f}, balanced ones with {balanced:.2f}"
+    accuracies = f"accuracy is {pure:.2f} in pure batches and {balanced:.2f} in balanced ones"
     reasons: list[str] = []
-    if drop >= _NOTICEABLE and pure - 0.5 <= _SURVIVING * (balanced - 0.5):
-        reasons.append(f"On {name} edges the batch decides: {accuracies} (τ = {values['tau']:.2f}).")
-    cheat = values["auc_pure"] - values["auc_eval"] >= 0.2 and values["auc_eval"] < 0.7
-    if cheat or drop <= -0.15 or kappa >= 3:
+    if drop >= _NOTICEABLE_DROP and pure - 0.5 <= _REMAINING_ACCURACY * (balanced - 0.5):
         reasons.append(
-            f"On {name} edges the class is read off the batch: {accuracies}; AUC is {values['auc_pure']:.2f} over "
-            f"pure batches, {values['auc_eval']:.2f} in eval mode."
+            f"On {name} edges, predictions depend mostly on the batch: {accuracies} (τ = {values['tau']:.2f})."
         )
-    if kappa <= -1:
+    auc_advantage = values["auc_pure"] - values["auc_eval"]
+    ranks_batches = auc_advantage >= _AUC_ADVANTAGE and values["auc_eval"] < _POOR_EVAL_AUC
+    if ranks_batches or drop <= -_PURE_ADVANTAGE or kappa >= _RECOGNIZING_KAPPA:
         reasons.append(
-            f"On {name} edges the same probes fall by {-kappa:.2f} times the gap between positives and negatives "
-            "as their batch fills with positives (κ)."
+            f"On {name} edges, the model infers the class from the batch: {accuracies}; AUC is "
+            f"{values['auc_pure']:.2f} across pure batches and {values['auc_eval']:.2f} in eval mode."
+        )
+    if kappa <= _REVERSAL_KAPPA:
+        reasons.append(
+            f"On {name} edges, the median score of the same probe edges falls by {-kappa:.2f} times the gap between "
+            f"positives and negatives as the fraction of positives in their batch goes from 0 to 1 (κ = {kappa:.2f})."
         )
     if reasons:
         return "dominated", reasons
-    if abs(kappa) >= 0.05 or values["rank_change"] >= 0.05 or abs(drop) >= _NOTICEABLE:
-        return "affected", [f"On {name} edges the same probes move by κ = {kappa:.2f} of the gap, and {accuracies}."]
+    if (
+        abs(kappa) >= _NOTICEABLE_KAPPA
+        or values["rank_change"] >= _NOTICEABLE_RANK_CHANGE
+        or abs(drop) >= _NOTICEABLE_DROP
+    ):
+        return "affected", [
+            f"On {name} edges, the scores of the same probe edges depend on the batch (κ = {kappa:.2f}); {accuracies}."
+        ]
     return "unaffected", []

@@ -1,1 +1,1 @@
-"""Mini-batches of labelled edges: composition, sampling, negatives."""
+"""Mini-batches of positive and negative edges."""

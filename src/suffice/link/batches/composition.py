@@ -1,8 +1,8 @@
-"""How many positives each mini-batch of edges holds (arXiv 2604.25978).
+"""Batch composition: how many positives each mini-batch of edges contains (arXiv 2604.25978).
 
-A layer that normalises over the edge batch shows a model the share of positives in it. `Fixed` is what
-nearly every trainer does, `Separate` scores positives and negatives in passes of their own, and `Random`,
-the correction, draws the share afresh at every step.
+A layer that normalizes over the edge batch gives the model information about the fraction of positives in it. `Fixed`
+is what nearly every training loop does. `Separate` scores positives and negatives in separate passes. `Random` is the
+correction: it draws a new fraction for every batch.
 """
 
 from __future__ import annotations
@@ -13,50 +13,60 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Counts = tuple[int, int]
+BatchCounts = tuple[int, int]  # (positives, negatives) of one batch
 
 
 class Composition(ABC):
-    """Base of all compositions; a new one defines `plan`."""
+    """Base class of all compositions. A subclass implements `plan`."""
 
-    passes: int = 1  # batches that make up one optimiser step
+    batches_per_step: int = 1
+    """Number of batches whose gradients are averaged for one optimizer step."""
 
     @abstractmethod
-    def plan(self, positives: int, batch_size: int, generator: torch.Generator) -> list[Counts]:
-        """Split an epoch into batches.
+    def plan(self, num_positives: int, batch_size: int, generator: torch.Generator) -> list[BatchCounts]:
+        """Split the positives of an epoch into batches.
 
         Args:
-            positives: positive edges of the epoch, each to be used exactly once.
-            batch_size: edges in a batch; the last ones may hold fewer.
-            generator: source of every random choice.
+            num_positives: Positive edges of the epoch; each is used exactly once.
+            batch_size: Edges in a batch. The last batches may be smaller.
+            generator: Source of all random choices.
 
         Returns:
-            (positives, negatives) of each batch.
+            Number of positives and of negatives in each batch.
 
         Raises:
-            ValueError: an argument is out of range.
+            ValueError: An argument is out of range.
 
         """
 
 
 @dataclass(frozen=True)
 class Fixed(Composition):
-    """The same fraction of positives in every batch."""
+    """The same fraction of positives in every batch.
+
+    Args:
+        fraction: Fraction of positives, above 0 and below 1.
+
+    Raises:
+        ValueError: `fraction` is out of range.
+
+    """
 
     fraction: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:
-            raise ValueError(f"fraction is {self.fraction}; accepted: above 0 and below 1")
+            raise ValueError(f"fraction must be above 0 and below 1, got {self.fraction}")
 
-    def plan(self, positives: int, batch_size: int, generator: torch.Generator) -> list[Counts]:
-        """Return equal batches; the last keeps the fraction with what is left."""
-        _check(positives, batch_size)
-        own = min(max(round(self.fraction * batch_size), 1), batch_size - 1)
-        full, rest = divmod(positives, own)
-        batches = [(own, batch_size - own)] * full
+    def plan(self, num_positives: int, batch_size: int, generator: torch.Generator) -> list[BatchCounts]:
+        """Return equal batches; the last one has the same fraction and may be smaller."""
+        _check_plan_arguments(num_positives, batch_size)
+        positives = min(max(round(self.fraction * batch_size), 1), batch_size - 1)
+        negatives = batch_size - positives
+        full_batches, rest = divmod(num_positives, positives)
+        batches = [(positives, negatives)] * full_batches
         if rest:
-            batches.append((rest, max(1, round(rest * (batch_size - own) / own))))
+            batches.append((rest, max(1, round(rest * negatives / positives))))
         return batches
 
     def __str__(self) -> str:
@@ -65,22 +75,19 @@ class Fixed(Composition):
 
 @dataclass(frozen=True)
 class Separate(Composition):
-    """Pure batches: a pass of positives, then a pass of negatives, together one optimiser step."""
+    """Pure batches: one of positives and one of negatives, which together make up one optimizer step."""
 
-    passes: int = 2
+    batches_per_step: int = 2
 
-    def plan(self, positives: int, batch_size: int, generator: torch.Generator) -> list[Counts]:
-        """Return pairs of pure batches of the same size."""
-        _check(positives, batch_size)
-        batches: list[Counts] = []
-        full, rest = divmod(positives, batch_size)
-        sizes = [batch_size] * full + [rest] * (rest > 0)
-        if rest == 1 and full and batch_size > 2:
-            # Never a single edge: batch normalisation can't train on one.
+    def plan(self, num_positives: int, batch_size: int, generator: torch.Generator) -> list[BatchCounts]:
+        """Return pairs of pure batches of equal size."""
+        _check_plan_arguments(num_positives, batch_size)
+        full_batches, rest = divmod(num_positives, batch_size)
+        sizes = [batch_size] * full_batches + [rest] * (rest > 0)
+        if rest == 1 and full_batches and batch_size > 2:
+            # Avoid a batch of one edge: BatchNorm cannot train on it.
             sizes[-2:] = [batch_size - 1, 2]
-        for size in sizes:
-            batches += [(size, 0), (0, size)]
-        return batches
+        return [counts for size in sizes for counts in ((size, 0), (0, size))]
 
     def __str__(self) -> str:
         return "separate"
@@ -88,10 +95,18 @@ class Separate(Composition):
 
 @dataclass(frozen=True)
 class Random(Composition):
-    """A fraction drawn from U(low, high) for every batch (arXiv 2604.25978, the correction).
+    """A new fraction of positives for every batch, drawn from U(low, high): the correction of arXiv 2604.25978.
 
-    Ranks of a distributed run must share the draw, or synchronised statistics average it away: give every
-    rank the same seed.
+    In distributed training, all ranks must use the same seed. They then draw the same fraction, which SyncBatchNorm
+    would otherwise average out.
+
+    Args:
+        low: Smallest fraction of positives.
+        high: Largest fraction of positives.
+
+    Raises:
+        ValueError: The bounds are out of range.
+
     """
 
     low: float = 0.05
@@ -99,38 +114,43 @@ class Random(Composition):
 
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high <= 1 or self.high == 0:
-            raise ValueError(f"low, high are {self.low}, {self.high}; accepted: 0 ≤ low ≤ high ≤ 1, high > 0")
+            raise ValueError(
+                f"low and high must satisfy 0 <= low <= high <= 1 and high > 0, got {self.low} and {self.high}"
+            )
 
-    def plan(self, positives: int, batch_size: int, generator: torch.Generator) -> list[Counts]:
-        """Return batches until the positives are used up; the last keeps its fraction with what is left."""
-        _check(positives, batch_size)
+    def plan(self, num_positives: int, batch_size: int, generator: torch.Generator) -> list[BatchCounts]:
+        """Return batches until all positives are used; the last one has the drawn fraction and may be smaller."""
+        _check_plan_arguments(num_positives, batch_size)
         if round(self.high * batch_size) < 1:
-            raise ValueError(f"batch_size is {batch_size}; accepted: large enough for high={self.high} of it")
-        batches: list[Counts] = []
-        left = positives
-        while left:
-            draw = float(torch.rand((), generator=generator, dtype=torch.float64))
-            own = round((self.low + (self.high - self.low) * draw) * batch_size)
-            if own <= left:
-                batches.append((own, batch_size - own))
-            else:
-                # Never a single edge: batch normalisation can't train on one.
-                batches.append((left, max(round(left * (batch_size - own) / own), int(left == 1))))
-            left -= batches[-1][0]
+            raise ValueError(
+                f"batch_size must be large enough for at least one positive with high={self.high}, got {batch_size}"
+            )
+        batches: list[BatchCounts] = []
+        remaining = num_positives
+        while remaining:
+            uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
+            positives = round((self.low + (self.high - self.low) * uniform) * batch_size)
+            negatives = batch_size - positives
+            if positives > remaining:
+                # Avoid a batch of one edge: BatchNorm cannot train on it.
+                negatives = max(round(remaining * negatives / positives), int(remaining == 1))
+                positives = remaining
+            batches.append((positives, negatives))
+            remaining -= positives
         return batches
 
     def __str__(self) -> str:
         return f"random:{self.low:g},{self.high:g}"
 
 
-def parse(text: str) -> Composition:
-    """Return the composition that a text names: `fixed:0.5`, `separate`, `random:0.05,0.95`.
+def parse_composition(text: str) -> Composition:
+    """Return the composition that a text describes: `fixed:0.5`, `separate` or `random:0.05,0.95`.
 
     Raises:
-        ValueError: the text names none.
+        ValueError: The text describes no composition.
 
     Example:
-        >>> parse("random:0.3,0.7")
+        >>> parse_composition("random:0.3,0.7")
         Random(low=0.3, high=0.7)
 
     """
@@ -142,47 +162,47 @@ def parse(text: str) -> Composition:
         if kind == "random" and len(values) in (0, 2):
             return Random(*values)
     except ValueError as error:
-        raise ValueError(f"composition is {text!r}: {error}") from None
+        raise ValueError(f"composition must be valid, got {text!r}: {error}") from None
     if kind == "separate" and not numbers:
         return Separate()
-    raise ValueError(f"composition is {text!r}; accepted: fixed:FRACTION, separate, random:LOW,HIGH")
+    raise ValueError(f"composition must be fixed:FRACTION, separate or random:LOW,HIGH, got {text!r}")
 
 
 def balanced_weights(labels: Tensor) -> Tensor:
-    """Weights under which each class present counts the same in a batch; their mean is 1.
+    """Return loss weights that give both classes the same total weight in a batch; their mean is 1.
 
     Args:
         labels: 1 for positives, 0 for negatives, [edges].
 
     Returns:
-        float32 [edges].
+        Weights, float32 [edges]; all 1 if only one class is present.
 
     Raises:
-        ValueError: a label is neither 0 nor 1, or there are none.
+        ValueError: `labels` is empty or contains another value.
 
     Example:
         >>> balanced_weights(torch.tensor([1.0, 0.0, 0.0, 0.0]))
         tensor([2.0000, 0.6667, 0.6667, 0.6667])
 
     """
-    positive = labels == 1
-    if labels.numel() == 0 or not bool((positive | (labels == 0)).all()):
-        raise ValueError(f"labels are {labels.unique().tolist()}; accepted: at least one, each 0 or 1")
-    ones = int(positive.sum())
-    first, second = class_weights(ones, labels.numel() - ones)
-    return torch.where(positive, first, second).to(torch.float32)
+    is_positive = labels == 1
+    if labels.numel() == 0 or not bool((is_positive | (labels == 0)).all()):
+        raise ValueError(f"labels must be a non-empty tensor of 0 and 1, got the values {labels.unique().tolist()}")
+    num_positives = int(is_positive.sum())
+    positive_weight, negative_weight = class_weights(num_positives, labels.numel() - num_positives)
+    return torch.where(is_positive, positive_weight, negative_weight).to(torch.float32)
 
 
-def class_weights(positives: int, negatives: int) -> tuple[float, float]:
-    """Return the weight of a positive and of a negative under which both classes count the same."""
-    if not positives or not negatives:
+def class_weights(num_positives: int, num_negatives: int) -> tuple[float, float]:
+    """Return the weight of each positive and of each negative under which both classes weigh the same."""
+    if not num_positives or not num_negatives:
         return 1.0, 1.0
-    half = (positives + negatives) / 2
-    return half / positives, half / negatives
+    half = (num_positives + num_negatives) / 2
+    return half / num_positives, half / num_negatives
 
 
-def _check(positives: int, batch_size: int) -> None:
-    if positives < 1:
-        raise ValueError(f"positives is {positives}; accepted: at least 1")
+def _check_plan_arguments(num_positives: int, batch_size: int) -> None:
+    if num_positives < 1:
+        raise ValueError(f"num_positives must be at least 1, got {num_positives}")
     if batch_size < 2:
-        raise ValueError(f"batch_size is {batch_size}; accepted: at least 2")
+        raise ValueError(f"batch_size must be at least 2, got {batch_size}")

@@ -1,4 +1,4 @@
-"""Negative edges: pairs of nodes that no known edge joins, drawn by PyG and checked."""
+"""Sampling of negative edges: pairs of nodes without an edge, sampled with PyG and verified."""
 
 from __future__ import annotations
 
@@ -12,84 +12,87 @@ from torch_geometric.utils import negative_sampling
 
 
 class TooFewNegativesError(ValueError):
-    """The graph has fewer unconnected pairs than were asked for."""
+    """The graph has fewer pairs without an edge than requested."""
 
 
 def edge_keys(edges: Tensor, num_nodes: int) -> Tensor:
-    """Return one number for each undirected pair, long [edges], the same for both directions."""
+    """Return a number for each undirected edge, long [edges]; both directions of an edge have the same number."""
     low, high = edges.min(dim=0).values, edges.max(dim=0).values
     return low * num_nodes + high
 
 
 class NegativeSampler:
-    """Draws distinct unconnected pairs uniformly; what doesn't change from draw to draw is prepared once.
+    """Sample distinct pairs of nodes without an edge, uniformly.
 
     Args:
-        known: edges that must not be drawn, in either direction, long [2, edges].
-        num_nodes: nodes of the graph.
+        known: Edges that must not be sampled, in either direction, long [2, edges].
+        num_nodes: Number of nodes.
 
     """
 
     def __init__(self, known: Tensor, num_nodes: int) -> None:
         self.num_nodes = num_nodes
-        self.keys = edge_keys(known[:, known[0] != known[1]], num_nodes).unique()  # ascending
-        self.known = torch.stack([self.keys // num_nodes, self.keys % num_nodes])  # each edge once
-        self.free = num_nodes * (num_nodes - 1) // 2 - self.keys.numel()
+        self._known_keys = edge_keys(known[:, known[0] != known[1]], num_nodes).unique()  # sorted
+        self._known = torch.stack([self._known_keys // num_nodes, self._known_keys % num_nodes])  # each edge once
+        self.num_available = num_nodes * (num_nodes - 1) // 2 - self._known_keys.numel()
 
-    def draw(self, count: int, seed: int) -> Tensor:
-        """Return `count` pairs, the smaller id first, long [2, count]; no global generator is moved.
+    def sample(self, count: int, seed: int) -> Tensor:
+        """Return `count` pairs with the smaller node id first, long [2, count].
+
+        The state of the global random generators does not change.
 
         Raises:
-            TooFewNegativesError: there are fewer such pairs.
+            TooFewNegativesError: Fewer pairs are available.
 
         """
-        if count > self.free:
+        if count > self.num_available:
             raise TooFewNegativesError(
-                f"count is {count} negatives; accepted: at most the {self.free} pairs of "
-                f"{self.num_nodes} nodes without edge"
+                f"count must be at most {self.num_available}, the number of pairs of {self.num_nodes} nodes without "
+                f"an edge, got {count}"
             )
-        found = self.known.new_empty((2, 0))
-        with _python_random(seed):
-            while found.size(1) < count:
-                # PyG gives up after three tries: on dense graphs what it found joins what must not be drawn.
-                taken = torch.cat([self.known, found], dim=1)
-                missing = count - found.size(1)
-                # Undirected sampling looks at the smaller id first and counts both directions.
-                more = negative_sampling(taken, self.num_nodes, 2 * missing, force_undirected=True)
-                found = torch.cat([found, more[:, : more.size(1) // 2]], dim=1)
-        self._verify(found)
-        return found
+        sampled = self._known.new_empty((2, 0))
+        with _seeded_python_random(seed):
+            while sampled.size(1) < count:
+                # On dense graphs PyG gives up early and returns fewer pairs. Exclude those as well and sample again.
+                excluded = torch.cat([self._known, sampled], dim=1)
+                missing = count - sampled.size(1)
+                # Undirected sampling counts both directions of a pair and returns the smaller node id first.
+                pairs = negative_sampling(excluded, self.num_nodes, 2 * missing, force_undirected=True)
+                sampled = torch.cat([sampled, pairs[:, : pairs.size(1) // 2]], dim=1)
+        self._verify(sampled)
+        return sampled
 
     def _verify(self, pairs: Tensor) -> None:
-        drawn = edge_keys(pairs, self.num_nodes).sort().values
-        places = torch.searchsorted(self.keys, drawn).clamp(max=max(self.keys.numel() - 1, 0))
-        again = bool((drawn[1:] == drawn[:-1]).any())
-        if again or (self.keys.numel() > 0 and bool((self.keys[places] == drawn).any())):
-            raise RuntimeError("negative_sampling returned a known edge or the same pair twice")
+        keys = edge_keys(pairs, self.num_nodes).sort().values
+        index = torch.searchsorted(self._known_keys, keys).clamp(max=max(self._known_keys.numel() - 1, 0))
+        has_duplicates = bool((keys[1:] == keys[:-1]).any())
+        has_known = self._known_keys.numel() > 0 and bool((self._known_keys[index] == keys).any())
+        if has_duplicates or has_known:
+            raise RuntimeError("torch_geometric.utils.negative_sampling returned a known edge or a pair twice")
 
 
-def draw_negatives(known: Tensor, num_nodes: int, count: int, seed: int) -> Tensor:
-    """Draw distinct unconnected pairs uniformly.
+def sample_negatives(known: Tensor, num_nodes: int, count: int, seed: int) -> Tensor:
+    """Sample distinct pairs of nodes without an edge, uniformly.
 
     Args:
-        known: edges that must not be drawn, in either direction, long [2, edges].
-        num_nodes: nodes of the graph.
-        count: pairs to draw.
-        seed: the same seed gives the same pairs.
+        known: Edges that must not be sampled, in either direction, long [2, edges].
+        num_nodes: Number of nodes.
+        count: Number of pairs.
+        seed: The same seed gives the same pairs.
 
     Returns:
-        long [2, count], the smaller id first, on the device of `known`.
+        Pairs with the smaller node id first, long [2, count], on the device of `known`.
 
     Raises:
-        TooFewNegativesError: there are fewer such pairs.
+        TooFewNegativesError: Fewer pairs are available.
 
     """
-    return NegativeSampler(known, num_nodes).draw(count, seed)
+    return NegativeSampler(known, num_nodes).sample(count, seed)
 
 
 @contextmanager
-def _python_random(seed: int) -> Generator[None]:
-    # PyG draws from Python's global generator.
+def _seeded_python_random(seed: int) -> Generator[None]:
+    """Seed Python's global generator, from which PyG samples, and restore its state on exit."""
     state = random.getstate()
     random.seed(seed)
     try:

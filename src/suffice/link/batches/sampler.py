@@ -1,4 +1,4 @@
-"""Batches of labelled edges with a given composition, for any loop and for PyG's loaders."""
+"""Mini-batches of labeled edges with a given composition, for any training loop and for PyG's loaders."""
 
 from __future__ import annotations
 
@@ -9,52 +9,55 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from suffice.link.batches.composition import Composition, class_weights
+from suffice.link.batches.composition import BatchCounts, Composition, class_weights
 from suffice.link.batches.negatives import NegativeSampler, TooFewNegativesError
 
 
 @dataclass(frozen=True)
 class EdgeBatch:
-    """One mini-batch: positives first.
+    """One mini-batch of edges, positives first.
 
     Args:
-        pairs: long [2, edges].
+        pairs: Positive and negative edges, long [2, edges].
         labels: 1 for positives, 0 for negatives, float32 [edges].
-        weights: loss weights, float32 [edges]; None unless balanced.
-        index: which of the positives it holds, long [positives].
+        weights: Loss weights, float32 [edges]; None unless the loss is balanced.
+        positive_index: Indices of the positives within all positives, long [positives].
 
     """
 
     pairs: Tensor
     labels: Tensor
     weights: Tensor | None
-    index: Tensor
+    positive_index: Tensor
 
     @property
     def fraction(self) -> float:
-        """Realised fraction of positives."""
-        return self.index.numel() / self.labels.numel()
+        """Fraction of positives in the batch."""
+        return self.positive_index.numel() / self.labels.numel()
 
 
 class EdgeBatches:
-    """Iterable over the mini-batches of an epoch: every positive once, negatives fresh and checked.
+    """Iterable over the mini-batches of one epoch.
+
+    Every positive is used once. Negatives are sampled anew in each epoch and are never a known edge.
 
     Args:
-        positives: edges to learn, each once, long [2, positives].
-        num_nodes: nodes of the graph.
-        composition: how many positives a batch holds.
-        batch_size: edges in a batch.
-        known: edges that are never drawn as negatives (all edges of the graph, and the negatives of other
-            splits), long [2, edges]; the positives are always known.
-        balanced: give each batch weights under which both classes count the same.
-        seed: with the epoch, decides everything; equal on all ranks of a distributed run.
-        rank: this process.
-        world_size: number of processes; each sees its own edges at the shared fractions.
+        positives: Edges to learn, each once, long [2, positives].
+        num_nodes: Number of nodes.
+        composition: How many positives a batch contains.
+        batch_size: Edges in a batch (of each rank).
+        known: Further edges that are never sampled as negatives, such as all edges of the graph and the negatives of
+            validation and test, long [2, edges]. The positives are always excluded.
+        balanced: Whether batches have loss weights that give both classes the same total weight.
+        seed: Seed of all batches; must be the same on all ranks.
+        rank: Rank of this process.
+        world_size: Number of processes. Each gets its own edges; all draw the same fractions.
 
-    `fractions` holds the realised fraction of every batch of the epoch that was iterated last.
+    Attributes:
+        fractions: Fraction of positives in each batch of the last iterated epoch.
 
     Raises:
-        ValueError: an argument is out of range, or a batch needs more negatives than there are.
+        ValueError: An argument is out of range, or a batch needs more negatives than the graph has.
 
     """
 
@@ -72,102 +75,112 @@ class EdgeBatches:
         world_size: int = 1,
     ) -> None:
         if positives.ndim != 2 or positives.size(0) != 2 or positives.size(1) < world_size:
-            raise ValueError(f"positives has shape {tuple(positives.shape)}; accepted: [2, edges] with an edge a rank")
+            raise ValueError(
+                f"positives must have shape [2, edges] with at least one edge per rank, got {tuple(positives.shape)}"
+            )
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}; accepted: 0 to world_size - 1, {world_size - 1}")
+            raise ValueError(f"rank must be from 0 to world_size - 1 = {world_size - 1}, got {rank}")
         self.positives = positives
         self.num_nodes = num_nodes
         self.composition = composition
         self.batch_size = batch_size
-        never = positives if known is None else torch.cat([positives, known], dim=1)
-        self.sampler = NegativeSampler(never, num_nodes)
+        excluded = positives if known is None else torch.cat([positives, known], dim=1)
+        self._negative_sampler = NegativeSampler(excluded, num_nodes)
         self.balanced = balanced
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
         self.fractions: list[float] = []
-        self._plan(self._generator())  # so that a batch size that can't work fails before the first epoch
+        self._plan(_epoch_generator(seed, 0))  # raises if the batch size is impossible
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration draws."""
+        """Choose the epoch of the next iteration."""
         self.epoch = epoch
 
-    def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-
-    def _plan(self, generator: torch.Generator) -> list[tuple[int, int]]:
-        # The largest share of any rank: with the same plan, all ranks take the same number of steps.
-        return self.composition.plan(-(-self.positives.size(1) // self.world_size), self.batch_size, generator)
-
     def __len__(self) -> int:
-        return len(self._plan(self._generator()))
+        return len(self._plan(_epoch_generator(self.seed, self.epoch)))
 
     def __iter__(self) -> Iterator[EdgeBatch]:
-        generator = self._generator()
+        generator = _epoch_generator(self.seed, self.epoch)
         plan = self._plan(generator)
         device = self.positives.device
         order = torch.randperm(self.positives.size(1), generator=generator)
-        # All negatives of an epoch in one draw, distinct, dealt out to the ranks.
-        needed = sum(negatives for _, negatives in plan) * self.world_size
-        most = max(negatives for _, negatives in plan) * self.world_size
-        draw = int(torch.randint(2**31, (), generator=generator))
-        pool = self._negatives(needed, most, draw)
-        spare = torch.randperm(pool.size(1), generator=generator)
-        order, pool = order[self.rank :: self.world_size], pool[:, spare[self.rank :: self.world_size]]
-        order, pool = order.to(device), pool.to(device)
+        # The negatives of all batches and ranks are sampled at once, so that they are distinct.
+        negatives_seed = int(torch.randint(2**31, (), generator=generator))
+        pool = self._sample_negatives(plan, negatives_seed)
+        pool_order = torch.randperm(pool.size(1), generator=generator)
+        order = order[self.rank :: self.world_size].to(device)
+        pool = pool[:, pool_order[self.rank :: self.world_size]].to(device)
         self.fractions = []
-        start = used = 0
-        for positives, negatives in plan:
-            index = order[start : start + positives]
-            if used + negatives > pool.size(1):
-                # A dense graph: start over; the pool covers any single batch, so that none repeats a pair.
-                used = 0
+        positives_used = negatives_used = 0
+        for num_positives, num_negatives in plan:
+            index = order[positives_used : positives_used + num_positives]
+            if negatives_used + num_negatives > pool.size(1):
+                # A dense graph has too few negatives for an epoch, so start over. The pool is large enough for any
+                # single batch, which therefore contains no pair twice.
+                negatives_used = 0
                 pool = pool[:, torch.randperm(pool.size(1), generator=generator).to(device)]
-            chosen = pool[:, used : used + negatives]
-            start, used = start + positives, used + negatives
-            pairs = torch.cat([self.positives[:, index], chosen], dim=1)
-            labels = torch.zeros(pairs.size(1), device=device)
-            labels[: index.numel()] = 1
-            weights = None
-            if self.balanced:
-                ones, zeros = class_weights(index.numel(), negatives)
-                weights = torch.full_like(labels, zeros)
-                weights[: index.numel()] = ones
-            batch = EdgeBatch(pairs, labels, weights, index)
+            negatives = pool[:, negatives_used : negatives_used + num_negatives]
+            positives_used += num_positives
+            negatives_used += num_negatives
+            batch = self._make_batch(index, negatives)
             self.fractions.append(batch.fraction)
             yield batch
 
-    def _negatives(self, needed: int, most: int, seed: int) -> Tensor:
-        if needed == 0:
+    def _plan(self, generator: torch.Generator) -> list[BatchCounts]:
+        # All ranks plan for the largest share of any rank, so that they take the same number of steps.
+        positives_per_rank = -(-self.positives.size(1) // self.world_size)
+        return self.composition.plan(positives_per_rank, self.batch_size, generator)
+
+    def _sample_negatives(self, plan: list[BatchCounts], seed: int) -> Tensor:
+        """Sample the negatives of an epoch, as many as there are: long [2, negatives]."""
+        counts = [negatives * self.world_size for _, negatives in plan]
+        if sum(counts) == 0:
             return self.positives.new_empty((2, 0))
-        free = self.sampler.free
-        if free < most:
+        available = self._negative_sampler.num_available
+        if available < max(counts):
             raise TooFewNegativesError(
-                f"batch_size is {self.batch_size}: a step needs {most} negatives; accepted: "
-                f"at most the {free} pairs of {self.num_nodes} nodes without edge"
+                f"batch_size must be small enough for a step to need at most {available} negatives, the number of "
+                f"pairs of {self.num_nodes} nodes without an edge; with batch_size={self.batch_size} a step needs "
+                f"{max(counts)} negatives"
             )
-        return self.sampler.draw(min(needed, free), seed)
+        return self._negative_sampler.sample(min(sum(counts), available), seed)
+
+    def _make_batch(self, positive_index: Tensor, negatives: Tensor) -> EdgeBatch:
+        num_positives = positive_index.numel()
+        pairs = torch.cat([self.positives[:, positive_index], negatives], dim=1)
+        labels = torch.zeros(pairs.size(1), device=pairs.device)
+        labels[:num_positives] = 1
+        weights = None
+        if self.balanced:
+            positive_weight, negative_weight = class_weights(num_positives, negatives.size(1))
+            weights = torch.full_like(labels, negative_weight)
+            weights[:num_positives] = positive_weight
+        return EdgeBatch(pairs, labels, weights, positive_index)
 
 
-class LabelledBatches(Sampler[list[int]]):
-    """A `batch_sampler` over labelled edges, as PyG's `LinkNeighborLoader` and any `DataLoader` take it.
+class CompositionBatchSampler(Sampler[list[int]]):
+    """A `batch_sampler` over labeled edges for PyG's `LinkLoader` and `LinkNeighborLoader` and any `DataLoader`.
 
-    Every positive comes exactly once an epoch. Negatives come from those in `labels`, none twice in a batch,
-    all of them once before any comes again.
+    Every positive is used exactly once per epoch. Negatives are those in `labels`; no batch contains one twice, and
+    all are used once before any is used again.
 
     Args:
-        labels: above 0 for positives, 0 for negatives, [edges].
-        composition: how many positives a batch holds.
-        batch_size: edges in a batch.
-        seed: with the number of the epoch, decides every batch.
+        labels: Above 0 for positives, 0 for negatives, [edges].
+        composition: How many positives a batch contains.
+        batch_size: Edges in a batch.
+        seed: Seed of all batches, together with the number of the epoch.
+
+    Attributes:
+        fractions: Fraction of positives in each batch of the last iterated epoch.
 
     Raises:
-        ValueError: there is no positive, or fewer negatives than a batch needs.
+        ValueError: There is no positive, or a batch needs more negatives than there are.
 
     Example:
         >>> from suffice.link.batches.composition import Fixed
-        >>> sampler = LabelledBatches(torch.tensor([1, 1, 0, 0]), Fixed(0.5), batch_size=2)
+        >>> sampler = CompositionBatchSampler(torch.tensor([1, 1, 0, 0]), Fixed(0.5), batch_size=2)
         >>> sorted(len(batch) for batch in sampler), sampler.fractions
         ([2, 2], [0.5, 0.5])
 
@@ -181,42 +194,44 @@ class LabelledBatches(Sampler[list[int]]):
         self.seed = seed
         self.epoch = 0
         self.fractions: list[float] = []
-        self._plan(self._generator())
+        self._plan(_epoch_generator(seed, 0))  # raises if the batch size is impossible
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration draws; without it, epochs count themselves."""
+        """Choose the epoch of the next iteration. By default, each iteration is the next epoch."""
         self.epoch = epoch
 
-    def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+    def __len__(self) -> int:
+        return len(self._plan(_epoch_generator(self.seed, self.epoch)))
 
-    def _plan(self, generator: torch.Generator) -> list[tuple[int, int]]:
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = _epoch_generator(self.seed, self.epoch)
+        plan = self._plan(generator)
+        self.epoch += 1
+        positives = self.positives[torch.randperm(self.positives.numel(), generator=generator)]
+        queue = self.negatives.new_empty(0)
+        self.fractions = []
+        positives_used = 0
+        for num_positives, num_negatives in plan:
+            if queue.numel() < num_negatives:
+                # Use the rest of the queue first; its negatives come last in the next round, outside of this batch.
+                shuffled = self.negatives[torch.randperm(self.negatives.numel(), generator=generator)]
+                is_queued = torch.isin(shuffled, queue)
+                queue = torch.cat([queue, shuffled[~is_queued], shuffled[is_queued]])
+            batch = torch.cat([positives[positives_used : positives_used + num_positives], queue[:num_negatives]])
+            positives_used += num_positives
+            queue = queue[num_negatives:]
+            self.fractions.append(num_positives / batch.numel())
+            yield batch.tolist()
+
+    def _plan(self, generator: torch.Generator) -> list[BatchCounts]:
         plan = self.composition.plan(self.positives.numel(), self.batch_size, generator)
-        most = max(negatives for _, negatives in plan)
-        if most > self.negatives.numel():
+        needed = max(negatives for _, negatives in plan)
+        if needed > self.negatives.numel():
             raise TooFewNegativesError(
-                f"labels hold {self.negatives.numel()} negatives; accepted: at least the {most} of a batch"
+                f"labels must contain at least the {needed} negatives of one batch, got {self.negatives.numel()}"
             )
         return plan
 
-    def __len__(self) -> int:
-        return len(self._plan(self._generator()))
 
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = self._generator()
-        plan = self._plan(generator)
-        self.epoch += 1
-        order = self.positives[torch.randperm(self.positives.numel(), generator=generator)]
-        queue = self.negatives.new_empty(0)
-        self.fractions = []
-        start = 0
-        for positives, negatives in plan:
-            if queue.numel() < negatives:
-                # What is left of the last round goes first and is kept out of the rest of this batch.
-                fresh = self.negatives[torch.randperm(self.negatives.numel(), generator=generator)]
-                again = torch.isin(fresh, queue)
-                queue = torch.cat([queue, fresh[~again], fresh[again]])
-            batch = torch.cat([order[start : start + positives], queue[:negatives]])
-            start, queue = start + positives, queue[negatives:]
-            self.fractions.append(positives / batch.numel())
-            yield batch.tolist()
+def _epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)

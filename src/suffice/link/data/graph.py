@@ -10,7 +10,7 @@ from torch_geometric.data import Data
 from torch_geometric.transforms import LargestConnectedComponents, RandomLinkSplit
 from torch_geometric.utils import to_undirected
 
-from suffice.link.batches.negatives import draw_negatives
+from suffice.link.batches.negatives import sample_negatives
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def split_edges(graph: Graph, config: SplitConfig, seed: int) -> Split:
     train, validation, test = (part.pos_edge_label_index for part in parts)
     counts = [max(1, round(part.size(1) * config.negatives)) for part in (validation, test)]
     # One draw for both parts, whose pairs are distinct: RandomLinkSplit can repeat negatives (PyG issue 10706).
-    negatives = draw_negatives(graph.edges, graph.num_nodes, sum(counts), seed)
+    negatives = sample_negatives(graph.edges, graph.num_nodes, sum(counts), seed)
     negatives = negatives[:, torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed))]
     return Split(train, validation, test, negatives[:, : counts[0]], negatives[:, counts[0] :])
 

@@ -17,7 +17,7 @@ import torch
 from suffice.link.models.base import LinkPredictor
 from suffice.link.models.norms import NORMS
 from suffice.link.models.registry import Registry, describe_choices
-from suffice.link.train.memory_check import named_shortage
+from suffice.link.train.memory_check import explain_out_of_memory
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -68,13 +68,13 @@ class ModelSettings(ABC):
             seed: decides the initial parameters.
 
         Raises:
-            DoesNotFitError: there is not enough memory for the parameters.
+            NotEnoughMemoryError: there is not enough memory for the parameters.
             ValueError: `in_channels` is below 1.
 
         """
         if in_channels < 1:
             raise ValueError(f"in_channels must be at least 1, got {in_channels}. The nodes need features.")
-        with torch.random.fork_rng(devices=[]), named_shortage():
+        with torch.random.fork_rng(devices=[]), explain_out_of_memory():
             torch.manual_seed(seed)
             return self.create(in_channels)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from suffice.link.batches.composition import Composition, Fixed, Random, Separate
 from suffice.link.models import EncoderDecoderSettings, ModelSettings
-from suffice.link.train.trainer import TrainSettings
+from suffice.link.train.config import TrainConfig
 
 OWN = "own"  # stands for the norms of the model's own settings
 
@@ -53,7 +53,7 @@ class Arm:
             decoder_norm=base.norms.get("decoder_norm", "none") if self.decoder_norm == OWN else self.decoder_norm,
         )
 
-    def train(self, base: TrainSettings, seed: int) -> TrainSettings:
+    def train(self, base: TrainConfig, seed: int) -> TrainConfig:
         """Return the study's training with this arm's composition, loss and rate."""
         return replace(
             base,

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from suffice import SufficeError
-from suffice.link.auditing.trained import load_trained
 from suffice.link.data.checkpoint import CheckpointError
 from suffice.link.data.files import save_graph
 from suffice.link.data.graph import Graph, SplitConfig, prepare_graph, split_edges
@@ -23,7 +22,7 @@ from suffice.link.study.results import Run, Study
 from suffice.link.study.run_kinds import CORRECT, REFERENCES, describe_arm, settings_of
 from suffice.link.study.runs import graph_and_split
 from suffice.link.train.alignment import embeddings
-from suffice.link.train.trainer import TrainSettings
+from suffice.link.train.config import TrainConfig
 from suffice.study.progress import Progress, ProgressCallback, log_progress
 from suffice.study.runner import run_study
 from suffice.study.spec import PlannedRun
@@ -35,7 +34,7 @@ def correct(
     *,
     arms: Sequence[Arm] = ARMS,
     model: ModelSettings | None = None,
-    train: TrainSettings | None = None,
+    train: TrainConfig | None = None,
     protocol: SplitConfig | None = None,
     seeds: int = 5,
     seed: int = 0,
@@ -70,7 +69,7 @@ def correct(
     """
     if seeds < 1 or not arms or len({arm.key for arm in arms}) < len(arms):
         raise ValueError(f"seeds, arms are {seeds}, {[arm.key for arm in arms]}; accepted: 1 or more, distinct")
-    model, train, protocol = model or EncoderDecoderSettings(), train or TrainSettings(), protocol or SplitConfig()
+    model, train, protocol = model or EncoderDecoderSettings(), train or TrainConfig(), protocol or SplitConfig()
     graph = prepare_graph(graph, protocol)
     numbers = range(seed, seed + seeds)
     split_edges(graph, protocol, seed)  # refuses what can't be split
@@ -98,7 +97,7 @@ def correct(
             records = list(store.records(name))
     settings = {
         "model": model.to_dict(),
-        "train": train.describe(),
+        "train": train.to_dict(),
         "protocol": asdict(protocol),
         "seeds": list(numbers),
         "torch": torch.__version__,
@@ -158,7 +157,7 @@ def stored_maps(records: Sequence[Record], folder: Path, *, most: int = 2) -> di
             continue
         graph, parts = graph_and_split(record.settings, record.seed, folder)
         if graph.y is not None:
-            found[_key(record)] = embeddings(load_trained(path)[0], graph, parts)["edge"]
+            found[_key(record)] = representations(load_trained(path)[0], graph, parts)["edge"]
     return found
 
 
@@ -196,7 +195,7 @@ def edge_maps(
         if arm.key not in keys:
             raise CheckpointError(f"{folder} holds no training of {arm.key}, seed {seed}, on {graph.name}")
         net, _ = load_trained(Path(folder) / "runs" / f"{keys[arm.key]}.safetensors")
-        found[arm.key] = embeddings(net, graph, parts)["edge"]
+        found[arm.key] = representations(net, graph, parts)["edge"]
     return found
 
 

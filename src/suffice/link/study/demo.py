@@ -12,7 +12,7 @@ from suffice.link.data.datasets import load_graph
 from suffice.link.study.arms import parse_arm
 from suffice.link.study.correct import correct, edge_maps
 from suffice.link.study.results import Study
-from suffice.link.train.trainer import TrainSettings
+from suffice.link.train.config import TrainConfig
 
 GRAPHS = ("digits", "block-model")
 ARMS = ("fixed/batch", "random/batch", "separate/batch", "fixed/layer")
@@ -44,7 +44,7 @@ def run(*, epochs: int = 12, seed: int = 0, device: str = "cpu", say: Callable[[
             study = correct(
                 graph,
                 arms=arms,
-                train=TrainSettings(epochs=epochs),
+                train=TrainConfig(epochs=epochs),
                 seeds=1,
                 seed=seed,
                 device=device,

@@ -32,9 +32,9 @@ def audit_page(report: AuditReport, command: str) -> Page:
             alt="Accuracy against the fraction of positives in the batch, for each set of edges.",
         ),
     )
-    layers = [[layer.name, layer.kind, layer.sees, layer.mixes_rows, layer.frozen] for layer in report.layers]
+    layers = [[layer.name, layer.kind, layer.input_rows, layer.mixes_rows, layer.frozen] for layer in report.layers]
     if layers:
-        page.add("Normalisation layers", Table(["layer", "kind", "sees", "mixes rows", "frozen"], layers))
+        page.add("Normalisation layers", Table(["layer", "kind", "input rows", "mixes rows", "frozen"], layers))
     return page
 
 

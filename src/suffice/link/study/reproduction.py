@@ -13,7 +13,7 @@ from suffice.link.data.graph import SplitConfig, prepare_graph
 from suffice.link.models import EncoderDecoderSettings, ModelSettings, get_model_settings, preset
 from suffice.link.study.arms import Arm, parse_arm
 from suffice.link.study.run_kinds import CORRECT, describe_arm, read_arm, settings_of
-from suffice.link.train.trainer import TrainSettings
+from suffice.link.train.config import TrainConfig
 from suffice.study.nested_settings import nest
 from suffice.study.progress import ProgressCallback
 from suffice.study.results import Group, group_records
@@ -77,7 +77,7 @@ def reproduce(
     models: Sequence[str] = MODELS,
     arms: Sequence[Arm] = ARMS,
     seeds: int = 5,
-    train: TrainSettings | None = None,
+    train: TrainConfig | None = None,
     protocol: SplitConfig | None = None,
     hidden: int = 64,
     published: bool = False,
@@ -113,14 +113,14 @@ def reproduce(
     """
     if not data or not models or not arms or seeds < 1:
         raise ValueError(f"data, models, arms, seeds are {data}, {models}, {arms}, {seeds}; accepted: one or more")
-    train, protocol = train or TrainSettings(), protocol or SplitConfig()
+    train, protocol = train or TrainConfig(), protocol or SplitConfig()
     plan: list[PlannedRun] = []
     for name in data:
         file = save_graph(prepare_graph(load_graph(name, root), protocol), folder)
         for seed in range(seeds):
             for model in models:
                 made, own = settings_for(model, hidden=hidden, published=name if published else "")
-                chosen = TrainSettings(**{**_fields(train), **own})
+                chosen = TrainConfig(**{**_fields(train), **own})
                 shared = {**settings_of(made, chosen, protocol), "data": file, "device": device}
                 for arm in arms:
                     described = describe_arm(arm.resolved(made))
@@ -171,7 +171,7 @@ def _named(cell: Cell) -> dict[str, str]:
     return {"data": cell.data, "model": cell.model, "arm": cell.arm}
 
 
-def _fields(train: TrainSettings) -> dict[str, Any]:
+def _fields(train: TrainConfig) -> dict[str, Any]:
     return {name: getattr(train, name) for name in train.__dataclass_fields__}
 
 

@@ -8,18 +8,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from suffice.link.batches.composition import parse
+from suffice.link.batches.composition import parse_composition
 from suffice.link.data.graph import SplitConfig
 from suffice.link.models import EncoderDecoderSettings, ModelSettings
 from suffice.link.study.arms import Arm, parse_arm
-from suffice.link.train.trainer import TrainSettings
+from suffice.link.train.config import TrainConfig
 from suffice.study.run_kind import RunKind
 
 # The arm says these.
 _OF_ARM = ("encoder_norm", "decoder_norm", "composition", "balanced", "seed")
 # Yardsticks beside the arms: no training, only what features and an untrained model keep of the classes.
 REFERENCES = ("raw features", "untrained")
-DEFAULT_MODEL = EncoderDecoderSettings.name
 _FILES = (".csv", ".parquet", ".npz")
 
 
@@ -39,7 +38,7 @@ class RunSettings:
     arm: Arm | None
     reference: str
     model: ModelSettings
-    train: TrainSettings
+    train: TrainConfig
     protocol: SplitConfig
 
     @classmethod
@@ -50,7 +49,7 @@ class RunSettings:
             ValueError: a part refuses its settings.
 
         """
-        model, train = ModelSettings.from_dict(settings["model"]), _make(TrainSettings, settings)
+        model, train = ModelSettings.from_dict(settings["model"]), _make(TrainConfig, settings)
         protocol = _make(SplitConfig, settings)
         if settings["arm"] in REFERENCES:
             return cls(None, settings["arm"], model, train, protocol)
@@ -70,7 +69,7 @@ def describe_arm(arm: Arm) -> Any:
             return arm.key
     except ValueError:
         pass
-    if parse(str(arm.composition)) != arm.composition:
+    if parse_composition(str(arm.composition)) != arm.composition:
         raise ValueError(f"composition is {arm.composition!r}; accepted: one that its text gives back")
     return {**asdict(arm), "composition": str(arm.composition)}
 
@@ -85,7 +84,7 @@ def read_arm(found: Any) -> Arm:
     if isinstance(found, str):
         return parse_arm(found)
     try:
-        return replace(Arm(**found), composition=parse(found["composition"]))
+        return replace(Arm(**found), composition=parse_composition(found["composition"]))
     except (TypeError, KeyError) as error:
         raise ValueError(
             f"arm is {found!r}; accepted: a name as fixed/batch, or a mapping of an arm's parts"
@@ -103,8 +102,7 @@ def check(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     if given := settings["model"].keys() & set(_OF_ARM):
         raise ValueError(f"model must leave {', '.join(sorted(given))} to the arm, got {settings['model']!r}")
-    model = ModelSettings.from_dict({"name": DEFAULT_MODEL, **settings["model"]})
-    settings = {**settings, "model": _describe_model(model)}
+    settings = {**settings, "model": _describe_model(ModelSettings.from_dict(settings["model"]))}
     RunSettings.of(settings)
     data = Path(settings["data"])
     files = [Path(settings[name]) for name in ("data", "features", "labels") if settings[name] is not None]
@@ -121,9 +119,9 @@ def check(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "digest": ""}
 
 
-def settings_of(model: ModelSettings, train: TrainSettings, protocol: SplitConfig) -> dict[str, Any]:
+def settings_of(model: ModelSettings, train: TrainConfig, protocol: SplitConfig) -> dict[str, Any]:
     """Return the settings that all arms of a study share."""
-    parts = {"model": _describe_model(model), **train.describe(), **asdict(protocol)}
+    parts = {"model": _describe_model(model), **train.to_dict(), **asdict(protocol)}
     return {name: value for name, value in parts.items() if name not in _OF_ARM}
 
 
@@ -149,8 +147,7 @@ CORRECT = RunKind(
         "labels": None,
         "root": "data",
         "device": "cpu",
-        **settings_of(EncoderDecoderSettings(), TrainSettings(), SplitConfig()),
-        "model": {},  # the name and the options of any model; options differ from model to model
+        **settings_of(EncoderDecoderSettings(), TrainConfig(), SplitConfig()),
     },
     description="Train a link predictor one way, audit it, and measure what it keeps of the classes.",
 )

@@ -9,14 +9,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from suffice.link.auditing.trained import audit_trained, held_out_scores
+from suffice.link.auditing.trained import audit_trained
 from suffice.link.data.datasets import load_graph
 from suffice.link.data.files import read_graph, read_saved_graph
 from suffice.link.data.graph import Graph, Split, SplitConfig, prepare_graph, split_edges
 from suffice.link.study.run_kinds import RunSettings
-from suffice.link.train.alignment import alignment, raw_alignment
-from suffice.link.train.allocator import reuse_large_blocks
-from suffice.link.train.trainer import Epoch, TrainSettings, fit
+from suffice.link.train.alignment import alignment, feature_alignment
+from suffice.link.train.allocator import reuse_freed_memory
+from suffice.link.train.config import TrainConfig
+from suffice.link.train.state import EpochResult
+from suffice.link.train.trainer import fit
 from suffice.study.job import RunContext
 
 AUDITED = (
@@ -47,12 +49,12 @@ def run(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict[str
     parts = RunSettings.of(settings)
     graph, edges = graph_and_split(settings, seed, context.folder)
     if parts.reference == "raw features":
-        values = {name.replace("raw_", "node_"): value for name, value in raw_alignment(graph).items()}
+        values = {f"node_{name}": value for name, value in measure_alignment(graph.x, graph.classes).items()}
         return {"values": values, "facts": _size(graph)}
     if parts.reference:
         return {"values": alignment(parts.model.build(graph.x.size(1), seed), graph, edges), "facts": _size(graph)}
     model, train = parts.model, replace(parts.train, seed=seed)
-    reuse_large_blocks(graph.num_nodes, model.hidden)
+    reuse_freed_memory(graph.num_nodes, model.hidden)
     net = model.build(graph.x.size(1), seed).to(settings["device"])
     done = fit(
         net,
@@ -60,7 +62,7 @@ def run(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict[str
         edges,
         train,
         checkpoint=context.file(".safetensors"),
-        facts={
+        metadata={
             "model": model.to_dict(),
             "protocol": asdict(parts.protocol),
             "graph": graph.name,
@@ -69,7 +71,7 @@ def run(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict[str
         progress=_paced(context.log, train),
     )
     report = audit_trained(net, graph, edges, batch_size=train.batch_size, seed=seed)
-    values = {**held_out_scores(net, graph, edges, parts.protocol, train.k), "loss": done.epochs[-1].loss}
+    values = {**evaluate(net, graph, edges, parts.protocol, train.k), "loss": done.epochs[-1].loss}
     for part, found in report.parts.items():
         values |= {f"{metric}:{part}": found.statistics[metric].mean for metric in AUDITED}
     if graph.y is not None:
@@ -77,7 +79,7 @@ def run(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict[str
     context.log(report.verdict.level)
     return {
         "facts": {
-            "train": train.describe(),
+            "train": train.to_dict(),
             "model": model.to_dict(),
             "protocol": asdict(parts.protocol),
             "of": _size(graph),
@@ -118,10 +120,10 @@ def _size(graph: Graph) -> dict[str, Any]:
     return {"graph": graph.name, "nodes": graph.num_nodes, "edges": graph.edges.size(1), "in": graph.x.size(1)}
 
 
-def _paced(log: Callable[[str], None], train: TrainSettings, seconds: float = 2.0) -> Callable[[Epoch], None]:
+def _paced(log: Callable[[str], None], train: TrainConfig, seconds: float = 2.0) -> Callable[[Epoch], None]:
     last = time.monotonic()
 
-    def show(epoch: Epoch) -> None:
+    def show(epoch: EpochResult) -> None:
         nonlocal last
         if time.monotonic() - last >= seconds:
             last = time.monotonic()

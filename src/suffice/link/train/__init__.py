@@ -1,1 +1,1 @@
-"""Training, evaluation and alignment of link predictors."""
+"""Training and evaluation of link predictors, and the alignment of what they learn with the node classes."""

@@ -1,4 +1,4 @@
-"""What the representation of a link predictor keeps of the classes of nodes."""
+"""Alignment of representations with the node classes: what a link predictor keeps of the classes."""
 
 from __future__ import annotations
 
@@ -11,78 +11,9 @@ from torch_geometric.utils import scatter
 from suffice.information.alignment import class_information, cluster_nmi, linear_probe, trace_ratio
 from suffice.link.data.graph import Graph, Split
 from suffice.link.models import LinkPredictor
-from suffice.link.train.trainer import features, message_edges
+from suffice.link.train.inputs import message_edges, node_features
 
 MEASURES = ("nmi", "trace_ratio", "probe", "class_information")
-
-
-def incident_means(edge_embeddings: Tensor, pairs: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
-    """Average the embeddings of the edges at each node (arXiv 2604.25978).
-
-    Args:
-        edge_embeddings: [edges, d].
-        pairs: [2, edges].
-        num_nodes: nodes of the graph.
-
-    Returns:
-        Means [nodes with an edge, d] and which nodes those are, bool [nodes].
-
-    """
-    ends = torch.cat([pairs[0], pairs[1]])
-    both = torch.cat([edge_embeddings, edge_embeddings])
-    has = torch.zeros(num_nodes, dtype=torch.bool, device=pairs.device)
-    has[ends] = True
-    return scatter(both, ends, dim_size=num_nodes, reduce="mean")[has], has
-
-
-def embeddings(model: LinkPredictor, graph: Graph, split: Split) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return what a model makes of the nodes, in eval mode: embeddings and the classes of their nodes.
-
-    Returns:
-        `node`: the nodes' embeddings; `edge`: means of the last hidden layer over training edges.
-
-    Raises:
-        ValueError: the data set has no labels.
-
-    """
-    classes = graph.classes
-    device = next(model.parameters()).device
-    split = split.to(device)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        messages = message_edges(model, split, graph.num_nodes)
-        encoding = model.encode(features(graph, model).to(device), messages)
-        parts = [model.edge_embedding(encoding, part) for part in split.train.split(2**15, dim=1)]
-        means, has = incident_means(torch.cat(parts), split.train, graph.num_nodes)
-    model.train(training)
-    return {"node": (encoding.nodes.cpu(), classes), "edge": (means.cpu(), classes[has.cpu()])}
-
-
-def measure(x: Tensor, classes: Tensor, *, measures: tuple[str, ...] = MEASURES, seed: int = 0) -> dict[str, float]:
-    """Return the measures of alignment by name.
-
-    The linear probe takes fewer folds than five where the smallest class has fewer items; it is NaN where a class
-    has a single item, which can't be both learned and tested.
-
-    Raises:
-        ValueError: there is no such measure.
-
-    """
-    known = {
-        "nmi": lambda: cluster_nmi(x, classes, seed=seed),
-        "trace_ratio": lambda: trace_ratio(x, classes),
-        "probe": lambda: _probe(x, classes, seed),
-        "class_information": lambda: class_information(x, classes),
-    }
-    if wrong := set(measures) - known.keys():
-        raise ValueError(f"measures is {sorted(wrong)}; accepted: {', '.join(MEASURES)}")
-    return {name: known[name]() for name in measures}
-
-
-def _probe(x: Tensor, classes: Tensor, seed: int) -> float:
-    smallest = int(classes.unique(return_counts=True)[1].min())
-    return linear_probe(x, classes, folds=min(5, smallest), seed=seed) if smallest > 1 else math.nan
 
 
 def alignment(
@@ -93,15 +24,130 @@ def alignment(
     measures: tuple[str, ...] = MEASURES,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Return `node_nmi`, `edge_nmi`, `node_trace_ratio`, … of a trained or untrained model."""
+    """Measure how well the representations of a model, trained or not, align with the node classes.
+
+    Args:
+        model: Link predictor, evaluated in eval mode.
+        graph: Graph with a class for each node.
+        split: Edges of the graph.
+        measures: Names from `MEASURES`: `nmi` (k-means clusters against classes), `trace_ratio` (arXiv 2604.25978),
+            `probe` (accuracy of a linear probe) and `class_information`.
+        seed: Seed of clustering and cross-validation.
+
+    Returns:
+        Each measure of both representations (see `representations`): `node_nmi`, `edge_nmi`, `node_trace_ratio`, …
+
+    Raises:
+        ValueError: The graph has no classes, or a measure is unknown.
+
+    """
     return {
         f"{kind}_{name}": value
-        for kind, (x, classes) in embeddings(model, graph, split).items()
-        for name, value in measure(x, classes, measures=measures, seed=seed).items()
+        for kind, (x, classes) in representations(model, graph, split).items()
+        for name, value in measure_alignment(x, classes, measures=measures, seed=seed).items()
     }
 
 
-def raw_alignment(graph: Graph, *, measures: tuple[str, ...] = MEASURES, seed: int = 0) -> dict[str, float]:
-    """Return the same measures of the raw features, the reference that needs no model."""
-    found = measure(graph.x, graph.classes, measures=measures, seed=seed)
-    return {f"raw_{name}": value for name, value in found.items()}
+def feature_alignment(graph: Graph, *, measures: tuple[str, ...] = MEASURES, seed: int = 0) -> dict[str, float]:
+    """Measure how well the node features align with the node classes: a reference that needs no model.
+
+    Args:
+        graph: Graph with a class for each node.
+        measures: Names from `MEASURES`.
+        seed: Seed of clustering and cross-validation.
+
+    Returns:
+        `feature_nmi`, `feature_trace_ratio`, …
+
+    Raises:
+        ValueError: The graph has no classes, or a measure is unknown.
+
+    """
+    values = measure_alignment(graph.x, graph.classes, measures=measures, seed=seed)
+    return {f"feature_{name}": value for name, value in values.items()}
+
+
+def representations(model: LinkPredictor, graph: Graph, split: Split) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return two representations of the nodes in eval mode, each with the classes of its nodes.
+
+    Args:
+        model: Link predictor.
+        graph: Graph with a class for each node.
+        split: Edges of the graph.
+
+    Returns:
+        `node`: node embeddings of the encoder, [nodes, channels]. `edge`: mean embedding of the training edges at
+        each node that has one, [nodes with an edge, channels] (see `incident_edge_means`).
+
+    Raises:
+        ValueError: The graph has no classes.
+
+    """
+    classes = graph.classes
+    device = next(model.parameters()).device
+    split = split.to(device)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        edge_index = message_edges(model, split, graph.num_nodes)
+        encoding = model.encode(node_features(graph, model).to(device), edge_index)
+        chunks = [model.edge_embedding(encoding, pairs) for pairs in split.train.split(2**15, dim=1)]
+        means, has_edge = incident_edge_means(torch.cat(chunks), split.train, graph.num_nodes)
+    model.train(was_training)
+    return {"node": (encoding.nodes.cpu(), classes), "edge": (means.cpu(), classes[has_edge.cpu()])}
+
+
+def incident_edge_means(edge_embeddings: Tensor, pairs: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
+    """Average the embeddings of the edges at each node (arXiv 2604.25978).
+
+    Args:
+        edge_embeddings: [edges, channels].
+        pairs: The edges, long [2, edges].
+        num_nodes: Number of nodes.
+
+    Returns:
+        Means [nodes with an edge, channels], and a mask of these nodes, bool [nodes].
+
+    """
+    ends = torch.cat([pairs[0], pairs[1]])
+    embeddings = torch.cat([edge_embeddings, edge_embeddings])
+    has_edge = torch.zeros(num_nodes, dtype=torch.bool, device=pairs.device)
+    has_edge[ends] = True
+    return scatter(embeddings, ends, dim_size=num_nodes, reduce="mean")[has_edge], has_edge
+
+
+def measure_alignment(
+    x: Tensor, classes: Tensor, *, measures: tuple[str, ...] = MEASURES, seed: int = 0
+) -> dict[str, float]:
+    """Measure how well embeddings align with classes.
+
+    The linear probe uses five folds, or as many as the smallest class has items. It is NaN if a class has a single
+    item, which cannot be both in the training and in the test fold.
+
+    Args:
+        x: Embeddings, [items, channels].
+        classes: long [items].
+        measures: Names from `MEASURES`.
+        seed: Seed of clustering and cross-validation.
+
+    Returns:
+        Value of each measure by name.
+
+    Raises:
+        ValueError: A measure is unknown.
+
+    """
+    functions = {
+        "nmi": lambda: cluster_nmi(x, classes, seed=seed),
+        "trace_ratio": lambda: trace_ratio(x, classes),
+        "probe": lambda: _linear_probe(x, classes, seed),
+        "class_information": lambda: class_information(x, classes),
+    }
+    if unknown := set(measures) - functions.keys():
+        raise ValueError(f"measures must be among {', '.join(MEASURES)}, got {sorted(unknown)}")
+    return {name: functions[name]() for name in measures}
+
+
+def _linear_probe(x: Tensor, classes: Tensor, seed: int) -> float:
+    smallest = int(classes.unique(return_counts=True)[1].min())
+    return linear_probe(x, classes, folds=min(5, smallest), seed=seed) if smallest > 1 else math.nan

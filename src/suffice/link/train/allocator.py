@@ -1,34 +1,33 @@
-"""Large blocks of memory kept for reuse: glibc gives each tensor above 32 MB fresh pages, and takes them back."""
+"""Reuse of freed memory: by default, glibc maps new pages for each tensor above 32 MB and returns them at once."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-# mallopt's parameters (malloc.h)
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+# Parameters of mallopt (malloc.h).
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_MMAP_THRESHOLD = 2**25  # bytes from which on glibc maps new pages by default
 
 
-_FRESH = 2**25  # bytes of a tensor from which on its pages are fresh, unless asked
+def reuse_freed_memory(num_nodes: int, channels: int) -> bool:
+    """Let the C library keep freed memory for the next tensors, for the whole process.
 
-
-def reuse_large_blocks(nodes: int, channels: int) -> bool:
-    """Let the C library keep what large tensors held for the next ones, for the whole process.
-
-    Trainings on graphs of a million edges take about half the time, for more memory (docs/link-models.md has both).
-    Small ones, whose embeddings are below 32 MB, are left alone.
+    This halves the time of a training on a graph of a million edges, but takes more memory (docs/link-models.md lists
+    both). Nothing is changed for small graphs, whose node embeddings take less than 32 MB.
 
     Args:
-        nodes: of the graph.
-        channels: of an embedding, in float32.
+        num_nodes: Number of nodes.
+        channels: Channels of a node embedding in float32.
 
     Returns:
-        Whether it was asked for and taken; other C libraries than glibc take nothing.
+        Whether the setting was changed; always False with C libraries other than glibc.
 
     """
-    if 4 * nodes * channels < _FRESH or not sys.platform.startswith("linux"):
+    if 4 * num_nodes * channels < _MMAP_THRESHOLD or not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return all(mallopt(*pair) == 1 for pair in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26)))
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26))
+    return all(mallopt(parameter, value) == 1 for parameter, value in settings)

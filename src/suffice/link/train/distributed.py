@@ -1,4 +1,4 @@
-"""Data-parallel training: the graph on every rank, supervision edges sharded, gradients averaged by DDP."""
+"""Data-parallel training: every rank holds the graph and its share of the edges; DDP averages the gradients."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from suffice.link.models.base import LinkPredictor
 from suffice.link.sparse.adjacency import Adjacency
 
 
-def ranks() -> tuple[int, int]:
-    """Return this process's rank and how many there are: 0 and 1 without a process group."""
+def rank_and_world_size() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes; (0, 1) without a process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -24,10 +24,10 @@ def ranks() -> tuple[int, int]:
 
 @contextmanager
 def process_group(device: str) -> Generator[str]:
-    """Join the group that `torchrun` describes, if it does, and give the device of this rank.
+    """Join the process group of `torchrun`, if the process was started by it, and yield the device of this rank.
 
     Args:
-        device: as a person names it; `cuda` becomes the device of the local rank.
+        device: Torch device; `cuda` becomes the device of the local rank.
 
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
@@ -43,11 +43,11 @@ def process_group(device: str) -> Generator[str]:
         dist.destroy_process_group()
 
 
-class Step(nn.Module):
-    """What a training step runs forwards, as one module that DDP can wrap.
+class TrainingForward(nn.Module):
+    """The forward pass of a training step as one module, which DDP can wrap.
 
     Args:
-        model: called as `model(x, edge_index, pairs)`.
+        model: Module called as `model(x, edge_index, pairs)` that returns logits [pairs].
 
     """
 
@@ -55,26 +55,27 @@ class Step(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, messages: Tensor | Adjacency, pairs: Tensor) -> tuple[Tensor, ...]:
-        """Return the logits whose losses are added up; of a foreign module, its scores."""
+    def forward(self, x: Tensor, edge_index: Tensor | Adjacency, pairs: Tensor) -> tuple[Tensor, ...]:
+        """Return all logits [pairs] whose losses are added; one tensor for modules of other packages."""
         if isinstance(self.model, LinkPredictor):
-            return self.model.training_logits(x, messages, pairs)
-        return (self.model(x, messages, pairs),)
+            return self.model.training_logits(x, edge_index, pairs)
+        return (self.model(x, edge_index, pairs),)
 
 
-def replicate(model: nn.Module) -> nn.Module:
-    """Return the step of a model, with gradients averaged over ranks if there are several."""
-    return Step(model) if ranks()[1] == 1 else DistributedDataParallel(Step(model))
+def distribute(model: nn.Module) -> nn.Module:
+    """Return the forward pass of a training step; with several ranks, DDP averages its gradients."""
+    forward = TrainingForward(model)
+    return forward if rank_and_world_size()[1] == 1 else DistributedDataParallel(forward)
 
 
-def share_buffers(model: nn.Module) -> None:
-    """Give every rank the buffers of rank 0: statistics of norms, which each gathered on its own edges."""
-    if ranks()[1] > 1:
+def broadcast_buffers(model: nn.Module) -> None:
+    """Copy the buffers of rank 0, such as the running statistics of norm layers, to all ranks."""
+    if rank_and_world_size()[1] > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
-def wait() -> None:
-    """Wait for all ranks."""
-    if ranks()[1] > 1:
+def wait_for_all_ranks() -> None:
+    """Block until every rank arrives here."""
+    if rank_and_world_size()[1] > 1:
         dist.barrier()

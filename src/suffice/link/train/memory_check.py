@@ -1,4 +1,4 @@
-"""Whether a training fits the memory: refused before any work if it can't, named if it runs out on the way."""
+"""Memory of a training: an early refusal if it cannot fit, and a helpful error if memory runs out later."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ from suffice import SufficeError
 _GIB = 2**30
 
 
-class DoesNotFitError(SufficeError):
-    """A training needs more memory than there is."""
+class NotEnoughMemoryError(SufficeError):
+    """A training needs more memory than is available."""
 
 
-def least_bytes(x: Tensor, edges: int, model: nn.Module) -> int:
-    """Return bytes that a training can't do without: a lower bound, for what is certain not to fit.
+def min_training_bytes(x: Tensor, num_edges: int, model: nn.Module) -> int:
+    """Return a lower bound of the memory that a training allocates, in bytes.
 
-    Messages in compressed rows, weights with their gradients and Adam's two moments, one embedding of the nodes with
-    its gradient, and the features, if they are not where the weights are.
+    Counted are the message edges in compressed rows, the parameters with their gradients and the two moments of Adam,
+    one node embedding with its gradient, and a copy of the features if they are on another device than the model.
 
     Args:
-        x: features, [nodes, features].
-        edges: message edges, each once.
-        model: what is trained.
+        x: Node features, [nodes, features].
+        num_edges: Number of message edges, each undirected edge counted once.
+        model: Model to train.
 
     """
-    weights = list(model.parameters())
-    held = 4 * sum(part.numel() * part.element_size() for part in weights)
-    width = getattr(getattr(model, "encoder", model), "out_channels", 0)
-    embedding = 2 * x.size(0) * width * x.element_size()
-    moved = x.numel() * x.element_size() if x.device != weights[0].device else 0
-    return held + embedding + moved + 2 * edges * 3 * 8
+    parameters = list(model.parameters())
+    parameter_bytes = 4 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    channels = getattr(getattr(model, "encoder", model), "out_channels", 0)
+    embedding_bytes = 2 * x.size(0) * channels * x.element_size()
+    feature_bytes = x.numel() * x.element_size() if x.device != parameters[0].device else 0
+    edge_bytes = 2 * num_edges * 3 * 8
+    return parameter_bytes + embedding_bytes + feature_bytes + edge_bytes
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Return bytes that a process could still take on a device; None where nobody says."""
+def available_bytes(device: torch.device) -> int | None:
+    """Return how many bytes can still be allocated on a device, or None if this is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -50,49 +51,49 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
-def check_room(x: Tensor, edges: int, model: nn.Module) -> None:
-    """Refuse a training that can't fit where the model's weights are.
+def check_memory(x: Tensor, num_edges: int, model: nn.Module) -> None:
+    """Raise if a training certainly needs more memory than the device of its model has.
 
     Args:
-        x: features, where they are held, [nodes, features].
-        edges: message edges, each once.
-        model: what is trained.
+        x: Node features, [nodes, features].
+        num_edges: Number of message edges, each undirected edge counted once.
+        model: Model to train.
 
     Raises:
-        DoesNotFitError: it needs more than is free.
+        NotEnoughMemoryError: The lower bound exceeds the available memory.
 
     """
     device = next(model.parameters()).device
-    needed, free = least_bytes(x, edges, model), free_bytes(device)
-    if free is not None and needed > free:
-        raise DoesNotFitError(
-            f"{x.size(0)} nodes of {x.size(1)} features and {edges} edges need at least {needed / _GIB:.1f} GiB on "
-            f"{device}, {free / _GIB:.1f} GiB are free; accepted: fewer channels or features, a smaller graph, or "
-            f"another device"
+    needed, available = min_training_bytes(x, num_edges, model), available_bytes(device)
+    if available is not None and needed > available:
+        raise NotEnoughMemoryError(
+            f"training on {x.size(0)} nodes with {x.size(1)} features and {num_edges} edges needs at least "
+            f"{needed / _GIB:.1f} GiB on {device}, but only {available / _GIB:.1f} GiB are available. Use fewer "
+            f"channels or features, a smaller graph or another device"
         )
 
 
 @contextmanager
-def named_shortage(checkpoint: str | Path | None = None) -> Generator[None]:
-    """Turn an allocator's failure into words about what to change, and about what is kept.
+def explain_out_of_memory(checkpoint: str | Path | None = None) -> Generator[None]:
+    """Turn out-of-memory errors of Python and torch into an error that says what to do.
 
     Args:
-        checkpoint: file that holds the epochs that are finished, if there is one.
+        checkpoint: Checkpoint of the finished epochs; mentioned in the error if the file exists.
 
     Raises:
-        DoesNotFitError: memory ran out.
+        NotEnoughMemoryError: Memory ran out.
 
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        words = str(error)
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in words:
+        message = str(error)
+        is_out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not is_out_of_memory and "can't allocate memory" not in message:
             raise
-        asked = re.search(r"allocate (\d+) bytes", words)
-        what = f"{int(asked[1]) / _GIB:.1f} GiB more were asked for" if asked else words.partition("\n")[0]
-        kept = checkpoint is not None and Path(checkpoint).exists()
-        raise DoesNotFitError(
-            f"memory ran out{what and f' ({what})'}; a smaller batch_size or hidden needs less"
-            + (f"; finished epochs are kept in {checkpoint}, same settings go on from there" if kept else "")
-        ) from error
+        request = re.search(r"allocate (\d+) bytes", message)
+        details = f"{int(request[1]) / _GIB:.1f} GiB more were requested" if request else message.partition("\n")[0]
+        text = f"memory ran out{details and f' ({details})'}. Use a smaller batch_size or fewer hidden channels"
+        if checkpoint is not None and Path(checkpoint).exists():
+            text += f". Finished epochs are kept in {checkpoint}; the same settings resume from there"
+        raise NotEnoughMemoryError(text) from error

@@ -1,0 +1,103 @@
+"""Statistics of an audit: how strongly scores depend on the composition of their batch (arXiv 2604.25978).
+
+f denotes the fraction of positives in a batch, s the score (logit) of an edge. Each function takes one `Repeat`; the
+audit averages over repeats.
+
+| statistic | meaning | unbiased model |
+|---|---|---|
+| `a_pure` (A_pure) | accuracy of pure batches | equal to the accuracy of balanced batches |
+| `tau` (τ) | slope of the predicted-positive fraction over f | TPR − FPR |
+| `kappa` (κ) | slope of the probes' median score over f, in units of the score gap | 0 |
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from scipy.stats import kendalltau
+
+from suffice.link.auditing.scoring import FRACTIONS, MIXED_FRACTIONS, Repeat
+from suffice.link.metrics import auc
+
+
+def compute_statistics(repeat: Repeat, threshold: float) -> dict[str, float]:
+    """Return every statistic of a repeat by name.
+
+    Args:
+        repeat: Scores of one random draw of edges.
+        threshold: Score above which an edge is predicted to be positive.
+
+    """
+    balanced, eval_batch = repeat.batches[0.5], repeat.eval_batch
+    return {
+        "a_pure": a_pure(repeat, threshold),
+        "tau": tau(repeat, threshold),
+        "kappa": kappa(repeat),
+        "rank_change": rank_change(repeat),
+        "eval_gap": eval_gap(repeat),
+        "accuracy_balanced": balanced.accuracy(threshold),
+        "accuracy_eval": eval_batch.accuracy(threshold),
+        "auc_pure": auc(repeat.batches[1.0].scores, repeat.batches[0.0].scores),
+        "auc_balanced": auc(balanced.positives, balanced.negatives),
+        "auc_eval": auc(eval_batch.positives, eval_batch.negatives),
+    }
+
+
+def a_pure(repeat: Repeat, threshold: float) -> float:
+    """Return A_pure, the mean accuracy of the two pure batches.
+
+        A_pure = ½ · [ P(s > threshold | f = 1) + P(s ≤ threshold | f = 0) ]
+
+    A model that compares an edge with the rest of its batch classifies pure batches at chance (0.5).
+    """
+    positives, negatives = repeat.batches[1.0].scores, repeat.batches[0.0].scores
+    return (float((positives > threshold).float().mean()) + float((negatives <= threshold).float().mean())) / 2
+
+
+def tau(repeat: Repeat, threshold: float) -> float:
+    """Return τ, the least-squares slope of the predicted-positive fraction over f.
+
+        τ = d/df P(s > threshold | f),   f = 0, 0.1, …, 1
+
+    For a model whose scores do not depend on the batch, τ is its true-positive minus its false-positive rate.
+    """
+    predicted = [repeat.batches[fraction].predicted_positive(threshold) for fraction in FRACTIONS]
+    return float(np.polyfit(FRACTIONS, predicted, 1)[0])
+
+
+def kappa(repeat: Repeat) -> float:
+    """Return κ, the slope of the probes' median score over f in units of the score gap.
+
+        κ = d/df median(s of the probes | f) / (mean s⁺ − mean s⁻ at f = 0.5),   f = 0.1, 0.2, …, 0.9
+
+    κ is 0 if scores do not depend on the batch. κ = −1 means that the same edges lose as much score as separates
+    positives from negatives when f goes from 0 to 1. The median is used because a few outliers of the minority class
+    dominate a mean. NaN if the gap is 0.
+    """
+    medians = [float(repeat.probes[fraction].quantile(0.5)) for fraction in MIXED_FRACTIONS]
+    slope = float(np.polyfit(MIXED_FRACTIONS, medians, 1)[0])
+    gap = score_gap(repeat)
+    return slope / gap if gap else math.nan
+
+
+def score_gap(repeat: Repeat) -> float:
+    """Return the mean score of the positives minus that of the negatives at f = 0.5."""
+    balanced = repeat.batches[0.5]
+    return float(balanced.positives.mean() - balanced.negatives.mean())
+
+
+def rank_change(repeat: Repeat) -> float:
+    """Return the fraction of probe pairs whose order differs between f = 0.1 and f = 0.9 (from Kendall's τ)."""
+    correlation = float(kendalltau(repeat.probes[0.1].numpy(), repeat.probes[0.9].numpy())[0])  # pyright: ignore[reportArgumentType]
+    return 0.0 if math.isnan(correlation) else (1 - correlation) / 2
+
+
+def eval_gap(repeat: Repeat) -> float:
+    """Return the mean absolute difference between scores in training and eval mode at f = 0.5, over the score gap.
+
+    NaN if the gap is 0.
+    """
+    gap = score_gap(repeat)
+    difference = float((repeat.batches[0.5].scores - repeat.eval_batch.scores).abs().mean())
+    return difference / abs(gap) if gap else math.nan

@@ -1,0 +1,83 @@
+"""Settings of a training."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from suffice.link.batches.composition import Composition, Fixed, parse_composition
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training.
+
+    Args:
+        composition: How many positives a mini-batch contains.
+        balanced: Whether both classes have the same total weight in the loss of each batch.
+        epochs: Maximum number of epochs.
+        directions: How often an epoch uses each undirected edge. 2 uses it in both directions, as in PyG's
+            `edge_index`; 1 uses it once, so that an epoch has half as many steps.
+        batch_size: Edges in a batch, positives and negatives together.
+        learning_rate: Learning rate of Adam.
+        weight_decay: Weight decay of Adam.
+        clip: Maximum norm of the gradient; None for no clipping.
+        patience: Stop after this number of epochs without a better validation metric, and keep the parameters of the
+            best epoch. None to train all epochs and keep the parameters of the last one.
+        metric: Validation metric: `hits@K` (with a number for K), `auc`, `ap` or `mrr`.
+        seed: Seed of batches, negatives and dropout.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    """
+
+    composition: Composition = field(default_factory=Fixed)
+    balanced: bool = False
+    epochs: int = 30
+    directions: int = 2
+    batch_size: int = 512
+    learning_rate: float = 5e-3
+    weight_decay: float = 0.0
+    clip: float | None = None
+    patience: int | None = None
+    metric: str = "hits@100"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        minima = {"epochs": 1, "batch_size": 2, "learning_rate": 0, "weight_decay": 0, "seed": 0}
+        for name, minimum in minima.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        if self.directions not in (1, 2):
+            raise ValueError(f"directions must be 1 or 2, got {self.directions}")
+        for name in ("clip", "patience"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0 or None, got {value}")
+        if self.metric not in ("auc", "ap", "mrr") and not self.metric.removeprefix("hits@").isdigit():
+            raise ValueError(f"metric must be hits@K, auc, ap or mrr, got {self.metric!r}")
+
+    @property
+    def k(self) -> int:
+        """K of Hits@K: that of the validation metric, or 100 if it is another metric."""
+        return int(self.metric.removeprefix("hits@")) if self.metric.startswith("hits@") else 100
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a JSON-serializable dictionary."""
+        return {**asdict(self), "composition": str(self.composition)}
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> TrainConfig:
+        """Return the settings that `to_dict` wrote; settings that are left out take their defaults.
+
+        Raises:
+            ValueError: A setting is unknown or out of range.
+
+        """
+        if unknown := settings.keys() - cls.__dataclass_fields__.keys():
+            raise ValueError(f"train must contain only {sorted(cls.__dataclass_fields__)}, got {sorted(unknown)}")
+        composition = settings.get("composition", Fixed())
+        if isinstance(composition, str):
+            composition = parse_composition(composition)
+        return cls(**{**settings, "composition": composition})
