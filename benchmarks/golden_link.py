@@ -68,16 +68,18 @@ from suffice.link.sparse.neighbors import common_neighbors, pool, residual_neigh
 from suffice.link.sparse.overlap import EDGE_UNIT, dense_walks, overlap
 from suffice.link.sparse.propagation import neighbor_mean, propagate, propagate_sparse, propagate_without_own_edge
 from suffice.link.sparse.sketches import sketch
-from suffice.link.study import figures, findings, published
-from suffice.link.study import reproduction as reproducing
 from suffice.link.study.arms import ARMS, PAIRS, parse_arm
-from suffice.link.study.correct import correct, edge_maps
-from suffice.link.study.report_sections import audit_page
-from suffice.link.study.report_sections import study_page as link_page
+from suffice.link.study.correct import correct, load_edge_representations
+from suffice.link.study.figures import plot_audit, plot_embeddings, plot_response_curves
+from suffice.link.study.findings import describe_claims, find_compared_arms, paired_interval, to_markdown
+from suffice.link.study.published import HITS_AT_100, compare_to_published
+from suffice.link.study.report_sections import audit_page, results_page
+from suffice.link.study.reproduction import reproduce
 from suffice.link.study.run_kinds import CORRECT, KINDS
-from suffice.link.train.alignment import alignment, feature_alignment
+from suffice.link.train.alignment import alignment, feature_alignment, representations
+from suffice.link.train.checkpoint import load_trained
 from suffice.link.train.config import TrainConfig
-from suffice.link.train.evaluate import score_edges
+from suffice.link.train.evaluate import evaluate, score_edges
 from suffice.link.train.trainer import fit
 from suffice.study import RunKind, Spec, Store, run_study
 from suffice.study.export import export_records
@@ -115,7 +117,8 @@ _NOW = {then: now for now, then in RENAMED.items()}
 
 
 def stable(name: object) -> str:
-    """Return what the file calls something, part by part where a colon joins parts."""
+    """Return what the file calls something, part by part where a colon joins parts; settings have no groups there."""
+    name = re.sub(r"^(data|model|train|split)[.]", "", str(name))
     return _STABLE.get(str(name)) or ":".join(RENAMED.get(part, part) for part in str(name).split(":"))
 
 
@@ -378,16 +381,17 @@ def compared(graph: Graph, seeds: int, ways: Iterable[str]) -> dict[str, Any]:
     arms, wide = [parse_arm(WAYS[way]) for way in ways], protocol("wide")
     trained = settings(epochs=2, batch_size=128, seed=0)
     with tempfile.TemporaryDirectory() as folder:
-        small, more = model_settings(hidden=8), {"protocol": wide, "seed": 1, "folder": folder}
+        small, more = model_settings(hidden=8), {"split": wide, "first_seed": 1, "folder": folder}
         made = correct(graph, arms=arms, model=small, train=trained, seeds=seeds, **more)
-        maps = edge_maps(graph, arms[:2], folder, protocol=wide, seed=1)
+        maps = load_edge_representations(graph, arms[:2], folder, split=wide, seed=1)
         files = sorted(weights(load_trained(file)[0])["weights"] for file in Path(folder).glob("runs/*.safetensors"))
     found: dict[str, Any] = {"maps": list(maps.values()), "files": files, "rows": keyed(made.rows())}
     found |= {"references": keyed(made.reference_rows()), "differences": keyed(made.differences())}
-    found["curves"] = {key: torch.tensor([[x, *numbers(y)] for x, y in c]) for key, c in made.curves().items()}
-    found["verdicts"] = {key: [VERDICTS.index(v) for v in each] for key, each in made.verdicts().items()}
-    found["figures"] = [drawn(figures.response(made.curves())), drawn(figures.embedding_map(maps, most=120))]
-    return {**found, "page": page_numbers(link_page(made, "", maps))}
+    curves = {key: arm.response_curve() for key, arm in made.arms.items()}
+    found["curves"] = {key: torch.tensor([[x, *numbers(y)] for x, y in c]) for key, c in curves.items()}
+    found["verdicts"] = {key: [VERDICTS.index(v) for v in arm.verdicts.values()] for key, arm in made.arms.items()}
+    found["figures"] = [drawn(plot_response_curves(curves)), drawn(plot_embeddings(maps, max_points=120))]
+    return {**found, "page": page_numbers(results_page(made, "", maps))}
 
 
 def reproduced(models: Iterable[str], ways: Iterable[str]) -> dict[str, Any]:
@@ -395,23 +399,21 @@ def reproduced(models: Iterable[str], ways: Iterable[str]) -> dict[str, Any]:
     arms, short = [parse_arm(WAYS[way]) for way in ways], settings(epochs=1, batch_size=2048, metric="hits@100", seed=0)
     with tempfile.TemporaryDirectory() as folder:
         made = [now(name) for name in models]
-        cells = reproducing.reproduce(["block-model"], folder, models=made, arms=arms, seeds=2, hidden=8, train=short)
+        cells = reproduce(["block-model"], folder, models=made, arms=arms, seeds=2, hidden=8, train=short)
     found: dict[str, Any] = {}
     for cell in cells:
         values = {metric: list(each.values()) for metric, each in cell.group.values.items()}
-        counts = [cell.verdicts.get(verdict, 0) for verdict in VERDICTS]
+        counts = [cell.verdict_counts().get(verdict, 0) for verdict in VERDICTS]
         found[f"{stable(cell.model)} {stable(cell.arm)}"] = {**values, "verdicts": counts}
-    gaps = [
-        findings.difference(a, b, now(m)) for a in cells for b in cells for m in ("hits@100", "edge_nmi") if a is not b
-    ]
+    gaps = [paired_interval(a, b, now(m)) for a in cells for b in cells for m in ("hits@100", "edge_nmi") if a is not b]
     found["gaps"] = [numbers(gap) for gap in gaps if gap is not None]
     # As if it were a graph that the models' authors have printed numbers of.
-    cora = [replace(cell, data="Cora") for cell in cells]
-    found["published"] = [row[2:] for row in published.compared(cora)]
-    lines = [line for line in findings.markdown(cora).splitlines() if line.startswith("|")]
+    cora = [replace(cell, graph="Cora") for cell in cells]
+    found["published"] = [list(asdict(row).values())[2:] for row in compare_to_published(cora)]
+    lines = [line for line in to_markdown(cora).splitlines() if line.startswith("|")]
     found["tables"] = text_hash(number for line in lines for number in re.findall(r"[-+]?\d+\.\d+", line))
-    said = "\n".join(findings.sentences(cells))
-    found["said"] = [text_hash(re.findall(r"\b\d+ of \d+", said)), len(findings.compared(cells))]
+    said = "\n".join(describe_claims(cells))
+    found["said"] = [text_hash(re.findall(r"\b\d+ of \d+", said)), len(find_compared_arms(cells))]
     return found
 
 
@@ -421,7 +423,7 @@ def ways_of_training() -> list[Any]:
     return [
         parts,
         PAIRS,
-        list(published.HITS_AT_100.values()),
+        list(HITS_AT_100.values()),
         [float(stdtrit(n, p)) for p in (0.9, 0.975) for n in (1, 2, 9)],
     ]
 
@@ -430,13 +432,8 @@ def link_study(graph: Graph, ways: Iterable[str], seeds: list[int], workers: int
     """Run a grid of trainings on a graph in a file, as a YAML file would ask for it."""
     with tempfile.TemporaryDirectory() as folder:
         np.savez(Path(folder) / "own.npz", edges=graph.edges.T.numpy(), x=graph.x.numpy(), y=graph.y.numpy())
-        chosen = {
-            "data": f"{folder}/own.npz",
-            "epochs": 1,
-            "model": {"name": "encoder-decoder", "hidden": 8},
-            "batch_size": 128,
-            "metric": "hits@10",
-        }
+        chosen = {"data": {"name": f"{folder}/own.npz"}, "model": {"hidden": 8}}
+        chosen["train"] = {"epochs": 1, "batch_size": 128, "metric": "hits@10"}
         keys = [(WAYS | REFERENCES)[way] for way in ways]
         spec = Spec("own", CORRECT.name, now(chosen), {now("arm"): keys}, (), seeds)
         run_study(folder, CORRECT, spec, workers=workers, threads=1)
@@ -483,7 +480,7 @@ def page_numbers(page: Any) -> list[Any]:
 
 
 def audit_figures(report: Any) -> list[Any]:
-    return [drawn(figures.audit_response(report)), page_numbers(audit_page(report, ""))]
+    return [drawn(plot_audit(report)), page_numbers(audit_page(report, ""))]
 
 
 # --- What the file holds, and how: nothing below knows the library ---------------------------------------------------

@@ -27,7 +27,7 @@ from suffice.link.data.datasets import load_graph
 from suffice.link.data.graph import SplitConfig, prepare_graph, split_edges
 from suffice.link.models import LinkPredictor
 from suffice.link.study.published import HITS_AT_100
-from suffice.link.study.reproduction import settings_for
+from suffice.link.study.reproduction import model_and_training
 from suffice.link.train import trainer as training
 from suffice.link.train.config import TrainConfig
 from suffice.link.train.evaluate import evaluate
@@ -114,7 +114,7 @@ def unmasked(targets: bool) -> Iterator[None]:
 
 def measure(variant: Variant, data: str, root: str, seed: int) -> dict[str, float]:
     """Return Hits@100 of the test and the validation, in percent."""
-    made, own = settings_for(variant.model, published=data)
+    made, own = model_and_training(variant.model, published=data)
     component = variant.model not in ("ncn", "ncnc")
     protocol = SplitConfig(**{**PROTOCOL, "largest_component": component, **variant.protocol})
     graph = prepare_graph(load_graph(data, root), protocol)

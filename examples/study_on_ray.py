@@ -17,7 +17,7 @@ arguments = parser.parse_args()
 spec = Spec(
     "norms",
     "link.correct",
-    settings={"data": "digits", "epochs": arguments.epochs},
+    settings={"data.name": "digits", "train.epochs": arguments.epochs},
     grid={"arm": ["fixed/batch", "fixed/layer"]},
     seeds=2,
 )

@@ -35,7 +35,7 @@ def test_link_half_alone(without, tmp_path):
     assert html.count("<svg") == 4  # response curves and embeddings of each graph
     assert "suffice[kv]" in html
     separate = [row for row in found["link"][0]["rows"] if row["arm"] == "separate"]
-    assert {row["split"] for row in separate if row["metric"] == "a_pure"} == {"heldout", "train"}
+    assert {row["edge_set"] for row in separate if row["metric"] == "a_pure"} == {"heldout", "train"}
 
 
 def test_neither_half(without, tmp_path):

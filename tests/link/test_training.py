@@ -24,7 +24,7 @@ QUICK = TrainConfig(epochs=4, batch_size=128, metric="auc", seed=1)
 @pytest.mark.parametrize("decoder", decoders())
 @pytest.mark.parametrize("encoder", encoders())
 @pytest.mark.parametrize("norm", norms())
-def test_every_model_trains_and_renaming_nodes_changes_nothing(encoder, decoder, norm, graph, parts):
+def test_every_model_learns_and_is_equivariant_to_the_order_of_nodes(encoder, decoder, norm, graph, parts):
     model = EncoderDecoderSettings(
         encoder=encoder, decoder=decoder, encoder_norm=norm, decoder_norm=norm, hidden=16
     ).build(graph.x.size(1))
@@ -49,7 +49,7 @@ def test_sparse_features_give_the_same_scores(encoder, graph, parts):
     assert torch.allclose(sparse, dense, atol=1e-5)
 
 
-def test_remove_edges_against_sets(parts, graph):
+def test_remove_edges_equals_set_difference(parts, graph):
     kept = remove_edges(parts.message_edges(), parts.train[:, :40].flip(0), graph.num_nodes)
     gone = {tuple(edge) for edge in parts.train[:, :40].T.tolist()}
     expected = {e for e in map(tuple, parts.message_edges().T.tolist()) if e not in gone and e[::-1] not in gone}
@@ -117,7 +117,7 @@ fit(model, graph, split_edges(graph, SplitConfig(0.1, 0.2), 0),
 
 
 @pytest.mark.parametrize("kind", ["encoder-decoder", "ncn", "buddy"])
-def test_a_training_killed_in_mid_epoch_goes_on_to_the_same_result(tmp_path, graph, parts, kind):
+def test_a_killed_training_resumes_to_the_same_result(tmp_path, graph, parts, kind):
     path = tmp_path / "run.safetensors"
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", _SCRIPT, str(path), kind])
     for _ in range(900):
@@ -174,10 +174,10 @@ def test_pair_scorer_embeds_nodes_once_per_mode(graph, parts):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TrainConfig(epochs=0), "epochs is 0"),
-        (lambda: TrainConfig(directions=3), "directions is 3; accepted: 1, 2"),
-        (lambda: TrainConfig(clip=0.0), "clip is 0.0"),
-        (lambda: TrainConfig(metric="f1"), "metric is 'f1'; accepted: hits@K"),
+        (lambda: TrainConfig(epochs=0), "epochs must be at least 1, got 0"),
+        (lambda: TrainConfig(directions=3), "directions must be 1 or 2, got 3"),
+        (lambda: TrainConfig(clip=0.0), "clip must be above 0 or None, got 0.0"),
+        (lambda: TrainConfig(metric="f1"), "metric must be hits@K, auc, ap or mrr, got 'f1'"),
         (lambda: EncoderDecoderSettings(encoder="gat"), "encoder must be one of gcn, pure, sage, got 'gat'"),
         (
             lambda: EncoderDecoderSettings(decoder_norm="x"),

@@ -91,11 +91,11 @@ def _kv(
 
 
 def _link(page: Page, result: dict[str, Any], epochs: int, seed: int, device: str, as_json: bool) -> None:
-    from suffice.link.study.demo import run
+    from suffice.link.study.demo import run_demo
 
     with progress() as say:
-        examples = run(epochs=epochs, seed=seed, device=device, say=say)
+        examples = run_demo(epochs=epochs, seed=seed, device=device, log=say)
     demo_link.add(page, examples)
-    result["link"] = [example.study.to_dict() for example in examples]
+    result["link"] = [example.results.to_dict() for example in examples]
     if not as_json:
         demo_link.show(examples)

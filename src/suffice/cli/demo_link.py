@@ -8,7 +8,7 @@ from suffice.cli.console import out
 from suffice.report import Page, Text
 
 if TYPE_CHECKING:
-    from suffice.link.study.demo import Example
+    from suffice.link.study.demo import DemoResults
 
 _COLUMNS_MEAN = (
     "A_pure: accuracy in batches of positives only and of negatives only. κ: how far fixed probes move as their batch "
@@ -17,24 +17,24 @@ _COLUMNS_MEAN = (
 )
 
 
-def show(examples: list[Example]) -> None:
+def show(examples: list[DemoResults]) -> None:
     """Print a table for each graph and what follows from them."""
     from suffice.cli.link_show import study_table
-    from suffice.link.study.demo import conclusions
+    from suffice.link.study.demo import describe_results
 
     for example in examples:
-        out.print(study_table(example.study))
+        out.print(study_table(example.results))
     out.print(_COLUMNS_MEAN, highlight=False, style="dim")
-    for line in conclusions(examples):
+    for line in describe_results(examples):
         out.print(line, highlight=False)
 
 
-def add(page: Page, examples: list[Example]) -> None:
+def add(page: Page, examples: list[DemoResults]) -> None:
     """Add the sections of this half to a page."""
-    from suffice.link.study.demo import conclusions
-    from suffice.link.study.report_sections import add_study
+    from suffice.link.study.demo import describe_results
+    from suffice.link.study.report_sections import add_results
 
-    page.add("Link prediction: what the batch decides", *(Text(line) for line in conclusions(examples)))
+    page.add("Link prediction: what the batch decides", *(Text(line) for line in describe_results(examples)))
     for example in examples:
-        add_study(page, example.study, example.maps)
+        add_results(page, example.results, example.representations)
     page.add("What the columns mean", Text(_COLUMNS_MEAN))

@@ -119,7 +119,7 @@ def train(
         if rank_and_world_size()[0] > 0:
             return
     rows = [{"metric": name, **asdict(mean_interval([run[name] for run in found]))} for name in found[0]]
-    result = {"graph": graph.name, "model": made.to_dict(), "protocol": asdict(protocol), "rows": rows}
+    result = {"graph": graph.name, "model": made.to_dict(), "split": asdict(protocol), "rows": rows}
     show_rows(result, rows, as_json, report, "Test metrics of a link predictor")
 
 
@@ -165,10 +165,10 @@ def audit(
         path = _numbered(checkpoint, number, seeds)
         if path is not None and path.exists():
             net, facts = load_trained(path, device)
-            protocol = SplitConfig(**facts["protocol"])
+            protocol = SplitConfig(**facts["split"])
             graph = _graph(data, features, labels, root, protocol)
             if facts["graph"] != graph.name:
-                raise ValueError(f"data is {graph.name}; accepted for {path}: {facts['graph']}")
+                raise ValueError(f"data must be {facts['graph']} for checkpoint {path}, got {graph.name}")
             parts, size = split_edges(graph, protocol, facts["settings"]["seed"]), facts["settings"]["batch_size"]
         else:
             protocol = SplitConfig()
@@ -230,9 +230,9 @@ def correct(
     from suffice.link.data.graph import SplitConfig
     from suffice.link.study.arms import ARMS, parse_arm
     from suffice.link.study.correct import correct as run
-    from suffice.link.study.correct import edge_maps
-    from suffice.link.study.figures import response
-    from suffice.link.study.report_sections import study_page
+    from suffice.link.study.correct import load_edge_representations
+    from suffice.link.study.figures import plot_response_curves
+    from suffice.link.study.report_sections import results_page
     from suffice.link.train.config import TrainConfig
     from suffice.report import save_figure
 
@@ -248,21 +248,23 @@ def correct(
             arms=asked,
             model=made,
             train=TrainConfig(epochs=epochs, **{**rates, **own}),
-            protocol=protocol,
+            split=protocol,
             seeds=seeds,
-            seed=seed,
+            first_seed=seed,
             device=device,
             folder=home,
             workers=workers,
-            watch=watch,
+            on_progress=watch,
             command=command_line(),
         )
         if report is not None:
             pair = asked[:2] if graph.y is not None else []
-            study_page(study, command_line(), edge_maps(graph, pair, home, protocol=protocol, seed=seed)).save(report)
+            maps = load_edge_representations(graph, pair, home, split=protocol, seed=seed)
+            results_page(study, command_line(), maps).save(report)
     if figure is not None:
         figure.parent.mkdir(parents=True, exist_ok=True)
-        save_figure(response(study.curves(), f"{study.graph}, held-out edges"), str(figure))
+        curves = {key: arm.response_curve() for key, arm in study.arms.items()}
+        save_figure(plot_response_curves(curves, f"{study.graph}, held-out edges"), str(figure))
     if as_json:
         print_json(finite(study.to_dict()))
         return
@@ -366,7 +368,8 @@ def _train(
     reuse_freed_memory(graph.num_nodes, model.hidden)
     parts = split_edges(graph, protocol, settings.seed)
     net = model.build(graph.x.size(1), settings.seed).to(device)
-    facts = {"model": model.to_dict(), "protocol": asdict(protocol), "graph": graph.name, "in": graph.x.size(1)}
+    facts = {"model": model.to_dict(), "split": asdict(protocol), "graph": graph.name}
+    facts["in_channels"] = graph.x.size(1)
     with progress() as say:
         fit(
             net,

@@ -56,36 +56,36 @@ def reproduce(
 ) -> None:
     """Run the paper's study: every model on every data set in every way of training."""
     from suffice.link.data.graph import SplitConfig
-    from suffice.link.study import findings
     from suffice.link.study import reproduction as study
     from suffice.link.study.arms import parse_arm
+    from suffice.link.study.findings import to_markdown
     from suffice.link.train.config import TrainConfig
 
     if show:
-        cells = study.finished(folder)
+        results = study.load_results(folder)
     else:
         with watching(quiet) as watch:
-            cells = study.reproduce(
+            results = study.reproduce(
                 [name.strip() for name in data.split(",")],
                 folder,
                 models=[name.strip() for name in models.split(",")] if models else study.MODELS,
                 arms=[parse_arm(key.strip()) for key in arms.split(",")] if arms else study.ARMS,
                 seeds=positive(seeds),
                 train=TrainConfig(epochs=epochs, directions=directions, batch_size=batch_size, patience=patience),
-                protocol=SplitConfig(validation, test, largest_component, validation_edges_at_test),
+                split=SplitConfig(validation, test, largest_component, validation_edges_at_test),
                 hidden=hidden,
                 published=preset,
                 root=root,
                 device=device,
                 workers=workers,
-                watch=watch,
+                on_progress=watch,
                 command=command_line(),
             )
-    text = findings.markdown(cells)
+    text = to_markdown(results)
     if markdown is not None:
         markdown.parent.mkdir(parents=True, exist_ok=True)
         markdown.write_text(text, encoding="utf-8")
     if as_json:
-        print_json(finite(study.to_dict(cells)))
+        print_json(finite(study.results_to_dict(results)))
         return
     out.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -12,10 +12,10 @@ from suffice.cli.command_line import command_line
 from suffice.cli.console import finite, out, print_json
 
 if TYPE_CHECKING:
-    from suffice.link.study.results import Study
+    from suffice.link.study.results import StudyResults
 
 
-def study_table(study: Study) -> Table:
+def study_table(study: StudyResults) -> Table:
     """Return the terminal's table of a study: means over seeds."""
     shown = {
         "hits@100": "Hits\n@100",
@@ -32,9 +32,9 @@ def study_table(study: Study) -> Table:
     for name in shown.values():
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict")
-    for key, runs in study.runs.items():
-        cells = [f"{study.mean(key, name).mean:.3f}" if name in runs[0]["values"] else "" for name in shown]
-        table.add_row(key, *cells, ", ".join(sorted({run["verdict"] for run in runs})))
+    for key, arm in study.arms.items():
+        cells = [f"{study.mean(key, name).mean:.3f}" if name in arm.group.values else "" for name in shown]
+        table.add_row(key, *cells, ", ".join(sorted(set(arm.verdicts.values()))))
     return table
 
 

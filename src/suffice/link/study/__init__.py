@@ -1,1 +1,1 @@
-"""Studies of link predictors: arms, runs, results and reports."""
+"""Studies of composition bias: arms trained on the same splits, audited, measured and compared."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from suffice.link.batches.composition import Composition, Fixed, Random, Separate
-from suffice.link.models import EncoderDecoderSettings, ModelSettings
+from suffice.link.batches.composition import Composition, Fixed, Random, Separate, parse_composition
+from suffice.link.models import ModelSettings
+from suffice.link.models.norms import NORMS
 from suffice.link.train.config import TrainConfig
 
-OWN = "own"  # stands for the norms of the model's own settings
+OWN_NORM = "own"
+"""Norm of an arm that keeps the norm of the model's own settings."""
 
 
 @dataclass(frozen=True)
@@ -16,12 +19,12 @@ class Arm:
     """One way of training: composition, loss and norms.
 
     Args:
-        name: `fixed`, `random`, `random+balanced`, `separate`, or one of the caller's own.
-        composition: positives in a mini-batch.
-        balanced: weight both classes the same.
-        encoder_norm: `batch`, `layer`, `graph` or `none`, or `own` for what the model's settings say.
-        decoder_norm: the same choice.
-        learning_rate: Adam's; None for that of the study.
+        name: `fixed`, `random`, `random+balanced`, `separate`, or a name of the caller's own.
+        composition: How many positives a mini-batch contains.
+        balanced: Whether both classes have the same total weight in the loss of each batch.
+        encoder_norm: `batch`, `layer`, `graph` or `none`, or `own` for that of the model's settings.
+        decoder_norm: The same choice for the decoder.
+        learning_rate: Learning rate of Adam; None for that of the study.
 
     """
 
@@ -34,37 +37,73 @@ class Arm:
 
     @property
     def key(self) -> str:
-        """Name and norms: `fixed/batch`, or `fixed/batch-none` where encoder and decoder differ."""
-        same = self.encoder_norm == self.decoder_norm
-        return f"{self.name}/{self.encoder_norm}" + ("" if same else f"-{self.decoder_norm}")
+        """Name and norms: `fixed/batch`, or `fixed/batch-none` if the norms of encoder and decoder differ."""
+        has_one_norm = self.encoder_norm == self.decoder_norm
+        return f"{self.name}/{self.encoder_norm}" + ("" if has_one_norm else f"-{self.decoder_norm}")
 
-    def model(self, base: ModelSettings) -> ModelSettings:
-        """Return the study's model with this arm's norms."""
-        return base.with_norms(self.encoder_norm, self.decoder_norm)
+    def apply_to_model(self, model: ModelSettings) -> ModelSettings:
+        """Return the settings of a model with the norms of this arm."""
+        return model.with_norms(self.encoder_norm, self.decoder_norm)
 
-    def resolved(self, base: ModelSettings) -> Arm:
-        """Return the arm with a model's own norms where it asks for them; its name then says so: `fixed own/layer`."""
-        if OWN not in (self.encoder_norm, self.decoder_norm):
-            return self
+    def apply_to_training(self, config: TrainConfig, seed: int) -> TrainConfig:
+        """Return the settings of a training with the composition, loss and learning rate of this arm."""
         return replace(
-            self,
-            name=f"{self.name} {OWN}",
-            encoder_norm=base.norms.get("encoder_norm", "none") if self.encoder_norm == OWN else self.encoder_norm,
-            decoder_norm=base.norms.get("decoder_norm", "none") if self.decoder_norm == OWN else self.decoder_norm,
-        )
-
-    def train(self, base: TrainConfig, seed: int) -> TrainConfig:
-        """Return the study's training with this arm's composition, loss and rate."""
-        return replace(
-            base,
+            config,
             composition=self.composition,
             balanced=self.balanced,
-            learning_rate=self.learning_rate or base.learning_rate,
+            learning_rate=self.learning_rate or config.learning_rate,
             seed=seed,
         )
 
+    def resolve_norms(self, model: ModelSettings) -> Arm:
+        """Return the arm with the model's own norms in place of `own`; its name then is `fixed own`, for example."""
+        if OWN_NORM not in (self.encoder_norm, self.decoder_norm):
+            return self
+        norms = {"encoder_norm": "none", **model.norms}
+        return replace(
+            self,
+            name=f"{self.name} {OWN_NORM}",
+            encoder_norm=norms["encoder_norm"] if self.encoder_norm == OWN_NORM else self.encoder_norm,
+            decoder_norm=norms["decoder_norm"] if self.decoder_norm == OWN_NORM else self.decoder_norm,
+        )
 
-_NAMED: dict[str, tuple[Composition, bool]] = {
+    def to_setting(self) -> str | dict[str, Any]:
+        """Return the arm as a JSON-serializable setting: its key, or all its fields if `parse_arm` does not know it.
+
+        Raises:
+            ValueError: The composition cannot be parsed from its text.
+
+        """
+        try:
+            if parse_arm(self.key) == self:
+                return self.key
+        except ValueError:
+            pass
+        if parse_composition(str(self.composition)) != self.composition:
+            raise ValueError(
+                f"composition must be one that parse_composition makes from its text, got {self.composition!r}"
+            )
+        return {**asdict(self), "composition": str(self.composition)}
+
+    @classmethod
+    def from_setting(cls, setting: Any) -> Arm:
+        """Return the arm that `to_setting` described.
+
+        Raises:
+            ValueError: The setting describes no arm.
+
+        """
+        if isinstance(setting, str):
+            return parse_arm(setting)
+        try:
+            return cls(**{**setting, "composition": parse_composition(setting["composition"])})
+        except (TypeError, KeyError) as error:
+            raise ValueError(
+                f"arm must be a key such as fixed/batch, or a mapping of the fields of an arm, got {setting!r}"
+            ) from error
+
+
+_COMPOSITIONS: dict[str, tuple[Composition, bool]] = {
     "fixed": (Fixed(), False),
     "random": (Random(), False),
     "random+balanced": (Random(), True),
@@ -73,13 +112,13 @@ _NAMED: dict[str, tuple[Composition, bool]] = {
 
 
 def parse_arm(key: str) -> Arm:
-    """Return the arm that a key names: `fixed/batch`, `random+balanced/layer`, `random/none-batch`, `fixed/own`.
+    """Return the arm with a key: `fixed/batch`, `random+balanced/layer`, `random/none-batch` or `fixed/own`.
 
-    LayerNorm under random fractions collapses at the rate that suits BatchNorm, so that arms with LayerNorm in
-    the decoder train at 1e-3.
+    Arms with LayerNorm train with a learning rate of 1e-3: at the rate that suits BatchNorm, LayerNorm collapses under
+    random fractions.
 
     Raises:
-        ValueError: the key names no composition or norm.
+        ValueError: The key names an unknown composition or norm.
 
     Example:
         >>> parse_arm("random/none-batch").decoder_norm
@@ -87,14 +126,16 @@ def parse_arm(key: str) -> Arm:
 
     """
     name, _, norms = key.partition("/")
-    encoder, _, decoder = norms.partition("-")
-    if name not in _NAMED:
-        raise ValueError(f"arm is {key!r}; accepted: one of {', '.join(_NAMED)}, a slash and a norm")
-    composition, balanced = _NAMED[name]
-    rate = 1e-3 if "layer" in (encoder, decoder) else None
-    arm = Arm(name, composition, balanced, encoder, decoder or encoder, rate)
-    arm.resolved(EncoderDecoderSettings()).model(EncoderDecoderSettings())  # refuses what is no norm
-    return arm
+    encoder_norm, _, decoder_norm = norms.partition("-")
+    decoder_norm = decoder_norm or encoder_norm
+    if name not in _COMPOSITIONS:
+        raise ValueError(f"arm must be one of {', '.join(_COMPOSITIONS)}, a slash and a norm, got {key!r}")
+    for option, norm in (("encoder_norm", encoder_norm), ("decoder_norm", decoder_norm)):
+        if norm != OWN_NORM:
+            NORMS.check(option, norm)
+    composition, balanced = _COMPOSITIONS[name]
+    learning_rate = 1e-3 if "layer" in (encoder_norm, decoder_norm) else None
+    return Arm(name, composition, balanced, encoder_norm, decoder_norm, learning_rate)
 
 
 ARMS = tuple(
@@ -110,7 +151,8 @@ ARMS = tuple(
         "fixed/none",
     )
 )
-# Each arm and the one it is compared with, seed by seed; under LayerNorm they are the attribution control.
+"""The arms that `correct` compares by default."""
+
 PAIRS = (
     ("random/batch", "fixed/batch"),
     ("random+balanced/batch", "fixed/batch"),
@@ -119,3 +161,4 @@ PAIRS = (
     ("random/layer", "fixed/layer"),
     ("random+balanced/layer", "fixed/layer"),
 )
+"""Each arm with the arm to which it is compared. LayerNorm, which cannot see the batch, is the control."""

@@ -1,4 +1,4 @@
-"""The side-by-side study: the same model trained on biased and on corrected batches, and what each keeps."""
+"""Side-by-side study: the same model trained on biased and on corrected batches, and what each training keeps."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from suffice import SufficeError
 from suffice.link.data.checkpoint import CheckpointError
 from suffice.link.data.files import save_graph
 from suffice.link.data.graph import Graph, SplitConfig, prepare_graph, split_edges
 from suffice.link.models import EncoderDecoderSettings, ModelSettings
 from suffice.link.study.arms import ARMS, Arm
-from suffice.link.study.results import Run, Study
-from suffice.link.study.run_kinds import CORRECT, REFERENCES, describe_arm, settings_of
-from suffice.link.study.runs import graph_and_split
-from suffice.link.train.alignment import embeddings
+from suffice.link.study.results import StudyResults, arm_key, collect_study
+from suffice.link.study.run import load_graph_and_split
+from suffice.link.study.run_kinds import CORRECT
+from suffice.link.study.run_settings import REFERENCES, DataSource, RunSettings
+from suffice.link.train.alignment import representations
+from suffice.link.train.checkpoint import load_trained
 from suffice.link.train.config import TrainConfig
 from suffice.study.progress import Progress, ProgressCallback, log_progress
 from suffice.study.runner import run_study
@@ -35,182 +35,178 @@ def correct(
     arms: Sequence[Arm] = ARMS,
     model: ModelSettings | None = None,
     train: TrainConfig | None = None,
-    protocol: SplitConfig | None = None,
+    split: SplitConfig | None = None,
     seeds: int = 5,
-    seed: int = 0,
+    first_seed: int = 0,
     device: str = "cpu",
     folder: str | Path | None = None,
     workers: int = 0,
-    progress: Callable[[str], None] | None = None,
-    watch: ProgressCallback | None = None,
+    log: Callable[[str], None] | None = None,
+    on_progress: ProgressCallback | None = None,
     command: str = "",
-) -> Study:
-    """Train every arm on the same splits, audit it, and measure metrics and alignment.
+) -> StudyResults:
+    """Train the same model in several ways on the same splits, audit it, and measure metrics and alignment.
 
     Args:
-        graph: what to learn.
-        arms: ways of training, norms included.
-        model: everything else of the model.
-        train: everything else of the training.
-        protocol: the split.
-        seeds: repetitions, each with its own split, initialisation and batches.
-        seed: the first of them.
-        device: where to train.
-        folder: a store of finished runs and checkpoints of trainings, to go on from.
-        workers: processes to train in; 0 for this one.
-        progress: called with a line for each finished run, and every few seconds within one.
-        watch: shows progress instead of `progress`.
-        command: what to type for this study, for its reports.
+        graph: Graph to learn.
+        arms: Ways of training, including the norms.
+        model: All other settings of the model; `encoder-decoder` with its defaults if not given.
+        train: All other settings of the training.
+        split: Settings of the split.
+        seeds: Number of repetitions, each with its own split, initial parameters and batches.
+        first_seed: Seed of the first repetition.
+        device: Torch device.
+        folder: Folder to keep finished runs and checkpoints in; a second call with the same folder resumes. By
+            default nothing is kept.
+        workers: Number of processes to train in; 0 for the current one.
+        log: Called with a line for each finished run, and every few seconds in between.
+        on_progress: Shows progress instead of `log`.
+        command: Command that runs this study, for its reports.
+
+    Returns:
+        Results of all arms, with the alignment of two references: the node features and an untrained model.
 
     Raises:
-        ValueError: there is no arm or no seed, or two arms are the same.
-        SufficeError: runs failed; the others are kept, and a second call tries those again.
+        ValueError: There is no arm or no seed, or two arms are the same.
+        SufficeError: Runs failed. The others are kept in `folder`; a second call tries the failed ones again.
+
+    Example:
+        >>> from suffice.link import TrainConfig, load_graph
+        >>> from suffice.link.study.arms import parse_arm
+        >>> arms = [parse_arm("fixed/batch"), parse_arm("random/batch")]
+        >>> results = correct(load_graph("digits"), arms=arms, train=TrainConfig(epochs=1), seeds=1)
+        >>> list(results.arms)
+        ['fixed/batch', 'random/batch']
 
     """
-    if seeds < 1 or not arms or len({arm.key for arm in arms}) < len(arms):
-        raise ValueError(f"seeds, arms are {seeds}, {[arm.key for arm in arms]}; accepted: 1 or more, distinct")
-    model, train, protocol = model or EncoderDecoderSettings(), train or TrainConfig(), protocol or SplitConfig()
-    graph = prepare_graph(graph, protocol)
-    numbers = range(seed, seed + seeds)
-    split_edges(graph, protocol, seed)  # refuses what can't be split
-    say = progress or (lambda _: None)
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    keys = [arm.key for arm in arms]
+    if not keys or len(set(keys)) < len(keys):
+        raise ValueError(f"arms must be at least one arm and distinct, got {keys}")
+    model, train, split = model or EncoderDecoderSettings(), train or TrainConfig(), split or SplitConfig()
+    graph = prepare_graph(graph, split)
+    split_edges(graph, split, first_seed)  # raises if the graph cannot be split
+    seed_list = range(first_seed, first_seed + seeds)
+    log = log or _ignore
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as home:
         data = save_graph(graph, home)
-        shared = {**settings_of(model, train, protocol), "data": data, "device": device}
 
-        def planned(arm: Any, number: int) -> PlannedRun:
-            return PlannedRun(CORRECT.complete({**shared, "arm": arm}), number, (data,))
+        def plan_run(arm: Arm | str, seed: int) -> PlannedRun:
+            settings = RunSettings(arm, DataSource(data), model, train, split, device)
+            return PlannedRun(CORRECT.complete(settings.to_dict()), seed, (data,))
 
-        plan = [planned(describe_arm(arm), number) for number in numbers for arm in arms]
+        plan = [plan_run(arm, seed) for seed in seed_list for arm in arms]
         if graph.y is not None:
-            plan += [planned(REFERENCES[0], seed)] + [planned(REFERENCES[1], number) for number in numbers]
+            raw_features, untrained = REFERENCES
+            plan += [plan_run(raw_features, first_seed), *(plan_run(untrained, seed) for seed in seed_list)]
         name = Path(data).stem
-        with Store(home) as store:
-            store.plan(name, CORRECT, plan)
-            for record in store.records(name, "done"):
-                if record.settings["arm"] not in REFERENCES:
-                    say(f"arm {_key(record)}, seed {record.seed}: {record.result['verdict']}")
-        about = {"command": command} if command else {}
-        show = watch or _trainings(log_progress(say))
-        run_study(home, CORRECT, plan, name=name, about=about, workers=workers, retry_failed=True, on_progress=show)
+        _log_finished_runs(Path(home), name, plan, log)
+        run_study(
+            home,
+            CORRECT,
+            plan,
+            name=name,
+            about={"command": command} if command else {},
+            workers=workers,
+            retry_failed=True,
+            on_progress=on_progress or _without_references(log_progress(log)),
+        )
         with Store(home, read_only=True) as store:
             records = list(store.records(name))
     settings = {
         "model": model.to_dict(),
         "train": train.to_dict(),
-        "protocol": asdict(protocol),
-        "seeds": list(numbers),
+        "split": asdict(split),
+        "seeds": list(seed_list),
         "torch": torch.__version__,
     }
-    return study_of(graph.name, settings, records)
+    return collect_study(graph.name, settings, records)
 
 
-def study_of(graph: str, settings: dict[str, Any], records: Sequence[Record]) -> Study:
-    """Return the study that records of the kind `link.correct` make up.
-
-    Args:
-        graph: name of the data set.
-        settings: what they share, `seeds` among it.
-        records: every arm with every seed, and references.
-
-    Raises:
-        SufficeError: a run is missing or failed.
-
-    """
-    if undone := [record for record in records if record.state != "done"]:
-        first = undone[0]
-        why = first.error.strip().splitlines()[-1] if first.error else first.state
-        raise SufficeError(
-            f"{len(undone)} of {len(records)} runs are not done; the first, arm {_key(first)}, seed {first.seed}: {why}"
-        )
-    runs: dict[str, list[Run]] = {}
-    references: dict[str, list[Run]] = {}
-    for record in records:
-        group = references if record.settings["arm"] in REFERENCES else runs
-        group.setdefault(_key(record), []).append(dict(record.result))
-    for name, found in references.items():
-        # Raw features have no seed: one run stands for all.
-        references[name] = found * len(settings["seeds"]) if len(found) == 1 else found
-    return Study(graph, settings, runs, references)
-
-
-def whole_study(records: Sequence[Record]) -> Study | None:
-    """Return the study of finished runs, of the seeds that every arm has; None if there is no such seed."""
-    of_arms = [record for record in records if record.settings["arm"] not in REFERENCES]
-    by_arm: dict[str, set[int]] = {}
-    for record in of_arms:
-        by_arm.setdefault(_key(record), set()).add(record.seed)
-    shared = sorted(set[int].intersection(*by_arm.values())) if by_arm else []
-    if not shared:
-        return None
-    kept = [r for r in records if r.seed in shared or r.settings["arm"] == REFERENCES[0]]
-    graph = str(of_arms[0].result["facts"]["of"]["graph"])
-    return study_of(graph, {"seeds": shared}, sorted(kept, key=lambda r: r.seed))
-
-
-def stored_maps(records: Sequence[Record], folder: Path, *, most: int = 2) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return incident-edge means and classes of the first arms whose checkpoints a store's folder still holds."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for record in records:
-        path = folder / "runs" / f"{record.key}.safetensors"
-        if len(found) == most or record.seed != records[0].seed or not path.exists():
-            continue
-        graph, parts = graph_and_split(record.settings, record.seed, folder)
-        if graph.y is not None:
-            found[_key(record)] = representations(load_trained(path)[0], graph, parts)["edge"]
-    return found
-
-
-def edge_maps(
-    graph: Graph, arms: Sequence[Arm], folder: str | Path, *, protocol: SplitConfig | None = None, seed: int = 0
+def load_edge_representations(
+    graph: Graph, arms: Sequence[Arm], folder: str | Path, *, split: SplitConfig | None = None, seed: int = 0
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return incident-edge means and classes of arms that `correct` trained in a folder.
+    """Return the edge representation of arms that `correct` trained, with the classes of its nodes, by arm.
 
     Args:
-        graph: the study's.
-        arms: which of the study's.
-        folder: the study's.
-        protocol: the study's.
-        seed: of the split and the training.
+        graph: Graph of the study.
+        arms: Arms of the study.
+        folder: Folder of the study.
+        split: Settings of the split of the study.
+        seed: Seed of the split and the training.
 
     Raises:
-        CheckpointError: the folder holds no such training.
-        ValueError: the data set has no labels.
+        CheckpointError: The folder does not contain such a training.
+        ValueError: The graph has no classes.
 
     """
-    protocol = protocol or SplitConfig()
-    graph = prepare_graph(graph, protocol)
-    parts = split_edges(graph, protocol, seed)
-    wanted = {str(describe_arm(arm)): arm.key for arm in arms}
-    keys: dict[str, str] = {}
+    split = split or SplitConfig()
+    graph = prepare_graph(graph, split)
+    edges = split_edges(graph, split, seed)
     try:
         with Store(folder, read_only=True) as store:
-            for record in store.records(Path(save_graph(graph, folder)).stem, "done", numbers_only=True):
-                if record.seed == seed and str(record.settings["arm"]) in wanted:
-                    keys[wanted[str(record.settings["arm"])]] = record.key
+            study = Path(save_graph(graph, folder)).stem
+            records = [r for r in store.records(study, "done", numbers_only=True) if r.seed == seed]
     except StoreError as error:
         raise CheckpointError(str(error)) from error
+    run_keys = {arm_key(record): record.key for record in records}
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for arm in arms:
-        if arm.key not in keys:
-            raise CheckpointError(f"{folder} holds no training of {arm.key}, seed {seed}, on {graph.name}")
-        net, _ = load_trained(Path(folder) / "runs" / f"{keys[arm.key]}.safetensors")
-        found[arm.key] = representations(net, graph, parts)["edge"]
+        if arm.key not in run_keys:
+            raise CheckpointError(
+                f"folder must contain a training of arm {arm.key} with seed {seed} on {graph.name}, got {folder}"
+            )
+        model, _ = load_trained(_checkpoint_path(folder, run_keys[arm.key]))
+        found[arm.key] = representations(model, graph, edges)["edge"]
     return found
 
 
-def _key(record: Record) -> str:
-    from suffice.link.study.run_kinds import read_arm
+def load_stored_representations(
+    records: Sequence[Record], folder: Path, *, max_arms: int = 2
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the edge representation of the first arms whose checkpoints a folder still contains, by arm.
 
-    arm = record.settings["arm"]
-    return arm if arm in REFERENCES else read_arm(arm).key
+    Args:
+        records: Finished runs of a study.
+        folder: Folder of the study.
+        max_arms: Maximum number of arms.
+
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for record in records:
+        path = _checkpoint_path(folder, record.key)
+        if len(found) == max_arms or record.seed != records[0].seed or not path.exists():
+            continue
+        graph, edges = load_graph_and_split(RunSettings.from_dict(record.settings), record.seed, folder)
+        if graph.y is not None:
+            found[arm_key(record)] = representations(load_trained(path)[0], graph, edges)["edge"]
+    return found
 
 
-def _trainings(watch: ProgressCallback) -> ProgressCallback:
+def _checkpoint_path(folder: str | Path, run_key: str) -> Path:
+    return Path(folder) / "runs" / f"{run_key}.safetensors"
+
+
+def _log_finished_runs(folder: Path, study: str, plan: Sequence[PlannedRun], log: Callable[[str], None]) -> None:
+    """Log a line for each arm that an earlier call has finished."""
+    with Store(folder) as store:
+        store.plan(study, CORRECT, plan)
+        for record in store.records(study, "done"):
+            if record.settings["arm"] not in REFERENCES:
+                log(f"arm {arm_key(record)}, seed {record.seed}: {record.result['verdict']}")
+
+
+def _without_references(callback: ProgressCallback) -> ProgressCallback:
     """Leave out the lines of references, which take no time."""
+    prefixes = tuple(f"arm {name}" for name in REFERENCES)
 
     def show(progress: Progress, line: str) -> None:
-        if not line.startswith(tuple(f"arm {name}" for name in REFERENCES)):
-            watch(progress, line)
+        if not line.startswith(prefixes):
+            callback(progress, line)
 
     return show
+
+
+def _ignore(line: str) -> None:
+    pass

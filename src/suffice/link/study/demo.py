@@ -1,17 +1,17 @@
-"""A small study on the two built-in graphs: what the composition of batches does to the same model."""
+"""A small study on the two built-in graphs: how the composition of batches changes the same model."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from suffice.link.data.datasets import load_graph
 from suffice.link.study.arms import parse_arm
-from suffice.link.study.correct import correct, edge_maps
-from suffice.link.study.results import Study
+from suffice.link.study.correct import correct, load_edge_representations
+from suffice.link.study.results import StudyResults
 from suffice.link.train.config import TrainConfig
 
 GRAPHS = ("digits", "block-model")
@@ -19,53 +19,63 @@ ARMS = ("fixed/batch", "random/batch", "separate/batch", "fixed/layer")
 
 
 @dataclass(frozen=True)
-class Example:
-    """A study on one graph, and incident-edge means and classes of its first two arms."""
-
-    study: Study
-    maps: dict[str, tuple[Tensor, Tensor]]
-
-
-def run(*, epochs: int = 12, seed: int = 0, device: str = "cpu", say: Callable[[str], None]) -> list[Example]:
-    """Train four arms on the digits graph and on the block model, one seed each.
+class DemoResults:
+    """Results on one graph.
 
     Args:
-        epochs: of every training.
-        seed: of splits, models and batches.
-        device: where to train.
-        say: called with a line for each finished run.
+        results: Results of the study.
+        representations: Edge representations and classes of the first two arms.
+
+    """
+
+    results: StudyResults
+    representations: dict[str, tuple[Tensor, Tensor]]
+
+
+def run_demo(*, epochs: int = 12, seed: int = 0, device: str = "cpu", log: Callable[[str], None]) -> list[DemoResults]:
+    """Train four arms on the digits graph and on the block model, with one seed each.
+
+    Args:
+        epochs: Number of epochs of every training.
+        seed: Seed of splits, models and batches.
+        device: Torch device.
+        log: Called with a line for each finished run.
 
     """
     arms = [parse_arm(key) for key in ARMS]
-    examples: list[Example] = []
+    demo: list[DemoResults] = []
     for name in GRAPHS:
         graph = load_graph(name)
         with tempfile.TemporaryDirectory() as folder:
-            study = correct(
+            results = correct(
                 graph,
                 arms=arms,
                 train=TrainConfig(epochs=epochs),
                 seeds=1,
-                seed=seed,
+                first_seed=seed,
                 device=device,
                 folder=folder,
-                progress=lambda line, name=name: say(f"{name}: {line}"),
+                log=lambda line, name=name: log(f"{name}: {line}"),
             )
-            examples.append(Example(study, edge_maps(graph, arms[:2], folder, seed=seed)))
-    return examples
+            demo.append(DemoResults(results, load_edge_representations(graph, arms[:2], folder, seed=seed)))
+    return demo
 
 
-def conclusions(examples: list[Example]) -> list[str]:
-    """Say what happened, in words made from the numbers."""
-    said: list[str] = []
-    for example in examples:
-        study = example.study
-        for key, runs in study.runs.items():
-            values = runs[0]["values"]
-            said.append(
-                f"{study.graph}, {key}: {runs[0]['verdict']}. Accuracy {values['accuracy_balanced:heldout']:.2f} in "
-                f"batches half positive, {values['a_pure:heldout']:.2f} in pure ones, "
-                f"{values['accuracy_eval:heldout']:.2f} in eval mode; edge NMI {values['edge_nmi']:.2f}."
+def describe_results(demo: Sequence[DemoResults]) -> list[str]:
+    """Return a sentence for each graph and arm, made from the numbers."""
+    sentences: list[str] = []
+    for example in demo:
+        results = example.results
+        for key, arm in results.arms.items():
+            mean = {metric: results.mean(key, metric).mean for metric in arm.group.values}
+            sentences.append(
+                f"{results.graph}, {key}: {', '.join(arm.verdicts.values())}. Accuracy is "
+                f"{mean['accuracy_balanced:heldout']:.2f} in batches with 50 % positives, "
+                f"{mean['a_pure:heldout']:.2f} in pure batches and {mean['accuracy_eval:heldout']:.2f} in eval mode; "
+                f"edge NMI is {mean['edge_nmi']:.2f}."
             )
-    said.append("One seed a graph: enough to look at, not to claim a difference; `suffice link correct` repeats.")
-    return said
+    sentences.append(
+        "One seed per graph shows the effect but does not prove a difference. `suffice link correct` repeats the study "
+        "with several seeds."
+    )
+    return sentences

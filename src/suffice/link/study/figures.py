@@ -1,4 +1,4 @@
-"""Pictures: response curves, and embeddings of two trainings side by side."""
+"""Figures of audits and studies: response curves, and embeddings of two arms side by side."""
 
 from __future__ import annotations
 
@@ -14,44 +14,46 @@ from suffice.report import LinePoint, line_plot, tsne_plot
 from suffice.study.results import Interval
 
 
-def response(curves: Mapping[str, Sequence[tuple[float, Interval]]], title: str = "") -> Figure:
-    """Draw accuracy against the fraction of positives in the batch, one line for each name.
+def plot_response_curves(curves: Mapping[str, Sequence[tuple[float, Interval]]], title: str = "") -> Figure:
+    """Plot accuracy against the fraction of positives in the batch, one line per name.
 
     Args:
-        curves: for each name, accuracy by fraction; its band is left out where it has no bounds.
-        title: above the panel.
+        curves: Points (fraction, accuracy) by name; the band around a line is left out where accuracy has no bounds.
+        title: Title above the panel.
 
     """
-    series = {
-        name: [
-            LinePoint(x, y.mean) if not y.has_bounds else LinePoint(x, y.mean, max(y.low, 0.0), min(y.high, 1.0))
-            for x, y in curve
-        ]
-        for name, curve in curves.items()
-    }
+    series = {name: [_point(fraction, accuracy) for fraction, accuracy in curve] for name, curve in curves.items()}
     return line_plot(
         series, x_label="fraction of positives in the batch", y_label="accuracy", percent_x=True, title=title
     )
 
 
-def audit_response(report: AuditReport) -> Figure:
-    """Draw an audit's accuracy against the fraction of positives, with intervals, for each set of edges."""
-    return response({name: [(p.fraction, p.accuracy) for p in part.curve] for name, part in report.parts.items()})
+def plot_audit(report: AuditReport) -> Figure:
+    """Plot the response curve of an audit, one line per edge set."""
+    return plot_response_curves(
+        {name: [(point.fraction, point.accuracy) for point in part.curve] for name, part in report.parts.items()}
+    )
 
 
-def embedding_map(panels: Mapping[str, tuple[Tensor, Tensor]], *, most: int = 600, seed: int = 0) -> Figure:
-    """Draw t-SNE maps of embeddings coloured by class, one panel for each training.
+def plot_embeddings(panels: Mapping[str, tuple[Tensor, Tensor]], *, max_points: int = 600, seed: int = 0) -> Figure:
+    """Plot t-SNE maps of embeddings, colored by class, one panel per name.
 
     Args:
-        panels: embeddings [items, d] and classes [items] by name.
-        most: points drawn in a panel.
-        seed: of the choice of points and of t-SNE.
+        panels: Embeddings [items, channels] and classes [items] by name.
+        max_points: Maximum number of points in a panel, chosen at random.
+        seed: Seed of the choice of points and of t-SNE.
 
     """
-    drawn: dict[str, tuple[list[list[float]], list[int]]] = {}
+    maps: dict[str, tuple[list[list[float]], list[int]]] = {}
     for name, (x, classes) in panels.items():
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:most]
-        perplexity = min(30.0, (len(order) - 1) / 3)
-        places = TSNE(perplexity=perplexity, random_state=seed, init="pca").fit_transform(x[order].numpy())
-        drawn[name] = (places.tolist(), classes[order].tolist())
-    return tsne_plot(drawn)
+        chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:max_points]
+        perplexity = min(30.0, (len(chosen) - 1) / 3)
+        positions = TSNE(perplexity=perplexity, random_state=seed, init="pca").fit_transform(x[chosen].numpy())
+        maps[name] = (positions.tolist(), classes[chosen].tolist())
+    return tsne_plot(maps)
+
+
+def _point(fraction: float, accuracy: Interval) -> LinePoint:
+    if not accuracy.has_bounds:
+        return LinePoint(fraction, accuracy.mean)
+    return LinePoint(fraction, accuracy.mean, max(accuracy.low, 0.0), min(accuracy.high, 1.0))

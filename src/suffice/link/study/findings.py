@@ -1,16 +1,16 @@
-"""What of the paper's study replicates, in words and tables made from the numbers."""
+"""Findings of a reproduction: which claims of the paper hold, in sentences and tables made from the numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from suffice.link.study import published
-from suffice.link.study.arms import OWN
-from suffice.link.study.reproduction import Cell
+from suffice.link.study.arms import OWN_NORM
+from suffice.link.study.published import published_table
+from suffice.link.study.results import ArmResults
 from suffice.study.results import Interval
 
-COLUMNS = (
+METRICS = (
     "hits@100",
     "auc",
     "accuracy_balanced:heldout",
@@ -24,17 +24,20 @@ COLUMNS = (
     "node_nmi",
     "node_probe",
 )
-COMPARED = ("hits@100", "a_pure:heldout", "tau:heldout", "edge_trace_ratio", "edge_nmi", "node_nmi")
+"""Columns of the table of means."""
+
+DIFFERENCE_METRICS = ("hits@100", "a_pure:heldout", "tau:heldout", "edge_trace_ratio", "edge_nmi", "node_nmi")
+"""Columns of the table of paired differences."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper: how a metric under one way of training differs from it under another.
+    """A claim of the paper: random fractions change a metric in one direction.
 
     Args:
-        text: what is claimed.
-        metric: which metric.
-        sign: 1 if it is said to be higher, -1 if lower.
+        text: The claim as a sentence without a full stop.
+        metric: Name of the metric.
+        sign: 1 if the metric is claimed to be higher with random fractions, -1 if lower.
 
     """
 
@@ -44,144 +47,169 @@ class Claim:
 
 
 CLAIMS = (
-    Claim("Pure batches keep more of the accuracy under random fractions", "a_pure:heldout", 1),
-    Claim("Predictions follow the batch less: τ is higher under random fractions", "tau:heldout", 1),
-    Claim("The Trace Ratio of edge embeddings rises", "edge_trace_ratio", 1),
-    Claim("The NMI of edge embeddings with the classes rises", "edge_nmi", 1),
-    Claim("The NMI of node embeddings with the classes rises", "node_nmi", 1),
-    Claim("Hits@100 falls", "hits@100", -1),
+    Claim("Accuracy in pure batches (A_pure) is higher with random fractions", "a_pure:heldout", 1),
+    Claim("Predictions follow the edge rather than the batch (τ is higher)", "tau:heldout", 1),
+    Claim("The Trace Ratio of edge embeddings is higher", "edge_trace_ratio", 1),
+    Claim("The NMI of edge embeddings with the classes is higher", "edge_nmi", 1),
+    Claim("The NMI of node embeddings with the classes is higher", "node_nmi", 1),
+    Claim("Hits@100 is lower", "hits@100", -1),
 )
 
 
-def difference(one: Cell, other: Cell, metric: str) -> Interval | None:
-    """Return the paired difference of two cells over the seeds that both have; None if there are none."""
-    found = one.group.difference(other.group, metric)
-    return None if found is None else found.interval
+def describe_claims(
+    results: Sequence[ArmResults], arm: str = "random/batch", baseline: str = "fixed/batch"
+) -> list[str]:
+    """Return a sentence for each claim: where it holds, where the opposite holds, and where the data do not decide.
 
-
-def sentences(cells: Sequence[Cell], corrected: str = "random/batch", biased: str = "fixed/batch") -> list[str]:
-    """Say of each claim where it replicates, where the opposite holds, and where intervals include 0.
+    A claim holds for a model on a data set if the 95 % interval of the paired difference is on the claimed side of 0.
 
     Args:
-        cells: of a study.
-        corrected: the way of training that is said to correct, by random fractions.
-        biased: the one it is compared with.
+        results: Results of a study.
+        arm: Arm with random fractions.
+        baseline: Arm to which it is compared.
 
     """
-    pairs = _pairs(cells, corrected, biased)
-    found: list[str] = []
+    pairs = _find_pairs(results, arm, baseline)
+    sentences: list[str] = []
     for claim in CLAIMS:
-        sides: dict[str, list[tuple[str, str]]] = {"yes": [], "no": [], "open": []}
-        for (data, model), (one, other) in pairs.items():
-            gap = difference(one, other, claim.metric)
-            if gap is None or not gap.has_bounds:
+        holds: list[ArmResults] = []
+        opposite: list[ArmResults] = []
+        undecided: list[ArmResults] = []
+        for of_arm, of_baseline in pairs:
+            interval = paired_interval(of_arm, of_baseline, claim.metric)
+            if interval is None or not interval.has_bounds:
                 continue
-            low, high = sorted((claim.sign * gap.low, claim.sign * gap.high))
-            sides["yes" if low > 0 else "no" if high < 0 else "open"].append((data, model))
-        total = sum(map(len, sides.values()))
-        if not total:
+            low, high = sorted((claim.sign * interval.low, claim.sign * interval.high))
+            (holds if low > 0 else opposite if high < 0 else undecided).append(of_arm)
+        total = len(holds) + len(opposite) + len(undecided)
+        if total == 0:
             continue
-        text = f"{claim.text}: in {_count(sides['yes'], total)}"
-        text += f"; the opposite in {_count(sides['no'], total)}" if sides["no"] else ""
-        text += f"; the interval includes 0 in {_count(sides['open'], total)}" if sides["open"] else ""
-        found.append(text + ".")
-    return found
+        text = f"{claim.text}: confirmed in {_count(holds, total)}"
+        text += f"; the opposite is found in {_count(opposite, total)}" if opposite else ""
+        text += f"; undecided (the interval contains 0) in {_count(undecided, total)}" if undecided else ""
+        sentences.append(f"{text}.")
+    return sentences
 
 
-def verdicts(cells: Sequence[Cell]) -> list[str]:
-    """Say for each way of training how its models were judged."""
-    arms: dict[str, dict[str, int]] = {}
-    for cell in cells:
-        for verdict, count in cell.verdicts.items():
-            counts = arms.setdefault(cell.arm, {})
-            counts[verdict] = counts.get(verdict, 0) + count
-    return [
-        f"{arm}: " + ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) + "."
-        for arm, counts in arms.items()
-    ]
+def describe_verdicts(results: Sequence[ArmResults]) -> list[str]:
+    """Return a sentence for each arm with the number of models that got each verdict."""
+    counts: dict[str, dict[str, int]] = {}
+    for arm in results:
+        of_arm = counts.setdefault(arm.arm, {})
+        for verdict, count in arm.verdict_counts().items():
+            of_arm[verdict] = of_arm.get(verdict, 0) + count
+    return [f"{arm}: {_list_counts(of_arm)}." for arm, of_arm in counts.items()]
 
 
-def compared(cells: Sequence[Cell]) -> list[tuple[str, str]]:
-    """Return which ways of training to compare, of and minus.
+def find_compared_arms(results: Sequence[ArmResults]) -> list[tuple[str, str]]:
+    """Return the arms to compare, each with its baseline.
 
-    Each is compared with the usual batches under the same norms, and these under other norms with BatchNorm.
+    The baseline is the arm with fixed fractions and the same norms; for fixed fractions, it is the one with BatchNorm.
     """
-    arms = list(dict.fromkeys(cell.arm for cell in cells))
-    found: list[tuple[str, str]] = []
+    arms = list(dict.fromkeys(arm.arm for arm in results))
+    compared: list[tuple[str, str]] = []
     for arm in arms:
         name, _, norms = arm.partition("/")
-        own = f" {OWN}" if name.endswith(f" {OWN}") else ""
-        minus = "fixed/batch" if name == "fixed" else f"fixed{own}/{norms}"
-        if minus != arm and minus in arms:
-            found.append((arm, minus))
-    return found
+        own = f" {OWN_NORM}" if name.endswith(f" {OWN_NORM}") else ""
+        baseline = "fixed/batch" if name == "fixed" else f"fixed{own}/{norms}"
+        if baseline != arm and baseline in arms:
+            compared.append((arm, baseline))
+    return compared
 
 
-def markdown(cells: Sequence[Cell]) -> str:
-    """Return tables of every data set, paired differences, and what replicates, as Markdown."""
-    arms = compared(cells)
-    parts: list[str] = []
-    for data in dict.fromkeys(cell.data for cell in cells):
-        own = [cell for cell in cells if cell.data == data]
-        parts += [f"### {data}", "", _row(("model", "arm", "seeds", *COLUMNS, "verdicts"))]
-        parts.append(_row(["---"] * (len(COLUMNS) + 4)))
-        for cell in own:
-            values = [_spread(cell, metric) for metric in COLUMNS]
-            seeds = str(len(next(iter(cell.group.values.values()))))
-            judged = ", ".join(f"{count} {verdict}" for verdict, count in sorted(cell.verdicts.items()))
-            parts.append(_row((cell.model, cell.arm, seeds, *values, judged)))
-        differences = [
-            _row((model, f"{of} − {minus}", *(_gap(difference(one, other, metric)) for metric in COMPARED)))
-            for of, minus in arms
-            for (_, model), (one, other) in _pairs(own, of, minus).items()
-        ]
-        if differences:
-            parts += ["", _row(("model", "difference", *COMPARED)), _row(["---"] * (len(COMPARED) + 2)), *differences]
-        parts.append("")
-    # The paper claims nothing of other ways of training.
-    claims = [(of, minus, sentences(cells, of, minus)) for of, minus in arms if of.startswith("random")]
-    parts += ["### What replicates", ""] if claims else []
-    for of, minus, said in claims:
-        parts += [f"{of} against {minus}:", "", *(f"* {text}" for text in said), ""] if said else []
-    parts += published.lines(cells)
-    parts += ["How trainings were judged:", "", *(f"* {text}" for text in verdicts(cells)), ""]
-    return "\n".join(parts)
+def paired_interval(arm: ArmResults, baseline: ArmResults, metric: str) -> Interval | None:
+    """Return the difference of a metric between two arms, paired by seed; None without a common seed."""
+    difference = arm.group.difference(baseline.group, metric)
+    return None if difference is None else difference.interval
 
 
-def _pairs(cells: Sequence[Cell], of: str, minus: str) -> dict[tuple[str, str], tuple[Cell, Cell]]:
-    by = {(cell.data, cell.model, cell.arm): cell for cell in cells}
-    found: dict[tuple[str, str], tuple[Cell, Cell]] = {}
-    for data, model, _ in by:
-        one, other = by.get((data, model, of)), by.get((data, model, minus))
-        if one is not None and other is not None:
-            found[data, model] = one, other
-    return found
+def to_markdown(results: Sequence[ArmResults]) -> str:
+    """Return means and paired differences of every data set, and the findings, as Markdown."""
+    compared = find_compared_arms(results)
+    lines: list[str] = []
+    for graph in dict.fromkeys(arm.graph for arm in results):
+        of_graph = [arm for arm in results if arm.graph == graph]
+        lines += [f"### {graph}", "", *_table_of_means(of_graph), *_table_of_differences(of_graph, compared), ""]
+    # The paper makes claims about random fractions alone.
+    claims = [(arm, baseline, describe_claims(results, arm, baseline)) for arm, baseline in compared]
+    claims = [claim for claim in claims if claim[0].startswith("random")]
+    lines += ["### Claims of the paper", ""] if claims else []
+    for arm, baseline, sentences in claims:
+        lines += [f"{arm} compared with {baseline}:", "", *_bullets(sentences), ""] if sentences else []
+    lines += published_table(results)
+    lines += ["Verdicts of the audits:", "", *_bullets(describe_verdicts(results)), ""]
+    return "\n".join(lines)
 
 
-def _spread(cell: Cell, metric: str) -> str:
-    if metric not in cell.group.values:
+def _table_of_means(results: Sequence[ArmResults]) -> list[str]:
+    lines = [_row(["model", "arm", "seeds", *METRICS, "verdicts"]), _row(["---"] * (len(METRICS) + 4))]
+    for arm in results:
+        num_seeds = len(next(iter(arm.group.values.values())))
+        means = [_format_mean(arm, metric) for metric in METRICS]
+        lines.append(_row([arm.model, arm.arm, str(num_seeds), *means, _list_counts(arm.verdict_counts())]))
+    return lines
+
+
+def _table_of_differences(results: Sequence[ArmResults], compared: Sequence[tuple[str, str]]) -> list[str]:
+    rows = [
+        _row(
+            [
+                arm.model,
+                f"{arm.arm} − {baseline.arm}",
+                *(_format_difference(paired_interval(arm, baseline, metric)) for metric in DIFFERENCE_METRICS),
+            ]
+        )
+        for pair in compared
+        for arm, baseline in _find_pairs(results, *pair)
+    ]
+    header = [_row(["model", "difference", *DIFFERENCE_METRICS]), _row(["---"] * (len(DIFFERENCE_METRICS) + 2))]
+    return ["", *header, *rows] if rows else []
+
+
+def _find_pairs(results: Sequence[ArmResults], arm: str, baseline: str) -> list[tuple[ArmResults, ArmResults]]:
+    """Return the results of an arm and of its baseline for each data set and model that has both."""
+    by_name = {(one.graph, one.model, one.arm): one for one in results}
+    pairs: list[tuple[ArmResults, ArmResults]] = []
+    for graph, model in dict.fromkeys((graph, model) for graph, model, _ in by_name):
+        of_arm, of_baseline = by_name.get((graph, model, arm)), by_name.get((graph, model, baseline))
+        if of_arm is not None and of_baseline is not None:
+            pairs.append((of_arm, of_baseline))
+    return pairs
+
+
+def _format_mean(arm: ArmResults, metric: str) -> str:
+    if metric not in arm.group.values:
         return ""
-    found = cell.group.interval(metric)
-    half = "" if not found.has_bounds else f" ± {(found.high - found.low) / 2:.3f}"
-    return f"{found.mean:.3f}{half}"
+    interval = arm.group.interval(metric)
+    half_width = f" ± {(interval.high - interval.low) / 2:.3f}" if interval.has_bounds else ""
+    return f"{interval.mean:.3f}{half_width}"
 
 
-def _gap(gap: Interval | None) -> str:
-    if gap is None:
+def _format_difference(interval: Interval | None) -> str:
+    if interval is None:
         return ""
-    return f"{gap.mean:+.3f}" + ("" if not gap.has_bounds else f" [{gap.low:+.3f}, {gap.high:+.3f}]")
+    bounds = f" [{interval.low:+.3f}, {interval.high:+.3f}]" if interval.has_bounds else ""
+    return f"{interval.mean:+.3f}{bounds}"
 
 
 def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _count(found: Sequence[tuple[str, str]], total: int) -> str:
-    """Say how many of all, and which models on which data sets unless it is all or none."""
-    if len(found) in (0, total):
-        return f"all {total}" if found else f"none of {total}"
+def _bullets(sentences: Sequence[str]) -> list[str]:
+    return [f"* {sentence}" for sentence in sentences]
+
+
+def _list_counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+
+
+def _count(results: Sequence[ArmResults], total: int) -> str:
+    """Return how many of all results these are and, unless they are all or none, of which models and data sets."""
+    if len(results) in (0, total):
+        return f"all {total}" if results else f"none of {total}"
     models: dict[str, list[str]] = {}
-    for data, model in found:
-        models.setdefault(data, []).append(model)
-    named = "; ".join(f"{data}: {', '.join(own)}" for data, own in models.items())
-    return f"{len(found)} of {total} ({named})"
+    for arm in results:
+        models.setdefault(arm.graph, []).append(arm.model)
+    named = "; ".join(f"{graph}: {', '.join(of_graph)}" for graph, of_graph in models.items())
+    return f"{len(results)} of {total} ({named})"

@@ -1,14 +1,13 @@
-"""Hits@100 as the models' authors print it, and how a study of ours compares."""
+"""Hits@100 as the authors of the models published it, and the comparison with a study."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from suffice.link.study.reproduction import Cell
+from suffice.link.study.results import ArmResults
 
-# Mean and standard deviation over ten splits, in percent: 2209.15486, table 2 (GCN, GraphSAGE, Neo-GNN, ELPH, BUDDY),
-# and 2302.00890, table 2 (NCN, NCNC).
 HITS_AT_100: dict[tuple[str, str], tuple[float, float]] = {
     ("Cora", "gcn"): (66.79, 1.65),
     ("Cora", "sage"): (55.02, 4.03),
@@ -25,36 +24,67 @@ HITS_AT_100: dict[tuple[str, str], tuple[float, float]] = {
     ("CiteSeer", "ncn"): (91.56, 1.43),
     ("CiteSeer", "ncnc"): (93.47, 0.95),
 }
-OWN = "fixed own/"  # begins the key of an arm that trains with a model's own norms
+"""Mean and standard deviation over ten splits, in percent, by data set and model.
+
+Sources: arXiv 2209.15486, Table 2 (GCN, GraphSAGE, Neo-GNN, ELPH, BUDDY) and arXiv 2302.00890, Table 2 (NCN, NCNC).
+"""
+
+_PUBLISHED_ARM = "fixed own/"  # prefix of the arm that trains as the authors do, with the model's own norms
 
 
-def compared(cells: Sequence[Cell]) -> list[tuple[str, str, float, float, float, float]]:
-    """Return data set, model, our mean and standard deviation of Hits@100, and the published ones, all in percent.
+@dataclass(frozen=True)
+class PublishedComparison:
+    """Hits@100 of a study and as published, in percent.
 
-    Only of models trained as their authors do, with the norms of their own settings.
+    Args:
+        graph: Name of the data set.
+        model: Name of the model.
+        mean: Mean of the study.
+        deviation: Standard deviation over the splits of the study; 0 for a single split.
+        published_mean: Published mean.
+        published_deviation: Published standard deviation.
+
     """
-    rows: list[tuple[str, str, float, float, float, float]] = []
-    for cell in cells:
-        known = HITS_AT_100.get((cell.data, cell.model))
-        values = list(cell.group.values.get("hits@100", {}).values())
-        if known is None or not cell.arm.startswith(OWN) or not values:
-            continue
-        spread = stdev(values) if len(values) > 1 else 0.0
-        rows.append((cell.data, cell.model, 100 * fmean(values), 100 * spread, *known))
-    return rows
+
+    graph: str
+    model: str
+    mean: float
+    deviation: float
+    published_mean: float
+    published_deviation: float
+
+    @property
+    def gap(self) -> float:
+        """Mean of the study minus the published mean."""
+        return self.mean - self.published_mean
 
 
-def lines(cells: Sequence[Cell]) -> list[str]:
-    """Return the comparison as a table in Markdown; nothing if there is nothing to compare."""
-    rows = compared(cells)
-    if not rows:
+def compare_to_published(results: Sequence[ArmResults]) -> list[PublishedComparison]:
+    """Compare Hits@100 with the published numbers, for models that were trained with their own norms."""
+    comparisons: list[PublishedComparison] = []
+    for arm in results:
+        published = HITS_AT_100.get((arm.graph, arm.model))
+        values = list(arm.group.values.get("hits@100", {}).values())
+        if published is not None and values and arm.arm.startswith(_PUBLISHED_ARM):
+            deviation = stdev(values) if len(values) > 1 else 0.0
+            comparisons.append(
+                PublishedComparison(arm.graph, arm.model, 100 * fmean(values), 100 * deviation, *published)
+            )
+    return comparisons
+
+
+def published_table(results: Sequence[ArmResults]) -> list[str]:
+    """Return the comparison as lines of Markdown; empty if there is nothing to compare."""
+    comparisons = compare_to_published(results)
+    if not comparisons:
         return []
-    found = ["### Hits@100 as published", "", "| data | model | here | published | gap | in standard deviations |"]
-    found.append("| --- | --- | --- | --- | --- | --- |")
-    for data, model, mean, spread, known, deviation in rows:
-        gap = mean - known
-        here, there = f"{mean:.1f} ± {spread:.1f}", f"{known:.1f} ± {deviation:.1f}"
-        found.append(f"| {data} | {model} | {here} | {there} | {gap:+.1f} | {gap / deviation:+.1f} |")
-    within = sum(abs(mean - known) <= 2 * deviation for *_, mean, _, known, deviation in rows)
-    found += ["", f"Within two published standard deviations: {within} of {len(rows)}.", ""]
-    return found
+    lines = ["### Hits@100 as published", ""]
+    lines += ["| data | model | here | published | gap | gap in standard deviations |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for found in comparisons:
+        here = f"{found.mean:.1f} ± {found.deviation:.1f}"
+        published = f"{found.published_mean:.1f} ± {found.published_deviation:.1f}"
+        gaps = f"{found.gap:+.1f} | {found.gap / found.published_deviation:+.1f}"
+        lines.append(f"| {found.graph} | {found.model} | {here} | {published} | {gaps} |")
+    num_close = sum(abs(found.gap) <= 2 * found.published_deviation for found in comparisons)
+    return [*lines, "", f"{num_close} of {len(comparisons)} are within two published standard deviations.", ""]

@@ -1,8 +1,7 @@
-"""Pages of audits, studies and alignments."""
+"""Pages and report sections of audits and studies."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,36 +9,17 @@ from pathlib import Path
 from torch import Tensor
 
 from suffice.link.auditing.audit import AuditReport
-from suffice.link.study.correct import stored_maps, whole_study
-from suffice.link.study.figures import audit_response, embedding_map, response
-from suffice.link.study.results import Study
+from suffice.link.study.correct import load_stored_representations
+from suffice.link.study.figures import plot_audit, plot_embeddings, plot_response_curves
+from suffice.link.study.results import StudyResults, arm_key, collect_study
+from suffice.link.study.run_settings import REFERENCES
 from suffice.report import Figure, Page, Table, Text
 from suffice.study.results import Interval
 from suffice.study.store import Record
 
+_MAX_STUDIES = 4  # combinations of settings that a report shows
 
-def audit_page(report: AuditReport, command: str) -> Page:
-    """Return the page of an audit: verdict, statistics, response curve, norm layers."""
-    page = Page(title="Audit of a link predictor", summary=str(report.verdict), command=command)
-    for name, part in report.parts.items():
-        rows = [[key, str(value)] for key, value in part.statistics.items()]
-        page.add(f"On {name} edges", Table(["statistic", "mean and 95 % interval"], rows))
-    page.add(
-        "Response to the batch",
-        Figure(
-            audit_response(report),
-            caption="Accuracy of batches by their fraction of positives; an honest model's line is smooth.",
-            alt="Accuracy against the fraction of positives in the batch, for each set of edges.",
-        ),
-    )
-    layers = [[layer.name, layer.kind, layer.input_rows, layer.mixes_rows, layer.frozen] for layer in report.layers]
-    if layers:
-        page.add("Normalisation layers", Table(["layer", "kind", "input rows", "mixes rows", "frozen"], layers))
-    return page
-
-
-_MOST_STUDIES = 4
-SHOWN = (
+_TABLE_METRICS = (
     "hits@100",
     "auc",
     "a_pure:heldout",
@@ -53,117 +33,190 @@ SHOWN = (
     "edge_trace_ratio",
     "node_nmi",
 )
+_DIFFERENCE_METRICS = (
+    "hits@100",
+    "auc",
+    "a_pure:heldout",
+    "kappa:heldout",
+    "edge_nmi",
+    "edge_trace_ratio",
+    "node_nmi",
+)
+
+Representations = Mapping[str, tuple[Tensor, Tensor]]
+"""Embeddings [items, channels] and classes [items] by arm."""
 
 
-def study_page(study: Study, command: str, maps: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> Page:
-    """Return the page of a study: every arm's metrics, paired differences, response curves, embeddings."""
-    page = Page(title=f"Composition bias on {study.graph}", summary=conclusion(study), command=command)
-    add_study(page, study, maps)
+def audit_page(report: AuditReport, command: str) -> Page:
+    """Return the page of an audit: verdict, statistics, response curve and norm layers.
+
+    Args:
+        report: Result of the audit.
+        command: Command that makes the page.
+
+    """
+    page = Page(title="Audit of a link predictor", summary=str(report.verdict), command=command)
+    for name, part in report.parts.items():
+        rows = [[statistic, str(value)] for statistic, value in part.statistics.items()]
+        page.add(f"Statistics on {name} edges", Table(["statistic", "mean and 95 % interval"], rows))
+    page.add(
+        "Response to the composition of the batch",
+        Figure(
+            plot_audit(report),
+            caption="Accuracy against the fraction of positives in the batch. Without composition bias, the line is "
+            "straight: it joins the accuracy on negatives and the accuracy on positives.",
+            alt="Accuracy against the fraction of positives in the batch, one line for each set of edges.",
+        ),
+    )
+    layers = [[layer.name, layer.kind, layer.input_rows, layer.mixes_rows, layer.frozen] for layer in report.layers]
+    if layers:
+        page.add("Normalization layers", Table(["layer", "class", "input rows", "mixes rows", "frozen"], layers))
     return page
 
 
-def add_study(page: Page, study: Study, maps: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> None:
-    """Add the sections of a study to a page."""
-    seeds = len(study.settings["seeds"])
-    page.add(f"{study.graph}: arms", Table(*arm_table(study), caption=f"Mean and 95 % t interval over {seeds} seeds."))
-    columns, differences = difference_table(study)
+def results_page(results: StudyResults, command: str, representations: Representations | None = None) -> Page:
+    """Return the page of a study: metrics of every arm, paired differences, response curves and embeddings.
+
+    Args:
+        results: Results of the study.
+        command: Command that makes the page.
+        representations: Edge representations to plot by arm, if any.
+
+    """
+    page = Page(title=f"Composition bias on {results.graph}", summary=summarize_arms(results), command=command)
+    add_results(page, results, representations)
+    return page
+
+
+def add_results(page: Page, results: StudyResults, representations: Representations | None = None) -> None:
+    """Add the sections of a study to a page.
+
+    Args:
+        page: Page to add to.
+        results: Results of the study.
+        representations: Edge representations to plot by arm, if any.
+
+    """
+    graph, num_seeds = results.graph, len(results.settings["seeds"])
+    interval_caption = f"Mean and 95 % t interval over {num_seeds} seeds."
+    page.add(f"{graph}: arms", Table(*table_of_arms(results), caption=interval_caption))
+    columns, differences = table_of_differences(results)
     if differences:
-        page.add(
-            f"{study.graph}: paired differences",
-            Table(columns, differences, "Seed by seed, 95 % t interval. The last ones: what BatchNorm adds."),
+        caption = (
+            "Paired by seed, with 95 % t interval. A difference of differences is the gain of an arm under BatchNorm "
+            "minus its gain under LayerNorm, which cannot see the batch."
         )
+        page.add(f"{graph}: paired differences", Table(columns, differences, caption))
+    curves = {arm: arm_results.response_curve() for arm, arm_results in results.arms.items()}
+    numbers = [[arm, f"{x:.2f}", str(accuracy)] for arm, curve in curves.items() for x, accuracy in curve]
     page.add(
-        f"{study.graph}: response to the batch",
+        f"{graph}: response to the composition of the batch",
         Figure(
-            response(study.curves()),
-            caption="Accuracy on held-out edges by the fraction of positives in the batch, mean over seeds.",
+            plot_response_curves(curves),
+            caption="Accuracy on held-out edges against the fraction of positives in the batch, mean over seeds.",
             alt="Accuracy against the fraction of positives in the batch, one line for each arm.",
-            numbers=Table(
-                ["arm", "fraction of positives", "accuracy"],
-                [[key, f"{x:.2f}", str(y)] for key, curve in study.curves().items() for x, y in curve],
-                "Mean and 95 % t interval over seeds.",
-            ),
+            numbers=Table(["arm", "fraction of positives", "accuracy"], numbers, interval_caption),
         ),
     )
-    if maps:
+    if representations:
         page.add(
-            f"{study.graph}: embeddings",
+            f"{graph}: embeddings",
             Figure(
-                embedding_map(maps),
-                caption="t-SNE of incident-edge means of the decoder's hidden layer, coloured by class.",
-                alt="Maps of node embeddings, side by side for each training.",
+                plot_embeddings(representations),
+                caption="t-SNE of the mean embedding of the edges at each node (last hidden layer of the decoder), "
+                "colored by class.",
+                alt="Maps of node embeddings, one panel for each arm.",
             ),
         )
 
 
 def add_records(page: Page, records: Sequence[Record], folder: Path) -> None:
-    """Add finished runs of the kind `link.correct`: audits, response curves, embeddings of two arms.
+    """Add finished runs of the kind `link.correct` to a report.
 
     Args:
-        page: of the report.
-        records: finished runs; each combination of settings beside the arm is a study of its own.
-        folder: of the store, with the checkpoints.
+        page: Page of the report.
+        records: Finished runs. Each combination of settings other than the arm is a study of its own.
+        folder: Folder of the store, with the checkpoints.
 
     """
-    for number, (title, own) in enumerate(_by_settings(records).items()):
-        if number == _MOST_STUDIES:
-            page.add("More", Text(f"The first {_MOST_STUDIES} combinations of settings are drawn; the table has all."))
+    for number, (title, study_records) in enumerate(_group_by_settings(records).items()):
+        if number == _MAX_STUDIES:
+            text = f"Only the first {_MAX_STUDIES} combinations of settings are plotted; the table lists all of them."
+            page.add("More combinations", Text(text))
             break
-        study = whole_study(own)
-        if study is None:
-            page.add(title or "Arms", Text("Runs are still missing: there is no seed that every arm has."))
+        results = _collect_complete_seeds(study_records)
+        if results is None:
+            page.add(title or "Arms", Text("No seed is finished in every arm yet."))
             continue
-        maps = stored_maps(own, folder) if number == 0 else {}
-        add_study(page, replace(study, graph=f"{study.graph}{title}"), maps)
+        representations = load_stored_representations(study_records, folder) if number == 0 else {}
+        add_results(page, replace(results, graph=f"{results.graph}{title}"), representations)
 
 
-def arm_table(study: Study) -> tuple[list[str], list[list[str]]]:
+def table_of_arms(results: StudyResults) -> tuple[list[str], list[list[str]]]:
     """Return columns and rows of the table of arms, references and verdicts."""
-    kept = [name for name in SHOWN if any(name in runs[0]["values"] for runs in study.runs.values())]
+    metrics = [name for name in _TABLE_METRICS if any(name in arm.group.values for arm in results.arms.values())]
+    groups = {key: arm.group for key, arm in results.arms.items()} | results.references
+    verdicts = {
+        key: ", ".join(f"{count} {level}" for level, count in arm.verdict_counts().items())
+        for key, arm in results.arms.items()
+    }
     rows = [
         [
             key,
-            *(str(study.mean(key, name)) if name in runs[0]["values"] else "" for name in kept),
-            ", ".join(f"{n} {level}" for level, n in Counter(run["verdict"] for run in runs).items()),
+            *(str(group.interval(metric)) if metric in group.values else "" for metric in metrics),
+            verdicts.get(key, ""),
         ]
-        for key, runs in study.runs.items()
+        for key, group in groups.items()
     ]
-    for of in study.references:
-        cells = {row["metric"]: row for row in study.reference_rows() if row["of"] == of}
-        rows.append([of, *(_cell(cells[name]) if name in cells else "" for name in kept), ""])
-    return ["arm", *kept, "verdicts"], rows
+    return ["arm", *metrics, "verdicts"], rows
 
 
-def difference_table(study: Study) -> tuple[list[str], list[list[str]]]:
+def table_of_differences(results: StudyResults) -> tuple[list[str], list[list[str]]]:
     """Return columns and rows of the table of paired differences."""
-    shown = ("hits@100", "auc", "a_pure:heldout", "kappa:heldout", "edge_nmi", "edge_trace_ratio", "node_nmi")
-    rows = [
-        [f"{row['of']} − {row['minus']}", name, _cell(row)]
-        for row in study.differences()
-        if (name := f"{row['metric']}:{row['split']}" if "split" in row else row["metric"]) in shown
-    ]
+    rows: list[list[str]] = []
+    for row in results.differences():
+        metric = f"{row['metric']}:{row['edge_set']}" if "edge_set" in row else row["metric"]
+        if metric in _DIFFERENCE_METRICS:
+            rows.append([f"{row['of']} − {row['minus']}", metric, str(Interval(row["mean"], row["low"], row["high"]))])
     return ["arms", "metric", "difference"], rows
 
 
-def _by_settings(records: Sequence[Record]) -> dict[str, list[Record]]:
-    every_name = dict.fromkeys(name for record in records for name in record.flat_settings)
-    names = [n for n in every_name if n != "arm" and len({repr(r.flat_settings.get(n)) for r in records}) > 1]
-    found: dict[str, list[Record]] = {}
-    for record in records:
-        varying = "".join(f", {name} {record.flat_settings.get(name)}" for name in names)
-        found.setdefault(varying, []).append(record)
-    return found
-
-
-def conclusion(study: Study) -> str:
-    """Say in words made from the numbers what the study found."""
-    said = [
-        f"{key}: {', '.join(sorted({run['verdict'] for run in runs}))} "
-        f"(A_pure {study.mean(key, 'a_pure:heldout').mean:.2f}, κ {study.mean(key, 'kappa:heldout').mean:.2f})"
-        for key, runs in study.runs.items()
+def summarize_arms(results: StudyResults) -> str:
+    """Return a sentence with verdict, A_pure and κ of every arm."""
+    parts = [
+        f"{key}: {', '.join(sorted(set(arm.verdicts.values())))} "
+        f"(A_pure {results.mean(key, 'a_pure:heldout').mean:.2f}, κ {results.mean(key, 'kappa:heldout').mean:.2f})"
+        for key, arm in results.arms.items()
     ]
-    return "; ".join(said) + "."
+    return "; ".join(parts) + "."
 
 
-def _cell(row: Mapping[str, float]) -> str:
-    return str(Interval(row["mean"], row["low"], row["high"]))
+def _group_by_settings(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Group runs by all settings other than the arm, with the settings that vary as title of each group."""
+    all_names = dict.fromkeys(name for record in records for name in record.flat_settings)
+    names = [
+        name
+        for name in all_names
+        if name != "arm" and len({repr(record.flat_settings.get(name)) for record in records}) > 1
+    ]
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        title = "".join(f", {name} {record.flat_settings.get(name)}" for name in names)
+        groups.setdefault(title, []).append(record)
+    return groups
+
+
+def _collect_complete_seeds(records: Sequence[Record]) -> StudyResults | None:
+    """Return the results of the seeds that every arm has, or None if there is no such seed."""
+    seeds_of_arms: dict[str, set[int]] = {}
+    for record in records:
+        if record.settings["arm"] not in REFERENCES:
+            seeds_of_arms.setdefault(arm_key(record), set()).add(record.seed)
+    seeds = sorted(set[int].intersection(*seeds_of_arms.values())) if seeds_of_arms else []
+    if not seeds:
+        return None
+    raw_features = REFERENCES[0]  # measured for one seed only
+    kept = [record for record in records if record.seed in seeds or record.settings["arm"] == raw_features]
+    kept.sort(key=lambda record: record.seed)
+    graph = next(record.result["graph"]["name"] for record in kept if record.settings["arm"] not in REFERENCES)
+    return collect_study(graph, {"seeds": seeds}, kept)

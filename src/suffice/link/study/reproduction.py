@@ -1,9 +1,9 @@
-"""The paper's study (arXiv 2604.25978): models × data sets × ways of training, on the store of `suffice.study`."""
+"""The study of arXiv 2604.25978: models, data sets and ways of training in all combinations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,62 +12,22 @@ from suffice.link.data.files import save_graph
 from suffice.link.data.graph import SplitConfig, prepare_graph
 from suffice.link.models import EncoderDecoderSettings, ModelSettings, get_model_settings, preset
 from suffice.link.study.arms import Arm, parse_arm
-from suffice.link.study.run_kinds import CORRECT, describe_arm, read_arm, settings_of
+from suffice.link.study.results import ArmResults, collect_arms
+from suffice.link.study.run_kinds import CORRECT
+from suffice.link.study.run_settings import DataSource, RunSettings
 from suffice.link.train.config import TrainConfig
-from suffice.study.nested_settings import nest
 from suffice.study.progress import ProgressCallback
-from suffice.study.results import Group, group_records
 from suffice.study.runner import run_study
 from suffice.study.spec import PlannedRun
 from suffice.study.store import Store
 
 MODELS = ("gcn", "sage", "neognn", "elph", "buddy", "ncn", "ncnc")
+"""Models of the study; `gcn` and `sage` are encoders of the model `encoder-decoder`."""
+
 ARMS = tuple(parse_arm(f"{name}/batch") for name in ("fixed", "random", "random+balanced", "separate"))
-STUDY = "reproduction"
+"""Arms of the study."""
 
-
-@dataclass(frozen=True)
-class Cell:
-    """One data set, model and way of training, over seeds.
-
-    Args:
-        data: name of the data set.
-        model: name of the model.
-        arm: key of the way of training.
-        group: its values.
-        verdicts: how often each was given.
-
-    """
-
-    data: str
-    model: str
-    arm: str
-    group: Group
-    verdicts: dict[str, int]
-
-
-def settings_for(name: str, *, hidden: int = 64, published: str = "") -> tuple[ModelSettings, dict[str, Any]]:
-    """Return a model of the study, with what of the training comes with it.
-
-    Args:
-        name: one of `MODELS`.
-        hidden: channels.
-        published: name of a data set for which to take the authors' settings instead, all but their epochs; of GCN and
-            GraphSAGE, which have none, only that they have no norms.
-
-    Raises:
-        ValueError: there is no such model.
-
-    """
-    if name not in MODELS:
-        raise ValueError(f"models hold {name!r}; accepted: {', '.join(MODELS)}")
-    if name in ("gcn", "sage"):
-        norm = "none" if published else "batch"
-        return EncoderDecoderSettings(encoder=name, hidden=hidden, encoder_norm=norm, decoder_norm=norm), {}
-    if not published:
-        return get_model_settings(name)(hidden=hidden), {}
-    made, training = preset(name, published)
-    return made, {key: value for key, value in asdict(training).items() if key != "epochs"}
+STUDY_NAME = "reproduction"
 
 
 def reproduce(
@@ -78,106 +38,128 @@ def reproduce(
     arms: Sequence[Arm] = ARMS,
     seeds: int = 5,
     train: TrainConfig | None = None,
-    protocol: SplitConfig | None = None,
+    split: SplitConfig | None = None,
     hidden: int = 64,
     published: bool = False,
     root: str | Path = "data",
     device: str = "cpu",
     workers: int = 0,
-    watch: ProgressCallback | None = None,
+    on_progress: ProgressCallback | None = None,
     command: str = "",
-) -> list[Cell]:
-    """Train, audit and measure every model on every data set in every way, and return what is finished.
+) -> list[ArmResults]:
+    """Train, audit and measure every model on every data set in every arm.
 
-    A second call goes on where the first stopped; runs that failed are tried again.
+    A second call with the same folder resumes the study and tries failed runs again.
 
     Args:
-        data: names of data sets.
-        folder: of the store.
-        models: of `MODELS`.
-        arms: ways of training, norms included.
-        seeds: repetitions, each with its own split.
-        train: everything else of the training.
-        protocol: the split.
-        hidden: channels of every model.
-        published: take each model's published settings, as far as there are any; norms stay the arms'.
-        root: folder of downloaded data sets.
-        device: where to train.
-        workers: processes to train in; 0 for this one.
-        watch: shows progress.
-        command: what to type for this study.
+        data: Names of data sets.
+        folder: Folder to keep runs in.
+        models: Names from `MODELS`.
+        arms: Ways of training, including the norms.
+        seeds: Number of repetitions, each with its own split.
+        train: All other settings of the training.
+        split: Settings of the split.
+        hidden: Number of channels of every model.
+        published: Whether to use the published settings of each model where there are any, except for the number of
+            epochs. Norms are those of the arm.
+        root: Folder of downloaded data sets.
+        device: Torch device.
+        workers: Number of processes to train in; 0 for the current one.
+        on_progress: Shows progress.
+        command: Command that runs this study, for its reports.
+
+    Returns:
+        Results of all finished runs, one item for each data set, model and arm.
 
     Raises:
-        ValueError: a name is unknown, or nothing is asked for.
+        ValueError: A name is unknown, or an argument is empty.
 
     """
-    if not data or not models or not arms or seeds < 1:
-        raise ValueError(f"data, models, arms, seeds are {data}, {models}, {arms}, {seeds}; accepted: one or more")
-    train, protocol = train or TrainConfig(), protocol or SplitConfig()
+    for name, values in (("data", data), ("models", models), ("arms", arms)):
+        if not values:
+            raise ValueError(f"{name} must contain at least one name, got {values!r}")
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    train, split = train or TrainConfig(), split or SplitConfig()
     plan: list[PlannedRun] = []
     for name in data:
-        file = save_graph(prepare_graph(load_graph(name, root), protocol), folder)
+        file = save_graph(prepare_graph(load_graph(name, root), split), folder)
         for seed in range(seeds):
-            for model in models:
-                made, own = settings_for(model, hidden=hidden, published=name if published else "")
-                chosen = TrainConfig(**{**_fields(train), **own})
-                shared = {**settings_of(made, chosen, protocol), "data": file, "device": device}
+            for model_name in models:
+                model, training = model_and_training(model_name, hidden=hidden, published=name if published else "")
+                config = replace(train, **training)
                 for arm in arms:
-                    described = describe_arm(arm.resolved(made))
-                    plan.append(PlannedRun(CORRECT.complete({**shared, "arm": described}), seed, (file,)))
-    about = {"command": command} if command else {}
-    run_study(folder, CORRECT, plan, name=STUDY, about=about, workers=workers, retry_failed=True, on_progress=watch)
-    return finished(folder)
+                    settings = RunSettings(arm.resolve_norms(model), DataSource(file), model, config, split, device)
+                    plan.append(PlannedRun(CORRECT.complete(settings.to_dict()), seed, (file,)))
+    run_study(
+        folder,
+        CORRECT,
+        plan,
+        name=STUDY_NAME,
+        about={"command": command} if command else {},
+        workers=workers,
+        retry_failed=True,
+        on_progress=on_progress,
+    )
+    return load_results(folder)
 
 
-def finished(folder: str | Path) -> list[Cell]:
-    """Return what a folder holds of the study so far, while it runs too.
+def load_results(folder: str | Path) -> list[ArmResults]:
+    """Return the results of the finished runs of `reproduce` in a folder, also while it is running.
 
     Raises:
-        StoreError: the folder holds no store.
+        StoreError: The folder contains no study.
 
     """
     with Store(folder, read_only=True) as store:
-        records = list(store.records(STUDY, "done"))
-    verdicts: dict[tuple[str, str, str], dict[str, int]] = {}
-    for record in records:
-        found = verdicts.setdefault(_names(record.settings), {})
-        found[record.result["verdict"]] = found.get(record.result["verdict"], 0) + 1
-    return [
-        Cell(*names, one, verdicts[names]) for one in group_records(records) for names in [_names(nest(one.settings))]
-    ]
+        return collect_arms(store.records(STUDY_NAME, "done"))
 
 
-def to_dict(cells: Sequence[Cell]) -> dict[str, Any]:
-    """Return cells as JSON holds them: means, intervals, values by seed, verdicts, settings by model."""
+def model_and_training(name: str, *, hidden: int = 64, published: str = "") -> tuple[ModelSettings, dict[str, Any]]:
+    """Return the settings of a model, and the settings of the training that belong to it.
+
+    Args:
+        name: One of `MODELS`.
+        hidden: Number of channels.
+        published: Name of a data set whose published settings to use instead, except for the number of epochs. The
+            authors of GCN and GraphSAGE published none; these models then have no norms.
+
+    Raises:
+        ValueError: The model is unknown.
+
+    """
+    if name not in MODELS:
+        raise ValueError(f"models must be among {', '.join(MODELS)}, got {name!r}")
+    if name in ("gcn", "sage"):
+        norm = "none" if published else "batch"
+        return EncoderDecoderSettings(encoder=name, hidden=hidden, encoder_norm=norm, decoder_norm=norm), {}
+    if not published:
+        return get_model_settings(name)(hidden=hidden), {}
+    model, training = preset(name, published)
+    return model, {key: value for key, value in asdict(training).items() if value is not None and key != "epochs"}
+
+
+def results_to_dict(results: Sequence[ArmResults]) -> dict[str, Any]:
+    """Return results as a JSON-serializable dictionary: means, intervals, values by seed, verdicts and settings."""
     rows = [
         {
-            **_named(cell),
+            **_names(arm),
             "metric": metric,
-            **asdict(cell.group.interval(metric)),
+            **asdict(arm.group.interval(metric)),
             "values": {str(seed): value for seed, value in values.items()},
         }
-        for cell in cells
-        for metric, values in cell.group.values.items()
+        for arm in results
+        for metric, values in arm.group.values.items()
     ]
-    settings = {cell.model: {k: v for k, v in nest(cell.group.settings).items() if k not in _OWN} for cell in cells}
-    return {"rows": rows, "verdicts": [{**_named(c), "verdicts": c.verdicts} for c in cells], "settings": settings}
+    verdicts = [{**_names(arm), "verdicts": arm.verdict_counts()} for arm in results]
+    return {"rows": rows, "verdicts": verdicts, "settings": {arm.model: _shared_settings(arm) for arm in results}}
 
 
-_OWN = ("arm", "data", "digest", "features", "labels", "root", "device")
+def _names(arm: ArmResults) -> dict[str, str]:
+    return {"data": arm.graph, "model": arm.model, "arm": arm.arm}
 
 
-def _named(cell: Cell) -> dict[str, str]:
-    return {"data": cell.data, "model": cell.model, "arm": cell.arm}
-
-
-def _fields(train: TrainConfig) -> dict[str, Any]:
-    return {name: getattr(train, name) for name in train.__dataclass_fields__}
-
-
-def _names(settings: Mapping[str, Any]) -> tuple[str, str, str]:
-    arm = settings["arm"]
-    model = settings["model"]
-    name = model["encoder"] if model["name"] == "encoder-decoder" else model["name"]
-    data = Path(settings["data"]).stem.rpartition("-")[0] or settings["data"]
-    return data, name, read_arm(arm).key
+def _shared_settings(arm: ArmResults) -> dict[str, Any]:
+    """Return the settings of model, training and split, by dotted name."""
+    groups = ("model.", "train.", "split.")
+    return {name: value for name, value in arm.group.settings.items() if name.startswith(groups)}

@@ -1,138 +1,230 @@
-"""What a study measured: every arm and seed, means with intervals, and paired differences."""
+"""Results of studies: every arm over seeds, and how the arms differ."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from suffice.link.study.arms import PAIRS
-from suffice.study.results import Interval, mean_interval, paired_difference
+from suffice import SufficeError
+from suffice.link.models import ModelSettings
+from suffice.link.study.arms import PAIRS, Arm
+from suffice.link.study.run_settings import REFERENCES
+from suffice.study.results import Group, Interval, group_records, mean_interval, paired_difference
+from suffice.study.store import Record
 
-Run = dict[str, Any]
+# Arms whose gain under BatchNorm is compared with their gain under LayerNorm.
+_ATTRIBUTED_ARMS = ("random", "random+balanced")
 
 
 @dataclass(frozen=True)
-class Study:
-    """The runs of a study and how they were made.
+class ArmResults:
+    """Results of one model on one graph, trained in one way, over seeds.
 
     Args:
-        graph: name of the data set.
-        settings: model, training, protocol, seeds, versions.
-        runs: by arm (`fixed/batch`), in the order of the seeds; each holds `values` by metric (`auc`,
-            `kappa:heldout`), `verdict`, `why` and `curve`.
-        references: alignment of `raw features` and of an `untrained` model; empty without classes.
+        graph: Name of the graph.
+        model: Name of the model; that of its encoder for `encoder-decoder`.
+        arm: Key of the arm, such as `fixed/batch`.
+        group: Values by metric and seed, such as `group.values["kappa:heldout"][0]`.
+        norms: Norms of the model by option.
+        verdicts: Level of the verdict by seed.
+        curves: Response curve on held-out edges by seed: (fraction of positives, accuracy) of each point.
+
+    """
+
+    graph: str
+    model: str
+    arm: str
+    group: Group
+    norms: dict[str, str] = field(default_factory=dict[str, str])
+    verdicts: dict[int, str] = field(default_factory=dict[int, str])
+    curves: dict[int, list[tuple[float, float]]] = field(default_factory=dict[int, list[tuple[float, float]]])
+
+    def response_curve(self) -> list[tuple[float, Interval]]:
+        """Return the accuracy on held-out edges at each fraction of positives: mean and 95 % t interval over seeds."""
+        return [
+            (points[0][0], mean_interval([accuracy for _, accuracy in points]))
+            for points in zip(*self.curves.values(), strict=True)
+        ]
+
+    def verdict_counts(self) -> dict[str, int]:
+        """Return how many seeds got each verdict."""
+        levels = list(self.verdicts.values())
+        return {level: levels.count(level) for level in dict.fromkeys(levels)}
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """Results of a study on one graph.
+
+    Args:
+        graph: Name of the graph.
+        settings: Settings that all runs share, `seeds` among them.
+        arms: Results by key of the arm, such as `fixed/batch`.
+        references: Alignment of `raw features` and of an `untrained` model; empty if the graph has no classes.
 
     """
 
     graph: str
     settings: dict[str, Any]
-    runs: dict[str, list[Run]]
-    references: dict[str, list[Run]]
+    arms: dict[str, ArmResults]
+    references: dict[str, Group]
+
+    def mean(self, arm: str, metric: str) -> Interval:
+        """Return the mean of a metric over seeds and its 95 % t interval.
+
+        Args:
+            arm: Key of the arm.
+            metric: Name of the metric; metrics of an audit name the edge set too, as in `kappa:heldout`.
+
+        """
+        return self.arms[arm].group.interval(metric)
+
+    def difference(self, arm: str, baseline: str, metric: str) -> Interval:
+        """Return how an arm differs from another one, paired by seed: mean and 95 % t interval."""
+        return self._difference([arm], [baseline], metric)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return mean and 95 % t interval over seeds of every arm and metric."""
+        """Return a row for each arm and metric with the mean and its 95 % t interval."""
         return [
-            {**_norms(runs[0]), "arm": key.partition("/")[0], **_metric(metric), **_mean(runs, metric)}
-            for key, runs in self.runs.items()
-            for metric in runs[0]["values"]
+            {
+                **results.norms,
+                "arm": key.partition("/")[0],
+                **_split_metric(metric),
+                **asdict(results.group.interval(metric)),
+            }
+            for key, results in self.arms.items()
+            for metric in results.group.values
         ]
 
     def reference_rows(self) -> list[dict[str, Any]]:
-        """Return mean and 95 % t interval of the two references."""
+        """Return a row for each reference and metric with the mean and its 95 % t interval."""
         return [
-            {"of": name, "metric": metric, **_mean(runs, metric)}
-            for name, runs in self.references.items()
-            for metric in runs[0]["values"]
+            {"of": name, "metric": metric, **asdict(group.interval(metric))}
+            for name, group in self.references.items()
+            for metric in group.values
         ]
 
     def differences(self) -> list[dict[str, Any]]:
-        """Return paired differences between arms, seed by seed, with 95 % t intervals.
+        """Return a row for each pair of arms and metric with the paired difference and its 95 % t interval.
 
-        The last ones are differences of differences: what an arm gains under BatchNorm beyond what it gains
-        under LayerNorm, which can't see the batch.
+        The last rows are differences of differences: the gain of an arm under BatchNorm minus its gain under LayerNorm,
+        which cannot see the batch.
         """
-        sides = [([one], [other]) for one, other in PAIRS]
-        sides += [([f"{name}/batch", "fixed/layer"], ["fixed/batch", f"{name}/layer"]) for name in _ATTRIBUTED]
+        sides = [([arm], [baseline]) for arm, baseline in PAIRS]
+        sides += [([f"{name}/batch", "fixed/layer"], ["fixed/batch", f"{name}/layer"]) for name in _ATTRIBUTED_ARMS]
         return [
-            {
-                "of": of,
-                "minus": minus,
-                **_metric(metric),
-                **asdict(self._difference(plus, less, metric)),
-            }
-            for plus, less in sides
-            if {*plus, *less} <= self.runs.keys()
-            for of, minus in [_sides(plus, less)]
-            for metric in self.runs[plus[0]][0]["values"]
+            {**_side_names(added, subtracted), **_split_metric(metric), **asdict(difference)}
+            for added, subtracted in sides
+            if {*added, *subtracted} <= self.arms.keys()
+            for metric in self.arms[added[0]].group.values
+            for difference in [self._difference(added, subtracted, metric)]
         ]
 
-    def values(self, arm: str, metric: str) -> list[float]:
-        """Return a metric's value for each seed; `kappa:heldout` names metric and split."""
-        return [run["values"][metric] for run in self.runs[arm]]
-
-    def mean(self, arm: str, metric: str) -> Interval:
-        """Return a metric's mean and 95 % t interval over seeds."""
-        return mean_interval(self.values(arm, metric))
-
-    def difference(self, one: str, other: str, metric: str) -> Interval:
-        """Return the paired difference of two arms."""
-        return self._difference([one], [other], metric)
-
-    def _difference(self, plus: Sequence[str], less: Sequence[str], metric: str) -> Interval:
-        difference = paired_difference(self._sums(plus, metric), self._sums(less, metric))
-        assert difference is not None  # every arm has every seed
-        return difference.interval
-
-    def _sums(self, arms: Sequence[str], metric: str) -> dict[int, float]:
-        """Return the sum of a metric over arms, by seed."""
-        sums = map(sum, zip(*(self.values(arm, metric) for arm in arms), strict=True))
-        return dict(zip(self.settings["seeds"], sums, strict=True))
-
-    def curves(self) -> dict[str, list[tuple[float, Interval]]]:
-        """Return for each arm the accuracy on held-out edges by fraction of positives, over seeds."""
-        return {
-            key: [
-                (points[0][0], mean_interval([point[2] for point in points]))
-                for points in zip(*(run["curve"] for run in runs), strict=True)
-            ]
-            for key, runs in self.runs.items()
-        }
-
-    def verdicts(self) -> dict[str, list[str]]:
-        """Return the verdict of each seed."""
-        return {key: [run["verdict"] for run in runs] for key, runs in self.runs.items()}
-
     def to_dict(self) -> dict[str, Any]:
-        """Return the study as JSON holds it: `rows`, `references`, `differences`, verdicts, curves, settings."""
+        """Return the results as a JSON-serializable dictionary."""
         return {
             "graph": self.graph,
             "settings": self.settings,
             "rows": self.rows(),
             "references": self.reference_rows(),
             "differences": self.differences(),
-            "verdicts": self.verdicts(),
-            "curves": {key: [[x, *asdict(y).values()] for x, y in curve] for key, curve in self.curves().items()},
+            "verdicts": {key: list(results.verdicts.values()) for key, results in self.arms.items()},
+            "curves": {
+                key: [[fraction, *asdict(accuracy).values()] for fraction, accuracy in results.response_curve()]
+                for key, results in self.arms.items()
+            },
         }
 
+    def _difference(self, added: Sequence[str], subtracted: Sequence[str], metric: str) -> Interval:
+        difference = paired_difference(self._sum(added, metric), self._sum(subtracted, metric))
+        if difference is None:
+            raise ValueError(f"metric must have a value in every arm for a common seed, got {metric!r}")
+        return difference.interval
 
-_ATTRIBUTED = ("random", "random+balanced")
-
-
-def _sides(plus: Sequence[str], less: Sequence[str]) -> tuple[str, str]:
-    if len(plus) == 1:
-        return plus[0], less[0]
-    return f"({plus[0]} − {less[0]})", f"({less[1]} − {plus[1]})"
-
-
-def _mean(runs: Sequence[Run], metric: str) -> dict[str, float]:
-    return asdict(mean_interval([run["values"][metric] for run in runs]))
+    def _sum(self, arms: Sequence[str], metric: str) -> dict[int, float]:
+        """Return the sum of a metric over arms, by seed."""
+        values = [self.arms[arm].group.values[metric] for arm in arms]
+        return {seed: sum(of_arm[seed] for of_arm in values) for seed in values[0]}
 
 
-def _metric(metric: str) -> dict[str, str]:
-    name, _, part = metric.partition(":")
-    return {"metric": name, "split": part} if part else {"metric": name}
+def collect_arms(records: Iterable[Record]) -> list[ArmResults]:
+    """Return the results of finished runs of the kind `link.correct`, one for each graph, model and arm.
+
+    References are left out.
+    """
+    done = [record for record in records if record.state == "done" and record.settings["arm"] not in REFERENCES]
+    collected: list[ArmResults] = []
+    for group in group_records(done):
+        runs = {record.seed: record for record in done if record.flat_settings == group.settings}
+        first = next(iter(runs.values()))
+        model = ModelSettings.from_dict(first.result["model"])
+        collected.append(
+            ArmResults(
+                graph=first.result["graph"]["name"],
+                model=getattr(model, "encoder", model.name) if model.name == "encoder-decoder" else model.name,
+                arm=Arm.from_setting(first.settings["arm"]).key,
+                group=group,
+                norms=model.norms,
+                verdicts={seed: record.result["verdict"] for seed, record in runs.items()},
+                curves={
+                    seed: [(point[0], point[2]) for point in record.result["curve"]] for seed, record in runs.items()
+                },
+            )
+        )
+    return collected
 
 
-def _norms(run: Run) -> dict[str, str]:
-    return {name: run["facts"]["model"][name] for name in ("encoder_norm", "decoder_norm")}
+def collect_study(graph: str, settings: dict[str, Any], records: Sequence[Record]) -> StudyResults:
+    """Return the results of a study on one graph.
+
+    Args:
+        graph: Name of the graph.
+        settings: Settings that all runs share, `seeds` among them.
+        records: Runs of every arm with every seed, and of references.
+
+    Raises:
+        SufficeError: A run is missing or has failed.
+
+    """
+    if unfinished := [record for record in records if record.state != "done"]:
+        first = unfinished[0]
+        reason = first.error.strip().splitlines()[-1] if first.error else first.state
+        raise SufficeError(
+            f"{len(unfinished)} of {len(records)} runs are not done. The first is arm {arm_key(first)}, "
+            f"seed {first.seed}: {reason}"
+        )
+    references = group_records(record for record in records if record.settings["arm"] in REFERENCES)
+    return StudyResults(
+        graph,
+        settings,
+        {results.arm: results for results in collect_arms(records)},
+        {str(group.settings["arm"]): _repeat_single_seed(group, settings["seeds"]) for group in references},
+    )
+
+
+def arm_key(record: Record) -> str:
+    """Return the key of the arm of a run, or the name of the reference."""
+    arm = record.settings["arm"]
+    return arm if arm in REFERENCES else Arm.from_setting(arm).key
+
+
+def _repeat_single_seed(group: Group, seeds: Sequence[int]) -> Group:
+    """Return a group with a value for every seed; raw features do not depend on the seed and are measured once."""
+    if any(len(values) > 1 for values in group.values.values()):
+        return group
+    return Group(
+        group.settings,
+        {metric: dict.fromkeys(seeds, next(iter(values.values()))) for metric, values in group.values.items()},
+    )
+
+
+def _side_names(added: Sequence[str], subtracted: Sequence[str]) -> dict[str, str]:
+    if len(added) == 1:
+        return {"of": added[0], "minus": subtracted[0]}
+    return {"of": f"({added[0]} − {subtracted[0]})", "minus": f"({subtracted[1]} − {added[1]})"}
+
+
+def _split_metric(metric: str) -> dict[str, str]:
+    name, _, edge_set = metric.partition(":")
+    return {"metric": name, "edge_set": edge_set} if edge_set else {"metric": name}

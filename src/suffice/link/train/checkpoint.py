@@ -74,10 +74,10 @@ def load_trained(path: str | Path, device: str = "cpu") -> tuple[LinkPredictor, 
 
     """
     tensors, metadata = files.load_checkpoint(path)
-    if "model" not in metadata or "in" not in metadata:
+    if "model" not in metadata or "in_channels" not in metadata:
         raise CheckpointError(
             f"{path} must be a checkpoint written by `suffice link` or by a study; it does not describe its model"
         )
-    model = ModelSettings.from_dict(metadata["model"]).build(metadata["in"])
+    model = ModelSettings.from_dict(metadata["model"]).build(metadata["in_channels"])
     model.load_state_dict(files.select_prefix(tensors, "best") or files.select_prefix(tensors, "model"))
     return model.to(device).eval(), metadata

@@ -1,0 +1,157 @@
+"""Settings of a run: arm, model, training, split and data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from suffice.link.data.datasets import DATASET_NAMES, load_graph
+from suffice.link.data.files import read_graph, read_saved_graph
+from suffice.link.data.graph import Graph, SplitConfig, prepare_graph
+from suffice.link.models import EncoderDecoderSettings, ModelSettings, get_model_settings, models
+from suffice.link.study.arms import Arm
+from suffice.link.train.config import TrainConfig
+from suffice.study.run_kind import RunKind
+
+REFERENCES = ("raw features", "untrained")
+"""References beside the arms, without training: alignment of the node features and of an untrained model."""
+
+# The arm and the seed of a run decide these, so that they are no settings of their own.
+_DECIDED_FOR_MODEL = ("encoder_norm", "decoder_norm")
+_DECIDED_FOR_TRAINING = ("composition", "balanced", "seed")
+
+_SAVED_GRAPH = ".safetensors"
+_TABLES = (".csv", ".parquet", ".npz")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where the graph of a run comes from.
+
+    Args:
+        name: Name of a data set; a CSV, Parquet or NPZ file; or a graph that a study saved in its folder.
+        features: File of node features, for a CSV or Parquet edge list.
+        labels: File of node classes, for a CSV or Parquet edge list.
+        root: Folder of downloaded data sets.
+
+    """
+
+    name: str = "digits"
+    features: str | None = None
+    labels: str | None = None
+    root: str = "data"
+
+    def load(self, folder: Path, config: SplitConfig) -> Graph:
+        """Return the graph, prepared for a split.
+
+        Args:
+            folder: Folder of the study, for a graph that it saved.
+            config: Settings of the split.
+
+        """
+        suffix = Path(self.name).suffix
+        if suffix == _SAVED_GRAPH:
+            return read_saved_graph(folder / self.name)  # prepared when it was saved
+        graph = (
+            read_graph(self.name, self.features, self.labels) if suffix in _TABLES else load_graph(self.name, self.root)
+        )
+        return prepare_graph(graph, config)
+
+    def digest(self) -> str:
+        """Return a digest of the user's own files, so that a run is done again when they change; empty without files.
+
+        Raises:
+            ValueError: A file is missing, or the data set is unknown.
+
+        """
+        suffix = Path(self.name).suffix
+        if suffix in _TABLES:
+            files = [Path(name) for name in (self.name, self.features, self.labels) if name is not None]
+            for file in files:
+                if not file.is_file():
+                    raise ValueError(f"data must be an existing file, got {str(file)!r}")
+            digests = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
+            return hashlib.sha256(digests).hexdigest()[:16]
+        if suffix != _SAVED_GRAPH and self.name.lower() not in map(str.lower, DATASET_NAMES):
+            raise ValueError(
+                f"data must be one of {', '.join(DATASET_NAMES)}, or a CSV, Parquet or NPZ file, got {self.name!r}"
+            )
+        return ""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of a run of the kind `link.correct`.
+
+    Args:
+        arm: Way of training, or the name of a reference (see `REFERENCES`).
+        data: Where the graph comes from.
+        model: Settings of the model; the arm decides its norms.
+        train: Settings of the training; arm and seed decide composition, loss and seed.
+        split: Settings of the split.
+        device: Torch device.
+
+    """
+
+    arm: Arm | str
+    data: DataSource = field(default_factory=DataSource)
+    model: ModelSettings = field(default_factory=EncoderDecoderSettings)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    device: str = "cpu"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a nested JSON-serializable dictionary."""
+        return {
+            "arm": self.arm.to_setting() if isinstance(self.arm, Arm) else self.arm,
+            "data": asdict(self.data),
+            "model": _without(self.model.to_dict(), _DECIDED_FOR_MODEL),
+            "train": _without(self.train.to_dict(), _DECIDED_FOR_TRAINING),
+            "split": asdict(self.split),
+            "device": self.device,
+        }
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> RunSettings:
+        """Return the settings that `to_dict` wrote; options of the model that are None take their defaults.
+
+        Raises:
+            ValueError: A setting is not accepted.
+
+        """
+        arm, data = settings["arm"], settings["data"]
+        return cls(
+            arm=arm if arm in REFERENCES else Arm.from_setting(arm),
+            data=DataSource(data["name"], data["features"], data["labels"], data["root"]),
+            model=_complete_model_options(settings["model"]),
+            train=TrainConfig.from_dict(settings["train"]),
+            split=SplitConfig(**settings["split"]),
+            device=settings["device"],
+        )
+
+
+def default_settings() -> dict[str, Any]:
+    """Return the default settings of the kind `link.correct`, as `to_dict` does, with the options of every model.
+
+    An option of None stands for the default of the model, because the options of a model depend on its name. The arm
+    has no default.
+    """
+    defaults = RunSettings("untrained").to_dict()
+    options = dict.fromkeys(name for settings in models().values() for name in settings.option_names())
+    model = {"name": defaults["model"]["name"], **_without(options, _DECIDED_FOR_MODEL)}
+    return {**defaults, "arm": None, "model": model}
+
+
+def _complete_model_options(options: Mapping[str, Any]) -> ModelSettings:
+    """Return the settings of a model with checked names and types of its options."""
+    given = {name: value for name, value in options.items() if value is not None}
+    defaults = _without(get_model_settings(options["name"])().to_dict(), _DECIDED_FOR_MODEL)
+    completed = RunKind(f"model {options['name']}", "", {"model": defaults}).complete({"model": given})
+    return ModelSettings.from_dict(completed["model"])
+
+
+def _without(settings: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}

@@ -1,0 +1,85 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from suffice.cli.link import app
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    """An NPZ file with a small random graph of three classes."""
+    generator = np.random.default_rng(0)
+    y = np.arange(120) % 3
+    pairs = np.array([(i, j) for i in range(120) for j in range(i) if generator.random() < 0.04 + 0.1 * (y[i] == y[j])])
+    path = tmp_path / "own.npz"
+    np.savez(path, edges=pairs, x=np.eye(3)[y] + generator.normal(size=(120, 3)), y=y)
+    return str(path)
+
+
+@pytest.mark.parametrize(("command", "key"), [("train", "rows"), ("audit", "audits"), ("align", "rows")])
+def test_commands_print_json_and_write_pages(command, key, data, tmp_path):
+    page = tmp_path / "page.html"
+    result = run(command, "--data", data, "--epochs", "1", "--json", "--report", str(page))
+    assert key in json.loads(result.stdout)
+    assert "<html" in page.read_text(encoding="utf-8")
+
+
+def test_an_unusable_device_is_refused():
+    with pytest.raises(ValueError, match=r"device .*'moon'"):
+        run("train", "--device", "moon")
+
+
+@pytest.mark.parametrize("command", ["train", "audit", "align", "correct"])
+def test_every_command_accepts_every_model(command, data):
+    arguments = [command, "--data", data, "--model", "ncn", "--epochs", "1", "--seeds", "1", "--json"]
+    if command == "correct":
+        arguments += ["--arms", "fixed/batch", "--preset"]
+    result = run(*arguments)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)
+    with pytest.raises(ValueError, match=r"model must be one of .*, got 'mcn'"):
+        run(command, "--data", data, "--model", "mcn")
+
+
+def test_an_audit_of_a_checkpoint_equals_that_of_the_training(data, tmp_path):
+    checkpoint = str(tmp_path / "run.safetensors")
+    run("train", "--data", data, "--epochs", "1", "--checkpoint", checkpoint)
+    arguments = ["audit", "--data", data, "--epochs", "1", "--json"]
+    of_checkpoint, of_training = run(*arguments, "--checkpoint", checkpoint), run(*arguments)
+    assert json.loads(of_checkpoint.stdout) == json.loads(of_training.stdout)
+
+
+def test_correct_prints_one_json_object(data, tmp_path):
+    page = tmp_path / "page.html"
+    arguments = ["correct", "--data", data, "--epochs", "1", "--seeds", "1", "--json"]
+    result = run(*arguments, "--arms", "fixed/batch,random/layer", "--report", str(page))
+    assert page.read_text(encoding="utf-8").count("<svg") == 2
+    rows = json.loads(result.stdout)["rows"]
+    columns = {"arm", "encoder_norm", "decoder_norm", "metric", "mean", "low", "high"}
+    assert all(columns <= row.keys() for row in rows)
+    metrics = {"hits@100", "auc", "a_pure", "tau", "kappa", "edge_nmi", "edge_trace_ratio", "node_nmi"}
+    assert metrics <= {row["metric"] for row in rows}
+
+
+def test_importing_the_package_is_light_and_every_public_name_resolves():
+    code = """
+import sys
+import suffice.link as link
+assert not {"transformers", "torch_geometric", "torch"} & sys.modules.keys()
+assert dir(link) == sorted(link.__all__)
+for name in link.__all__:
+    assert getattr(link, name).__name__ == name
+try:
+    link.nothing
+except AttributeError as error:
+    assert "has no attribute 'nothing'" in str(error)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
