@@ -38,7 +38,8 @@ from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.count_cache import symmetrize
 from suffice.link.sparse.distance_counts import count_by_distance
 from suffice.link.sparse.sketches import sketch
-from suffice.link.study.run_kinds import CORRECT, RunSettings
+from suffice.link.study.run_kinds import CORRECT
+from suffice.link.study.run_settings import RunSettings
 from suffice.link.train.alignment import representations
 from suffice.link.train.config import TrainConfig
 from suffice.link.train.evaluate import evaluate, score_validation_edges
@@ -421,8 +422,9 @@ def test_a_new_model_is_one_class_and_its_settings(graph, parts, monkeypatch):
     assert settings.with_norms("layer", "none") == FeatureProductSettings(scale=2.0, decoder_norm="none")
     with pytest.raises(ValueError, match=r"must be one of hidden, dropout, decoder_norm, scale, got 'layers'"):
         build_model("feature-product", 4, layers=2)
-    run = RunSettings.of(CORRECT.complete({"arm": "random/layer", "model": {"name": "feature-product"}}))
-    assert run.model == FeatureProductSettings(decoder_norm="layer")
+    complete = CORRECT.complete({"arm": "random/layer", "model": {"name": "feature-product", "scale": 2}})
+    run = RunSettings.from_dict(complete)
+    assert run.arm.apply_to_model(run.model) == FeatureProductSettings(scale=2.0, decoder_norm="layer")
     model = build_model("feature-product", in_channels=graph.x.size(1), scale=0.5)
     fit(model, graph, parts, TrainConfig(epochs=2, batch_size=128))
     assert audit_trained(model, graph, parts, batch_size=64).verdict.level

@@ -100,5 +100,5 @@ def test_wrong_arguments_are_named(spec, arguments, error, message):
 def test_kinds_are_listed():
     pytest.importorskip("torch_geometric")
     found = json.loads(suffice("study", "kinds", "--json"))
-    assert found["link.correct"]["settings"]["data"] == "digits"
+    assert found["link.correct"]["settings"]["data.name"] == "digits"
     assert "link.correct" in suffice("study", "kinds")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,16 +133,30 @@ class RunSettings:
         )
 
 
-def default_settings() -> dict[str, Any]:
-    """Return the default settings of the kind `link.correct`, as `to_dict` does, with the options of every model.
+class ModelDefaults(Mapping[str, Any]):
+    """Default options of the model of a run: its name, and None for each option of any model.
 
-    An option of None stands for the default of the model, because the options of a model depend on its name. The arm
-    has no default.
+    None stands for the default of the model, because options and their defaults depend on the model. The options are
+    read from the registry at each access, so that those of models that a user registers later are accepted too.
     """
-    defaults = RunSettings("untrained").to_dict()
-    options = dict.fromkeys(name for settings in models().values() for name in settings.option_names())
-    model = {"name": defaults["model"]["name"], **_without(options, _DECIDED_FOR_MODEL)}
-    return {**defaults, "arm": None, "model": model}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._options()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._options())
+
+    def __len__(self) -> int:
+        return len(self._options())
+
+    def _options(self) -> dict[str, Any]:
+        options = dict.fromkeys(name for settings in models().values() for name in settings.option_names())
+        return {"name": EncoderDecoderSettings.name, **_without(options, _DECIDED_FOR_MODEL)}
+
+
+def default_settings() -> dict[str, Any]:
+    """Return the default settings of the kind `link.correct`; the arm has no default."""
+    return {**RunSettings("untrained").to_dict(), "arm": None, "model": ModelDefaults()}
 
 
 def _complete_model_options(options: Mapping[str, Any]) -> ModelSettings:
