@@ -117,8 +117,7 @@ _NOW = {then: now for now, then in RENAMED.items()}
 
 
 def stable(name: object) -> str:
-    """Return what the file calls something, part by part where a colon joins parts; settings have no groups there."""
-    name = re.sub(r"^(data|model|train|split)[.]", "", str(name))
+    """Return what the file calls something, part by part where a colon joins parts."""
     return _STABLE.get(str(name)) or ":".join(RENAMED.get(part, part) for part in str(name).split(":"))
 
 

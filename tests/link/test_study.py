@@ -126,7 +126,7 @@ def test_run_settings_are_read_back(model):
         ({"model.name": "mcn"}, "model must be one of .*, got 'mcn'"),
         ({"model.hops": 3}, r"must be among model.name, .*, got 'model.hops'"),
         ({"model.hidden": "many"}, "model.hidden must be an integer, got 'many'"),
-        ({"model.decoder_norm": "batch"}, "settings of link.correct must be among .*, got 'model.decoder_norm'"),
+        ({"model.decoder_norm": "batch"}, "must be among model.name, .*, got 'model.decoder_norm'"),
         ({"train.composition": "separate"}, "settings of link.correct must be among .*, got 'train.composition'"),
         ({"train.epochs": 0}, "epochs must be at least 1, got 0"),
         ({"data.name": "Kora"}, "data must be one of .*, got 'Kora'"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from suffice.link.data.datasets import DATASET_NAMES, load_graph
 from suffice.link.data.files import read_graph, read_saved_graph
 from suffice.link.data.graph import Graph, SplitConfig, prepare_graph
-from suffice.link.models import EncoderDecoderSettings, ModelSettings, get_model_settings, models
+from suffice.link.models import EncoderDecoderSettings, ModelSettings, get_model_settings
 from suffice.link.study.arms import Arm
 from suffice.link.train.config import TrainConfig
 from suffice.study.run_kind import RunKind
@@ -116,7 +116,7 @@ class RunSettings:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> RunSettings:
-        """Return the settings that `to_dict` wrote; options of the model that are None take their defaults.
+        """Return the settings that `to_dict` wrote; options of the model that are left out take their defaults.
 
         Raises:
             ValueError: A setting is not accepted.
@@ -126,45 +126,27 @@ class RunSettings:
         return cls(
             arm=arm if arm in REFERENCES else Arm.from_setting(arm),
             data=DataSource(data["name"], data["features"], data["labels"], data["root"]),
-            model=_complete_model_options(settings["model"]),
+            model=_read_model(settings["model"]),
             train=TrainConfig.from_dict(settings["train"]),
             split=SplitConfig(**settings["split"]),
             device=settings["device"],
         )
 
 
-class ModelDefaults(Mapping[str, Any]):
-    """Default options of the model of a run: its name, and None for each option of any model.
-
-    None stands for the default of the model, because options and their defaults depend on the model. The options are
-    read from the registry at each access, so that those of models that a user registers later are accepted too.
-    """
-
-    def __getitem__(self, name: str) -> Any:
-        return self._options()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._options())
-
-    def __len__(self) -> int:
-        return len(self._options())
-
-    def _options(self) -> dict[str, Any]:
-        options = dict.fromkeys(name for settings in models().values() for name in settings.option_names())
-        return {"name": EncoderDecoderSettings.name, **_without(options, _DECIDED_FOR_MODEL)}
-
-
 def default_settings() -> dict[str, Any]:
-    """Return the default settings of the kind `link.correct`; the arm has no default."""
-    return {**RunSettings("untrained").to_dict(), "arm": None, "model": ModelDefaults()}
+    """Return the default settings of the kind `link.correct`.
+
+    The arm has no default. The group `model` is open, because the options of a model depend on its name.
+    """
+    return {**RunSettings("untrained").to_dict(), "arm": None, "model": {}}
 
 
-def _complete_model_options(options: Mapping[str, Any]) -> ModelSettings:
-    """Return the settings of a model with checked names and types of its options."""
-    given = {name: value for name, value in options.items() if value is not None}
-    defaults = _without(get_model_settings(options["name"])().to_dict(), _DECIDED_FOR_MODEL)
-    completed = RunKind(f"model {options['name']}", "", {"model": defaults}).complete({"model": given})
-    return ModelSettings.from_dict(completed["model"])
+def _read_model(options: Mapping[str, Any]) -> ModelSettings:
+    """Return the settings of the model that `options["name"]` names, after checking names and types of its options."""
+    name = options.get("name", EncoderDecoderSettings.name)
+    defaults = _without(get_model_settings(name)().to_dict(), _DECIDED_FOR_MODEL)
+    checked = RunKind(f"model {name}", "", {"model": defaults}).complete({"model": options})
+    return ModelSettings.from_dict(checked["model"])
 
 
 def _without(settings: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
