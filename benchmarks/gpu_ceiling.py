@@ -1,12 +1,14 @@
-"""How near the memory bound the kernels' machine code can come on an H100: from the code alone, nothing is run.
+"""Compute from machine code how close to the memory bound the kernels can get on an H100. Nothing is run on a GPU.
 
     python benchmarks/gpu_ceiling.py [--dims 128 64] [--group 4] [--dtype bfloat16] [--json FILE]
 
-Compiles every kernel for sm_90, which needs no GPU. For those that read the cache it finds the loop over the tokens and
-counts what a token costs each part of a multiprocessor: instructions issued, those of pipes of half and of eighth rate,
-matrix units, and memory. The largest of them is the bound; its share of memory's is the ceiling: no run can be better,
-and a real one, in which parts wait for each other, is worse. Shape: the default policy, groups of 4 query heads as
-Llama-3-8B's. Needs Triton, whose package brings the disassembler. Last line: one JSON object.
+All kernels are compiled for sm_90, which needs no GPU. For the kernels that read the cache, the script finds the loop
+over the tokens in the machine code, and counts the clocks of each part of a multiprocessor for one token: instruction
+issue, pipes of half and of eighth rate, matrix units, and memory. The ceiling is the clocks of the memory divided by
+the largest of them. No run can be better. A real run, in which the parts wait for each other, is worse.
+
+The kernels are compiled for the default policy and groups of 4 query heads, as in Llama-3-8B. The script needs Triton,
+whose package contains the disassembler. The last line of the output is a JSON object.
 """
 
 from __future__ import annotations
@@ -35,34 +37,35 @@ from suffice.kv.kernels.mixture import MixtureInputs, MixtureTerms, mixture_log_
 from suffice.link.sparse.kernels.match_neighbors import match_neighbors
 from suffice.link.sparse.kernels.segment_min import segment_min
 
-WINDOW, SAMPLED = 8, 16  # queries of each head, of the default policy
-# Of an H100 SXM, by NVIDIA's data sheet and the table of throughputs in the CUDA programming guide (9.0).
+WINDOW, SAMPLED = 8, 16  # window and sampled queries of each head in the default policy
+# Numbers of an H100 SXM, from NVIDIA's data sheet and the throughput table of the CUDA programming guide (9.0).
 BANDWIDTH, PROCESSORS, CLOCK = 3.35e12, 132, 1.98e9
-MULTIPLICATIONS = 2048  # of 16-bit matrices, per multiprocessor and clock
+MULTIPLICATIONS = 2048  # 16-bit multiplications of the matrix units, per multiprocessor and clock
 # Warp instructions per multiprocessor and clock.
-ISSUED, HALF, EIGHTH = 4, 2, 0.5
-_HALF = ("FSEL", "FSET", "FMNMX", "ISETP", "FSETP", "SEL", "LOP3", "SHF", "PRMT", "VIADD", "IADD3", "PLOP3", "F2FP")
-_EIGHTH = ("MUFU", "F2F", "I2F", "F2I")
+ISSUE_RATE, HALF_RATE, EIGHTH_RATE = 4, 2, 0.5
+HALF_RATE_NAMES = ["FSEL", "FSET", "FMNMX", "ISETP", "FSETP", "SEL", "LOP3", "SHF", "PRMT", "VIADD", "IADD3"]
+HALF_RATE_NAMES += ["PLOP3", "F2FP"]
+EIGHTH_RATE_NAMES = ["MUFU", "F2F", "I2F", "F2I"]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel: its machine code and the constants that it was compiled with."""
+    """A compiled kernel, and the constants with which it was compiled."""
 
     kernel: Any
     options: dict[str, Any]
 
 
 def compile_all(dim: int, group: int, dtype: torch.dtype) -> dict[str, Compiled]:
-    """Compile every kernel for heads of a dimension, by its name."""
-    found: dict[str, Compiled] = {}
+    """Compile every kernel for a head dimension; return them by name."""
+    compiled: dict[str, Compiled] = {}
     run = JITFunction.run
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
         assert kernel.asm["cubin"]
-        found.setdefault(self.__name__, Compiled(kernel, options))
+        compiled.setdefault(self.__name__, Compiled(kernel, options))
 
     target = SimpleNamespace(
         get_current_device=lambda: 0,
@@ -75,18 +78,19 @@ def compile_all(dim: int, group: int, dtype: torch.dtype) -> dict[str, Compiled]
         _launch_all(dim, group, dtype)
     finally:
         JITFunction.run = run
-    return found
+    return compiled
 
 
 def _launch_all(dim: int, group: int, dtype: torch.dtype) -> None:
+    """Call every function that launches kernels."""
     tokens = 512
     keys = torch.zeros(1, 2, tokens, dim, dtype=dtype)
     starts = torch.zeros(1, 2, dtype=torch.int32)
     ends = torch.full((1, 2, WINDOW + SAMPLED), tokens, dtype=torch.int32)
     sampled = torch.zeros(1, SAMPLED, dtype=torch.long)
     queries = keys.repeat(1, group, 1, 1)
-    first = torch.zeros(1, dtype=torch.int32)
-    inputs = MixtureInputs(queries, keys, 0.1, WINDOW, tokens, first, starts, ends, sampled, starts)
+    num_skipped = torch.zeros(1, dtype=torch.int32)
+    inputs = MixtureInputs(queries, keys, 0.1, WINDOW, tokens, num_skipped, starts, ends, sampled, starts)
     mixture_log_weights(inputs, MixtureTerms(1, 4.0, 3.0, 1.0, 1.0))
     weights = torch.zeros(1, 2, tokens)
     factor = factorize(keys, weights, 0.1)
@@ -103,7 +107,7 @@ def _launch_all(dim: int, group: int, dtype: torch.dtype) -> None:
 
 
 def bytes_read(dim: int, group: int, size: int) -> dict[str, int]:
-    """Bytes that each kernel reads and writes for a token of a KV head."""
+    """Return the bytes that each kernel reads and writes for one token of a KV head."""
     entry, features = dim * size, 4 * (group + 1)
     return {
         "key_sums_kernel": entry + features,
@@ -114,40 +118,40 @@ def bytes_read(dim: int, group: int, size: int) -> dict[str, int]:
     }
 
 
-def ceiling(one: Compiled, read: int) -> dict[str, float]:
-    """Clocks of a multiprocessor for a token of a KV head, by part of it, and the ceiling that they set."""
+def ceiling(compiled: Compiled, bytes_per_token: int) -> dict[str, float]:
+    """Return the clocks of each part of a multiprocessor for one token of a KV head, and the resulting ceiling."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(one.kernel.asm["cubin"])
+        file.write(compiled.kernel.asm["cubin"])
         file.flush()
-        usage = _printed("cuobjdump", "-res-usage", file.name)
-        body = _loop(_printed("nvdisasm", "-c", file.name))
-    warps, tokens = one.kernel.metadata.num_warps, one.options["BLOCK_N"]
-    names = Counter(name.split(".")[0] for name in body)
+        usage = _run_tool("cuobjdump", "-res-usage", file.name)
+        body = _token_loop(_run_tool("nvdisasm", "-c", file.name))
+    warps, tokens = compiled.kernel.metadata.num_warps, compiled.options["BLOCK_N"]
+    counts = Counter(name.split(".")[0] for name in body)
 
-    def clocks(kinds: tuple[str, ...], rate: float) -> float:
-        return warps * sum(names[kind] for kind in kinds) / rate / tokens
+    def clocks(instructions: list[str], rate: float) -> float:
+        return warps * sum(counts[name] for name in instructions) / rate / tokens
 
-    found = {
-        "issue": warps * len(body) / ISSUED / tokens,
-        "half rate": clocks(_HALF, HALF),
-        "eighth rate": clocks(_EIGHTH, EIGHTH),
+    clocks_by_part = {
+        "issue": warps * len(body) / ISSUE_RATE / tokens,
+        "half rate": clocks(HALF_RATE_NAMES, HALF_RATE),
+        "eighth rate": clocks(EIGHTH_RATE_NAMES, EIGHTH_RATE),
         "matrix": warps * sum(map(_multiplications, body)) / MULTIPLICATIONS / tokens,
-        "memory": read / (BANDWIDTH / PROCESSORS / CLOCK),
+        "memory": bytes_per_token / (BANDWIDTH / PROCESSORS / CLOCK),
     }
     registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK"))
-    return found | {
-        "ceiling": found["memory"] / max(found.values()),
+    return clocks_by_part | {
+        "ceiling": clocks_by_part["memory"] / max(clocks_by_part.values()),
         "registers": registers,
         "bytes_spilled": stack,
     }
 
 
-def _printed(tool: str, *arguments: str) -> str:
+def _run_tool(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _loop(code: str) -> list[str]:
-    """Return the instructions of the smallest loop that uses the matrix units: that over the tokens."""
+def _token_loop(code: str) -> list[str]:
+    """Return the instructions of the loop over the tokens: the smallest loop that uses the matrix units."""
     instructions: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     loops: list[list[str]] = []
@@ -159,29 +163,31 @@ def _loop(code: str) -> list[str]:
     for number, (name, operands) in enumerate(instructions):
         target = re.search(r"\.L_x_\d+", operands) if name.startswith("BRA") else None
         if target and labels.get(target[0], number) < number:
-            body = [own for own, _ in instructions[labels[target[0]] : number + 1]]
+            body = [instruction for instruction, _ in instructions[labels[target[0]] : number + 1]]
             if any(map(_multiplications, body)):
                 loops.append(body)
     return min(loops, key=len)
 
 
 def _multiplications(name: str) -> float:
-    """Multiplications of one warp's matrix instruction; 0 of any other."""
+    """Return the number of multiplications of one warp's matrix instruction, 0 for other instructions."""
     if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):
         rows, columns, depth = map(int, found.groups())
-        return rows * columns * depth / 4  # by four warps together
+        return rows * columns * depth / 4  # computed by four warps together
     if name.startswith("HMMA.16816"):
         return 16 * 8 * 16
     return 16 * 8 * 8 if name.startswith("HMMA.1688") else 0
 
 
 def main() -> None:
-    """Compile, print a table and the JSON line."""
-    parser = argparse.ArgumentParser(description="Ceilings of the kernels on an H100, from their machine code.")
+    """Print the table and the JSON object."""
+    parser = argparse.ArgumentParser(description="Compute ceilings of the kernels on an H100 from their machine code.")
     parser.add_argument("--dims", nargs="+", type=int, default=[128, 64], help="head dimensions")
-    parser.add_argument("--group", type=int, default=4, help="query heads for a KV head")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="of keys and values")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--group", type=int, default=4, help="query heads per KV head")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="data type of keys and values"
+    )
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     result: dict[str, Any] = {
@@ -195,7 +201,7 @@ def main() -> None:
     for dim in options.dims:
         kernels = compile_all(dim, options.group, dtype)
         rows = {
-            name: ceiling(kernels[name], read) for name, read in bytes_read(dim, options.group, dtype.itemsize).items()
+            name: ceiling(kernels[name], size) for name, size in bytes_read(dim, options.group, dtype.itemsize).items()
         }
         for name, row in rows.items():
             clocks = " ".join(f"{row[part]:>11.1f}" for part in parts)

@@ -1,4 +1,4 @@
-"""Prefill and decoding of a model of Llama-3-8B's shape with random weights: time, peak memory, largest batch."""
+"""Measure time, peak memory and the largest batch of a model of Llama-3-8B's shape with random weights."""
 
 from __future__ import annotations
 
@@ -13,36 +13,38 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from suffice.kv import CompressedCache
-from suffice.kv.budget.allocation import Allocation, Request
+from suffice.kv.budget.allocation import Allocation, BudgetRequest
 
 if TYPE_CHECKING:
     from gpu import Run
 
 LAYERS = 32
 _STEPS = 8
+"""Number of timed decoding steps."""
 
 
 @dataclass(frozen=True)
-class Skewed(Allocation):
-    """Budgets of heads as uneven as measured head profiles are, the same in every run."""
+class RandomBudgets(Allocation):
+    """Random budgets of heads, as uneven as those of measured head profiles, and the same in every run."""
 
     @property
-    def ragged(self) -> bool:
-        """Heads differ."""
+    def per_head(self) -> bool:
+        """Whether the heads of one layer may keep different numbers of entries."""
         return True
 
-    def tokens(self, request: Request) -> Tensor:
-        """Return budgets whose mean is the budget, up to rounding."""
-        generator = torch.Generator().manual_seed(request.layer)
-        shares = torch.randn(request.heads, generator=generator).exp()
+    def entries_per_head(self, request: BudgetRequest) -> Tensor:
+        """Return budgets whose mean is the requested budget, up to rounding."""
+        heads = request.num_key_value_heads
+        generator = torch.Generator().manual_seed(request.context.layer)
+        shares = torch.randn(heads, generator=generator).exp()
         rows = []
-        for budget, seen, least in zip(request.budget, request.seen, request.least, strict=True):
-            low, high = 0.0, float(request.heads * seen)
-            for _ in range(40):  # the factor at which the clipped budgets have the right mean
+        for budget, num_seen, minimum in zip(request.budget, request.num_seen, request.min_entries, strict=True):
+            low, high = 0.0, float(heads * num_seen)
+            for _ in range(40):  # bisect the factor for which the clipped budgets have the right mean
                 middle = (low + high) / 2
-                mean = (shares * middle).clamp(least, seen).mean()
+                mean = (shares * middle).clamp(minimum, num_seen).mean()
                 low, high = (middle, high) if mean < budget else (low, middle)
-            rows.append((shares * low).clamp(least, seen).long())
+            rows.append((shares * low).clamp(minimum, num_seen).long())
         return torch.stack(rows)
 
 
@@ -64,27 +66,27 @@ def build(run: Run) -> Any:
 
 
 def caches(model: Any) -> dict[str, Any]:
-    """Return what makes each cache."""
-    made: dict[str, Any] = {"full": lambda: DynamicCache(config=model.config)}
+    """Return a function for each cache that creates it."""
+    factories: dict[str, Any] = {"full": lambda: DynamicCache(config=model.config)}
     for budget in (0.25, 0.1):
-        for name, allocation in (("uniform", "equal"), ("ragged", Skewed())):
+        for name, allocation in (("uniform", "equal"), ("ragged", RandomBudgets())):
 
             def make(budget: float = budget, allocation: Any = allocation) -> CompressedCache:
                 return CompressedCache(model, budget=budget, allocation=allocation)
 
-            made[f"{budget:.0%} {name}"] = make
-    return made
+            factories[f"{budget:.0%} {name}"] = make
+    return factories
 
 
 def measure(run: Run) -> None:
-    """Fill `run.result` with prefill, decoding and the largest batches."""
+    """Fill `run.result` with the times of prefill and decoding and the largest batches."""
     run.result["end_to_end"] = []
     with torch.no_grad():
-        _measure(run)
-    _free(run)
+        _measure_all(run)
+    _release_memory(run)
 
 
-def _measure(run: Run) -> None:
+def _measure_all(run: Run) -> None:
     try:
         model = build(run)
     except torch.OutOfMemoryError:
@@ -95,19 +97,19 @@ def _measure(run: Run) -> None:
     print(f"\n{'tokens':>7} {'cache':>12} {'prefill s':>9} {'batch':>5} {'tokens/s':>9} {'peak GiB':>8}")
     for tokens, reserve in ((128, 0),) if run.small else ((32768, 150), (131072, 190)):
         ids = torch.randint(model.config.vocab_size, (1, tokens), device=run.device)
-        # Kernels are compiled and memory is reserved outside of the times.
+        # Compile kernels and reserve memory before anything is timed.
         for make in (*caches(model).values(),)[:3]:
             _prefill(run, model, make(), ids[:, :2048])
         for name, make in caches(model).items():
-            what = f"{tokens} tokens, {name}"
-            if run.left < reserve:
-                run.skip(what, "no time left")
+            label = f"{tokens} tokens, {name}"
+            if run.seconds_left < reserve:
+                run.skip(label, "no time left")
                 continue
             try:
-                row = _one(run, model, make, ids)
+                row = _measure_cache(run, model, make, ids)
             except torch.OutOfMemoryError:
-                run.skip(what, "out of memory")
-                _free(run)
+                run.skip(label, "out of memory")
+                _release_memory(run)
                 continue
             row |= {"tokens": tokens, "cache": name}
             rows.append(row)
@@ -129,35 +131,35 @@ def _prefill(run: Run, model: Any, cache: Any, ids: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def _one(run: Run, model: Any, make: Any, ids: Tensor) -> dict[str, Any]:
-    """Prefill one row; decode with it alone, and with as many copies of it as fit."""
-    _free(run)
+def _measure_cache(run: Run, model: Any, make: Any, ids: Tensor) -> dict[str, Any]:
+    """Prefill one row, decode it alone, and decode as many copies of it as fit into memory."""
+    _release_memory(run)
     base = make()
-    before = _allocated(run)
-    row: dict[str, Any] = {"prefill": _prefill(run, model, base, ids), "prefill_peak_gib": _peak(run)}
-    _free(run)
-    row["cache_gib"] = (_allocated(run) - before) / 2**30
+    before = _allocated_bytes(run)
+    row: dict[str, Any] = {"prefill": _prefill(run, model, base, ids), "prefill_peak_gib": _peak_gib(run)}
+    _release_memory(run)
+    row["cache_gib"] = (_allocated_bytes(run) - before) / 2**30
     decoding: dict[int, tuple[float, float]] = {}
     decoding[1] = _decode(run, model, base, 1)
-    most = 4 if run.small else int(0.97 * _room(run) / max(_allocated(run) - before, 1)) + 1
-    while most > 1:
+    batch = 4 if run.small else int(0.97 * _free_bytes(run) / max(_allocated_bytes(run) - before, 1)) + 1
+    while batch > 1:
         try:
-            decoding[most] = _decode(run, model, base, most)
+            decoding[batch] = _decode(run, model, base, batch)
             break
         except torch.OutOfMemoryError:
-            most = min(most - 1, int(0.93 * most))
-        _free(run)
-    row["largest_batch"] = max(most, 1)
+            batch = min(batch - 1, int(0.93 * batch))
+        _release_memory(run)
+    row["largest_batch"] = max(batch, 1)
     row["decoding"] = decoding
     return row
 
 
 def _decode(run: Run, model: Any, base: Any, batch: int) -> tuple[float, float]:
-    """Tokens a second, and peak memory in GiB, of so many rows."""
+    """Return tokens per second and peak memory in GiB for a batch of copies of one row."""
     cache = base.copy() if isinstance(base, CompressedCache) else copy.deepcopy(base)
     if batch > 1:
         cache.batch_repeat_interleave(batch)
-    _free(run)
+    _release_memory(run)
     ids = torch.zeros(batch, 1, dtype=torch.long, device=run.device)
     model(ids, past_key_values=cache, use_cache=True)
     _synchronize(run)
@@ -165,10 +167,10 @@ def _decode(run: Run, model: Any, base: Any, batch: int) -> tuple[float, float]:
     for _ in range(_STEPS):
         model(ids, past_key_values=cache, use_cache=True)
     _synchronize(run)
-    return _STEPS * batch / (time.perf_counter() - start), _peak(run)
+    return _STEPS * batch / (time.perf_counter() - start), _peak_gib(run)
 
 
-def _free(run: Run) -> None:
+def _release_memory(run: Run) -> None:
     gc.collect()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -180,13 +182,13 @@ def _synchronize(run: Run) -> None:
         torch.cuda.synchronize()
 
 
-def _allocated(run: Run) -> int:
+def _allocated_bytes(run: Run) -> int:
     return torch.cuda.memory_allocated() if run.device.type == "cuda" else 0
 
 
-def _peak(run: Run) -> float:
+def _peak_gib(run: Run) -> float:
     return torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else 0.0
 
 
-def _room(run: Run) -> int:
+def _free_bytes(run: Run) -> int:
     return torch.cuda.mem_get_info()[0] if run.device.type == "cuda" else 0

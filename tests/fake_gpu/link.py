@@ -22,22 +22,22 @@ CASES = (
     {"name": "encoder-decoder", "encoder": "pure", "decoder": "concat"},
     *({"name": name} for name in models() if name != "encoder-decoder"),
 )
-PROTOCOL = SplitConfig(0.1, 0.2)
+SPLIT_CONFIG = SplitConfig(0.1, 0.2)
 
 
 def run(device, case):
     """Return losses, metric, test scores and, in the first case, audit statistics of one training."""
     graph = block_model(nodes=120, classes=3, degree=6, feature_signal=2.0, features=16, seed=1)
-    parts = split_edges(graph, PROTOCOL, seed=0)
+    parts = split_edges(graph, SPLIT_CONFIG, seed=0)
     torch.manual_seed(0)
     model = build_model(in_channels=16, hidden=16, **case).to(device)
     settings = TrainConfig(epochs=1, batch_size=64, composition=Random())
     result = fit(model, graph, parts, settings)
     numbers = [*(epoch.loss for epoch in result.epochs), result.metric]
-    numbers += evaluate(model, graph, parts, PROTOCOL).values()
+    numbers += evaluate(model, graph, parts, SPLIT_CONFIG).values()
     if case == CASES[0]:  # the audit does the same with every model
         report = audit_trained(model, graph, parts, batch_size=64)
-        numbers += [found.mean for part in report.parts.values() for found in part.statistics.values()]
+        numbers += [statistic.mean for part in report.parts.values() for statistic in part.statistics.values()]
     return numbers
 
 
