@@ -1,4 +1,4 @@
-"""The formulas in dense numpy float64, one set at a time, with nothing shared with the library."""
+"""The formulas in dense NumPy float64, one set at a time, without code of the library."""
 
 import math
 from itertools import combinations
@@ -56,7 +56,7 @@ def dense_greedy(vectors: Array, weights: Array, noise: float, budget: int, star
 def draw_set(
     seed: int, *leading: int, n: int, d: int, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:  # [*leading, n, d], [*leading, n]
-    """Normal vectors and weights over four orders of magnitude."""
+    """Return normal vectors and weights that span four orders of magnitude."""
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.randn(*leading, n, d, generator=generator, dtype=torch.float64)
     weights = (math.log(10) * (4 * torch.rand(*leading, n, generator=generator, dtype=torch.float64) - 2)).exp()

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from suffice.information.alignment import class_information, cluster_nmi, linear_probe, trace_ratio
 
 
-def _blobs(distance: float, seed: int = 0, items: int = 150) -> tuple[torch.Tensor, torch.Tensor]:
+def random_classes(distance: float, seed: int = 0, items: int = 150) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return embeddings of three classes with unit variance, and their classes; `distance` scales the means."""
     generator = torch.Generator().manual_seed(seed)
     classes = torch.arange(items) % 3
     means = distance * torch.eye(3, 4)
@@ -15,21 +16,21 @@ def _blobs(distance: float, seed: int = 0, items: int = 150) -> tuple[torch.Tens
 
 
 @given(seed=st.integers(0, 1000))
-def test_trace_ratio_against_scatter_matrices(seed):
-    x, y = _blobs(1.0, seed)
+def test_trace_ratio_agrees_with_scatter_matrices(seed):
+    x, y = random_classes(1.0, seed)
     points, labels = x.double().numpy(), y.numpy()
     between = within = 0.0
     for label in set(labels):
-        own = points[labels == label]
-        shift = own.mean(0) - points.mean(0)
-        between += len(own) * np.trace(np.outer(shift, shift))
-        within += np.trace((len(own) - 1) * np.cov(own.T))
+        members = points[labels == label]
+        shift = members.mean(0) - points.mean(0)
+        between += len(members) * np.trace(np.outer(shift, shift))
+        within += np.trace((len(members) - 1) * np.cov(members.T))
     assert trace_ratio(x, y) == pytest.approx(between / within)
 
 
 @given(seed=st.integers(0, 1000), ridge=st.sampled_from([0.01, 0.1, 1.0]))
-def test_class_information_against_its_formula(seed, ridge):
-    x, y = _blobs(2.0, seed)
+def test_class_information_agrees_with_its_formula(seed, ridge):
+    x, y = random_classes(2.0, seed)
     covariance = np.cov(x.double().numpy().T, bias=True)
     alpha = len(covariance) / (ridge * np.trace(covariance))
 
@@ -43,24 +44,24 @@ def test_class_information_against_its_formula(seed, ridge):
 
 
 @given(seed=st.integers(0, 200), scale=st.floats(0.01, 100))
-def test_invariant_to_rotation_scale_shift_and_names(seed, scale):
-    x, y = _blobs(1.5, seed)
+def test_invariance_to_rotation_scale_shift_and_labels(seed, scale):
+    x, y = random_classes(1.5, seed)
     generator = torch.Generator().manual_seed(seed)
-    turn = torch.linalg.qr(torch.randn(4, 4, generator=generator)).Q
-    moved = scale * (x @ turn) + scale
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=generator)).Q
+    moved = scale * (x @ rotation) + scale
     renamed = torch.tensor([7, 3, 5])[y]
     for measure in (trace_ratio, class_information):
         assert measure(moved, renamed) == pytest.approx(measure(x, y), rel=1e-3)
 
 
-def test_all_rise_with_the_distance_and_find_nothing_in_noise():
-    for measure, nothing in ((trace_ratio, 0.05), (class_information, 0.2), (cluster_nmi, 0.1)):
-        values = [measure(*_blobs(distance)) for distance in (0.0, 3.0, 30.0)]
+def test_measures_increase_with_the_distance_between_classes():
+    for measure, chance in ((trace_ratio, 0.05), (class_information, 0.2), (cluster_nmi, 0.1)):
+        values = [measure(*random_classes(distance)) for distance in (0.0, 3.0, 30.0)]
         assert values == sorted(values)
-        assert values[0] < nothing
-    assert cluster_nmi(*_blobs(30.0)) == 1.0
-    assert linear_probe(*_blobs(30.0)) == 1.0
-    assert linear_probe(*_blobs(0.0)) < 0.5
+        assert values[0] < chance
+    assert cluster_nmi(*random_classes(30.0)) == 1.0
+    assert linear_probe(*random_classes(30.0)) == 1.0
+    assert linear_probe(*random_classes(0.0)) < 0.5
 
 
 def test_degenerate_embeddings():
@@ -85,4 +86,4 @@ def test_errors_name_the_argument(x, y, message):
         with pytest.raises(ValueError, match=message):
             measure(x, y)
     with pytest.raises(ValueError, match="folds must be from 2 to 50"):
-        linear_probe(*_blobs(1.0), folds=51)
+        linear_probe(*random_classes(1.0), folds=51)

@@ -32,7 +32,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 def everything(vectors: Tensor, weights: Tensor | None = None, **options: object) -> dict[str, Tensor]:
-    """Every result of the module for one input."""
+    """Return all results of the module for one input."""
     factor = factorize(vectors, weights, **options)  # pyright: ignore
     scores = leverage_scores(vectors, weights, **options)  # pyright: ignore
     return {
@@ -50,11 +50,11 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor], rtol: float =
         torch.testing.assert_close(value, right[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
-# Against the dense formulas
+# Agreement with the dense formulas
 
 
 @given(seed=seeds, n=sizes, d=sizes, ridge=ridges, relative=st.booleans())
-def test_against_dense_formulas(seed: int, n: int, d: int, ridge: float, relative: bool):
+def test_results_agree_with_the_dense_formulas(seed: int, n: int, d: int, ridge: float, relative: bool):
     vectors, weights = draw_set(seed, n=n, d=d)
     u, w = numbers(vectors), numbers(weights)
     noise = dense_noise(u, w, ridge, relative)
@@ -75,7 +75,7 @@ def test_against_dense_formulas(seed: int, n: int, d: int, ridge: float, relativ
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("relative", [True, False])
-def test_lower_precision_agrees_with_float64_of_the_same_numbers(dtype: torch.dtype, relative: bool):
+def test_lower_precision_agrees_with_float64(dtype: torch.dtype, relative: bool):
     vectors, weights = draw_set(11, 2, 3, n=400, d=16, dtype=dtype)
     low = everything(vectors, weights, relative=relative)
     high = everything(vectors.double(), weights.double(), relative=relative)
@@ -84,13 +84,13 @@ def test_lower_precision_agrees_with_float64_of_the_same_numbers(dtype: torch.dt
     assert_same({name: value.double() for name, value in low.items()}, high, rtol=2e-5, atol=2e-6)
 
 
-def test_results_are_float64_if_only_the_weights_are():
+def test_results_are_float64_if_only_the_weights_are_float64():
     vectors, weights = draw_set(11, n=9, d=4, dtype=torch.float32)
     assert {value.dtype for value in everything(vectors, weights.double()).values()} == {torch.float64}
 
 
 @given(seed=seeds, n=sizes, d=sizes, extra=sizes, relative=st.booleans())
-def test_factor_gives_the_leverage_of_items_outside_the_set(seed: int, n: int, d: int, extra: int, relative: bool):
+def test_factor_computes_leverage_of_items_outside_the_set(seed: int, n: int, d: int, extra: int, relative: bool):
     vectors, weights = draw_set(seed, n=n, d=d)
     others, their_weights = draw_set(seed + 1, n=extra, d=d)
     factor = factorize(vectors * 100, weights * 7, relative=relative)
@@ -102,7 +102,7 @@ def test_factor_gives_the_leverage_of_items_outside_the_set(seed: int, n: int, d
     np.testing.assert_allclose(numbers(factor.leverage(others)), unweighted, rtol=1e-7)
 
 
-def test_many_items_are_projected_in_chunks_without_a_seam():
+def test_leverage_of_more_items_than_one_chunk():
     vectors, weights = draw_set(5, 2, n=2500, d=4)
     expected = factorize(vectors, weights)
     inverse = torch.linalg.inv(
@@ -117,7 +117,9 @@ def test_many_items_are_projected_in_chunks_without_a_seam():
 
 
 @given(seed=seeds, n=sizes, d=sizes, ridge=ridges, relative=st.booleans())
-def test_deleting_an_item_costs_what_its_leverage_says(seed: int, n: int, d: int, ridge: float, relative: bool):
+def test_deletion_cost_is_the_capacity_lost_by_deleting_an_item(
+    seed: int, n: int, d: int, ridge: float, relative: bool
+):
     vectors, weights = draw_set(seed, n=n, d=d)
     options = {"ridge": ridge, "relative": relative}
     cost = deletion_cost(leverage_scores(vectors, weights, **options))
@@ -149,7 +151,7 @@ def test_capacity_is_monotone_and_submodular(seed: int, n: int, d: int):
     last = order[-1:]
     gains = [
         capacity(vectors, weights, subset=torch.cat([order[:k], last])) - values[k] for k in range(n)
-    ]  # of the same item to ever larger sets
+    ]  # gains of one item when it is added to larger and larger sets
     assert (torch.stack(gains).diff() <= 1e-12).all()
 
 
@@ -157,7 +159,7 @@ def test_capacity_is_monotone_and_submodular(seed: int, n: int, d: int):
 
 
 @given(seed=seeds, n=sizes, d=sizes, relative=st.booleans())
-def test_order_of_items_does_not_matter(seed: int, n: int, d: int, relative: bool):
+def test_results_do_not_depend_on_the_order_of_items(seed: int, n: int, d: int, relative: bool):
     vectors, weights = draw_set(seed, n=n, d=d)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     before = everything(vectors, weights, relative=relative)
@@ -167,7 +169,7 @@ def test_order_of_items_does_not_matter(seed: int, n: int, d: int, relative: boo
 
 
 @given(seed=seeds, n=sizes, d=sizes, relative=st.booleans())
-def test_rotation_does_not_matter(seed: int, n: int, d: int, relative: bool):
+def test_results_are_invariant_to_rotation(seed: int, n: int, d: int, relative: bool):
     vectors, weights = draw_set(seed, n=n, d=d)
     rotation = torch.linalg.qr(draw_set(seed, n=d, d=d)[0]).Q
     assert_same(
@@ -182,7 +184,9 @@ def test_rotation_does_not_matter(seed: int, n: int, d: int, relative: bool):
     vector_scale=st.sampled_from([1e-140, 1e-20, 3.0, 1e30, 1e300]),
     weight_scale=st.sampled_from([1e-300, 1e-30, 5.0, 1e30, 1e300]),
 )
-def test_scale_does_not_matter_if_relative(seed: int, n: int, d: int, vector_scale: float, weight_scale: float):
+def test_results_are_invariant_to_scale_if_relative(
+    seed: int, n: int, d: int, vector_scale: float, weight_scale: float
+):
     vectors, weights = draw_set(seed, n=n, d=d)
     scaled = vectors * vector_scale, weights * weight_scale
     assert_same(everything(*scaled), everything(vectors, weights))
@@ -193,22 +197,23 @@ def test_scale_does_not_matter_if_relative(seed: int, n: int, d: int, vector_sca
 
 @pytest.mark.parametrize("vector_scale", [1e-30, 1e-3, 1e30])
 @pytest.mark.parametrize("weight_scale", [1e-30, 1e3, 1e30])
-def test_scale_does_not_matter_in_float32(vector_scale: float, weight_scale: float):
+def test_results_are_invariant_to_scale_in_float32(vector_scale: float, weight_scale: float):
     vectors, weights = draw_set(4, n=50, d=8, dtype=torch.float32)
     scaled = vectors * vector_scale, weights * weight_scale
     assert_same(everything(*scaled), everything(vectors, weights), rtol=1e-4, atol=1e-5)
 
 
-def test_scale_matters_if_absolute():
+def test_capacity_depends_on_scale_if_absolute():
     vectors, weights = draw_set(4, n=50, d=8)
     one = capacity(vectors, weights, ridge=1.0, relative=False)
     assert capacity(10 * vectors, weights, ridge=1.0, relative=False) > one + 1
 
 
 @given(seed=seeds, n=sizes, d=sizes, relative=st.booleans(), padded=st.booleans())
-def test_batch_is_a_loop_over_its_elements(seed: int, n: int, d: int, relative: bool, padded: bool):
+def test_batch_equals_a_loop_over_its_elements(seed: int, n: int, d: int, relative: bool, padded: bool):
     vectors, weights = draw_set(seed, 2, 3, n=n, d=d)
-    vectors[0, 1] *= 1e25 if relative else 3  # noise fixed 50 orders below leaves no digit to compare
+    # With absolute noise, a factor of 1e25 would leave no digits to compare.
+    vectors[0, 1] *= 1e25 if relative else 3
     weights[1, 2] = 0
     valid = (
         torch.rand(2, 3, n, generator=torch.Generator().manual_seed(seed)) < 0.7
@@ -223,7 +228,7 @@ def test_batch_is_a_loop_over_its_elements(seed: int, n: int, d: int, relative: 
 
 
 @given(seed=seeds, n=sizes, d=sizes, padding=sizes, junk=st.sampled_from([0.0, 1.0, 1e300, torch.nan, torch.inf]))
-def test_invalid_items_change_nothing(seed: int, n: int, d: int, padding: int, junk: float):
+def test_invalid_items_are_ignored(seed: int, n: int, d: int, padding: int, junk: float):
     vectors, weights = draw_set(seed, n=n, d=d)
     padded = torch.cat([torch.full((padding, d), junk, dtype=torch.float64), vectors])
     padded_weights = torch.cat([torch.full((padding,), junk, dtype=torch.float64), weights])
@@ -236,7 +241,7 @@ def test_invalid_items_change_nothing(seed: int, n: int, d: int, padding: int, j
     torch.testing.assert_close(unweighted[padding:], leverage_scores(vectors), rtol=1e-9, atol=1e-9)
 
 
-def test_autocast_does_not_lower_the_precision():
+def test_autocast_does_not_change_the_results():
     vectors, weights = draw_set(9, n=300, d=8, dtype=torch.float32)
     factor = factorize(vectors, weights)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -246,7 +251,7 @@ def test_autocast_does_not_lower_the_precision():
     assert torch.equal(again, factor.leverage(vectors, weights))
 
 
-def test_capacity_has_the_gradient_of_its_formula():
+def test_gradients_of_capacity_and_leverage():
     vectors, weights = draw_set(3, 2, n=5, d=3)
     torch.autograd.gradcheck(
         lambda u, w: (capacity(u, w), leverage_scores(u, w)), (vectors.requires_grad_(), weights.requires_grad_())
@@ -257,7 +262,7 @@ def test_capacity_has_the_gradient_of_its_formula():
 
 
 @given(seed=seeds, n=sizes, d=sizes, data=st.data())
-def test_capacity_of_a_subset_keeps_the_noise_of_the_full_set(seed: int, n: int, d: int, data: st.DataObject):
+def test_capacity_of_a_subset_uses_the_noise_of_the_full_set(seed: int, n: int, d: int, data: st.DataObject):
     vectors, weights = draw_set(seed, n=n, d=d)
     chosen = data.draw(st.lists(st.integers(0, n - 1), unique=True))
     u, w = numbers(vectors), numbers(weights)
@@ -269,7 +274,7 @@ def test_capacity_of_a_subset_keeps_the_noise_of_the_full_set(seed: int, n: int,
     assert float(capacity(vectors, weights, subset=mask)) == pytest.approx(expected, abs=1e-9)
 
 
-def test_subset_of_all_is_the_whole_and_invalid_items_add_nothing():
+def test_full_subset_gives_the_full_capacity_and_ignores_invalid_items():
     vectors, weights = draw_set(6, 2, n=6, d=3)
     valid = torch.tensor([1, 1, 0, 1, 1, 0]).bool()
     whole = capacity(vectors, weights, valid=valid)
@@ -297,15 +302,15 @@ def test_subset_of_all_is_the_whole_and_invalid_items_add_nothing():
         (torch.zeros(3, dtype=torch.bool), ValueError, r"subset must have shape \(4,\), got \(3,\)"),
     ],
 )
-def test_capacity_refuses_a_subset(subset: Tensor, error: type[Exception], message: str):
+def test_capacity_rejects_invalid_subsets(subset: Tensor, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         capacity(torch.ones(4, 2), subset=subset)
 
 
-# Hard inputs
+# Extreme inputs
 
 
-def hard_inputs() -> dict[str, tuple[Tensor, Tensor | None]]:
+def extreme_inputs() -> dict[str, tuple[Tensor, Tensor | None]]:
     vectors, weights = draw_set(8, 2, n=40, d=6, dtype=torch.float32)
     spread = torch.logspace(-30, 0, 40).expand(2, 40)
     one = torch.zeros(2, 40)
@@ -331,11 +336,11 @@ def hard_inputs() -> dict[str, tuple[Tensor, Tensor | None]]:
     }
 
 
-@pytest.mark.parametrize("name", hard_inputs())
+@pytest.mark.parametrize("name", extreme_inputs())
 @pytest.mark.parametrize("ridge", [1e-30, 1e-6, 0.1, 1e6])
 @pytest.mark.parametrize("relative", [True, False])
-def test_hard_inputs_give_finite_results_or_an_error(name: str, ridge: float, relative: bool):
-    vectors, weights = hard_inputs()[name]
+def test_extreme_inputs_give_finite_results_or_an_error(name: str, ridge: float, relative: bool):
+    vectors, weights = extreme_inputs()[name]
     try:
         results = everything(vectors, weights, ridge=ridge, relative=relative)
     except NotPositiveDefiniteError:
@@ -353,15 +358,15 @@ def test_hard_inputs_give_finite_results_or_an_error(name: str, ridge: float, re
     assert (results["dimension"] <= vectors.shape[-1]).all()
 
 
-@pytest.mark.parametrize("name", hard_inputs())
-def test_hard_inputs_agree_with_float64(name: str):
-    vectors, weights = hard_inputs()[name]
+@pytest.mark.parametrize("name", extreme_inputs())
+def test_extreme_inputs_agree_with_float64(name: str):
+    vectors, weights = extreme_inputs()[name]
     high = everything(vectors.double(), None if weights is None else weights.double())
     low = {key: value.double() for key, value in everything(vectors, weights).items()}
     assert_same(low, high, rtol=1e-4, atol=1e-5)
 
 
-def test_small_weights_keep_their_relative_precision():
+def test_small_weights_have_full_relative_precision():
     vectors, _ = draw_set(8, n=40, d=6, dtype=torch.float32)
     weights = torch.logspace(-30, 0, 40)
     low = leverage_scores(vectors, weights).double()
@@ -369,7 +374,7 @@ def test_small_weights_keep_their_relative_precision():
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_half_precision_to_the_edge_of_its_range(dtype: torch.dtype):
+def test_half_precision_inputs_as_large_as_their_dtype_allows(dtype: torch.dtype):
     vectors, _ = draw_set(8, n=40, d=6, dtype=dtype)
     vectors = vectors / vectors.abs().max() * torch.finfo(dtype).max
     assert vectors.isfinite().all()
@@ -377,7 +382,7 @@ def test_half_precision_to_the_edge_of_its_range(dtype: torch.dtype):
     assert_same(low, everything(vectors.double()), rtol=1e-4, atol=1e-5)
 
 
-def test_largest_floats_where_subnormal_numbers_are_flushed_to_zero():
+def test_largest_floats_with_subnormal_numbers_flushed_to_zero():
     vectors = torch.full((4, 2), torch.finfo(torch.float32).max)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor keeps subnormal numbers")
@@ -388,12 +393,12 @@ def test_largest_floats_where_subnormal_numbers_are_flushed_to_zero():
     torch.testing.assert_close(flushed, leverage_scores(torch.ones(4, 2)))
 
 
-def test_rounding_does_not_make_capacity_negative():
+def test_capacity_is_not_negative_after_rounding():
     vectors, weights = draw_set(1, 5000, n=3, d=7)
     assert (capacity(vectors, weights, subset=torch.zeros(5000, 0, dtype=torch.long)) >= 0).all()
 
 
-def test_nothing_there_is_no_information():
+def test_zero_vectors_and_empty_sets_carry_no_information():
     results = everything(torch.zeros(3, 4, 2))
     assert not any(value.any() for value in results.values())
     nobody = everything(torch.ones(3, 4, 2), valid=torch.zeros(3, 4, dtype=torch.bool))
@@ -422,7 +427,7 @@ def test_noise_variance_relative_and_absolute():
         (torch.eye(2), 1e300, ValueError, r"ridge must give a .* within the range of torch.float32, got 1e\+300"),
     ],
 )
-def test_noise_variance_refuses(matrix: Tensor, ridge: float, error: type[Exception], message: str):
+def test_noise_variance_rejects_invalid_arguments(matrix: Tensor, ridge: float, error: type[Exception], message: str):
     for relative in (True, False):
         with pytest.raises(error, match=message):
             noise_variance(matrix, ridge, relative)
@@ -439,7 +444,7 @@ def test_noise_variance_refuses(matrix: Tensor, ridge: float, error: type[Except
         (True, TypeError, r"ridge must be a number, got bool"),
     ],
 )
-def test_ridge_is_checked_everywhere(ridge: float, error: type[Exception], message: str):
+def test_all_functions_check_the_ridge(ridge: float, error: type[Exception], message: str):
     vectors = torch.ones(3, 2)
     for call in (factorize, capacity, leverage_scores, effective_dimension):
         with pytest.raises(error, match=message):
@@ -470,7 +475,7 @@ def test_ridge_is_checked_everywhere(ridge: float, error: type[Exception], messa
         (torch.ones(3, 2), {"valid": torch.ones(2, 3).bool()}, ValueError, r"valid must have shape \(3,\)"),
     ],
 )
-def test_bad_items_are_refused(call, relative, vectors, options, error, message):
+def test_invalid_arguments_are_rejected(call, relative, vectors, options, error, message):
     with pytest.raises(error, match=message):
         call(vectors, relative=relative, **options)
 
@@ -483,7 +488,7 @@ def test_bad_items_are_refused(call, relative, vectors, options, error, message)
     relative=st.booleans(),
     dtype=st.sampled_from([torch.float64, torch.float32, *HALVES]),
 )
-def test_no_bad_number_passes_wherever_it_is(call, place, value, weight, relative, dtype):
+def test_one_entry_that_is_not_finite_is_rejected_at_any_index(call, place, value, weight, relative, dtype):
     vectors, weights = draw_set(1, 2, n=5, d=3, dtype=dtype)
     vectors[place] = value
     weights[place[:2]] = weight
@@ -491,7 +496,7 @@ def test_no_bad_number_passes_wherever_it_is(call, place, value, weight, relativ
         call(vectors, weights, relative=relative)
 
 
-def test_overflow_with_fixed_noise_is_an_error():
+def test_overflow_with_absolute_noise_is_an_error():
     with pytest.raises(ValueError, match=r"range of torch.float32, got vectors up to 1e\+30"):
         capacity(torch.full((3, 2), 1e30), relative=False)
 
@@ -508,7 +513,7 @@ def test_overflow_with_fixed_noise_is_an_error():
         (torch.full((2, 3, 2), 1e30), None, ValueError, "NaN or infinite in torch.float32"),
     ],
 )
-def test_factor_refuses_items(vectors: Tensor, weights: Tensor | None, error: type[Exception], message: str):
+def test_factor_rejects_invalid_items(vectors: Tensor, weights: Tensor | None, error: type[Exception], message: str):
     factor = factorize(torch.ones(2, 3, 2))
     with pytest.raises(error, match=message):
         factor.leverage(vectors, weights)
@@ -542,6 +547,6 @@ def test_deletion_cost_is_exact_and_finite(dtype: torch.dtype):
         (torch.tensor([0.5, torch.nan]), ValueError, r"leverage must be at least 0, got NaN"),
     ],
 )
-def test_deletion_cost_refuses(scores: Tensor, error: type[Exception], message: str):
+def test_deletion_cost_rejects_invalid_leverage(scores: Tensor, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         deletion_cost(scores)

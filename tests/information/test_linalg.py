@@ -8,7 +8,7 @@ from tests.information.oracle import dense_gram, draw_set, numbers, seeds, sizes
 
 
 @pytest.mark.parametrize(
-    ("given_dtype", "worked_in"),
+    ("input_dtype", "expected"),
     [
         (torch.float64, torch.float64),
         (torch.float32, torch.float32),
@@ -16,15 +16,15 @@ from tests.information.oracle import dense_gram, draw_set, numbers, seeds, sizes
         (torch.float16, torch.float32),
     ],
 )
-def test_working_dtype(given_dtype: torch.dtype, worked_in: torch.dtype):
-    assert working_dtype(given_dtype) == worked_in
-    vectors, weights = draw_set(0, n=5, d=3, dtype=given_dtype)
-    assert gram_matrix(vectors, weights).dtype == worked_in
-    assert psd_cholesky(torch.eye(3, dtype=given_dtype)).dtype == worked_in
+def test_working_dtype(input_dtype: torch.dtype, expected: torch.dtype):
+    assert working_dtype(input_dtype) == expected
+    vectors, weights = draw_set(0, n=5, d=3, dtype=input_dtype)
+    assert gram_matrix(vectors, weights).dtype == expected
+    assert psd_cholesky(torch.eye(3, dtype=input_dtype)).dtype == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
-def test_working_dtype_refuses_what_is_not_real_floating(dtype: torch.dtype):
+def test_working_dtype_rejects_types_that_are_not_real_floating_point(dtype: torch.dtype):
     with pytest.raises(TypeError, match=f"floating point type, got {dtype}"):
         working_dtype(dtype)
 
@@ -48,12 +48,12 @@ def test_gram_broadcasts_weights_over_leading_dimensions():
     assert torch.equal(gram_matrix(vectors, shared[0, 0]), gram_matrix(vectors, shared[0, 0].expand(2, 3, 4)))
 
 
-def test_gram_is_float64_if_only_the_weights_are():
+def test_gram_is_float64_if_only_the_weights_are_float64():
     vectors, weights = draw_set(1, n=4, d=2)
     assert gram_matrix(vectors.float(), weights).dtype == torch.float64
 
 
-def test_gram_stays_in_full_precision_under_autocast():
+def test_gram_has_full_precision_under_autocast():
     vectors, weights = draw_set(2, n=300, d=8, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = gram_matrix(vectors, weights)
@@ -61,8 +61,8 @@ def test_gram_stays_in_full_precision_under_autocast():
     assert torch.equal(inside, gram_matrix(vectors, weights))
 
 
-def test_gram_of_half_precision_accumulates_in_float32():
-    # 4096 ones add up to 4096; in bfloat16 the sum would stick at 256.
+def test_gram_of_half_precision_vectors_accumulates_in_float32():
+    # The sum of 4096 ones is 4096. In bfloat16 it would not exceed 256.
     assert gram_matrix(torch.ones(4096, 1, dtype=torch.bfloat16)).item() == 4096
 
 
@@ -90,13 +90,15 @@ def test_gram_of_half_precision_accumulates_in_float32():
         (torch.full((2, 2), 1e30), None, ValueError, r"Gram matrix within the range of torch.float32"),
     ],
 )
-def test_gram_refuses(vectors: torch.Tensor, weights: torch.Tensor, error: type[Exception], message: str):
+def test_gram_rejects_invalid_arguments(
+    vectors: torch.Tensor, weights: torch.Tensor, error: type[Exception], message: str
+):
     with pytest.raises(error, match=message):
         gram_matrix(vectors, weights)
 
 
 @given(seed=seeds, d=sizes)
-def test_cholesky_rebuilds_the_matrix(seed: int, d: int):
+def test_cholesky_factor_reproduces_the_matrix(seed: int, d: int):
     vectors, weights = draw_set(seed, 4, n=2 * d, d=d)
     matrix = gram_matrix(vectors, weights)
     factor = psd_cholesky(matrix)
@@ -106,32 +108,32 @@ def test_cholesky_rebuilds_the_matrix(seed: int, d: int):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-def test_jitter_goes_only_to_the_matrices_that_need_it(dtype: torch.dtype, scale: float):
+def test_jitter_is_added_only_to_matrices_that_need_it(dtype: torch.dtype, scale: float):
     regular = gram_matrix(*draw_set(3, n=20, d=6, dtype=dtype)) * scale
     singular = torch.ones(6, 6, dtype=dtype) * scale
     factor = psd_cholesky(torch.stack([regular, singular, regular]))
     assert torch.equal(factor[0], torch.linalg.cholesky(regular))
     assert torch.equal(factor[2], torch.linalg.cholesky(regular))
-    # No more jitter than a thousand times the rounding error of the factorisation.
+    # The jitter is at most a thousand times the rounding error of the factorization.
     allowed = 1e3 * 6 * torch.finfo(dtype).eps * scale
     assert (factor[1] @ factor[1].mT - singular).abs().max() <= 1.1 * allowed
 
 
-def test_jitter_of_a_matrix_does_not_depend_on_its_batch():
+def test_jitter_of_a_matrix_does_not_depend_on_the_other_matrices():
     singular = torch.ones(4, 4)
     worse = singular - 1e-4 * torch.eye(4)
     factor = psd_cholesky(torch.stack([singular, worse]))
     assert torch.equal(factor[0], psd_cholesky(singular))
     assert torch.equal(factor[1], psd_cholesky(worse))
-    assert factor[1, -1, -1] > 3 * factor[0, -1, -1]  # the second did need more
+    assert factor[1, -1, -1] > 3 * factor[0, -1, -1]  # the second matrix needs more jitter
 
 
-def test_cholesky_of_one_matrix_without_batch():
+def test_cholesky_of_a_single_matrix():
     factor = psd_cholesky(torch.ones(3, 3))
     torch.testing.assert_close(factor @ factor.mT, torch.ones(3, 3), rtol=0, atol=1e-4)
 
 
-def test_cholesky_factorises_once_when_all_succeed(monkeypatch: pytest.MonkeyPatch):
+def test_cholesky_factorizes_once_if_all_matrices_succeed(monkeypatch: pytest.MonkeyPatch):
     calls: list[torch.Tensor] = []
     original = torch.linalg.cholesky_ex
 
@@ -149,7 +151,7 @@ def test_cholesky_factorises_once_when_all_succeed(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "matrix", [-torch.eye(3), torch.zeros(3, 3), torch.tensor([[1.0, 2.0], [2.0, 1.0]])], ids=["negative", "0", "mixed"]
 )
-def test_cholesky_counts_the_indefinite(matrix: torch.Tensor):
+def test_cholesky_error_counts_the_indefinite_matrices(matrix: torch.Tensor):
     batch = torch.stack([torch.eye(len(matrix)), matrix, matrix])
     with pytest.raises(NotPositiveDefiniteError, match="got 2 of 3 matrices"):
         psd_cholesky(batch)
@@ -157,7 +159,7 @@ def test_cholesky_counts_the_indefinite(matrix: torch.Tensor):
 
 
 @given(row=st.integers(0, 2), column=st.integers(0, 2), value=st.sampled_from([torch.nan, torch.inf, -torch.inf]))
-def test_cholesky_refuses_what_is_not_finite(row: int, column: int, value: float):
+def test_cholesky_rejects_matrices_that_are_not_finite(row: int, column: int, value: float):
     batch = torch.eye(3).repeat(4, 1, 1)
     batch[2, row, column] = batch[2, column, row] = value
     with pytest.raises(NotPositiveDefiniteError, match="got NaN or Inf in 1 of 4 matrices"):
@@ -174,6 +176,6 @@ def test_cholesky_refuses_what_is_not_finite(row: int, column: int, value: float
         (torch.ones(0, 0), ValueError, r"matrix must have shape \[..., d, d\] .*got \(0, 0\)"),
     ],
 )
-def test_cholesky_refuses(matrix: torch.Tensor, error: type[Exception], message: str):
+def test_cholesky_rejects_invalid_arguments(matrix: torch.Tensor, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         psd_cholesky(matrix)

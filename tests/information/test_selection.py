@@ -33,7 +33,7 @@ selectors = pytest.mark.parametrize("select", [select_by_leverage, by_leverage_i
 
 
 def draw_candidates(data: st.DataObject, n: int) -> tuple[Tensor, Tensor, int]:
-    """Masks of valid and protected items and a budget that fits them."""
+    """Return masks of valid and of protected items, and a budget between their numbers."""
     valid = data.draw(st.lists(st.booleans(), min_size=n, max_size=n).filter(any))
     protected = [data.draw(st.booleans()) and v for v in valid]
     budget = data.draw(st.integers(max(1, sum(protected)), sum(valid)))
@@ -44,7 +44,7 @@ def draw_candidates(data: st.DataObject, n: int) -> tuple[Tensor, Tensor, int]:
 
 
 @given(data=st.data(), n=sizes, dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
-def test_top_is_a_stable_sort(data: st.DataObject, n: int, dtype: torch.dtype):
+def test_top_agrees_with_a_stable_sort(data: st.DataObject, n: int, dtype: torch.dtype):
     values = data.draw(st.lists(st.sampled_from([-math.inf, -3.0, 0.0, 0.5, 1.0, math.inf]), min_size=n, max_size=n))
     valid, protected, budget = draw_candidates(data, n)
     ranked = sorted((i for i in range(n) if valid[i]), key=lambda i: (not protected[i], -values[i], i))
@@ -54,7 +54,7 @@ def test_top_is_a_stable_sort(data: st.DataObject, n: int, dtype: torch.dtype):
 
 
 @given(seed=seeds, n=sizes, data=st.data())
-def test_top_of_a_batch_is_a_loop(seed: int, n: int, data: st.DataObject):
+def test_top_of_a_batch_equals_a_loop_over_its_elements(seed: int, n: int, data: st.DataObject):
     scores = draw_set(seed, 2, 3, n=n, d=1)[1]
     valid, protected, budget = draw_candidates(data, n)
     kept = select_top(scores, budget, valid=valid, protected=protected)
@@ -64,18 +64,18 @@ def test_top_of_a_batch_is_a_loop(seed: int, n: int, data: st.DataObject):
             assert torch.equal(kept[i, j], select_top(scores[i, j], budget, valid=valid, protected=protected))
 
 
-def test_top_takes_masks_that_differ_by_row():
+def test_top_with_different_masks_in_each_row():
     scores = torch.tensor([[4.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0]])
     valid = torch.tensor([[False, True, True, True], [True, True, True, True]])
     protected = torch.tensor([[False, False, False, True], [False, False, False, False]])
     assert select_top(scores, 2, valid=valid, protected=protected).tolist() == [[1, 3], [0, 1]]
 
 
-def test_top_keeps_all_at_full_budget():
+def test_top_with_full_budget_keeps_all_items():
     assert select_top(torch.zeros(2, 5), 5).tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
-def test_top_ignores_nan_only_where_invalid():
+def test_top_accepts_nan_scores_of_invalid_items_only():
     scores = torch.tensor([torch.nan, 1.0, 2.0])
     assert select_top(scores, 1, valid=torch.tensor([False, True, True])).tolist() == [2]
     with pytest.raises(ValueError, match=r"scores must not be NaN, got 1 NaN"):
@@ -91,7 +91,7 @@ def test_top_ignores_nan_only_where_invalid():
         (torch.ones(2, 0), ValueError, r"scores must have shape \[..., n\] .*got \(2, 0\)"),
     ],
 )
-def test_top_refuses_scores(scores: Tensor, error: type[Exception], message: str):
+def test_top_rejects_invalid_scores(scores: Tensor, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         select_top(scores, 1)
 
@@ -100,7 +100,7 @@ def test_top_refuses_scores(scores: Tensor, error: type[Exception], message: str
 
 
 @given(seed=seeds, n=sizes, d=sizes, ridge=ridges, relative=st.booleans(), data=st.data())
-def test_one_round_keeps_the_highest_leverages(
+def test_one_round_keeps_the_highest_leverage_scores(
     seed: int, n: int, d: int, ridge: float, relative: bool, data: st.DataObject
 ):
     vectors, weights = draw_set(seed, n=n, d=d)
@@ -116,18 +116,18 @@ def test_one_round_keeps_the_highest_leverages(
 
 
 def leverage_gap(leverage: np.ndarray, ranked: list[int], budget: int) -> float:
-    """Relative distance between the last that is kept and the first that is not: below rounding either may go."""
+    """Return the relative difference between the last kept and the first dropped item."""
     return leverage[ranked[budget - 1]] / leverage[ranked[budget]] - 1 if leverage[ranked[budget]] else math.inf
 
 
-def test_one_round_is_the_top_of_the_leverage_scores():
+def test_one_round_equals_the_top_of_the_leverage_scores():
     vectors, weights = draw_set(1, 2, 3, n=50, d=4, dtype=torch.float32)
     scores = leverage_scores(vectors, weights)
     assert torch.equal(select_by_leverage(vectors, weights, 20), select_top(scores, 20))
 
 
 @given(seed=seeds, n=st.integers(4, 9), d=sizes, rounds=st.integers(2, 5), data=st.data())
-def test_rounds_recompute_on_what_is_left(seed: int, n: int, d: int, rounds: int, data: st.DataObject):
+def test_rounds_recompute_leverage_for_the_remaining_items(seed: int, n: int, d: int, rounds: int, data: st.DataObject):
     vectors, weights = draw_set(seed, n=n, d=d)
     valid, protected, budget = draw_candidates(data, n)
     u, w = numbers(vectors), numbers(weights)
@@ -143,11 +143,11 @@ def test_rounds_recompute_on_what_is_left(seed: int, n: int, d: int, rounds: int
 
 
 @given(seed=seeds, d=st.integers(2, 5), copies=st.integers(2, 4))
-def test_rounds_keep_one_of_equal_items_where_one_round_keeps_copies(seed: int, d: int, copies: int):
-    # Copies of orthogonal directions all have the same leverage: one round takes the first, copies among them.
+def test_several_rounds_keep_one_of_equal_items(seed: int, d: int, copies: int):
+    # All copies of orthogonal directions have the same leverage. One round keeps the first items, which include copies.
     rotation = torch.linalg.qr(draw_set(seed, n=d, d=d)[0]).Q
     vectors = torch.cat([rotation.repeat_interleave(copies, dim=0), rotation[:1] * 0.1])
-    # Slightly stronger copies come first, so that rounding does not break the ties.
+    # Earlier copies are slightly longer, so that rounding does not decide between them.
     vectors[: copies * d] *= torch.linspace(1.001, 1, copies * d, dtype=torch.float64)[:, None]
     one = capacity(vectors, subset=select_by_leverage(vectors, None, d))
     many = capacity(vectors, subset=select_by_leverage(vectors, None, d, rounds=copies * d))
@@ -159,7 +159,7 @@ def test_rounds_keep_one_of_equal_items_where_one_round_keeps_copies(seed: int, 
 
 
 @given(seed=seeds, n=sizes, d=sizes, ridge=ridges, relative=st.booleans(), data=st.data())
-def test_greedy_takes_the_highest_gain_at_each_step(
+def test_greedy_selects_the_highest_gain_at_each_step(
     seed: int, n: int, d: int, ridge: float, relative: bool, data: st.DataObject
 ):
     vectors, weights = draw_set(seed, n=n, d=d)
@@ -171,7 +171,7 @@ def test_greedy_takes_the_highest_gain_at_each_step(
     start = np.flatnonzero(protected.numpy()[there]).tolist()
     noise = dense_noise(u, w, ridge, relative)
     expected = there[dense_greedy(u, w, noise, budget, start)].tolist()
-    # Gains that differ by less than rounding may come in either order; the capacity is then the same.
+    # Gains that differ by less than the rounding error may be selected in either order, with the same capacity.
     reached = dense_capacity(numbers(vectors), numbers(weights), noise, kept.tolist())
     assert reached == pytest.approx(dense_capacity(numbers(vectors), numbers(weights), noise, expected), abs=1e-9)
     assert set(np.flatnonzero(protected.numpy())) <= set(kept.tolist())
@@ -179,7 +179,7 @@ def test_greedy_takes_the_highest_gain_at_each_step(
 
 
 @given(seed=seeds, n=st.integers(2, 8), d=st.integers(1, 4), data=st.data())
-def test_greedy_guarantee_over_all_subsets(seed: int, n: int, d: int, data: st.DataObject):
+def test_greedy_capacity_is_near_the_best_of_all_subsets(seed: int, n: int, d: int, data: st.DataObject):
     vectors, weights = draw_set(seed, n=n, d=d)
     budget = data.draw(st.integers(1, n))
     u, w = numbers(vectors), numbers(weights)
@@ -191,7 +191,7 @@ def test_greedy_guarantee_over_all_subsets(seed: int, n: int, d: int, data: st.D
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_greedy_stays_exact_over_many_updates(dtype: torch.dtype):
+def test_greedy_is_exact_after_many_updates(dtype: torch.dtype):
     vectors, weights = draw_set(7, n=120, d=6, dtype=dtype)
     kept = select_greedy(vectors, weights, 80, ridge=1e-6).tolist()
     noise = dense_noise(numbers(vectors), numbers(weights), 1e-6, relative=True)
@@ -199,7 +199,7 @@ def test_greedy_stays_exact_over_many_updates(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("ridge", [1e-12, 1e-20, 1e-30])
-def test_greedy_stays_sound_where_noise_is_below_rounding(ridge: float):
+def test_greedy_with_noise_below_the_rounding_error(ridge: float):
     vectors, weights = draw_set(7, 2, n=30, d=6)
     kept = select_greedy(vectors, weights, 20, ridge=ridge)
     assert (kept.diff() > 0).all()
@@ -210,18 +210,18 @@ def test_greedy_stays_sound_where_noise_is_below_rounding(ridge: float):
         assert reached >= dense_capacity(u, w, noise, dense_greedy(u, w, noise, 20, [])) * (1 - 1e-3)
 
 
-def test_greedy_refuses_noise_that_overflows_float64():
+def test_greedy_rejects_noise_that_overflows_float64():
     with pytest.raises(ValueError, match=r"ridge must leave .* range of torch.float64, got 1e-200"):
         select_greedy(torch.full((3, 2), 1e150, dtype=torch.float64), None, 1, ridge=1e-200, relative=False)
 
 
-def test_greedy_does_not_repeat_what_a_protected_item_holds():
+def test_greedy_does_not_select_a_copy_of_a_protected_item():
     vectors = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
     protected = torch.tensor([True, False, False])
     assert select_greedy(vectors, None, 2, protected=protected).tolist() == [0, 2]
 
 
-def test_greedy_starts_rows_of_a_batch_from_their_own_protected_items():
+def test_greedy_starts_from_the_protected_items_of_each_row():
     vectors, weights = draw_set(5, 2, n=8, d=3)
     protected = torch.zeros(2, 8, dtype=torch.bool)
     protected[0, :4] = True
@@ -230,12 +230,12 @@ def test_greedy_starts_rows_of_a_batch_from_their_own_protected_items():
     assert torch.equal(kept[1], select_greedy(vectors[1], weights[1], 4))
 
 
-# All that see vectors
+# Selections that use vectors
 
 
 @selectors
 @given(seed=seeds, n=sizes, d=sizes, data=st.data())
-def test_batch_is_a_loop_over_its_elements(select: Select, seed: int, n: int, d: int, data: st.DataObject):
+def test_batch_equals_a_loop_over_its_elements(select: Select, seed: int, n: int, d: int, data: st.DataObject):
     vectors, weights = draw_set(seed, 2, 2, n=n, d=d)
     chosen = [[draw_candidates(data, n) for _ in range(2)] for _ in range(2)]
     valid = torch.stack([torch.stack([v for v, _, _ in row]) for row in chosen])
@@ -252,7 +252,7 @@ def test_batch_is_a_loop_over_its_elements(select: Select, seed: int, n: int, d:
 
 @selectors
 @given(seed=seeds, n=sizes, d=sizes, padding=sizes, junk=st.sampled_from([0.0, 1e300, torch.nan]), data=st.data())
-def test_padding_only_shifts_the_indices(
+def test_padding_shifts_the_indices_only(
     select: Select, seed: int, n: int, d: int, padding: int, junk: float, data: st.DataObject
 ):
     vectors, weights = draw_set(seed, n=n, d=d)
@@ -265,7 +265,7 @@ def test_padding_only_shifts_the_indices(
 
 @selectors
 @given(seed=seeds, n=sizes, d=sizes, data=st.data())
-def test_scale_and_rotation_do_not_matter(select: Select, seed: int, n: int, d: int, data: st.DataObject):
+def test_selection_is_invariant_to_scale_and_rotation(select: Select, seed: int, n: int, d: int, data: st.DataObject):
     vectors, weights = draw_set(seed, n=n, d=d)
     budget = data.draw(st.integers(1, n))
     rotation = torch.linalg.qr(draw_set(seed + 1, n=d, d=d)[0]).Q
@@ -275,14 +275,14 @@ def test_scale_and_rotation_do_not_matter(select: Select, seed: int, n: int, d: 
 
 
 @selectors
-def test_full_budget_keeps_all(select: Select):
+def test_full_budget_keeps_all_items(select: Select):
     vectors, weights = draw_set(2, 3, n=6, d=4, dtype=torch.float32)
     assert select(vectors, weights, 6).tolist() == [list(range(6))] * 3
 
 
 @selectors
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_selected_capacity_beats_a_random_choice(select: Select, dtype: torch.dtype):
+def test_selected_capacity_exceeds_a_random_selection(select: Select, dtype: torch.dtype):
     vectors, weights = draw_set(2, 3, n=100, d=8, dtype=dtype)
     kept = select(vectors, weights, 10)
     generator = torch.Generator().manual_seed(0)
@@ -303,7 +303,7 @@ def test_selected_capacity_beats_a_random_choice(select: Select, dtype: torch.dt
     ],
     ids=["zeros", "equal", "30 orders", "strong"],
 )
-def test_hard_inputs_still_give_distinct_items(select: Select, relative: bool, vectors: Tensor):
+def test_extreme_inputs_give_distinct_items(select: Select, relative: bool, vectors: Tensor):
     protected = torch.tensor([[False] * 10, [False] * 9 + [True]])
     kept = select(vectors, None, 4, protected=protected, relative=relative)
     assert (kept.diff() > 0).all()
@@ -313,13 +313,13 @@ def test_hard_inputs_still_give_distinct_items(select: Select, relative: bool, v
 
 
 @selectors
-def test_overflow_with_fixed_noise_is_an_error(select: Select):
+def test_overflow_with_absolute_noise_is_an_error(select: Select):
     with pytest.raises(ValueError, match="vectors and weights must have a Gram matrix within the range"):
         select(torch.full((3, 2), 1e200, dtype=torch.float64), None, 1, relative=False)
 
 
 @selectors
-def test_selection_needs_no_gradient(select: Select):
+def test_selection_works_on_tensors_that_require_a_gradient(select: Select):
     vectors, weights = draw_set(1, n=6, d=2)
     expected = select(vectors, weights, 3)
     assert torch.equal(select(vectors.requires_grad_(), weights.requires_grad_(), 3), expected)
@@ -340,7 +340,7 @@ def test_selection_needs_no_gradient(select: Select):
         (torch.ones(3, 2), None, {"ridge": 0.0}, ValueError, r"ridge must be finite and above 0, got 0.0"),
     ],
 )
-def test_bad_items_are_refused(select: Select, vectors, weights, options, error, message):
+def test_invalid_arguments_are_rejected(select: Select, vectors, weights, options, error, message):
     with pytest.raises(error, match=message):
         select(vectors, weights, 1, **options)
 
@@ -370,7 +370,7 @@ def top_of_ones(vectors: Tensor, weights: None, budget: int, **options: object) 
         (1, {"protected": [[1, 1]]}, ValueError, r"protected must have shape \(2, 3\), got \(1, 2\)"),
     ],
 )
-def test_bad_budgets_and_masks_are_refused(select: Select, budget, options, error, message):
+def test_invalid_budgets_and_masks_are_rejected(select: Select, budget, options, error, message):
     masks = {name: torch.tensor(rows).bool() for name, rows in options.items()}
     with pytest.raises(error, match=message):
         select(torch.ones(2, 3, 2), None, budget, **masks)
@@ -391,6 +391,6 @@ def test_masks_must_be_boolean_tensors(name: str):
         (1.5, TypeError, r"rounds must be an int, got float"),
     ],
 )
-def test_rounds_are_checked(rounds: int, error: type[Exception], message: str):
+def test_invalid_rounds_are_rejected(rounds: int, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         select_by_leverage(torch.ones(3, 2), None, 1, rounds=rounds)
