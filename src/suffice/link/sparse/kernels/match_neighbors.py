@@ -17,13 +17,13 @@ _BLOCK = 64
 
 
 def match_neighbors(
-    pointers: Tensor, columns: Tensor, first: Tensor, second: Tensor, *, common: bool
+    rowptr: Tensor, col: Tensor, first: Tensor, second: Tensor, *, common: bool
 ) -> tuple[Tensor, Tensor]:
     """Return N(i) ∩ N(j), or N(i) − N(j) without j, for each pair of nodes i and j.
 
     Args:
-        pointers: Start of the row of each node, followed by the end of the last row, long [nodes + 1].
-        columns: Neighbors, in ascending order within each row, long [edges].
+        rowptr: Start of the row of each node, followed by the end of the last row, long [nodes + 1].
+        col: Neighbors, in ascending order within each row, long [edges].
         first: i of each pair, long [pairs].
         second: j of each pair, long [pairs].
         common: Whether to return the intersection. If False, the difference is returned.
@@ -38,7 +38,7 @@ def match_neighbors(
     if first.numel() == 0:
         return counts, counts
     # The kernel runs twice: once to count the nodes of each pair, and once to store them.
-    inputs = (pointers, columns, first, second)
+    inputs = (rowptr, col, first, second)
     launch(
         match_neighbors_kernel,
         (first.numel(),),
@@ -71,8 +71,8 @@ def match_neighbors(
 
 @triton.jit
 def match_neighbors_kernel(
-    pointers: "Any",
-    columns: "Any",
+    rowptr: "Any",
+    col: "Any",
     first: "Any",
     second: "Any",
     counts: "Any",
@@ -86,26 +86,26 @@ def match_neighbors_kernel(
     pair = tl.program_id(0).to(tl.int64)
     i = tl.load(first + pair)
     j = tl.load(second + pair)
-    end_i = tl.load(pointers + i + 1)
-    start_j = tl.load(pointers + j)
-    end_j = tl.load(pointers + j + 1)
+    end_i = tl.load(rowptr + i + 1)
+    start_j = tl.load(rowptr + j)
+    end_j = tl.load(rowptr + j + 1)
     num_matches = tl.zeros((1,), tl.int64)
     if STORE:
         nodes += tl.load(starts + pair)
-    for block_start in range(tl.load(pointers + i), end_i, BLOCK):
+    for block_start in range(tl.load(rowptr + i), end_i, BLOCK):
         offs_n = block_start + tl.arange(0, BLOCK)
-        node = tl.load(columns + offs_n, mask=offs_n < end_i, other=-1)
+        node = tl.load(col + offs_n, mask=offs_n < end_i, other=-1)
         low = tl.zeros((BLOCK,), tl.int64) + start_j
         high = tl.zeros((BLOCK,), tl.int64) + end_j
         size = end_j - start_j
         while size > 0:
             middle = (low + high) // 2
             is_open = low < high
-            right = is_open & (tl.load(columns + middle, mask=is_open, other=0) < node)
+            right = is_open & (tl.load(col + middle, mask=is_open, other=0) < node)
             high = tl.where(is_open & (right == 0), middle, high)
             low = tl.where(right, middle + 1, low)
             size = size // 2
-        is_common = (low < end_j) & (tl.load(columns + low, mask=low < end_j, other=-2) == node)
+        is_common = (low < end_j) & (tl.load(col + low, mask=low < end_j, other=-2) == node)
         is_match = (offs_n < end_i) & is_common if COMMON else (offs_n < end_i) & (is_common == 0) & (node != j)
         count = is_match.to(tl.int64)
         if STORE:

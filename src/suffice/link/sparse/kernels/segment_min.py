@@ -18,12 +18,12 @@ _MAX_BLOCK_C = 256
 """Maximum number of columns that one program processes."""
 
 
-def segment_min(index: Tensor, pointers: Tensor, table: Tensor) -> Tensor:
+def segment_min(index: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
     """Return the minimum of each column over the rows of each segment, infinite for empty segments.
 
     Args:
         index: Rows of the table, segment after segment, long [total].
-        pointers: Start of each segment in `index`, followed by the end of the last one, long [segments + 1].
+        offsets: Start of each segment in `index`, followed by the end of the last one, long [segments + 1].
         table: [rows, columns], floating point.
 
     Returns:
@@ -31,7 +31,7 @@ def segment_min(index: Tensor, pointers: Tensor, table: Tensor) -> Tensor:
 
     """
     table = table.contiguous()
-    num_segments, num_columns = pointers.numel() - 1, table.shape[1]
+    num_segments, num_columns = offsets.numel() - 1, table.shape[1]
     result = table.new_empty(num_segments, num_columns)
     if num_segments:
         block_c = min(block_size(num_columns), _MAX_BLOCK_C)
@@ -39,7 +39,7 @@ def segment_min(index: Tensor, pointers: Tensor, table: Tensor) -> Tensor:
             segment_min_kernel,
             (num_segments, triton.cdiv(num_columns, block_c)),
             index,
-            pointers,
+            offsets,
             table,
             result,
             num_columns,
@@ -53,7 +53,7 @@ def segment_min(index: Tensor, pointers: Tensor, table: Tensor) -> Tensor:
 @triton.jit
 def segment_min_kernel(
     index: "Any",
-    pointers: "Any",
+    offsets: "Any",
     table: "Any",
     result: "Any",
     num_columns: "Any",
@@ -62,10 +62,10 @@ def segment_min_kernel(
 ):
     """Compute BLOCK_C columns of one segment."""
     segment = tl.program_id(0).to(tl.int64)
-    end = tl.load(pointers + segment + 1)
+    end = tl.load(offsets + segment + 1)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     minimum = tl.full((BLOCK_C,), float("inf"), tl.float32)
-    for block_start in range(tl.load(pointers + segment), end, BLOCK_N):
+    for block_start in range(tl.load(offsets + segment), end, BLOCK_N):
         offs_n = block_start + tl.arange(0, BLOCK_N)
         row = tl.load(index + offs_n, mask=offs_n < end, other=0)
         mask = (offs_n < end)[:, None] & (offs_c < num_columns)[None, :]
