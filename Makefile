@@ -36,7 +36,7 @@ bench-study: $(VENV)/.ready
 # The site, in out/site; nothing is loaded from elsewhere while it is built or read.
 docs: $(VENV)/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The same studies on a cluster of two Ray nodes.
 test-ray: $(VENV)/.ready

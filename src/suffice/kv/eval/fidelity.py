@@ -100,14 +100,14 @@ def evaluate(
         * `log_likelihood`: of the right answer, in nats per token; `log_likelihood_change`: minus the full cache's
         * `top1`: share of tokens at which both caches predict the same most likely token
         * `score`: of the generated answer, 0 to 1; `full_score`: the full cache's; `chance`: expected score of a
-          random choice; None without `answer` or for a text
+            random choice; None without `answer` or for a text
         * `answer`: the generated text; None without `answer`
         * `agreement`: share of the full cache's greedy tokens that are generated at the same place;
-          `agreed_tokens`: number of equal tokens before the first difference; None without `greedy_tokens`
+            `agreed_tokens`: number of equal tokens before the first difference; None without `greedy_tokens`
         * `tokens_kept`: mean number of entries kept per head after the prefill; `bytes_kept`, `bytes_full`
         * `capacity_retained`: None if it was not measured
         * `seconds`: time for scoring and eviction. With `share_statistics`, the time for a statistic counts for the
-          first configuration that uses it.
+            first configuration that uses it.
 
     Raises:
         ValueError: the example does not have this mode, the prompt is longer than the model's context window, or

@@ -19,7 +19,7 @@ from suffice.link.sparse.adjacency import Adjacency, offsets_from_counts
 class Neighbors(NamedTuple):
     """A list of nodes for each of several pairs or nodes, all lists in one tensor.
 
-    Args:
+    Attributes:
         node: the nodes, list after list, long [total].
         owner: the list that each node belongs to, ascending, long [total].
         offsets: where each list starts, followed by the total, long [lists + 1].
