@@ -211,9 +211,9 @@ def test_the_default_model_finds_a_needle_unless_the_cache_drops_it():
 
 @pytest.mark.model
 def test_the_example_of_the_documentation_runs(capsys):
-    page = (Path(__file__).parents[2] / "docs" / "results" / "kv.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "measure-fidelity.md").read_text(encoding="utf-8")
     code = next(code for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "evaluate" in code)
-    exec(compile(code, "docs/results/kv.md", "exec"), {})
+    exec(compile(code, "measure-fidelity.md", "exec"), {})
     full, equal, profile, h2o = (line.split() for line in capsys.readouterr().out.splitlines())
     assert full[:2] == ["full", "equal"]
     assert profile[:2] == ["capkv", "profile"]
