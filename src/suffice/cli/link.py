@@ -368,8 +368,8 @@ def _train(
     reuse_freed_memory(graph.num_nodes, model.hidden)
     parts = split_edges(graph, protocol, settings.seed)
     net = model.build(graph.x.size(1), settings.seed).to(device)
-    facts = {"model": model.to_dict(), "split": asdict(protocol), "graph": graph.name}
-    facts["in_channels"] = graph.x.size(1)
+    facts: dict[str, Any] = {"model": model.to_dict(), "split": asdict(protocol), "graph": graph.name}
+    facts |= {"in_channels": graph.x.size(1)}
     with progress() as say:
         fit(
             net,

@@ -25,9 +25,9 @@ class Change:
     """One change that a correction made.
 
     Args:
-        name: Name of the layer or setting.
-        before: What it was.
-        after: What it is now.
+        name: name of the layer or setting.
+        before: what it was.
+        after: what it is now.
 
     """
 
@@ -42,12 +42,12 @@ def replace_batch_norm(
     """Replace BatchNorm by LayerNorm or by no norm, in place. The module must be trained again afterwards.
 
     Args:
-        module: Any module.
+        module: any module.
         norm: `layer` or `none`.
-        names: Names of the layers to replace (as in `named_modules`); all BatchNorm layers by default.
+        names: names of the layers to replace (as in `named_modules`); all BatchNorm layers by default.
 
     Returns:
-        The replaced layers; empty if there is no BatchNorm.
+        the replaced layers; empty if there is no BatchNorm.
 
     Raises:
         ValueError: `norm` is unknown, a name is not a BatchNorm of the module, or the module itself is a BatchNorm.
@@ -64,8 +64,9 @@ def replace_batch_norm(
     for name in layers if names is None else names:
         old, batch_norm = layers[name]
         new = nn.Identity() if norm == "none" else nn.LayerNorm(batch_norm.num_features)
-        if batch_norm.weight is not None:
-            new = new.to(batch_norm.weight.device, batch_norm.weight.dtype)
+        parameter = next(batch_norm.parameters(), None)
+        if parameter is not None:
+            new = new.to(parameter.device, parameter.dtype)
         _replace_submodule(module, name, new.train(old.training))
         changes.append(Change(name, type(old).__name__, type(new).__name__))
     return tuple(changes)
@@ -85,20 +86,20 @@ def freeze_statistics(
     """Estimate the running statistics of BatchNorm again over one epoch, and freeze them, in place.
 
     Args:
-        module: Any module.
-        score: Scoring function that uses `module`, pairs [2, edges] -> scores [edges].
-        positives: Positive edges of the epoch, long [2, edges].
-        num_nodes: Number of nodes of the graph.
-        known: Further edges that are never sampled as negatives, long [2, edges].
-        composition: How many positives a batch contains; `Fixed(0.5)` by default.
-        batch_size: Edges in a batch.
-        seed: Seed of the batches.
+        module: any module.
+        score: scoring function that uses `module`, pairs [2, edges] -> scores [edges].
+        positives: positive edges of the epoch, long [2, edges].
+        num_nodes: number of nodes of the graph.
+        known: further edges that are never sampled as negatives, long [2, edges].
+        composition: how many positives a batch contains; `Fixed(0.5)` by default.
+        batch_size: edges in a batch.
+        seed: seed of the batches.
 
     Returns:
-        The frozen layers.
+        the frozen layers.
 
     Raises:
-        ValueError: The module contains no BatchNorm with running statistics.
+        ValueError: the module contains no BatchNorm with running statistics.
 
     """
     layers = {name: layer for name, layer in batch_norms(module).items() if layer.running_mean is not None}
@@ -128,15 +129,15 @@ def train_corrected(
     alone can teach a model to infer the fraction of positives in its batch.
 
     Args:
-        model: Module called as `model(x, edge_index, pairs)`; trained in place.
-        graph: Graph that provides the node features.
-        split: Edges of the graph.
-        config: All other settings of the training.
-        composition: How many positives a batch contains; `Random(0.05, 0.95)` by default.
-        checkpoint: File to write after each epoch and to resume from, as for `fit`.
+        model: module called as `model(x, edge_index, pairs)`; trained in place.
+        graph: graph that provides the node features.
+        split: edges of the graph.
+        config: all other settings of the training.
+        composition: how many positives a batch contains; `Random(0.05, 0.95)` by default.
+        checkpoint: file to write after each epoch and to resume from, as for `fit`.
 
     Returns:
-        The result of the training and the settings that were changed.
+        the result of the training and the settings that were changed.
 
     """
     corrected = replace(config, composition=composition or Random(), balanced=True)

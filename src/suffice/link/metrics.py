@@ -13,12 +13,12 @@ def hits_at_k(positives: Tensor, negatives: Tensor, k: int = 100) -> float:
     """Return Hits@K: the fraction of positives with a score strictly above that of the K-th best negative (OGB).
 
     Args:
-        positives: Scores of the positives, [positives].
-        negatives: Scores of the negatives, [negatives].
-        k: Rank of the negative to beat. With fewer negatives, the result is 1.0.
+        positives: scores of the positives, [positives].
+        negatives: scores of the negatives, [negatives].
+        k: rank of the negative to beat. With fewer negatives, the result is 1.0.
 
     Raises:
-        ValueError: An input is empty, not one-dimensional or contains NaN, or `k` is below 1.
+        ValueError: an input is empty, not one-dimensional or contains NaN, or `k` is below 1.
 
     Example:
         >>> hits_at_k(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0]), k=1)
@@ -38,11 +38,11 @@ def auc(positives: Tensor, negatives: Tensor) -> float:
     """Return the area under the ROC curve: P(positive scores above negative), with ties counted half (Mann-Whitney U).
 
     Args:
-        positives: Scores of the positives, [positives].
-        negatives: Scores of the negatives, [negatives].
+        positives: scores of the positives, [positives].
+        negatives: scores of the negatives, [negatives].
 
     Raises:
-        ValueError: An input is empty, not one-dimensional or contains NaN.
+        ValueError: an input is empty, not one-dimensional or contains NaN.
 
     """
     _check_scores(positives, negatives)
@@ -55,11 +55,11 @@ def average_precision(positives: Tensor, negatives: Tensor) -> float:
     """Return the average precision (`sklearn.metrics.average_precision_score`).
 
     Args:
-        positives: Scores of the positives, [positives].
-        negatives: Scores of the negatives, [negatives].
+        positives: scores of the positives, [positives].
+        negatives: scores of the negatives, [negatives].
 
     Raises:
-        ValueError: An input is empty, not one-dimensional or contains NaN.
+        ValueError: an input is empty, not one-dimensional or contains NaN.
 
     """
     _check_scores(positives, negatives)
@@ -72,12 +72,12 @@ def mean_reciprocal_rank(positives: Tensor, negatives: Tensor) -> float:
     """Return the mean reciprocal rank of each positive among negatives; ties count half, as in OGB.
 
     Args:
-        positives: Scores of the positives, [positives].
-        negatives: Scores of negatives shared by all positives, [negatives], or of each positive's own negatives,
+        positives: scores of the positives, [positives].
+        negatives: scores of negatives shared by all positives, [negatives], or of each positive's own negatives,
             [positives, negatives].
 
     Raises:
-        ValueError: An input is empty or contains NaN, or the shapes do not match.
+        ValueError: an input is empty or contains NaN, or the shapes do not match.
 
     """
     if negatives.ndim == 2:
@@ -101,12 +101,12 @@ def compute_metrics(positives: Tensor, negatives: Tensor, k: int = 100) -> dict[
     """Return all metrics by name: `hits@K`, `auc`, `ap` and `mrr`.
 
     Args:
-        positives: Scores of the positives, [positives].
-        negatives: Scores of the negatives, [negatives].
+        positives: scores of the positives, [positives].
+        negatives: scores of the negatives, [negatives].
         k: K of Hits@K.
 
     Raises:
-        ValueError: An input is empty, not one-dimensional or contains NaN, or `k` is below 1.
+        ValueError: an input is empty, not one-dimensional or contains NaN, or `k` is below 1.
 
     """
     return {

@@ -25,10 +25,10 @@ class ResponsePoint:
     """How the model responds to one composition of the batch.
 
     Args:
-        fraction: Fraction of positives in the batch.
-        predicted: Fraction of edges that are predicted to be positive.
-        accuracy: Fraction of edges that are classified correctly.
-        probe_score: Median score of the probe edges; NaN in pure batches, which contain no probes.
+        fraction: fraction of positives in the batch.
+        predicted: fraction of edges that are predicted to be positive.
+        accuracy: fraction of edges that are classified correctly.
+        probe_score: median score of the probe edges; NaN in pure batches, which contain no probes.
 
     """
 
@@ -51,11 +51,11 @@ class AuditReport:
     """Result of an audit.
 
     Args:
-        parts: Report of each edge set by its name (such as `heldout` and `train`).
-        layers: Normalization layers of the model.
-        verdict: What the numbers mean.
-        batch_size: Edges in a batch.
-        repeats: Number of random draws.
+        parts: report of each edge set by its name (such as `heldout` and `train`).
+        layers: normalization layers of the model.
+        verdict: what the numbers mean.
+        batch_size: edges in a batch.
+        repeats: number of random draws.
 
     """
 
@@ -87,25 +87,25 @@ def audit(
     The model is left unchanged: parameters, buffers, training mode, gradients and random generators.
 
     Args:
-        score: Scoring function, pairs long [2, edges] -> scores [edges]: a module, a method or a function.
-        edges: Edges to audit on, or several named sets of edges.
-        module: Module behind `score`, whose norm layers are switched between training and eval mode. Defaults to
+        score: scoring function, pairs long [2, edges] -> scores [edges]: a module, a method or a function.
+        edges: edges to audit on, or several named sets of edges.
+        module: module behind `score`, whose norm layers are switched between training and eval mode. Defaults to
             `score` if that is a module. Without a module, `score` is called as it is.
-        batch_size: Edges in a batch. Smaller if an edge set has fewer positives or negatives.
-        num_probes: Number of probe edges, half of them positives, that stay the same while the composition of the
+        batch_size: edges in a batch. Smaller if an edge set has fewer positives or negatives.
+        num_probes: number of probe edges, half of them positives, that stay the same while the composition of the
             rest of their batch changes.
-        repeats: Number of random draws; 95 % intervals are bootstrapped over them.
-        threshold: Score above which an edge is predicted to be positive: 0 for logits, 0.5 for probabilities.
-        frozen: Names of BatchNorm layers that kept their running statistics in training. Layers in eval mode in a
+        repeats: number of random draws; 95 % intervals are bootstrapped over them.
+        threshold: score above which an edge is predicted to be positive: 0 for logits, 0.5 for probabilities.
+        frozen: names of BatchNorm layers that kept their running statistics in training. Layers in eval mode in a
             module in training mode are recognized automatically.
-        seed: Seed of all draws.
+        seed: seed of all draws.
 
     Returns:
-        Statistics, response curves, norm layers and a verdict.
+        statistics, response curves, norm layers and a verdict.
 
     Raises:
         TypeError: `score` is not callable or does not return a tensor.
-        ValueError: A number is out of range, or scores are not finite.
+        ValueError: a number is out of range, or scores are not finite.
 
     Example:
         >>> import torch

@@ -20,9 +20,9 @@ def norm_mode(module: nn.Module | None, *, training: bool, frozen: set[str]) -> 
     The mode of every submodule is restored on exit.
 
     Args:
-        module: Module to switch; nothing happens without one.
-        training: Whether norm layers use batch statistics (as in training) or stored ones.
-        frozen: Names of norm layers that stay in eval mode.
+        module: module to switch; nothing happens without one.
+        training: whether norm layers use batch statistics (as in training) or stored ones.
+        frozen: names of norm layers that stay in eval mode.
 
     """
     if module is None:

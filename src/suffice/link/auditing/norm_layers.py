@@ -21,11 +21,11 @@ class NormLayer:
     """One normalization layer of a module.
 
     Args:
-        name: Name of the layer in the module (as in `named_modules`).
-        kind: Name of its class.
-        input_rows: What a row of its input is: `edges`, `nodes`, or `not called` if the layer is never called.
-        mixes_rows: Whether the output for one row depends on the other rows in training.
-        frozen: Whether the layer uses stored statistics even in training.
+        name: name of the layer in the module (as in `named_modules`).
+        kind: name of its class.
+        input_rows: what a row of its input is: `edges`, `nodes`, or `not called` if the layer is never called.
+        mixes_rows: whether the output for one row depends on the other rows in training.
+        frozen: whether the layer uses stored statistics even in training.
 
     """
 
@@ -100,7 +100,7 @@ def frozen_batch_norms(module: nn.Module, names: Sequence[str] = ()) -> set[str]
     parameters do not require gradients while other parameters do.
 
     Raises:
-        ValueError: A name in `names` is not a BatchNorm of the module.
+        ValueError: a name in `names` is not a BatchNorm of the module.
 
     """
     frozen = set(names)
@@ -125,10 +125,10 @@ def describe_norm_layers(
     called for the second set of pairs, its output was cached, so that it normalizes nodes.
 
     Args:
-        module: Module behind `score`.
-        score: Scoring function, pairs [2, edges] -> scores [edges].
-        pairs: Pairs to score, long [2, edges].
-        frozen: Names of layers that keep their statistics in training.
+        module: module behind `score`.
+        score: scoring function, pairs [2, edges] -> scores [edges].
+        pairs: pairs to score, long [2, edges].
+        frozen: names of layers that keep their statistics in training.
 
     """
     layers = norm_layers(module)

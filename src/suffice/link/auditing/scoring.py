@@ -25,13 +25,13 @@ class EdgeSet:
     """Edges to audit a model on.
 
     Args:
-        positives: Edges of the graph, long [2, positives]; at least 16.
-        negatives: Pairs of nodes without an edge, long [2, negatives]; at least 16.
-        score: Scoring function for these edges alone, if they need their own. Training edges, for example, are
+        positives: edges of the graph, long [2, positives]; at least 16.
+        negatives: pairs of nodes without an edge, long [2, negatives]; at least 16.
+        score: scoring function for these edges alone, if they need their own. Training edges, for example, are
             scored on a graph from which they were removed.
 
     Raises:
-        ValueError: A tensor has another shape.
+        ValueError: a tensor has another shape.
 
     """
 
@@ -53,7 +53,7 @@ class BatchScores:
 
     Args:
         scores: float32 [edges].
-        num_positives: Number of leading scores that belong to positives.
+        num_positives: number of leading scores that belong to positives.
 
     """
 
@@ -85,10 +85,10 @@ class Repeat:
     """Scores of one random draw of edges.
 
     Args:
-        batches: The batch at each of `FRACTIONS`, scored with the norm layers in training mode.
-        probes: Scores of the same probe edges, half of them positives, within the batch at each of
+        batches: the batch at each of `FRACTIONS`, scored with the norm layers in training mode.
+        probes: scores of the same probe edges, half of them positives, within the batch at each of
             `MIXED_FRACTIONS`.
-        eval_batch: The batch at f = 0.5, scored with the whole model in eval mode.
+        eval_batch: the batch at f = 0.5, scored with the whole model in eval mode.
 
     """
 
@@ -102,13 +102,13 @@ class Sampling:
     """How an audit draws its batches.
 
     Args:
-        batch_size: Edges in a batch. Smaller if an edge set has fewer positives or negatives.
-        num_probes: Number of probe edges, half of them positives.
-        repeats: Number of random draws.
-        seed: Seed of all draws.
+        batch_size: edges in a batch. Smaller if an edge set has fewer positives or negatives.
+        num_probes: number of probe edges, half of them positives.
+        repeats: number of random draws.
+        seed: seed of all draws.
 
     Raises:
-        ValueError: A number is too small.
+        ValueError: a number is too small.
 
     """
 
@@ -129,11 +129,11 @@ def score_repeats(
     """Draw edges `sampling.repeats` times and score them in batches of every composition.
 
     Args:
-        score: Scoring function, pairs [2, edges] -> scores [edges].
-        edges: Edges to draw from.
-        module: Module behind `score`, whose norm layers are switched between training and eval mode.
-        frozen: Names of the norm layers that stay in eval mode.
-        sampling: How many edges, and how often.
+        score: scoring function, pairs [2, edges] -> scores [edges].
+        edges: edges to draw from.
+        module: module behind `score`, whose norm layers are switched between training and eval mode.
+        frozen: names of the norm layers that stay in eval mode.
+        sampling: how many edges, and how often.
 
     """
     size = min(sampling.batch_size, edges.positives.size(1), edges.negatives.size(1))

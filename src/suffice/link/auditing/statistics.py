@@ -25,8 +25,8 @@ def compute_statistics(repeat: Repeat, threshold: float) -> dict[str, float]:
     """Return every statistic of a repeat by name.
 
     Args:
-        repeat: Scores of one random draw of edges.
-        threshold: Score above which an edge is predicted to be positive.
+        repeat: scores of one random draw of edges.
+        threshold: score above which an edge is predicted to be positive.
 
     """
     balanced, eval_batch = repeat.batches[0.5], repeat.eval_batch

@@ -22,14 +22,14 @@ def audit_trained(
     on scores only through the batch itself.
 
     Args:
-        model: Link predictor that was trained on `split`.
-        graph: Graph that provides the node features.
-        split: Edges of the graph.
-        batch_size: Edges in a batch; use the batch size of the training.
-        seed: Seed of all draws.
+        model: link predictor that was trained on `split`.
+        graph: graph that provides the node features.
+        split: edges of the graph.
+        batch_size: edges in a batch; use the batch size of the training.
+        seed: seed of all draws.
 
     Returns:
-        A report with the parts `heldout` and `train`.
+        a report with the parts `heldout` and `train`.
 
     """
     device = next(model.parameters()).device

@@ -46,8 +46,8 @@ class Verdict:
 
     Args:
         level: `unaffected`, `affected` or `dominated`.
-        why: The numbers behind the level, as sentences.
-        advice: What to do, as sentences.
+        why: the numbers behind the level, as sentences.
+        advice: what to do, as sentences.
 
     """
 
@@ -74,8 +74,8 @@ def judge(parts: Mapping[str, Mapping[str, Interval]], layers: tuple[NormLayer, 
     balanced batches differs by 0.1. Otherwise it is **unaffected**.
 
     Args:
-        parts: Statistics of each edge set, by the name of the set.
-        layers: Normalization layers of the model, named in the explanation if they mix edges.
+        parts: statistics of each edge set, by the name of the set.
+        layers: normalization layers of the model, named in the explanation if they mix edges.
 
     """
     judged = [_judge_part(name, {key: value.mean for key, value in part.items()}) for name, part in parts.items()]

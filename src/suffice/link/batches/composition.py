@@ -27,15 +27,15 @@ class Composition(ABC):
         """Split the positives of an epoch into batches.
 
         Args:
-            num_positives: Positive edges of the epoch; each is used exactly once.
-            batch_size: Edges in a batch. The last batches may be smaller.
-            generator: Source of all random choices.
+            num_positives: positive edges of the epoch; each is used exactly once.
+            batch_size: edges in a batch. The last batches may be smaller.
+            generator: source of all random choices.
 
         Returns:
-            Number of positives and of negatives in each batch.
+            number of positives and of negatives in each batch.
 
         Raises:
-            ValueError: An argument is out of range.
+            ValueError: an argument is out of range.
 
         """
 
@@ -45,7 +45,7 @@ class Fixed(Composition):
     """The same fraction of positives in every batch.
 
     Args:
-        fraction: Fraction of positives, above 0 and below 1.
+        fraction: fraction of positives, above 0 and below 1.
 
     Raises:
         ValueError: `fraction` is out of range.
@@ -101,11 +101,11 @@ class Random(Composition):
     would otherwise average out.
 
     Args:
-        low: Smallest fraction of positives.
-        high: Largest fraction of positives.
+        low: smallest fraction of positives.
+        high: largest fraction of positives.
 
     Raises:
-        ValueError: The bounds are out of range.
+        ValueError: the bounds are out of range.
 
     """
 
@@ -147,7 +147,7 @@ def parse_composition(text: str) -> Composition:
     """Return the composition that a text describes: `fixed:0.5`, `separate` or `random:0.05,0.95`.
 
     Raises:
-        ValueError: The text describes no composition.
+        ValueError: the text describes no composition.
 
     Example:
         >>> parse_composition("random:0.3,0.7")
@@ -175,7 +175,7 @@ def balanced_weights(labels: Tensor) -> Tensor:
         labels: 1 for positives, 0 for negatives, [edges].
 
     Returns:
-        Weights, float32 [edges]; all 1 if only one class is present.
+        weights, float32 [edges]; all 1 if only one class is present.
 
     Raises:
         ValueError: `labels` is empty or contains another value.

@@ -25,8 +25,8 @@ class NegativeSampler:
     """Sample distinct pairs of nodes without an edge, uniformly.
 
     Args:
-        known: Edges that must not be sampled, in either direction, long [2, edges].
-        num_nodes: Number of nodes.
+        known: edges that must not be sampled, in either direction, long [2, edges].
+        num_nodes: number of nodes.
 
     """
 
@@ -42,7 +42,7 @@ class NegativeSampler:
         The state of the global random generators does not change.
 
         Raises:
-            TooFewNegativesError: Fewer pairs are available.
+            TooFewNegativesError: fewer pairs are available.
 
         """
         if count > self.num_available:
@@ -75,16 +75,16 @@ def sample_negatives(known: Tensor, num_nodes: int, count: int, seed: int) -> Te
     """Sample distinct pairs of nodes without an edge, uniformly.
 
     Args:
-        known: Edges that must not be sampled, in either direction, long [2, edges].
-        num_nodes: Number of nodes.
-        count: Number of pairs.
-        seed: The same seed gives the same pairs.
+        known: edges that must not be sampled, in either direction, long [2, edges].
+        num_nodes: number of nodes.
+        count: number of pairs.
+        seed: the same seed gives the same pairs.
 
     Returns:
-        Pairs with the smaller node id first, long [2, count], on the device of `known`.
+        pairs with the smaller node id first, long [2, count], on the device of `known`.
 
     Raises:
-        TooFewNegativesError: Fewer pairs are available.
+        TooFewNegativesError: fewer pairs are available.
 
     """
     return NegativeSampler(known, num_nodes).sample(count, seed)

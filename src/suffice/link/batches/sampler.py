@@ -18,10 +18,10 @@ class EdgeBatch:
     """One mini-batch of edges, positives first.
 
     Args:
-        pairs: Positive and negative edges, long [2, edges].
+        pairs: positive and negative edges, long [2, edges].
         labels: 1 for positives, 0 for negatives, float32 [edges].
-        weights: Loss weights, float32 [edges]; None unless the loss is balanced.
-        positive_index: Indices of the positives within all positives, long [positives].
+        weights: loss weights, float32 [edges]; None unless the loss is balanced.
+        positive_index: indices of the positives within all positives, long [positives].
 
     """
 
@@ -42,22 +42,22 @@ class EdgeBatches:
     Every positive is used once. Negatives are sampled anew in each epoch and are never a known edge.
 
     Args:
-        positives: Edges to learn, each once, long [2, positives].
-        num_nodes: Number of nodes.
-        composition: How many positives a batch contains.
-        batch_size: Edges in a batch (of each rank).
-        known: Further edges that are never sampled as negatives, such as all edges of the graph and the negatives of
+        positives: edges to learn, each once, long [2, positives].
+        num_nodes: number of nodes.
+        composition: how many positives a batch contains.
+        batch_size: edges in a batch (of each rank).
+        known: further edges that are never sampled as negatives, such as all edges of the graph and the negatives of
             validation and test, long [2, edges]. The positives are always excluded.
-        balanced: Whether batches have loss weights that give both classes the same total weight.
-        seed: Seed of all batches; must be the same on all ranks.
-        rank: Rank of this process.
-        world_size: Number of processes. Each gets its own edges; all draw the same fractions.
+        balanced: whether batches have loss weights that give both classes the same total weight.
+        seed: seed of all batches; must be the same on all ranks.
+        rank: rank of this process.
+        world_size: number of processes. Each gets its own edges; all draw the same fractions.
 
     Attributes:
-        fractions: Fraction of positives in each batch of the last iterated epoch.
+        fractions: fraction of positives in each batch of the last iterated epoch.
 
     Raises:
-        ValueError: An argument is out of range, or a batch needs more negatives than the graph has.
+        ValueError: an argument is out of range, or a batch needs more negatives than the graph has.
 
     """
 
@@ -167,16 +167,16 @@ class CompositionBatchSampler(Sampler[list[int]]):
     all are used once before any is used again.
 
     Args:
-        labels: Above 0 for positives, 0 for negatives, [edges].
-        composition: How many positives a batch contains.
-        batch_size: Edges in a batch.
-        seed: Seed of all batches, together with the number of the epoch.
+        labels: above 0 for positives, 0 for negatives, [edges].
+        composition: how many positives a batch contains.
+        batch_size: edges in a batch.
+        seed: seed of all batches, together with the number of the epoch.
 
     Attributes:
-        fractions: Fraction of positives in each batch of the last iterated epoch.
+        fractions: fraction of positives in each batch of the last iterated epoch.
 
     Raises:
-        ValueError: There is no positive, or a batch needs more negatives than there are.
+        ValueError: there is no positive, or a batch needs more negatives than there are.
 
     Example:
         >>> from suffice.link.batches.composition import Fixed

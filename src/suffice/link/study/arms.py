@@ -20,11 +20,11 @@ class Arm:
 
     Args:
         name: `fixed`, `random`, `random+balanced`, `separate`, or a name of the caller's own.
-        composition: How many positives a mini-batch contains.
-        balanced: Whether both classes have the same total weight in the loss of each batch.
+        composition: how many positives a mini-batch contains.
+        balanced: whether both classes have the same total weight in the loss of each batch.
         encoder_norm: `batch`, `layer`, `graph` or `none`, or `own` for that of the model's settings.
-        decoder_norm: The same choice for the decoder.
-        learning_rate: Learning rate of Adam; None for that of the study.
+        decoder_norm: the same choice for the decoder.
+        learning_rate: learning rate of Adam; None for that of the study.
 
     """
 
@@ -71,7 +71,7 @@ class Arm:
         """Return the arm as a JSON-serializable setting: its key, or all its fields if `parse_arm` does not know it.
 
         Raises:
-            ValueError: The composition cannot be parsed from its text.
+            ValueError: the composition cannot be parsed from its text.
 
         """
         try:
@@ -90,13 +90,13 @@ class Arm:
         """Return the arm that `to_setting` described.
 
         Raises:
-            ValueError: The setting describes no arm.
+            ValueError: the setting describes no arm.
 
         """
         if isinstance(setting, str):
             return parse_arm(setting)
         try:
-            return cls(**{**setting, "composition": parse_composition(setting["composition"])})
+            return replace(cls(**setting), composition=parse_composition(setting["composition"]))
         except (TypeError, KeyError) as error:
             raise ValueError(
                 f"arm must be a key such as fixed/batch, or a mapping of the fields of an arm, got {setting!r}"
@@ -118,7 +118,7 @@ def parse_arm(key: str) -> Arm:
     random fractions.
 
     Raises:
-        ValueError: The key names an unknown composition or norm.
+        ValueError: the key names an unknown composition or norm.
 
     Example:
         >>> parse_arm("random/none-batch").decoder_norm

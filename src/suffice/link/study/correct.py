@@ -48,27 +48,27 @@ def correct(
     """Train the same model in several ways on the same splits, audit it, and measure metrics and alignment.
 
     Args:
-        graph: Graph to learn.
-        arms: Ways of training, including the norms.
-        model: All other settings of the model; `encoder-decoder` with its defaults if not given.
-        train: All other settings of the training.
-        split: Settings of the split.
-        seeds: Number of repetitions, each with its own split, initial parameters and batches.
-        first_seed: Seed of the first repetition.
+        graph: graph to learn.
+        arms: ways of training, including the norms.
+        model: all other settings of the model; `encoder-decoder` with its defaults if not given.
+        train: all other settings of the training.
+        split: settings of the split.
+        seeds: number of repetitions, each with its own split, initial parameters and batches.
+        first_seed: seed of the first repetition.
         device: Torch device.
-        folder: Folder to keep finished runs and checkpoints in; a second call with the same folder resumes. By
+        folder: folder to keep finished runs and checkpoints in; a second call with the same folder resumes. By
             default nothing is kept.
-        workers: Number of processes to train in; 0 for the current one.
-        log: Called with a line for each finished run, and every few seconds in between.
-        on_progress: Shows progress instead of `log`.
-        command: Command that runs this study, for its reports.
+        workers: number of processes to train in; 0 for the current one.
+        log: called with a line for each finished run, and every few seconds in between.
+        on_progress: shows progress instead of `log`.
+        command: command that runs this study, for its reports.
 
     Returns:
-        Results of all arms, with the alignment of two references: the node features and an untrained model.
+        results of all arms, with the alignment of two references: the node features and an untrained model.
 
     Raises:
-        ValueError: There is no arm or no seed, or two arms are the same.
-        SufficeError: Runs failed. The others are kept in `folder`; a second call tries the failed ones again.
+        ValueError: there is no arm or no seed, or two arms are the same.
+        SufficeError: runs failed. The others are kept in `folder`; a second call tries the failed ones again.
 
     Example:
         >>> from suffice.link import TrainConfig, load_graph
@@ -130,15 +130,15 @@ def load_edge_representations(
     """Return the edge representation of arms that `correct` trained, with the classes of its nodes, by arm.
 
     Args:
-        graph: Graph of the study.
-        arms: Arms of the study.
-        folder: Folder of the study.
-        split: Settings of the split of the study.
-        seed: Seed of the split and the training.
+        graph: graph of the study.
+        arms: arms of the study.
+        folder: folder of the study.
+        split: settings of the split of the study.
+        seed: seed of the split and the training.
 
     Raises:
-        CheckpointError: The folder does not contain such a training.
-        ValueError: The graph has no classes.
+        CheckpointError: the folder does not contain such a training.
+        ValueError: the graph has no classes.
 
     """
     split = split or SplitConfig()
@@ -168,9 +168,9 @@ def load_stored_representations(
     """Return the edge representation of the first arms whose checkpoints a folder still contains, by arm.
 
     Args:
-        records: Finished runs of a study.
-        folder: Folder of the study.
-        max_arms: Maximum number of arms.
+        records: finished runs of a study.
+        folder: folder of the study.
+        max_arms: maximum number of arms.
 
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}

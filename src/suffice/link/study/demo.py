@@ -23,8 +23,8 @@ class DemoResults:
     """Results on one graph.
 
     Args:
-        results: Results of the study.
-        representations: Edge representations and classes of the first two arms.
+        results: results of the study.
+        representations: edge representations and classes of the first two arms.
 
     """
 
@@ -36,10 +36,10 @@ def run_demo(*, epochs: int = 12, seed: int = 0, device: str = "cpu", log: Calla
     """Train four arms on the digits graph and on the block model, with one seed each.
 
     Args:
-        epochs: Number of epochs of every training.
-        seed: Seed of splits, models and batches.
+        epochs: number of epochs of every training.
+        seed: seed of splits, models and batches.
         device: Torch device.
-        log: Called with a line for each finished run.
+        log: called with a line for each finished run.
 
     """
     arms = [parse_arm(key) for key in ARMS]

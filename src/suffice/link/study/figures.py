@@ -18,8 +18,8 @@ def plot_response_curves(curves: Mapping[str, Sequence[tuple[float, Interval]]],
     """Plot accuracy against the fraction of positives in the batch, one line per name.
 
     Args:
-        curves: Points (fraction, accuracy) by name; the band around a line is left out where accuracy has no bounds.
-        title: Title above the panel.
+        curves: points (fraction, accuracy) by name; the band around a line is left out where accuracy has no bounds.
+        title: title above the panel.
 
     """
     series = {name: [_point(fraction, accuracy) for fraction, accuracy in curve] for name, curve in curves.items()}
@@ -39,9 +39,9 @@ def plot_embeddings(panels: Mapping[str, tuple[Tensor, Tensor]], *, max_points: 
     """Plot t-SNE maps of embeddings, colored by class, one panel per name.
 
     Args:
-        panels: Embeddings [items, channels] and classes [items] by name.
-        max_points: Maximum number of points in a panel, chosen at random.
-        seed: Seed of the choice of points and of t-SNE.
+        panels: embeddings [items, channels] and classes [items] by name.
+        max_points: maximum number of points in a panel, chosen at random.
+        seed: seed of the choice of points and of t-SNE.
 
     """
     maps: dict[str, tuple[list[list[float]], list[int]]] = {}

@@ -35,8 +35,8 @@ class Claim:
     """A claim of the paper: random fractions change a metric in one direction.
 
     Args:
-        text: The claim as a sentence without a full stop.
-        metric: Name of the metric.
+        text: the claim as a sentence without a full stop.
+        metric: name of the metric.
         sign: 1 if the metric is claimed to be higher with random fractions, -1 if lower.
 
     """
@@ -64,9 +64,9 @@ def describe_claims(
     A claim holds for a model on a data set if the 95 % interval of the paired difference is on the claimed side of 0.
 
     Args:
-        results: Results of a study.
-        arm: Arm with random fractions.
-        baseline: Arm to which it is compared.
+        results: results of a study.
+        arm: arm with random fractions.
+        baseline: arm to which it is compared.
 
     """
     pairs = _find_pairs(results, arm, baseline)

@@ -37,12 +37,12 @@ class PublishedComparison:
     """Hits@100 of a study and as published, in percent.
 
     Args:
-        graph: Name of the data set.
-        model: Name of the model.
-        mean: Mean of the study.
-        deviation: Standard deviation over the splits of the study; 0 for a single split.
-        published_mean: Published mean.
-        published_deviation: Published standard deviation.
+        graph: name of the data set.
+        model: name of the model.
+        mean: mean of the study.
+        deviation: standard deviation over the splits of the study; 0 for a single split.
+        published_mean: published mean.
+        published_deviation: published standard deviation.
 
     """
 

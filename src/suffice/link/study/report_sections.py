@@ -51,8 +51,8 @@ def audit_page(report: AuditReport, command: str) -> Page:
     """Return the page of an audit: verdict, statistics, response curve and norm layers.
 
     Args:
-        report: Result of the audit.
-        command: Command that makes the page.
+        report: result of the audit.
+        command: command that makes the page.
 
     """
     page = Page(title="Audit of a link predictor", summary=str(report.verdict), command=command)
@@ -78,9 +78,9 @@ def results_page(results: StudyResults, command: str, representations: Represent
     """Return the page of a study: metrics of every arm, paired differences, response curves and embeddings.
 
     Args:
-        results: Results of the study.
-        command: Command that makes the page.
-        representations: Edge representations to plot by arm, if any.
+        results: results of the study.
+        command: command that makes the page.
+        representations: edge representations to plot by arm, if any.
 
     """
     page = Page(title=f"Composition bias on {results.graph}", summary=summarize_arms(results), command=command)
@@ -92,9 +92,9 @@ def add_results(page: Page, results: StudyResults, representations: Representati
     """Add the sections of a study to a page.
 
     Args:
-        page: Page to add to.
-        results: Results of the study.
-        representations: Edge representations to plot by arm, if any.
+        page: page to add to.
+        results: results of the study.
+        representations: edge representations to plot by arm, if any.
 
     """
     graph, num_seeds = results.graph, len(results.settings["seeds"])
@@ -134,9 +134,9 @@ def add_records(page: Page, records: Sequence[Record], folder: Path) -> None:
     """Add finished runs of the kind `link.correct` to a report.
 
     Args:
-        page: Page of the report.
-        records: Finished runs. Each combination of settings other than the arm is a study of its own.
-        folder: Folder of the store, with the checkpoints.
+        page: page of the report.
+        records: finished runs. Each combination of settings other than the arm is a study of its own.
+        folder: folder of the store, with the checkpoints.
 
     """
     for number, (title, study_records) in enumerate(_group_by_settings(records).items()):

@@ -52,27 +52,27 @@ def reproduce(
     A second call with the same folder resumes the study and tries failed runs again.
 
     Args:
-        data: Names of data sets.
-        folder: Folder to keep runs in.
+        data: names of data sets.
+        folder: folder to keep runs in.
         models: Names from `MODELS`.
-        arms: Ways of training, including the norms.
-        seeds: Number of repetitions, each with its own split.
-        train: All other settings of the training.
-        split: Settings of the split.
-        hidden: Number of channels of every model.
-        published: Whether to use the published settings of each model where there are any, except for the number of
+        arms: ways of training, including the norms.
+        seeds: number of repetitions, each with its own split.
+        train: all other settings of the training.
+        split: settings of the split.
+        hidden: number of channels of every model.
+        published: whether to use the published settings of each model where there are any, except for the number of
             epochs. Norms are those of the arm.
-        root: Folder of downloaded data sets.
+        root: folder of downloaded data sets.
         device: Torch device.
-        workers: Number of processes to train in; 0 for the current one.
-        on_progress: Shows progress.
-        command: Command that runs this study, for its reports.
+        workers: number of processes to train in; 0 for the current one.
+        on_progress: shows progress.
+        command: command that runs this study, for its reports.
 
     Returns:
-        Results of all finished runs, one item for each data set, model and arm.
+        results of all finished runs, one item for each data set, model and arm.
 
     Raises:
-        ValueError: A name is unknown, or an argument is empty.
+        ValueError: a name is unknown, or an argument is empty.
 
     """
     for name, values in (("data", data), ("models", models), ("arms", arms)):
@@ -108,7 +108,7 @@ def load_results(folder: str | Path) -> list[ArmResults]:
     """Return the results of the finished runs of `reproduce` in a folder, also while it is running.
 
     Raises:
-        StoreError: The folder contains no study.
+        StoreError: the folder contains no study.
 
     """
     with Store(folder, read_only=True) as store:
@@ -119,13 +119,13 @@ def model_and_training(name: str, *, hidden: int = 64, published: str = "") -> t
     """Return the settings of a model, and the settings of the training that belong to it.
 
     Args:
-        name: One of `MODELS`.
-        hidden: Number of channels.
-        published: Name of a data set whose published settings to use instead, except for the number of epochs. The
+        name: one of `MODELS`.
+        hidden: number of channels.
+        published: name of a data set whose published settings to use instead, except for the number of epochs. The
             authors of GCN and GraphSAGE published none; these models then have no norms.
 
     Raises:
-        ValueError: The model is unknown.
+        ValueError: the model is unknown.
 
     """
     if name not in MODELS:

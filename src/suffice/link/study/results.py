@@ -22,13 +22,13 @@ class ArmResults:
     """Results of one model on one graph, trained in one way, over seeds.
 
     Args:
-        graph: Name of the graph.
-        model: Name of the model; that of its encoder for `encoder-decoder`.
+        graph: name of the graph.
+        model: name of the model; that of its encoder for `encoder-decoder`.
         arm: Key of the arm, such as `fixed/batch`.
-        group: Values by metric and seed, such as `group.values["kappa:heldout"][0]`.
-        norms: Norms of the model by option.
-        verdicts: Level of the verdict by seed.
-        curves: Response curve on held-out edges by seed: (fraction of positives, accuracy) of each point.
+        group: values by metric and seed, such as `group.values["kappa:heldout"][0]`.
+        norms: norms of the model by option.
+        verdicts: level of the verdict by seed.
+        curves: response curve on held-out edges by seed: (fraction of positives, accuracy) of each point.
 
     """
 
@@ -58,10 +58,10 @@ class StudyResults:
     """Results of a study on one graph.
 
     Args:
-        graph: Name of the graph.
-        settings: Settings that all runs share, `seeds` among them.
-        arms: Results by key of the arm, such as `fixed/batch`.
-        references: Alignment of `raw features` and of an `untrained` model; empty if the graph has no classes.
+        graph: name of the graph.
+        settings: settings that all runs share, `seeds` among them.
+        arms: results by key of the arm, such as `fixed/batch`.
+        references: alignment of `raw features` and of an `untrained` model; empty if the graph has no classes.
 
     """
 
@@ -75,7 +75,7 @@ class StudyResults:
 
         Args:
             arm: Key of the arm.
-            metric: Name of the metric; metrics of an audit name the edge set too, as in `kappa:heldout`.
+            metric: name of the metric; metrics of an audit name the edge set too, as in `kappa:heldout`.
 
         """
         return self.arms[arm].group.interval(metric)
@@ -179,12 +179,12 @@ def collect_study(graph: str, settings: dict[str, Any], records: Sequence[Record
     """Return the results of a study on one graph.
 
     Args:
-        graph: Name of the graph.
-        settings: Settings that all runs share, `seeds` among them.
-        records: Runs of every arm with every seed, and of references.
+        graph: name of the graph.
+        settings: settings that all runs share, `seeds` among them.
+        records: runs of every arm with every seed, and of references.
 
     Raises:
-        SufficeError: A run is missing or has failed.
+        SufficeError: a run is missing or has failed.
 
     """
     if unfinished := [record for record in records if record.state != "done"]:

@@ -39,9 +39,9 @@ def train_and_audit(settings: Mapping[str, Any], seed: int, context: RunContext)
     """Train an arm, audit it and measure it; or measure a reference. An interrupted training is resumed.
 
     Args:
-        settings: Complete settings of the kind `link.correct`.
-        seed: Seed of the split, the initial parameters and the batches.
-        context: Where the checkpoint is kept.
+        settings: complete settings of the kind `link.correct`.
+        seed: seed of the split, the initial parameters and the batches.
+        context: where the checkpoint is kept.
 
     Returns:
         `values` by metric and `graph`; of an arm also `verdict`, `why`, `curve` and the `model`, `train` and `split`
@@ -63,9 +63,9 @@ def load_graph_and_split(run: RunSettings, seed: int, folder: Path) -> tuple[Gra
     """Return the prepared graph of a run and its split.
 
     Args:
-        run: Settings of the run.
-        seed: Seed of the split.
-        folder: Folder of the study.
+        run: settings of the run.
+        seed: seed of the split.
+        folder: folder of the study.
 
     """
     return _load_graph(folder, run.data, run.split), _split(folder, run.data, run.split, seed)

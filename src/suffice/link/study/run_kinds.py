@@ -15,7 +15,7 @@ def check(settings: Mapping[str, Any]) -> dict[str, Any]:
     A user's own files enter by their content, as `data.digest`.
 
     Raises:
-        ValueError: A setting is not accepted.
+        ValueError: a setting is not accepted.
 
     """
     parsed = RunSettings.from_dict(settings)

@@ -32,10 +32,10 @@ class DataSource:
     """Where the graph of a run comes from.
 
     Args:
-        name: Name of a data set; a CSV, Parquet or NPZ file; or a graph that a study saved in its folder.
-        features: File of node features, for a CSV or Parquet edge list.
-        labels: File of node classes, for a CSV or Parquet edge list.
-        root: Folder of downloaded data sets.
+        name: name of a data set; a CSV, Parquet or NPZ file; or a graph that a study saved in its folder.
+        features: file of node features, for a CSV or Parquet edge list.
+        labels: file of node classes, for a CSV or Parquet edge list.
+        root: folder of downloaded data sets.
 
     """
 
@@ -48,8 +48,8 @@ class DataSource:
         """Return the graph, prepared for a split.
 
         Args:
-            folder: Folder of the study, for a graph that it saved.
-            config: Settings of the split.
+            folder: folder of the study, for a graph that it saved.
+            config: settings of the split.
 
         """
         suffix = Path(self.name).suffix
@@ -64,7 +64,7 @@ class DataSource:
         """Return a digest of the user's own files, so that a run is done again when they change; empty without files.
 
         Raises:
-            ValueError: A file is missing, or the data set is unknown.
+            ValueError: a file is missing, or the data set is unknown.
 
         """
         suffix = Path(self.name).suffix
@@ -87,11 +87,11 @@ class RunSettings:
     """Settings of a run of the kind `link.correct`.
 
     Args:
-        arm: Way of training, or the name of a reference (see `REFERENCES`).
-        data: Where the graph comes from.
-        model: Settings of the model; the arm decides its norms.
-        train: Settings of the training; arm and seed decide composition, loss and seed.
-        split: Settings of the split.
+        arm: way of training, or the name of a reference (see `REFERENCES`).
+        data: where the graph comes from.
+        model: settings of the model; the arm decides its norms.
+        train: settings of the training; arm and seed decide composition, loss and seed.
+        split: settings of the split.
         device: Torch device.
 
     """
@@ -119,7 +119,7 @@ class RunSettings:
         """Return the settings that `to_dict` wrote; options of the model that are left out take their defaults.
 
         Raises:
-            ValueError: A setting is not accepted.
+            ValueError: a setting is not accepted.
 
         """
         arm, data = settings["arm"], settings["data"]

@@ -27,18 +27,18 @@ def alignment(
     """Measure how well the representations of a model, trained or not, align with the node classes.
 
     Args:
-        model: Link predictor, evaluated in eval mode.
-        graph: Graph with a class for each node.
-        split: Edges of the graph.
+        model: link predictor, evaluated in eval mode.
+        graph: graph with a class for each node.
+        split: edges of the graph.
         measures: Names from `MEASURES`: `nmi` (k-means clusters against classes), `trace_ratio` (arXiv 2604.25978),
             `probe` (accuracy of a linear probe) and `class_information`.
-        seed: Seed of clustering and cross-validation.
+        seed: seed of clustering and cross-validation.
 
     Returns:
-        Each measure of both representations (see `representations`): `node_nmi`, `edge_nmi`, `node_trace_ratio`, …
+        each measure of both representations (see `representations`): `node_nmi`, `edge_nmi`, `node_trace_ratio`, …
 
     Raises:
-        ValueError: The graph has no classes, or a measure is unknown.
+        ValueError: the graph has no classes, or a measure is unknown.
 
     """
     return {
@@ -52,15 +52,15 @@ def feature_alignment(graph: Graph, *, measures: tuple[str, ...] = MEASURES, see
     """Measure how well the node features align with the node classes: a reference that needs no model.
 
     Args:
-        graph: Graph with a class for each node.
+        graph: graph with a class for each node.
         measures: Names from `MEASURES`.
-        seed: Seed of clustering and cross-validation.
+        seed: seed of clustering and cross-validation.
 
     Returns:
         `feature_nmi`, `feature_trace_ratio`, …
 
     Raises:
-        ValueError: The graph has no classes, or a measure is unknown.
+        ValueError: the graph has no classes, or a measure is unknown.
 
     """
     values = measure_alignment(graph.x, graph.classes, measures=measures, seed=seed)
@@ -71,16 +71,16 @@ def representations(model: LinkPredictor, graph: Graph, split: Split) -> dict[st
     """Return two representations of the nodes in eval mode, each with the classes of its nodes.
 
     Args:
-        model: Link predictor.
-        graph: Graph with a class for each node.
-        split: Edges of the graph.
+        model: link predictor.
+        graph: graph with a class for each node.
+        split: edges of the graph.
 
     Returns:
         `node`: node embeddings of the encoder, [nodes, channels]. `edge`: mean embedding of the training edges at
         each node that has one, [nodes with an edge, channels] (see `incident_edge_means`).
 
     Raises:
-        ValueError: The graph has no classes.
+        ValueError: the graph has no classes.
 
     """
     classes = graph.classes
@@ -102,11 +102,11 @@ def incident_edge_means(edge_embeddings: Tensor, pairs: Tensor, num_nodes: int) 
 
     Args:
         edge_embeddings: [edges, channels].
-        pairs: The edges, long [2, edges].
-        num_nodes: Number of nodes.
+        pairs: the edges, long [2, edges].
+        num_nodes: number of nodes.
 
     Returns:
-        Means [nodes with an edge, channels], and a mask of these nodes, bool [nodes].
+        means [nodes with an edge, channels], and a mask of these nodes, bool [nodes].
 
     """
     ends = torch.cat([pairs[0], pairs[1]])
@@ -125,16 +125,16 @@ def measure_alignment(
     item, which cannot be both in the training and in the test fold.
 
     Args:
-        x: Embeddings, [items, channels].
+        x: embeddings, [items, channels].
         classes: long [items].
         measures: Names from `MEASURES`.
-        seed: Seed of clustering and cross-validation.
+        seed: seed of clustering and cross-validation.
 
     Returns:
-        Value of each measure by name.
+        value of each measure by name.
 
     Raises:
-        ValueError: A measure is unknown.
+        ValueError: a measure is unknown.
 
     """
     functions = {

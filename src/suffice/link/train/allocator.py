@@ -17,11 +17,11 @@ def reuse_freed_memory(num_nodes: int, channels: int) -> bool:
     both). Nothing is changed for small graphs, whose node embeddings take less than 32 MB.
 
     Args:
-        num_nodes: Number of nodes.
-        channels: Channels of a node embedding in float32.
+        num_nodes: number of nodes.
+        channels: channels of a node embedding in float32.
 
     Returns:
-        Whether the setting was changed; always False with C libraries other than glibc.
+        whether the setting was changed; always False with C libraries other than glibc.
 
     """
     if 4 * num_nodes * channels < _MMAP_THRESHOLD or not sys.platform.startswith("linux"):

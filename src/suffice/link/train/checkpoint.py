@@ -26,11 +26,11 @@ def save_training(
     """Write everything that `resume_training` needs.
 
     Args:
-        path: File to write.
+        path: file to write.
         metadata: JSON-serializable description of the training; must be equal on resuming.
-        model: Model with the parameters of the last epoch.
-        optimizer: Its optimizer.
-        state: Finished epochs.
+        model: model with the parameters of the last epoch.
+        optimizer: its optimizer.
+        state: finished epochs.
 
     """
     tensors = {f"model/{key}": value for key, value in model.state_dict().items()}
@@ -46,7 +46,7 @@ def resume_training(
     """Load model and optimizer, in place, and return the finished epochs.
 
     Raises:
-        CheckpointError: The checkpoint is of a training with other metadata.
+        CheckpointError: the checkpoint is of a training with other metadata.
 
     """
     tensors, found = files.load_checkpoint(path)
@@ -58,7 +58,7 @@ def resume_training(
             )
     model.load_state_dict(files.select_prefix(tensors, "model"))
     files.unpack_optimizer(optimizer, tensors)
-    epochs = [EpochResult(**{**epoch, "fractions": tuple(epoch["fractions"])}) for epoch in found["epochs"]]
+    epochs = [EpochResult(e["number"], e["loss"], e["metric"], tuple(e["fractions"])) for e in found["epochs"]]
     return TrainState(epochs, found["kept_epoch"], files.select_prefix(tensors, "best"))
 
 
@@ -66,11 +66,11 @@ def load_trained(path: str | Path, device: str = "cpu") -> tuple[LinkPredictor, 
     """Load the link predictor of a checkpoint, in eval mode, with the metadata of its training.
 
     Args:
-        path: Checkpoint that `suffice link` or a study wrote.
-        device: Device for the model.
+        path: checkpoint that `suffice link` or a study wrote.
+        device: device for the model.
 
     Raises:
-        CheckpointError: The file is missing, is not a checkpoint of this package, or does not describe its model.
+        CheckpointError: the file is missing, is not a checkpoint of this package, or does not describe its model.
 
     """
     tensors, metadata = files.load_checkpoint(path)

@@ -13,22 +13,22 @@ class TrainConfig:
     """Settings of a training.
 
     Args:
-        composition: How many positives a mini-batch contains.
-        balanced: Whether both classes have the same total weight in the loss of each batch.
-        epochs: Maximum number of epochs.
-        directions: How often an epoch uses each undirected edge. 2 uses it in both directions, as in PyG's
+        composition: how many positives a mini-batch contains.
+        balanced: whether both classes have the same total weight in the loss of each batch.
+        epochs: maximum number of epochs.
+        directions: how often an epoch uses each undirected edge. 2 uses it in both directions, as in PyG's
             `edge_index`; 1 uses it once, so that an epoch has half as many steps.
-        batch_size: Edges in a batch, positives and negatives together.
-        learning_rate: Learning rate of Adam.
-        weight_decay: Weight decay of Adam.
-        clip: Maximum norm of the gradient; None for no clipping.
-        patience: Stop after this number of epochs without a better validation metric, and keep the parameters of the
+        batch_size: edges in a batch, positives and negatives together.
+        learning_rate: learning rate of Adam.
+        weight_decay: weight decay of Adam.
+        clip: maximum norm of the gradient; None for no clipping.
+        patience: stop after this number of epochs without a better validation metric, and keep the parameters of the
             best epoch. None to train all epochs and keep the parameters of the last one.
-        metric: Validation metric: `hits@K` (with a number for K), `auc`, `ap` or `mrr`.
-        seed: Seed of batches, negatives and dropout.
+        metric: validation metric: `hits@K` (with a number for K), `auc`, `ap` or `mrr`.
+        seed: seed of batches, negatives and dropout.
 
     Raises:
-        ValueError: A value is out of range.
+        ValueError: a value is out of range.
 
     """
 
@@ -72,12 +72,12 @@ class TrainConfig:
         """Return the settings that `to_dict` wrote; settings that are left out take their defaults.
 
         Raises:
-            ValueError: A setting is unknown or out of range.
+            ValueError: a setting is unknown or out of range.
 
         """
         if unknown := settings.keys() - cls.__dataclass_fields__.keys():
             raise ValueError(f"train must contain only {sorted(cls.__dataclass_fields__)}, got {sorted(unknown)}")
-        composition = settings.get("composition", Fixed())
-        if isinstance(composition, str):
-            composition = parse_composition(composition)
-        return cls(**{**settings, "composition": composition})
+        arguments = dict(settings)
+        if "composition" in arguments:
+            arguments["composition"] = parse_composition(arguments["composition"])
+        return cls(**arguments)

@@ -47,7 +47,7 @@ class TrainingForward(nn.Module):
     """The forward pass of a training step as one module, which DDP can wrap.
 
     Args:
-        model: Module called as `model(x, edge_index, pairs)` that returns logits [pairs].
+        model: module called as `model(x, edge_index, pairs)` that returns logits [pairs].
 
     """
 

@@ -16,10 +16,10 @@ def evaluate(model: nn.Module, graph: Graph, split: Split, config: SplitConfig, 
     """Return all metrics of a model on the test edges, scored in eval mode.
 
     Args:
-        model: Module called as `model(x, edge_index, pairs)` that returns logits [pairs].
-        graph: Graph that provides the node features.
-        split: Edges of the graph.
-        config: Settings of the split; decides whether messages pass over validation edges.
+        model: module called as `model(x, edge_index, pairs)` that returns logits [pairs].
+        graph: graph that provides the node features.
+        split: edges of the graph.
+        config: settings of the split; decides whether messages pass over validation edges.
         k: K of Hits@K.
 
     Returns:
@@ -46,14 +46,14 @@ def score_edges(
     """Return the scores of positives and negatives in eval mode, computed together in one pass.
 
     Args:
-        model: Module called as `model(x, edge_index, pairs)` that returns logits [pairs].
-        x: Node features, [nodes, features].
-        edge_index: Edges over which messages pass.
+        model: module called as `model(x, edge_index, pairs)` that returns logits [pairs].
+        x: node features, [nodes, features].
+        edge_index: edges over which messages pass.
         positives: long [2, positives].
         negatives: long [2, negatives].
 
     Returns:
-        Scores [positives] and [negatives].
+        scores [positives] and [negatives].
 
     """
     was_training = model.training

@@ -30,10 +30,10 @@ def message_edges(model: nn.Module, split: Split, num_nodes: int, *, validation:
     returned for all models of this package, because propagation over it takes a fraction of the time of PyG's.
 
     Args:
-        model: The model that uses the edges.
-        split: Edges of the graph.
-        num_nodes: Number of nodes.
-        validation: Whether to include the validation edges.
+        model: the model that uses the edges.
+        split: edges of the graph.
+        num_nodes: number of nodes.
+        validation: whether to include the validation edges.
 
     """
     edge_index = split.message_edges(validation=validation)

@@ -26,9 +26,9 @@ def min_training_bytes(x: Tensor, num_edges: int, model: nn.Module) -> int:
     one node embedding with its gradient, and a copy of the features if they are on another device than the model.
 
     Args:
-        x: Node features, [nodes, features].
-        num_edges: Number of message edges, each undirected edge counted once.
-        model: Model to train.
+        x: node features, [nodes, features].
+        num_edges: number of message edges, each undirected edge counted once.
+        model: model to train.
 
     """
     parameters = list(model.parameters())
@@ -55,12 +55,12 @@ def check_memory(x: Tensor, num_edges: int, model: nn.Module) -> None:
     """Raise if a training certainly needs more memory than the device of its model has.
 
     Args:
-        x: Node features, [nodes, features].
-        num_edges: Number of message edges, each undirected edge counted once.
-        model: Model to train.
+        x: node features, [nodes, features].
+        num_edges: number of message edges, each undirected edge counted once.
+        model: model to train.
 
     Raises:
-        NotEnoughMemoryError: The lower bound exceeds the available memory.
+        NotEnoughMemoryError: the lower bound exceeds the available memory.
 
     """
     device = next(model.parameters()).device
@@ -78,10 +78,10 @@ def explain_out_of_memory(checkpoint: str | Path | None = None) -> Generator[Non
     """Turn out-of-memory errors of Python and torch into an error that says what to do.
 
     Args:
-        checkpoint: Checkpoint of the finished epochs; mentioned in the error if the file exists.
+        checkpoint: checkpoint of the finished epochs; mentioned in the error if the file exists.
 
     Raises:
-        NotEnoughMemoryError: Memory ran out.
+        NotEnoughMemoryError: memory ran out.
 
     """
     try:

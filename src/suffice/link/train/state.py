@@ -12,10 +12,10 @@ class EpochResult:
     """Result of one epoch.
 
     Args:
-        number: Number of the epoch, from 0.
-        loss: Mean loss of its steps.
-        metric: Validation metric after it.
-        fractions: Fraction of positives in each of its batches.
+        number: number of the epoch, from 0.
+        loss: mean loss of its steps.
+        metric: validation metric after it.
+        fractions: fraction of positives in each of its batches.
 
     """
 
@@ -30,8 +30,8 @@ class TrainResult:
     """Result of a training.
 
     Args:
-        epochs: Result of each epoch.
-        kept_epoch: Number of the epoch whose parameters the model has.
+        epochs: result of each epoch.
+        kept_epoch: number of the epoch whose parameters the model has.
 
     """
 
@@ -49,9 +49,9 @@ class TrainState:
     """Finished epochs of a training, and the parameters to return at its end.
 
     Args:
-        epochs: Result of each finished epoch.
-        kept_epoch: Number of the epoch whose parameters the training returns if it stops now.
-        best_parameters: State dictionary of that epoch with early stopping; empty without.
+        epochs: result of each finished epoch.
+        kept_epoch: number of the epoch whose parameters the training returns if it stops now.
+        best_parameters: state dictionary of that epoch with early stopping; empty without.
 
     """
 

@@ -47,22 +47,22 @@ def fit(
     ranks end with the same model, and rank 0 writes the checkpoint.
 
     Args:
-        model: Module called as `model(x, edge_index, pairs)` that returns logits [pairs]; trained in place.
-        graph: Graph that provides the node features.
-        split: Edges of the graph.
-        config: Settings of the training.
-        checkpoint: File to write after each epoch. If it exists, the training resumes from it, to the same result as
+        model: module called as `model(x, edge_index, pairs)` that returns logits [pairs]; trained in place.
+        graph: graph that provides the node features.
+        split: edges of the graph.
+        config: settings of the training.
+        checkpoint: file to write after each epoch. If it exists, the training resumes from it, to the same result as
             without an interruption.
         metadata: JSON-serializable dictionary to write to the checkpoint (data set, settings of the model, …).
-        progress: Called with the result of each epoch.
+        progress: called with the result of each epoch.
 
     Returns:
-        The result of each epoch.
+        the result of each epoch.
 
     Raises:
-        CheckpointError: The checkpoint is of a training with other settings.
-        NotEnoughMemoryError: The training needs more memory than is available.
-        FloatingPointError: The loss is NaN or infinite.
+        CheckpointError: the checkpoint is of a training with other settings.
+        NotEnoughMemoryError: the training needs more memory than is available.
+        FloatingPointError: the loss is NaN or infinite.
 
     """
     device = next(model.parameters()).device
@@ -106,7 +106,7 @@ def batch_loss(logits: Tensor, batch: EdgeBatch) -> Tensor:
 
     Args:
         logits: [pairs].
-        batch: Labels and weights of the pairs.
+        batch: labels and weights of the pairs.
 
     """
     return F.binary_cross_entropy_with_logits(logits, batch.labels, weight=batch.weights)
