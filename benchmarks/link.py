@@ -1,13 +1,14 @@
-"""Training and audit of `suffice.link`: speed against a plain PyG loop, the sampler's share, the audit's cost.
+"""Speed of training and audit in `suffice.link`, compared with a plain PyG loop.
 
     python benchmarks/link.py [--data Cora --models-data Photo --root DATA_FOLDER] [--rounds 4] [--json FILE]
 
-The plain loop is written as PyG's link prediction examples are: per step it draws as many negatives as
-positives, embeds the whole graph from dense features, scores both at once. It masks no targets and measures no
-validation metric; ours does both, and draws its batches with `Random` composition and balanced weights. The two
-alternate in one process: five epochs of one, a training of five epochs with the other. What the audit adds to
-the memory that training steps took is measured on block models of growing size, each in a process of its own.
-The other models follow, as `link_models.py` measures them. Last line: one JSON object.
+The plain loop follows the link prediction examples of PyG: each step samples as many negatives as positives, embeds
+the whole graph from dense features and scores both together. It keeps target edges among the message edges and
+evaluates no validation metric. The training of this package removes target edges, evaluates after each epoch, and uses
+`Random` composition with the balanced loss. Both alternate in one process, five epochs each.
+
+The memory that an audit adds to training steps is measured on block models of increasing size, each in its own
+process. The measurements of `link_models.py` follow. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -42,11 +43,12 @@ from suffice.link.train.inputs import node_features
 from suffice.link.train.trainer import batch_loss, fit
 
 BATCH = 512
-EPOCHS = 5  # of each of our trainings
-SIZES = (2_000, 20_000, 200_000)
+EPOCHS = 5  # of each training
+AUDIT_NODES = (2_000, 20_000, 200_000)
 
 
 def plain_epoch(model: EncoderDecoder, graph: Graph, parts: Split, optimizer: torch.optim.Optimizer) -> int:
+    """Train for an epoch in plain PyG and return the number of scored edges."""
     model.train()
     messages, edges = parts.message_edges(), 0
     for index in torch.randperm(parts.train.size(1)).split(BATCH // 2):
@@ -62,8 +64,8 @@ def plain_epoch(model: EncoderDecoder, graph: Graph, parts: Split, optimizer: to
     return edges
 
 
-def sampling(graph: Graph, parts: Split, seed: int) -> tuple[float, int]:
-    """Return the seconds that the batches of a training take on their own, and the edges in them."""
+def time_sampling(graph: Graph, parts: Split, seed: int) -> tuple[float, int]:
+    """Return the seconds that sampling the batches of a training takes, and the number of edges in them."""
     start, edges = time.perf_counter(), 0
     batches = _batches(graph, parts, seed)
     for epoch in range(EPOCHS):
@@ -72,19 +74,20 @@ def sampling(graph: Graph, parts: Split, seed: int) -> tuple[float, int]:
     return time.perf_counter() - start, edges
 
 
-def validating(model: EncoderDecoder, graph: Graph, parts: Split) -> float:
+def time_validation(model: EncoderDecoder, graph: Graph, parts: Split) -> float:
+    """Return the seconds that one evaluation on the validation edges takes."""
     start = time.perf_counter()
     scores = score_validation_edges(model, node_features(graph, model), parts.message_edges(), parts)
     compute_metrics(*scores)
     return time.perf_counter() - start
 
 
-def added_mib(nodes: int) -> float:
-    """Return what an audit adds to the peak memory of training steps, in MiB."""
+def memory_added_by_audit(nodes: int) -> float:
+    """Return how much an audit adds to the peak memory of training steps, in MiB."""
     graph = block_model(nodes)
     parts = split_edges(graph, SplitConfig(), 0)
     model = EncoderDecoderSettings().build(graph.x.size(1))
-    # The first steps still fill the allocator's arenas.
+    # Some training steps first, so that the memory pools of the allocator are filled.
     for batch in islice(_batches(graph, parts, 0), 3):
         messages = remove_edges(parts.message_edges(), batch.pairs, graph.num_nodes)
         batch_loss(model(node_features(graph, model), messages, batch.pairs), batch).backward()
@@ -107,57 +110,58 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--models-data", default="digits", help="data set for the models of `link_models.py`")
-    parser.add_argument("--figure", type=Path, help="picture of the models' growth with the graph")
-    parser.add_argument("--added", type=int, help="measure the audit's memory on a block model of so many nodes")
+    parser.add_argument("--figure", type=Path, help="figure of how the time of each model grows with the graph")
+    parser.add_argument("--audit-memory", type=int, help="measure only the memory of an audit, on a graph of N nodes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.added:
-        print(added_mib(options.added))
+    if options.audit_memory:
+        print(memory_added_by_audit(options.audit_memory))
         return
     graph = load_graph(options.data, options.root)
     parts = split_edges(graph, SplitConfig(), 0)
     plain = EncoderDecoderSettings().build(graph.x.size(1))
     optimizer = torch.optim.Adam(plain.parameters(), lr=5e-3)
-    taken: dict[str, list[float]] = {"plain": [], "ours": [], "sampler": [], "validation": [], "audit": []}
+    seconds: dict[str, list[float]] = {"plain": [], "ours": [], "sampler": [], "validation": [], "audit": []}
     edges = {"plain": 0, "ours": 0}
     plain_epoch(plain, graph, parts, optimizer)  # warm-up
     for number in range(options.rounds):
         start = time.perf_counter()
         edges["plain"] += sum(plain_epoch(plain, graph, parts, optimizer) for _ in range(EPOCHS))
-        taken["plain"].append(time.perf_counter() - start)
+        seconds["plain"].append(time.perf_counter() - start)
         model = EncoderDecoderSettings().build(graph.x.size(1))
         settings = TrainConfig(Random(), balanced=True, epochs=EPOCHS, batch_size=BATCH, seed=number)
         start = time.perf_counter()
         fit(model, graph, parts, settings)
-        taken["ours"].append(time.perf_counter() - start)
-        seconds, count = sampling(graph, parts, number)
-        taken["sampler"].append(seconds)
+        seconds["ours"].append(time.perf_counter() - start)
+        sampler_seconds, count = time_sampling(graph, parts, number)
+        seconds["sampler"].append(sampler_seconds)
         edges["ours"] += count
-        taken["validation"].append(EPOCHS * validating(model, graph, parts))
+        seconds["validation"].append(EPOCHS * time_validation(model, graph, parts))
         start = time.perf_counter()
         audit_trained(model, graph, parts)
-        taken["audit"].append(time.perf_counter() - start)
-        print(f"round {number}: " + ", ".join(f"{name} {each[-1]:.3f} s" for name, each in taken.items()), flush=True)
-    steps = sum(taken["ours"]) - sum(taken["validation"])
-    added: dict[int, float] = {}
-    for nodes in SIZES:
-        command = [sys.executable, "-W", "ignore", __file__, "--added", str(nodes), "--threads", str(options.threads)]
-        added[nodes] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        print(f"audit of a block model of {nodes} nodes: {added[nodes]:.1f} MiB above training steps", flush=True)
-    epoch_seconds = statistics.median(taken["ours"]) / EPOCHS
+        seconds["audit"].append(time.perf_counter() - start)
+        print(f"round {number}: " + ", ".join(f"{name} {each[-1]:.3f} s" for name, each in seconds.items()), flush=True)
+    step_seconds = sum(seconds["ours"]) - sum(seconds["validation"])
+    added_mib: dict[int, float] = {}
+    for nodes in AUDIT_NODES:
+        command = [sys.executable, "-W", "ignore", __file__, "--threads", str(options.threads)]
+        command += ["--audit-memory", str(nodes)]
+        added_mib[nodes] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        print(f"audit of a block model of {nodes} nodes: {added_mib[nodes]:.1f} MiB above training steps", flush=True)
+    epoch_seconds = statistics.median(seconds["ours"]) / EPOCHS
     result = {
         "data": graph.name,
         "threads": options.threads,
         "epochs": EPOCHS * options.rounds,
         "machine": platform.machine(),
         "torch": torch.__version__,
-        "train_edges_per_second": round(edges["ours"] / sum(taken["ours"])),
-        "plain_pyg_edges_per_second": round(edges["plain"] / sum(taken["plain"])),
-        "sampler_percent_of_step": round(100 * sum(taken["sampler"]) / steps, 2),
+        "train_edges_per_second": round(edges["ours"] / sum(seconds["ours"])),
+        "plain_pyg_edges_per_second": round(edges["plain"] / sum(seconds["plain"])),
+        "sampler_percent_of_step": round(100 * sum(seconds["sampler"]) / step_seconds, 2),
         "epoch_seconds": round(epoch_seconds, 3),
-        "audit_seconds": round(statistics.median(taken["audit"]), 3),
-        "audit_epochs": round(statistics.median(taken["audit"]) / epoch_seconds, 2),
-        "audit_added_mib": {str(nodes): round(value, 1) for nodes, value in added.items()},
+        "audit_seconds": round(statistics.median(seconds["audit"]), 3),
+        "audit_epochs": round(statistics.median(seconds["audit"]) / epoch_seconds, 2),
+        "audit_added_mib": {str(nodes): round(value, 1) for nodes, value in added_mib.items()},
     }
     result |= measure_models(options.models_data, options.root, 6) | measure_once(options.models_data, options.root, 3)
     result |= measure_growth(options.threads, options.figure)

@@ -1,10 +1,10 @@
-"""Whether the faster models are as good: validation Hits@100 of ours and of the direct code after the same batches.
+"""Quality of the fast models: validation Hits@100 of this package and of direct implementations.
 
     python benchmarks/link_quality.py [--data Cora --root DATA_FOLDER] [--epochs 10] [--seeds 3] [--json FILE]
 
-Both sides of a pair train on one split, in the same order of batches with the same negatives, with the authors'
-settings; only their initial weights and their dropout differ. Prints both means and the paired difference with its
-95 % Student t interval; last line: one JSON object.
+Both models of a pair are trained on the same split and the same batches with the published settings; they differ in
+their initial weights and dropout masks. Prints both means and the paired difference with its 95 % t interval. The last
+line is a JSON object.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from suffice.link.train.evaluate import score_validation_edges
 from suffice.study.results import mean_interval
 
 
-def pair(name: str, graph: Graph, seed: int, epochs: int) -> tuple[float, float]:
-    """Return Hits@100 of ours and of the direct code, in percent, after the same batches."""
+def train_pair(name: str, graph: Graph, seed: int, epochs: int) -> tuple[float, float]:
+    """Train both implementations on the same batches, and return their validation Hits@100 in percent."""
     parts = split_edges(graph, SplitConfig(0.1, 0.2), seed)
     settings, training = authors(name, graph.name)
     rate = training.learning_rate
@@ -44,33 +44,32 @@ def pair(name: str, graph: Graph, seed: int, epochs: int) -> tuple[float, float]
         for batch in batches:
             ours.step(batch)
             theirs.step(batch, theirs.counts(batch.pairs))
-    both = torch.cat([parts.validation, parts.validation_negatives], dim=1)
-    found = theirs.scores(both)
-    size = parts.validation.size(1)
-    sides = score_validation_edges(ours.model, ours.x, ours.adjacency, parts), (found[:size], found[size:])
-    one, other = (100 * compute_metrics(*scores, 100)["hits@100"] for scores in sides)
-    return one, other
+    our_scores = score_validation_edges(ours.model, ours.x, ours.adjacency, parts)
+    pairs = torch.cat([parts.validation, parts.validation_negatives], dim=1)
+    their_scores = theirs.scores(pairs).split([parts.validation.size(1), parts.validation_negatives.size(1)])
+    our_hits, their_hits = (100 * compute_metrics(*scores, 100)["hits@100"] for scores in (our_scores, their_scores))
+    return our_hits, their_hits
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--root", default="data")
-    parser.add_argument("--models", default=",".join(MODELS), help="with commas")
+    parser.add_argument("--models", default=",".join(MODELS), help="names, separated by commas")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="file to add the data set to")
+    parser.add_argument("--json", type=Path, help="file to which the results of the data set are added")
     options = parser.parse_args()
     torch.set_num_threads(1)
     graph = load_graph(options.data, options.root)
     rows: dict[str, Any] = {}
     for name in options.models.split(","):
-        found = [pair(name, graph, seed, options.epochs) for seed in range(options.seeds)]
-        gap = mean_interval([one - other for one, other in found])
+        hits = [train_pair(name, graph, seed, options.epochs) for seed in range(options.seeds)]
+        difference = mean_interval([ours - direct for ours, direct in hits])
         rows[name] = {
-            "ours": round(fmean(one for one, _ in found), 1),
-            "direct": round(fmean(other for _, other in found), 1),
-            "difference": [round(value, 1) for value in (gap.mean, gap.low, gap.high)],
+            "ours": round(fmean(ours for ours, _ in hits), 1),
+            "direct": round(fmean(direct for _, direct in hits), 1),
+            "difference": [round(value, 1) for value in (difference.mean, difference.low, difference.high)],
         }
         print(f"{name}, {graph.name}: {rows[name]}", flush=True)
     about = {"epochs": options.epochs, "seeds": options.seeds, "machine": machine()}

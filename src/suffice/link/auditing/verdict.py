@@ -10,7 +10,7 @@ from suffice.study.results import Interval
 
 LEVELS = ("unaffected", "affected", "dominated")
 
-# Thresholds of `judge`, chosen on trainings whose composition is known (see docs/link-study.md).
+# Thresholds of `judge`, chosen on trainings whose composition is known (see docs/results/link-study.md).
 # Share of the accuracy above chance in balanced batches that remains in pure ones. Below 0.2 for models trained at a
 # fixed ratio, above 0.3 for models trained at random ratios.
 _REMAINING_ACCURACY = 0.25

@@ -13,7 +13,7 @@ _MMAP_THRESHOLD = 2**25  # bytes from which on glibc maps new pages by default
 def reuse_freed_memory(num_nodes: int, channels: int) -> bool:
     """Let the C library keep freed memory for the next tensors, for the whole process.
 
-    This halves the time of a training on a graph of a million edges, but takes more memory (docs/link-models.md lists
+    This halves the time of a training on a graph of a million edges, but takes more memory (docs/results/link-models.md lists
     both). Nothing is changed for small graphs, whose node embeddings take less than 32 MB.
 
     Args:
