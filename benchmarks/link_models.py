@@ -39,9 +39,9 @@ from suffice.link.models.base import score_in_chunks
 from suffice.link.models.buddy import propagated_features
 from suffice.link.models.sketched import count_cache
 from suffice.link.sparse.adjacency import Adjacency, as_adjacency, remove_edges
-from suffice.link.train.allocator import reuse_freed_memory
 from suffice.link.train.config import TrainConfig
 from suffice.link.train.inputs import message_edges, node_features
+from suffice.link.train.memory import reuse_freed_memory
 from suffice.link.train.trainer import batch_loss, make_optimizer
 
 MODELS = ("neognn", "elph", "ncn", "ncnc", "buddy")

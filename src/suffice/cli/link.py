@@ -362,7 +362,7 @@ def _train(
     path: Path | None,
 ) -> tuple[LinkPredictor, Split]:
     from suffice.link.data.graph import split_edges
-    from suffice.link.train.allocator import reuse_freed_memory
+    from suffice.link.train.memory import reuse_freed_memory
     from suffice.link.train.trainer import fit
 
     reuse_freed_memory(graph.num_nodes, model.hidden)

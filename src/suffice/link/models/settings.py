@@ -17,7 +17,7 @@ import torch
 from suffice.link.models.base import LinkPredictor
 from suffice.link.models.norms import NORMS
 from suffice.link.models.registry import Registry, describe_choices
-from suffice.link.train.memory_check import explain_out_of_memory
+from suffice.link.train.memory import explain_out_of_memory
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -14,9 +14,9 @@ from suffice.link.data.graph import Graph, Split, SplitConfig, split_edges
 from suffice.link.study.arms import Arm
 from suffice.link.study.run_settings import DataSource, RunSettings
 from suffice.link.train.alignment import alignment, measure_alignment
-from suffice.link.train.allocator import reuse_freed_memory
 from suffice.link.train.config import TrainConfig
 from suffice.link.train.evaluate import evaluate
+from suffice.link.train.memory import reuse_freed_memory
 from suffice.link.train.state import EpochResult
 from suffice.link.train.trainer import fit
 from suffice.study.job import RunContext

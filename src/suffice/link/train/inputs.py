@@ -7,7 +7,7 @@ import warnings
 from torch import Tensor, nn
 
 from suffice.link.data.graph import Graph, Split
-from suffice.link.models import LinkPredictor
+from suffice.link.models.base import LinkPredictor
 from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.propagation import is_mostly_zero
 

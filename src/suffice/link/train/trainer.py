@@ -21,7 +21,7 @@ from suffice.link.train.config import TrainConfig
 from suffice.link.train.distributed import broadcast_buffers, distribute, rank_and_world_size, wait_for_all_ranks
 from suffice.link.train.evaluate import score_validation_edges
 from suffice.link.train.inputs import message_edges, node_features
-from suffice.link.train.memory_check import check_memory, explain_out_of_memory
+from suffice.link.train.memory import check_memory, explain_out_of_memory
 from suffice.link.train.state import EpochResult, TrainResult, TrainState
 
 Progress = Callable[[EpochResult], None]

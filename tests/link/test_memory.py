@@ -1,6 +1,9 @@
-"""Trainings that do not fit in memory."""
+"""Memory of trainings: those that do not fit, and the reuse of freed memory."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,17 +13,33 @@ from suffice.link.data.synthetic import block_model
 from suffice.link.models import EncoderDecoderSettings
 from suffice.link.train import trainer
 from suffice.link.train.config import TrainConfig
-from suffice.link.train.memory_check import (
+from suffice.link.train.memory import (
     NotEnoughMemoryError,
     available_bytes,
     check_memory,
     explain_out_of_memory,
     min_training_bytes,
+    reuse_freed_memory,
 )
 from suffice.link.train.trainer import fit
 
 GRAPH = block_model(nodes=120, classes=2, degree=6, features=8)
 SPLIT = split_edges(GRAPH, SplitConfig(), 0)
+
+# Reuse of freed memory is tested in subprocesses, because the setting holds for a whole process.
+_COUNT_PAGE_FAULTS = """
+import resource, sys
+import torch
+from suffice.link.train.memory import reuse_freed_memory
+changed = reuse_freed_memory(int(sys.argv[1]), 64)
+x = torch.zeros(200_000, 64)
+for _ in range(20):
+    x + 1
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    x + 1
+print(changed, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
 
 
 def small_model(hidden: int = 8):
@@ -82,3 +101,23 @@ def test_a_missing_checkpoint_is_not_mentioned(tmp_path):
     with pytest.raises(NotEnoughMemoryError) as caught, explain_out_of_memory(tmp_path / "none"):
         torch.empty(2**60)
     assert "kept" not in str(caught.value)
+
+
+def count_page_faults(num_nodes: int) -> tuple[str, int]:
+    changed, count = subprocess.run(
+        [sys.executable, "-c", _COUNT_PAGE_FAULTS, str(num_nodes)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    return changed, int(count)
+
+
+def test_small_graphs_change_nothing():
+    assert reuse_freed_memory(1_000, 64) is False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is a function of glibc")
+def test_a_large_tensor_reuses_the_pages_of_the_previous_one():
+    changed, with_reuse = count_page_faults(200_000)
+    if changed == "False":
+        pytest.skip("the C library is not glibc")
+    # The heap needs some tensors to settle, so that a few page faults remain.
+    assert with_reuse * 2 < count_page_faults(1_000)[1]

@@ -1,8 +1,10 @@
-"""Memory of a training: an early refusal if it cannot fit, and a helpful error if memory runs out later."""
+"""Memory of a training: checked before it, explained where it runs out, and reused between tensors."""
 
 from __future__ import annotations
 
+import ctypes
 import re
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,10 @@ from torch import Tensor, nn
 from suffice import SufficeError
 
 _GIB = 2**30
+
+# Parameters of mallopt (malloc.h).
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_MMAP_THRESHOLD = 2**25  # bytes
 
 
 class NotEnoughMemoryError(SufficeError):
@@ -97,3 +103,27 @@ def explain_out_of_memory(checkpoint: str | Path | None = None) -> Generator[Non
         if checkpoint is not None and Path(checkpoint).exists():
             text += f". Finished epochs are kept in {checkpoint}; the same settings resume from there"
         raise NotEnoughMemoryError(text) from error
+
+
+def reuse_freed_memory(num_nodes: int, channels: int) -> bool:
+    """Let the C library keep freed memory for the next tensors, for the whole process.
+
+    By default, glibc maps new pages for each tensor above 32 MB and returns them when it is freed. Keeping them halves
+    the time of a training on a graph of a million edges, but takes more memory (docs/results/link-models.md lists
+    both). Nothing is changed for small graphs, whose node embeddings take less than 32 MB.
+
+    Args:
+        num_nodes: number of nodes.
+        channels: channels of a node embedding in float32.
+
+    Returns:
+        whether the setting was changed; always False with C libraries other than glibc.
+
+    """
+    if 4 * num_nodes * channels < _MMAP_THRESHOLD or not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26))
+    return all(mallopt(parameter, value) == 1 for parameter, value in settings)
