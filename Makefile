@@ -12,7 +12,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2
 
-# The other end of the supported range: the kv tests on the oldest transformers.
+# Test suffice.kv with the oldest supported transformers.
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -n 2 tests/kv tests/information
 
@@ -25,40 +25,40 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Scoring, decoding and a long stream; ours and kvpress in one process, in an environment of their own.
+# Time scoring, decoding and a long stream, Suffice and kvpress in one process and in a separate environment.
 bench-kv: $(BENCH)/.ready
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BENCH)/bin/python -W ignore benchmarks/kv_all.py
 
-# A look at 10,000 stored runs, as whole commands.
+# Time the commands that read a study, with 10,000 stored runs.
 bench-study: $(VENV)/.ready
 	$(BIN)/python benchmarks/study.py --json docs/results/study-bench.json
 
-# The site, in out/site; nothing is loaded from elsewhere while it is built or read.
+# Build the documentation in out/site. Neither the build nor the pages load anything from the network.
 docs: $(VENV)/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The same studies on a cluster of two Ray nodes.
+# Test studies on a Ray cluster of two nodes.
 test-ray: $(VENV)/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[scale]"
 	$(BIN)/python -m pytest tests/study/test_ray.py tests/test_docs.py -k ray
 
-# Training with our samplers against a loop as PyG's examples write it, and every model against direct code, in one run.
+# Time the training against the loop of PyG's examples, and every model against straightforward code.
 # With downloaded data sets: make bench-link BENCH_DATA="--data Cora --models-data Photo --root DATA_FOLDER"
 bench-link: $(VENV)/.ready
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/link.py --threads 1 $(BENCH_DATA) --json docs/results/link-bench.json
 
-# What the kernels' machine code allows, anywhere; then kernels and caches on a GPU, without which it says so. For that
-# the torch of this environment must be a build for CUDA.
+# Compute the upper bounds on the kernels' speed from their machine code (no GPU needed), then time kernels and caches on
+# a GPU. The second part needs a torch that is built for CUDA, and only prints a message if there is no GPU.
 bench-gpu: $(VENV)/.ready
 	$(BIN)/python -W ignore benchmarks/gpu_ceiling.py --json docs/results/gpu-ceiling.json
 	$(BIN)/python benchmarks/gpu.py --json out/gpu.json
 
-# Which policy stays closest to the full cache, in short: 8 samples. What is finished is kept in out/evidence.
+# Measure which policy stays closest to the full cache, with 8 samples. Finished samples are kept in out/evidence.
 evidence: $(VENV)/.ready
 	$(BIN)/python -W ignore benchmarks/evidence.py --samples 8 --folder out/evidence
 
-# kvpress's presses on the same samples, in short: 4 samples. What is finished is kept in out/evidence-peers.
+# Measure kvpress on the same samples, 4 of them. Finished samples are kept in out/evidence-peers.
 bench-evidence-peers: $(BENCH)/.ready
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BENCH)/bin/python -W ignore benchmarks/evidence_peers.py --samples 4
 

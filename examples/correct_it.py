@@ -1,4 +1,4 @@
-"""Train the same model on biased and on corrected batches, and compare what each keeps of the classes.
+"""Train the same model on biased and on corrected batches, and compare how well its embeddings match the node classes.
 
 python examples/correct_it.py
 """
@@ -14,14 +14,15 @@ parser.add_argument("--epochs", type=int, default=30)
 parser.add_argument("--seeds", type=int, default=5)
 arguments = parser.parse_args()
 
-arms = [parse_arm(key) for key in ("fixed/batch", "random/batch")]
-study = correct(
+# COMPOSITION/NORM: batches with a fixed or a random fraction of positives, both with BatchNorm.
+biased, corrected = "fixed/batch", "random/batch"
+results = correct(
     load_graph(arguments.data),
-    arms=arms,
+    arms=[parse_arm(biased), parse_arm(corrected)],
     train=TrainConfig(epochs=arguments.epochs),
     seeds=arguments.seeds,
-    folder="corrected",  # run it again and only what is missing is trained
+    folder="corrected",  # a second run resumes from here
 )
 for metric in ("auc", "a_pure:heldout", "kappa:heldout", "edge_nmi"):
-    print(metric, {arm.key: str(study.mean(arm.key, metric)) for arm in arms})
-print("random/batch − fixed/batch, edge NMI:", study.difference("random/batch", "fixed/batch", "edge_nmi"))
+    print(metric, {arm: str(results.mean(arm, metric)) for arm in (biased, corrected)})
+print(f"{corrected} − {biased}, edge NMI:", results.difference(corrected, biased, "edge_nmi"))

@@ -264,7 +264,7 @@ def test_commands_print_json_and_write_pages(folder, tmp_path):
     assert "Best mean rank" in shown.stdout
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n---\n".join(one.document for one in PROMPTS), encoding="utf-8")
-    tuned = ["kv", "tune", "--prompts", str(prompts), "--model", folder, "--new-tokens", "4", "--policies", "h2o"]
+    tuned = ["kv", "tune", "--prompts", str(prompts), "--model", folder, "--max-new-tokens", "4", "--policies", "h2o"]
     tuned += ["--allocations", "own", "--budgets", "90%,50%", "--folder", str(tmp_path / "kept")]
     done = CliRunner().invoke(app, [*tuned, "--target-kl", "9"])
     assert done.exit_code == 0, done.output

@@ -108,7 +108,7 @@ def test_generate_command_prints_json(tmp_path):
 def test_generate_command_with_allocation_and_chunks(tmp_path):
     figure, page = tmp_path / "heads.svg", tmp_path / "page.html"
     done = command(
-        "kv", "generate", "--budget", "60", "--allocation", "profile", "--chunk", "50", "--interval", "8",
+        "kv", "generate", "--budget", "60", "--allocation", "profile", "--chunk-size", "50", "--interval", "8",
         "--rerotate", "--max-new-tokens", "4", "--json", "--figure", str(figure), "--report", str(page),
         text="The parrot is called Otto. " * 20,
     )  # fmt: skip
@@ -135,19 +135,19 @@ def test_token_shares_add_up_to_the_budget(loaded):
 
 def test_calibrate_command_writes_a_profile(tmp_path):
     file = tmp_path / "profile.json"
-    done = command("kv", "calibrate", "--tokens", "40", "--out", str(file), "--json")
+    done = command("kv", "calibrate", "--tokens", "40", "--to", str(file), "--json")
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout.strip().splitlines()[-1])
     assert len(facts["attention"]) == 30
     assert len(facts["attention"][0]) == 3
     assert facts["source"] == "40 tokens of the Python manual"
     assert read_profile(file).model == facts["model"]
-    assert "written to" in command("kv", "calibrate", "--random", "--tokens", "40", "--out", str(file)).stdout
+    assert f"Profile: {file}" in command("kv", "calibrate", "--random", "--tokens", "40", "--to", str(file)).stdout
 
 
 def test_calibrate_command_rejects_two_sources():
     done = command("kv", "calibrate", "--random", "--text-file", "x")
-    assert "both given" in str(done.exception)
+    assert "got --text-file and --random" in str(done.exception)
 
 
 def test_the_default_models_profile_is_shipped(loaded, monkeypatch, tmp_path):
@@ -175,14 +175,14 @@ def test_policies_command_lists_all_policies():
     ("arguments", "words"),
     [
         (("--prompt", "hi", "--budget", "2.5"), "got 2.5"),
-        (("--prompt", "hi", "--budget", "lots"), "budget is 'lots'"),
+        (("--prompt", "hi", "--budget", "lots"), "--budget must be a number of tokens (500), a fraction (0.25) or a percentage (25%), got 'lots'"),
         (("--prompt", "hi", "--policy", "h3o"), "Did you mean 'h2o'"),
         (("--prompt", "hi", "--allocation", "profil"), "Did you mean 'profile'"),
-        (("--prompt", "hi", "--chunk", "0"), "chunk_size must be at least 1 token, got 0"),
+        (("--prompt", "hi", "--chunk-size", "0"), "chunk_size must be at least 1 token, got 0"),
         (("--prompt", "hi", "--interval", "0"), "interval must be at least 1, got 0"),
-        (("--prompt", "hi", "--prompt-file", "x"), "both given"),
-        (("--prompt-file", "/nowhere/at all"), "can't be read"),
-        (("--prompt", "  "), "the prompt is empty"),
+        (("--prompt", "hi", "--prompt-file", "x"), "at most one of --prompt and --prompt-file must be given, got both"),
+        (("--prompt-file", "/nowhere/at all"), "--prompt-file must be a text file, got '/nowhere/at all', which cannot be read"),
+        (("--prompt", "  "), "the prompt must contain text, got '  '"),
         (("--prompt", "hi", "--dtype", "int4"), "dtype must be one of auto, float32, bfloat16, float16, got 'int4'"),
         (("--prompt", "hi", "--device", "cuda:99"), "device must be one that torch can use here, got 'cuda:99'"),
         (("--prompt", "hi", "--attn", "flash"), "attn_implementation must be sdpa or eager, got 'flash'"),

@@ -83,8 +83,9 @@ def test_plain_lines_without_a_terminal(spec):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (["show", "{}", "--metric", "z"], ValueError, "metrics must be among y, threads, got 'z'"),
-        (["show", "{}", "--where", "y=1"], ValueError, "where is 'y=1'"),
+        (["show", "{}", "--metric", "z"], ValueError, "--metric must be among y, threads, got 'z'"),
+        (["show", "{}", "--where", "y=1"], ValueError, r"where must name settings that vary \(x\), got 'y'"),
+        (["show", "{}", "--where", "x"], ValueError, "--where must be NAME=VALUE, got 'x'"),
         (["export", "{}", "--to", "rows.xls"], ValueError, "path must be a file ending in .*, got 'rows.xls'"),
         (["status", "nowhere"], StoreError, "holds no study"),
         (["show", "{}", "--study", "mine"], StoreError, "study must be one of mein Gitter ß in .*, got 'mine'"),

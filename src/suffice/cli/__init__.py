@@ -1,4 +1,4 @@
-"""The command line: each command is one call of a public function."""
+"""The command line: every command parses its options and calls a public function of the package."""
 
 from __future__ import annotations
 
@@ -8,50 +8,63 @@ import logging
 import os
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
 
 import suffice
-from suffice.cli.console import errors
+from suffice.cli.console import report_errors
 
-# Where a command is, and the library without which it is not there.
+
+class _Command(NamedTuple):
+    """Where a command is defined, and the library that it needs."""
+
+    module: str
+    name: str
+    library: str = ""
+
+
 _COMMANDS = {
-    "demo": ("suffice.cli.demo:demo", ""),
-    "kv": ("suffice.cli.kv:app", "transformers"),
-    "link": ("suffice.cli.link:app", "torch_geometric"),
-    "study": ("suffice.cli.study:app", ""),
-    "report": ("suffice.cli.report:report", ""),
+    "demo": _Command("suffice.cli.demo", "demo"),
+    "kv": _Command("suffice.cli.kv", "app", "transformers"),
+    "link": _Command("suffice.cli.link", "app", "torch_geometric"),
+    "study": _Command("suffice.cli.study", "app"),
+    "report": _Command("suffice.cli.report", "report"),
 }
 
 
-class _Commands(TyperGroup):
-    """Commands that are imported when they are called: a look at a study needs no torch, which takes seconds."""
+class _LazyCommands(TyperGroup):
+    """Commands that are imported when they are called, because some of them import torch, which takes seconds."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the commands whose libraries are installed."""
-        return [name for name, (_, needs) in _COMMANDS.items() if not needs or importlib.util.find_spec(needs)]
+        """Return the names of the commands whose libraries are installed."""
+        return [
+            name
+            for name, command in _COMMANDS.items()
+            if not command.library or importlib.util.find_spec(command.library)
+        ]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Import a command."""
+        """Import and return a command; None if there is no such command."""
         if cmd_name not in self.list_commands(ctx):
             return None
-        module, _, name = _COMMANDS[cmd_name][0].partition(":")
-        found: Any = getattr(importlib.import_module(module), name)
-        if not isinstance(found, typer.Typer):
-            alone = typer.Typer(add_completion=False)
-            alone.command(cmd_name)(found)
-            found = alone
-        command = typer.main.get_command(found)
-        command.name = cmd_name
-        return command
+        command = _COMMANDS[cmd_name]
+        found: Any = getattr(importlib.import_module(command.module), command.name)
+        if isinstance(found, typer.Typer):
+            group = found
+        else:
+            group = typer.Typer(add_completion=False)
+            group.command(cmd_name)(found)
+        imported = typer.main.get_command(group)
+        imported.name = cmd_name
+        return imported
 
 
 app = typer.Typer(
     name="suffice",
     help="What information does a model keep?",
-    cls=_Commands,
+    cls=_LazyCommands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -59,22 +72,22 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def top(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+def print_version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Say which version this is."""
+    """Print the version if it is asked for."""
     if version:
         typer.echo(f"suffice {suffice.__version__}")
         raise typer.Exit
 
 
 def main() -> None:
-    """Run the command line; an error a user can mend is one line, exit status 2."""
-    # The libraries below talk about themselves; a command's own lines say what matters.
+    """Run the command line. An error that the user can correct is printed as one line; the exit status is then 2."""
+    # Messages of transformers would drown those of the commands.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="transformers")
-    with errors():
+    with report_errors():
         app()
     sys.exit(0)

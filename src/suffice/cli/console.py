@@ -1,8 +1,10 @@
-"""What all commands share: where they print, how they show progress and errors."""
+"""Output of all commands: results, progress and errors."""
 
 from __future__ import annotations
 
 import json
+import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -18,43 +20,60 @@ out = Console()
 err = Console(stderr=True)
 
 
+def command_line() -> str:
+    """Return the running command as the user would type it."""
+    return shlex.join(["suffice", *sys.argv[1:]])
+
+
+def print_text(text: str) -> None:
+    """Print text on standard output as it is, without markup."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on standard output. NaN and infinity, which JSON does not have, become null."""
+    sys.stdout.write(json.dumps(_without_non_finite(value), ensure_ascii=False, allow_nan=False) + "\n")
+
+
 @contextmanager
-def errors() -> Generator[None]:
-    """Print an error that a user can mend as one line and exit with status 2."""
+def report_errors() -> Generator[None]:
+    """Print an error that the user can correct as one line, and exit with status 2."""
     try:
         yield
     except (ValueError, TypeError, OSError, SufficeError) as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        err.print("stopped")
+        err.print("interrupted")
         sys.exit(130)
 
 
 @contextmanager
-def progress() -> Generator[Callable[[str], None]]:
-    """Give a function that shows what is being done: a spinner on a terminal, plain lines elsewhere."""
-    start = time.monotonic()
+def step_progress() -> Generator[Callable[[str], None]]:
+    """Yield a function that shows the current step: next to a spinner on a terminal, as a line elsewhere."""
     if not err.is_terminal:
-        yield lambda line: err.print(
-            f"{time.monotonic() - start:6.1f} s  {line}", highlight=False, markup=False, soft_wrap=True
-        )
+        yield timed_lines()
         return
     with err.status("") as status:
-        yield lambda line: status.update(escape(line))
+        yield lambda step: status.update(escape(step))
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON object on standard output."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+def timed_lines() -> Callable[[str], None]:
+    """Return a function that prints lines on standard error, each with the seconds since this call."""
+    start = time.monotonic()
+
+    def show(line: str) -> None:
+        seconds = time.monotonic() - start
+        err.print(f"{seconds:6.1f} s  {line}", highlight=False, markup=False, soft_wrap=True)
+
+    return show
 
 
-def finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON doesn't know, by null."""
+def _without_non_finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        return {key: _without_non_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
-    if isinstance(value, float) and not float("-inf") < value < float("inf"):
+        return [_without_non_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

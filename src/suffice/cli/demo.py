@@ -1,101 +1,129 @@
-"""`suffice demo`: both halves on the default model and the built-in graphs, as tables and one page."""
+"""`suffice demo`: both parts of the package on small examples, as tables and as one HTML page."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
+from rich.table import Table
 
-from suffice.cli import demo_kv, demo_link
-from suffice.cli.console import finite, out, print_json, progress
+from suffice.cli.console import out, print_json, print_text, step_progress
+from suffice.cli.options import JsonOption
 from suffice.report import Page, Text, save_figure
 
-_HALVES = {
-    "kv": ("KV cache", "transformers", "pip install 'suffice[kv]'"),
-    "link": ("link prediction", "torch_geometric", "pip install 'suffice[graph]'"),
-}
+if TYPE_CHECKING:
+    from suffice.kv.eval.demo import DemoResult
+    from suffice.link.study.demo import DemoResults
+
+
+class _Part(NamedTuple):
+    """A part of the package, with the library that it needs."""
+
+    title: str
+    library: str
+    extra: str
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the library is installed."""
+        return importlib.util.find_spec(self.library) is not None
+
+    @property
+    def how_to_install(self) -> str:
+        """Text for a part that is skipped."""
+        library = self.library.replace("_", "-")
+        return f"Skipped: {self.title}, which needs {library}. Install it: pip install 'suffice[{self.extra}]'"
+
+
+_KV = _Part("the KV cache", "transformers", "kv")
+_LINK = _Part("link prediction", "torch_geometric", "graph")
 
 
 def demo(
-    report: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("suffice-demo.html"),
-    tokens: Annotated[int, typer.Option(help="Length of the document.")] = 2000,
-    epochs: Annotated[int, typer.Option(help="Epochs of every link predictor.")] = 12,
-    seed: Annotated[int, typer.Option(help="Which document and facts; splits and initialisation.")] = 0,
-    model: Annotated[str | None, typer.Option(help="Model id or folder; the default model without it.")] = None,
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
-    figure: Annotated[Path | None, typer.Option(help="Also write the agnostic trade-off as a picture.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    report: Annotated[Path, typer.Option(help="Write the results as an HTML page to this file.")] = Path(
+        "suffice-demo.html"
+    ),
+    tokens: Annotated[int, typer.Option(help="Number of tokens in the document.", min=400)] = 2000,
+    epochs: Annotated[int, typer.Option(help="Number of epochs of each link predictor.", min=1)] = 12,
+    seed: Annotated[int, typer.Option(help="Seed of the document, the splits and the models.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="Hugging Face model id, or local folder. Default: SmolLM2-135M-Instruct.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda:0.")] = "cpu",
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw KL against budget as a figure to this file, such as demo.svg or demo.png.")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Answer from a part of a KV cache under six policies; audit and correct link predictors on two graphs."""
-    if tokens < 400:
-        raise ValueError(f"tokens is {tokens}; accepted: at least 400")
-    if epochs < 1:
-        raise ValueError(f"epochs is {epochs}; accepted: at least 1")
-    missing = {half for half, (_, package, _) in _HALVES.items() if importlib.util.find_spec(package) is None}
-    skipped = [
-        f"Skipped: the half on {name}, which needs {package.replace('_', '-')}. Install it: {command}"
-        for half, (name, package, command) in _HALVES.items()
-        if half in missing
-    ]
+    """Show what Suffice does: answer questions from compressed KV caches, and audit link predictors on two graphs."""
     page = Page(
         title="What information does a model keep?",
-        summary="A document of real English with planted facts, each question answered from the full KV cache and from "
-        "half and a quarter of it; and link predictors trained on batches of different composition, audited.",
+        summary="Questions about facts in a document, answered from the full KV cache and from half and a quarter of "
+        "it; and audits of link predictors that were trained on batches of different composition.",
         command=f"suffice demo --tokens {tokens} --epochs {epochs} --seed {seed}",
     )
-    result: dict[str, Any] = {"seed": seed, "skipped": skipped}
+    skipped = [part.how_to_install for part in (_KV, _LINK) if not part.is_installed]
     if skipped:
         page.add("Skipped", *(Text(line) for line in skipped))
-    if "kv" not in missing:
-        _kv(page, result, tokens, seed, model, device, figure, as_json)
-    if "link" not in missing:
-        _link(page, result, epochs, seed, device, as_json)
+    summary: dict[str, object] = {"seed": seed, "skipped": skipped}
+    if _KV.is_installed:
+        from suffice.kv.eval.demo import run_demo
+        from suffice.kv.eval.demo_report import add_demo, plot_demo
+        from suffice.kv.hf.loading import load_model
+
+        with step_progress() as show_step:
+            network, tokenizer = load_model(model, device=device, on_progress=show_step)
+            result = run_demo(network, tokenizer, tokens=tokens, seed=seed, on_progress=show_step)
+        add_demo(page, result)
+        summary |= {"tokens": result.tokens, "rows": [asdict(row) for row in result.rows]}
+        if figure is not None:
+            save_figure(plot_demo(result, "agnostic"), figure)
+        if not as_json:
+            _print_caches(result)
+    if _LINK.is_installed:
+        from suffice.link.study.demo import run_demo as run_link_demo
+        from suffice.link.study.report_sections import add_demo as add_link_demo
+
+        with step_progress() as show_step:
+            results = run_link_demo(epochs=epochs, seed=seed, device=device, log=show_step)
+        add_link_demo(page, results)
+        summary["link"] = [one.results.to_dict() for one in results]
+        if not as_json:
+            _print_studies(results)
     page.save(report)
     if as_json:
-        print_json(finite(result))
+        print_json(summary)
         return
-    for line in skipped:
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
-    out.print(f"Page: {report}", highlight=False)
+    for line in (*skipped, f"Page: {report}"):
+        print_text(line)
 
 
-def _kv(
-    page: Page,
-    result: dict[str, Any],
-    tokens: int,
-    seed: int,
-    model: str | None,
-    device: str,
-    figure: Path | None,
-    as_json: bool,
-) -> None:
-    from suffice.kv.eval.demo import document_report, run_demo
-    from suffice.kv.eval.fidelity import CacheConfig
-    from suffice.kv.hf.loading import load_model
-    from suffice.kv.policy.registry import DEFAULT_POLICY
+def _print_caches(result: DemoResult) -> None:
+    from suffice.kv.eval.demo_report import COLUMNS, COLUMNS_EXPLAINED, MODES, demo_table, describe_results
 
-    with progress() as say:
-        network, tokenizer = load_model(model, device=device, on_progress=say)
-        found = run_demo(network, tokenizer, tokens=tokens, seed=seed, on_progress=say)
-        config = CacheConfig(DEFAULT_POLICY, 0.25)
-        report = document_report(network, tokenizer, found, config)
-    demo_kv.add(page, found, config, report)
-    result |= {"tokens": found.tokens, "rows": [demo_kv.row_to_dict(row) for row in found.rows]}
-    if figure is not None:
-        figure.parent.mkdir(parents=True, exist_ok=True)
-        save_figure(demo_kv.trade_off(found, "agnostic"), str(figure))
-    if not as_json:
-        demo_kv.show(found)
+    for mode, title in MODES.items():
+        table = Table(title=f"{title} ({result.tokens} tokens)")
+        for column in COLUMNS:
+            table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
+        for cells in demo_table(result, mode):
+            table.add_row(*cells, end_section=cells[0] == "full")
+        out.print(table)
+    out.print(COLUMNS_EXPLAINED, highlight=False, style="dim")
+    for sentence in describe_results(result):
+        out.print(sentence, highlight=False)
 
 
-def _link(page: Page, result: dict[str, Any], epochs: int, seed: int, device: str, as_json: bool) -> None:
-    from suffice.link.study.demo import run_demo
+def _print_studies(demo: Sequence[DemoResults]) -> None:
+    from suffice.cli.link_tables import study_table
+    from suffice.link.study.demo import describe_results
+    from suffice.link.study.report_sections import COLUMNS_EXPLAINED
 
-    with progress() as say:
-        examples = run_demo(epochs=epochs, seed=seed, device=device, log=say)
-    demo_link.add(page, examples)
-    result["link"] = [example.results.to_dict() for example in examples]
-    if not as_json:
-        demo_link.show(examples)
+    for one in demo:
+        out.print(study_table(one.results))
+    out.print(COLUMNS_EXPLAINED, highlight=False, style="dim")
+    for sentence in describe_results(demo):
+        out.print(sentence, highlight=False)

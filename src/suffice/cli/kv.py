@@ -1,200 +1,397 @@
-"""`suffice kv …`: generate from a compressed cache, list the policies."""
+"""`suffice kv …`: generate from a compressed cache, measure what is lost, and choose policy and budget."""
 
 from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
-from rich.table import Table
 
-from suffice.cli.command_line import command_line
-from suffice.cli.console import out, print_json, progress
-from suffice.cli.kv_measure import compare_caches, tune_budget
-from suffice.cli.kv_options import AttnOption, DeviceOption, DtypeOption, ModelOption, parse_budget
+from suffice.cli.console import command_line, out, print_json, print_text, step_progress
+from suffice.cli.kv_options import CacheGridOptions, CacheOptions, ModelOptions, parse_budget, split_commas
+from suffice.cli.kv_tables import comparison_table, policy_table, profile_table, trial_table
+from suffice.cli.options import ExecutionOptions, FigureOptions, JsonOption, expand_options
+from suffice.cli.study_progress import study_progress
 from suffice.kv.budget.protection import Protection
-from suffice.kv.hf.default_model import DEFAULT_MODEL
-from suffice.kv.hf.loading import load_model
+from suffice.kv.eval.tune import DEFAULT_BUDGETS
 from suffice.kv.policy.registry import DEFAULT_POLICY, allocations, get_allocation, get_policy, policies
 from suffice.report import save_figure
 
-app = typer.Typer(help="Keep the KV cache entries that carry the most information.", no_args_is_help=True)
+app = typer.Typer(
+    help="Compress the KV cache of a language model, and measure what is lost.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 
-# Commands that are many lines themselves have files of their own.
-app.command("compare")(compare_caches)
-app.command("tune")(tune_budget)
+_COMPARED_CACHES = CacheGridOptions(f"{DEFAULT_POLICY},h2o,snapkv,keydiff", "own", "50%,25%")
+_TUNED_CACHES = CacheGridOptions(f"{DEFAULT_POLICY},h2o,keydiff", "own,profile", ",".join(map(str, DEFAULT_BUDGETS)))
+
+AwareOption = Annotated[
+    bool,
+    typer.Option("--aware/--agnostic", help="Evict after the question is seen (aware), or before it (agnostic)."),
+]
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """The prompt, and a question about it."""
+
+    panel: ClassVar[str] = "Prompt"
+
+    prompt: Annotated[str | None, typer.Option(help="The prompt. Default: standard input.")] = None
+    prompt_file: Annotated[Path | None, typer.Option(help="File that contains the prompt.")] = None
+    question: Annotated[str | None, typer.Option(help="Question about the prompt, which is then a document.")] = None
+    aware: AwareOption = True
+
+    def read(self) -> str:
+        """Return the prompt.
+
+        Raises:
+            ValueError: There is no prompt, or two, or it is empty.
+
+        """
+        if self.prompt is not None and self.prompt_file is not None:
+            raise ValueError("at most one of --prompt and --prompt-file must be given, got both")
+        if self.prompt is not None:
+            text = self.prompt
+        elif self.prompt_file is not None:
+            text = read_text("--prompt-file", self.prompt_file)
+        elif sys.stdin.isatty():
+            raise ValueError("a prompt must be given: --prompt TEXT, --prompt-file FILE, or text on standard input")
+        else:
+            text = sys.stdin.read()
+        if not text.strip():
+            raise ValueError(f"the prompt must contain text, got {text!r}")
+        return text
 
 
 @app.command()
+@expand_options
 def generate(
-    prompt: Annotated[str | None, typer.Option(help="The prompt; without it, --prompt-file or standard input.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
-    question: Annotated[str | None, typer.Option(help="Asked of the prompt, which is then a document.")] = None,
-    aware: Annotated[
-        bool,
-        typer.Option("--aware/--agnostic", help="Is the question seen before eviction, or only after it?"),
-    ] = True,
-    policy: Annotated[str, typer.Option(help="`suffice kv policies` lists them.")] = DEFAULT_POLICY,
-    budget: Annotated[str, typer.Option(help="Tokens (500) or a fraction (0.25, 25%) of the prompt.")] = "0.25",
-    allocation: Annotated[
-        str | None, typer.Option(help="Split of the budget over heads: equal, pyramid, adakv, marginal or profile.")
-    ] = None,
-    chunk: Annotated[
-        int | None,
-        typer.Option(help="Read the prompt so many tokens at a time; never hold more than that + budget."),
-    ] = None,
-    interval: Annotated[int | None, typer.Option(help="Evict every so many tokens of the answer too.")] = None,
-    rerotate: Annotated[
-        bool,
-        typer.Option("--rerotate", help="Rotate kept keys together, for prompts longer than the model's window."),
-    ] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
-    model: ModelOption = DEFAULT_MODEL,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "auto",
-    attn: AttnOption = "sdpa",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    layers: Annotated[bool, typer.Option("--layers", help="Also show what each layer kept.")] = False,
-    report_file: Annotated[
-        Path | None,
-        typer.Option("--report", help="Write a page: the answer, and which words and heads kept what."),
-    ] = None,
-    figure: Annotated[Path | None, typer.Option(help="Draw the entries kept by layer and head (svg, png).")] = None,
+    prompt: PromptOptions,
+    cache: CacheOptions,
+    model: ModelOptions,
+    output: FigureOptions,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of generated tokens.")] = 128,
+    layers: Annotated[bool, typer.Option("--layers", help="Also show how much each layer kept.")] = False,
 ) -> None:
-    """Answer greedily from a part of the prompt's KV cache."""
-    # Imported here: transformers takes seconds, which other commands need not wait for.
+    """Answer a prompt from a compressed KV cache, by greedy decoding.
+
+    The report and the figure show how many entries each layer and head kept.
+    """
+    # Imported here, because transformers takes seconds to import and other commands do not need it.
     from suffice.kv.eval.answer import answer
     from suffice.kv.eval.generation import check_chunk_size
 
-    check_chunk_size(chunk)
-    chosen = get_policy(policy)
-    split = None if allocation is None else get_allocation(allocation)
-    allowed = parse_budget(budget)
-    Protection().check(allowed)
-    text = _read_prompt(prompt, prompt_file)
-    if not text.strip():
-        raise ValueError("the prompt is empty; accepted: some text")
-    with progress() as say:
-        network, tokenizer = load_model(model, device=device, dtype=dtype, attn_implementation=attn, on_progress=say)
-        say(f"generating with {chosen.name}, budget {budget}")
+    # The model takes seconds to load, so errors in the options are reported before.
+    policy = get_policy(cache.policy)
+    allocation = None if cache.allocation is None else get_allocation(cache.allocation)
+    budget = parse_budget(cache.budget)
+    Protection().check(budget)
+    check_chunk_size(cache.chunk_size)
+    text = prompt.read()
+    with step_progress() as show_step:
+        network, tokenizer = model.source().load(show_step)
+        show_step(f"generating with {policy.name}, budget {cache.budget}")
         result, report = answer(
             network,
             tokenizer,
             text,
-            question,
-            policy=chosen,
-            budget=allowed,
-            aware=aware,
+            prompt.question,
+            policy=policy,
+            budget=budget,
+            allocation=allocation,
+            aware=prompt.aware,
             max_new_tokens=max_new_tokens,
-            allocation=split,
-            chunk_size=chunk,
-            interval=interval,
-            rerotate=rerotate,
+            chunk_size=cache.chunk_size,
+            interval=cache.interval,
+            rerotate=cache.rerotate,
         )
-    if figure is not None:
-        save_figure(report.figure(), str(figure))
-    if report_file is not None:
+    if output.figure is not None:
+        save_figure(report.figure(), output.figure)
+    if output.report is not None:
         from suffice.kv.eval.report_sections import answer_page
 
-        answer_page(result, report, command_line()).save(report_file)
-    if as_json:
-        print_json({"model": model, **result.to_dict()})
+        answer_page(result, report, command_line()).save(output.report)
+    if output.as_json:
+        print_json({"model": model.model, **result.to_dict()})
         return
-    out.print(result.answer, markup=False, highlight=False)
-    out.print(f"[dim]{report}, {result.seconds:.1f} s ({result.policy}, budget {budget})[/]", highlight=False)
+    print_text(result.answer)
+    out.print(f"[dim]{report}, {result.seconds:.1f} s ({result.policy}, budget {cache.budget})[/]", highlight=False)
     if layers:
         out.print(report.table())
 
 
-def _read_prompt(prompt: str | None, file: Path | None) -> str:
-    if prompt is not None and file is not None:
-        raise ValueError("--prompt and --prompt-file are both given; accepted: one of them")
-    if prompt is not None:
-        return prompt
-    if file is not None:
-        return _read_file("--prompt-file", file)
-    if sys.stdin.isatty():
-        raise ValueError("no prompt; accepted: --prompt TEXT, --prompt-file FILE, or text on standard input")
-    return sys.stdin.read()
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What a head profile is measured on."""
 
+    panel: ClassVar[str] = "Calibration"
 
-def _read_file(option: str, file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{option} is {str(file)!r}, which can't be read as text: {error}") from None
+    text_file: Annotated[
+        Path | None, typer.Option(help="File with the text to measure on. Default: Python's manual.")
+    ] = None
+    random: Annotated[bool, typer.Option("--random", help="Measure on random tokens instead of a text.")] = False
+    from_weights: Annotated[
+        bool,
+        typer.Option("--from-weights", help="Estimate the profile from the weights, without running the model."),
+    ] = False
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Number of tokens to measure on. Default: 700, or fewer in a short context window."),
+    ] = None
+    seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0
+
+    def read(self) -> str | None:
+        """Return the text, or None for the default one.
+
+        Raises:
+            ValueError: Several ways to measure are asked for, or the file cannot be read.
+
+        """
+        ways = {
+            "--text-file": self.text_file is not None,
+            "--random": self.random,
+            "--from-weights": self.from_weights,
+        }
+        if len(given := [option for option, is_given in ways.items() if is_given]) > 1:
+            raise ValueError(f"at most one of {', '.join(ways)} must be given, got {' and '.join(given)}")
+        return None if self.text_file is None else read_text("--text-file", self.text_file)
 
 
 @app.command("calibrate")
+@expand_options
 def calibrate_model(
-    text_file: Annotated[Path | None, typer.Option(help="Measure on this text; without it, Python's manual.")] = None,
-    random: Annotated[bool, typer.Option("--random", help="Measure on random tokens in place of text.")] = False,
-    from_weights: Annotated[
-        bool, typer.Option("--from-weights", help="Run nothing: estimate it from slow rotary pairs of the weights.")
-    ] = False,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of the text, which is read twice.")] = None,
-    seed: Annotated[int, typer.Option(help="Of random tokens.")] = 0,
-    out_file: Annotated[
-        Path | None, typer.Option("--out", help="Where to write the profile; without it, where caches look for it.")
+    calibration: CalibrationOptions,
+    model: ModelOptions,
+    to: Annotated[
+        Path | None, typer.Option(help="File to write. Default: the file where caches look for the model's profile.")
     ] = None,
-    model: ModelOption = DEFAULT_MODEL,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "auto",
-    attn: AttnOption = "sdpa",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Measure once how much of its cache each head of a model reads: what `--allocation profile` follows."""
+    """Measure how much of its cache each attention head of a model reads, for `--allocation profile`."""
     from suffice.kv.budget.calibration import calibrate
     from suffice.kv.budget.profile import write_profile
     from suffice.kv.budget.profile_from_weights import profile_from_weights
 
-    ways = {"--random": random, "--from-weights": from_weights, "--text-file": text_file is not None}
-    if len(given := [name for name, asked in ways.items() if asked]) > 1:
-        raise ValueError(f"{' and '.join(given)} are both given; accepted: one of them")
-    text = None if text_file is None else _read_file("--text-file", text_file)
+    text = calibration.read()
     start = time.perf_counter()
-    with progress() as say:
-        network, tokenizer = load_model(model, device=device, dtype=dtype, attn_implementation=attn, on_progress=say)
-        say("measuring the head profile")
-        if from_weights:
+    with step_progress() as show_step:
+        network, tokenizer = model.source().load(show_step)
+        show_step("measuring the head profile")
+        if calibration.from_weights:
             profile = profile_from_weights(network)
         else:
-            profile = calibrate(network, None if random else tokenizer, text, tokens=tokens, seed=seed)
-    place = write_profile(profile, out_file)
+            encoder = None if calibration.random else tokenizer
+            profile = calibrate(network, encoder, text, tokens=calibration.tokens, seed=calibration.seed)
+    file = write_profile(profile, to)
     seconds = time.perf_counter() - start
     if as_json:
-        facts = {"model": profile.model, "source": profile.source, "attention": profile.attention}
-        print_json({**facts, "file": str(place), "seconds": seconds})
+        fields = {"model": profile.model, "source": profile.source, "attention": profile.attention}
+        print_json({**fields, "file": str(file), "seconds": seconds})
         return
-    table = Table(title=f"What each head reads of its cache: {profile.source}")
-    for column in ("layer", "least", "mean", "most"):
-        table.add_column(column, justify="right")
-    for layer, heads in enumerate(profile.attention):
-        table.add_row(str(layer), *(f"{x:.4f}" for x in (min(heads), sum(heads) / len(heads), max(heads))))
-    out.print(table)
-    out.print(f"written to {place}, {seconds:.1f} s", highlight=False, soft_wrap=True)
+    out.print(profile_table(profile))
+    print_text(f"Profile: {file} ({seconds:.1f} s)")
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What caches are compared on."""
+
+    panel: ClassVar[str] = "Tasks"
+
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Tasks, separated by commas: text, single, multikey, multivalue, multiquery, variables, common-words, "
+            "frequent-words, qa. All but text take a mode, such as multikey:aware or multikey:agnostic; without one, "
+            "both are measured."
+        ),
+    ] = "text,multikey"
+    tokens: Annotated[int, typer.Option(help="Maximum number of tokens in a prompt.")] = 900
+    samples: Annotated[int, typer.Option(help="Number of examples of each task.")] = 8
+    seed: Annotated[int, typer.Option(help="Seed of the first example.")] = 0
+    haystack: Annotated[
+        Path | None, typer.Option(help="Text file to make the prompts from. Default: Python's manual.")
+    ] = None
+    answer: Annotated[
+        bool, typer.Option("--answer/--no-answer", help="Also generate an answer from each cache, and score it.")
+    ] = True
+    greedy_tokens: Annotated[
+        int, typer.Option(help="Also compare this many greedily generated tokens; 0 skips this.")
+    ] = 0
+
+    def parsed_tasks(self) -> list[tuple[str, str]]:
+        """Return pairs of a task and a mode.
+
+        Raises:
+            ValueError: There is no such task.
+
+        """
+        from suffice.kv.eval.tasks import TASKS, task_modes
+
+        pairs: list[tuple[str, str]] = []
+        for item in split_commas(self.tasks):
+            task, _, mode = item.partition(":")
+            if task not in TASKS:
+                raise ValueError(f"--tasks must be among {', '.join(TASKS)}, got {task!r}")
+            pairs += [(task, mode)] if mode else [(task, each) for each in task_modes(task)]
+        return pairs
+
+
+@app.command("compare")
+@expand_options
+def compare_caches(
+    *,
+    caches: CacheGridOptions = _COMPARED_CACHES,
+    tasks: TaskOptions,
+    model: ModelOptions,
+    execution: ExecutionOptions,
+    output: FigureOptions,
+    parquet: Annotated[Path | None, typer.Option(help="Write the rows to this Parquet file.")] = None,
+) -> None:
+    """Compare how close policies, allocations and budgets stay to the full cache, on generated tasks.
+
+    The figure shows the KL divergence from the full cache against the bytes kept.
+    """
+    from suffice.kv.eval.compare import compare
+    from suffice.kv.eval.run_options import RunOptions
+
+    with study_progress(execution.quiet) as on_progress:
+        comparison = compare(
+            policies=split_commas(caches.policies),
+            allocations=split_commas(caches.allocations),
+            budgets=caches.parsed_budgets(),
+            tasks=tasks.parsed_tasks(),
+            tokens=tasks.tokens,
+            samples=tasks.samples,
+            seed=tasks.seed,
+            haystack=None if tasks.haystack is None else str(tasks.haystack),
+            answer=tasks.answer,
+            greedy_tokens=tasks.greedy_tokens,
+            model=model.source(),
+            run=RunOptions(execution.folder, execution.workers, on_progress, command_line()),
+        )
+    if parquet is not None:
+        import pandas
+
+        parquet.parent.mkdir(parents=True, exist_ok=True)
+        pandas.DataFrame(comparison.rows()).to_parquet(parquet)
+    if output.figure is not None:
+        from suffice.kv.eval.report_sections import trade_off
+
+        save_figure(trade_off(comparison), output.figure)
+    if output.report is not None:
+        from suffice.kv.eval.report_sections import comparison_page
+
+        comparison_page(comparison, command_line()).save(output.report)
+    if output.as_json:
+        print_json(comparison.to_dict())
+        return
+    out.print(comparison_table(comparison))
+    print_text(comparison.summary())
+
+
+@dataclass(frozen=True)
+class UserPromptOptions:
+    """Prompts of the user."""
+
+    panel: ClassVar[str] = "Prompts"
+
+    prompts: Annotated[
+        Path, typer.Option(help="File with your prompts: JSON lines, or texts separated by lines of dashes (---).")
+    ]
+    aware: AwareOption = True
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of the full cache's answers, in tokens.")] = 32
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """How close a cache must stay to the full cache."""
+
+    panel: ClassVar[str] = "Target"
+
+    target_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="Maximum mean KL divergence from the full cache, in nats per token. Give this or --target-agreement."
+        ),
+    ] = None
+    target_agreement: Annotated[
+        float | None, typer.Option(help="Minimum mean share of greedy tokens that equal those of the full cache.")
+    ] = None
+    confidence: Annotated[float, typer.Option(help="Confidence level of the result.")] = 0.95
+
+
+@app.command("tune")
+@expand_options
+def tune_budget(
+    *,
+    prompts: UserPromptOptions,
+    target: TargetOptions,
+    caches: CacheGridOptions = _TUNED_CACHES,
+    model: ModelOptions,
+    execution: ExecutionOptions,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the smallest cache that stays close enough to the full cache on your own prompts.
+
+    The exit status is 1 if there is none.
+    """
+    from suffice.kv.eval.run_options import RunOptions
+    from suffice.kv.eval.tune import tune
+    from suffice.kv.eval.user_prompts import read_user_prompts
+
+    with study_progress(execution.quiet) as on_progress:
+        result = tune(
+            read_user_prompts(prompts.prompts),
+            target_kl=target.target_kl,
+            target_agreement=target.target_agreement,
+            policies=split_commas(caches.policies),
+            allocations=split_commas(caches.allocations),
+            budgets=caches.parsed_budgets(),
+            mode="aware" if prompts.aware else "agnostic",
+            confidence=target.confidence,
+            max_new_tokens=prompts.max_new_tokens,
+            model=model.source(),
+            run=RunOptions(execution.folder, execution.workers, on_progress, command_line()),
+        )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        out.print(trial_table(result))
+        print_text(result.summary())
+        if result.best is not None:
+            print_text("\n" + result.code())
+    if result.best is None:
+        raise typer.Exit(1)
 
 
 @app.command("policies")
-def list_policies(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """List the policies: what each takes for weights, directions and estimator of the capacity."""
-    described = [policy.describe() for policy in policies().values()]
+def list_policies(as_json: JsonOption = False) -> None:
+    """List the policies and the allocations."""
+    descriptions = [policy.describe() for policy in policies().values()]
+    splits = {name: str(allocation) for name, allocation in allocations().items()}
     if as_json:
-        splits = {name: str(split) for name, split in allocations().items()}
-        print_json({"default": DEFAULT_POLICY, "policies": described, "allocations": splits})
+        print_json({"default": DEFAULT_POLICY, "policies": descriptions, "allocations": splits})
         return
-    table = Table(title="Policies: weights × directions × estimator")
-    for column in ("name", "weights", "directions", "estimator", "paper"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("name", "paper"))
-    for parts in described:
-        extra = [parts[part] for part in ("selection", "allocation") if parts[part] not in ("top", "equal")]
-        estimator = ", ".join((parts["estimator"], *extra))
-        table.add_row(parts["name"], parts["weights"], parts["directions"], estimator, parts["paper"])
-    out.print(table)
-    splits = ", ".join(f"{name} ({split})" for name, split in allocations().items())
+    out.print(policy_table(descriptions))
     out.print(f"The default is {DEFAULT_POLICY}. Papers are arXiv numbers.", highlight=False)
-    out.print(f"Allocations, with any policy: {splits}.", highlight=False)
+    names = ", ".join(f"{name} ({description})" for name, description in splits.items())
+    out.print(f"Allocations, for any policy: {names}.", highlight=False)
+
+
+def read_text(option: str, file: Path) -> str:
+    """Return the text of a file that an option names.
+
+    Raises:
+        ValueError: The file cannot be read.
+
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option} must be a text file, got {str(file)!r}, which cannot be read: {error}") from None

@@ -3,391 +3,295 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
-from rich.table import Table
 
-from suffice.cli.command_line import command_line
-from suffice.cli.console import finite, out, print_json, progress
+from suffice.cli.console import command_line, out, print_json, print_text, step_progress
 from suffice.cli.link_options import (
-    AtTest,
-    Balanced,
-    BatchSize,
-    Checkpoint,
-    CompositionName,
-    Data,
-    Decoder,
-    DecoderNorm,
-    Device,
-    Directions,
-    Encoder,
-    EncoderNorm,
-    Epochs,
-    Features,
-    Folder,
-    Hidden,
-    Json,
-    Labels,
-    Largest,
-    Model,
-    Patience,
-    Preset,
-    Quiet,
-    Rate,
-    Report,
-    Root,
-    Seed,
-    Seeds,
-    Test,
-    Validation,
-    Workers,
-    positive,
+    ARMS_HELP,
+    ArmModelOptions,
+    ArmTrainOptions,
+    GraphOptions,
+    HiddenOption,
+    LinkModelOptions,
+    PresetOption,
+    RootOption,
+    SeedOptions,
+    SplitOptions,
+    TrainOptions,
+    parse_arms,
 )
-from suffice.cli.link_reproduce import reproduce
-from suffice.cli.link_show import show_rows, study_table
-from suffice.cli.watching import watching
+from suffice.cli.link_tables import audit_tables, row_table, study_table
+from suffice.cli.options import ExecutionOptions, FigureOptions, JsonOption, OutputOptions, expand_options
+from suffice.cli.study_progress import study_progress
 
 if TYPE_CHECKING:
-    from suffice.link.data.graph import Graph, Split, SplitConfig
-    from suffice.link.models import LinkPredictor, ModelSettings
-    from suffice.link.train.config import TrainConfig
+    from suffice.link.study.experiment import Experiment
+    from suffice.link.train.state import EpochResult
 
-app = typer.Typer(help="Audit link predictors for composition bias.", no_args_is_help=True)
+app = typer.Typer(
+    help="Audit link predictors for composition bias, and correct it.", no_args_is_help=True, add_completion=False
+)
 
 
 @app.command()
+@expand_options
 def train(
-    data: Data = "digits",
-    features: Features = None,
-    labels: Labels = None,
-    root: Root = Path("data"),
-    composition: CompositionName = "fixed:0.5",
-    balanced: Balanced = False,
-    model: Model = "encoder-decoder",
-    encoder: Encoder = None,
-    decoder: Decoder = None,
-    encoder_norm: EncoderNorm = None,
-    decoder_norm: DecoderNorm = None,
-    hidden: Hidden = None,
-    preset: Preset = False,
-    epochs: Epochs = 30,
-    directions: Directions = 2,
-    patience: Patience = None,
-    batch_size: BatchSize = 512,
-    learning_rate: Rate = 5e-3,
-    validation: Validation = 0.05,
-    test: Test = 0.10,
-    largest_component: Largest = False,
-    validation_edges_at_test: AtTest = False,
-    checkpoint: Checkpoint = None,
-    seed: Seed = 0,
-    seeds: Seeds = 1,
-    device: Device = "cpu",
-    as_json: Json = False,
-    report: Report = None,
+    graph: GraphOptions,
+    split: SplitOptions,
+    model: LinkModelOptions,
+    training: TrainOptions,
+    seeds: SeedOptions,
+    output: OutputOptions,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint to write after each epoch. If the file exists, the training resumes from it."),
+    ] = None,
 ) -> None:
-    """Train a link predictor and print its test metrics; under torchrun, on all its processes together."""
-    from suffice.link.batches.composition import parse_composition
-    from suffice.link.data.graph import SplitConfig
-    from suffice.link.train.config import TrainConfig
-    from suffice.link.train.distributed import process_group, rank_and_world_size
-    from suffice.link.train.evaluate import evaluate
-    from suffice.study.results import mean_interval
+    """Train a link predictor and show its test metrics.
 
-    options = {"encoder": encoder, "decoder": decoder, "encoder_norm": encoder_norm, "decoder_norm": decoder_norm}
-    made, own = _model_settings(model, data, preset, {**options, "hidden": hidden})
-    rates: dict[str, Any] = {"directions": directions, "batch_size": batch_size, "learning_rate": learning_rate}
-    protocol = SplitConfig(validation, test, largest_component, validation_edges_at_test)
-    graph = _graph(data, features, labels, root, protocol)
-    found: list[dict[str, float]] = []
-    with process_group(device) as own_device:
-        for number in range(seed, seed + positive(seeds)):
-            settings = TrainConfig(
-                parse_composition(composition),
-                balanced=balanced,
-                epochs=epochs,
-                patience=patience,
-                seed=number,
-                **{**rates, **own},
-            )
-            path = _numbered(checkpoint, number, seeds)
-            net, parts = _train(graph, made, settings, protocol, own_device, path)
-            found.append(evaluate(net, graph, parts, protocol))
+    Under torchrun, all processes train one model together.
+    """
+    from suffice.link.study.experiment import evaluate_seeds, mean_rows
+    from suffice.link.study.report_sections import metrics_page
+    from suffice.link.train.distributed import process_group, rank_and_world_size
+
+    with process_group(training.device) as device, step_progress() as show_step:
+        experiment = _experiment(graph, model, training, split, device)
+        metrics = evaluate_seeds(
+            experiment, seeds.range(), checkpoint=checkpoint, on_epoch=_epoch_lines(experiment, show_step)
+        )
         if rank_and_world_size()[0] > 0:
             return
-    rows = [{"metric": name, **asdict(mean_interval([run[name] for run in found]))} for name in found[0]]
-    result = {"graph": graph.name, "model": made.to_dict(), "split": asdict(protocol), "rows": rows}
-    show_rows(result, rows, as_json, report, "Test metrics of a link predictor")
-
-
-@app.command()
-def audit(
-    data: Data = "digits",
-    features: Features = None,
-    labels: Labels = None,
-    root: Root = Path("data"),
-    composition: CompositionName = "fixed:0.5",
-    balanced: Balanced = False,
-    model: Model = "encoder-decoder",
-    encoder: Encoder = None,
-    decoder: Decoder = None,
-    encoder_norm: EncoderNorm = None,
-    decoder_norm: DecoderNorm = None,
-    hidden: Hidden = None,
-    preset: Preset = False,
-    epochs: Epochs = 30,
-    directions: Directions = 2,
-    batch_size: BatchSize = 512,
-    learning_rate: Rate = 5e-3,
-    checkpoint: Checkpoint = None,
-    seed: Seed = 0,
-    seeds: Seeds = 1,
-    device: Device = "cpu",
-    as_json: Json = False,
-    report: Report = None,
-) -> None:
-    """Audit a link predictor: that of a checkpoint if there is one, else one trained for it."""
-    from suffice.link.auditing.trained import audit_trained
-    from suffice.link.batches.composition import parse_composition
-    from suffice.link.data.graph import SplitConfig, split_edges
-    from suffice.link.study.report_sections import audit_page
-    from suffice.link.train.checkpoint import load_trained
-    from suffice.link.train.config import TrainConfig
-
-    options = {"encoder": encoder, "decoder": decoder, "encoder_norm": encoder_norm, "decoder_norm": decoder_norm}
-    made, own = _model_settings(model, data, preset, {**options, "hidden": hidden})
-    rates: dict[str, Any] = {"directions": directions, "batch_size": batch_size, "learning_rate": learning_rate}
-    found: list[Any] = []
-    for number in range(seed, seed + positive(seeds)):
-        path = _numbered(checkpoint, number, seeds)
-        if path is not None and path.exists():
-            net, facts = load_trained(path, device)
-            protocol = SplitConfig(**facts["split"])
-            graph = _graph(data, features, labels, root, protocol)
-            if facts["graph"] != graph.name:
-                raise ValueError(f"data must be {facts['graph']} for checkpoint {path}, got {graph.name}")
-            parts, size = split_edges(graph, protocol, facts["settings"]["seed"]), facts["settings"]["batch_size"]
-        else:
-            protocol = SplitConfig()
-            graph = _graph(data, features, labels, root, protocol)
-            settings = TrainConfig(
-                parse_composition(composition),
-                balanced=balanced,
-                epochs=epochs,
-                seed=number,
-                **{**rates, **own},
-            )
-            net, parts = _train(graph, made, settings, protocol, device, path)
-            size = settings.batch_size
-        found.append(audit_trained(net, graph, parts, batch_size=size, seed=number))
-    if report is not None:
-        audit_page(found[0], command_line()).save(report)
-    if as_json:
-        print_json(finite({"audits": [one.to_dict() for one in found]}))
+    rows = mean_rows(metrics)
+    if output.report is not None:
+        metrics_page("Test metrics of a link predictor", experiment.graph.name, rows, command_line()).save(
+            output.report
+        )
+    if output.as_json:
+        settings = {"model": experiment.model.to_dict(), "split": asdict(experiment.split)}
+        print_json({"graph": experiment.graph.name, **settings, "rows": rows})
         return
-    for one in found:
-        for name, part in one.parts.items():
-            table = Table("statistic", "mean [95 % interval]", title=f"{name} edges")
-            for key, value in part.statistics.items():
-                table.add_row(key, str(value).replace("[", r"\["))
-            out.print(table)
-        out.print(str(one.verdict), markup=False)
+    out.print(row_table(rows, "Test metrics of a link predictor"))
 
 
 @app.command()
-def correct(
-    data: Data = "digits",
-    features: Features = None,
-    labels: Labels = None,
-    root: Root = Path("data"),
-    model: Model = "encoder-decoder",
-    encoder: Encoder = None,
-    decoder: Decoder = None,
-    hidden: Hidden = None,
-    preset: Preset = False,
-    epochs: Epochs = 30,
-    directions: Directions = 2,
-    batch_size: BatchSize = 512,
-    validation: Validation = 0.05,
-    test: Test = 0.10,
-    largest_component: Largest = False,
-    validation_edges_at_test: AtTest = False,
-    arms: Annotated[str, typer.Option(help="Arms as NAME/NORM or NAME/ENCODER-DECODER, with commas.")] = "",
-    folder: Folder = None,
-    seed: Seed = 0,
-    seeds: Seeds = 5,
-    device: Device = "cpu",
-    as_json: Json = False,
-    report: Report = None,
-    figure: Annotated[Path | None, typer.Option(help="Also write the response curves as a picture.")] = None,
-    workers: Workers = 0,
-    quiet: Quiet = False,
+@expand_options
+def audit(
+    graph: GraphOptions,
+    model: LinkModelOptions,
+    training: TrainOptions,
+    seeds: SeedOptions,
+    output: OutputOptions,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint of the model. If the file does not exist, it is written.")
+    ] = None,
 ) -> None:
-    """Train biased and corrected side by side; show audit, Hits and alignment of all."""
-    from suffice.link.data.graph import SplitConfig
-    from suffice.link.study.arms import ARMS, parse_arm
-    from suffice.link.study.correct import correct as run
-    from suffice.link.study.correct import load_edge_representations
+    """Audit a link predictor: measure how much the score of an edge depends on the rest of its batch.
+
+    The model is that of the checkpoint. Without a checkpoint, a model is trained first.
+    """
+    from suffice.link.study.experiment import audit_seeds
+    from suffice.link.study.report_sections import audit_page
+
+    with step_progress() as show_step:
+        experiment = _experiment(graph, model, training, SplitOptions(), training.device)
+        reports = audit_seeds(
+            experiment, seeds.range(), checkpoint=checkpoint, on_epoch=_epoch_lines(experiment, show_step)
+        )
+    if output.report is not None:
+        audit_page(reports[0], command_line()).save(output.report)
+    if output.as_json:
+        print_json({"audits": [report.to_dict() for report in reports]})
+        return
+    for report in reports:
+        for table in audit_tables(report):
+            out.print(table)
+        print_text(str(report.verdict))
+
+
+_FIVE_SEEDS = SeedOptions(seeds=5)
+
+
+@app.command()
+@expand_options
+def correct(
+    *,
+    arms: Annotated[
+        str,
+        typer.Option(
+            help=ARMS_HELP
+            + "fixed, random and random+balanced with batch and layer, separate with batch, and fixed with none."
+        ),
+    ] = "",
+    graph: GraphOptions,
+    split: SplitOptions,
+    model: ArmModelOptions,
+    training: ArmTrainOptions,
+    seeds: SeedOptions = _FIVE_SEEDS,
+    execution: ExecutionOptions,
+    output: FigureOptions,
+) -> None:
+    """Train a model on biased and on corrected batches, and compare audit, Hits@K and alignment with the classes.
+
+    The figure shows the accuracy against the fraction of positives in the batch.
+    """
+    from suffice.link.study.arms import ARMS
+    from suffice.link.study.correct import correct, load_edge_representations
     from suffice.link.study.figures import plot_response_curves
     from suffice.link.study.report_sections import results_page
-    from suffice.link.train.config import TrainConfig
     from suffice.report import save_figure
 
-    asked = [parse_arm(key.strip()) for key in arms.split(",")] if arms else list(ARMS)
-    made, own = _model_settings(model, data, preset, {"encoder": encoder, "decoder": decoder, "hidden": hidden})
-    rates: dict[str, Any] = {"directions": directions, "batch_size": batch_size}
-    protocol = SplitConfig(validation, test, largest_component, validation_edges_at_test)
-    graph = _graph(data, features, labels, root, protocol)
-    with tempfile.TemporaryDirectory() as scratch, watching(quiet) as watch:
-        home = folder or Path(scratch)
-        study = run(
-            graph,
-            arms=asked,
-            model=made,
-            train=TrainConfig(epochs=epochs, **{**rates, **own}),
-            split=protocol,
-            seeds=seeds,
-            first_seed=seed,
-            device=device,
-            folder=home,
-            workers=workers,
-            on_progress=watch,
+    compared = parse_arms(arms, ARMS)
+    experiment = _experiment(graph, model, training, split, training.device)
+    with tempfile.TemporaryDirectory() as temporary, study_progress(execution.quiet) as on_progress:
+        folder = execution.folder or Path(temporary)
+        results = correct(
+            experiment.graph,
+            arms=compared,
+            model=experiment.model,
+            train=experiment.train,
+            split=experiment.split,
+            seeds=seeds.seeds,
+            first_seed=seeds.seed,
+            device=experiment.device,
+            folder=folder,
+            workers=execution.workers,
+            on_progress=on_progress,
             command=command_line(),
         )
-        if report is not None:
-            pair = asked[:2] if graph.y is not None else []
-            maps = load_edge_representations(graph, pair, home, split=protocol, seed=seed)
-            results_page(study, command_line(), maps).save(report)
-    if figure is not None:
-        figure.parent.mkdir(parents=True, exist_ok=True)
-        curves = {key: arm.response_curve() for key, arm in study.arms.items()}
-        save_figure(plot_response_curves(curves, f"{study.graph}, held-out edges"), str(figure))
-    if as_json:
-        print_json(finite(study.to_dict()))
+        if output.report is not None:
+            drawn = compared[:2] if experiment.graph.y is not None else ()
+            representations = load_edge_representations(
+                experiment.graph, drawn, folder, split=experiment.split, seed=seeds.seed
+            )
+            results_page(results, command_line(), representations).save(output.report)
+    if output.figure is not None:
+        curves = {key: arm.response_curve() for key, arm in results.arms.items()}
+        save_figure(plot_response_curves(curves, f"{results.graph}, held-out edges"), output.figure)
+    if output.as_json:
+        print_json(results.to_dict())
         return
-    out.print(study_table(study))
+    out.print(study_table(results))
 
 
 @app.command()
+@expand_options
 def align(
-    data: Data = "digits",
-    features: Features = None,
-    labels: Labels = None,
-    root: Root = Path("data"),
-    composition: CompositionName = "fixed:0.5",
-    balanced: Balanced = False,
-    model: Model = "encoder-decoder",
-    encoder: Encoder = None,
-    decoder: Decoder = None,
-    encoder_norm: EncoderNorm = None,
-    decoder_norm: DecoderNorm = None,
-    hidden: Hidden = None,
-    preset: Preset = False,
-    epochs: Epochs = 30,
-    directions: Directions = 2,
-    seed: Seed = 0,
-    seeds: Seeds = 1,
-    device: Device = "cpu",
-    as_json: Json = False,
-    report: Report = None,
+    graph: GraphOptions,
+    model: LinkModelOptions,
+    training: TrainOptions,
+    seeds: SeedOptions,
+    output: OutputOptions,
 ) -> None:
-    """Measure what a training keeps of the classes, against raw features and an untrained model."""
-    from suffice.link.batches.composition import parse_composition
-    from suffice.link.data.graph import SplitConfig
-    from suffice.link.train.alignment import alignment, feature_alignment
-    from suffice.link.train.config import TrainConfig
-    from suffice.study.results import mean_interval
+    """Measure how well a model's representations align with the node classes.
 
-    options = {"encoder": encoder, "decoder": decoder, "encoder_norm": encoder_norm, "decoder_norm": decoder_norm}
-    made, own = _model_settings(model, data, preset, {**options, "hidden": hidden})
-    protocol, rates = SplitConfig(), dict[str, Any](directions=directions)
-    graph = _graph(data, features, labels, root, protocol)
-    runs: dict[str, list[dict[str, float]]] = {"trained": [], "untrained": [], "raw features": []}
-    for number in range(seed, seed + positive(seeds)):
-        settings = TrainConfig(
-            parse_composition(composition), balanced=balanced, epochs=epochs, seed=number, **{**rates, **own}
-        )
-        net, parts = _train(graph, made, settings, protocol, device, None)
-        fresh = made.build(graph.x.size(1), number).to(device)
-        runs["trained"].append(alignment(net, graph, parts, seed=number))
-        runs["untrained"].append(alignment(fresh, graph, parts, seed=number))
-        runs["raw features"].append(feature_alignment(graph, seed=number))
-    rows = [
-        {"of": name, "metric": metric, **asdict(mean_interval([one[metric] for one in found]))}
-        for name, found in runs.items()
-        for metric in found[0]
-    ]
-    show_rows({"graph": graph.name, "rows": rows}, rows, as_json, report, "Alignment with the classes")
-
-
-def _model_settings(
-    model: str, data: str, published: bool, options: dict[str, Any]
-) -> tuple[ModelSettings, dict[str, Any]]:
-    """Return the settings of a model, and the options of the training that come with a preset, except its epochs.
-
-    Args:
-        model: name of the model.
-        data: name of the data set.
-        published: take the settings that the model's authors published for the data set.
-        options: options of the model; None for the default. They have no effect with `published`.
-
+    They are compared with those of an untrained model and with the raw features.
     """
-    from suffice.link.models import ModelSettings, preset
+    from suffice.link.study.experiment import align_seeds, mean_rows
+    from suffice.link.study.report_sections import metrics_page
 
-    if not published:
-        given = {name: value for name, value in options.items() if value is not None}
-        return ModelSettings.from_dict({"name": model, **given}), {}
-    made, training = preset(model, data)
-    return made, {name: value for name, value in asdict(training).items() if name != "epochs"}
-
-
-def _graph(data: str, features: Path | None, labels: Path | None, root: Path, protocol: SplitConfig) -> Graph:
-    from suffice.link.data.datasets import load_graph
-    from suffice.link.data.files import read_graph
-    from suffice.link.data.graph import prepare_graph
-
-    own = Path(data).suffix in (".csv", ".parquet", ".npz")
-    return prepare_graph(read_graph(data, features, labels) if own else load_graph(data, root), protocol)
+    with step_progress() as show_step:
+        experiment = _experiment(graph, model, training, SplitOptions(), training.device)
+        measures = align_seeds(experiment, seeds.range(), on_epoch=_epoch_lines(experiment, show_step))
+    rows = [{"of": name, **row} for name, values in measures.items() for row in mean_rows(values)]
+    if output.report is not None:
+        metrics_page("Alignment with the classes", experiment.graph.name, rows, command_line()).save(output.report)
+    if output.as_json:
+        print_json({"graph": experiment.graph.name, "rows": rows})
+        return
+    out.print(row_table(rows, "Alignment with the classes"))
 
 
-def _train(
-    graph: Graph,
-    model: ModelSettings,
-    settings: TrainConfig,
-    protocol: SplitConfig,
-    device: str,
-    path: Path | None,
-) -> tuple[LinkPredictor, Split]:
-    from suffice.link.data.graph import split_edges
-    from suffice.link.train.memory import reuse_freed_memory
-    from suffice.link.train.trainer import fit
+@dataclass(frozen=True)
+class ReproductionOptions:
+    """What of the paper's study is run."""
 
-    reuse_freed_memory(graph.num_nodes, model.hidden)
-    parts = split_edges(graph, protocol, settings.seed)
-    net = model.build(graph.x.size(1), settings.seed).to(device)
-    facts: dict[str, Any] = {"model": model.to_dict(), "split": asdict(protocol), "graph": graph.name}
-    facts |= {"in_channels": graph.x.size(1)}
-    with progress() as say:
-        fit(
-            net,
-            graph,
-            parts,
-            settings,
-            checkpoint=path,
-            metadata=facts,
-            progress=lambda epoch: say(
-                f"epoch {epoch.number}: loss {epoch.loss:.4f}, {settings.metric} {epoch.metric:.3f}"
-            ),
-        )
-    return net, parts
+    panel: ClassVar[str] = "Study"
+
+    data: Annotated[str, typer.Option(help="Names of data sets, separated by commas.")] = "Cora,CiteSeer"
+    models: Annotated[
+        str,
+        typer.Option(
+            help="Models, separated by commas: gcn, sage, neognn, elph, buddy, ncn, ncnc. Default: all of them."
+        ),
+    ] = ""
+    arms: Annotated[str, typer.Option(help=ARMS_HELP + "all four compositions with batch.")] = ""
+    hidden: HiddenOption = None
+    preset: PresetOption = False
+    seeds: Annotated[int, typer.Option(help="Number of seeds, each with its own split.", min=1)] = 5
+    root: RootOption = Path("data")
 
 
-def _numbered(path: Path | None, seed: int, seeds: int) -> Path | None:
-    return path if path is None or seeds == 1 else path.with_name(f"{path.stem}-{seed}{path.suffix}")
+_REPRODUCTION_FOLDER = Path("reproduction")
+_REPRODUCTION = ExecutionOptions(folder=_REPRODUCTION_FOLDER)
 
 
-# The last of the commands; it has a file of its own.
-app.command()(reproduce)
+@app.command("reproduce")
+@expand_options
+def reproduce_study(
+    *,
+    study: ReproductionOptions,
+    split: SplitOptions,
+    training: ArmTrainOptions,
+    execution: ExecutionOptions = _REPRODUCTION,
+    show: Annotated[bool, typer.Option("--show", help="Show the finished runs without running more.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Also write tables and findings to this Markdown file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the study of arXiv 2604.25978: every model on every data set with every way of training."""
+    from suffice.link.study.findings import to_markdown
+    from suffice.link.study.reproduction import ARMS, MODELS, load_results, reproduce, results_to_dict
+
+    folder = execution.folder or _REPRODUCTION_FOLDER
+    if show:
+        results = load_results(folder)
+    else:
+        with study_progress(execution.quiet) as on_progress:
+            results = reproduce(
+                [name.strip() for name in study.data.split(",")],
+                folder,
+                models=[name.strip() for name in study.models.split(",")] if study.models else MODELS,
+                arms=parse_arms(study.arms, ARMS),
+                seeds=study.seeds,
+                train=training.config({}),
+                split=split.config(),
+                hidden=64 if study.hidden is None else study.hidden,
+                published=study.preset,
+                root=study.root,
+                device=training.device,
+                workers=execution.workers,
+                on_progress=on_progress,
+                command=command_line(),
+            )
+    text = to_markdown(results)
+    if markdown is not None:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        markdown.write_text(text, encoding="utf-8")
+    if as_json:
+        print_json(results_to_dict(results))
+        return
+    print_text(text)
+
+
+def _experiment(
+    graph: GraphOptions, model: ArmModelOptions, training: ArmTrainOptions, split: SplitOptions, device: str
+) -> Experiment:
+    from suffice.link.study.experiment import Experiment
+
+    settings, published_training = model.settings(graph.data)
+    return Experiment(graph.load(), settings, training.config(published_training), split.config(), device)
+
+
+def _epoch_lines(experiment: Experiment, show_step: Callable[[str], None]) -> Callable[[EpochResult], None]:
+    """Return a function that shows the result of each epoch."""
+    metric = experiment.train.metric
+
+    def show(epoch: EpochResult) -> None:
+        show_step(f"epoch {epoch.number}: loss {epoch.loss:.4f}, {metric} {epoch.metric:.3f}")
+
+    return show

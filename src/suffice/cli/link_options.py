@@ -1,64 +1,216 @@
-"""Options that the commands of `suffice link` share."""
+"""Groups of options that the commands of `suffice link` share."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+if TYPE_CHECKING:
+    from suffice.link.data.graph import Graph, SplitConfig
+    from suffice.link.models import ModelSettings
+    from suffice.link.study.arms import Arm
+    from suffice.link.train.config import TrainConfig
 
-def _usable(device: str) -> str:
+
+def _check_device(device: str) -> str:
     import torch
 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device is {device!r}; accepted: a device that torch can use here ({reason})") from None
+        raise ValueError(f"--device must be a device that torch can use here, got {device!r} ({reason})") from None
     return device
 
 
-Data = Annotated[str, typer.Option(help="Data set by name, or an NPZ, CSV or Parquet edge list.")]
-Features = Annotated[Path | None, typer.Option(help="Features of the nodes, for a CSV or Parquet edge list.")]
-Labels = Annotated[Path | None, typer.Option(help="Classes of the nodes, for a CSV or Parquet edge list.")]
-Root = Annotated[Path, typer.Option(help="Folder of downloaded data sets.")]
-Seed = Annotated[int, typer.Option(help="First seed.")]
-Seeds = Annotated[int, typer.Option(help="Repetitions, each with its own split.")]
-Device = Annotated[str, typer.Option(help="Torch device.", callback=_usable)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Report = Annotated[Path | None, typer.Option(help="Write an HTML page.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint to write, go on from or audit.")]
-CompositionName = Annotated[str, typer.Option(help="fixed:FRACTION, separate or random:LOW,HIGH.")]
-Balanced = Annotated[bool, typer.Option("--balanced", help="Weight both classes the same in a batch.")]
-Model = Annotated[str, typer.Option(help="encoder-decoder, neognn, ncn, ncnc, elph or buddy.")]
-Preset = Annotated[bool, typer.Option("--preset", help="Take the model's published settings for the data set.")]
-Encoder = Annotated[str | None, typer.Option(help="gcn (default), sage or pure (no weights).")]
-Hidden = Annotated[int | None, typer.Option(help="Number of channels (default 64).")]
-Decoder = Annotated[str | None, typer.Option(help="dot, hadamard (default) or concat.")]
-EncoderNorm = Annotated[str | None, typer.Option(help="batch (default), layer, graph or none.")]
-DecoderNorm = Annotated[str | None, typer.Option(help="batch (default), layer, graph or none.")]
-Epochs = Annotated[int, typer.Option(help="Most epochs.")]
-Directions = Annotated[int, typer.Option(help="Times an undirected edge is used in an epoch, 1 or 2.")]
-Patience = Annotated[int | None, typer.Option(help="Stop after so many epochs without a better metric.")]
-BatchSize = Annotated[int, typer.Option(help="Edges in a mini-batch.")]
-Rate = Annotated[float, typer.Option(help="Adam's learning rate.")]
-Largest = Annotated[bool, typer.Option("--largest-component", help="Keep the largest component only.")]
-AtTest = Annotated[bool, typer.Option("--validation-edges-at-test", help="Pass messages over them at test.")]
-Validation = Annotated[float, typer.Option(help="Share of edges for validation.")]
-Test = Annotated[float, typer.Option(help="Share of edges for the test.")]
-Folder = Annotated[Path | None, typer.Option(help="Folder of finished runs, to go on from.")]
-Workers = Annotated[int, typer.Option(help="Processes to train in; 0 for this one.", min=0)]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+RootOption = Annotated[Path, typer.Option(help="Folder for downloaded data sets.")]
+HiddenOption = Annotated[int | None, typer.Option(help="Number of hidden channels. Default: 64.")]
+PresetOption = Annotated[
+    bool,
+    typer.Option(
+        "--preset",
+        help="Use the settings that the model's authors published for the data set, except the number of epochs.",
+    ),
+]
+ARMS_HELP = (
+    "Ways of training, separated by commas: COMPOSITION/NORM or COMPOSITION/ENCODER_NORM-DECODER_NORM, such as "
+    "random/layer. Compositions: fixed, random, random+balanced, separate. Norms: batch, layer, graph, none, own (the "
+    "model's). Default: "
+)
 
 
-def positive(seeds: int) -> int:
-    """Return a number of seeds that is at least 1.
+@dataclass(frozen=True)
+class GraphOptions:
+    """Which graph to learn."""
 
-    Raises:
-        ValueError: it is not.
+    panel: ClassVar[str] = "Graph"
 
-    """
-    if seeds < 1:
-        raise ValueError(f"seeds is {seeds}; accepted: at least 1")
-    return seeds
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Name of a data set (digits, block-model, Cora, CiteSeer, PubMed, CS, Physics, Computers, Photo, "
+            "ogbl-collab, ogbl-ppa), or an edge list in an NPZ, CSV or Parquet file."
+        ),
+    ] = "digits"
+    features: Annotated[Path | None, typer.Option(help="Node features for a CSV or Parquet edge list.")] = None
+    labels: Annotated[Path | None, typer.Option(help="Node classes for a CSV or Parquet edge list.")] = None
+    root: RootOption = Path("data")
+
+    def load(self) -> Graph:
+        """Load the graph."""
+        from suffice.link.data.graph import SplitConfig
+        from suffice.link.study.run_settings import DataSource
+
+        features, labels = (None if file is None else str(file) for file in (self.features, self.labels))
+        return DataSource(self.data, features, labels, str(self.root)).load(Path(), SplitConfig())
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """How the edges are split."""
+
+    panel: ClassVar[str] = "Split"
+
+    validation: Annotated[float, typer.Option(help="Fraction of the edges for validation.")] = 0.05
+    test: Annotated[float, typer.Option(help="Fraction of the edges for testing.")] = 0.10
+    largest_component: Annotated[
+        bool, typer.Option("--largest-component", help="Use only the largest connected component.")
+    ] = False
+    validation_edges_at_test: Annotated[
+        bool,
+        typer.Option("--validation-edges-at-test", help="Pass messages over the validation edges when testing."),
+    ] = False
+
+    def config(self) -> SplitConfig:
+        """Return the settings of the split."""
+        from suffice.link.data.graph import SplitConfig
+
+        return SplitConfig(**asdict(self))
+
+
+@dataclass(frozen=True)
+class ArmModelOptions:
+    """Which model to train; its norms are those of an arm."""
+
+    panel: ClassVar[str] = "Model"
+
+    model: Annotated[str, typer.Option(help="Model: encoder-decoder, neognn, ncn, ncnc, elph or buddy.")] = (
+        "encoder-decoder"
+    )
+    encoder: Annotated[
+        str | None, typer.Option(help="Encoder: gcn, sage or pure (GCN without weights). Default: gcn.")
+    ] = None
+    decoder: Annotated[
+        str | None, typer.Option(help="Decoder of encoder-decoder: dot, hadamard or concat. Default: hadamard.")
+    ] = None
+    hidden: HiddenOption = None
+    preset: PresetOption = False
+
+    def settings(self, data: str) -> tuple[ModelSettings, dict[str, Any]]:
+        """Return the settings of the model, and those of the training that come with a preset.
+
+        Args:
+            data: Name of the data set, for the preset.
+
+        """
+        from suffice.link.models import ModelSettings, preset
+
+        if self.preset:
+            model, training = preset(self.model, data)
+            return model, {name: value for name, value in asdict(training).items() if name != "epochs"}
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        name = options.pop("model")
+        del options["preset"]
+        given = {option: value for option, value in options.items() if value is not None}
+        return ModelSettings.from_dict({"name": name, **given}), {}
+
+
+@dataclass(frozen=True)
+class LinkModelOptions(ArmModelOptions):
+    """Which model to train."""
+
+    encoder_norm: Annotated[
+        str | None, typer.Option(help="Normalization in the encoder: batch, layer, graph or none. Default: batch.")
+    ] = None
+    decoder_norm: Annotated[
+        str | None, typer.Option(help="Normalization in the decoder: batch, layer, graph or none. Default: batch.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class ArmTrainOptions:
+    """How to train; composition, loss and learning rate are those of an arm."""
+
+    panel: ClassVar[str] = "Training"
+
+    epochs: Annotated[int, typer.Option(help="Maximum number of epochs.")] = 30
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after this many epochs without a better validation metric.")
+    ] = None
+    batch_size: Annotated[int, typer.Option(help="Edges in a mini-batch, positives and negatives.")] = 512
+    directions: Annotated[
+        int, typer.Option(help="How often an epoch uses each undirected edge: 2 (once per direction) or 1.")
+    ] = 2
+    device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda:0.", callback=_check_device)] = "cpu"
+
+    def config(self, preset: Mapping[str, Any]) -> TrainConfig:
+        """Return the settings of the training.
+
+        Args:
+            preset: Published settings, which replace those of the options.
+
+        """
+        from suffice.link.train.config import TrainConfig
+
+        given = {name: value for name, value in asdict(self).items() if name != "device"}
+        return TrainConfig(**{**given, **preset})
+
+
+@dataclass(frozen=True)
+class TrainOptions(ArmTrainOptions):
+    """How to train."""
+
+    composition: Annotated[
+        str,
+        typer.Option(
+            help="Fraction of positives in a mini-batch: fixed:FRACTION, random:LOW,HIGH, or separate (each batch "
+            "holds one class)."
+        ),
+    ] = "fixed:0.5"
+    balanced: Annotated[
+        bool, typer.Option("--balanced", help="Give both classes the same total weight in the loss of each batch.")
+    ] = False
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 5e-3
+
+    def config(self, preset: Mapping[str, Any]) -> TrainConfig:
+        """Return the settings of the training; see `ArmTrainOptions.config`."""
+        from suffice.link.batches.composition import parse_composition
+
+        return super().config({"composition": parse_composition(self.composition), **preset})
+
+
+@dataclass(frozen=True)
+class SeedOptions:
+    """How often to repeat the training."""
+
+    panel: ClassVar[str] = "Repetitions"
+
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0
+    seeds: Annotated[
+        int, typer.Option(help="Number of seeds. Each has its own split, initial parameters and batches.", min=1)
+    ] = 1
+
+    def range(self) -> range:
+        """Return the seeds."""
+        return range(self.seed, self.seed + self.seeds)
+
+
+def parse_arms(text: str, default: tuple[Arm, ...]) -> tuple[Arm, ...]:
+    """Return the arms of a list that is separated by commas; the default ones if it is empty."""
+    from suffice.link.study.arms import parse_arm
+
+    return tuple(parse_arm(key.strip()) for key in text.split(",")) if text else default

@@ -1,4 +1,4 @@
-"""`suffice report`: a study as one page."""
+"""`suffice report`: the report of a study as one page."""
 
 from __future__ import annotations
 
@@ -7,35 +7,43 @@ from typing import Annotated
 
 import typer
 
-from suffice.cli.command_line import command_line
-from suffice.cli.console import out
-from suffice.cli.study import Folder, Metrics, Name, home
+from suffice.cli.console import command_line, print_text
+from suffice.cli.study import FolderArgument, MetricOption, StudyOption
+from suffice.study.spec import default_folder
 
 
 def report(
-    folder: Folder,
-    to: Annotated[Path | None, typer.Option(help="Where to: .html, or .md with its figures beside it.")] = None,
-    study: Name = None,
-    metric: Metrics = None,
-    compare: Annotated[str | None, typer.Option(help="Setting whose values are compared, pair by pair.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="Its value that the others are compared with.")] = None,
+    folder: FolderArgument,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to write, ending in .html, or in .md with the figures beside it. Default: the folder's path "
+            "with .html."
+        ),
+    ] = None,
+    study: StudyOption = None,
+    metric: MetricOption = None,
+    compare: Annotated[str | None, typer.Option(help="Setting whose values are compared in pairs.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Value of this setting that all other values are compared with.")
+    ] = None,
 ) -> None:
-    """Write a study as one page: results with intervals, curves, differences, configuration."""
-    from suffice.cli.kinds import kinds
+    """Write the report of a study: results with intervals, curves, differences and configuration."""
+    from suffice.cli.run_kinds import installed_run_kinds
     from suffice.study.report_page import study_report
 
-    place = home(folder)
-    target = to or place.with_name(f"{place.name or 'study'}.html")
-    if target.suffix not in (".html", ".md"):
-        raise ValueError(f"to is {str(target)!r}; accepted: a file ending in .html or .md")
+    folder = default_folder(folder)
+    to = to or folder.with_name(f"{folder.name or 'study'}.html")
+    if to.suffix not in (".html", ".md"):
+        raise ValueError(f"--to must be a file ending in .html or .md, got {str(to)!r}")
     page = study_report(
-        place,
+        folder,
         study=study,
-        kinds=kinds(),
+        kinds=installed_run_kinds(),
         metrics=metric or (),
         compared_setting=compare,
         baseline=baseline,
         command=command_line(),
     )
-    page.save(target)
-    out.print(f"Page: {target}", markup=False, highlight=False)
+    page.save(to)
+    print_text(f"Page: {to}")

@@ -1,213 +1,218 @@
-"""`suffice study …`: run a grid, see how far it is and what it found, take it elsewhere."""
+"""`suffice study …`: run a grid of experiments, and look at its status and results."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, ClassVar
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from suffice.cli.command_line import command_line
-from suffice.cli.console import finite, out, print_json
-from suffice.cli.watching import watching
-from suffice.environment import source_digest
-from suffice.study.export import SUFFIXES, export_records, flat_rows
+from suffice.cli.console import command_line, out, print_json, print_text
+from suffice.cli.options import JsonOption, QuietOption, expand_options
+from suffice.cli.study_progress import study_progress
+from suffice.study.export import SUFFIXES, export_study
 from suffice.study.progress import format_duration
-from suffice.study.results import group_records, metric_names, summarize, varying_settings
-from suffice.study.spec import Spec, parse_assignment
+from suffice.study.results import group_records, metric_names, select_groups, summarize, varying_settings
+from suffice.study.run_kind import check_names
+from suffice.study.spec import Spec, default_folder, parse_assignment
+from suffice.study.status import StudyStatus, read_status
 from suffice.study.store import Store
 
-app = typer.Typer(help="Run grids of experiments that survive anything.", no_args_is_help=True)
+app = typer.Typer(
+    help="Run grids of experiments that can be interrupted and resumed.", no_args_is_help=True, add_completion=False
+)
 
-Folder = Annotated[Path, typer.Argument(help="The study's folder, or its YAML file.")]
-Name = Annotated[str | None, typer.Option("--study", help="Which study, where a folder holds several.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Metrics = Annotated[list[str] | None, typer.Option("--metric", help="Only this metric; may be repeated.")]
+FolderArgument = Annotated[Path, typer.Argument(help="Folder of the study, or its YAML file.")]
+StudyOption = Annotated[str | None, typer.Option("--study", help="Name of the study, if the folder holds several.")]
+MetricOption = Annotated[list[str] | None, typer.Option("--metric", help="Show only this metric. Can be repeated.")]
+
+_MAX_FAILURES = 5
 
 
-def home(path: Path) -> Path:
-    """Return the folder of a study: the path itself, or for a YAML file the folder of its name beside it."""
-    return path.with_suffix("") if path.suffix in (".yaml", ".yml") else path
+@dataclass(frozen=True)
+class RunnerOptions:
+    """Where the runs of a study are executed."""
+
+    panel: ClassVar[str] = "Runner"
+
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of processes, or of Ray tasks; 0 uses this process. Default: one per core, at most 8.", min=0
+        ),
+    ] = None
+    threads: Annotated[
+        int | None, typer.Option(help="Threads per worker. Default: the cores, shared among the workers.", min=1)
+    ] = None
+    ray: Annotated[
+        str | None, typer.Option(help="Run on a Ray cluster with this address: auto, local or HOST:PORT.")
+    ] = None
+    retry: Annotated[bool, typer.Option("--retry", help="Execute failed runs again.")] = False
+    quiet: QuietOption = False
+
+    @property
+    def num_workers(self) -> int:
+        """Number of workers."""
+        if self.workers is None and self.ray is None:
+            return min(os.cpu_count() or 1, 8)
+        return self.workers or 0
 
 
 @app.command()
+@expand_options
 def run(
     spec: Annotated[Path, typer.Argument(help="YAML file of the study.")],
-    folder: Annotated[Path | None, typer.Option(help="Where results go; named as the file without it.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Replace a setting of all runs, NAME=VALUE; may be repeated.")
+    runner: RunnerOptions,
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder for the results. Default: the path of the YAML file without its suffix.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes, or Ray tasks; 0 for this process.", min=0)] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of each; the cores shared out.", min=1)] = None,
-    ray: Annotated[str | None, typer.Option(help="Run on the Ray cluster at this address (auto, HOST:PORT).")] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Try failed runs again.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
-    as_json: Json = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting of all runs, NAME=VALUE. Can be repeated.")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Do every run that is missing; each is kept when it ends. Exit status 1 if runs have failed."""
-    from suffice.cli.kinds import kinds
+    """Execute the missing runs of a study.
+
+    Every finished run is stored, so an interrupted study can be resumed. The exit status is 1 if runs failed.
+    """
+    from suffice.cli.run_kinds import installed_run_kinds
     from suffice.study.run_kind import find_run_kind
     from suffice.study.runner import run_study
 
     study = Spec.read(spec).with_settings(dict(map(parse_assignment, settings or ())))
-    if ray is None and workers is None:
-        workers = min(os.cpu_count() or 1, 8)
-    place = folder or home(spec)
-    with watching(quiet) as watch:
-        found = run_study(
-            place,
-            find_run_kind(study.kind, kinds()),
+    folder = folder or default_folder(spec)
+    with study_progress(runner.quiet) as on_progress:
+        outcome = run_study(
+            folder,
+            find_run_kind(study.kind, installed_run_kinds()),
             study,
             about={"command": command_line()},
-            workers=workers or 0,
-            threads=threads,
-            ray=ray,
-            retry_failed=retry,
-            on_progress=watch,
+            workers=runner.num_workers,
+            threads=runner.threads,
+            ray=runner.ray,
+            retry_failed=runner.retry,
+            on_progress=on_progress,
         )
     if as_json:
-        print_json({"study": found.study, "folder": str(place), **_outcome(found)})
-    elif not quiet:
-        out.print(
-            f"{found.study}: {found.done} done ({found.new} now, {format_duration(found.seconds)}), "
-            f"{found.failed} failed. See: suffice study show {place}",
-            markup=False,
-            highlight=False,
+        print_json({"folder": str(folder), **asdict(outcome)})
+    elif not runner.quiet:
+        print_text(
+            f"{outcome.study}: {outcome.done} done ({outcome.new} of them now, in {format_duration(outcome.seconds)}), "
+            f"{outcome.failed} failed. Show the results: suffice study show {folder}"
         )
-    if found.failed:
+    if outcome.failed:
         raise typer.Exit(1)
 
 
 @app.command()
-def status(folder: Folder, study: Name = None, as_json: Json = False) -> None:
-    """Say how many runs are done, failed, running and missing, and why some failed."""
-    with Store(home(folder), read_only=True) as store:
-        studies = store.studies()
-        names = [store.study_name(study)] if study else list(studies)
-        found: list[dict[str, Any]] = []
-        for name in names:
-            failed = [
-                {"settings": dict(one.flat_settings), "seed": one.seed, "error": one.error}
-                for one in store.records(name, "failed", numbers_only=True)
-            ]
-            counts, seconds, sources = store.overview(name)
-            found.append(
-                {
-                    "study": name,
-                    "kind": studies[name]["kind"],
-                    **counts,
-                    "seconds": seconds,
-                    "other_source": sum(sources.values()) - sources.get(source_digest(), 0),
-                    "failures": failed,
-                }
-            )
+def status(folder: FolderArgument, study: StudyOption = None, as_json: JsonOption = False) -> None:
+    """Show how many runs are done, failed, running and missing, and why runs failed."""
+    statuses = read_status(default_folder(folder), study)
     if as_json:
-        print_json({"folder": str(home(folder)), "studies": found})
+        print_json({"folder": str(default_folder(folder)), "studies": [one.to_dict() for one in statuses]})
         return
-    for one in found:
-        states = ", ".join(f"{one[state]} {state}" for state in ("done", "failed", "running", "missing"))
-        out.print(f"{one['study']} ({one['kind']}): {states}", markup=False, highlight=False)
-        if one["done"]:
-            each = format_duration(one["seconds"] / one["done"])
-            left = one["missing"] + one["running"]
-            more = f"; {format_duration(left * one['seconds'] / one['done'])} of work left" if left else ""
-            out.print(
-                f"  {format_duration(one['seconds'])} of work done, {each} a run{more}", markup=False, highlight=False
-            )
-        if one["other_source"]:
-            said = f"  {one['other_source']} runs were made with other source of the same version"
-            out.print(said, markup=False, highlight=False)
-        for failure in one["failures"][:5]:
-            last = failure["error"].strip().splitlines()[-1] if failure["error"] else ""
-            out.print(f"  failed, seed {failure['seed']}: {last}", markup=False, highlight=False)
-        if one["failed"]:
-            out.print("  try them again with: suffice study run … --retry; tracebacks: --json", highlight=False)
+    for one in statuses:
+        print_text("\n  ".join(_status_lines(one)))
+
+
+def _status_lines(status: StudyStatus) -> list[str]:
+    states = ", ".join(f"{count} {state}" for state, count in status.counts.items())
+    lines = [f"{status.study} ({status.kind}): {states}"]
+    if status.seconds_per_run is not None:
+        unfinished = status.counts["missing"] + status.counts["running"]
+        left = f"; {format_duration(unfinished * status.seconds_per_run)} of work left" if unfinished else ""
+        lines.append(
+            f"{format_duration(status.seconds)} of work done, {format_duration(status.seconds_per_run)} per run{left}"
+        )
+    if status.other_source:
+        lines.append(f"{status.other_source} runs were executed with other source files of the same version")
+    lines += [f"failed, seed {failure.seed}: {failure.reason}" for failure in status.failures[:_MAX_FAILURES]]
+    if status.failures:
+        lines.append("execute failed runs again: suffice study run … --retry; show tracebacks: --json")
+    return lines
 
 
 @app.command()
 def show(
-    folder: Folder,
-    study: Name = None,
-    metric: Metrics = None,
-    where: Annotated[list[str] | None, typer.Option(help="Only NAME=VALUE; may be repeated.")] = None,
-    limit: Annotated[int, typer.Option(help="Most rows; 0 for all.", min=0)] = 40,
-    as_json: Json = False,
+    folder: FolderArgument,
+    study: StudyOption = None,
+    metric: MetricOption = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="Show only runs with this setting, NAME=VALUE. Can be repeated.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Maximum number of rows; 0 shows all.", min=0)] = 40,
+    as_json: JsonOption = False,
 ) -> None:
-    """Show means over seeds with 95 % intervals, a row for each combination of settings."""
-    with Store(home(folder), read_only=True) as store:
+    """Show the results: means over seeds with 95 % intervals, one row for each combination of settings."""
+    with Store(default_folder(folder), read_only=True) as store:
         name = store.study_name(study)
-        groups = group_records(store.records(name, "done", numbers_only=True))
         counts = store.counts(name)
-    names = varying_settings(groups)
-    for condition in where or ():
-        key, _, value = condition.partition("=")
-        if key not in names:
-            raise ValueError(f"where is {condition!r}; accepted: NAME=VALUE, NAME one of {', '.join(names)}")
-        groups = [one for one in groups if str(one.settings.get(key)) == value]
-    shown = _chosen(metric_names(groups), metric)
+        groups = group_records(store.records(name, "done", numbers_only=True))
+    settings = varying_settings(groups)
+    groups = select_groups(groups, dict(map(_parse_condition, where or ())))
+    metrics = metric_names(groups)
+    check_names(metric or (), metrics, "--metric")
+    metrics = metric or metrics
     if as_json:
-        rows = [row for row in summarize(groups, names) if row["metric"] in shown]
-        print_json(finite({"study": name, **counts, "rows": rows}))
+        rows = [row for row in summarize(groups, settings) if row["metric"] in metrics]
+        print_json({"study": name, **counts, "rows": rows})
         return
     table = Table(title=f"{name}: {counts['done']} of {sum(counts.values())} runs", title_justify="left")
-    for column in names:
+    for column in settings:
         table.add_column(escape(column))
-    for column in shown:
+    for column in metrics:
         table.add_column(escape(column), justify="right")
-    cut = groups if limit == 0 else groups[:limit]
-    for one in cut:
-        cells = [str(one.interval(column)) if column in one.values else "" for column in shown]
-        table.add_row(*(escape(str(one.settings.get(column))) for column in names), *map(escape, cells))
+    shown = groups if limit == 0 else groups[:limit]
+    for group in shown:
+        cells = [str(group.settings.get(column)) for column in settings]
+        cells += [str(group.interval(column)) if column in group.values else "" for column in metrics]
+        table.add_row(*map(escape, cells))
     out.print(table)
-    if len(cut) < len(groups):
-        out.print(f"{len(groups) - len(cut)} more rows: --limit 0, or --where {names[0]}=…", highlight=False)
+    if len(shown) < len(groups):
+        print_text(f"{len(groups) - len(shown)} more rows. Show all: --limit 0. Select rows: --where {settings[0]}=…")
+
+
+def _parse_condition(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--where must be NAME=VALUE, got {text!r}")
+    return name, value
 
 
 @app.command()
 def export(
-    folder: Folder,
-    to: Annotated[Path, typer.Option(help=f"File to write: {', '.join(SUFFIXES)}.")],
-    study: Name = None,
+    folder: FolderArgument,
+    to: Annotated[Path, typer.Option(help=f"File to write, ending in {', '.join(SUFFIXES)}.")],
+    study: StudyOption = None,
 ) -> None:
-    """Write every finished run: settings, seed and metrics; JSON holds all else too."""
-    with Store(home(folder), read_only=True) as store:
-        name = store.study_name(study)
-        about = store.studies()[name]
-        records = list(store.records(name))
-    export_records(to, name, about, records)
-    out.print(f"{to}: {len(flat_rows(records))} rows", markup=False, highlight=False)
+    """Write all finished runs to a file: settings, seed and metrics.
+
+    A JSON file also contains the complete result and the environment of each run.
+    """
+    num_rows = export_study(to, default_folder(folder), study)
+    print_text(f"{to}: {num_rows} rows")
 
 
 @app.command("kinds")
-def list_kinds(as_json: Json = False) -> None:
-    """List kinds of runs and the settings they accept."""
-    from suffice.cli.kinds import kinds
+def list_kinds(as_json: JsonOption = False) -> None:
+    """List the kinds of runs, their settings and the defaults."""
+    from suffice.cli.run_kinds import installed_run_kinds
 
-    found = kinds()
+    kinds = installed_run_kinds()
     if as_json:
         print_json(
             {
                 name: {"description": kind.description, "settings": kind.flatten(kind.settings)}
-                for name, kind in found.items()
+                for name, kind in kinds.items()
             }
         )
         return
-    for kind in found.values():
+    for kind in kinds.values():
         table = Table("setting", "default", title=f"{kind.name}: {kind.description}", title_justify="left")
         for setting, default in kind.flatten(kind.settings).items():
             table.add_row(escape(setting), escape(str(default)))
         out.print(table)
-
-
-def _chosen(known: list[str], asked: list[str] | None) -> list[str]:
-    from suffice.study.run_kind import check_names
-
-    check_names(asked or (), known, "metrics")
-    return asked or known
-
-
-def _outcome(found: Any) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in ("done", "failed", "new", "recovered", "seconds")}

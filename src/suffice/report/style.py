@@ -104,6 +104,13 @@ def to_svg(figure: Figure) -> str:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure with a white background to a file whose suffix determines the format."""
+    """Write a figure with a white background to a file.
+
+    Args:
+        figure: the figure.
+        path: the file, whose suffix determines the format; its folder is created if it is missing.
+
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with figure_style(), mpl.rc_context({"savefig.facecolor": "white"}):
         figure.savefig(path, dpi=144, facecolor="white")

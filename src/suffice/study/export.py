@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from suffice.study.store import Record
+from suffice.study.store import Record, Store
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
@@ -24,6 +24,27 @@ def flat_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
         if record.state == "done"
         for settings, values in record.rows()
     ]
+
+
+def export_study(path: str | Path, folder: str | Path, study: str | None = None) -> int:
+    """Write the finished runs of a study to a file, and return the number of rows; see `export_records`.
+
+    Args:
+        path: file to write, ending in one of `SUFFIXES`.
+        folder: folder of the store, which is only read.
+        study: name of the study, if the folder holds several.
+
+    Raises:
+        StoreError: the folder holds no such study.
+        ValueError: the suffix is unknown, or Parquet is asked for without pandas.
+
+    """
+    with Store(folder, read_only=True) as store:
+        name = store.study_name(study)
+        about = store.studies()[name]
+        records = list(store.records(name))
+    export_records(path, name, about, records)
+    return len(flat_rows(records))
 
 
 def export_records(path: str | Path, study: str, about: Mapping[str, Any], records: Sequence[Record]) -> None:

@@ -204,6 +204,24 @@ def group_records(records: Iterable[Record]) -> list[Group]:
     return list(groups.values())
 
 
+def select_groups(groups: Sequence[Group], where: Mapping[str, str]) -> list[Group]:
+    """Return the groups whose settings have given values.
+
+    Args:
+        groups: groups of runs.
+        where: value of a setting as text, by the name of the setting.
+
+    Raises:
+        ValueError: a setting is unknown, or is the same in all groups.
+
+    """
+    names = varying_settings(groups)
+    for name in where:
+        if name not in names:
+            raise ValueError(f"where must name settings that vary ({', '.join(names) or 'none does'}), got {name!r}")
+    return [group for group in groups if all(str(group.settings.get(name)) == where[name] for name in where)]
+
+
 def varying_settings(groups: Sequence[Group]) -> list[str]:
     """Return the names of the settings that are not the same in all groups."""
     names = list(dict.fromkeys(name for group in groups for name in group.settings))

@@ -194,6 +194,17 @@ class Spec:
                 yield nest(self.settings, chosen)
 
 
+def default_folder(path: str | Path) -> Path:
+    """Return the folder of a study.
+
+    Args:
+        path: the folder itself, or the study's YAML file, whose path without the suffix is its default folder.
+
+    """
+    path = Path(path)
+    return path.with_suffix("") if path.suffix in (".yaml", ".yml") else path
+
+
 def parse_assignment(text: str) -> tuple[str, Any]:
     """Return the name and the value of `NAME=VALUE`, with the value read as YAML.
 

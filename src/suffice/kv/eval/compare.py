@@ -135,6 +135,23 @@ class Comparison:
             rows.append({**condition._asdict(), "spearman": spearman(capacity, kl), "caches": len(groups)})
         return rows
 
+    def summary(self) -> str:
+        """Describe the best method, where others are closer than it, and how capacity and KL are correlated."""
+        best = next(iter(self.mean_ranks()))
+        lines = [f"Best mean rank: {best}."]
+        losses = self.losses(best)
+        lines += [
+            f"On {row['task']}, {row['mode']}, budget {row['budget']:g}, {row['method']} is closer by "
+            f"{-row['mean']:.3f} [{-row['high']:.3f}, {-row['low']:.3f}]."
+            for row in losses
+        ]
+        if not losses:
+            lines.append("No other method is significantly closer on any task (95 % intervals, not corrected).")
+        correlations = [f"{row['spearman']:+.2f}" for row in self.capacity_correlations()]
+        if correlations:
+            lines.append(f"Spearman's correlation of retained capacity and KL, by task: {', '.join(correlations)}.")
+        return "\n".join(lines)
+
     def to_dict(self) -> dict[str, Any]:
         """Return settings, rows, ranks, losses of the best method, and correlations as plain values for JSON."""
         ranks = self.mean_ranks()

@@ -61,12 +61,14 @@ class DemoResult:
         tokens: number of tokens in the document.
         examples: the questions.
         rows: every policy and budget in both modes; in each mode, the full cache comes first.
+        document_report: what the first policy keeps of the document at the smallest budget, by layer and head.
 
     """
 
     tokens: int
     examples: tuple[Example, ...]
     rows: tuple[DemoRow, ...]
+    document_report: CacheReport
 
 
 def run_demo(
@@ -105,16 +107,10 @@ def run_demo(
                 evaluate(model, tokenizer, example, configs, mode=mode, measure_capacity=True, share_statistics=False)
             )
         rows += [_demo_row(by_question) for by_question in zip(*measured, strict=True)]
-    return DemoResult(examples[0].prompt(tokenizer).document.shape[1], tuple(examples), tuple(rows))
-
-
-def document_report(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, result: DemoResult, config: CacheConfig
-) -> CacheReport:
-    """Return the report of one cache after the prefill of the document, with the entries kept by layer and head."""
-    cache = config.build(model, measure_capacity=True)
-    fill_cache(model, result.examples[0].prompt(tokenizer).document, cache)
-    return cache.report()
+    document = examples[0].prompt(tokenizer).document
+    cache = CacheConfig(policies[0], min(budgets)).build(model, measure_capacity=True)
+    fill_cache(model, document, cache)
+    return DemoResult(document.shape[1], tuple(examples), tuple(rows), cache.report())
 
 
 def _demo_row(by_question: Sequence[dict[str, Any]]) -> DemoRow:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from suffice.link.auditing.audit import AuditReport
 from suffice.link.study.correct import load_stored_representations
+from suffice.link.study.demo import DemoResults, describe_results
 from suffice.link.study.figures import plot_audit, plot_embeddings, plot_response_curves
 from suffice.link.study.results import StudyResults, arm_key, collect_study
 from suffice.link.study.run_settings import REFERENCES
@@ -43,6 +44,13 @@ _DIFFERENCE_METRICS = (
     "node_nmi",
 )
 
+COLUMNS_EXPLAINED = (
+    "A_pure: accuracy in batches of only positives or only negatives. κ: how far the scores of the same edges move as "
+    "their batch fills with positives, divided by the gap between positives and negatives; 0 without composition bias. "
+    "Edge NMI: agreement of clusters of edge embeddings with the node classes. AUC: in eval mode, on test edges."
+)
+"""Explains the most important metrics of a study."""
+
 Representations = Mapping[str, tuple[Tensor, Tensor]]
 """Embeddings [items, channels] and classes [items] by arm."""
 
@@ -71,6 +79,22 @@ def audit_page(report: AuditReport, command: str) -> Page:
     layers = [[layer.name, layer.kind, layer.input_rows, layer.mixes_rows, layer.frozen] for layer in report.layers]
     if layers:
         page.add("Normalization layers", Table(["layer", "class", "input rows", "mixes rows", "frozen"], layers))
+    return page
+
+
+def metrics_page(title: str, graph: str, rows: Sequence[Mapping[str, object]], command: str) -> Page:
+    """Return the page of a table of metrics.
+
+    Args:
+        title: Title of the page.
+        graph: Name of the graph.
+        rows: Rows of the table by column; all have the same columns.
+        command: Command that makes the page.
+
+    """
+    page = Page(title=title, summary=f"On {graph}.", command=command)
+    cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row.values()] for row in rows]
+    page.add("Results", Table(list(rows[0]), cells))
     return page
 
 
@@ -128,6 +152,15 @@ def add_results(page: Page, results: StudyResults, representations: Representati
                 alt="Maps of node embeddings, one panel for each arm.",
             ),
         )
+
+
+def add_demo(page: Page, demo: Sequence[DemoResults]) -> None:
+    """Add the sections of the demonstration to a page."""
+    sentences = [Text(sentence) for sentence in describe_results(demo)]
+    page.add("Link prediction: the score of an edge depends on its batch", *sentences)
+    for example in demo:
+        add_results(page, example.results, example.representations)
+    page.add("Meaning of the columns", Text(COLUMNS_EXPLAINED))
 
 
 def add_records(page: Page, records: Sequence[Record], folder: Path) -> None:

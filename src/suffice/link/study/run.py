@@ -13,12 +13,12 @@ from suffice.link.auditing.trained import audit_trained
 from suffice.link.data.graph import Graph, Split, SplitConfig, split_edges
 from suffice.link.study.arms import Arm
 from suffice.link.study.run_settings import DataSource, RunSettings
+from suffice.link.study.training import train_model
 from suffice.link.train.alignment import alignment, measure_alignment
 from suffice.link.train.config import TrainConfig
 from suffice.link.train.evaluate import evaluate
 from suffice.link.train.memory import reuse_freed_memory
 from suffice.link.train.state import EpochResult
-from suffice.link.train.trainer import fit
 from suffice.study.job import RunContext
 
 AUDIT_STATISTICS = (
@@ -76,20 +76,14 @@ def _train_arm(
 ) -> dict[str, Any]:
     model_settings = arm.apply_to_model(run.model)
     config = arm.apply_to_training(run.train, seed)
-    reuse_freed_memory(graph.num_nodes, model_settings.hidden)
-    model = model_settings.build(graph.x.size(1), seed).to(run.device)
-    result = fit(
-        model,
+    model, result = train_model(
         graph,
         split,
+        run.split,
+        model_settings,
         config,
+        device=run.device,
         checkpoint=context.file(".safetensors"),
-        metadata={
-            "model": model_settings.to_dict(),
-            "split": asdict(run.split),
-            "graph": graph.name,
-            "in_channels": graph.x.size(1),
-        },
         progress=_log_epochs(context.log, config),
     )
     report = audit_trained(model, graph, split, batch_size=config.batch_size, seed=seed)

@@ -1,4 +1,4 @@
-"""The progress of a study: a line for each worker on a terminal, plain lines elsewhere."""
+"""Progress of a study: a line for each worker on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from suffice.cli.console import err
+from suffice.cli.console import err, timed_lines
 from suffice.study.progress import Progress, ProgressCallback, format_duration, log_progress
 
 
 @contextmanager
-def watching(quiet: bool = False) -> Generator[ProgressCallback]:
-    """Give a watcher for `run_study`: totals, the time left, and what each worker is at."""
+def study_progress(quiet: bool = False) -> Generator[ProgressCallback]:
+    """Yield a callback for `run_study` that shows its progress.
+
+    Args:
+        quiet: Show nothing.
+
+    """
     if quiet:
         yield lambda progress, line: None
         return
-    start = time.monotonic()
     if not err.is_terminal:
-        yield log_progress(
-            lambda line: err.print(
-                f"{time.monotonic() - start:6.1f} s  {line}", highlight=False, markup=False, soft_wrap=True
-            )
-        )
+        yield log_progress(timed_lines())
         return
     with Live(console=err, refresh_per_second=4, transient=True) as live:
 
         def show(progress: Progress, line: str) -> None:
             if ": failed: " in line:
                 live.console.print(line, markup=False, highlight=False)
-            live.update(_lines(progress))
+            live.update(_worker_lines(progress))
 
         yield show
 
 
-def _lines(progress: Progress) -> Group:
+def _worker_lines(progress: Progress) -> Group:
     workers = Table.grid(padding=(0, 1))
-    for column in ("worker", "seconds", "label", "said"):
+    for column in ("worker", "seconds", "run", "message"):
         workers.add_column(
             column, overflow="ellipsis", no_wrap=True, justify="right" if column == "seconds" else "left"
         )
     for slot in range(progress.slots):
-        work = progress.workers.get(slot)
-        cells = (
-            (format_duration(time.monotonic() - work.start), work.label, work.message) if work else ("", "waiting", "")
-        )
+        worker = progress.workers.get(slot)
+        cells = ("", "waiting", "")
+        if worker is not None:
+            cells = (format_duration(time.monotonic() - worker.start), worker.label, worker.message)
         workers.add_row(Text(f"worker {slot + 1}", style="dim"), *(Text(cell) for cell in cells))
     bar = ProgressBar(total=max(progress.total, 1), completed=progress.done + progress.failed, width=40)
     total = Table.grid(padding=(0, 1))

@@ -1,0 +1,81 @@
+"""Tables that the commands of `suffice kv` print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from suffice.kv.budget.profile import Profile
+    from suffice.kv.eval.compare import Comparison
+    from suffice.kv.eval.tune import TuningResult
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Return the KL divergence of every method and budget on every task, with the mean rank of the method."""
+    samples = comparison.settings["samples"]
+    table = Table(title=f"KL to the full cache, nats per token: mean of {samples} samples ± half of its 95 % interval")
+    table.add_column("policy", no_wrap=True)
+    table.add_column("budget", justify="right", no_wrap=True)
+    tasks = list(dict.fromkeys((condition.task, condition.mode) for condition in comparison.conditions))
+    for task, mode in tasks:
+        table.add_column(task if mode == "continuation" else f"{task}\n{mode}", justify="right", no_wrap=True)
+    table.add_column("rank", justify="right", no_wrap=True)
+    budgets = list(dict.fromkeys(condition.budget for condition in comparison.conditions))
+    for method, rank in comparison.mean_ranks().items():
+        for budget in budgets:
+            intervals = [comparison.group(method, (*task, budget)).interval("kl") for task in tasks]
+            cells = [
+                f"{interval.mean:.3f}" + (f" ± {interval.high - interval.mean:.3f}" if samples > 1 else "")
+                for interval in intervals
+            ]
+            label = f"{budget:.0%}" if isinstance(budget, float) else str(budget)
+            is_first = budget == budgets[0]
+            table.add_row(method if is_first else "", label, *cells, f"{rank:.1f}" if is_first else "")
+    return table
+
+
+def trial_table(result: TuningResult) -> Table:
+    """Return the trials of a search for the smallest cache."""
+    metric = "KL" if result.metric == "kl" else "agreement"
+    table = Table(title=f"{result.num_prompts} prompts, target {metric} {result.target:g}")
+    for column in ("policy", "allocation", "budget", f"mean {metric}", "bound", "within", "MB", "safe"):
+        table.add_column(column, justify="left" if column in ("policy", "allocation") else "right", no_wrap=True)
+    for trial in result.trials:
+        table.add_row(
+            trial.policy,
+            trial.allocation,
+            f"{trial.budget:g}",
+            f"{trial.mean:.4f}",
+            f"{trial.bound:.4f}",
+            f"{trial.within:.0%}",
+            f"{trial.bytes_kept / 1e6:.1f}",
+            "yes" if trial.safe else "no",
+        )
+    return table
+
+
+def profile_table(profile: Profile) -> Table:
+    """Return the smallest, mean and largest attention of the heads of each layer."""
+    table = Table(title=f"Head profile: {profile.source}")
+    for column in ("layer", "smallest", "mean", "largest"):
+        table.add_column(column, justify="right")
+    for layer, heads in enumerate(profile.attention):
+        numbers = (min(heads), sum(heads) / len(heads), max(heads))
+        table.add_row(str(layer), *(f"{number:.4f}" for number in numbers))
+    return table
+
+
+def policy_table(descriptions: Sequence[Mapping[str, str]]) -> Table:
+    """Return the parts of each policy."""
+    table = Table(title="Policies: weights × directions × estimator")
+    for column in ("name", "weights", "directions", "estimator", "paper"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("name", "paper"))
+    for parts in descriptions:
+        # Selection and allocation are shown where they differ from the usual ones.
+        extra = [parts[part] for part in ("selection", "allocation") if parts[part] not in ("top", "equal")]
+        estimator = ", ".join((parts["estimator"], *extra))
+        table.add_row(parts["name"], parts["weights"], parts["directions"], estimator, parts["paper"])
+    return table

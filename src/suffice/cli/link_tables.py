@@ -1,0 +1,57 @@
+"""Tables that the commands of `suffice link` print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from suffice.link.auditing.audit import AuditReport
+    from suffice.link.study.results import StudyResults
+
+_STUDY_COLUMNS = {
+    "hits@100": "Hits\n@100",
+    "auc": "AUC",
+    "a_pure:heldout": "A_pure",
+    "tau:heldout": "τ",
+    "kappa:heldout": "κ",
+    "edge_nmi": "edge\nNMI",
+}
+
+
+def study_table(results: StudyResults) -> Table:
+    """Return the mean over seeds of the most important metrics of each arm, and its verdicts."""
+    num_seeds = len(results.settings["seeds"])
+    title = f"{results.graph}, {num_seeds} seed{'s' * (num_seeds > 1)}, held-out edges"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("arm", no_wrap=True)
+    for column in _STUDY_COLUMNS.values():
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("verdict")
+    for key, arm in results.arms.items():
+        cells = [
+            f"{results.mean(key, metric).mean:.3f}" if metric in arm.group.values else "" for metric in _STUDY_COLUMNS
+        ]
+        table.add_row(key, *cells, ", ".join(sorted(set(arm.verdicts.values()))))
+    return table
+
+
+def audit_tables(report: AuditReport) -> Iterator[Table]:
+    """Yield the statistics of each set of edges."""
+    for name, part in report.parts.items():
+        table = Table("statistic", "mean [95 % interval]", title=f"{name} edges")
+        for statistic, interval in part.statistics.items():
+            table.add_row(statistic, escape(str(interval)))
+        yield table
+
+
+def row_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Return a table with one column for each item of the rows."""
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+    return table

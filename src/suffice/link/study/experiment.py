@@ -1,0 +1,175 @@
+"""One way of training, repeated with several seeds: test each model, audit it, or measure its alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from suffice.link.auditing.audit import AuditReport
+from suffice.link.auditing.trained import audit_trained
+from suffice.link.data.graph import Graph, Split, SplitConfig, prepare_graph, split_edges
+from suffice.link.models import LinkPredictor, ModelSettings
+from suffice.link.study.training import train_model
+from suffice.link.train.alignment import alignment, feature_alignment
+from suffice.link.train.checkpoint import load_trained
+from suffice.link.train.config import TrainConfig
+from suffice.link.train.evaluate import evaluate
+from suffice.link.train.state import EpochResult
+from suffice.study.results import mean_interval
+
+OnEpoch = Callable[[EpochResult], None]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A graph, a model and its training; everything but the seed.
+
+    Args:
+        graph: Graph to learn.
+        model: Settings of the model.
+        train: Settings of the training; its seed is replaced by that of each repetition.
+        split: Settings of the split.
+        device: Device to train on.
+
+    """
+
+    graph: Graph
+    model: ModelSettings
+    train: TrainConfig = field(default_factory=TrainConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    device: str = "cpu"
+
+    def fit(
+        self, seed: int, *, checkpoint: Path | None = None, on_epoch: OnEpoch | None = None
+    ) -> tuple[LinkPredictor, Graph, Split]:
+        """Train a model, and return it with its graph and split.
+
+        Args:
+            seed: Seed of the split, the initial parameters and the batches.
+            checkpoint: File to write after each epoch. If it exists, the training resumes from it.
+            on_epoch: Called with the result of each epoch.
+
+        """
+        graph = prepare_graph(self.graph, self.split)
+        split = split_edges(graph, self.split, seed)
+        model, _ = train_model(
+            graph,
+            split,
+            self.split,
+            self.model,
+            replace(self.train, seed=seed),
+            device=self.device,
+            checkpoint=checkpoint,
+            progress=on_epoch,
+        )
+        return model, graph, split
+
+
+def evaluate_seeds(
+    experiment: Experiment, seeds: Sequence[int], *, checkpoint: Path | None = None, on_epoch: OnEpoch | None = None
+) -> list[dict[str, float]]:
+    """Train a model with each seed, and return its metrics on the test edges, see `evaluate`.
+
+    Args:
+        experiment: What to train.
+        seeds: Seed of each repetition.
+        checkpoint: File to write after each epoch; with several seeds, `-SEED` is added to its stem.
+        on_epoch: Called with the result of each epoch.
+
+    """
+    metrics: list[dict[str, float]] = []
+    for seed in seeds:
+        path = _checkpoint_of_seed(checkpoint, seed, seeds)
+        model, graph, split = experiment.fit(seed, checkpoint=path, on_epoch=on_epoch)
+        metrics.append(evaluate(model, graph, split, experiment.split))
+    return metrics
+
+
+def audit_seeds(
+    experiment: Experiment, seeds: Sequence[int], *, checkpoint: Path | None = None, on_epoch: OnEpoch | None = None
+) -> list[AuditReport]:
+    """Audit one model for each seed: that of its checkpoint if the file exists, else one that is trained now.
+
+    Args:
+        experiment: What to train. Only its graph matters if there is a checkpoint.
+        seeds: Seed of each repetition.
+        checkpoint: Checkpoint of a trained model, or the file to write; with several seeds, `-SEED` is added to its
+            stem.
+        on_epoch: Called with the result of each epoch.
+
+    Raises:
+        ValueError: A checkpoint is of a model that was trained on another graph.
+
+    """
+    reports: list[AuditReport] = []
+    for seed in seeds:
+        path = _checkpoint_of_seed(checkpoint, seed, seeds)
+        if path is not None and path.exists():
+            reports.append(audit_checkpoint(path, experiment.graph, device=experiment.device, seed=seed))
+        else:
+            model, graph, split = experiment.fit(seed, checkpoint=path, on_epoch=on_epoch)
+            reports.append(audit_trained(model, graph, split, batch_size=experiment.train.batch_size, seed=seed))
+    return reports
+
+
+def audit_checkpoint(path: Path, graph: Graph, *, device: str = "cpu", seed: int = 0) -> AuditReport:
+    """Audit the model of a checkpoint on the split that it was trained with.
+
+    Args:
+        path: Checkpoint that `suffice link` or a study wrote.
+        graph: Graph that the model was trained on.
+        device: Device to audit on.
+        seed: Seed of the audit.
+
+    Raises:
+        CheckpointError: The file is not a checkpoint of a trained model.
+        ValueError: The model was trained on another graph.
+
+    """
+    model, metadata = load_trained(path, device)
+    config, train = SplitConfig(**metadata["split"]), metadata["settings"]
+    graph = prepare_graph(graph, config)
+    if metadata["graph"] != graph.name:
+        raise ValueError(f"data must be {metadata['graph']} for checkpoint {path}, got {graph.name}")
+    split = split_edges(graph, config, train["seed"])
+    return audit_trained(model, graph, split, batch_size=train["batch_size"], seed=seed)
+
+
+def align_seeds(
+    experiment: Experiment, seeds: Sequence[int], *, on_epoch: OnEpoch | None = None
+) -> dict[str, list[dict[str, float]]]:
+    """Measure the alignment with the node classes of a trained model, an untrained model and the features.
+
+    Args:
+        experiment: What to train.
+        seeds: Seed of each repetition.
+        on_epoch: Called with the result of each epoch.
+
+    Returns:
+        The measures of each repetition, under `trained`, `untrained` and `raw features`.
+
+    Raises:
+        ValueError: The graph has no classes.
+
+    """
+    measures: dict[str, list[dict[str, float]]] = {"trained": [], "untrained": [], "raw features": []}
+    for seed in seeds:
+        model, graph, split = experiment.fit(seed, on_epoch=on_epoch)
+        untrained = experiment.model.build(graph.x.size(1), seed).to(experiment.device)
+        measures["trained"].append(alignment(model, graph, split, seed=seed))
+        measures["untrained"].append(alignment(untrained, graph, split, seed=seed))
+        measures["raw features"].append(feature_alignment(graph, seed=seed))
+    return measures
+
+
+def mean_rows(repetitions: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
+    """Return one row for each metric: `metric`, and `mean`, `low` and `high` of its 95 % t interval over seeds."""
+    return [
+        {"metric": name, **asdict(mean_interval([values[name] for values in repetitions]))} for name in repetitions[0]
+    ]
+
+
+def _checkpoint_of_seed(path: Path | None, seed: int, seeds: Sequence[int]) -> Path | None:
+    return path if path is None or len(seeds) == 1 else path.with_name(f"{path.stem}-{seed}{path.suffix}")

@@ -1,0 +1,140 @@
+"""The command line as a whole: help of every command, groups of options, and commands in the documentation."""
+
+import doctest
+import inspect
+import re
+import shlex
+from pathlib import Path
+from types import UnionType
+from typing import get_args, get_type_hints
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import suffice
+from suffice.cli import app, options
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_CODE = re.compile(r"```(?:sh|bash|console)\n(.*?)```|`(suffice [^`\n]+)`", flags=re.DOTALL)
+
+
+def commands(group=None, name="suffice"):
+    """Yield every command that is not a group, with its full name."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch_geometric")
+    group = group or typer.main.get_command(app)
+    context = typer.Context(group)
+    for child in group.list_commands(context):
+        command = group.get_command(context, child)
+        if hasattr(command, "list_commands"):
+            yield from commands(command, f"{name} {child}")
+        else:
+            yield f"{name} {child}", command
+
+
+def test_every_command_and_option_has_a_help_text():
+    for name, command in commands():
+        assert command.help.strip().endswith("."), name
+        for option in command.params:
+            if option.name != "help":
+                assert option.help, f"{name}: {option.name}"
+                assert option.help.rstrip().endswith((".", ")")), f"{name}: {option.name}: {option.help}"
+
+
+def test_commands_take_few_parameters():
+    for name, command in commands():
+        function = inspect.unwrap(command.callback)
+        assert len(inspect.signature(function).parameters) <= 8, name
+
+
+def test_an_option_has_one_type_in_all_commands():
+    types = {}
+    for name, command in commands():
+        for option, annotation in get_type_hints(command.callback).items():
+            kinds = set(get_args(annotation)) - {type(None)} if isinstance(annotation, UnionType) else {annotation}
+            assert types.setdefault(option, kinds) == kinds, f"{name}: {option}"
+
+
+def test_help_lists_all_models_and_tasks():
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch_geometric")
+    from suffice.kv.eval.tasks import TASKS
+    from suffice.link.data.datasets import DATASET_NAMES
+    from suffice.link.models import models
+
+    help_texts = {
+        (name, option.name): option.help or "" for name, command in commands() for option in command.params
+    }
+    for name, (command, option) in {
+        **dict.fromkeys(models(), ("suffice link train", "model")),
+        **dict.fromkeys(DATASET_NAMES, ("suffice link train", "data")),
+        **dict.fromkeys(TASKS, ("suffice kv compare", "tasks")),
+    }.items():
+        assert re.search(rf"\b{name}\b", help_texts[command, option]), f"{command} --{option} does not list {name}"
+
+
+def documented_commands(document):
+    for block, inline in _CODE.findall(document.read_text(encoding="utf-8")):
+        for line in (block or inline).replace("\\\n", " ").splitlines():
+            if re.match(r"(\$ )?suffice\b", line.strip()):
+                yield line.strip().removeprefix("$ ")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
+def test_documented_commands_exist(document):
+    """The words of a documented command are a command of `suffice`, and all its options are options of it."""
+    known = dict(commands())
+    for line in documented_commands(document):
+        check_command(line, known)
+
+
+def check_command(line, known):
+    words = shlex.split(line.split("#")[0].split("|")[0].split(">")[0].split(";")[0].split("&")[0])
+    name = next((" ".join(words[:n]) for n in (3, 2) if " ".join(words[:n]) in known), None)
+    if name is None:  # a group such as `suffice kv`, or `suffice --version`
+        group = typer.main.get_command(app)
+        assert words[1:2] in ([], ["--version"]) or (
+            words[1] in group.list_commands(typer.Context(group)) and (len(words) == 2 or not words[2].isalpha())
+        ), line
+        return
+    flags = {flag for option in known[name].params for flag in (*option.opts, *option.secondary_opts)}
+    for word in words:
+        if word.startswith("--"):
+            assert word.split("=")[0] in flags, f"{line}: {word}"
+
+
+def test_version():
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"suffice {suffice.__version__}\n"
+
+
+@pytest.mark.parametrize("defaults", [None, options.OutputOptions(report=Path("page.html"))])
+def test_groups_become_options(defaults):
+    def show(title: str, output: options.OutputOptions = defaults) -> None:
+        calls.append((title, output))
+
+    if defaults is None:
+        show.__defaults__ = None
+    show.__annotations__ = {"title": str, "output": options.OutputOptions, "return": None}
+    calls = []
+    application = typer.Typer()
+    application.command()(options.expand_options(show))
+    assert CliRunner().invoke(application, ["Heads", "--json"]).exit_code == 0
+    report = None if defaults is None else Path("page.html")
+    assert calls == [("Heads", options.OutputOptions(as_json=True, report=report))]
+
+
+def test_the_example_of_option_groups_runs():
+    results = doctest.testmod(options)
+    assert (results.attempted, results.failed) == (3, 0)
+
+
+def test_an_error_is_one_line_and_status_2(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["suffice", "study", "status", "nowhere"])
+    with pytest.raises(SystemExit) as error:
+        suffice.cli.main()
+    assert error.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
