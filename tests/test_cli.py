@@ -64,9 +64,7 @@ def test_help_lists_all_models_and_tasks():
     from suffice.link.data.datasets import DATASET_NAMES
     from suffice.link.models import models
 
-    help_texts = {
-        (name, option.name): option.help or "" for name, command in commands() for option in command.params
-    }
+    help_texts = {(name, option.name): option.help or "" for name, command in commands() for option in command.params}
     for name, (command, option) in {
         **dict.fromkeys(models(), ("suffice link train", "model")),
         **dict.fromkeys(DATASET_NAMES, ("suffice link train", "data")),

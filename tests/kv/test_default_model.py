@@ -175,13 +175,19 @@ def test_policies_command_lists_all_policies():
     ("arguments", "words"),
     [
         (("--prompt", "hi", "--budget", "2.5"), "got 2.5"),
-        (("--prompt", "hi", "--budget", "lots"), "--budget must be a number of tokens (500), a fraction (0.25) or a percentage (25%), got 'lots'"),
+        (
+            ("--prompt", "hi", "--budget", "lots"),
+            "--budget must be a number of tokens (500), a fraction (0.25) or a percentage (25%), got 'lots'",
+        ),
         (("--prompt", "hi", "--policy", "h3o"), "Did you mean 'h2o'"),
         (("--prompt", "hi", "--allocation", "profil"), "Did you mean 'profile'"),
         (("--prompt", "hi", "--chunk-size", "0"), "chunk_size must be at least 1 token, got 0"),
         (("--prompt", "hi", "--interval", "0"), "interval must be at least 1, got 0"),
         (("--prompt", "hi", "--prompt-file", "x"), "at most one of --prompt and --prompt-file must be given, got both"),
-        (("--prompt-file", "/nowhere/at all"), "--prompt-file must be a text file, got '/nowhere/at all', which cannot be read"),
+        (
+            ("--prompt-file", "/nowhere/at all"),
+            "--prompt-file must be a text file, got '/nowhere/at all', which cannot be read",
+        ),
         (("--prompt", "  "), "the prompt must contain text, got '  '"),
         (("--prompt", "hi", "--dtype", "int4"), "dtype must be one of auto, float32, bfloat16, float16, got 'int4'"),
         (("--prompt", "hi", "--device", "cuda:99"), "device must be one that torch can use here, got 'cuda:99'"),

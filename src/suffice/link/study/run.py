@@ -17,7 +17,6 @@ from suffice.link.study.training import train_model
 from suffice.link.train.alignment import alignment, measure_alignment
 from suffice.link.train.config import TrainConfig
 from suffice.link.train.evaluate import evaluate
-from suffice.link.train.memory import reuse_freed_memory
 from suffice.link.train.state import EpochResult
 from suffice.study.job import RunContext
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from suffice.link.data.graph import Graph, Split, SplitConfig
 from suffice.link.models import LinkPredictor, ModelSettings
-from suffice.link.train.allocator import reuse_freed_memory
 from suffice.link.train.config import TrainConfig
+from suffice.link.train.memory import reuse_freed_memory
 from suffice.link.train.state import EpochResult, TrainResult
 from suffice.link.train.trainer import fit
 
