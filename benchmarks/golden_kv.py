@@ -144,7 +144,7 @@ def direction_parts() -> dict[str, Any]:
         "output-value": d.OutputValue(),
         "key": d.Key(),
         "key-unit": d.Key(unit=True),
-        "key-plain": d.Key(rotary=False, centred=True),
+        "key-plain": d.Key(rotary=False, centered=True),
         "constant": d.Constant(),
     }
 

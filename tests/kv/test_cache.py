@@ -123,7 +123,8 @@ def test_unsupported_attention_implementation_is_rejected():
 def test_crop_after_an_eviction_is_rejected(model):
     cache = CompressedCache(model, budget=0.5)
     model(prompt(20), past_key_values=cache)
-    with pytest.raises(ValueError, match="crop must come before the first eviction of a CompressedCache"):
+    message = "crop must be called before the first eviction of a CompressedCache, got a call after it"
+    with pytest.raises(ValueError, match=message):
         cache.crop(-3)
 
 

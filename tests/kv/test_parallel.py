@@ -112,7 +112,7 @@ def test_topk_masks_of_one_process():
 
 
 def test_heads_must_be_split_evenly_or_not_at_all():
-    sharding = Sharding(None, rank=1, world_size=2, num_kv_heads=8)
+    sharding = Sharding(None, rank=1, world_size=2, num_key_value_heads=8)
     assert [sharding.is_split(heads) for heads in (8, 4)] == [False, True]
     with pytest.raises(ValueError, match="process 1 of 2 must be all 8 or 8/2 of them, got 3"):
         sharding.is_split(3)

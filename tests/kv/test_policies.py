@@ -198,8 +198,8 @@ def test_keydiff(tensors):
 
 def test_key_leverage(tensors):
     raw_keys = tensors["raw_keys"][0]
-    centred = (raw_keys - raw_keys.mean(1, keepdim=True)).double()
-    expected = torch.stack([(keys @ torch.linalg.pinv(keys.mT @ keys) * keys).sum(-1) for keys in centred])
+    centered = (raw_keys - raw_keys.mean(1, keepdim=True)).double()
+    expected = torch.stack([(keys @ torch.linalg.pinv(keys.mT @ keys) * keys).sum(-1) for keys in centered])
     assert_same_order(get_policy("key-leverage").score(stats_of(tensors)), expected)
 
 

@@ -138,5 +138,5 @@ def test_invalid_settings_are_rejected(tmp_path):
             continue
         cache = CompressedCache(model, "keydiff", 12, quantized=backend)
         answer(model, {"input_ids": prompt(20)}, cache)
-        with pytest.raises(ValueError, match="quantized must be None for a cache that is saved, got a quantised cache"):
+        with pytest.raises(ValueError, match="quantized must be None for a cache that is saved, got a quantized cache"):
             cache.save(model, tmp_path / "x")

@@ -134,7 +134,7 @@ def test_composed_policy_must_be_passed_to_load(tmp_path):
     cache = CompressedCache(model, own, 12)
     fill(model, cache)
     file = cache.save(model, tmp_path / "x")
-    message = r"policy must be the custom policy that .* was made with \(name mine, weights exp\(−‖k‖\).*; got None"
+    message = r"policy must be the custom policy that .* was made with \(name mine, weights exp\(−‖k‖\).*\), got None"
     with pytest.raises(ValueError, match=message):
         CompressedCache.load(file, model)
     assert CompressedCache.load(file, model, own).policy == own

@@ -18,7 +18,7 @@ class TorchFactor:
     Args:
         log_weights: log w, [batch, num_key_value_heads, entries].
         directions: u.
-        stats: of the attention call.
+        stats: statistics of the attention call.
         ridge: λ, see `suffice.kv.policy.estimators.Leverage`.
         relative: whether σ² = λ tr(Σ w u uᵀ)/d instead of λ.
 
@@ -51,7 +51,7 @@ class TorchFactor:
         """Return the share C(kept) / C(all) of the capacity that the kept entries carry.
 
         Args:
-            kept: indices of the kept entries, long [batch, num_key_value_heads, width], −1 for none.
+            kept: indices of the kept entries, long [batch, num_key_value_heads, width], −1 in empty slots.
 
         Returns:
             [batch, num_key_value_heads].

@@ -100,7 +100,7 @@ class TritonFactor(TorchFactor):
     Args:
         log_weights: log w, [batch, num_key_value_heads, entries].
         directions: the values v.
-        stats: of the attention call.
+        stats: statistics of the attention call.
         ridge: λ with σ² = λ tr(Σ w v vᵀ)/d.
 
     Raises:

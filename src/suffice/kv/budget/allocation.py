@@ -42,7 +42,7 @@ class BudgetRequest:
     def num_key_value_heads(self) -> int:
         """Number of KV heads of the layer, including those of other processes."""
         sharding = self.context.sharding
-        return self.num_valid.shape[1] if sharding is None else sharding.num_kv_heads
+        return self.num_valid.shape[1] if sharding is None else sharding.num_key_value_heads
 
 
 class Allocation(ABC):
@@ -66,7 +66,7 @@ class Allocation(ABC):
         there are that many.
 
         Args:
-            request: of the layer.
+            request: budget request of the layer.
 
         Returns:
             Long [batch, num_key_value_heads], on the CPU, for the heads of this process.
@@ -222,7 +222,7 @@ def priorities(request: BudgetRequest, safeguard: float) -> Tensor:
     protected entries.
 
     Args:
-        request: of the layer.
+        request: budget request of the layer.
         safeguard: fraction of the mean budget that every head gets.
 
     Returns:

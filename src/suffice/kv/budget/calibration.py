@@ -145,7 +145,7 @@ def _largest_attention(stats: AttentionStats, num_first: int, block_size: int = 
     """Return the largest attention that each of the first entries receives from any of the last queries.
 
     Args:
-        stats: of an attention call.
+        stats: statistics of an attention call.
         num_first: number of entries, and of queries.
         block_size: number of queries whose attention is in memory at a time.
 
@@ -201,7 +201,7 @@ def _python_manual() -> str:
 
 def _profile_of_first_process(found: Profile | None, model: PreTrainedModel, sharding: Sharding) -> Profile | None:
     """Return the profile that the first process found; processes on other machines may have found another, or none."""
-    shape = (len(full_attention_layers(model)), sharding.num_kv_heads)
+    shape = (len(full_attention_layers(model)), sharding.num_key_value_heads)
     attention = torch.zeros(shape) if found is None else torch.tensor(found.attention, dtype=torch.float64)
     attention = sharding.broadcast(attention.to(model.device, torch.float64))
     if not bool(attention.any()):

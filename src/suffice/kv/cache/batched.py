@@ -1,4 +1,4 @@
-"""One forward pass for several caches, one row of the batch each: the model's weights are read once for all of them."""
+"""Batches of caches: one forward pass continues from several caches, with one row of the batch for each of them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from suffice.kv.cache.layer import CompressedLayer
 
 
 class BatchedCaches(Cache):
-    """Stands in for several caches of one row each that have seen the same number of tokens.
+    """A batch of several caches, each with one row, that have seen the same number of tokens.
 
-    Row r of the batch continues from `caches[r]`, with the attention that this cache would have alone. The caches take
-    the new tokens of their rows; pass copies to keep them as they are.
+    Row r of the batch continues from `caches[r]`, and its attention is the same as with this cache alone. The new
+    tokens of each row are added to its cache. Pass copies to leave the caches unchanged.
 
     Args:
         caches: caches with a batch of one, without padding, all of the same model.
 
     Raises:
-        ValueError: no cache, caches that have seen different numbers of tokens, or one with a larger batch or padding.
+        ValueError: there is no cache, the caches have seen different numbers of tokens, or a cache has several rows or
+            padding.
 
     Example:
         >>> rows = BatchedCaches([cache.copy() for cache in caches])      # doctest: +SKIP
@@ -49,11 +50,11 @@ class BatchedCaches(Cache):
                     "tokens of padding"
                 )
         self.caches = tuple(caches)
-        columns: list[tuple[Any, ...]] = list(zip(*(cache.layers for cache in caches), strict=True))
+        layers_by_index: list[tuple[Any, ...]] = list(zip(*(cache.layers for cache in caches), strict=True))
         super().__init__(
             layers=[
-                (_BatchedCompressedLayer if isinstance(column[0], CompressedLayer) else _BatchedStockLayer)(column)
-                for column in columns
+                (_BatchedCompressedLayer if isinstance(layers[0], CompressedLayer) else _BatchedOtherLayer)(layers)
+                for layers in layers_by_index
             ]
         )
 
@@ -63,7 +64,7 @@ class BatchedCaches(Cache):
 
 
 class _BatchedLayer(DynamicLayer):
-    """Base class of both kinds of layers; it reports what the layer of the first row reports."""
+    """Base class of the layers of a batch. The sequence length and the mask sizes are those of the first cache."""
 
     def __init__(self, layers: tuple[Any, ...]) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ class _BatchedLayer(DynamicLayer):
 
 
 class _BatchedCompressedLayer(_BatchedLayer):
-    """Passes each row of an attention call to the layer of its own cache."""
+    """Passes each row of an attention call to the layer of its cache."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._check_rows(key_states)
@@ -97,8 +98,8 @@ class _BatchedCompressedLayer(_BatchedLayer):
         return torch.cat(outputs), None
 
 
-class _BatchedStockLayer(_BatchedLayer):
-    """Fills the layer of every cache that is not compressed, such as a sliding window."""
+class _BatchedOtherLayer(_BatchedLayer):
+    """Updates a layer that is not compressed, for example one with a sliding window, in every cache."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._check_rows(key_states)
@@ -110,6 +111,6 @@ class _BatchedStockLayer(_BatchedLayer):
 
 
 def _select_row(call: AttentionCall, row: int) -> AttentionCall:
-    one = slice(row, row + 1)
-    mask = call.mask if call.mask is None or call.mask.shape[0] == 1 else call.mask[one]
-    return replace(call, query=call.query[one], key=call.key[one], value=call.value[one], mask=mask)
+    rows = slice(row, row + 1)
+    mask = call.mask if call.mask is None or call.mask.shape[0] == 1 else call.mask[rows]
+    return replace(call, query=call.query[rows], key=call.key[rows], value=call.value[rows], mask=mask)

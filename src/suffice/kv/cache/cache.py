@@ -1,4 +1,4 @@
-"""The cache: passed as `past_key_values` to an unmodified `generate`, it keeps the entries that a policy selects."""
+"""The compressed cache: pass it to `generate` as `past_key_values`, and it keeps the entries that a policy selects."""
 
 from __future__ import annotations
 
@@ -27,39 +27,41 @@ from suffice.kv.storage.quantized import Quantization
 
 
 class CompressedCache(Cache):
-    """A KV cache that keeps a budget of the entries it has seen, selected by a policy.
+    """A KV cache that evicts entries: a policy selects which entries are kept within a budget.
 
     The first forward pass over the cache is the prefill. Each layer evicts right after its own attention over the whole
-    prompt, so at most one layer holds all entries at a time. Later tokens (a question about a compressed document, the
-    answer) are appended and kept, unless `evict="always"`: then the budget holds at all times, for prompts that are
-    read in chunks and for generated tokens. Layers with a sliding window are not compressed.
+    prompt, so at most one layer holds all entries at a time. Later tokens, such as a question about a compressed
+    document and its answer, are appended and all kept. With `evict="always"`, evictions continue, so that the budget
+    also limits prompts that are read in chunks, and generated tokens. Layers with a sliding window are not compressed.
 
     Args:
-        model: the transformers model that the cache is for. While a cache of it lives, the model's attention calls go
-            through a function of ours that computes the same.
+        model: the transformers model. While a cache for this model exists, its attention calls go through an attention
+            function of Suffice, which computes the same results.
         policy: a name (`suffice kv policies` lists them) or a `Policy`.
-        budget: entries to keep of each row, on average over heads and layers (an int), or a fraction of the tokens seen
-            (a float in (0, 1]).
+        budget: number of entries to keep in each row and head, averaged over heads and layers (an int), or the fraction
+            of the tokens seen (a float in (0, 1]).
         sinks: number of first tokens that are always kept; None means 4, or fewer if the budget is below 8.
-        window: number of last tokens that are always kept; None means what the authors of the policy keep, or else 15 %
-            of the budget, between 4 and 32.
-        allocation: how the budget is split over heads and layers, in place of the policy's own.
-        evict: `"prefill"` evicts once, after the first forward pass; `"always"` after every forward pass over several
-            tokens (a chunk of a prompt) and every `interval` generated tokens.
-        interval: with `evict="always"`, number of generated tokens between evictions: the cache holds at most budget +
-            interval entries while it generates (the paper evicts every 512).
-        rerotate: rotate the kept keys to the positions right before the next token, so that a text longer than the
-            model's window stays within it. With a head profile, no head keeps more than half of that window. If False,
-            kept entries keep their positions.
+        window: number of last tokens that are always kept; None means the window that was published with the
+            policy, or, if there is none, 15 % of the budget, at least 4 and at most 32.
+        allocation: how the budget is split over heads and layers (a name or an `Allocation`); None means as the policy
+            says.
+        evict: `"prefill"` evicts once, after the first forward pass. `"always"` evicts after every forward pass over
+            several tokens (a chunk of a prompt), and after every `interval` generated tokens.
+        interval: with `evict="always"`, number of generated tokens between evictions. A head then holds at most
+            budget + interval entries during generation, on average. The paper's value is 512.
+        rerotate: rotate the kept keys to the positions right before the next token, so that a text may be longer
+            than the model's context window. With a head profile, no head then keeps more than half of that window. If
+            False, kept keys are not changed.
         measure_capacity: measure the share of the capacity that the kept entries carry, under the default policy's
-            objective, so that policies can be compared. Costs about as much as scoring. It is measured only if each
-            layer evicts on its own, once after the prefill.
-        quantized: store kept entries in quantised layers of transformers: `"quanto"`, `"hqq"`, `"fp8"` (a newer
-            transformers), or a `Quantization`. For heads of equal length only.
+            objective, so that policies can be compared. This costs about as much as scoring. It is ignored with
+            `evict="always"`, and with an allocation that shares one budget between layers.
+        quantized: store kept entries in quantized layers of transformers: `"quanto"`, `"hqq"`, `"fp8"` (requires a
+            newer transformers), or a `Quantization`. All heads of a layer must then keep the same number of entries.
 
     Raises:
-        TypeError, ValueError: an argument is not accepted; the message says what is.
-        ImportError: quantised layers need a package that is not installed.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has a value that is not accepted, or the model is not supported.
+        ImportError: `quantized` requires a package that is not installed.
 
     Example:
         >>> cache = CompressedCache(model, budget=0.25)                   # doctest: +SKIP
@@ -134,7 +136,7 @@ class CompressedCache(Cache):
                 global_budget=global_budget,
             )
         super().__init__(layers=layers)
-        self._updated: CompressedLayer | None = None  # the layer whose attention call comes next
+        self._updated: CompressedLayer | None = None  # the layer whose attention call follows
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -173,14 +175,14 @@ class CompressedCache(Cache):
 
         Args:
             model: the model of the cache; the file records its fingerprint.
-            path: of the file, which is written atomically. Each process of a tensor-parallel model must save, and adds
-                its number to the name.
+            path: the file to write; it is replaced atomically. Each process of a tensor-parallel model must call
+                `save`. It writes its own file, with the number of the process in the name.
 
         Returns:
             The path of the file.
 
         Raises:
-            ValueError: the cache is of another model, has seen no tokens, or is quantised.
+            ValueError: the cache belongs to another model, has seen no tokens, or is quantized.
 
         """
         from suffice.kv.cache.serialization import save_cache
@@ -192,14 +194,14 @@ class CompressedCache(Cache):
         """Read a cache that `save` has written.
 
         Args:
-            path: of the file.
+            path: the file to read.
             model: the model that the cache was made with.
-            policy: the policy of the cache, if it is not a named one.
+            policy: the policy of the cache; required if it is not one of the named policies.
 
         Raises:
-            OSError: there is no such file.
-            ValueError: the file is not a saved cache, or was written by another version, for another model or another
-                dtype; or the policy is missing or a different one.
+            OSError: the file does not exist.
+            ValueError: the file is not a saved cache, or was written in another format, for another model or for
+                another dtype; or `policy` is missing or is not the policy of the cache.
 
         """
         from suffice.kv.cache.serialization import read_cache
@@ -219,29 +221,30 @@ class CompressedCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     def kept_positions(self, layer: int) -> Tensor:
-        """Return which tokens a layer keeps.
+        """Return the positions of the tokens that a layer keeps.
 
         Args:
             layer: index of the layer in the model.
 
         Returns:
-            Index of each token in the text of its row, int32 [batch, num_key_value_heads, width]; −1 for none.
+            Index of each kept token within the text of its row, int32 [batch, num_key_value_heads, width]; −1 in
+            empty slots.
 
         Raises:
             ValueError: the layer is not compressed, or has seen no tokens yet.
 
         """
-        found = self.layers[layer] if 0 <= layer < len(self.layers) else None
-        if not isinstance(found, CompressedLayer) or found.storage is None:
-            filled = [own.index for own in self.compressed_layers if own.storage is not None]
-            raise ValueError(f"layer must be a layer with kept entries ({filled or 'none yet'}), got {layer}")
-        return found.storage.positions
+        cache_layer = self.layers[layer] if 0 <= layer < len(self.layers) else None
+        if not isinstance(cache_layer, CompressedLayer) or cache_layer.storage is None:
+            accepted = [known.index for known in self.compressed_layers if known.storage is not None]
+            raise ValueError(f"layer must be a layer with kept entries ({accepted or 'none yet'}), got {layer}")
+        return cache_layer.storage.positions
 
     def report(self) -> CacheReport:
-        """Return what was seen and kept: tokens, bytes and capacity by layer and head."""
+        """Return a report of the tokens, bytes and capacity that are kept, in total and by layer and head."""
         heads = tuple(head for layer in self.compressed_layers for head in layer.head_reports())
         shares = [share for head in heads if (share := head.capacity_retained) is not None]
-        uncompressed = sum(
+        bytes_uncompressed = sum(
             part.nbytes
             for layer in self.layers
             for part in (getattr(layer, "keys", None), getattr(layer, "values", None))
@@ -252,8 +255,8 @@ class CompressedCache(Cache):
             policy=self.policy.name,
             heads=heads,
             batch=storages[0].num_kept.shape[0] if storages else 0,
-            bytes_full=uncompressed + sum(layer.bytes_full for layer in self.compressed_layers),
-            bytes_kept=uncompressed + sum(storage.nbytes for storage in storages),
+            bytes_full=bytes_uncompressed + sum(layer.bytes_full for layer in self.compressed_layers),
+            bytes_kept=bytes_uncompressed + sum(storage.nbytes for storage in storages),
             bytes_index=sum(storage.nbytes_index for storage in storages),
             capacity_retained=sum(shares) / len(shares) if shares else None,
         )
@@ -273,10 +276,12 @@ def _compressed_modules(model: PreTrainedModel, decoder: nn.Module) -> dict[int,
     compressed = full_attention_layers(model)
     name = type(model).__name__
     if not compressed:
-        raise ValueError(f"model must have layers with full attention, got {name}, which has none: nothing to evict")
+        raise ValueError(f"model must have layers with full attention, got {name}, which has none")
     for index in compressed:
         if index not in modules:
-            raise ValueError(f"model must have an attention module in each layer, got {name} without one in {index}")
+            raise ValueError(
+                f"model must have an attention module in each layer, got {name} without one in layer {index}"
+            )
     return modules
 
 
@@ -296,7 +301,7 @@ def _check_quantization(quantized: str | Quantization | None, policy: Policy) ->
     if policy.allocation.per_head:
         raise ValueError(
             f"quantized must be None for heads of unequal length (allocation {policy.allocation}), got {quantized!r}. "
-            "Use allocation='equal' or 'pyramid'; the policy 'capkv' is best then"
+            "Use allocation='equal' or 'pyramid'; the best policy is then 'capkv'"
         )
     quantization = Quantization(quantized) if isinstance(quantized, str) else quantized
     quantization.check()
@@ -304,6 +309,6 @@ def _check_quantization(quantized: str | Quantization | None, policy: Policy) ->
 
 
 def _max_rerotated_entries(model: PreTrainedModel) -> int | None:
-    """Return how many rerotated entries a head may keep: half of the window, because new tokens need the rest."""
+    """Return how many rerotated entries a head may keep: half of the context window. New tokens need the rest."""
     window = context_window(model)
     return None if window is None else window // 2

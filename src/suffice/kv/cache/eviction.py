@@ -22,11 +22,11 @@ from suffice.kv.storage.base import Entries
 
 @dataclass(frozen=True)
 class RowState:
-    """What a layer knows of one row of the batch.
+    """State of one row of the batch in a layer.
 
     Args:
         num_padding: number of left-padding tokens.
-        num_kept: entries kept by the last eviction, on average over heads and layers; 0 before it.
+        num_kept: number of entries kept by the last eviction, averaged over heads and layers; 0 before it.
 
     """
 
@@ -40,8 +40,9 @@ class EvictionPlan:
 
     Args:
         is_due: for each row, whether it evicts.
-        allowed: entries that each row may keep in a head, on average over heads and layers; all for a row not due.
-        num_seen: number of tokens of the text of each row so far.
+        allowed: for each row, the number of entries that a head may keep, averaged over heads and layers; equal to
+            `num_seen` for a row that does not evict.
+        num_seen: for each row, the number of tokens so far, without padding.
 
     """
 
@@ -51,24 +52,24 @@ class EvictionPlan:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether every row may keep all tokens it has seen."""
+        """Whether every row may keep all tokens that it has seen."""
         return self.allowed == self.num_seen
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Which entries of a layer stay.
+class SelectedEntries:
+    """The entries of a layer that an eviction keeps.
 
     Args:
         entries: all entries, with the keys and columns to store.
-        kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending, −1 for none; None if all
-            entries stay.
+        kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending; −1 in empty slots. None
+            if all entries are kept.
         counts: number of kept entries of each row and head, long [batch, num_key_value_heads] on the CPU; None if they
             were not counted.
         capacity: share of the capacity that the kept entries carry, [batch, num_key_value_heads]; None if it was not
             measured.
-        state: of stateful weights, for the next eviction.
-        elsewhere: what other layers drop, if all layers share one budget.
+        state: state of stateful weights for the next eviction.
+        other_layers: which entries of other layers are kept; None if the layers do not share one budget.
 
     """
 
@@ -77,27 +78,27 @@ class Selection:
     counts: Tensor | None = None
     capacity: Tensor | None = None
     state: WeightState | None = None
-    elsewhere: GlobalSelection | None = None
+    other_layers: GlobalSelection | None = None
 
 
 def plan_eviction(
     settings: CacheSettings,
     rows: Sequence[RowState],
-    num_columns: int,
-    num_appended: int,
-    new: int,
     *,
+    num_input_tokens: int,
+    num_appended: int,
+    num_new: int,
     is_first: bool,
 ) -> EvictionPlan | None:
     """Return which rows evict after an attention call; None if no row does.
 
     Args:
-        settings: of the cache.
-        rows: of the layer, with the padding of the new tokens counted.
-        num_columns: columns of the model's input so far, the new ones included.
-        num_appended: tokens since the last eviction, the new ones included.
-        new: number of new tokens.
-        is_first: whether the layer has stored nothing before.
+        settings: settings of the cache.
+        rows: state of each row, including the padding of the new tokens.
+        num_input_tokens: number of tokens of the model's input so far, including padding and the new tokens.
+        num_appended: number of tokens since the last eviction, including the new tokens.
+        num_new: number of new tokens.
+        is_first: whether the layer is empty.
 
     Raises:
         ValueError: the protected entries do not fit into the budget of a row.
@@ -105,21 +106,22 @@ def plan_eviction(
     """
     if not (is_first or settings.evict_always):
         return None
-    num_seen = [max(0, num_columns - row.num_padding) for row in rows]
+    num_seen = [max(0, num_input_tokens - row.num_padding) for row in rows]
     allowed = [num_allowed(settings.budget, seen) for seen in num_seen]
-    if is_first or new > 1:
+    if is_first or num_new > 1:
         is_due = [True] * len(rows)
     else:
         is_due = [
-            row.num_kept + num_appended - most >= settings.interval for row, most in zip(rows, allowed, strict=True)
+            row.num_kept + num_appended - limit >= settings.interval for row, limit in zip(rows, allowed, strict=True)
         ]
-    for most, seen, due in zip(allowed, num_seen, is_due, strict=True):
+    for limit, seen, due in zip(allowed, num_seen, is_due, strict=True):
         if due:
-            settings.policy.protected_sizes(most, seen, settings.protection)
+            # Raises an error if the protected entries do not fit.
+            settings.policy.protected_sizes(limit, seen, settings.protection)
     if not any(is_due):
         return None
     # Rows that are not due keep all their entries.
-    allowed = [most if due else seen for most, seen, due in zip(allowed, num_seen, is_due, strict=True)]
+    allowed = [limit if due else seen for limit, seen, due in zip(allowed, num_seen, is_due, strict=True)]
     return EvictionPlan(tuple(is_due), tuple(allowed), tuple(num_seen))
 
 
@@ -131,16 +133,16 @@ def select_entries(
     backend: TorchBackend,
     rotary: RotaryEmbedding | None,
     global_budget: GlobalBudget | None,
-) -> Selection:
-    """Select which entries of a layer stay; nothing is changed.
+) -> SelectedEntries:
+    """Select which entries of a layer to keep, without changing the layer.
 
-    Conditions on the numbers, such as finite scores, are recorded in `stats` for the validation.
+    Conditions that must hold, for example that scores are not NaN, are recorded in `stats` and checked later.
 
     Args:
-        plan: of the eviction.
-        settings: of the cache.
+        plan: which rows evict.
+        settings: settings of the cache.
         entries: all entries of the layer.
-        stats: of the attention call over these entries.
+        stats: statistics of the attention call over these entries.
         backend: computes scores and capacities.
         rotary: the rotary embedding of the layer; None for a model without one.
         global_budget: shared by all layers; None if each layer has its own.
@@ -150,11 +152,11 @@ def select_entries(
     # Stateful weights and the global budget are updated even when nothing is evicted.
     must_update = settings.evict_always and (policy.weights.is_stateful or global_budget is not None)
     if policy.keep_all or (plan.keeps_all and not must_update):
-        full = torch.ones(stats.batch_size, stats.num_key_value_heads) if settings.measure_capacity else None
-        return Selection(entries, capacity=full)
+        all_kept = torch.ones(stats.batch_size, stats.num_key_value_heads) if settings.measure_capacity else None
+        return SelectedEntries(entries, capacity=all_kept)
     objective = policy.objective(stats, backend)
     budget = policy.layer_budget(objective, plan.allowed, settings.protection)
-    columns, elsewhere = dict(entries.columns), None
+    columns, other_layers = dict(entries.columns), None
     if global_budget is None:
         kept = policy.select(objective, budget)
     else:
@@ -162,8 +164,8 @@ def select_entries(
         priorities = global_budget.priorities(policy, objective, budget, request)
         columns["priority"] = update_priorities(priorities, entries, plan.is_due)
         context = stats.context
-        elsewhere = global_budget.select(context.layer, columns["priority"], plan.allowed, context.sharding)
-        kept = elsewhere.kept
+        other_layers = global_budget.select(context.layer, columns["priority"], plan.allowed, context.sharding)
+        kept = other_layers.kept
     state = policy.weights.next_state(stats)
     if settings.evict_always and state.attention_received is not None:
         columns["attention_received"] = state.attention_received
@@ -171,11 +173,11 @@ def select_entries(
     selected = replace(entries, columns=columns)
     if settings.rerotate and rotary is not None:
         selected = rerotate(stats, selected, kept, rotary)
-    return Selection(
+    return SelectedEntries(
         selected,
         kept,
         counts=budget.num_kept if has_exact_counts else None,
         capacity=capacity_share(stats, kept, backend) if settings.measure_capacity else None,
         state=WeightState(query_moments=state.query_moments),
-        elsewhere=elsewhere,
+        other_layers=other_layers,
     )

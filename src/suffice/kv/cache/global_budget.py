@@ -21,25 +21,26 @@ from suffice.kv.storage.ragged import RaggedStorage
 
 @dataclass(frozen=True)
 class GlobalSelection:
-    """Which entries of a layer stay, and which entries of other layers stay beside them.
+    """The entries that the global budget keeps, in one layer and in the other layers.
 
     Args:
-        kept: indices of the kept entries of the layer, long [batch, num_key_value_heads, most kept], ascending; −1 for
-            none, in front.
-        kept_elsewhere: for each other layer that drops entries, bool [packed], True for those that stay.
+        kept: indices of the kept entries of the layer, long [batch, num_key_value_heads, width], ascending. A head that
+            keeps fewer than `width` entries starts with −1.
+        kept_in_other_layers: by index of the layer, for layers that drop entries: bool [packed], True where an entry is
+            kept.
 
     """
 
     kept: Tensor
-    kept_elsewhere: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    kept_in_other_layers: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
 
 class GlobalBudget:
-    """The entries of all layers of a cache compete for one budget; those with lower priority are dropped.
+    """One budget for all layers of a cache, which keeps the entries with the highest priorities.
 
     Layers are processed one after the other. After each of them, the cache holds the entries with the highest
-    priorities of all layers so far, at most as many as the whole model may keep. After the last layer these are the
-    highest of all.
+    priorities of all layers so far, at most as many as the whole model may keep. After the last layer, the cache
+    therefore holds the entries with the highest priorities of the whole model.
 
     Args:
         num_layers: number of compressed layers.
@@ -57,7 +58,7 @@ class GlobalBudget:
         contributions decide how many entries a head keeps, and the scores decide which.
 
         Returns:
-            [batch, num_key_value_heads, entries]; −inf where there is no entry, +inf for entries that always stay.
+            [batch, num_key_value_heads, entries]; −inf where there is no entry, +inf for entries that are always kept.
 
         """
         assert isinstance(policy.allocation, MarginalCapacity)
@@ -71,22 +72,23 @@ class GlobalBudget:
     def select(
         self, layer: int, layer_priorities: Tensor, allowed: Sequence[int], sharding: Sharding | None = None
     ) -> GlobalSelection:
-        """Decide which entries stay, in a layer and in all layers before it; nothing is dropped yet.
+        """Decide which entries to keep, in a layer and in all layers before it, without dropping any.
 
         Args:
             layer: index of the layer.
-            layer_priorities: of its entries, [batch, num_key_value_heads, entries]; −inf where there is no entry.
-                Entries with a NaN priority, here or in other layers, stay and do not count until their layer evicts.
-            allowed: entries of each row, on average over heads and layers.
-            sharding: how the heads of the layers are split over processes; None if all are here.
+            layer_priorities: priorities of its entries, [batch, num_key_value_heads, entries]; −inf where there is no
+                entry. Entries with a NaN priority, in this or in other layers, are new: they are kept, and do not count
+                towards the budget until their layer evicts.
+            allowed: for each row, the number of entries that a head may keep, averaged over heads and layers.
+            sharding: how the heads of the layers are split over processes; None if this process has all heads.
 
         """
-        stays = torch.zeros_like(layer_priorities, dtype=torch.bool)
+        is_kept = torch.zeros_like(layer_priorities, dtype=torch.bool)
         others = {index: storage for index, storage in self._storages.items() if index != layer}
         masks = {index: torch.ones_like(s.columns["priority"], dtype=torch.bool) for index, s in others.items()}
-        heads = layer_priorities.shape[1] if sharding is None else sharding.num_kv_heads
+        heads = layer_priorities.shape[1] if sharding is None else sharding.num_key_value_heads
         device = layer_priorities.device
-        # Layers may be on different devices: priorities are compared on this one, entries stay where they are.
+        # Layers may be on different devices. Priorities are compared on the device of this layer.
         rows = [
             [
                 layer_priorities[row].flatten(),
@@ -100,27 +102,27 @@ class GlobalBudget:
         highest = topk_masks(known, [mean * heads * self.num_layers for mean in allowed], sharding)
         for row, parts in enumerate(rows):
             own, *rest = (highest[row] | unknown[row]).split([part.numel() for part in parts])
-            stays[row] = own.view_as(stays[row])
+            is_kept[row] = own.view_as(is_kept[row])
             for (index, storage), kept in zip(others.items(), rest, strict=True):
                 masks[index][storage.row_slice(row)] = kept.to(masks[index].device)
-        entry = torch.arange(layer_priorities.shape[-1], device=device).where(stays, -1)
-        kept = entry.sort(-1).values[..., -int(stays.sum(-1).max()) :]
+        entry = torch.arange(layer_priorities.shape[-1], device=device).where(is_kept, -1)
+        kept = entry.sort(-1).values[..., -int(is_kept.sum(-1).max()) :]
         return GlobalSelection(kept, {index: mask for index, mask in masks.items() if not bool(mask.all())})
 
-    def drop_elsewhere(self, selection: GlobalSelection) -> None:
-        """Drop the entries of other layers that do not stay."""
-        for index, mask in selection.kept_elsewhere.items():
+    def drop_from_other_layers(self, selection: GlobalSelection) -> None:
+        """Drop the entries of other layers that are not kept."""
+        for index, mask in selection.kept_in_other_layers.items():
             self._storages[index].keep_packed(mask)
 
     def register(self, layer: int, storage: Storage | None) -> None:
-        """Let the entries that a layer has stored compete from now on, if they have priorities."""
+        """Add the stored entries of a layer to those that compete for the budget, if they have priorities."""
         if storage is not None and "priority" in storage.columns:
-            # Only allocations of heads of unequal length have priorities.
+            # Only a storage for heads of unequal length has priorities.
             self._storages[layer] = cast(RaggedStorage, storage)
 
 
 def update_priorities(new: Tensor, entries: Entries, is_due: Sequence[bool]) -> Tensor:
-    """Return new priorities for rows that evict and the earlier ones for all other rows, as if each row were alone."""
+    """Return new priorities for rows that evict, and the earlier priorities for rows that do not."""
     earlier = entries.columns.get("priority")
     if earlier is None or all(is_due):
         return new

@@ -1,4 +1,4 @@
-"""One layer of the cache: it computes attention over its entries, evicts, and stores what is kept."""
+"""One layer of the cache: it computes attention over its entries, evicts entries, and stores the kept ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from suffice.kv.attention.call import AttentionCall, check_left_padding, run_att
 from suffice.kv.attention.hook import attach_observer
 from suffice.kv.backend.torch_backend import TORCH_BACKEND, TorchBackend
 from suffice.kv.backend.triton_backend import choose_backend
-from suffice.kv.cache.eviction import EvictionPlan, RowState, Selection, plan_eviction, select_entries
+from suffice.kv.cache.eviction import EvictionPlan, RowState, SelectedEntries, plan_eviction, select_entries
 from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.report import HeadReport
 from suffice.kv.cache.settings import CacheSettings
@@ -33,10 +33,11 @@ class CompressedLayer(DynamicLayer):
     """One full-attention layer of a `CompressedCache`.
 
     Each attention call goes through `pre_attention` (check and store the new tokens), the attention itself, and
-    `post_attention`, which evicts in four steps: plan, select, validate, commit. Only the last one changes the layer.
+    `post_attention`. An eviction has four steps: plan (in `pre_attention`), then select, validate and commit. Only
+    commit removes entries, so that an error in an earlier step loses none.
 
     Args:
-        settings: of the cache.
+        settings: settings of the cache.
         module: the attention module of the layer.
         rotary: its rotary embedding; None for a model without one.
         index: index of the layer in the model.
@@ -63,10 +64,10 @@ class CompressedLayer(DynamicLayer):
         self.index, self.order = index, order
         self.global_budget = global_budget
         self._module = weakref.ref(module)
-        self._rotary, self._rotate = rotary, find_rotate_half(module)
+        self._rotary, self._rotate_half = rotary, find_rotate_half(module)
         self.reset()
 
-    # The base class assigns keys and values; here the storage holds them.
+    # The base class assigns these two attributes. Here they are read from the storage.
     @property
     def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Keys, right-aligned: [batch, num_key_value_heads, width, head_dim]; None before the first token."""
@@ -74,7 +75,7 @@ class CompressedLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
-        """Ignore what the base class assigns."""
+        """Ignore the assignments of the base class."""
 
     @property
     def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -83,30 +84,30 @@ class CompressedLayer(DynamicLayer):
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
-        """Ignore what the base class assigns."""
+        """Ignore the assignments of the base class."""
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Remove all tokens."""
         self.storage = None
         self.is_initialized = False
-        self.awaits_attention = False  # keys were passed on, and their attention call has not come yet
+        self.awaits_attention = False  # between `update` and the attention call that follows it
         self.has_evicted = False
-        self.num_seen = 0  # columns of the model's input so far, including padding
-        self.num_appended = 0  # columns since the last eviction
+        self.num_seen = 0  # tokens of the model's input so far, including padding
+        self.num_appended = 0  # tokens since the last eviction, including padding
         self.rows: list[RowState] = []
-        self.capacity: Tensor | None = None  # share retained, [batch, num_key_value_heads]
-        self.queries: tuple[Tensor, ...] = ()  # the newest, as many as the policy needs, [batch, heads, m, head_dim]
+        self.capacity: Tensor | None = None  # share of the capacity that is kept, [batch, num_key_value_heads]
+        self.queries: tuple[Tensor, ...] = ()  # the newest that the weights need, [batch, heads, any, head_dim]
         self.weight_state = WeightState()
-        self._plan: EvictionPlan | None = None  # for the attention call under way
+        self._plan: EvictionPlan | None = None  # for the current attention call
 
-    # ---- The way of new tokens --------------------------------------------------------------------------------------
+    # ---- New tokens -------------------------------------------------------------------------------------------------
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Pass new keys and values on to the attention call, in which `attend` stores them."""
+        """Return the new keys and values for the attention call, in which `attend` stores them."""
         if self.awaits_attention:
             raise ValueError(
-                f"layer {self.index} of a CompressedCache must get keys once in a forward pass, got them twice: the "
-                "attention call did not reach the cache in between. Models whose layers share keys and values are not "
+                f"layer {self.index} of a CompressedCache must get keys once in a forward pass, got them twice: no "
+                "attention call reached the cache in between. Models whose layers share keys and values are not "
                 "supported"
             )
         self.awaits_attention = True
@@ -125,11 +126,13 @@ class CompressedLayer(DynamicLayer):
         return output, attention
 
     def pre_attention(self, call: AttentionCall) -> None:
-        """Check an attention call, plan the eviction after it, and store its new tokens unless they are the first.
+        """Check an attention call, plan the eviction after it, and store its new tokens.
+
+        The tokens of the first call are stored by the eviction, in `post_attention`.
 
         Raises:
-            ValueError: the call is of another model, pads elsewhere than on the left, or the protected entries do not
-                fit into the budget.
+            ValueError: the call belongs to another model or has padding that is not on the left, or the protected
+                entries do not fit into the budget.
 
         """
         if call.module is not self._module():
@@ -141,7 +144,7 @@ class CompressedLayer(DynamicLayer):
         padding = call.padding
         earlier = [row.num_padding for row in self.rows]
         check_left_padding(padding, earlier, self.num_seen)
-        batch, _, new, _ = call.key.shape
+        batch, _, num_new, _ = call.key.shape
         rows = self.rows or [RowState()] * batch
         if padding is not None:
             added = zip(rows, padding.num_padded, strict=True)
@@ -149,20 +152,20 @@ class CompressedLayer(DynamicLayer):
         self._plan = plan_eviction(
             self.settings,
             rows,
-            self.num_seen + new,
-            self.num_appended + new,
-            new,
+            num_input_tokens=self.num_seen + num_new,
+            num_appended=self.num_appended + num_new,
+            num_new=num_new,
             is_first=self.storage is None,
         )
         self.rows = rows
-        self.num_seen += new
-        self.num_appended += new
+        self.num_seen += num_new
+        self.num_appended += num_new
         self.is_initialized = True
         if self.storage is not None:
-            self.storage.append(call.key, call.value, self._positions(new), padded=padding is not None)
+            self.storage.append(call.key, call.value, self._positions(num_new), padded=padding is not None)
 
     def post_attention(self, call: AttentionCall, attention: Tensor | None) -> None:
-        """Evict if it is planned, after the attention of a call has been computed."""
+        """Evict entries after the attention of a call has been computed, if an eviction is planned."""
         with torch.no_grad():
             if self.settings.evict_always:
                 self._remember_queries(call.query)
@@ -173,18 +176,18 @@ class CompressedLayer(DynamicLayer):
         if self.order == self.settings.num_layers - 1 and self._rotary is not None:
             self._rotary.clear_cache()
 
-    def _positions(self, new: int) -> Tensor:
-        """Return the index of the newest tokens within the text of each row, [batch, new]; negative on padding."""
-        columns = torch.arange(self.num_seen - new, self.num_seen, device=self.device)
+    def _positions(self, num_new: int) -> Tensor:
+        """Return the indices of the newest tokens within the text of each row, [batch, new]; negative on padding."""
+        indices = torch.arange(self.num_seen - num_new, self.num_seen, device=self.device)
         padding = [row.num_padding for row in self.rows]
         if not any(padding):
-            return columns.expand(len(padding), -1)
-        return columns - async_tensor(padding, columns.device)[:, None]
+            return indices.expand(len(padding), -1)
+        return indices - async_tensor(padding, indices.device)[:, None]
 
     def _remember_queries(self, query: Tensor) -> None:
-        """Keep the newest queries, as many as the policy looks at."""
+        """Keep the newest queries, as many as the weights of the policy need."""
         needed = self.settings.policy.weights.num_queries_needed
-        if needed is None:  # all since the last eviction, which forgot the earlier ones
+        if needed is None:  # all since the last eviction; `_commit` drops earlier ones
             self.queries = (*self.queries, query)
             return
         needed = max(1, needed)
@@ -204,7 +207,7 @@ class CompressedLayer(DynamicLayer):
             selection, storage = self._select_and_validate(plan, entries, call, attention, backend)
         except KernelFallbackError:
             if call.memo is not None:
-                call.memo.clear()  # other caches must not use what the kernels computed
+                call.memo.clear()  # other caches share it, and must not use the results of the kernels
             selection, storage = self._select_and_validate(plan, entries, call, attention, TORCH_BACKEND)
         self._commit(plan, selection, storage)
 
@@ -220,12 +223,12 @@ class CompressedLayer(DynamicLayer):
         call: AttentionCall,
         attention: Tensor | None,
         backend: TorchBackend,
-    ) -> tuple[Selection, Storage | None]:
-        """Select the entries that stay and copy them; raise unless all conditions on the numbers hold.
+    ) -> tuple[SelectedEntries, Storage | None]:
+        """Select the entries to keep, copy them, and raise an error if a recorded condition does not hold.
 
         Returns:
-            The selection, and the storage of the kept entries; None if they are to be compacted in place, because that
-            cannot be undone.
+            The selected entries, and their new storage. The storage is None if the entries can be compacted in place:
+            `_commit` does that, because it cannot be undone.
 
         """
         stats = self._stats(plan, entries, call, attention)
@@ -237,7 +240,7 @@ class CompressedLayer(DynamicLayer):
         stats.raise_if_failed()
         return selection, storage
 
-    def _build_storage(self, selection: Selection) -> Storage | None:
+    def _build_storage(self, selection: SelectedEntries) -> Storage | None:
         config = self.settings.storage
         if selection.kept is None:
             padded = any(row.num_padding for row in self.rows)
@@ -247,9 +250,9 @@ class CompressedLayer(DynamicLayer):
             return None
         return config.store_kept(selection.entries, selection.kept, selection.counts)
 
-    def _commit(self, plan: EvictionPlan, selection: Selection, storage: Storage | None) -> None:
-        if selection.elsewhere is not None and self.global_budget is not None:
-            self.global_budget.drop_elsewhere(selection.elsewhere)
+    def _commit(self, plan: EvictionPlan, selection: SelectedEntries, storage: Storage | None) -> None:
+        if selection.other_layers is not None and self.global_budget is not None:
+            self.global_budget.drop_from_other_layers(selection.other_layers)
         if storage is not None:
             self.storage = self.settings.storage.quantize(storage)
         elif self.storage is not None and selection.kept is not None:
@@ -261,8 +264,8 @@ class CompressedLayer(DynamicLayer):
             if self.settings.policy.weights.num_queries_needed is None:
                 self.queries = ()
         self.rows = [
-            replace(row, num_kept=min(most, row.num_kept + self.num_appended))
-            for row, most in zip(self.rows, plan.allowed, strict=True)
+            replace(row, num_kept=min(limit, row.num_kept + self.num_appended))
+            for row, limit in zip(self.rows, plan.allowed, strict=True)
         ]
         self.num_appended = 0
         if self.global_budget is not None:
@@ -293,12 +296,12 @@ class CompressedLayer(DynamicLayer):
             attention=attention if queries.shape[2] == call.query.shape[2] else None,
             output_weight=None if projection is None else functools.partial(materialized_weight, projection, "weight"),
             rotary=self._rotary,
-            rotate=self._rotate,
+            rotate_half=self._rotate_half,
             state=replace(self.weight_state, attention_received=entries.columns.get("attention_received")),
             context=LayerContext(self.order, self.settings.num_layers, self.settings.max_entries, sharding),
-            # Processes that share the heads must not take different ways: each checks its numbers at once.
+            # If processes share the heads, an error must stop all of them at the same step: check immediately.
             checks=DeferredChecks() if sharding is None else None,
-            # With `evict_always`, the statistics depend on the state of each cache.
+            # With `evict_always`, caches cannot share statistics, which depend on the state of each cache.
             memo=None if self.settings.evict_always else call.memo,
         )
 
@@ -306,14 +309,14 @@ class CompressedLayer(DynamicLayer):
         sharding = self.settings.sharding
         return sharding if sharding is not None and sharding.is_split(num_heads) else None
 
-    # ---- What transformers asks of a cache layer --------------------------------------------------------------------
+    # ---- Interface of the cache layers of transformers --------------------------------------------------------------
 
     def get_seq_length(self, *args: Any) -> int:
         """Return the number of tokens seen, including padding: the position of the next one."""
         return self.num_seen
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """Return length and offset of the keys that the mask covers: the new tokens; earlier ones are added here.
+        """Return length and offset of the mask. It covers the new tokens only; the storage extends it to all entries.
 
         Args:
             query_length: number of new tokens; transformers 5.2 passes their positions instead.
@@ -326,16 +329,17 @@ class CompressedLayer(DynamicLayer):
         """Remove the newest tokens.
 
         Args:
-            tokens_to_remove: minus the number of tokens to remove; a positive number is the length to keep.
+            tokens_to_remove: minus the number of tokens to remove. If it is positive, as in transformers, it is the
+                number of tokens to keep.
 
         Raises:
-            ValueError: entries were evicted, and cannot be restored.
+            ValueError: entries were evicted. They cannot be restored.
 
         """
         if self.has_evicted:
             raise ValueError(
-                "crop must come before the first eviction of a CompressedCache, because evicted entries cannot be "
-                "restored. Use budget=1.0, or generate without assisted decoding"
+                "crop must be called before the first eviction of a CompressedCache, got a call after it. Evicted "
+                "entries cannot be restored. Use budget=1.0, or generate without assisted decoding"
             )
         count = self.num_seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
         if self.storage is None or count <= 0:
@@ -368,7 +372,7 @@ class CompressedLayer(DynamicLayer):
         self.weight_state = self.weight_state.select_rows(index)
 
     def copy(self, global_budget: GlobalBudget | None) -> CompressedLayer:
-        """Return a layer that shares the stored tensors; changes of one do not show in the other."""
+        """Return a layer that shares the stored tensors. Changes to one layer do not affect the other."""
         other = copy.copy(self)
         other.storage = None if self.storage is None else self.storage.copy()
         other.global_budget = global_budget
@@ -380,13 +384,13 @@ class CompressedLayer(DynamicLayer):
 
     @property
     def num_key_value_heads(self) -> int:
-        """Number of KV heads that are here."""
+        """Number of KV heads of the layer on this process."""
         assert self.storage is not None
         return self.storage.num_kept.shape[1]
 
     @property
     def bytes_full(self) -> int:
-        """Bytes of keys and values without eviction, including padding as transformers stores it."""
+        """Bytes of keys and values that a cache of transformers would store, without eviction and with padding."""
         if self.storage is None:
             return 0
         return len(self.rows) * self.num_key_value_heads * self.num_seen * self.storage.bytes_per_entry
@@ -397,7 +401,7 @@ class CompressedLayer(DynamicLayer):
             return []
         heads = self.num_key_value_heads
         sharding = self._sharding(heads)
-        first_head = 0 if sharding is None else sharding.rank * heads  # its index in the whole model
+        first_head = 0 if sharding is None else sharding.rank * heads  # index of the first head in the whole model
         kept = self.storage.num_kept.sum(0).tolist()
         nbytes = self.storage.nbytes_by_head
         shares = [None] * heads if self.capacity is None else self.capacity.mean(0).tolist()

@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeadReport:
-    """What one KV head of one layer keeps; tokens and bytes are summed over the rows of the batch, without padding.
+    """What one KV head of one layer keeps, summed over the rows of the batch. Tokens are counted without padding.
 
     Args:
         layer: index of the layer in the model.
         head: index of the KV head in the model.
         tokens_seen: number of tokens seen.
         tokens_kept: number of entries kept.
-        bytes_full: bytes that the head would hold without eviction.
-        bytes_kept: bytes of its keys and values.
+        bytes_full: bytes that the head would hold without eviction, including padding.
+        bytes_kept: bytes of the keys and values that it holds.
         capacity_retained: share of the capacity that the kept entries carry; None if it was not measured.
 
     """

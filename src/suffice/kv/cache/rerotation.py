@@ -13,12 +13,13 @@ from suffice.kv.storage.base import Entries
 
 
 def rerotate(stats: AttentionStats, entries: Entries, kept: Tensor, rotary: RotaryEmbedding) -> Entries:
-    """Rotate the kept keys to the positions right before the next token, in their order.
+    """Rotate the kept keys to the consecutive positions right before the next token, in their order.
 
     Args:
-        stats: of the attention call.
+        stats: statistics of the attention call.
         entries: all entries.
-        kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending; −1 for none.
+        kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending; −1 in empty
+            slots.
         rotary: the model's rotary embedding.
 
     Returns:
@@ -31,5 +32,5 @@ def rerotate(stats: AttentionStats, entries: Entries, kept: Tensor, rotary: Rota
     shifts = (target.expand_as(kept) - current.gather(2, index)).masked_fill(kept < 0, 0)
     # The empty slots of a short head all have index 0 and shift 0, so shifts are added rather than written.
     all_shifts = torch.zeros_like(current).scatter_add(2, index, shifts)
-    keys = shift_positions(entries.keys, all_shifts, rotary, stats.rotate)
+    keys = shift_positions(entries.keys, all_shifts, rotary, stats.rotate_half)
     return replace(entries, keys=keys, rope_positions=current + all_shifts)

@@ -1,4 +1,4 @@
-"""Saved caches: safetensors files with all that another process needs to continue."""
+"""Save a cache to a safetensors file, from which another process can continue."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _MOMENTS_PREFIX = "moments."
 
 @dataclass(frozen=True)
 class SavedCache:
-    """What a file says of a cache.
+    """Contents of the file of a saved cache.
 
     Args:
-        policy: of the cache.
-        budget: of the cache.
+        policy: policy of the cache.
+        budget: budget of the cache.
         options: further arguments of `CompressedCache`, by name.
-        tensors: of all layers, by layer index and name.
-        layers: facts of each layer.
+        tensors: tensors of all layers. Their names start with the index of the layer.
+        layers: for each layer, the part of its state that is not a tensor.
 
     """
 
@@ -55,13 +55,13 @@ class SavedCache:
     layers: list[dict[str, Any]]
 
     def restore(self, layers: Sequence[Any], device: torch.device) -> None:
-        """Fill the empty layers of a cache that was made with these arguments; `device` is that of the model."""
-        for number, (layer, facts) in enumerate(zip(layers, self.layers, strict=True)):
+        """Fill the empty layers of a cache that was made with these arguments, on the device of the model."""
+        for number, (layer, state) in enumerate(zip(layers, self.layers, strict=True)):
             tensors = _with_prefix(self.tensors, f"{number}.")
             if isinstance(layer, CompressedLayer):
-                _restore_compressed(layer, tensors, facts)
+                _restore_compressed(layer, tensors, state)
             else:
-                _restore_stock(layer, tensors, facts, device)
+                _restore_other(layer, tensors, state, device)
 
 
 def save_cache(layers: Sequence[Any], settings: CacheSettings, model: PreTrainedModel, path: str | Path) -> Path:
@@ -73,13 +73,13 @@ def save_cache(layers: Sequence[Any], settings: CacheSettings, model: PreTrained
     if not compressed[0].num_seen:
         raise ValueError("the cache must hold tokens to be saved, got an empty cache")
     tensors: dict[str, Tensor] = {}
-    layer_facts: list[dict[str, Any]] = []
+    layer_states: list[dict[str, Any]] = []
     for number, layer in enumerate(layers):
         is_compressed = isinstance(layer, CompressedLayer)
-        own_tensors, facts = _compressed_state(layer) if is_compressed else _stock_state(layer)
-        tensors |= {f"{number}.{name}": value.contiguous() for name, value in own_tensors.items()}
-        layer_facts.append(facts)
-    facts = {
+        layer_tensors, state = _compressed_state(layer) if is_compressed else _other_state(layer)
+        tensors |= {f"{number}.{name}": value.contiguous() for name, value in layer_tensors.items()}
+        layer_states.append(state)
+    metadata = {
         "format": _FORMAT,
         "version": suffice.__version__,
         "transformers": transformers.__version__,
@@ -98,11 +98,11 @@ def save_cache(layers: Sequence[Any], settings: CacheSettings, model: PreTrained
             "rerotate": settings.rerotate,
             "measure_capacity": settings.measure_capacity,
         },
-        "layers": layer_facts,
+        "layers": layer_states,
     }
     target = _file_of_process(path, model)
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")
-    save_file(tensors, partial, {_METADATA_KEY: json.dumps(facts)})
+    save_file(tensors, partial, {_METADATA_KEY: json.dumps(metadata)})
     os.replace(partial, target)
     return target
 
@@ -112,54 +112,54 @@ def read_cache(path: str | Path, model: PreTrainedModel, policy: Policy | None =
     file = _file_of_process(path, model)
     if not file.is_file():
         raise FileNotFoundError(f"path must be a file that `save` has written, got {str(file)!r}, which does not exist")
-    facts, tensors = _read(file)
-    _check_model(facts, model, file)
-    policy = _restore_policy(facts, policy, file)
-    return SavedCache(policy, facts["budget"], facts["options"], tensors, facts["layers"])
+    metadata, tensors = _read(file)
+    _check_model(metadata, model, file)
+    policy = _restore_policy(metadata, policy, file)
+    return SavedCache(policy, metadata["budget"], metadata["options"], tensors, metadata["layers"])
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-        if _METADATA_KEY not in metadata:
-            raise ValueError("it has no metadata of this library, or was written by an early version")
-        facts = json.loads(metadata[_METADATA_KEY])
+            header = opened.metadata() or {}
+        if _METADATA_KEY not in header:
+            raise ValueError("it has no metadata of suffice, or was written by an early version")
+        metadata = json.loads(header[_METADATA_KEY])
         tensors = load_file(file)
     except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"path must be a saved CompressedCache, got {str(file)!r} ({error}). Read the prompt again and save the "
             "new cache"
         ) from None
-    if facts["format"] != _FORMAT:
-        remedy = "Update suffice" if facts["format"] > _FORMAT else "Read the prompt again and save the new cache"
+    if metadata["format"] != _FORMAT:
+        remedy = "Update suffice" if metadata["format"] > _FORMAT else "Read the prompt again and save the new cache"
         raise ValueError(
-            f"path must be a saved cache of format {_FORMAT}, got {str(file)!r} of format {facts['format']}, written "
-            f"by suffice {facts['version']}. {remedy}"
+            f"path must be a saved cache of format {_FORMAT}, got {str(file)!r} of format {metadata['format']}, "
+            f"written by suffice {metadata['version']}. {remedy}"
         )
-    return facts, tensors
+    return metadata, tensors
 
 
-def _check_model(facts: Mapping[str, Any], model: PreTrainedModel, file: Path) -> None:
-    """Raise unless a saved cache fits a model, its tensor parallelism and its dtype."""
-    if facts["model"] != (own := fingerprint(model)):
+def _check_model(metadata: Mapping[str, Any], model: PreTrainedModel, file: Path) -> None:
+    """Raise an error unless a saved cache belongs to a model, with the same sharding and dtype."""
+    if metadata["model"] != (own := fingerprint(model)):
         raise ValueError(
-            f"model must be the one that the cache in {str(file)!r} was made with (fingerprint {facts['model']}), got "
-            f"one with fingerprint {own}"
+            f"model must be the one that the cache in {str(file)!r} was made with (fingerprint {metadata['model']}), "
+            f"got one with fingerprint {own}"
         )
-    if facts["process"] != (process := _process(model)):
+    if metadata["process"] != (process := _process(model)):
         raise ValueError(
             f"model must be split as when the cache in {str(file)!r} was saved "
-            f"({_describe_process(facts['process'])}), got {_describe_process(process)}"
+            f"({_describe_process(metadata['process'])}), got {_describe_process(process)}"
         )
-    if facts["dtype"] != str(model.dtype):
+    if metadata["dtype"] != str(model.dtype):
         raise ValueError(
-            f"model must have the dtype of the cache in {str(file)!r} ({facts['dtype']}), got {model.dtype}"
+            f"model must have the dtype of the cache in {str(file)!r} ({metadata['dtype']}), got {model.dtype}"
         )
 
 
 def _process(model: PreTrainedModel) -> list[int] | None:
-    """Return rank and number of the processes that share the heads; None if one process holds all."""
+    """Return the rank of this process and the number of processes that share the heads; None if they are not split."""
     sharding = Sharding.from_model(model)
     return None if sharding is None else [sharding.rank, sharding.world_size]
 
@@ -190,27 +190,27 @@ def _compressed_state(layer: CompressedLayer) -> tuple[dict[str, Tensor], dict[s
     for half_life, moments in layer.weight_state.query_moments.items():
         names = moments.__dataclass_fields__
         tensors |= {f"{_MOMENTS_PREFIX}{half_life}/{name}": getattr(moments, name) for name in names}
-    facts = {
+    state = {
         "storage": layer.storage.kind,
         "num_seen": layer.num_seen,
         "num_appended": layer.num_appended,
         "has_evicted": layer.has_evicted,
         "rows": [[row.num_padding, row.num_kept] for row in layer.rows],
     }
-    return tensors, facts
+    return tensors, state
 
 
-def _restore_compressed(layer: CompressedLayer, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
+def _restore_compressed(layer: CompressedLayer, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
     module = layer._module()  # pyright: ignore[reportPrivateUsage]
     assert module is not None
     device = execution_device(module)
     tensors = {name: value.to(device) for name, value in tensors.items()}
-    layer.storage = STORAGES[facts["storage"]].from_state_dict(_with_prefix(tensors, _STORAGE_PREFIX))
+    layer.storage = STORAGES[state["storage"]].from_state_dict(_with_prefix(tensors, _STORAGE_PREFIX))
     if layer.global_budget is not None:
         layer.global_budget.register(layer.order, layer.storage)
-    layer.num_seen, layer.num_appended = facts["num_seen"], facts["num_appended"]
-    layer.has_evicted = facts["has_evicted"]
-    layer.rows = [RowState(num_padding, num_kept) for num_padding, num_kept in facts["rows"]]
+    layer.num_seen, layer.num_appended = state["num_seen"], state["num_appended"]
+    layer.has_evicted = state["has_evicted"]
+    layer.rows = [RowState(num_padding, num_kept) for num_padding, num_kept in state["rows"]]
     layer.capacity = tensors.get("capacity")
     layer.queries = (tensors["queries"],) if "queries" in tensors else ()
     moments = _with_prefix(tensors, _MOMENTS_PREFIX)
@@ -226,17 +226,17 @@ def _restore_compressed(layer: CompressedLayer, tensors: dict[str, Tensor], fact
     layer.is_initialized = True
 
 
-def _stock_state(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    facts = {"storage": type(layer).__name__, "cumulative_length": getattr(layer, "cumulative_length", None)}
-    return {"keys": layer.keys, "values": layer.values}, facts
+def _other_state(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    state = {"storage": type(layer).__name__, "cumulative_length": getattr(layer, "cumulative_length", None)}
+    return {"keys": layer.keys, "values": layer.values}, state
 
 
-def _restore_stock(layer: Any, tensors: dict[str, Tensor], facts: Mapping[str, Any], device: torch.device) -> None:
+def _restore_other(layer: Any, tensors: dict[str, Tensor], state: Mapping[str, Any], device: torch.device) -> None:
     keys, values = tensors["keys"].to(device), tensors["values"].to(device)
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
-    if facts["cumulative_length"] is not None:
-        layer.cumulative_length = facts["cumulative_length"]
+    if state["cumulative_length"] is not None:
+        layer.cumulative_length = state["cumulative_length"]
 
 
 def _without_profile(allocation: Allocation) -> Allocation:
@@ -254,18 +254,18 @@ def _policy_name(policy: Policy) -> str | None:
     return policy.name if is_named and _allocation_name(policy.allocation) is not None else None
 
 
-def _restore_policy(facts: Mapping[str, Any], given: Policy | None, file: Path) -> Policy:
+def _restore_policy(metadata: Mapping[str, Any], given: Policy | None, file: Path) -> Policy:
     """Return the policy of a saved cache."""
-    if facts["policy"] is not None:
-        named = policies()[facts["policy"]]
-        stored = replace(named, allocation=allocations()[facts["allocation"]])
+    if metadata["policy"] is not None:
+        named = policies()[metadata["policy"]]
+        stored = replace(named, allocation=allocations()[metadata["allocation"]])
         if given is not None and given not in (stored, named):
-            raise ValueError(f"policy must be None or {facts['policy']!r} for {str(file)!r}, got {given.name!r}")
+            raise ValueError(f"policy must be None or {metadata['policy']!r} for {str(file)!r}, got {given.name!r}")
         return stored
-    if given is None or given.describe() != facts["policy_parts"]:
-        parts = ", ".join(f"{name} {part}" for name, part in facts["policy_parts"].items())
+    if given is None or given.describe() != metadata["policy_parts"]:
+        parts = ", ".join(f"{name} {part}" for name, part in metadata["policy_parts"].items())
         raise ValueError(
-            f"policy must be the custom policy that the cache in {str(file)!r} was made with ({parts}), because a file "
-            f"cannot hold it; got {given if given is None else given.name!r}"
+            f"policy must be the custom policy that the cache in {str(file)!r} was made with ({parts}), got "
+            f"{given if given is None else given.name!r}. A file does not contain custom policies"
         )
     return given

@@ -21,11 +21,11 @@ STORAGES: dict[str, type[Storage]] = {
 
 @dataclass(frozen=True)
 class StorageConfig:
-    """What a layer stores its entries in.
+    """How a layer stores its entries.
 
     Args:
         per_head: whether heads of a layer may keep different numbers of entries.
-        quantization: how entries are quantised; None if they are not.
+        quantization: how entries are quantized; None if they are not.
 
     """
 
@@ -37,12 +37,12 @@ class StorageConfig:
         return UniformStorage.from_all(entries, padded=padded)
 
     def store_kept(self, entries: Entries, kept: Tensor, counts: Tensor | None) -> Storage:
-        """Copy the kept entries into a new storage; arguments as of `UniformStorage.gather`."""
+        """Copy the kept entries into a new storage; see `UniformStorage.gather` for the arguments."""
         storage = RaggedStorage if self.per_head else UniformStorage
         return storage.gather(entries, kept, counts)
 
     def quantize(self, storage: Storage) -> Storage:
-        """Return a storage with its entries quantised, if this configuration quantises and they are not yet."""
+        """Return a storage with quantized entries if this configuration asks for it, otherwise the storage itself."""
         if self.quantization is None or not isinstance(storage, UniformStorage):
             return storage
         entries = Entries(storage.keys, storage.values, storage.positions, storage.rope_positions, storage.columns)
@@ -55,14 +55,14 @@ class CacheSettings:
 
     Args:
         policy: which entries to keep.
-        budget: entries to keep in each head, or a fraction of the tokens seen.
+        budget: number of entries to keep in each head, on average, or fraction of the tokens seen.
         protection: which entries are always kept.
-        evict_always: hold the budget at all times; False evicts after the first forward pass only.
+        evict_always: keep evicting after the prefill; False evicts after the first forward pass only.
         interval: with `evict_always`, number of generated tokens between evictions.
-        rerotate: move kept keys together by their rotary embedding.
+        rerotate: rotate kept keys to consecutive positions.
         measure_capacity: measure the share of the capacity that is kept.
         num_layers: number of compressed layers.
-        storage: what the kept entries are stored in.
+        storage: how the kept entries are stored.
         sharding: how the heads are split over processes; None if they are not.
         max_entries: largest number of entries that a head may keep; None for no limit.
 

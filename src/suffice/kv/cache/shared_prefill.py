@@ -1,4 +1,4 @@
-"""One prefill for several caches: policies are compared on the same tensors for the price of one forward pass."""
+"""One prefill for several caches, to compare policies on the same tensors with a single forward pass."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def prefill(
         model: the model that the caches were made for.
         inputs: `input_ids` [batch, tokens] and, with padding, `attention_mask`.
         caches: empty caches.
-        share_statistics: compute statistics that several policies use, such as the attention that tokens received, once
-            for all caches. The seconds of a cache are then the time on top of the caches before it.
+        share_statistics: compute statistics that several policies use, such as the attention that tokens received, only
+            once for all caches. The time of a cache then excludes the statistics that an earlier cache has computed.
 
     Returns:
-        The logits of the last token, and the seconds that each cache took to score and evict.
+        An object with the `logits` of the last token, and the `seconds` that each cache took to score and evict.
 
     Raises:
-        ValueError: no cache, or a cache that has already seen tokens.
+        ValueError: there is no cache, or a cache has already seen tokens.
 
     """
     if not caches:
@@ -54,28 +54,28 @@ def prefill(
 
 
 class SharedPrefill(Cache):
-    """Stands in for several caches during one prefill.
+    """A cache that passes the attention calls of one prefill to several caches.
 
     Args:
         caches: empty caches.
         share_statistics: see `prefill`.
 
     Attributes:
-        logits: of the last token, [batch, vocabulary].
-        seconds: for each cache, the time of its scoring and eviction.
+        logits: logits of the last token, [batch, vocabulary].
+        seconds: time that each cache took to score and evict.
 
     """
 
     def __init__(self, caches: Sequence[CompressedCache], share_statistics: bool = False) -> None:
         self.seconds = [0.0] * len(caches)
         self.logits = torch.empty(0)
-        columns: list[tuple[Any, ...]] = list(zip(*(cache.layers for cache in caches), strict=True))
+        layers_by_index: list[tuple[Any, ...]] = list(zip(*(cache.layers for cache in caches), strict=True))
         super().__init__(
             layers=[
-                _SharedCompressedLayer(column, self.seconds, share_statistics)
-                if isinstance(column[0], CompressedLayer)
-                else _SharedStockLayer(column)
-                for column in columns
+                _SharedCompressedLayer(layers, self.seconds, share_statistics)
+                if isinstance(layers[0], CompressedLayer)
+                else _SharedOtherLayer(layers)
+                for layers in layers_by_index
             ]
         )
 
@@ -105,8 +105,8 @@ class _SharedCompressedLayer(DynamicLayer):
         return output, attention
 
 
-class _SharedStockLayer(DynamicLayer):
-    """Fills the layer of every cache that is not compressed, such as a sliding window."""
+class _SharedOtherLayer(DynamicLayer):
+    """Updates a layer that is not compressed, for example one with a sliding window, in every cache."""
 
     def __init__(self, layers: tuple[Any, ...]) -> None:
         super().__init__()

@@ -21,21 +21,21 @@ _DIGITS = ((21, 11), (10, 11), (0, 10))
 class Sharding:
     """How a model's KV heads are split over processes by transformers' tensor parallelism (`tp_plan="auto"`).
 
-    Each process holds `num_kv_heads / world_size` consecutive heads of every layer, in the order of the ranks, and
-    only their cache entries. All processes see the same tokens.
+    Each process holds `num_key_value_heads / world_size` consecutive heads of every layer, in the order of the ranks,
+    and only their cache entries. All processes see the same tokens.
 
     Args:
         group: the process group.
         rank: rank of this process in the group.
         world_size: number of processes in the group.
-        num_kv_heads: number of KV heads of the whole model.
+        num_key_value_heads: number of KV heads of the whole model.
 
     """
 
     group: Any
     rank: int
     world_size: int
-    num_kv_heads: int
+    num_key_value_heads: int
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> Sharding | None:
@@ -56,8 +56,8 @@ class Sharding:
             )
         group = mesh.get_group("tp") if "tp" in names else mesh.get_group()
         config: Any = model.config.get_text_config()
-        num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return cls(group, dist.get_rank(group), world_size, num_kv_heads)
+        num_key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return cls(group, dist.get_rank(group), world_size, num_key_value_heads)
 
     def is_split(self, num_heads: int) -> bool:
         """Return whether a layer with `num_heads` KV heads on this process is split. Some models' plans split none.
@@ -66,12 +66,12 @@ class Sharding:
             ValueError: the layer has neither all KV heads nor this process's share of them.
 
         """
-        if num_heads == self.num_kv_heads:
+        if num_heads == self.num_key_value_heads:
             return False
-        if num_heads * self.world_size != self.num_kv_heads:
+        if num_heads * self.world_size != self.num_key_value_heads:
             raise ValueError(
                 f"the KV heads of a layer on process {self.rank} of {self.world_size} must be all "
-                f"{self.num_kv_heads} or {self.num_kv_heads}/{self.world_size} of them, got {num_heads}"
+                f"{self.num_key_value_heads} or {self.num_key_value_heads}/{self.world_size} of them, got {num_heads}"
             )
         return True
 

@@ -65,7 +65,7 @@ class LayerContext:
 
 
 class DeferredChecks:
-    """Collects conditions and the errors for them; `raise_if_failed` reads all conditions from the device at once."""
+    """Collects conditions and their errors; `raise_if_failed` reads all conditions with one synchronization."""
 
     def __init__(self) -> None:
         self._pending: list[tuple[Tensor, Exception]] = []
@@ -101,12 +101,12 @@ class AttentionStats:
         output_weight: weight of the attention's output projection, [hidden, heads * value_dim], or a function that
             loads it. None if the attention has none.
         rotary: the model's rotary embedding; None for a model without one.
-        rotate: how the rotary embedding pairs the dimensions of a head.
-        state: what stateful weights returned for earlier queries.
-        context: where the layer stands in the model.
-        checks: where to record conditions that must hold, for a caller that checks them together. None checks each
-            condition at once.
-        memo: shared by all statistics of one attention call, so that several policies compute them once.
+        rotate_half: rotates each pair of dimensions by 90 degrees, in the way that the model pairs them.
+        state: state that stateful weights returned at the last eviction.
+        context: position of the layer among the compressed layers, and the limits of its heads.
+        checks: records conditions that must hold, so that the caller can check all of them later. None checks each
+            condition immediately.
+        memo: memoized statistics of one attention call, which several objects may share. None starts an empty memo.
 
     """
 
@@ -121,7 +121,7 @@ class AttentionStats:
         attention: Tensor | None = None,
         output_weight: Tensor | Callable[[], Tensor | None] | None = None,
         rotary: Rotary | None = None,
-        rotate: Callable[[Tensor], Tensor] = rotate_half,
+        rotate_half: Callable[[Tensor], Tensor] = rotate_half,
         state: WeightState | None = None,
         context: LayerContext | None = None,
         checks: DeferredChecks | None = None,
@@ -129,7 +129,7 @@ class AttentionStats:
     ) -> None:
         self.queries, self.keys, self.values = queries, keys, values
         self.scaling = scaling if scaling is not None else 1 / math.sqrt(keys.shape[-1])
-        self.attention, self.rotary, self.rotate = attention, rotary, rotate
+        self.attention, self.rotary, self.rotate_half = attention, rotary, rotate_half
         self.state, self.context = state or WeightState(), context or LayerContext()
         self.batch_size, self.num_key_value_heads, self.num_entries, self.head_dim = keys.shape
         self.num_queries = queries.shape[2]
@@ -227,11 +227,6 @@ class AttentionStats:
 
     # ---- Checks and memo --------------------------------------------------------------------------------------------
 
-    @property
-    def checks_are_deferred(self) -> bool:
-        """Whether conditions are recorded for a later check instead of being checked at once."""
-        return self._checks is not None
-
     def require(self, condition: Tensor, error: Exception) -> None:
         """Raise an error unless a condition (bool tensor without dimensions) holds, now or in `raise_if_failed`."""
         if self._checks is not None:
@@ -245,7 +240,7 @@ class AttentionStats:
             self._checks.raise_if_failed()
 
     def memoize(self, key: object, compute: Callable[[], T]) -> T:
-        """Return the result of `compute`, which is called for the first use of this key only."""
+        """Return the result of `compute`, which is called only the first time that a key is used."""
         if key not in self._memo:
             self._memo[key] = compute()
         return self._memo[key]
@@ -272,12 +267,12 @@ class AttentionStats:
             [batch, num_key_value_heads, entries].
 
         """
-        lengths = x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
-        # Weighted products with x itself avoid a copy of x that holds the unit vectors.
-        share = self.mask_invalid(1 / lengths, 0.0)
-        mean = (share[:, :, None] @ x).mT  # [batch, num_key_value_heads, dim, 1]
+        norms = x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
+        # A product with 1/‖x‖ gives the sum of the unit vectors without storing them.
+        inverse_norms = self.mask_invalid(1 / norms, 0.0)
+        mean = (inverse_norms[:, :, None] @ x).mT  # [batch, num_key_value_heads, dim, 1]
         mean = mean / mean.norm(dim=2, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-        return (x @ mean).squeeze(-1) / lengths
+        return (x @ mean).squeeze(-1) / norms
 
     def group_heads(self, x: Tensor) -> Tensor:
         """Split the head axis of x [batch, heads, ...] into [batch, num_key_value_heads, num_key_value_groups, ...]."""
@@ -300,37 +295,37 @@ class AttentionStats:
 
     # ---- Attention --------------------------------------------------------------------------------------------------
 
-    def attention_weights(self, rows: slice, columns: int) -> Tensor:
-        """Return the attention weights of some queries over the first entries.
+    def attention_weights(self, query_range: slice, num_entries: int) -> Tensor:
+        """Return the attention weights of a range of queries over the first `num_entries` entries.
 
         Args:
-            rows: which queries.
-            columns: number of entries.
+            query_range: range of the queries.
+            num_entries: number of entries. The queries must not read later ones.
 
         Returns:
-            [batch, num_key_value_heads, num_key_value_groups, rows, columns]; causal, 0 on padding.
+            [batch, num_key_value_heads, num_key_value_groups, queries, num_entries]; causal, 0 on padding.
 
         """
         if self.attention is not None:
-            return self.group_heads(self.attention[:, :, rows, :columns].float())
-        queries = self.group_heads(self.queries[:, :, rows].float() * self.scaling).flatten(2, 3)
-        logits = (queries @ self.keys32[:, :, :columns].mT).unflatten(2, (self.num_key_value_groups, -1))
-        future = self._future_mask(rows, columns)
-        logits[..., columns - future.shape[-1] :].masked_fill_(future[:, :, None], NEGATIVE_INFINITY)
+            return self.group_heads(self.attention[:, :, query_range, :num_entries].float())
+        queries = self.group_heads(self.queries[:, :, query_range].float() * self.scaling).flatten(2, 3)
+        logits = (queries @ self.keys32[:, :, :num_entries].mT).unflatten(2, (self.num_key_value_groups, -1))
+        future = self._future_mask(query_range, num_entries)
+        logits[..., num_entries - future.shape[-1] :].masked_fill_(future[:, :, None], NEGATIVE_INFINITY)
         if self.valid is not None:
-            logits.masked_fill_(~self.valid[:, :, None, None, :columns], NEGATIVE_INFINITY)
+            logits.masked_fill_(~self.valid[:, :, None, None, :num_entries], NEGATIVE_INFINITY)
         if self.valid_queries is None:
             return logits.softmax(-1)
-        valid = self.valid_queries[:, None, None, rows, None]
-        # Queries of padding see no entry; their softmax would be NaN.
+        valid = self.valid_queries[:, None, None, query_range, None]
+        # The queries of padding read no entry, so that their softmax would be NaN.
         return logits.masked_fill_(~valid, 0.0).softmax(-1) * valid
 
     def window_attention_weights(self, window_size: int) -> Tensor:
         """Return the attention weights of the last `window_size` queries.
 
         Returns:
-            [batch, num_key_value_heads, num_key_value_groups, window_size, entries]; rows sum to 1, causal, 0 on
-            padding. A row of the batch with fewer queries has zero weights for the missing ones.
+            [batch, num_key_value_heads, num_key_value_groups, window_size, entries]; causal, 0 on padding. The
+            weights of each query sum to 1. The weights of queries of padding are 0.
 
         """
         window_size = min(window_size, self.num_queries)
@@ -342,7 +337,7 @@ class AttentionStats:
     def window_attention(self, window_size: int) -> Tensor:
         """Return the attention that each entry receives from the last `window_size` queries, on average.
 
-        Equals `window_attention_weights(window_size).mean((2, 3))`, but holds the weights of one head at a time.
+        Equals `window_attention_weights(window_size).mean((2, 3))`, with the weights of only one head in memory.
 
         Returns:
             [batch, num_key_value_heads, entries].
@@ -357,7 +352,7 @@ class AttentionStats:
         queries = self.group_heads(self.queries[:, :, -window_size:].float() * self.scaling)
         future = self._future_mask(slice(-window_size, None))
         received = torch.empty(self.batch_size, self.num_key_value_heads, self.num_entries, device=self.device)
-        # All heads share two buffers, so that they stay in the processor's cache.
+        # All heads use the same two buffers, which therefore stay in the CPU cache.
         rows = self.num_key_value_groups * window_size
         logits, weights = received.new_empty(2, self.batch_size, rows, self.num_entries)
         share = received.new_full((1, rows), 1 / rows)
@@ -373,7 +368,7 @@ class AttentionStats:
     def attention_received(self, block_size: int = 256) -> Tensor:
         """Return the attention that each entry has received from all queries so far, summed over queries.
 
-        Only `block_size` rows of the attention matrix are materialised at a time.
+        Only `block_size` rows of the attention matrix are materialized at a time.
 
         Returns:
             [batch, num_key_value_heads, entries], averaged over the query heads of a group.
@@ -388,33 +383,33 @@ class AttentionStats:
         for start in range(0, self.num_queries, block_size):
             stop = min(start + block_size, self.num_queries)
             # Without evictions, the entries of later queries come last and cannot be read by these queries.
-            later = self.num_queries - stop if self._given.entries is None else 0
-            columns = self.num_entries - later
-            weights = self.attention_weights(slice(start, stop), columns)
-            received[..., :columns] += weights.sum(3).mean(2)
+            num_later = self.num_queries - stop if self._given.entries is None else 0
+            num_entries = self.num_entries - num_later
+            weights = self.attention_weights(slice(start, stop), num_entries)
+            received[..., :num_entries] += weights.sum(3).mean(2)
         return received
 
-    def _future_mask(self, rows: slice, columns: int | None = None) -> Tensor:
-        """Return which of the newest entries, up to `columns`, come after each query.
+    def _future_mask(self, query_range: slice, num_entries: int | None = None) -> Tensor:
+        """Return which entries come after each query, for the newest of the first `num_entries` entries.
 
-        Entries ascend in position and the queries are the newest tokens, so only as many of the newest entries as
-        there are queries can lie in the future of one of them.
+        The queries are the newest tokens, and entries ascend in position. If m queries follow the start of the range,
+        only the newest m entries of all can come after one of them, and older entries are left out.
 
         Returns:
-            Bool [batch, 1 or num_key_value_heads, rows, newest entries].
+            Bool [batch, 1 or num_key_value_heads, queries, newest entries].
 
         """
-        query_positions = self.query_positions[:, rows]
-        newest = min(self.num_queries - range(self.num_queries)[rows][0], self.num_entries)
-        entries = self.positions[:, :, self.num_entries - newest : columns]
+        query_positions = self.query_positions[:, query_range]
+        num_newest = min(self.num_queries - range(self.num_queries)[query_range][0], self.num_entries)
+        entries = self.positions[:, :, self.num_entries - num_newest : num_entries]
         return entries[:, :, None] > query_positions[:, None, :, None]
 
     def readable_ranges(self, window_size: int) -> tuple[Tensor, Tensor]:
-        """Return the range of entries that each of the last queries may read; it is always contiguous.
+        """Return the contiguous range of entries that each of the last queries may read.
 
         Returns:
-            The first valid entry, int32 [batch, num_key_value_heads], and one past the last entry that each query may
-            read, int32 [batch, num_key_value_heads, window_size]; 0 for a query of padding.
+            The index of the first valid entry, int32 [batch, num_key_value_heads], and the index after the last entry
+            that each query may read, int32 [batch, num_key_value_heads, window_size]; 0 for a query of padding.
 
         """
         if self.is_complete:
@@ -431,7 +426,7 @@ class AttentionStats:
     # ---- Queries ----------------------------------------------------------------------------------------------------
 
     def query_moments(self, half_life: float) -> QueryMoments:
-        """Return mean and mean square of all queries so far; the weight of each halves every `half_life` tokens."""
+        """Return mean and mean square of all queries so far. The weight of a query halves every `half_life` tokens."""
         earlier = self.state.query_moments.get(half_life)
 
         def compute() -> QueryMoments:
@@ -451,26 +446,29 @@ class AttentionStats:
     def _unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
         if self.rotary is None:
             return x.float()
-        rows = positions.clamp_min(0)
-        cos, sin = (t.float().unflatten(0, rows.shape[:2]) for t in self.rotary(rows.flatten(0, 1)))
+        positions = positions.clamp_min(0)
+        cos, sin = (t.float().unflatten(0, positions.shape[:2]) for t in self.rotary(positions.flatten(0, 1)))
         rotary_dim = cos.shape[-1]
         rotated = x[..., :rotary_dim].float()
         # cos² + sin² is not 1 where the embedding also scales (YaRN).
         scale = cos * cos + sin * sin
         unrotated = rotated * (cos / scale)
-        unrotated.addcmul_(self.rotate(rotated), sin / scale, value=-1)
+        unrotated.addcmul_(self.rotate_half(rotated), sin / scale, value=-1)
         return unrotated if rotary_dim == x.shape[-1] else torch.cat((unrotated, x[..., rotary_dim:].float()), dim=-1)
 
     def mean_rotation(self, num_future: int) -> Tensor | None:
-        """Return the mean rotation matrix over the next positions, [batch, head_dim, head_dim]; None without rotary."""
+        """Return the mean rotation matrix of the next `num_future` positions, [batch, head_dim, head_dim].
+
+        None if there are no such positions, or no rotary embedding.
+        """
         if self.rotary is None or num_future == 0:
             return None
-        ahead = self.num_seen[:, None] + torch.arange(num_future, device=self.device)
-        cos, sin = (t.float().mean(1) for t in self.rotary(ahead))
+        future_positions = self.num_seen[:, None] + torch.arange(num_future, device=self.device)
+        cos, sin = (t.float().mean(1) for t in self.rotary(future_positions))
         rotary_dim = cos.shape[-1]
         identity = torch.eye(rotary_dim, device=self.device)
-        # Row j of `rotate(identity)` is the rotation of the unit vector e_j: the transpose maps q to rotate(q).
-        turn = torch.diag_embed(cos) + sin[:, :, None] * self.rotate(identity).mT
+        # Row j of `rotate_half(identity)` is the rotated unit vector e_j. The transpose maps q to rotate_half(q).
+        rotary_block = torch.diag_embed(cos) + sin[:, :, None] * self.rotate_half(identity).mT
         rotation = torch.eye(self.head_dim, device=self.device).repeat(self.batch_size, 1, 1)
-        rotation[:, :rotary_dim, :rotary_dim] = turn
+        rotation[:, :rotary_dim, :rotary_dim] = rotary_block
         return rotation

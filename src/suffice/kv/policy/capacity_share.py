@@ -17,8 +17,8 @@ def capacity_share(stats: AttentionStats, kept: Tensor, backend: TorchBackend = 
     that policies can be compared.
 
     Args:
-        stats: of the attention call.
-        kept: indices of the kept entries, long [batch, num_key_value_heads, width], −1 for none.
+        stats: statistics of the attention call.
+        kept: indices of the kept entries, long [batch, num_key_value_heads, width], −1 in empty slots.
         backend: computes the capacities.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Directions: how a cached entry moves the output of attention if it is read."""
+"""Directions: how a cached entry changes the output of the attention if it is read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Directions(ABC):
 
     @abstractmethod
     def vectors(self, stats: AttentionStats) -> Tensor:
-        """Return u, float32 [batch, num_key_value_heads, entries, dim]; what it holds at padding is ignored."""
+        """Return u, float32 [batch, num_key_value_heads, entries, dim]; values at padding are ignored."""
 
     def norms(self, stats: AttentionStats, p: float) -> Tensor:
         """Return the p-norms of u, [batch, num_key_value_heads, entries]."""
@@ -26,7 +26,7 @@ class Directions(ABC):
 
 @dataclass(frozen=True)
 class Constant(Directions):
-    """u = 1: all entries move the output equally."""
+    """u = 1: all entries change the output equally."""
 
     def vectors(self, stats: AttentionStats) -> Tensor:
         """Return ones, [batch, num_key_value_heads, entries, 1]."""
@@ -52,7 +52,7 @@ class Value(Directions):
 class OutputValue(Directions):
     """u = W_O v: the value after the output projection, which is added to the residual stream.
 
-    Each query head of a GQA group has its own W_O; what is returned is averaged over the group.
+    Each query head of a GQA group has its own W_O. Results are averaged over the group.
     """
 
     def vectors(self, stats: AttentionStats) -> Tensor:
@@ -89,8 +89,8 @@ class OutputValue(Directions):
         """Return W_O of each query head, [hidden, value_dim]."""
         if stats.output_weight is None:
             raise ValueError(
-                "directions must not be OutputValue() for a model whose attention has no output projection (a linear "
-                "layer named `o_proj`), got OutputValue(). Use Value()"
+                "directions must be Value() or another class that needs no output projection, because the attention of "
+                "the model has no linear layer named `o_proj`, got OutputValue()"
             )
         value_dim = stats.values.shape[-1]
         weight = local_columns(stats.output_weight, stats.queries.shape[1] * value_dim)
@@ -105,20 +105,20 @@ class Key(Directions):
     """u = k.
 
     Args:
-        rotary: use the keys as cached, after the rotary embedding; False uses them before it.
-        centred: subtract the mean over the entries of a head.
-        unit: scale each key to length 1.
+        rotary: use the cached keys, after the rotary embedding; False uses the keys before it.
+        centered: subtract the mean over the entries of a head.
+        unit: scale each key to norm 1.
 
     """
 
     rotary: bool = True
-    centred: bool = False
+    centered: bool = False
     unit: bool = False
 
     def vectors(self, stats: AttentionStats) -> Tensor:
         """Return the keys, [batch, num_key_value_heads, entries, head_dim]."""
         keys = stats.keys32 if self.rotary else stats.unrotated_keys()
-        if self.centred:
+        if self.centered:
             keys = keys - stats.mean_over_entries(keys)[:, :, None]
         return torch.nn.functional.normalize(keys, dim=-1) if self.unit else keys
 

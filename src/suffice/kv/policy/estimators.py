@@ -1,4 +1,4 @@
-"""The capacity objective, and estimators: how faithfully they approximate the share of an entry in it."""
+"""The capacity objective, and estimators, which approximate what each entry contributes to it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from suffice.kv.policy.weights.base import Weights
 class Objective:
     """The capacity C(S) = ½ log det(I + σ⁻² Σ_{i∈S} wᵢ uᵢ uᵢᵀ) over the entries of one attention call (2604.25975).
 
-    Estimators approximate from it what each entry contributes. Everything is computed at most once for an attention
-    call, whichever policies ask for it.
+    Estimators approximate what each entry contributes to it. Results are memoized for each attention call, so that
+    several policies compute them only once.
 
     Args:
         weights: how likely each entry is to be read, w.
-        directions: how it moves the output, u.
-        stats: of the attention call.
-        backend: computes the numbers.
+        directions: how an entry changes the output of the attention, u.
+        stats: statistics of the attention call.
+        backend: computes the log weights and the factorization.
 
     """
 
@@ -47,7 +47,7 @@ class Objective:
         return linear_weights(self.log_weights())
 
     def factor(self, ridge: float, relative: bool) -> TorchFactor:
-        """Return the factorised A = σ²I + Σ w u uᵀ of all entries.
+        """Return the factorized A = σ²I + Σ w u uᵀ of all entries.
 
         Args:
             ridge: λ with σ² = λ tr(Σ w u uᵀ)/d, or σ² itself if not `relative`.
@@ -68,15 +68,15 @@ class Estimator(ABC):
         """Return scores [batch, num_key_value_heads, entries]; within a head, higher scores are kept first."""
 
     def contributions(self, objective: Objective) -> Tensor:
-        """Return what each entry contributes, ≥ 0 and comparable between heads.
+        """Return what each entry contributes to the capacity, ≥ 0 and comparable between heads.
 
-        By default it is the softmax of the scores, which are taken as logarithms.
+        The default is the softmax of the scores, which are assumed to be logarithms.
 
         Returns:
             [batch, num_key_value_heads, entries].
 
         """
-        # In a head whose entries all have weight 0, they contribute equally.
+        # If all entries of a head have weight 0, they contribute equally.
         scores = self.score(objective).clamp_min(torch.finfo(torch.float32).min / 2)
         return objective.stats.mask_invalid(scores).softmax(-1)
 
@@ -86,8 +86,8 @@ class Trace(Estimator):
     """w‖u‖², the first-order term tr Σ w u uᵀ of the log-determinant. Scores are logarithms.
 
     Args:
-        norm: which norm of u; some published heuristics use 1.
-        power: exponent of the norm; published heuristics use 1, which is the first-order term for weights w².
+        norm: order of the norm of u; some published policies use 1.
+        power: exponent of the norm; some published policies use 1, which is the first-order term for weights w².
 
     """
 
@@ -138,7 +138,7 @@ class Leverage(Estimator):
 
 @dataclass(frozen=True)
 class OneDirection(Estimator):
-    """−cos(u, ū) with ū the mean of the unit directions: one direction approximates the Gram matrix."""
+    """log w − cos(u, ū), where ū is the mean of the unit vectors u/‖u‖: one direction approximates the Gram matrix."""
 
     def score(self, objective: Objective) -> Tensor:
         """Return log w − cos(u, ū)."""

@@ -1,4 +1,4 @@
-"""A policy: weights × directions × estimator score the entries, a selection and an allocation decide which stay."""
+"""Policies: weights, directions and an estimator score the entries; a selection chooses which entries are kept."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from suffice.kv.policy.weights import Weights
 
 @dataclass(frozen=True)
 class Policy:
-    """Which entries of a KV cache to keep: `Policy(weights=…, directions=…, estimator=…)`.
+    """Decides which entries of a KV cache to keep: `Policy(weights=…, directions=…, estimator=…)`.
 
     Args:
         weights: how likely an entry is to be read.
-        directions: how it moves the output of the attention.
-        estimator: how its share of the capacity is approximated.
+        directions: how an entry changes the output of the attention.
+        estimator: how the contribution of an entry to the capacity is approximated.
         selection: how the kept entries are chosen from the scores.
         allocation: how the budget is split over layers and heads.
-        window: number of most recent tokens that the authors of the policy always keep; None leaves it to the cache.
+        window: number of last tokens that the published policy always keeps; None uses the default of the cache.
         keep_all: never evict.
-        name: name in tables.
+        name: name of the policy in reports.
         paper: arXiv number of the source.
 
     Raises:
@@ -78,7 +78,7 @@ class Policy:
         """Score the entries; only the order within a head matters.
 
         Args:
-            stats: of the attention call.
+            stats: statistics of the attention call.
             backend: computes the scores.
 
         Returns:
@@ -91,8 +91,8 @@ class Policy:
         """Return the budget of one layer.
 
         Args:
-            objective: of the attention call, see `objective`.
-            allowed: entries that each row may keep in a head, on average over heads and layers.
+            objective: objective of the attention call.
+            allowed: for each row, the number of entries that a head may keep, averaged over heads and layers.
             protection: which entries are always kept.
 
         """
@@ -107,7 +107,7 @@ class Policy:
         return LayerBudget(num_kept, (in_window | (stats.positions < sinks)) & (stats.positions >= 0))
 
     def budget_request(self, objective: Objective, allowed: Sequence[int], protection: Protection) -> BudgetRequest:
-        """Return what the allocation needs to know of one layer; arguments as of `layer_budget`."""
+        """Return the input of the allocation for one layer; see `layer_budget` for the arguments."""
         stats = objective.stats
         num_seen = stats.num_seen_per_row
         return BudgetRequest(
@@ -122,20 +122,20 @@ class Policy:
         )
 
     def protected_sizes(self, num_kept: int, num_seen: int, protection: Protection) -> tuple[int, int]:
-        """Return the numbers of protected sinks and of protected recent tokens of a row; (0, 0) if it keeps all.
+        """Return the number of protected first tokens (sinks) and last tokens of a row; (0, 0) if it keeps all tokens.
 
         Raises:
-            ValueError: the numbers given by the user do not fit into the budget.
+            ValueError: the protected tokens do not fit into the budget.
 
         """
         return (0, 0) if num_kept >= num_seen else protection.sizes(num_kept, self.window)
 
     def select(self, objective: Objective, budget: LayerBudget) -> Tensor:
-        """Return the indices of the kept entries, ascending: long [batch, num_key_value_heads, width], −1 for none."""
+        """Return the indices of the kept entries, long [batch, num_key_value_heads, width]; see `Selection.select`."""
         return self.selection.select(self.estimator, objective, budget)
 
     def describe(self) -> dict[str, str]:
-        """Return the parts of the policy in words."""
+        """Return a description of each part of the policy."""
         return {
             "name": self.name,
             "weights": str(self.weights),
@@ -148,5 +148,5 @@ class Policy:
 
 
 def _per_row(numbers: tuple[int, ...], device: torch.device) -> Tensor | int:
-    """Return one number of each row as a tensor [batch, 1, 1], or as an int if all rows have the same."""
+    """Return the numbers of all rows as a tensor [batch, 1, 1], or as one int if they are equal."""
     return numbers[0] if len(set(numbers)) == 1 else async_tensor(numbers, device)[:, None, None]

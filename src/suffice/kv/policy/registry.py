@@ -1,4 +1,4 @@
-"""The named policies and allocations. A policy that is added here gets the whole conformance suite."""
+"""The named policies and allocations. The conformance tests run for each of them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEFAULT_POLICY = "capkv-profile"
 
 _SNAPKV = WindowAttention(window_size=64, kernel_size=5, prefix_only=True)
 
-# Attention of queries from all over the text, and keys that differ from the other keys.
+# Attention of queries from the whole text, and keys that differ from the other keys.
 _SPREAD = (
     3 * WindowAttention(window_size=8, kernel_size=1)
     + SampledAttention(count=16, min_distance=32)
@@ -48,7 +48,7 @@ _POLICIES = (
         allocation=HeadProfile(),
         paper="2604.25975",
     ),
-    # The closest of all measured policies over text and questions if all heads have equal budgets.
+    # Of all measured policies with equal budgets for all heads, it stays closest to the full cache.
     Policy(
         name="capkv",
         weights=WindowAttention(window_size=16, kernel_size=5)
@@ -66,8 +66,8 @@ _POLICIES = (
         estimator=Leverage(power=0.5, ridge=0.1),
         paper="2604.25975",
     ),
-    # Attention of the last queries alone, ranked by the exact cost of deletion. It is good only if the last queries
-    # ask for what will be needed.
+    # Only the attention of the last queries, ranked by the exact deletion cost. It works well only if the prompt ends
+    # with the question.
     Policy(
         name="capkv-window",
         weights=WindowAttention(window_size=32, kernel_size=9),
@@ -75,7 +75,7 @@ _POLICIES = (
         estimator=Leverage(ridge=0.1),
         paper="2604.25975",
     ),
-    # The paper's Algorithm 1 as written: weights of the mean query at the paper's temperature, and A = I + Σ w u uᵀ.
+    # The paper's Algorithm 1 without changes: weights from the mean query with τ = 5, and A = I + Σ w u uᵀ.
     Policy(
         name="capkv-paper",
         weights=MeanQuery(tau=5.0),
@@ -155,7 +155,7 @@ _POLICIES = (
     Policy(
         name="key-leverage",
         weights=Uniform(),
-        directions=Key(rotary=False, centred=True),
+        directions=Key(rotary=False, centered=True),
         estimator=Leverage(ridge=1e-4),
         paper="2507.08143",
     ),
@@ -189,8 +189,8 @@ def get_allocation(name: str | Allocation) -> Allocation:
     """Return the allocation with this name; an `Allocation` is returned unchanged.
 
     Raises:
-        ValueError: unknown name; the message lists the known ones.
-        TypeError: neither a name nor an allocation.
+        ValueError: `name` is not a known name; the message lists the known names.
+        TypeError: `name` is neither a string nor an `Allocation`.
 
     """
     return _lookup("allocation", name, Allocation, _ALLOCATIONS)
@@ -205,8 +205,8 @@ def get_policy(name: str | Policy) -> Policy:
     """Return the policy with this name; a `Policy` is returned unchanged.
 
     Raises:
-        ValueError: unknown name; the message lists the known ones.
-        TypeError: neither a name nor a policy.
+        ValueError: `name` is not a known name; the message lists the known names.
+        TypeError: `name` is neither a string nor a `Policy`.
 
     """
     return _lookup("policy", name, Policy, policies())

@@ -17,7 +17,7 @@ def sampled_attention(stats: AttentionStats, count: int, min_distance: int) -> T
     The attention of a query is normalised over those entries. Queries without such an entry are left out of the mean.
 
     Args:
-        stats: of the attention call.
+        stats: statistics of the attention call.
         count: number of queries.
         min_distance: smallest distance from a query to an entry, in tokens.
 
@@ -56,10 +56,10 @@ def _attention(stats: AttentionStats, count: int, min_distance: int) -> Tensor:
     queries = stats.group_heads(stats.queries.gather(2, gathered).float() * stats.scaling).flatten(2, 3)
     logits = (queries @ stats.keys32.mT).unflatten(2, (stats.num_key_value_groups, -1))
     too_near = stats.positions[:, :, None] > latest[:, None, :, None]
-    hidden = too_near if stats.valid is None else too_near | ~stats.valid[:, :, None]
-    logits.masked_fill_(hidden[:, :, None], NEGATIVE_INFINITY)
+    is_masked = too_near if stats.valid is None else too_near | ~stats.valid[:, :, None]
+    logits.masked_fill_(is_masked[:, :, None], NEGATIVE_INFINITY)
     # The softmax of a query that may read no entry is NaN.
-    reads_any = ~hidden.all(-1)
+    reads_any = ~is_masked.all(-1)
     weights = logits.softmax(-1).masked_fill_(~reads_any[:, :, None, :, None], 0.0)
     return weights.sum((2, 3)) / (stats.num_key_value_groups * reads_any.sum(-1).clamp_min(1)[..., None])
 
@@ -71,15 +71,15 @@ def _attention_of_complete_rows(stats: AttentionStats, count: int, min_distance:
     product instead of being masked.
     """
     indices = [(step * stats.num_queries + count - 1) // count - 1 for step in range(1, count + 1)]
-    offset = stats.num_entries - stats.num_queries  # entries from before the first query
-    # Each query that may read an entry, with the last entry that it may read.
+    offset = stats.num_entries - stats.num_queries  # number of entries before the first query
+    # Index of each query that may read an entry, and of the last entry that it may read.
     reads = [(index, offset + index - min_distance) for index in indices if offset + index >= min_distance]
     received = torch.zeros(stats.batch_size, stats.num_key_value_heads, stats.num_entries, device=stats.device)
     for start in range(0, len(reads), _QUERIES_PER_BLOCK):
         block, latest = zip(*reads[start : start + _QUERIES_PER_BLOCK], strict=True)
         selected = stats.queries.index_select(2, async_tensor(block, stats.device))
         queries = stats.group_heads(selected.float() * stats.scaling).flatten(2, 3)
-        # Queries ascend: all of the block may read the entries up to latest[0], and none those behind latest[-1].
+        # Queries ascend: all queries of the block may read entries up to latest[0], and none reads after latest[-1].
         first, columns = latest[0] + 1, latest[-1] + 1
         logits = queries @ stats.keys32[:, :, :columns].mT
         too_near = torch.arange(first, columns, device=stats.device) > async_tensor(latest, stats.device)[:, None]

@@ -13,14 +13,14 @@ from suffice.information import select_by_leverage, select_greedy
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.estimators import Estimator, Leverage, Objective, score_entries
 
-NAN_SCORES = "scores of the policy must not be NaN; keys, values or queries probably contain NaN or infinite values"
+NAN_SCORES = "scores of the policy must be numbers, got NaN. Keys, values or queries may contain NaN or infinite values"
 LOWEST_SCORE = torch.finfo(torch.float32).min / 2
 """Replaces scores of −inf of valid entries, so that they rank before padding."""
 
 
 @dataclass(frozen=True)
 class LayerBudget:
-    """How many entries each row and head of one layer keeps, and which entries are kept whatever their score.
+    """How many entries each row and head of one layer keeps, and which entries are always kept.
 
     Args:
         num_kept: long [batch, num_key_value_heads], on the CPU; at most the number of valid entries.
@@ -32,7 +32,7 @@ class LayerBudget:
     protected: Tensor
 
     def num_kept_on(self, device: torch.device) -> Tensor:
-        """Copy `num_kept` to a device without waiting for it."""
+        """Copy `num_kept` to a device without a synchronization."""
         return self.num_kept.to(device, non_blocking=True)
 
     @functools.cached_property
@@ -51,20 +51,20 @@ class Selection(ABC):
 
     @property
     def keeps_exact_counts(self) -> bool:
-        """Whether each head keeps exactly `budget.num_kept` entries, which avoids counting them on the device."""
+        """Whether each head keeps exactly `budget.num_kept` entries, so that they need not be counted on the device."""
         return False
 
     @abstractmethod
     def select(self, estimator: Estimator, objective: Objective, budget: LayerBudget) -> Tensor:
         """Return the indices of the kept entries.
 
-        A selection may keep other numbers of entries than the budget says, for example if it brings its own rule; the
-        cache stores what is returned. Heads of unequal length need an allocation that is `per_head`.
+        A selection may keep more or fewer entries than the budget, for example to follow a rule of its own. The cache
+        stores the entries that it returns. Heads of unequal length require an allocation that is `per_head`.
 
         Args:
             estimator: scores the entries.
-            objective: of the attention call.
-            budget: of the layer.
+            objective: objective of the attention call.
+            budget: budget of the layer.
 
         Returns:
             Long [batch, num_key_value_heads, width], ascending. A row and head that keeps fewer entries than the
@@ -96,7 +96,7 @@ class TopK(_ExactSelection):
 
 @dataclass(frozen=True)
 class TwoStage(_ExactSelection):
-    """Fill a fraction of the budget by weight alone and the rest by score (CriticalKV, 2502.03805).
+    """Fill a fraction of the budget by weight and the rest by score (CriticalKV, 2502.03805).
 
     Args:
         first: fraction of the budget that is filled by weight.
@@ -106,7 +106,7 @@ class TwoStage(_ExactSelection):
     first: float = 0.5
 
     def select(self, estimator: Estimator, objective: Objective, budget: LayerBudget) -> Tensor:
-        """Return the entries that one of the two stages keeps."""
+        """Return the entries that are kept by the first or by the second stage."""
         stats = objective.stats
         num_first = (budget.num_kept * self.first).long()
         log_weights = objective.log_weights()
@@ -124,13 +124,13 @@ class TwoStage(_ExactSelection):
 
 @dataclass(frozen=True)
 class ItemSets:
-    """Sets of items to select from.
+    """Sets of items to select from, one for each row and head.
 
     Args:
         vectors: [sets, items, dim].
         weights: [sets, items].
         valid: bool [sets, items].
-        protected: bool [sets, items], which items are kept whatever they contribute.
+        protected: bool [sets, items], which items are always kept.
 
     """
 
@@ -141,7 +141,7 @@ class ItemSets:
 
 
 class CapacitySelection(_ExactSelection):
-    """Base class of selections that optimise the capacity itself; they need the estimator `Leverage`."""
+    """Base class of selections that optimize the capacity itself. They require the estimator `Leverage`."""
 
     def select(self, estimator: Estimator, objective: Objective, budget: LayerBudget) -> Tensor:
         """Select a set for each row and head; rows and heads with equal budgets are processed together."""
@@ -218,16 +218,17 @@ def select_highest(scores: Tensor, stats: AttentionStats, budget: LayerBudget) -
 
     Args:
         scores: [batch, num_key_value_heads, entries].
-        stats: of the attention call.
-        budget: of the layer.
+        stats: statistics of the attention call.
+        budget: budget of the layer.
 
     Returns:
-        Indices in ascending order, long [batch, num_key_value_heads, budget.width]; −1 for none, in front.
+        Indices in ascending order, long [batch, num_key_value_heads, budget.width]. A head that keeps fewer entries
+        starts with −1.
 
     """
     ranked = scores if stats.valid is None else stats.mask_invalid(scores.clamp_min(LOWEST_SCORE))
     ranked = ranked.masked_fill(budget.protected, float("inf"))
-    # NaN sorts above everything, so a NaN score is always among the selected ones.
+    # `topk` ranks NaN above all numbers, so a NaN score is always selected.
     values, selected = ranked.topk(budget.width, dim=-1, sorted=not budget.is_uniform)
     stats.require(~values.isnan().any(), ValueError(NAN_SCORES))
     if budget.is_uniform:
@@ -238,12 +239,12 @@ def select_highest(scores: Tensor, stats: AttentionStats, budget: LayerBudget) -
 
 
 def _sort_indices(indices: Tensor, size: int) -> Tensor:
-    """Sort distinct indices [batch, num_key_value_heads, width] below `size`; marking them is faster than sorting."""
+    """Sort distinct indices [batch, num_key_value_heads, width] below `size` by a mask, which is faster than `sort`."""
     marked = torch.zeros(*indices.shape[:2], size, dtype=torch.bool, device=indices.device)
     marked.scatter_(-1, indices, True)
     if not indices.is_cuda:
         return marked.nonzero()[:, -1].view(indices.shape)
-    # `nonzero` would wait for the GPU to learn the number of indices, which is known here.
+    # `nonzero` would synchronize with the GPU to count the indices, but their number is known.
     width = indices.shape[-1]
     slots = torch.where(marked, marked.cumsum(-1, dtype=torch.int32) - 1, width).long()
     found = indices.new_empty(*indices.shape[:2], width + 1)

@@ -1,4 +1,4 @@
-"""State of weights that also depend on queries from before the last eviction."""
+"""State of weights that also depend on queries before the last eviction."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class QueryMoments:
         return (self.square - self.mean.square()).clamp_min(0)
 
     def select_rows(self, index: Tensor) -> QueryMoments:
-        """Keep, reorder or repeat rows of the batch: row j becomes what row index[j] was."""
+        """Select rows of the batch, as `torch.index_select` does: the new row j is the old row index[j]."""
         index = index.to(self.weight.device)
         return QueryMoments(*(getattr(self, name).index_select(0, index) for name in self.__dataclass_fields__))
 
@@ -91,7 +91,7 @@ class WeightState:
         return WeightState(received, {**self.query_moments, **other.query_moments})
 
     def select_rows(self, index: Tensor) -> WeightState:
-        """Keep, reorder or repeat rows of the batch: row j becomes what row index[j] was."""
+        """Select rows of the batch, as `torch.index_select` does: the new row j is the old row index[j]."""
         received = self.attention_received
         return WeightState(
             None if received is None else received.index_select(0, index.to(received.device)),

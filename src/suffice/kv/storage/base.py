@@ -67,7 +67,7 @@ class Storage(ABC):
     @property
     @abstractmethod
     def positions(self) -> Tensor:
-        """Index of each entry within the text of its row, int32 [batch, num_key_value_heads, width]; −1 for none."""
+        """Index of each entry within its row's text, int32 [batch, num_key_value_heads, width]; −1 in empty slots."""
 
     @property
     @abstractmethod
@@ -156,7 +156,7 @@ class Storage(ABC):
 
     @abstractmethod
     def select_rows(self, index: Tensor) -> None:
-        """Keep, reorder or repeat rows of the batch: row j becomes what row index[j] was."""
+        """Select rows of the batch, as `torch.index_select` does: the new row j is the old row index[j]."""
 
     @abstractmethod
     def drop_last(self, count: int) -> None:

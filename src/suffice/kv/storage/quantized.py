@@ -161,7 +161,7 @@ class QuantizedStorage(AlignedStorage):
         self._dequantized = None
 
     def select_rows(self, index: Tensor) -> None:
-        """Keep, reorder or repeat rows of the batch: row j becomes what row index[j] was."""
+        """Select rows of the batch, as `torch.index_select` does: the new row j is the old row index[j]."""
         index = index.to(self.positions.device)
         keys, values = (x.index_select(0, index) for x in self._dequantize())
         super().select_rows(index)

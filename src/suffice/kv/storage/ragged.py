@@ -118,7 +118,7 @@ class RaggedStorage(Storage):
 
         Args:
             entries: all entries.
-            kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending; −1 for none.
+            kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending; −1 in empty slots.
             counts: number of kept entries of each row and head, long [batch, num_key_value_heads] on the CPU; None to
                 count them.
 
@@ -218,7 +218,7 @@ class RaggedStorage(Storage):
 
     @property
     def positions(self) -> Tensor:
-        """Index of each entry within the text of its row, int32 [batch, num_key_value_heads, width]; −1 for none."""
+        """Index of each entry within its row's text, int32 [batch, num_key_value_heads, width]; −1 in empty slots."""
         return self._aligner()(self.packed_positions, self._tail_positions_by_head(), -1)
 
     @property
@@ -323,7 +323,7 @@ class RaggedStorage(Storage):
         self._replace_entries(self.packed.map(lambda x: x[mask], lengths), self.tail)
 
     def select_rows(self, index: Tensor) -> None:
-        """Keep, reorder or repeat rows of the batch: row j becomes what row index[j] was."""
+        """Select rows of the batch, as `torch.index_select` does: the new row j is the old row index[j]."""
         rows = index.tolist()
         sizes = [sum(heads) for heads in self.lengths]
         lengths = [list(self.lengths[row]) for row in rows]

@@ -54,7 +54,7 @@ class AlignedStorage(Storage):
 
     @property
     def positions(self) -> Tensor:
-        """Index of each entry within the text of its row, int32 [batch, num_key_value_heads, width]; −1 for none."""
+        """Index of each entry within its row's text, int32 [batch, num_key_value_heads, width]; −1 in empty slots."""
         return self._stored("positions")
 
     @property
@@ -139,7 +139,7 @@ class AlignedStorage(Storage):
         self.width += new
 
     def select_rows(self, index: Tensor) -> None:
-        """Keep, reorder or repeat rows of the batch: row j becomes what row index[j] was."""
+        """Select rows of the batch, as `torch.index_select` does: the new row j is the old row index[j]."""
         index = index.to(self.positions.device)
         for name in self._parts:
             self._parts[name] = self._stored(name).index_select(0, index)
@@ -190,7 +190,7 @@ class UniformStorage(AlignedStorage):
 
         Args:
             entries: all entries.
-            kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending; −1 for none.
+            kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending; −1 in empty slots.
             counts: number of kept entries of each row and head, long [batch, num_key_value_heads] on the CPU; None to
                 count them.
 

@@ -1,4 +1,4 @@
-"""Weights from the attention that entries received: from a window, the last query, all queries or a sample of them."""
+"""Weights from the attention that entries receive from a window, the last query, all queries or sampled queries."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class WindowAttention(Weights):
     Args:
         window_size: number of queries in the observation window.
         kernel_size: width of the pooling, in entries; odd.
-        prefix_only: give weight 0 to the entries of the window itself, as SnapKV does, which always keeps them.
-        floor: added to the attention, so that a score that multiplies it still distinguishes entries without attention.
+        prefix_only: give weight 0 to the entries in the window, as SnapKV does. SnapKV always keeps these entries.
+        floor: added to the attention, so that scores still rank the entries that receive no attention.
 
     Raises:
         ValueError: `window_size` is below 1, or `kernel_size` is not a positive odd number.
@@ -67,7 +67,7 @@ class LastQueryAttention(Weights):
     """Attention of the last query, averaged over all heads of the layer (TOVA, 2401.06104)."""
 
     def log_weights(self, stats: AttentionStats) -> Tensor:
-        """Return the log of the mean attention, the same for every head and on every process that shares the heads."""
+        """Return the log of the mean attention. It is the same for all heads, also if processes share the heads."""
         attention = stats.window_attention_weights(1).mean((1, 2, 3))  # [batch, entries]
         if stats.context.sharding is not None:
             attention = stats.context.sharding.all_reduce_mean(attention)
@@ -86,8 +86,7 @@ class LastQueryAttention(Weights):
 class AccumulatedAttention(Weights):
     """Sum of the attention that an entry has received from all queries so far (H2O, 2306.14048).
 
-    This is the only weight that needs the attention of every query. The attention matrix is computed in blocks of
-    queries.
+    It needs the attention of every query. The attention matrix is computed in blocks of queries.
     """
 
     def log_weights(self, stats: AttentionStats) -> Tensor:
@@ -101,7 +100,7 @@ class AccumulatedAttention(Weights):
 
     @property
     def is_stateful(self) -> bool:
-        """True: attention from before an eviction still counts after it."""
+        """True: attention received before an eviction still counts after it."""
         return True
 
     def next_state(self, stats: AttentionStats) -> WeightState:
@@ -114,11 +113,11 @@ class AccumulatedAttention(Weights):
 
 @dataclass(frozen=True)
 class SampledAttention(Weights):
-    """Mean attention from queries evenly spaced over the text to entries at some distance before each of them.
+    """Mean attention from queries that are evenly spaced over the text to entries at a distance before each of them.
 
     Entries that were read from far away are likely to be read again. The entries right before a query are left out
-    because they receive almost all of its attention wherever it stands. The cost is that of an observation
-    window with the same number of queries.
+    because every query gives most of its attention to them. The cost is that of an observation window with the same
+    number of queries.
 
     Args:
         count: number of queries, sampled from those since the last eviction.

@@ -30,7 +30,7 @@ class Weights(ABC):
 
     @abstractmethod
     def log_weights(self, stats: AttentionStats) -> Tensor:
-        """Return log w, float32 [batch, num_key_value_heads, entries]; what it holds at padding is ignored."""
+        """Return log w, float32 [batch, num_key_value_heads, entries]; values at padding are ignored."""
 
     @property
     def num_queries_needed(self) -> int | None:
@@ -43,7 +43,7 @@ class Weights(ABC):
         return False
 
     def next_state(self, stats: AttentionStats) -> WeightState:
-        """Return the state that the weight needs after these queries: `stats.state` of the layer's next eviction."""
+        """Return the state after these queries. At the layer's next eviction, it is `stats.state`."""
         del stats
         return WeightState()
 
@@ -91,7 +91,7 @@ class CombinedWeights(Weights):
 
 @dataclass(frozen=True)
 class Sum(CombinedWeights):
-    """w = Σ_j c_j w_j / mean(w_j), the mean taken over the entries of a head because terms differ in scale.
+    """w = Σ_j c_j w_j / mean(w_j). The mean over the entries of a head brings all terms to the same scale.
 
     Args:
         terms: pairs (c_j, w_j).
@@ -114,7 +114,7 @@ class Sum(CombinedWeights):
         for factor, term in self.terms:
             log_term = stats.mask_invalid(term.log_weights(stats))
             total = log_term.logsumexp(-1, keepdim=True)
-            # A term may be 0 at every entry: the window attention of a text shorter than the window, for example.
+            # A term may be 0 for all entries, for example window attention if the text is shorter than the window.
             parts.append(log_term - total.masked_fill(total == float("-inf"), 0) + math.log(factor))
         return torch.stack(parts).logsumexp(0)
 

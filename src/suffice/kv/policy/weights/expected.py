@@ -16,11 +16,11 @@ from suffice.kv.policy.weights.base import Weights
 
 
 class QueryEstimateWeights(Weights):
-    """Base class of weights that estimate future queries from the newest ones, or from all with a half-life.
+    """Base class of weights that estimate future queries from the newest queries, or from all queries so far.
 
     Attributes:
         recent: number of newest queries to use; None uses all since the last eviction.
-        half_life: use all queries so far instead; the weight of each halves every `half_life` tokens.
+        half_life: use all queries so far instead; the weight of a query halves every `half_life` tokens.
 
     """
 
@@ -38,7 +38,7 @@ class QueryEstimateWeights(Weights):
 
     @property
     def is_stateful(self) -> bool:
-        """True with a half-life: queries from before an eviction still count after it."""
+        """True with a half-life: queries before an eviction still count after it."""
         return self.half_life is not None
 
     def next_state(self, stats: AttentionStats) -> WeightState:
@@ -50,15 +50,15 @@ class QueryEstimateWeights(Weights):
 
 @dataclass(frozen=True)
 class MeanQuery(QueryEstimateWeights):
-    """w = exp(τ k·μ/√d), μ the mean of the newest queries of a GQA group (2604.25975, Eq. 8).
+    """w = exp(τ k·μ/√d), where μ is the mean of the newest queries of a GQA group (2604.25975, Eq. 8).
 
-    The paper writes exp(τ k·μ). Here the factor 1/√d of attention is kept, because the weights of most heads overflow
-    float32 without it.
+    The paper has exp(τ k·μ). The factor 1/√d of the attention is added here, because without it the weights of most
+    heads overflow float32.
 
     Args:
         tau: the temperature τ.
         recent: number of newest queries to average; None averages all since the last eviction.
-        half_life: average all queries so far instead; the weight of each halves every `half_life` tokens.
+        half_life: average all queries so far instead; the weight of a query halves every `half_life` tokens.
 
     Raises:
         ValueError: `half_life` is not a positive finite number.
@@ -93,19 +93,19 @@ class ExpectedAttention(QueryEstimateWeights):
     """Expected attention of Gaussian future queries, w ∝ exp(k·μ/√d + kᵀΣk/(2d)) (Expected Attention, 2510.00636).
 
     Args:
-        future: number of future positions over which the rotary embedding is averaged. 0 uses the queries as they
-            are, rotated by their own positions.
+        future: number of future positions over which the rotary embedding is averaged. 0 uses the queries
+            after the rotary embedding at their own positions.
         recent: number of newest queries that μ and Σ are estimated from; None uses all since the last eviction.
         pooled: estimate one Gaussian from all query heads of a GQA group. Otherwise there is one for each query head
             and their expected attention is averaged, which costs `num_key_value_groups` times as much.
         diagonal: use only the diagonal of Σ, which avoids a matrix product. Requires `future=0`.
-        skip: number of first tokens of the text that are left out of the estimate and of the normalisation, because
+        skip: number of first tokens of the text that are left out of the estimate and of the normalization, because
             their queries and keys are outliers.
-        half_life: use all queries so far instead; the weight of each halves every `half_life` tokens. Requires
+        half_life: use all queries so far instead; the weight of a query halves every `half_life` tokens. Requires
             `diagonal`.
 
     Raises:
-        ValueError: `half_life` is not a positive finite number, or options exclude each other.
+        ValueError: `half_life` is not a positive finite number, or the arguments exclude each other.
 
     """
 
@@ -141,7 +141,7 @@ class ExpectedAttention(QueryEstimateWeights):
         logits = (keys @ (mean.mT * scale)).add_(quadratic, alpha=scale * scale / 2)
         if logits.shape[-1] == 1:
             return logits.squeeze(-1)
-        # Each query head is normalised over the entries behind the first tokens before the group is averaged.
+        # Each query head is normalized over the entries after the first tokens, then the group is averaged.
         left_out = stats.positions < self.skip
         left_out = left_out & (stats.counts > self.skip)[..., None] | (stats.positions < 0)
         normalized = logits.masked_fill(left_out[..., None], float("-inf"))
@@ -163,11 +163,11 @@ class ExpectedAttention(QueryEstimateWeights):
         queries = stats.unrotated_queries(count) if self.future else stats.queries[:, :, -count:].float()
         positions = stats.query_positions[:, -count:]
         used = positions >= self.skip
-        # If a row has only first tokens, they are used all the same.
+        # A row that has only first tokens uses them.
         used = torch.where(used.any(-1, keepdim=True), used, positions >= 0)
         if self.diagonal:
             share = (used / used.sum(-1, keepdim=True).clamp_min(1))[:, None, None]  # [batch, 1, 1, count]
-            # Products with a row vector, which need no masked copy of the queries.
+            # Products with a row vector do not need a masked copy of the queries.
             mean, square = ((share @ x).squeeze(2) for x in (queries, queries.square()))
             return self._mean_and_variance(stats, mean, square)
         queries = stats.group_heads(queries)
@@ -176,8 +176,8 @@ class ExpectedAttention(QueryEstimateWeights):
             used = used.repeat(1, stats.num_key_value_groups)
         share = (used / used.sum(-1, keepdim=True).clamp_min(1))[:, None, None, :, None]
         mean = (queries * share).sum(3)
-        centred = (queries - mean[:, :, :, None]) * share.sqrt()
-        covariance = centred.mT @ centred
+        centered = (queries - mean[:, :, :, None]) * share.sqrt()
+        covariance = centered.mT @ centered
         rotation = stats.mean_rotation(self.future)
         if rotation is not None:
             rotation = rotation[:, None, None]
@@ -189,7 +189,7 @@ class ExpectedAttention(QueryEstimateWeights):
         """Return mean and variance, [batch, num_key_value_heads, gaussians, head_dim].
 
         Args:
-            stats: of the attention call.
+            stats: statistics of the attention call.
             mean: mean of the queries of each query head, [batch, heads, head_dim].
             square: mean of their squares, [batch, heads, head_dim].
 

@@ -37,7 +37,7 @@ class KeyNorm(Weights):
 
 @dataclass(frozen=True)
 class KeySalience(Weights):
-    """w = exp(−β cos(k, k̄)), k̄ the mean of the keys scaled to length 1: favours keys that differ from the others.
+    """w = exp(−β cos(k, k̄)), where k̄ is the mean of the unit vectors k/‖k‖: keys that differ from the others.
 
     Args:
         beta: β, the strength of the preference.
@@ -68,7 +68,7 @@ class Recency(Weights):
 
 @dataclass(frozen=True)
 class Random(Weights):
-    """Independent uniform weights: a baseline.
+    """Independent random weights, uniform in [0, 1), as a baseline.
 
     Args:
         seed: the weights are a function of seed, layer, head and position.
@@ -79,11 +79,11 @@ class Random(Weights):
 
     def log_weights(self, stats: AttentionStats) -> Tensor:
         """Return the log of numbers drawn from [0, 1), [batch, num_key_value_heads, entries]."""
-        # Drawn on the CPU, so that every device gets the same numbers, and for every position seen so far, so that
-        # an entry's number does not depend on earlier evictions.
+        # Drawn on the CPU, so that all devices get the same numbers, and for all positions so far, so that the number
+        # of an entry does not depend on earlier evictions.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + stats.context.layer)
         sharding = stats.context.sharding
-        num_heads = stats.num_key_value_heads if sharding is None else sharding.num_kv_heads
+        num_heads = stats.num_key_value_heads if sharding is None else sharding.num_key_value_heads
         log_drawn = torch.rand(int(stats.num_seen.max()), num_heads, generator=generator).log().mT
         log_drawn = log_drawn if sharding is None else sharding.local_part(log_drawn, 0)
         positions = stats.positions.clamp_min(0).expand(-1, stats.num_key_value_heads, -1)
