@@ -1,6 +1,6 @@
 """Helpers for computing on a GPU: when Triton kernels may be used, how they are launched, asynchronous copies.
 
-Every Triton kernel of the package has an equivalent in plain PyTorch, which is used wherever the kernel is not.
+Every Triton kernel of the package has an equivalent in plain PyTorch, which is used where the kernel cannot be.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 _kernels_enabled: ContextVar[bool] = ContextVar("suffice_kernels", default=True)
 
 _reduced_stages: dict[Any, int] = {}
-"""Number of pipeline stages with which a kernel fits the device, for kernels that did not fit with all of theirs."""
+"""Number of pipeline stages of the kernels that do not fit the device with the requested number."""
 
 
 class KernelFallbackError(Exception):
@@ -43,7 +43,7 @@ def disable_kernels() -> Generator[None, None, None]:
 
 
 def kernels_enabled() -> bool:
-    """Return whether Triton kernels are enabled, which they are outside of `disable_kernels`."""
+    """Return whether Triton kernels are enabled: True outside of `disable_kernels`."""
     return _kernels_enabled.get()
 
 
@@ -79,13 +79,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     If the device has too little shared memory for `num_stages` pipeline stages, fewer are used.
 
     Args:
-        kernel: Function decorated with `triton.jit`.
-        grid: Number of programs in each dimension.
-        arguments: Arguments of the kernel; the first is a tensor.
-        options: Compile-time constants of the kernel, `num_warps` and `num_stages` (1 by default).
+        kernel: function decorated with `triton.jit`.
+        grid: number of programs in each dimension.
+        arguments: arguments of the kernel; the first is a tensor.
+        options: compile-time constants of the kernel, `num_warps` and `num_stages` (1 by default).
 
     Raises:
-        KernelFallbackError: The device has too little shared memory for a single stage.
+        KernelFallbackError: the device has too little shared memory for a single stage.
 
     """
     from triton.runtime.errors import OutOfResources
@@ -96,7 +96,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     def key() -> Any:
         return (kernel, first.dtype, first.device, *sorted(options.items()))
 
-    if _reduced_stages:  # Empty on most devices. Then the key, which takes time to build, is not needed.
+    if _reduced_stages:  # Empty on most devices; then building the key, which takes time, is skipped.
         stages = _reduced_stages.get(key(), stages)
     while stages > 0:
         try:
@@ -118,11 +118,11 @@ def block_size(size: int, minimum: int = 16) -> int:
 
 
 def async_tensor(data: Any, device: torch.device) -> Tensor:
-    """Create a tensor on a device without waiting for the work that is queued on that device.
+    """Create a tensor on a device without a synchronization.
 
     Args:
-        data: A number or a (nested) sequence of numbers, as for `torch.tensor`.
-        device: Device of the tensor.
+        data: a number or a (nested) sequence of numbers, as for `torch.tensor`.
+        device: device of the tensor.
 
     """
     return torch.tensor(data).to(device, non_blocking=True)

@@ -78,7 +78,7 @@ def test_top_with_full_budget_keeps_all_items():
 def test_top_accepts_nan_scores_of_invalid_items_only():
     scores = torch.tensor([torch.nan, 1.0, 2.0])
     assert select_top(scores, 1, valid=torch.tensor([False, True, True])).tolist() == [2]
-    with pytest.raises(ValueError, match=r"scores must not be NaN, got 1 NaN"):
+    with pytest.raises(ValueError, match=r"scores must be numbers, got 1 NaN"):
         select_top(scores, 1)
 
 

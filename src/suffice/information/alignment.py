@@ -57,7 +57,7 @@ def class_information(embeddings: Tensor, classes: Tensor, ridge: float = 0.1) -
     Args:
         embeddings: [n, d].
         classes: [n].
-        ridge: Noise variance relative to the mean variance of the embeddings, above 0.
+        ridge: noise variance relative to the mean variance of the embeddings, above 0.
 
     Returns:
         At least 0, because log det is concave. 0 if all classes have the same mean and covariance.
@@ -87,8 +87,8 @@ def cluster_nmi(embeddings: Tensor, classes: Tensor, *, restarts: int = 10, seed
     Args:
         embeddings: [n, d].
         classes: [n].
-        restarts: Number of runs of k-means with different initial centers. The run with the least inertia is used.
-        seed: Seed of the initial centers.
+        restarts: number of runs of k-means with different initial centers. The run with the least inertia is used.
+        seed: seed of the initial centers.
 
     Returns:
         From 0 to 1.
@@ -117,15 +117,15 @@ def linear_probe(embeddings: Tensor, classes: Tensor, *, folds: int = 5, seed: i
     Args:
         embeddings: [n, d].
         classes: [n]. Every class needs at least `folds` items.
-        folds: Number of stratified folds.
-        seed: Seed of the folds.
+        folds: number of stratified folds.
+        seed: seed of the folds.
 
     Returns:
         From 0 to 1.
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: A class is smaller than the number of folds.
+        ValueError: a class is smaller than the number of folds.
 
     """
     points, labels = _check_inputs(embeddings, classes)

@@ -51,7 +51,7 @@ def noise_variance(gram: Tensor, ridge: float = 0.1, relative: bool = True) -> T
     Args:
         gram: G, [..., d, d].
         ridge: λ > 0, without unit if relative, otherwise in units of G.
-        relative: Whether σ² is proportional to the trace of G. σ² is then 1 where the trace is 0.
+        relative: whether σ² is proportional to the trace of G. σ² is then 1 where the trace is 0.
 
     Returns:
         [...], at least the smallest normal number of its dtype.
@@ -87,7 +87,7 @@ class CholeskyFactor:
     the original units.
     """
 
-    cholesky: Tensor  # [..., d, d], lower triangular, float64: in float32, a small σ² would be lost beside G
+    cholesky: Tensor  # [..., d, d], lower triangular, float64: in float32, adding a small σ² to G would not change it
     noise: Tensor  # [...], σ², in the dtype of the results
     vector_scale: Tensor  # [...]
     weight_scale: Tensor  # [...]
@@ -117,8 +117,8 @@ class CholeskyFactor:
             [..., n]. Up to rounding, scores of items in the set are below 1; scores of other items are not bounded.
 
         Raises:
-            TypeError: An input is not a floating point tensor.
-            ValueError: Shapes do not match, an input is NaN, infinite or negative, or the result overflows.
+            TypeError: an input is not a floating point tensor.
+            ValueError: shapes do not match, an input is NaN, infinite or negative, or the result overflows.
 
         """
         vectors = check_vectors(vectors)
@@ -150,8 +150,8 @@ def factorize(
     """Factorize A = σ²I + G of the valid items. All quantities of this module can be computed from the factor.
 
     Raises:
-        TypeError: An input has the wrong type or dtype.
-        ValueError: Shapes do not match, an input is NaN, infinite or negative, or the Gram matrix overflows.
+        TypeError: an input has the wrong type or dtype.
+        ValueError: shapes do not match, an input is NaN, infinite or negative, or the Gram matrix overflows.
 
     Example:
         >>> factor = factorize(torch.eye(2), ridge=1.0, relative=False)
@@ -183,16 +183,16 @@ def capacity(
         weights: w ≥ 0, [..., n]; all 1 if None.
         subset: S, a boolean mask [..., n] or distinct long indices [..., m]; all items if None. Invalid items in it
             are ignored.
-        valid: Boolean mask [..., n] of the items that exist; all if None.
+        valid: boolean mask [..., n] of the items that exist; all if None.
         ridge: λ > 0.
-        relative: Whether σ² is relative to the trace of G.
+        relative: whether σ² is relative to the trace of G.
 
     Returns:
         [...], from 0 for an empty subset to the capacity of all items.
 
     Raises:
-        TypeError: An input has the wrong type or dtype.
-        ValueError: Shapes do not match, an input is NaN, infinite or negative, an index is repeated or out of
+        TypeError: an input has the wrong type or dtype.
+        ValueError: shapes do not match, an input is NaN, infinite or negative, an index is repeated or out of
             range, or the Gram matrix overflows.
 
     Example:
@@ -229,16 +229,16 @@ def leverage_scores(
     Args:
         vectors: u, [..., n, d].
         weights: w ≥ 0, [..., n]; all 1 if None.
-        valid: Boolean mask [..., n] of the items that exist; all if None.
+        valid: boolean mask [..., n] of the items that exist; all if None.
         ridge: λ > 0.
-        relative: Whether σ² is relative to the trace of G.
+        relative: whether σ² is relative to the trace of G.
 
     Returns:
         [..., n] in [0, 1), 0 for invalid items. The scores sum to the effective dimension.
 
     Raises:
-        TypeError: An input has the wrong type or dtype.
-        ValueError: Shapes do not match, an input is NaN, infinite or negative, or the Gram matrix overflows.
+        TypeError: an input has the wrong type or dtype.
+        ValueError: shapes do not match, an input is NaN, infinite or negative, or the Gram matrix overflows.
 
     Example:
         >>> vectors = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
@@ -278,7 +278,7 @@ def deletion_cost(leverage: Tensor) -> Tensor:
     """Return the capacity in nats that is lost if only one item is deleted; Eq. (4).
 
     Args:
-        leverage: Leverage scores s, of any shape. Scores above 1 − eps are set to 1 − eps.
+        leverage: leverage scores s, of any shape. Scores above 1 − eps are set to 1 − eps.
 
     Returns:
         Tensor of the same shape, finite; float64 if the input is, otherwise float32.
@@ -309,8 +309,8 @@ def row_leverage(rows: Tensor, gram: Tensor, noise: Tensor) -> Tensor:
     """Return the leverage scores in [0, 1) of scaled rows.
 
     Args:
-        rows: Scaled rows, [..., n, d].
-        gram: Their Gram matrix, [..., d, d].
+        rows: scaled rows, [..., n, d].
+        gram: their Gram matrix, [..., d, d].
         noise: σ², [...].
 
     Returns:
@@ -322,7 +322,7 @@ def row_leverage(rows: Tensor, gram: Tensor, noise: Tensor) -> Tensor:
 
 def _quadratic_form(cholesky: Tensor, rows: Tensor) -> Tensor:
     """Return xᵀA⁻¹x = ‖L⁻¹x‖² of each row x, [..., n]."""
-    # Inverting the d × d factor is faster than solving for n right-hand sides, and as accurate.
+    # Inverting the d × d factor is as accurate as solving for n right-hand sides, and faster.
     inverse = triangular_inverse(cholesky).mT.to(rows.dtype).contiguous()
     norms = [torch.linalg.vector_norm(matmul(chunk, inverse), dim=-1) for chunk in rows.split(CHUNK_SIZE, dim=-2)]
     return torch.cat(norms, dim=-1).square()

@@ -50,8 +50,8 @@ def gram_matrix(vectors: Tensor, weights: Tensor | None = None) -> Tensor:
         [..., d, d], float64 if an input is, otherwise float32.
 
     Raises:
-        TypeError: An input is not a floating point tensor.
-        ValueError: Shapes do not match, an input is NaN, infinite or negative, or the result overflows.
+        TypeError: an input is not a floating point tensor.
+        ValueError: shapes do not match, an input is NaN, infinite or negative, or the result overflows.
 
     Example:
         >>> gram_matrix(torch.eye(2), torch.tensor([1.0, 3.0]))
@@ -81,14 +81,14 @@ def psd_cholesky(matrix: Tensor, eps: float | None = None) -> Tensor:
     the lower triangle of `matrix` is read.
 
     Args:
-        matrix: Symmetric, [..., d, d].
-        eps: Relative rounding error of the entries, if it is larger than that of the working precision.
+        matrix: symmetric, [..., d, d].
+        eps: relative rounding error of the entries, if it is larger than that of the working precision.
 
     Returns:
         [..., d, d], lower triangular; float64 if the input is, otherwise float32.
 
     Raises:
-        NotPositiveDefiniteError: A matrix contains NaN or Inf, or is indefinite even with the largest jitter.
+        NotPositiveDefiniteError: a matrix contains NaN or Inf, or is indefinite even with the largest jitter.
         TypeError: `matrix` is not a floating point tensor.
         ValueError: `matrix` is not square.
 

@@ -20,16 +20,16 @@ def select_top(scores: Tensor, budget: int, *, valid: Tensor | None = None, prot
 
     Args:
         scores: [..., n]. Scores may be infinite.
-        budget: Number of items to keep, from 1 to n.
-        valid: Boolean [..., n]; all valid if None. Invalid items are never kept.
-        protected: Boolean [..., n]; none protected if None. Protected items are always kept, as part of the budget.
+        budget: number of items to keep, from 1 to n.
+        valid: boolean [..., n]; all valid if None. Invalid items are never kept.
+        protected: boolean [..., n]; none protected if None. Protected items are always kept, as part of the budget.
 
     Returns:
         Indices of the kept items in ascending order, long, [..., budget].
 
     Raises:
-        TypeError: An input has the wrong type or dtype.
-        ValueError: Shapes do not match, the score of a valid item is NaN, the budget is out of range, smaller than the
+        TypeError: an input has the wrong type or dtype.
+        ValueError: shapes do not match, the score of a valid item is NaN, the budget is out of range, smaller than the
             number of protected items or larger than the number of valid items, or a protected item is not valid.
 
     Example:
@@ -42,7 +42,7 @@ def select_top(scores: Tensor, budget: int, *, valid: Tensor | None = None, prot
         raise ValueError(f"scores must have shape [..., n] with every size at least 1, got {tuple(scores.shape)}")
     valid, protected = _check_candidates(scores.shape, scores.device, budget, valid, protected)
     if num_nan := int((scores.isnan() & valid).sum()):
-        raise ValueError(f"scores must not be NaN, got {num_nan} NaN")
+        raise ValueError(f"scores must be numbers, got {num_nan} NaN")
     count = torch.full((*scores.shape[:-1], 1), budget, device=scores.device)
     return _mask_to_indices(_top_mask(scores, count, valid, protected), budget)
 
@@ -68,19 +68,19 @@ def select_by_leverage(
     Args:
         vectors: u, [..., n, d].
         weights: w ≥ 0, [..., n]; all 1 if None.
-        budget: Number of items to keep, from 1 to n.
-        rounds: Number of rounds, at least 1.
-        valid: Boolean [..., n]; all valid if None. Invalid items are never kept.
-        protected: Boolean [..., n]; none protected if None. Protected items are always kept, as part of the budget.
+        budget: number of items to keep, from 1 to n.
+        rounds: number of rounds, at least 1.
+        valid: boolean [..., n]; all valid if None. Invalid items are never kept.
+        protected: boolean [..., n]; none protected if None. Protected items are always kept, as part of the budget.
         ridge: λ of `noise_variance`.
-        relative: Whether σ² is relative to the trace (see `noise_variance`).
+        relative: whether σ² is relative to the trace (see `noise_variance`).
 
     Returns:
         Indices of the kept items in ascending order, long, [..., budget].
 
     Raises:
-        TypeError: An input has the wrong type or dtype.
-        ValueError: Shapes do not match, an input is NaN, infinite or negative, the Gram matrix overflows, the budget is
+        TypeError: an input has the wrong type or dtype.
+        ValueError: shapes do not match, an input is NaN, infinite or negative, the Gram matrix overflows, the budget is
             out of range, smaller than the number of protected items or larger than the number of valid items, or a
             protected item is not valid.
 
@@ -126,18 +126,18 @@ def select_greedy(
     Args:
         vectors: u, [..., n, d].
         weights: w ≥ 0, [..., n]; all 1 if None.
-        budget: Number of items to keep, from 1 to n.
-        valid: Boolean [..., n]; all valid if None. Invalid items are never kept.
-        protected: Boolean [..., n]; none protected if None. Protected items are always kept, as part of the budget.
+        budget: number of items to keep, from 1 to n.
+        valid: boolean [..., n]; all valid if None. Invalid items are never kept.
+        protected: boolean [..., n]; none protected if None. Protected items are always kept, as part of the budget.
         ridge: λ of `noise_variance`.
-        relative: Whether σ² is relative to the trace (see `noise_variance`).
+        relative: whether σ² is relative to the trace (see `noise_variance`).
 
     Returns:
         Indices of the kept items in ascending order, long, [..., budget].
 
     Raises:
-        TypeError: An input has the wrong type or dtype.
-        ValueError: As for `select_by_leverage`, or the ridge is so small that w ‖u‖² / σ² overflows.
+        TypeError: an input has the wrong type or dtype.
+        ValueError: as for `select_by_leverage`, or the ridge is so small that w ‖u‖² / σ² overflows.
 
     Example:
         >>> vectors = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.6, 0.6]])

@@ -58,7 +58,7 @@ def check_weights(weights: object, vectors: Tensor) -> Tensor:
 
     Raises:
         TypeError: `weights` is not a floating point tensor.
-        ValueError: The shape or device of `weights` does not match `vectors`.
+        ValueError: the shape or device of `weights` does not match `vectors`.
 
     """
     return _expand("weights", check_floating("weights", weights), vectors.shape[:-1], vectors.device)
@@ -69,7 +69,7 @@ def check_mask(name: str, mask: object, shape: torch.Size, device: torch.device)
 
     Raises:
         TypeError: `mask` is not a boolean tensor.
-        ValueError: The shape or device of `mask` does not match.
+        ValueError: the shape or device of `mask` does not match.
 
     """
     if not isinstance(mask, Tensor):
@@ -84,7 +84,7 @@ def check_subset(subset: object, shape: torch.Size, device: torch.device) -> Ten
 
     Raises:
         TypeError: `subset` is neither a boolean nor a long tensor.
-        ValueError: The shape of `subset` does not match, or an index is out of range or repeated.
+        ValueError: the shape of `subset` does not match, or an index is out of range or repeated.
 
     """
     if not isinstance(subset, Tensor):
@@ -143,7 +143,7 @@ def check_gram_finite(gram: Tensor, vectors: Tensor, weights: Tensor | None) -> 
     rows are multiplied by √w and NaN · 0 is NaN. Checking d numbers therefore replaces a pass over n · d numbers.
 
     Raises:
-        ValueError: An input is NaN, infinite or negative where it must not be, or the Gram matrix overflows.
+        ValueError: an input is NaN, infinite or negative where it must not be, or the Gram matrix overflows.
 
     """
     if not gram.diagonal(dim1=-2, dim2=-1).isfinite().all():
@@ -158,7 +158,7 @@ def _raise_not_finite(gram: Tensor, vectors: Tensor, weights: Tensor | None) -> 
         raise ValueError(f"weights must be at least 0, got {smallest}")
     raise ValueError(
         f"vectors and weights must have a Gram matrix within the range of {gram.dtype}, "
-        f"got vectors up to {float(vectors.abs().max()):.3g}. Scale the vectors or the weights down."
+        f"got vectors up to {float(vectors.abs().max()):.3g}. Use smaller vectors or weights"
     )
 
 

@@ -47,13 +47,13 @@ class WeightedSet:
         Args:
             vectors: [..., n, d].
             weights: [..., n]; all 1 if None.
-            valid: Boolean [..., n]; all valid if None. The contents of invalid vectors are ignored.
-            relative: Whether vectors and weights may be scaled. If not, both scales are 1.
-            dtype: Precision of the result; `working_dtype` of the inputs if None.
+            valid: boolean [..., n]; all valid if None. The contents of invalid vectors are ignored.
+            relative: whether vectors and weights may be scaled. If not, both scales are 1.
+            dtype: precision of the result; `working_dtype` of the inputs if None.
 
         Raises:
-            TypeError: An input has the wrong type or dtype.
-            ValueError: Shapes do not match, an input is NaN, infinite or negative, or the Gram matrix overflows.
+            TypeError: an input has the wrong type or dtype.
+            ValueError: shapes do not match, an input is NaN, infinite or negative, or the Gram matrix overflows.
 
         """
         vectors = check_vectors(vectors)

@@ -1,4 +1,4 @@
-"""One attention call: its tensors, its padding, and how the model's own implementation computes it."""
+"""One attention call: its tensors, its padding, and its computation by the model's own implementation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """Which new tokens are padding; read from the device once for all layers.
+    """Which new tokens are padding. It is read from the device only once for all layers.
 
     Args:
         valid: bool [batch, new], False on padding.
@@ -31,7 +31,7 @@ class Padding:
 
     @classmethod
     def from_mask(cls, valid: Tensor) -> Padding | None:
-        """Read a mask, bool [batch, new]; None if no token is padding."""
+        """Read the padding from a mask, bool [batch, new]; return None if no token is padding."""
         holes = (valid[:, :-1] & ~valid[:, 1:]).any(-1)
         rows = torch.stack(((~valid).sum(-1), holes.long(), (~valid[:, -1]).long())).tolist()
         if not any(rows[0]):
@@ -40,15 +40,15 @@ class Padding:
 
 
 def check_left_padding(padding: Padding | None, earlier: Sequence[int], num_seen: int) -> None:
-    """Raise unless all padding is left padding.
+    """Raise an error unless all padding is on the left.
 
     Args:
-        padding: of the new tokens; None if there is none.
-        earlier: number of padding tokens that each row has had so far; empty before the first call.
-        num_seen: number of columns of the model's input so far.
+        padding: padding of the new tokens; None if there is none.
+        earlier: number of earlier padding tokens of each row; empty before the first call.
+        num_seen: number of earlier tokens of the model's input, including padding.
 
     Raises:
-        ValueError: a row has padding behind its first token.
+        ValueError: a row has padding after its first token.
 
     """
     if padding is None:
@@ -61,12 +61,12 @@ def check_left_padding(padding: Padding | None, earlier: Sequence[int], num_seen
     if any(padding.has_holes):
         raise ValueError("attention_mask must pad on the left, got masked tokens inside a prompt")
     if num_seen and any(before < num_seen and new for before, new in zip(earlier, padding.num_padded, strict=True)):
-        raise ValueError("attention_mask must pad on the left, got masked tokens behind the first token of a row")
+        raise ValueError("attention_mask must pad on the left, got masked tokens after the first token of a row")
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention call over the keys of a cache layer.
+    """One call of a model's attention function.
 
     Args:
         module: the attention module.
@@ -74,11 +74,11 @@ class AttentionCall:
         key: [batch, num_key_value_heads, new, head_dim], of the new tokens, after the rotary embedding.
         value: [batch, num_key_value_heads, new, value_dim], of the new tokens.
         mask: the model's mask over the new tokens, [batch, 1, new, new]: True or 0 where a token may be read, False or
-            a large negative number where it may not; None if each token may read all before it.
+            a large negative number where it may not. None if each token may read all tokens before it.
         scaling: factor on the query-key product; None for 1/√head_dim.
-        options: further arguments of the attention function.
+        options: other keyword arguments of the attention function.
         implementation: name of the model's own attention implementation.
-        memo: shared by all statistics of the call; None if nothing is shared.
+        memo: memoized statistics that several caches share, see `AttentionStats`; None if they are not shared.
 
     """
 
@@ -104,10 +104,10 @@ class AttentionCall:
 
 
 def attach_padding(mask: Tensor, valid: Tensor) -> None:
-    """Store with a mask which new tokens are padding; all layers get the same mask, so it is read once.
+    """Attach the padding of the new tokens to a mask. All layers get the same mask, so the padding is read only once.
 
     Args:
-        mask: that the model passes to its attention.
+        mask: the mask that the model passes to its attention function.
         valid: bool [batch, new], False on padding.
 
     """

@@ -1,7 +1,7 @@
-"""The attention function through which cache layers see queries: registered by name, selected on a model.
+"""The attention function that gives cache layers access to the queries. It is registered and selected on a model.
 
-For keys that come from a cache layer, the function hands the call to that layer. For all other keys it passes the call
-on to the model's own implementation.
+If the keys come from a cache layer, the function passes the call to that layer. Otherwise, it calls the model's own
+implementation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _num_hooks: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionar
 
 
 class AttentionObserver(Protocol):
-    """Computes attention calls over keys that it has marked with `attach_observer`; usually a cache layer."""
+    """Computes the attention calls whose keys were marked with `attach_observer`; usually a cache layer."""
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         """Compute a call.
@@ -37,14 +37,14 @@ class AttentionObserver(Protocol):
 
 
 def attach_observer(keys: Tensor, observer: AttentionObserver) -> Tensor:
-    """Return a view of the keys by which the attention function finds the observer."""
+    """Return a view of the keys that refers to the observer, so that the attention function finds it."""
     view = keys.view_as(keys)
-    # A weak reference, because the layer owns the keys: a reference cycle would keep them until a garbage collection.
+    # The reference is weak, because a reference cycle would keep the keys in memory until a garbage collection.
     view._suffice_observer = weakref.ref(observer)  # pyright: ignore[reportAttributeAccessIssue]
     return view
 
 
-def _observer_of(keys: Tensor) -> AttentionObserver | None:
+def _find_observer(keys: Tensor) -> AttentionObserver | None:
     reference = getattr(keys, "_suffice_observer", None)
     return None if reference is None else reference()
 
@@ -60,7 +60,7 @@ def _attention_function(implementation: str) -> Callable[..., tuple[Tensor, Tens
     ) -> tuple[Tensor, Tensor | None]:
         scaling = options.get("scaling")
         call = AttentionCall(module, query, key, value, attention_mask, scaling, options, implementation)
-        observer = _observer_of(key)
+        observer = _find_observer(key)
         return run_attention(call) if observer is None else observer.attend(call)
 
     return attention
@@ -81,7 +81,7 @@ def _mask_function(implementation: str) -> Callable[..., Any]:
 
 
 class AttentionHook:
-    """Selects our attention function on a model for as long as this object lives.
+    """Selects the attention function of this module on a model while this object exists.
 
     Args:
         decoder: the transformer whose attention modules use the cache.
@@ -93,16 +93,16 @@ class AttentionHook:
 
     def __init__(self, decoder: PreTrainedModel) -> None:
         selected = _selected_implementation(decoder)
-        own = selected.removeprefix(PREFIX)
-        if own not in SUPPORTED_IMPLEMENTATIONS:
+        original = selected.removeprefix(PREFIX)
+        if original not in SUPPORTED_IMPLEMENTATIONS:
             raise ValueError(
                 f"attn_implementation of the model must be one of {', '.join(SUPPORTED_IMPLEMENTATIONS)}, got "
                 f"{selected!r}. Call model.set_attn_implementation('sdpa') first"
             )
-        hooked = PREFIX + own
+        hooked = PREFIX + original
         if hooked not in ALL_ATTENTION_FUNCTIONS:
-            AttentionInterface.register(hooked, _attention_function(own))
-            AttentionMaskInterface.register(hooked, _mask_function(own))
+            AttentionInterface.register(hooked, _attention_function(original))
+            AttentionMaskInterface.register(hooked, _mask_function(original))
         if selected != hooked:
             decoder.set_attn_implementation(hooked)
         _num_hooks[decoder] = _num_hooks.get(decoder, 0) + 1
@@ -110,12 +110,12 @@ class AttentionHook:
         self._finalizer = weakref.finalize(self, _remove_hook, self._decoder)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionHook:
-        """Return this object: a copied cache keeps the function selected too."""
+        """Return this object. Copies of a cache share it, so that the function stays selected until all are deleted."""
         return self
 
     @property
     def is_active(self) -> bool:
-        """Whether the model still uses our attention function."""
+        """Whether the model still uses the attention function of this module."""
         decoder = self._decoder()
         return decoder is not None and _selected_implementation(decoder).startswith(PREFIX)
 

@@ -24,7 +24,7 @@ class RaggedEntries(Protocol):
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """First slot and number of entries of each row and head."""
+        """For each row and head, the index of the first slot and the number of entries."""
         ...
 
 
@@ -32,9 +32,10 @@ def attend_by_head(query: Tensor, entries: RaggedEntries, mask: Tensor | None, s
     """Compute scaled dot-product attention, one KV head after the other, in plain torch.
 
     Args:
-        query: [batch, heads, new, head_dim], of the newest tokens.
-        entries: what they read; the new tokens are already its newest entries.
-        mask: bool [batch, 1, new, new], which new tokens each new token may read; None for all before it.
+        query: queries of the new tokens, [batch, heads, new, head_dim].
+        entries: the entries that the queries read, including those of the new tokens.
+        mask: bool [batch, 1, new, new], which new tokens each new token may read; None if it may read all
+            before it.
         scaling: factor on the query-key product.
 
     Returns:
@@ -42,22 +43,22 @@ def attend_by_head(query: Tensor, entries: RaggedEntries, mask: Tensor | None, s
 
     """
     batch, heads, new, head_dim = query.shape
-    kv_heads, tail = len(entries.lengths[0]), entries.tail_positions.shape[1]
-    groups = heads // kv_heads
+    num_key_value_heads, tail = len(entries.lengths[0]), entries.tail_positions.shape[1]
+    num_key_value_groups = heads // num_key_value_heads
     readable = _readable_tail(query, entries, mask)
     if readable is None and new > 1:
         causal = torch.ones(1, new, tail, dtype=torch.bool, device=query.device).tril_(tail - new)
         readable = causal.expand(batch, -1, -1)
-    # Queries of one token that read the same keys form one matrix. In half precision on the CPU, torch is faster with
-    # one vector for each query.
+    # The queries of one token that read the same keys are computed as one matrix. In half precision on the CPU, torch
+    # is faster with one vector for each query.
     as_matrix = new == 1 and (query.is_cuda or query.dtype in (torch.float32, torch.float64))
-    shape = (1, groups, head_dim) if as_matrix else (groups, new, head_dim)
-    queries = query.reshape(batch * kv_heads, 1, *shape)
+    shape = (1, num_key_value_groups, head_dim) if as_matrix else (num_key_value_groups, new, head_dim)
+    queries = query.reshape(batch * num_key_value_heads, 1, *shape)
     keys, values = entries.buffers
     bias, outputs = None, []
     for number, (start, count) in enumerate(entries.spans):
-        if readable is not None and number % kv_heads == 0:
-            row = number // kv_heads
+        if readable is not None and number % num_key_value_heads == 0:
+            row = number // num_key_value_heads
             bias = torch.nn.functional.pad(readable[row], (max(entries.lengths[row]), 0), value=True)
         key, value = (x[start : start + count].expand(1, shape[0], -1, -1) for x in (keys, values))
         head_bias = None if bias is None else bias[:, bias.shape[1] - count :]
@@ -66,10 +67,10 @@ def attend_by_head(query: Tensor, entries: RaggedEntries, mask: Tensor | None, s
 
 
 def _readable_tail(query: Tensor, entries: RaggedEntries, mask: Tensor | None) -> Tensor | None:
-    """Return which entries of the tail each new token may read, bool [batch, new, tail]; None for all before it."""
+    """Return which entries of the tail each new token may read, bool [batch, new, tail]; None if all before it."""
     valid = entries.tail_positions >= 0
     new, tail = query.shape[2], valid.shape[1]
-    # The mask of a single new token says no more than its position does.
+    # A single new token may read all valid entries, so that its mask is not needed.
     if entries.tail_is_full and (mask is None or new == 1):
         return None
     earlier = valid[:, None, : tail - new].expand(-1, new, -1)

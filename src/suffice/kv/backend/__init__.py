@@ -1,1 +1,1 @@
-"""Implementations of the numerical work of a policy: plain torch, and Triton kernels for GPUs."""
+"""Implementations of the computations of a policy: plain torch, and Triton kernels for GPUs."""

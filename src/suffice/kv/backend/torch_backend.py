@@ -13,7 +13,7 @@ from suffice.kv.policy.weights.base import Weights
 
 
 class TorchFactor:
-    """The factorised objective A = σ²I + Σ w u uᵀ over the entries of each head, and what follows from it.
+    """The factorized matrix A = σ²I + Σ w u uᵀ of the entries of each head, and quantities that are computed from it.
 
     Args:
         log_weights: log w, [batch, num_key_value_heads, entries].
@@ -40,7 +40,7 @@ class TorchFactor:
         return self._inner_products
 
     def leverage_scores(self) -> Tensor:
-        """Return w uᵀA⁻¹u, [batch, num_key_value_heads, entries]; they sum to a head's effective dimension."""
+        """Return w uᵀA⁻¹u, [batch, num_key_value_heads, entries]; their sum is the effective dimension of the head."""
         return self.inner_products() * self._weights
 
     def log_scores(self, power: float) -> Tensor:
@@ -61,17 +61,17 @@ class TorchFactor:
         index = kept.clamp_min(0)
         weights = self._weights.gather(2, index).masked_fill(kept < 0, 0)
         vectors = self._vectors.gather(2, index[..., None].expand(-1, -1, -1, self._vectors.shape[-1]))
-        # The factor, and with it the noise, is in scaled units.
+        # The factor and its noise variance are in scaled units.
         vectors = vectors / factor.vector_scale[..., None, None]
         ratio = gram_matrix(vectors, weights / factor.weight_scale[..., None]) / factor.noise[..., None, None]
         identity = torch.eye(ratio.shape[-1], device=ratio.device)
         kept_capacity = psd_cholesky(identity + ratio).diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        # A head without any capacity has nothing to lose.
+        # If the capacity of a head is 0, none is lost.
         return torch.where(factor.capacity > 0, kept_capacity / factor.capacity, torch.ones_like(kept_capacity))
 
 
 class TorchBackend:
-    """Log weights, factorised objective and ragged attention in plain torch."""
+    """Log weights, factorization and ragged attention in plain torch."""
 
     name = "torch"
 
@@ -82,7 +82,7 @@ class TorchBackend:
     def factorize(
         self, log_weights: Tensor, directions: Directions, stats: AttentionStats, ridge: float, relative: bool
     ) -> TorchFactor:
-        """Return the factorised objective A = σ²I + Σ w u uᵀ; arguments as of `TorchFactor`."""
+        """Return the factorized matrix A = σ²I + Σ w u uᵀ; see `TorchFactor` for the arguments."""
         return TorchFactor(log_weights, directions, stats, ridge, relative)
 
     def ragged_attention(self, query: Tensor, entries: RaggedEntries, mask: Tensor | None, scaling: float) -> Tensor:
@@ -90,8 +90,9 @@ class TorchBackend:
 
         Args:
             query: [batch, heads, new, head_dim].
-            entries: what they read; the new tokens are already its newest entries.
-            mask: bool [batch, 1, new, new], which new tokens each new token may read; None for all before it.
+            entries: the entries that the queries read, including those of the new tokens.
+            mask: bool [batch, 1, new, new], which new tokens each new token may read; None if it may read all
+                before it.
             scaling: factor on the query-key product.
 
         Returns:
@@ -107,5 +108,5 @@ TORCH_BACKEND = TorchBackend()
 def linear_weights(log_weights: Tensor) -> Tensor:
     """Return the weights, scaled so that the largest weight of each head is 1; 0 where the log weight is −inf."""
     largest = log_weights.amax(-1, keepdim=True)
-    # A row may have no entry yet, if its part of the chunk is padding.
+    # A row may have no entries yet, if all its tokens are padding.
     return (log_weights - largest.masked_fill(largest == float("-inf"), 0)).exp()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from suffice.gpu import KernelFallbackError, can_use_kernels
 from suffice.kv.attention.ragged_attention import RaggedEntries
-from suffice.kv.backend.torch_backend import TORCH_BACKEND, TorchBackend, TorchFactor
+from suffice.kv.backend.torch_backend import TORCH_BACKEND, TorchBackend, TorchFactor, linear_weights
 from suffice.kv.kernels import supports
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.directions import Directions, Value
@@ -20,7 +20,7 @@ from suffice.kv.policy.sampled_attention import sampled_query_indices
 from suffice.kv.policy.weights import ExpectedAttention, KeySalience, SampledAttention, Sum, WindowAttention
 from suffice.kv.policy.weights.base import Weights
 
-_MAX_ROWS = 128  # largest number of window or sampled queries times heads of a group that one program holds
+_MAX_ROWS = 128  # largest number of window or sampled queries × num_key_value_groups that one program can hold
 _MIN_RIDGE = 1e-3
 
 
@@ -30,11 +30,11 @@ def choose_backend(*tensors: Tensor) -> TorchBackend:
 
 
 class TritonBackend(TorchBackend):
-    """Log weights, factorised objective and decoding by Triton kernels.
+    """Log weights, factorization and decoding by Triton kernels.
 
-    Whatever has no kernel, or no kernel that fits the device, is computed in plain torch at once. Numbers that call
-    for more than float32 are found by a check: `KernelFallbackError` is raised from the statistics' deferred checks,
-    and the caller computes the layer again with the torch backend.
+    An operation that has no kernel, or whose kernel does not fit the device, is computed in plain torch. A check
+    detects inputs for which float32 is not precise enough: the deferred checks of the statistics then raise
+    `KernelFallbackError`, and the caller computes the layer again with the torch backend.
     """
 
     name = "triton"
@@ -50,9 +50,9 @@ class TritonBackend(TorchBackend):
     def factorize(
         self, log_weights: Tensor, directions: Directions, stats: AttentionStats, ridge: float, relative: bool
     ) -> TorchFactor:
-        """Return the factorised objective A = σ²I + Σ w u uᵀ; arguments as of `TorchFactor`."""
+        """Return the factorized matrix A = σ²I + Σ w u uᵀ; see `TorchFactor` for the arguments."""
         if relative and isinstance(directions, Value) and ridge >= _MIN_RIDGE and supports(stats.values):
-            # Without deferred checks, a failed one is known here.
+            # If checks are not deferred, the error is raised here.
             with contextlib.suppress(KernelFallbackError):
                 return TritonFactor(log_weights, directions, stats, ridge)
         return super().factorize(log_weights, directions, stats, ridge, relative)
@@ -60,7 +60,7 @@ class TritonBackend(TorchBackend):
     def ragged_attention(self, query: Tensor, entries: RaggedEntries, mask: Tensor | None, scaling: float) -> Tensor:
         """Return the attention of new tokens over heads of unequal length; see `TorchBackend.ragged_attention`."""
         if query.shape[2] == 1 and supports(query, *entries.buffers):
-            # The mask of a single new token says no more than its position does.
+            # A single new token may read all valid entries, so that its mask is not needed.
             with contextlib.suppress(KernelFallbackError):
                 return _decode(query, entries, scaling)
         return super().ragged_attention(query, entries, mask, scaling)
@@ -70,7 +70,7 @@ TRITON_BACKEND = TritonBackend()
 
 
 def _decode(query: Tensor, entries: RaggedEntries, scaling: float) -> Tensor:
-    """Compute the attention of one new token by one kernel for all heads, split along their keys."""
+    """Compute the attention of one new token with a single kernel for all heads, which splits their keys."""
     from suffice.kv.kernels.decoding import DecodePlan, decode
 
     tail = entries.tail_positions.shape[1]
@@ -81,8 +81,8 @@ def _decode(query: Tensor, entries: RaggedEntries, scaling: float) -> Tensor:
     return decode(query[:, :, 0], keys, values, entries.tail_positions, entries.decode_plan, scaling)[:, None]
 
 
-def _or_torch(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Let a method of `TritonFactor` compute the same in plain torch if its kernel does not fit the device."""
+def _fall_back_to_torch(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorate a method of `TritonFactor`: if its kernel does not fit the device, compute the result in plain torch."""
 
     @functools.wraps(method)
     def attempt(self: TritonFactor, *arguments: Any) -> Tensor:
@@ -95,7 +95,7 @@ def _or_torch(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class TritonFactor(TorchFactor):
-    """A = σ²I + Σ w v vᵀ of the entries of each head, factorised by kernels, with σ² relative to the trace.
+    """A = σ²I + Σ w v vᵀ of the entries of each head, factorized by kernels, with σ² relative to the trace.
 
     Args:
         log_weights: log w, [batch, num_key_value_heads, entries].
@@ -104,8 +104,8 @@ class TritonFactor(TorchFactor):
         ridge: λ with σ² = λ tr(Σ w v vᵀ)/d.
 
     Raises:
-        KernelFallbackError: the kernels do not fit the device; or the numbers call for more than float32 and a
-            single scale, which with deferred checks is raised by those.
+        KernelFallbackError: the kernels do not fit the device, or float32 with a single scale is not precise enough.
+            If checks are deferred, the second error is raised by `stats.raise_if_failed`.
 
     """
 
@@ -121,7 +121,7 @@ class TritonFactor(TorchFactor):
         """Return the same factor in plain torch."""
         return TorchFactor(self._log_weights, self._directions, self._stats, self._ridge, relative=True)
 
-    @_or_torch
+    @_fall_back_to_torch
     def inner_products(self) -> Tensor:
         """Return vᵀA⁻¹v, [batch, num_key_value_heads, entries]."""
         from suffice.kv.kernels.leverage import inner_products
@@ -132,11 +132,9 @@ class TritonFactor(TorchFactor):
 
     def leverage_scores(self) -> Tensor:
         """Return w vᵀA⁻¹v, [batch, num_key_value_heads, entries]."""
-        from suffice.kv.backend.torch_backend import linear_weights
-
         return self.inner_products() * linear_weights(self._log_weights)
 
-    @_or_torch
+    @_fall_back_to_torch
     def log_scores(self, power: float) -> Tensor:
         """Return log w (vᵀA⁻¹v)^power, [batch, num_key_value_heads, entries]."""
         if self._inner_products is not None:  # the values need not be read again
@@ -145,7 +143,7 @@ class TritonFactor(TorchFactor):
 
         return inner_products(self._stats.values, self._log_weights, self._kernel_factor, power)
 
-    @_or_torch
+    @_fall_back_to_torch
     def capacity_share(self, kept: Tensor) -> Tensor:
         """Return the share of the capacity that the kept entries carry; see `TorchFactor.capacity_share`."""
         from suffice.kv.kernels.leverage import factorize_subset
@@ -156,11 +154,11 @@ class TritonFactor(TorchFactor):
 
 
 def fused_log_weights(weights: Weights, stats: AttentionStats) -> Tensor | None:
-    """Compute by kernels the log weights of window attention + expected attention + salience (+ sampled attention).
+    """Compute with kernels the log weights of window attention + expected attention + salience (+ sampled attention).
 
     Returns:
-        [batch, num_key_value_heads, entries], −inf where there is no entry. None for other weights, for attention
-        weights that the model returned, and for tensors that the kernels do not support.
+        [batch, num_key_value_heads, entries], −inf where there is no entry. None for other weights, if the model
+        returned its attention weights, and for tensors that the kernels do not support.
 
     """
     if not isinstance(weights, Sum) or stats.attention is not None or not supports(stats.queries, stats.keys):
@@ -221,7 +219,7 @@ def _num_skipped_queries(stats: AttentionStats, recent: int, skip: int) -> Tenso
     """Return how many of the newest `recent` queries are padding or first tokens of the text, int32 [batch]."""
     if stats.is_complete:
         skipped = max(0, skip - (stats.num_entries - recent))
-        # If there are only first tokens, they are used all the same.
+        # A row that has only first tokens uses them.
         skipped = skipped if skipped < recent else 0
         return torch.full((1,), skipped, dtype=torch.int32, device=stats.device).expand(stats.batch_size)
     positions = stats.query_positions[:, -recent:]
@@ -231,7 +229,7 @@ def _num_skipped_queries(stats: AttentionStats, recent: int, skip: int) -> Tenso
 
 
 def _sampled_ends(stats: AttentionStats, indices: Tensor, min_distance: int, starts: Tensor) -> Tensor:
-    """Return one past the last entry that each sampled query reads, int32 [batch, num_key_value_heads, sampled]."""
+    """Return the index after the last entry that each sampled query reads, [batch, num_key_value_heads, sampled]."""
     if stats.is_complete:
         ends = indices + (stats.num_entries - stats.num_queries - min_distance + 1)
         return ends.clamp_min(0).int()[:, None].expand(-1, stats.num_key_value_heads, -1)
@@ -242,9 +240,9 @@ def _sampled_ends(stats: AttentionStats, indices: Tensor, min_distance: int, sta
 
 
 def _first_normalized_entry(stats: AttentionStats, skip: int, starts: Tensor) -> Tensor:
-    """Return the first entry behind the first tokens of the text, int32 [batch, num_key_value_heads].
+    """Return the index of the first entry after the first `skip` tokens of the text, [batch, num_key_value_heads].
 
-    It is the first entry of all if there are no others.
+    If there are no entries after them, it is the index of the first valid entry.
     """
     positions = stats.positions
     first_tokens = ((positions < skip) & (positions >= 0)).sum(-1, dtype=torch.int32)

@@ -17,17 +17,16 @@ from suffice.kv.policy.attention_stats import LayerContext
 
 @dataclass(frozen=True)
 class BudgetRequest:
-    """What an allocation needs to know to decide how many entries the heads of one layer keep.
+    """Input of an allocation, which decides how many entries each head of one layer keeps.
 
     Args:
-        budget: number of entries that a head may keep, averaged over all heads and layers, for each row of the batch.
+        budget: for each row, the number of entries that a head may keep, averaged over heads and layers.
         num_seen: number of tokens that each row has seen.
-        min_entries: number of protected entries of each row. No head gets fewer, unless the budget is smaller.
-        num_valid: number of entries that there are, long [batch, num_key_value_heads], for the heads of this process.
+        min_entries: number of protected entries of each row. No head keeps fewer, unless the budget is smaller.
+        num_valid: number of valid entries of each head of this process, long [batch, num_key_value_heads].
         contributions: returns what each entry contributes, comparable between heads,
             [batch, num_key_value_heads, entries]; −inf where there is no entry.
-        context: where the layer stands in the model, and the largest number of entries that a head may keep while
-            other heads can take more.
+        context: position of the layer among the compressed layers, and the limits of its heads.
 
     """
 
@@ -55,15 +54,14 @@ class Allocation(ABC):
 
     @property
     def is_global(self) -> bool:
-        """Whether all layers compete for one budget, so that the result is only known after the last layer."""
+        """Whether all layers share one budget, so that the result is known only after the last layer."""
         return False
 
     @abstractmethod
     def entries_per_head(self, request: BudgetRequest) -> Tensor:
         """Return how many entries each head of the layer may keep.
 
-        Summed over all heads and layers, a row gets num_layers × num_key_value_heads × budget entries, provided that
-        there are that many.
+        Over all heads and layers, a row gets num_layers × num_key_value_heads × budget entries, if it has that many.
 
         Args:
             request: budget request of the layer.
@@ -91,8 +89,8 @@ class Pyramid(Allocation):
     """Earlier layers keep more entries, decreasing linearly; heads of one layer keep the same (PyramidKV, 2406.02069).
 
     Args:
-        beta: the last layer gets 1/beta of the mean budget, or more if it has more protected entries or if the first
-            layer has too few tokens to take what the last one gives up.
+        beta: the last layer keeps 1/beta of the mean budget. It keeps more if it has more protected entries, or if the
+            text is too short for the number of entries that the first layer would keep.
 
     Raises:
         ValueError: `beta` is below 1.
@@ -121,7 +119,7 @@ class Pyramid(Allocation):
             layer: index of the layer.
             num_layers: number of layers.
             budget: mean number of entries over all layers. It is met exactly.
-            num_seen: number of tokens, which limits every layer.
+            num_seen: number of tokens, the upper limit of every layer.
             min_entries: smallest number of entries of a layer, unless the budget is smaller.
 
         """
@@ -133,7 +131,7 @@ class Pyramid(Allocation):
         step = (first - last) / (num_layers - 1)
 
         def entries_before(count: int) -> int:
-            """Return the total of the first `count` layers: rounding totals keeps the sum over layers exact."""
+            """Return the rounded total of the first `count` layers. Differences of totals sum to the exact budget."""
             return math.floor(count * first - step * count * (count - 1) / 2 + 0.5)
 
         return entries_before(layer + 1) - entries_before(layer)
@@ -144,10 +142,10 @@ class Pyramid(Allocation):
 
 @dataclass(frozen=True)
 class AdaKV(Allocation):
-    """The heads of a layer compete: its budget goes to the entries that contribute the most (AdaKV, 2407.11550).
+    """The heads of a layer share its budget, for the entries that contribute the most (AdaKV, 2407.11550).
 
     Args:
-        safeguard: fraction of the mean budget that every head gets, whatever its entries contribute.
+        safeguard: fraction of the mean budget that every head is guaranteed.
 
     Raises:
         ValueError: `safeguard` is not between 0 and 1.
@@ -177,14 +175,14 @@ class AdaKV(Allocation):
 
 @dataclass(frozen=True)
 class MarginalCapacity(Allocation):
-    """The heads of all layers compete for one budget of the whole model.
+    """The heads of all layers share the budget of the whole model.
 
-    One threshold on the deletion cost −½ log(1 − s), with s the leverage score of an entry, holds for the whole model.
-    A head gets as many entries as it has deletion costs above the threshold, and the threshold is such that the budget
-    is used up. Which entries of the head these are is decided by the policy's score.
+    The whole model has one threshold on the deletion cost −½ log(1 − s), where s is the leverage score of an entry. A
+    head keeps as many entries as it has deletion costs above the threshold. The threshold is chosen to use up the
+    budget. The scores of the policy decide which entries of a head are kept.
 
     Args:
-        safeguard: fraction of the mean budget that every head gets, whatever its deletion costs.
+        safeguard: fraction of the mean budget that every head is guaranteed.
 
     Raises:
         ValueError: `safeguard` is not between 0 and 1.
@@ -207,7 +205,7 @@ class MarginalCapacity(Allocation):
         return True
 
     def entries_per_head(self, request: BudgetRequest) -> Tensor:
-        """Return all valid entries: the global budget drops entries of this layer once later layers compete."""
+        """Return the number of valid entries. The global budget drops entries when it processes later layers."""
         return request.num_valid
 
     def __str__(self) -> str:
@@ -217,13 +215,12 @@ class MarginalCapacity(Allocation):
 def priorities(request: BudgetRequest, safeguard: float) -> Tensor:
     """Return the priorities with which the entries of each head compete for the budget, in descending order.
 
-    The priorities are the contributions. For leverage scores this is the order of the deletion costs, which increase
-    with them. The first priorities of each head are +inf: as many as its safeguard or, if these are more, as there are
-    protected entries.
+    The priorities are the contributions. Leverage scores have the same order as deletion costs. The first
+    max(safeguard · budget, min_entries) priorities of each head are +inf, because it is guaranteed that many entries.
 
     Args:
         request: budget request of the layer.
-        safeguard: fraction of the mean budget that every head gets.
+        safeguard: fraction of the mean budget that every head is guaranteed.
 
     Returns:
         [batch, num_key_value_heads, entries]; −inf where there is no entry.
@@ -240,10 +237,10 @@ def priorities(request: BudgetRequest, safeguard: float) -> Tensor:
 
 
 def check_fraction(name: str, value: float) -> None:
-    """Raise unless an argument is a fraction of the mean budget, from 0 to 1.
+    """Raise an error unless an argument is a fraction of the mean budget, from 0 to 1.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the argument is below 0 or above 1.
 
     """
     if not 0 <= value <= 1:

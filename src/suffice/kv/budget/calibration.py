@@ -20,7 +20,7 @@ from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.attention_stats import AttentionStats
 
 _DEFAULT_TOKENS = 700
-_MIN_TOKENS = 32  # a shorter text says too little about the heads
+_MIN_TOKENS = 32  # the profile of a shorter text is not reliable
 _MAX_INSTRUCTION_TOKENS = 32
 _MIN_CONTEXT_WINDOW = 2 * _MIN_TOKENS + _MAX_INSTRUCTION_TOKENS
 _INSTRUCTION = "\n\nRepeat the text above.\n\n"
@@ -39,16 +39,16 @@ def calibrate(
     """Measure how much of its cache each head of a model reads when it repeats a text.
 
     The model reads a text followed by the same text, in one forward pass. For each token of the first copy and each KV
-    head, take the largest attention that the token receives from any query of the second copy, over the heads of the
-    GQA group. The mean over the tokens is the head's number. KVzip (2505.23416) scores the tokens of each input by the
-    same attention; here it is measured once for a model.
+    head, take the largest attention that the token receives from any query of the second copy and any query head of
+    the GQA group. The number of the head is the mean over the tokens. KVzip (2505.23416) scores the tokens of each
+    input by the same attention; here it is measured once for a model.
 
     Args:
-        model: the model.
-        tokenizer: encodes the text. None uses random tokens instead of a text; their profile is similar.
-        text: the text, of which the first `tokens` tokens are used; None for the manual of Python.
-        tokens: length of the text in tokens; None for 700, or fewer if the model's context window is too short.
-        seed: of the random tokens.
+        model: the model to measure.
+        tokenizer: encodes the text. None uses random tokens instead of a text, which give a similar profile.
+        text: the text to repeat; its first `tokens` tokens are used. None uses the Python manual.
+        tokens: length of the text in tokens; None means 700, or fewer if the model's context window is too short.
+        seed: seed of the random tokens.
 
     Returns:
         The profile of the model's compressed layers.
@@ -76,7 +76,7 @@ def calibrate(
             network(ids, past_key_values=Cache(layers=list(layers)), use_cache=True, logits_to_keep=1)
     finally:
         model.train(training)
-        del hook  # the model gets its own attention function back
+        del hook  # restores the attention function of the model
     attention = [layers[index].attention for index in full_attention_layers(model)]
     if not all(math.isfinite(value) for layer in attention for value in layer):
         raise ValueError("model must have finite attention to measure a head profile, got NaN or infinite values")
@@ -89,8 +89,8 @@ def calibrate(
 def get_profile(model: PreTrainedModel) -> Profile:
     """Return the head profile of a model.
 
-    It is the one that was written to Suffice's cache folder, else the one that is shipped with the package. If there is
-    neither, the profile is measured on random tokens and written to the cache folder.
+    The profile is read from Suffice's cache folder or, if it is not there, from the package. If the package has none,
+    it is measured on random tokens and written to the cache folder.
 
     Raises:
         ValueError: the context window of the model is too short to measure a profile, or its attention is not finite.
@@ -114,7 +114,7 @@ def get_profile(model: PreTrainedModel) -> Profile:
         write_profile(measured)
     except OSError as error:
         _log.warning("cannot store the head profile of this model (%s); it will be measured again next time", error)
-    # Rounded as in the file, so that the first use gives the same budgets as later ones.
+    # Rounded as in the file, so that the first cache has the same budgets as later ones.
     return measured.rounded()
 
 
@@ -122,7 +122,7 @@ class _MeasuringLayer(DynamicLayer):
     """Cache layer that measures the attention of one call and stores no keys and values.
 
     Args:
-        num_first: number of entries to measure, the first ones.
+        num_first: number of first entries whose attention is measured.
 
     """
 
@@ -142,11 +142,11 @@ class _MeasuringLayer(DynamicLayer):
 
 
 def _largest_attention(stats: AttentionStats, num_first: int, block_size: int = 128) -> Tensor:
-    """Return the largest attention that each of the first entries receives from any of the last queries.
+    """Return the largest attention that each of the first `num_first` entries receives from the last queries.
 
     Args:
         stats: statistics of an attention call.
-        num_first: number of entries, and of queries.
+        num_first: number of first entries, and of last queries.
         block_size: number of queries whose attention is in memory at a time.
 
     Returns:
@@ -155,8 +155,8 @@ def _largest_attention(stats: AttentionStats, num_first: int, block_size: int = 
     """
     largest = torch.zeros(stats.batch_size, stats.num_key_value_heads, num_first, device=stats.device)
     for start in range(stats.num_queries - num_first, stats.num_queries, block_size):
-        rows = slice(start, min(start + block_size, stats.num_queries))
-        weights = stats.attention_weights(rows, stats.num_entries)
+        query_range = slice(start, min(start + block_size, stats.num_queries))
+        weights = stats.attention_weights(query_range, stats.num_entries)
         largest = torch.maximum(largest, weights[..., :num_first].amax((2, 3)))
     return largest
 
@@ -164,7 +164,7 @@ def _largest_attention(stats: AttentionStats, num_first: int, block_size: int = 
 def _text_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, text: str | None, tokens: int | None, seed: int
 ) -> tuple[Tensor, Tensor, str]:
-    """Return the text to repeat and the instruction between its copies, long [1, any], and what the text is."""
+    """Return the tokens of the text and of the instruction between its copies, long [1, any], and a description."""
     window = context_window(model)
     max_tokens = _DEFAULT_TOKENS if window is None else (window - _MAX_INSTRUCTION_TOKENS) // 2
     tokens = min(_DEFAULT_TOKENS, max_tokens) if tokens is None else tokens
@@ -200,7 +200,7 @@ def _python_manual() -> str:
 
 
 def _profile_of_first_process(found: Profile | None, model: PreTrainedModel, sharding: Sharding) -> Profile | None:
-    """Return the profile that the first process found; processes on other machines may have found another, or none."""
+    """Return the profile that the first process found. Other machines may have stored another profile, or none."""
     shape = (len(full_attention_layers(model)), sharding.num_key_value_heads)
     attention = torch.zeros(shape) if found is None else torch.tensor(found.attention, dtype=torch.float64)
     attention = sharding.broadcast(attention.to(model.device, torch.float64))

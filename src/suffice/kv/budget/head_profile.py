@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeadProfile(Allocation):
-    """Head h keeps B_h = clip(c · a_h^power, floor · B, n) entries, with c such that the mean over heads is exactly B.
+    """Head h keeps B_h = clip(c · a_h^power, floor · B, n) entries, where c makes the mean over heads exactly B.
 
-    Here a_h is the profile's number for the head, B the budget and n the number of tokens.
+    a_h is the number of the head in the profile, B the budget and n the number of tokens.
 
     Args:
-        profile: of the model. None for the one that a cache looks up, or measures if there is none.
-        power: how strongly the numbers of entries follow the profile; 0 is an equal budget for all heads.
-        floor: fraction of the mean budget that every head gets, at least the protected entries.
+        profile: profile of the model. None lets the cache find it, or measure it if there is none.
+        power: how strongly the numbers of entries follow the profile; 0 gives all heads the same budget.
+        floor: fraction of the mean budget that every head is guaranteed.
 
     Raises:
         ValueError: `power` is negative or infinite, or `floor` is not between 0 and 1.
@@ -48,7 +48,7 @@ class HeadProfile(Allocation):
         return True
 
     def bind(self, model: PreTrainedModel) -> HeadProfile:
-        """Return the allocation with the profile of a model; one without a profile gets the result of `get_profile`.
+        """Return the allocation for a model. If `profile` is None, it is set to the result of `get_profile`.
 
         Raises:
             ValueError: the profile belongs to another model.
@@ -70,7 +70,7 @@ class HeadProfile(Allocation):
         """Return the number of entries of each head of the layer, [batch, num_key_value_heads].
 
         Raises:
-            ValueError: there is no profile, or it has other numbers of layers and heads than the model.
+            ValueError: `profile` is None, or its numbers of layers and heads are not those of the model.
 
         """
         attention, context = self._attention(), request.context
@@ -95,12 +95,12 @@ class HeadProfile(Allocation):
 
         Args:
             budget: mean number of entries over all heads.
-            num_seen: number of tokens, which limits every head.
+            num_seen: number of tokens, the upper limit of every head.
             min_entries: smallest number of entries of a head, unless the budget is smaller.
             max_entries: largest number of entries of a head, unless the budget is larger; None for no limit.
 
         Raises:
-            ValueError: there is no profile.
+            ValueError: `profile` is None.
 
         """
         upper = num_seen if max_entries is None else min(num_seen, max(max_entries, budget))
@@ -120,25 +120,25 @@ class HeadProfile(Allocation):
 def _entries(
     attention: tuple[tuple[float, ...], ...], power: float, budget: int, lower: int, upper: int
 ) -> list[list[int]]:
-    """Compute `HeadProfile.entries` between the limits of a head; every layer asks for the same table."""
+    """Compute `HeadProfile.entries`. Cached, because all layers demand the same table."""
     table = np.array(attention)
-    need = table.ravel() ** power
-    lower, total = min(lower, budget), budget * need.size
+    demand = table.ravel() ** power
+    lower, total = min(lower, budget), budget * demand.size
     if budget >= upper:
         return [[upper] * table.shape[1]] * table.shape[0]
     # Bisection: the total increases with c, from lower · heads to upper · heads.
-    low, high = 0.0, upper / need.min()
+    low, high = 0.0, upper / demand.min()
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if np.clip(middle * need, lower, upper).sum() < total else (low, middle)
-    exact = np.clip(high * need, lower, upper)
+        low, high = (middle, high) if np.clip(middle * demand, lower, upper).sum() < total else (low, middle)
+    exact = np.clip(high * demand, lower, upper)
     entries = np.floor(exact).astype(int)
-    # Entries that are left after rounding down go to the largest remainders.
-    left = total - int(entries.sum())
-    while left > 0:
+    # Rounding down leaves entries over. The heads with the largest remainders get them.
+    num_left = total - int(entries.sum())
+    while num_left > 0:
         has_room = entries < upper
         remainder = np.where(has_room, exact - entries, -np.inf)
-        receivers = np.argsort(-remainder, kind="stable")[: min(left, int(has_room.sum()))]
+        receivers = np.argsort(-remainder, kind="stable")[: min(num_left, int(has_room.sum()))]
         entries[receivers] += 1
-        left -= len(receivers)
+        num_left -= len(receivers)
     return entries.reshape(table.shape).tolist()

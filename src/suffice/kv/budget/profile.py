@@ -19,8 +19,8 @@ class Profile:
         attention: for each compressed layer and KV head, a number between 0 and 1: the largest attention that a cached
             token receives from any query that repeats the text, averaged over the tokens. See
             `suffice.kv.budget.calibration.calibrate`.
-        model: identifies the model, `suffice.kv.hf.fingerprint.fingerprint`.
-        source: what the profile was measured on, for people to read.
+        model: fingerprint of the model, see `suffice.kv.hf.fingerprint.fingerprint`.
+        source: description of the text on which the profile was measured.
 
     Raises:
         ValueError: `attention` is not a table of positive finite numbers.
@@ -52,7 +52,7 @@ def write_profile(profile: Profile, path: Path | None = None) -> Path:
 
     Args:
         profile: the profile.
-        path: the file; None for the file in Suffice's cache folder where caches look the profile up.
+        path: the file; None means the file in Suffice's cache folder in which caches look for the profile.
 
     Returns:
         The path of the file.
@@ -84,10 +84,10 @@ def find_profile(model: str) -> Profile | None:
     """Find the profile of a model on this machine.
 
     Args:
-        model: identifies the model, `suffice.kv.hf.fingerprint.fingerprint`.
+        model: fingerprint of the model, see `suffice.kv.hf.fingerprint.fingerprint`.
 
     Returns:
-        The profile in Suffice's cache folder, else the one that is shipped with the package, else None.
+        The profile in Suffice's cache folder, or the one in the package; None if there is neither.
 
     """
     shipped = importlib.resources.files("suffice.kv.budget") / "profiles" / f"{model}.json"
@@ -103,9 +103,9 @@ def _stored_profile(model: str) -> Path:
 
 def _parse_profile(text: str, file: str) -> Profile:
     try:
-        facts = json.loads(text)
-        attention = tuple(tuple(float(value) for value in layer) for layer in facts["attention"])
-        return Profile(attention, str(facts["model"]), str(facts["source"]))
+        content = json.loads(text)
+        attention = tuple(tuple(float(value) for value in layer) for layer in content["attention"])
+        return Profile(attention, str(content["model"]), str(content["source"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file} must contain a head profile, got other content ({type(error).__name__}: {error}). Delete the "

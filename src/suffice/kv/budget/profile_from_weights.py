@@ -18,19 +18,19 @@ from suffice.kv.hf.tensor_parallel import Sharding
 
 _DEFAULT_CONTEXT_WINDOW = 8192  # for models whose configuration does not state it
 _EXPONENT = 8.5
-"""The profile is the share of slow pairs to this power. `HeadProfile` takes it to a power of 0.7, so that the numbers
-of entries follow about the sixth power of the share."""
+"""The profile is the share of slow pairs raised to this power. `HeadProfile` raises it to 0.7 again, so that the number
+of entries of a head is about proportional to the sixth power of the share."""
 
 
 def profile_from_weights(model: PreTrainedModel) -> Profile:
     """Estimate how much of its cache each head of a model reads.
 
     A rotary pair is slow if it makes less than one turn within the context window. It hardly distinguishes positions,
-    so a head whose queries and keys have their energy in slow pairs finds a matching entry at any distance.
+    so a head with most of the energy of its queries and keys in slow pairs finds a matching entry at any distance.
 
     The energy of pair j of a query head is |q_j| |k_j|, where |q_j| and |k_j| are the norms of the rows of the query
-    and key projections that produce the pair. The share of slow pairs in the total energy, the largest of a GQA group,
-    raised to a fixed power, stands for what `calibrate` measures. Dimensions that are not rotated count as slow.
+    and key projections that produce the pair. The share of slow pairs in the total energy, maximized over a GQA group
+    and raised to a fixed power, approximates what `calibrate` measures. Dimensions that are not rotated count as slow.
 
     Args:
         model: its attention modules must have the projections `q_proj` and `k_proj`, or `qkv_proj`.
@@ -44,7 +44,7 @@ def profile_from_weights(model: PreTrainedModel) -> Profile:
     decoder = model.get_decoder()
     modules = attention_modules(decoder)
     rotaries = rotary_embeddings(decoder, modules)
-    slow = 2 * math.pi / (context_window(model) or _DEFAULT_CONTEXT_WINDOW)  # radians per token
+    max_slow_frequency = 2 * math.pi / (context_window(model) or _DEFAULT_CONTEXT_WINDOW)  # radians per token
     attention: list[tuple[float, ...]] = []
     with torch.no_grad():
         for layer in full_attention_layers(model):
@@ -52,7 +52,7 @@ def profile_from_weights(model: PreTrainedModel) -> Profile:
             partners, frequencies = _rotary_pairs(modules[layer], rotaries[layer], keys.shape[-1])
             energy = _pair_norms(queries, partners) * _pair_norms(keys, partners)[:, None]
             # [num_key_value_heads, num_key_value_groups]
-            share = energy[..., frequencies < slow].sum(-1) / energy.sum(-1)
+            share = energy[..., frequencies < max_slow_frequency].sum(-1) / energy.sum(-1)
             smallest = torch.finfo(torch.float32).eps
             attention.append(tuple(share.amax(-1).clamp_min(smallest).pow(_EXPONENT).tolist()))
     return Profile(tuple(attention), fingerprint(model), "slow rotary pairs of the weights")
@@ -89,21 +89,21 @@ def _projection_norms(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _norm_scale(module: nn.Module, name: str, norms: Tensor) -> Tensor:
-    """Return the scale of each dimension of a head by a query or key norm, as Qwen 3 has them; ones without a norm."""
+    """Return the scale of a query or key norm (Qwen 3) for each dimension of a head; ones if there is no norm."""
     norm: Any = getattr(module, name, None)
     head_dim = norms.shape[-1]
     if norm is None or (weight := materialized_weight(norm, "weight")) is None or weight.shape != (head_dim,):
         return norms.new_ones(head_dim)
-    # The norm of ones is its scale, also for models that store the scale minus 1, such as Gemma.
+    # The norm maps ones to its scale, also if the model stores the scale minus 1 (Gemma).
     return norm(torch.ones(1, head_dim, dtype=weight.dtype, device=execution_device(norm)))[0].float().abs().cpu()
 
 
 def _rotary_pairs(module: nn.Module, rotary: RotaryEmbedding | None, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Return how the rotary embedding pairs and turns the dimensions of a head.
+    """Return how the rotary embedding pairs and rotates the dimensions of a head.
 
     Returns:
-        The partner of each dimension, which is itself if it is not rotated, long [head_dim], and the angle by which it
-        turns from one position to the next, in radians, [head_dim].
+        The partner of each dimension, long [head_dim]; a dimension that is not rotated is its own partner. And the
+        angle by which each dimension is rotated per position, in radians, [head_dim].
 
     """
     partners, frequencies = torch.arange(head_dim), torch.zeros(head_dim)
@@ -116,7 +116,7 @@ def _rotary_pairs(module: nn.Module, rotary: RotaryEmbedding | None, head_dim: i
 
 
 def _pair_norms(norms: Tensor, partners: Tensor) -> Tensor:
-    """Return the norm of the pair of each dimension, [..., head_dim]; both dimensions of a pair get the same.
+    """Return the norm of the pair of each dimension, [..., head_dim]. It is the same for both dimensions of a pair.
 
     A dimension without a partner counts twice, so that it has the weight of a pair.
     """

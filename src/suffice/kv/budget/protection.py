@@ -16,12 +16,12 @@ def num_allowed(budget: float, num_seen: int) -> int:
         num_seen: number of tokens seen.
 
     Returns:
-        Never more than the budget and `num_seen`; at least 1 for a fraction.
+        At most `budget` and `num_seen`; at least 1 for a fraction.
 
     """
     if isinstance(budget, int):
         return min(budget, num_seen)
-    # The tiny term corrects products that are rounded down: 0.29 * 100 is 28.999999999999996.
+    # 1e-9 corrects products that are rounded down: 0.29 * 100 is 28.999999999999996.
     return max(1, int(budget * num_seen + 1e-9))
 
 
@@ -30,9 +30,9 @@ class Protection:
     """Entries that are always kept: the first tokens (attention sinks) and the last ones (recent window).
 
     Args:
-        sinks: number of first tokens. None for 4, or half of a budget that is smaller than 8.
-        window: number of last tokens. None for 15 % of the budget, at least 4 and at most 32, but no more than the
-            budget leaves besides the sinks.
+        sinks: number of first tokens. None means 4, or half of the budget if it is below 8.
+        window: number of last tokens. None means 15 % of the budget, at least 4 and at most 32, but no more than the
+            budget without the sinks.
 
     Raises:
         TypeError: an argument is neither an int nor None.
@@ -54,7 +54,7 @@ class Protection:
 
     @property
     def min_budget(self) -> int:
-        """Smallest budget, in entries, that has room for the protected ones."""
+        """Smallest budget, in entries, into which the protected entries fit."""
         return max(1, self._num_sinks + (_MIN_WINDOW if self.window is None else self.window))
 
     @property
@@ -62,7 +62,7 @@ class Protection:
         return _DEFAULT_SINKS if self.sinks is None else self.sinks
 
     def check(self, budget: float) -> None:
-        """Raise unless the budget is a fraction in (0, 1], or a number of entries with room for the protected ones.
+        """Raise an error unless the budget is a fraction in (0, 1], or a number of entries of at least `min_budget`.
 
         Raises:
             TypeError: the budget is not a number.
@@ -82,11 +82,11 @@ class Protection:
             )
 
     def sizes(self, budget: int, published_window: int | None = None) -> tuple[int, int]:
-        """Return the numbers of sinks and of recent tokens that are protected within the budget of a row.
+        """Return the numbers of first tokens (sinks) and last tokens (window) that are protected in a row.
 
         Args:
             budget: number of entries that the row may keep.
-            published_window: the window that the policy's authors always keep. It replaces the default window.
+            published_window: number of last tokens that the published policy keeps. It replaces the default window.
 
         Raises:
             ValueError: the numbers given by the user do not fit into the budget.

@@ -33,7 +33,7 @@ class StorageConfig:
     quantization: Quantization | None = None
 
     def store_all(self, entries: Entries, *, padded: bool) -> Storage:
-        """Store all entries without copying them; `padded` if some slots may be empty."""
+        """Store all entries without copying them. `padded` means that some slots may be empty."""
         return UniformStorage.from_all(entries, padded=padded)
 
     def store_kept(self, entries: Entries, kept: Tensor, counts: Tensor | None) -> Storage:

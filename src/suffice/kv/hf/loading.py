@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer: the small default model, or any other."""
+"""Load a causal language model and its tokenizer, by default a small model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ModelSource:
 
     @classmethod
     def from_name(cls, model: str | ModelSource | None) -> ModelSource:
-        """Return the source of a model given by its name; a `ModelSource` is returned as it is."""
+        """Return the source of the model with this name; a `ModelSource` is returned unchanged."""
         return model if isinstance(model, ModelSource) else cls(model)
 
     def load(
@@ -74,7 +74,7 @@ def load_model(
         on_progress: called with one line before each slow step.
 
     Raises:
-        ValueError: an unknown dtype, attention implementation, device or model.
+        ValueError: the dtype, the attention implementation, the device or the model is not known.
         DefaultModelError: the default model could not be downloaded.
 
     Example:
@@ -92,7 +92,7 @@ def load_model(
         raise ValueError(f"device must be one that torch can use here, got {device!r}: {error}") from None
     source = str(default_model_folder(on_progress)) if model in (None, DEFAULT_MODEL) else str(model)
 
-    # Imported here: transformers takes seconds to import, and the checks above should fail fast.
+    # Imported here, because transformers takes seconds to import, and the checks above should fail fast.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     on_progress(f"loading {model or DEFAULT_MODEL}")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def materialized_weight(module: nn.Module, name: str) -> Tensor | None:
-    """Return a module's own weight on its execution device; load it if it is offloaded; None if there is none."""
+    """Return a weight of a module, loaded on its execution device if it is offloaded; None if it does not exist."""
     weight: Tensor | None = getattr(module, name, None)
     if weight is None or weight.device.type != "meta":
         return weight

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: a model's own embedding, evaluated at positions that we choose."""
+"""Rotary position embeddings: evaluate the embedding of a model at any positions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RotaryEmbedding:
 
     Args:
         embedding: the model's `rotary_emb` module.
-        layer_type: passed to the embedding where it rotates the layer types differently; else None.
+        layer_type: passed to the embedding if it depends on the type of the layer; None if it does not.
 
     Attributes:
         depends_on_length: whether the frequencies change with the largest position (dynamic NTK, LongRoPE).
@@ -40,7 +40,7 @@ class RotaryEmbedding:
         self._embedding, self._layer_type = embedding, layer_type
         rope_type = embedding.rope_type[layer_type] if layer_type else getattr(embedding, "rope_type", "default")
         self.depends_on_length = rope_type in ("dynamic", "longrope")
-        # By number of positions: the positions, and their cosines and sines.
+        # The last positions of each length, with their cosines and sines.
         self._last: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,10 +48,10 @@ class RotaryEmbedding:
         last = self._last.get(positions.shape[1])
         if last is not None and last[0].device == positions.device and torch.equal(last[0], positions):
             return last[1]
-        # Such an embedding updates its frequencies in place when it is called: call a copy.
+        # If the frequencies depend on the length, the embedding changes them in place when it is called: call a copy.
         embedding = copy.deepcopy(self._embedding) if self.depends_on_length else self._embedding
-        like = torch.empty(0, dtype=torch.float32, device=positions.device)
-        cos, sin = embedding(like, positions, self._layer_type) if self._layer_type else embedding(like, positions)
+        empty = torch.empty(0, dtype=torch.float32, device=positions.device)  # sets dtype and device of the result
+        cos, sin = embedding(empty, positions, self._layer_type) if self._layer_type else embedding(empty, positions)
         # The embedding may be on another device than the layer if the model is spread over several devices.
         result = (cos.to(positions.device), sin.to(positions.device))
         self._last[positions.shape[1]] = (positions, result)
@@ -71,17 +71,17 @@ def shift_positions(
     """Move rotated keys to later positions.
 
     Args:
-        keys: [batch, kv_heads, tokens, head_dim], after the rotary embedding.
-        shifts: number of positions by which each key moves, long [batch, kv_heads, tokens].
+        keys: [batch, num_key_value_heads, entries, head_dim], after the rotary embedding.
+        shifts: number of positions by which each key moves, long [batch, num_key_value_heads, entries].
         rotary: the model's rotary embedding.
-        rotate_half: how that embedding pairs the dimensions.
+        rotate_half: rotates each pair of dimensions by 90 degrees, in the way that the model pairs them.
 
     Returns:
         The keys in their own dtype; the rotation is computed in float32.
 
     """
     cos, sin = (x.float().unflatten(0, shifts.shape[:2]) for x in rotary(shifts.flatten(0, 1)))
-    # YaRN also scales the keys. They are scaled already, so only the rotation is applied.
+    # YaRN also scales the keys. They are already scaled, so only the rotation is applied.
     scale = (cos * cos + sin * sin).sqrt()
     rotated = keys[..., : cos.shape[-1]].float()
     rotated = rotated * (cos / scale) + rotate_half(rotated) * (sin / scale)

@@ -60,7 +60,7 @@ class Sharding:
         return cls(group, dist.get_rank(group), world_size, num_key_value_heads)
 
     def is_split(self, num_heads: int) -> bool:
-        """Return whether a layer with `num_heads` KV heads on this process is split. Some models' plans split none.
+        """Return whether a layer with `num_heads` KV heads on this process is split. Some plans do not split KV heads.
 
         Raises:
             ValueError: the layer has neither all KV heads nor this process's share of them.
@@ -146,7 +146,7 @@ def local_columns(weight: Tensor, num_columns: int) -> Tensor:
         ValueError: the weight has another number of columns.
 
     """
-    distributed: Any = weight  # a plain tensor has neither of the two methods
+    distributed: Any = weight  # only a distributed tensor has the methods `to_local` and `full_tensor`
     local: Tensor = distributed.to_local() if hasattr(distributed, "to_local") else weight
     if local.shape[1] != num_columns and hasattr(distributed, "full_tensor"):
         local = distributed.full_tensor()
@@ -160,15 +160,15 @@ def local_columns(weight: Tensor, num_columns: int) -> Tensor:
 
 
 def topk_masks(values: list[Tensor], counts: list[int], sharding: Sharding | None = None) -> list[Tensor]:
-    """Mark the largest values of each row, counted over all processes; −inf is never marked.
+    """Return masks of the largest values of each row over all processes. −inf is never marked.
 
-    Between processes this is a radix selection: three messages with counts of leading bits, 64 kB per row, whatever
-    the number of values.
+    Between processes this is a radix selection: three messages with counts of leading bits, 64 kB per row for any
+    number of values.
 
     Args:
-        values: this process's values, one float32 tensor [any] per row.
+        values: values of this process, one float32 tensor [any] for each row.
         counts: number of values to mark in each row, over all processes.
-        sharding: the processes; None for this process alone.
+        sharding: the processes; None if there is only this one.
 
     Returns:
         Bool tensors with the shapes of `values`.
@@ -199,7 +199,7 @@ def topk_masks(values: list[Tensor], counts: list[int], sharding: Sharding | Non
         prefix = (prefix << bits) | (num_bins - 1 - bin_from_top[:, 0])
     equal = [row == smallest for row, smallest in zip(keys, prefix, strict=True)]
     if not torch.equal(ties, remaining):
-        # Of equal values, those of the lowest rank and head are marked.
+        # If values are equal, those of the lowest ranks and heads are marked.
         num_equal = torch.stack([row.sum() for row in equal])
         remaining = remaining - sharding.all_gather(num_equal[None], 0)[: sharding.rank].sum(0)
     return [

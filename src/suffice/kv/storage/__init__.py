@@ -1,1 +1,1 @@
-"""Storage of kept keys and values: equal heads, unequal heads, quantised."""
+"""Storage of kept keys and values: for heads of equal length, of unequal length, or quantized."""

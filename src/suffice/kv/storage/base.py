@@ -1,4 +1,4 @@
-"""The interface of all storages of kept keys and values, and what storages share: spare slots and gathering."""
+"""The base class of all storages of kept keys and values, and functions that they share."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from suffice.kv.attention.call import AttentionCall
 from suffice.kv.backend.torch_backend import TorchBackend
 
 NEW_COLUMN_VALUES = {"attention_received": 0.0, "priority": float("nan")}
-"""Value of a newly appended entry in each column; a NaN priority stands for an entry that no eviction has seen."""
+"""Value of a newly appended entry in each column; a NaN priority marks an entry that has not been scored yet."""
 _COLUMN_PREFIX = "columns."
 
 
 @dataclass
 class Entries:
-    """Entries of all rows and heads, right-aligned: what policies score and storages are built from.
+    """Entries of all rows and heads, right-aligned. Policies score them, and storages are made from them.
 
     Args:
         keys: [batch, num_key_value_heads, width, head_dim].
@@ -29,7 +29,7 @@ class Entries:
             where there is no entry.
         rope_positions: positions by which the keys were rotated, [batch, num_key_value_heads, width]; None if they
             equal `positions`.
-        columns: further numbers of each entry by name, float32 [batch, num_key_value_heads, width].
+        columns: additional numbers of each entry by name, float32 [batch, num_key_value_heads, width].
 
     """
 
@@ -43,7 +43,7 @@ class Entries:
 class Storage(ABC):
     """Keys and values of the kept entries of one layer, and the attention over them.
 
-    Copies share tensors: entries of a storage are never overwritten while a copy exists, new ones go into spare slots.
+    Copies share tensors. While a copy exists, stored entries are never overwritten; new entries go into spare slots.
     """
 
     kind: ClassVar[str]
@@ -62,7 +62,7 @@ class Storage(ABC):
     @property
     @abstractmethod
     def columns(self) -> dict[str, Tensor]:
-        """Further numbers of each entry by name."""
+        """Additional numbers of each entry by name."""
 
     @property
     @abstractmethod
@@ -97,7 +97,7 @@ class Storage(ABC):
     @property
     @abstractmethod
     def nbytes_index(self) -> int:
-        """Bytes of everything else: positions, columns, spare slots."""
+        """Bytes of positions, columns and spare slots."""
 
     @property
     @abstractmethod
@@ -128,10 +128,10 @@ class Storage(ABC):
 
     @abstractmethod
     def end_attention(self) -> None:
-        """Free what was only needed to compute the attention of one call."""
+        """Free tensors that were needed only for the attention of one call."""
 
     def can_compact_in_place(self, kept: Tensor, counts: Tensor | None) -> bool:
-        """Whether `compact_in_place` can keep these entries.
+        """Return whether `compact_in_place` can keep these entries.
 
         Args:
             kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending.
@@ -149,7 +149,7 @@ class Storage(ABC):
             kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending.
 
         Raises:
-            NotImplementedError: `can_compact_in_place` is false.
+            NotImplementedError: `can_compact_in_place` returns False.
 
         """
         raise NotImplementedError(f"{type(self).__name__} does not compact in place")
@@ -164,11 +164,11 @@ class Storage(ABC):
 
     @abstractmethod
     def copy(self) -> Storage:
-        """Return a storage of the same entries; changes of one do not show in the other."""
+        """Return a storage of the same entries. Changes to one do not affect the other."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all tensors that are needed to build the storage again.
+        """Return all tensors that are needed to restore the storage.
 
         Raises:
             ValueError: this kind of storage cannot be saved.
@@ -178,7 +178,7 @@ class Storage(ABC):
     @classmethod
     @abstractmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Storage:
-        """Build a storage from what `state_dict` returned."""
+        """Build a storage from the result of `state_dict`."""
 
 
 def pack_columns(columns: Mapping[str, Tensor], rope_positions: Tensor | None) -> dict[str, Tensor]:
@@ -197,25 +197,25 @@ def all_finite(tensors: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([x.sum(dtype=torch.float32) for x in tensors]).sum().isfinite()
 
 
-# A buffer grows by a sixteenth of its size, so that one copy makes room for as many new tokens.
+# A full buffer is copied to one with 1/16 more slots, so that it is not copied again for each new token.
 _GROWTH = 16
 
 
 class SpareSlots:
-    """Free slots at the end of buffers that copies of a storage share until one of them writes there.
+    """Free slots at the end of a storage's buffers. Copies share them; the first one to write there claims them.
 
     Args:
         first_free: index of the first free slot.
-        end: one past the last slot.
+        end: index after the last slot.
 
     """
 
     def __init__(self, first_free: int = 0, end: int = 0) -> None:
         self.first_free, self.end = first_free, max(first_free, end)
-        self.is_shared = False  # by copies of the storage, whose entries must not move
+        self.is_shared = False  # True if copies of the storage use the buffers, whose entries must then not be moved
 
     def claim(self, start: int, count: int) -> bool:
-        """Claim slots for new entries; False if there are too few, or if a copy has already written there."""
+        """Claim slots for new entries. Return False if there are too few, or if a copy has already claimed them."""
         if start != self.first_free or start + count > self.end:
             return False
         self.first_free += count
@@ -223,12 +223,15 @@ class SpareSlots:
 
 
 def num_spare_slots(width: int, num_new: int) -> int:
-    """Return how many slots to leave free behind entries; none for a chunk, because an eviction follows it."""
+    """Return how many spare slots to add when new entries are appended: none after a chunk of several tokens."""
     return width // _GROWTH if num_new == 1 else 0
 
 
 def can_write_in_place(stored: Tensor, new: Tensor) -> bool:
-    """Whether new entries may be written into a tensor: not with gradients, nor into tensors of inference mode."""
+    """Return whether new entries may be written into a stored tensor.
+
+    They may not if autograd records them, or if an inference tensor is used outside of inference mode.
+    """
     if torch.is_grad_enabled() and (stored.requires_grad or new.requires_grad):
         return False
     return torch.is_inference_mode_enabled() or not stored.is_inference()
@@ -238,11 +241,11 @@ def gather_vectors(x: Tensor, index: Tensor) -> Tensor:
     """Gather whole vectors into a new tensor.
 
     Args:
-        x: [batch, heads, tokens, dim].
-        index: long [batch, heads, width], indices of tokens.
+        x: [batch, num_key_value_heads, entries, dim].
+        index: indices of entries, long [batch, num_key_value_heads, width].
 
     Returns:
-        [batch, heads, width, dim].
+        [batch, num_key_value_heads, width, dim].
 
     """
     return index_vectors(x, flat_index(x, index).flatten()).unflatten(0, index.shape)
@@ -252,24 +255,24 @@ def flat_index(x: Tensor, index: Tensor) -> Tensor:
     """Return the flat index of each indexed vector among all vectors of x, in memory order.
 
     Args:
-        x: [batch, heads, tokens, dim].
-        index: long [batch, heads, width], indices of tokens.
+        x: [batch, num_key_value_heads, entries, dim].
+        index: indices of entries, long [batch, num_key_value_heads, width].
 
     """
-    batch, heads, tokens, _ = x.shape
+    batch, heads, num_entries, _ = x.shape
     first = torch.arange(batch * heads, device=x.device).view(batch, heads, 1)
-    if _is_tokens_first(x):
+    if _has_entries_before_heads(x):
         row, head = first // heads, first % heads
-        return index * heads + (row * tokens * heads + head)
-    return index + first * tokens
+        return index * heads + (row * num_entries * heads + head)
+    return index + first * num_entries
 
 
 def index_vectors(x: Tensor, flat: Tensor) -> Tensor:
     """Copy vectors of x by their flat index, [m, dim]; several times faster than `gather`.
 
-    Most models store values with tokens before heads; they are indexed in that order, without a copy.
+    Most models store values as [batch, entries, heads, dim] in memory. They are indexed in that order, without a copy.
     """
-    return (x.transpose(1, 2) if _is_tokens_first(x) else x).flatten(0, 2).index_select(0, flat)
+    return (x.transpose(1, 2) if _has_entries_before_heads(x) else x).flatten(0, 2).index_select(0, flat)
 
 
 def gather_index_columns(entries: Entries, index: Tensor, empty: Tensor | None = None) -> dict[str, Tensor]:
@@ -278,7 +281,7 @@ def gather_index_columns(entries: Entries, index: Tensor, empty: Tensor | None =
     Args:
         entries: all entries.
         index: long [batch, num_key_value_heads, width].
-        empty: bool, shaped like `index`, where the result holds no entry; None for nowhere.
+        empty: bool, shaped like `index`, True for empty slots; None if there are none.
 
     Returns:
         Tensors [batch, num_key_value_heads, width] by name; positions are int32, −1 for no entry.
@@ -296,5 +299,5 @@ def gather_index_columns(entries: Entries, index: Tensor, empty: Tensor | None =
     return gathered
 
 
-def _is_tokens_first(x: Tensor) -> bool:
+def _has_entries_before_heads(x: Tensor) -> bool:
     return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()

@@ -1,4 +1,4 @@
-"""Storage in the quantised cache layers of transformers, for heads of equal length."""
+"""Storage for heads of equal length in the quantized cache layers of transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing_extensions import Self
 from suffice.kv.storage.base import Entries, Storage
 from suffice.kv.storage.uniform import AlignedStorage
 
-# Class name in transformers, and the package that it needs.
+# By backend: the class in transformers, and the package that it requires.
 _BACKENDS = {
     "quanto": ("QuantoQuantizedLayer", "optimum-quanto"),
     "hqq": ("HQQQuantizedLayer", "hqq"),
@@ -25,19 +25,19 @@ _BACKENDS = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """How kept entries are quantised.
+    """How kept entries are quantized.
 
     Args:
-        backend: `"quanto"` and `"hqq"` store integers of few bits with a scale and a shift for each group of
+        backend: `"quanto"` and `"hqq"` store low-bit integers with a scale and a shift for each group of
             dimensions of an entry; `"fp8"` stores 8-bit floating-point numbers with one scale for a layer.
-        bits: bits of a number, as the backend allows; always 8 for `"fp8"`.
-        group_size: number of dimensions that share a scale. None takes the largest power of two that divides the head
+        bits: number of bits of an integer, as far as the backend supports it; not used by `"fp8"`.
+        group_size: number of dimensions that share a scale. None means the largest power of two that divides the head
             dimension, at most 64.
-        residual_length: number of new tokens that stay in full precision before they are quantised too; not used by
+        residual_length: number of new tokens that stay in full precision before they are quantized too; not used by
             `"fp8"`.
 
     Raises:
-        ValueError: unknown backend, or a residual length below 1.
+        ValueError: `backend` is unknown, or `residual_length` is below 1.
 
     """
 
@@ -54,17 +54,17 @@ class Quantization:
             raise ValueError(f"residual_length must be at least 1, got {self.residual_length}")
 
     def check(self) -> None:
-        """Raise unless the backend is installed and accepts these numbers.
+        """Raise an error unless the backend is installed and accepts the arguments.
 
         Raises:
             ImportError: the backend needs a package that is not installed.
-            ValueError: the backend does not accept the numbers.
+            ValueError: the backend does not accept the arguments.
 
         """
         self.make_layer(64)
 
     def make_layer(self, head_dim: int) -> Any:
-        """Return a new, empty quantised layer of transformers for heads of this dimension."""
+        """Return a new, empty quantized layer of transformers for heads of this dimension."""
         name, package = _BACKENDS[self.backend]
         layer_type = getattr(cache_utils, name, None)
         missing = f"quantized={self.backend!r} needs {package}. Install it, or choose another backend"
@@ -80,14 +80,14 @@ class Quantization:
 
 
 class QuantizedStorage(AlignedStorage):
-    """Quantised keys and values of heads of equal length; positions and columns are not quantised.
+    """Quantized keys and values of heads of equal length; positions and columns are not quantized.
 
     All entries exist in full precision only between `append` and `end_attention`, while the attention of one layer
     reads them.
 
     Args:
-        entries: what to store; positions are int32 and have the shape of the entries.
-        quantization: how to quantise.
+        entries: the entries to store. All positions are int32 [batch, num_key_value_heads, width].
+        quantization: how to quantize.
         is_full: whether no row has empty slots; None if it is not known.
 
     """
@@ -119,22 +119,22 @@ class QuantizedStorage(AlignedStorage):
 
     @property
     def keys(self) -> Tensor:
-        """Keys [batch, num_key_value_heads, width, head_dim], dequantised."""
+        """Keys [batch, num_key_value_heads, width, head_dim], dequantized."""
         return self._dequantize()[0]
 
     @property
     def values(self) -> Tensor:
-        """Values [batch, num_key_value_heads, width, value_dim], dequantised."""
+        """Values [batch, num_key_value_heads, width, value_dim], dequantized."""
         return self._dequantize()[1]
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
-        """All tensors in which transformers' layer holds keys and values, including scales and shifts."""
+        """All tensors in which the layer of transformers stores keys and values, including scales and shifts."""
         return tuple(_plain_tensors(vars(self._layer)))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the quantised keys and values, including scales and shifts."""
+        """Bytes of the quantized keys and values, including scales and shifts."""
         return sum(x.nbytes for x in self.buffers)
 
     @property
@@ -144,20 +144,20 @@ class QuantizedStorage(AlignedStorage):
 
     @property
     def bytes_per_entry(self) -> int:
-        """Bytes of one key and value before quantisation."""
+        """Bytes of one key and value before quantization."""
         return self._bytes_per_entry
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, *, padded: bool = False) -> None:
         """Add the entries of new tokens; see `Storage.append`."""
         if self.quantization.backend == "fp8":
-            # The scale is that of the first entries; larger numbers would become NaN.
+            # The scale was computed from the first entries. Numbers that are too large for it would become NaN.
             pairs = zip((keys, values), self._largest, strict=True)
             keys, values = (x.clamp(-largest, largest) for x, largest in pairs)
         self._dequantized = self._layer.update(keys, values)
         self._append_parts({}, positions, padded)
 
     def end_attention(self) -> None:
-        """Free the dequantised entries."""
+        """Free the dequantized entries."""
         self._dequantized = None
 
     def select_rows(self, index: Tensor) -> None:
@@ -174,36 +174,36 @@ class QuantizedStorage(AlignedStorage):
         self._quantize(keys, values)
 
     def copy(self) -> Self:
-        """Return a storage that shares the tensors, which neither of them writes to."""
+        """Return a storage that shares the tensors. Neither storage writes to them."""
         other = super().copy()
         other._layer = copy.copy(self._layer)
         return other
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Raise: quantised entries are not saved.
+        """Raise: quantized entries are not saved.
 
         Raises:
             ValueError: always.
 
         """
-        raise ValueError("quantized must be None for a cache that is saved, got a quantised cache")
+        raise ValueError("quantized must be None for a cache that is saved, got a quantized cache")
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Storage:
-        """Raise: quantised entries are not saved."""
-        raise ValueError("quantised entries are not saved")
+        """Raise: quantized entries are not saved."""
+        raise ValueError(f"storage of a saved cache must not be quantized, got {cls.kind!r}")
 
 
-def _plain_tensors(held: object) -> list[Tensor]:
-    """Return the plain tensors in nested containers and tensor subclasses."""
-    if isinstance(held, dict):
-        return [x for part in cast(dict[Any, Any], held).values() for x in _plain_tensors(part)]
-    if isinstance(held, (tuple, list)):
-        return [x for part in cast(list[Any], held) for x in _plain_tensors(part)]
-    if not isinstance(held, Tensor):
+def _plain_tensors(value: object) -> list[Tensor]:
+    """Return all plain tensors in a nested container or in a tensor subclass."""
+    if isinstance(value, dict):
+        return [x for part in cast(dict[Any, Any], value).values() for x in _plain_tensors(part)]
+    if isinstance(value, (tuple, list)):
+        return [x for part in cast(list[Any], value) for x in _plain_tensors(part)]
+    if not isinstance(value, Tensor):
         return []
-    if hasattr(held, "__tensor_flatten__") and type(held) is not torch.nn.Parameter:
-        subclass: Any = held
+    if hasattr(value, "__tensor_flatten__") and type(value) is not torch.nn.Parameter:
+        subclass: Any = value
         names: list[str] = subclass.__tensor_flatten__()[0]
-        return [x for name in names for x in _plain_tensors(getattr(held, name))]
-    return [held]
+        return [x for name in names for x in _plain_tensors(getattr(value, name))]
+    return [value]

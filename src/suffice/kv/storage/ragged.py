@@ -27,7 +27,7 @@ from suffice.kv.storage.base import (
     unpack_columns,
 )
 
-# Arguments of the attention function that attention over heads of unequal length does not support.
+# Arguments of the attention function that are not supported for heads of unequal length.
 _UNSUPPORTED_OPTIONS = ("softcap", "s_aux")
 
 
@@ -41,7 +41,7 @@ class PackedEntries:
         positions: index of each entry within the text of its row, int32 [packed].
         lengths: number of packed entries of each row and head.
         rope_positions: positions by which the keys were rotated, int32 [packed]; None if they equal `positions`.
-        columns: further numbers of each entry by name, float32 [packed].
+        columns: additional numbers of each entry by name, float32 [packed].
 
     """
 
@@ -53,7 +53,7 @@ class PackedEntries:
     columns: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def map(self, function: Callable[[Tensor], Tensor], lengths: list[list[int]]) -> PackedEntries:
-        """Apply a function to every tensor; `lengths` are those of the result."""
+        """Apply a function to every tensor. `lengths` are the lengths of the result."""
         rope_positions = self.rope_positions
         return PackedEntries(
             function(self.keys),
@@ -89,7 +89,7 @@ class RaggedStorage(Storage):
 
     Args:
         packed: the packed entries.
-        tail: entries of new tokens; None for none.
+        tail: entries of new tokens; None if there are none.
 
     """
 
@@ -99,12 +99,12 @@ class RaggedStorage(Storage):
         self._replace_entries(packed, tail)
 
     def _replace_entries(self, packed: PackedEntries, tail: Tail | None) -> None:
-        """Hold these entries in place of the earlier ones."""
+        """Replace all stored entries."""
         self.lengths = packed.lengths  # number of packed entries of each row and head
         self.packed_positions, self.packed_rope_positions = packed.positions, packed.rope_positions
         self.tail_positions = packed.positions.new_empty((len(packed.lengths), 0))
         self.tail_is_full = True  # no token of the tail is padding
-        self.decode_plan: Any = None  # of a kernel, for the current lengths
+        self.decode_plan: Any = None  # plan of the decoding kernel for the current lengths
         self._columns = packed.columns
         self._keys, self._values = packed.keys, packed.values
         self._spare = SpareSlots()
@@ -114,7 +114,7 @@ class RaggedStorage(Storage):
 
     @classmethod
     def gather(cls, entries: Entries, kept: Tensor, counts: Tensor | None = None) -> RaggedStorage:
-        """Copy the kept entries, so that all entries can be freed.
+        """Copy the kept entries, so that the memory of all entries can be freed.
 
         Args:
             entries: all entries.
@@ -151,12 +151,12 @@ class RaggedStorage(Storage):
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, [slots, dim] each, with the spare slots behind each head."""
+        """Keys and values, [slots, dim] each, with spare slots after the entries of each head."""
         return self._keys, self._values
 
     @property
     def columns(self) -> dict[str, Tensor]:
-        """Further numbers of the packed entries by name, float32 [packed]."""
+        """Additional numbers of the packed entries by name, float32 [packed]."""
         return self._columns
 
     @property
@@ -180,7 +180,7 @@ class RaggedStorage(Storage):
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """First slot of each head in `buffers`, row by row, and its number of entries."""
+        """For each row and head, the index of its first slot in `buffers` and its number of entries."""
         spans, start = [], 0
         for length in itertools.chain(*self.lengths):
             spans.append((start, length + self.tail_length))
@@ -223,7 +223,7 @@ class RaggedStorage(Storage):
 
     @property
     def entries(self) -> Entries:
-        """All entries, right-aligned; only this view is padded."""
+        """All entries, right-aligned in padded copies."""
         align, packed, tail = self._aligner(), self.packed, self.tail
         tail_positions = self._tail_positions_by_head()
         rope_positions = packed.rope_positions
@@ -242,7 +242,7 @@ class RaggedStorage(Storage):
         return self.tail_positions[:, None].expand(-1, len(self.lengths[0]), -1)
 
     def _aligner(self) -> Callable[[Tensor, Tensor, float], Tensor]:
-        """Return a function that right-aligns packed entries [packed, …] before a tail [batch, heads, new, …]."""
+        """Return a function that right-aligns packed entries and appends a tail."""
         counts = torch.tensor(self.lengths)
         width = int(counts.max())
         slots = _last_slots(counts.flatten(), width, self.tail_positions.device)
@@ -281,7 +281,7 @@ class RaggedStorage(Storage):
         return (self._first_free[:, None] + torch.arange(start, start + new, device=self._keys.device)).flatten()
 
     def _with_new(self, x: Tensor, new: Tensor, spare: int) -> Tensor:
-        """Copy a buffer with new entries [batch, heads, new, …] behind those of each head, and spare slots behind."""
+        """Copy a buffer, with new entries [batch, num_key_value_heads, new, …] and spare slots added to each head."""
         empty = x.new_zeros(spare, x.shape[-1])
         heads = zip(self.spans, new.flatten(0, 1), strict=True)
         return torch.cat([part for (start, n), added in heads for part in (x[start : start + n], added, empty)])
@@ -307,15 +307,15 @@ class RaggedStorage(Storage):
         return backend.ragged_attention(call.query, self, mask, scaling), None
 
     def end_attention(self) -> None:
-        """Do nothing: attention reads the stored entries themselves."""
+        """Do nothing: the attention needs no temporary tensors."""
 
     def row_slice(self, row: int) -> slice:
-        """Return where the packed entries of a row are in the columns."""
+        """Return the range of the packed entries of a row."""
         first = sum(sum(heads) for heads in self.lengths[:row])
         return slice(first, first + sum(self.lengths[row]))
 
     def keep_packed(self, mask: Tensor) -> None:
-        """Drop packed entries; bool [packed], True for those that stay."""
+        """Keep the packed entries where `mask` is True, bool [packed], and drop the others."""
         sizes = list(itertools.chain(*self.lengths))
         counts = [int(part.sum()) for part in mask.split(sizes)]
         heads = len(self.lengths[0])
@@ -334,7 +334,7 @@ class RaggedStorage(Storage):
         )
 
     def drop_last(self, count: int) -> None:
-        """Remove the newest entries, which must be in the tail or packed in every head."""
+        """Remove the newest entries. Every head must still have them."""
         entries = self.entries
         slots = torch.arange(entries.keys.shape[2], device=entries.keys.device)
         kept = (entries.positions >= 0) & (slots < len(slots) - count)
@@ -371,7 +371,7 @@ class RaggedStorage(Storage):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> RaggedStorage:
-        """Build a storage from what `state_dict` returned."""
+        """Build a storage from the result of `state_dict`."""
         packed = PackedEntries(
             state["keys"],
             state["values"],
@@ -389,7 +389,7 @@ def _last_slots(counts: Tensor, width: int, device: torch.device) -> Tensor:
     Args:
         counts: long [rows], on the CPU.
         width: number of slots of every row.
-        device: of the result; it is not waited for.
+        device: device of the result. There is no synchronization with it.
 
     """
     total = int(counts.sum())

@@ -31,10 +31,10 @@ _POSITIONS = ("positions", "rope_positions")
 
 
 class AlignedStorage(Storage):
-    """Base class of storages whose heads all have the same length, right-aligned in each row.
+    """Base class of storages whose heads all have the same length. Entries are right-aligned in each row.
 
-    A row that keeps fewer entries than the longest one starts with empty slots. The index of the entries (positions and
-    columns) is kept here; a subclass keeps keys and values.
+    A row that keeps fewer entries than the longest one starts with empty slots. This class holds the
+    index of the entries (positions and columns); a subclass holds keys and values.
 
     Args:
         index: tensors [batch, num_key_value_heads, width, ...] by name; int32 `positions` are required.
@@ -64,7 +64,7 @@ class AlignedStorage(Storage):
 
     @property
     def columns(self) -> dict[str, Tensor]:
-        """Further numbers of each entry by name, float32 [batch, num_key_value_heads, width]."""
+        """Additional numbers of each entry by name, float32 [batch, num_key_value_heads, width]."""
         return {name: self._stored(name) for name in self._parts if name in NEW_COLUMN_VALUES}
 
     @property
@@ -90,7 +90,7 @@ class AlignedStorage(Storage):
 
     @property
     def is_full(self) -> bool:
-        """Whether no row has empty slots; remembered, because reading it makes the program wait for a GPU."""
+        """Whether no row has empty slots. The result is stored, because reading it synchronizes with the GPU."""
         if self._is_full is None:
             self._is_full = bool(self.valid.all())
         return self._is_full
@@ -116,7 +116,7 @@ class AlignedStorage(Storage):
         return torch.cat((earlier, mask), dim=-1)
 
     def _append_parts(self, new_parts: dict[str, Tensor], positions: Tensor, padded: bool) -> None:
-        """Append new tokens: their keys and values, if these are among the parts, and positions [batch, new]."""
+        """Append new tokens: their positions [batch, new], and their keys and values if this class stores them."""
         new = positions.shape[1]
         if padded:
             self._is_full = False
@@ -130,7 +130,7 @@ class AlignedStorage(Storage):
                 part[:, :, self.width : self.width + new] = added[name]
         else:
             spare = num_spare_slots(self.width, new)
-            # One part after the other, so that only one of them exists twice at a time.
+            # One part after the other, so that at most one part exists twice at a time.
             for name in self._parts:
                 old = self._stored(name)
                 empty = old.new_zeros(*old.shape[:2], spare, *old.shape[3:])
@@ -165,7 +165,7 @@ class UniformStorage(AlignedStorage):
     Empty slots of short rows hold zeros.
 
     Args:
-        entries: int32 positions; positions, rotary positions and columns have the shape of the entries.
+        entries: the entries to store. All positions are int32 [batch, num_key_value_heads, width].
         is_full: whether no row has empty slots; None if it is not known.
 
     """
@@ -180,13 +180,13 @@ class UniformStorage(AlignedStorage):
 
     @classmethod
     def from_all(cls, entries: Entries, *, padded: bool = True) -> UniformStorage:
-        """Store all entries without copying them; `padded` if some slots may be empty."""
+        """Store all entries without copying them. `padded` means that some slots may be empty."""
         positions = entries.positions.clamp_min(-1).to(torch.int32).expand(entries.keys.shape[:3])
         return cls(replace(entries, positions=positions), is_full=None if padded else True)
 
     @classmethod
     def gather(cls, entries: Entries, kept: Tensor, counts: Tensor | None = None) -> UniformStorage:
-        """Copy the kept entries, so that all entries can be freed.
+        """Copy the kept entries, so that the memory of all entries can be freed.
 
         Args:
             entries: all entries.
@@ -241,7 +241,7 @@ class UniformStorage(AlignedStorage):
         self._append_parts({"keys": keys, "values": values}, positions, padded)
 
     def can_compact_in_place(self, kept: Tensor, counts: Tensor | None) -> bool:
-        """Whether all rows and heads keep the same number, no copy shares the buffers, and a kernel can do it."""
+        """Return whether all heads keep the same number, no copy uses the buffers, and the kernel supports them."""
         keys, values = self._parts["keys"], self._parts["values"]
         same_counts = counts is not None and int(counts.min()) == kept.shape[2]
         if self._spare.is_shared or not same_counts:
@@ -249,7 +249,7 @@ class UniformStorage(AlignedStorage):
         return usable(keys, values) and can_write_in_place(keys, values)
 
     def end_attention(self) -> None:
-        """Do nothing: attention reads the stored entries themselves."""
+        """Do nothing: the attention needs no temporary tensors."""
 
     def compact_in_place(self, entries: Entries, kept: Tensor) -> None:
         """Move the kept entries to the front of the buffers; see `Storage.compact_in_place`."""
@@ -270,6 +270,6 @@ class UniformStorage(AlignedStorage):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> UniformStorage:
-        """Build a storage from what `state_dict` returned."""
+        """Build a storage from the result of `state_dict`."""
         columns = unpack_columns(state)
         return cls(Entries(state["keys"], state["values"], state["positions"], state.get("rope_positions"), columns))
