@@ -123,12 +123,12 @@ def _sha256(path: Path) -> str:
 def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # The GGUF de-quantiser has a progress bar that no setting turns off.
+    # The GGUF dequantizer has a progress bar that no setting turns off.
     with no_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
         names: dict[str, Any] = {"gguf_file": gguf.name}
         tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **names)
         loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **names)
-        # A model loaded from GGUF counts as quantised and cannot be saved: copy the weights to a plain model.
+        # A model loaded from GGUF counts as quantized and cannot be saved: copy the weights to a plain model.
         config = loaded.config.to_dict()
         config.pop("quantization_config", None)
         plain = type(loaded)(type(loaded.config).from_dict(config))

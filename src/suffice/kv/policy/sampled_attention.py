@@ -14,7 +14,7 @@ _QUERIES_PER_BLOCK = 4
 def sampled_attention(stats: AttentionStats, count: int, min_distance: int) -> Tensor:
     """Return the mean attention from evenly spaced queries to entries at least `min_distance` tokens before them.
 
-    The attention of a query is normalised over those entries. Queries without such an entry are left out of the mean.
+    The attention of a query is normalized over those entries. Queries without such an entry are left out of the mean.
 
     Args:
         stats: statistics of the attention call.
