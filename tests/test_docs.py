@@ -1,8 +1,8 @@
 """The documentation: its code runs, its commands, links and error messages exist, and each page is of one kind.
 
 All Python blocks of a page run in one namespace, from top to bottom. A comment before a block says that it does not run
-(`<!-- not run: why -->`), or that it needs the default model (`<!-- heavy: why -->`). The blocks of results/link.md run
-in tests/link/test_docs.py, which defines the names that they use.
+(`<!-- not run: why -->`), or that it needs the default model (`<!-- heavy: why -->`). tests/link/test_docs.py runs the
+pages of link prediction.
 """
 
 import ast
@@ -27,12 +27,20 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 TEXTS = {path: path.read_text(encoding="utf-8") for path in [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]}
-RUN_ELSEWHERE = {"results/link.md"}
+LINK_PAGES = (
+    "tutorials/audit-your-first-link-predictor.md",
+    "how-to/audit-your-pyg-model.md",
+    "how-to/correct-composition-bias.md",
+    "how-to/train-a-link-predictor.md",
+    "how-to/write-a-link-model.md",
+    "how-to/coming-from-a-pyg-training-loop.md",
+    "explanation/theory-link.md",
+    "explanation/models-of-neighborhoods.md",
+)
 OTHER_GENERATED = {"reference/policies.md", "reference/models.md", "reference/cli.md", "how-to/contribute.md"}
 KINDS = ("tutorials", "how-to", "explanation", "results")
 MAX_LINES = 300  # of a page that is not a result
 MAX_TABLE_ROWS = 20  # outside of results; longer tables are evidence
-MIXED_PAGES = {"link.md", "link-models.md"}  # results and instructions of link prediction, still on one page
 
 _BLOCK = re.compile(r"(?:<!-- (not run|heavy): [^>]+ -->\n)?```python\n(.*?)```", flags=re.DOTALL)
 _SHELL = re.compile(r"```sh\n(.*?)```", flags=re.DOTALL)
@@ -53,7 +61,7 @@ def without_code(text):
 def pages_with_code():
     for page in PAGES:
         blocks = _BLOCK.findall(TEXTS[page])
-        if not blocks or name_of(page) in RUN_ELSEWHERE:
+        if not blocks or name_of(page) in LINK_PAGES:
             continue
         needs_model = any(mark == "heavy" for mark, _ in blocks)
         yield pytest.param(name_of(page), blocks, id=name_of(page), marks=[pytest.mark.model] if needs_model else [])
@@ -226,7 +234,7 @@ def test_links_exist(page):
             assert anchor in anchors(TEXTS[file]), link
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in MIXED_PAGES], ids=name_of)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_page_is_of_one_kind(page):
     text = TEXTS[page]
     assert len(re.findall(r"^# ", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)) == 1
