@@ -1,4 +1,4 @@
-"""The software and the machine that numbers were made with."""
+"""The software and the machine with which results were computed."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def test_an_edge_list_may_hold_both_directions_of_every_edge(tmp_path):
         ([[0, 1]], [0, 1], "labels must have 3 rows, one for each node, got 2"),
         ([[0, 1]], [0.0, np.nan, 1.0], "labels must hold a class for each node, got none for 1 nodes, the first is 1"),
         ([[0, 1]], ["a", "", "b"], "labels must hold a class for each node, got none for 1 nodes"),
-        ([[0, 1.5]], [0, 1, 0], "edges must hold node ids that are integers"),
+        ([[0, 1.5]], [0, 1, 0], "edges must hold integer node ids from 0 to 2, got fractions"),
         ([[0, 1, 2]], [0, 1, 0], r"edges must have shape \[edges, 2\], got \(1, 3\)"),
     ],
 )
@@ -170,15 +170,18 @@ def test_parquet_files_need_pandas_and_pyarrow(tmp_path, monkeypatch):
     ("make", "message"),
     [
         (lambda: load_graph("Kora"), "name must be one of block-model, .*, or the path of an NPZ file, got 'Kora'"),
-        (lambda: SplitConfig(validation=0), "validation and test must be above 0 and below 1 together, got 0 and 0.1"),
+        (lambda: SplitConfig(validation=0), "validation and test must be above 0 with a sum below 1, got 0 and 0.1"),
         (lambda: SplitConfig(negatives=0), "negatives must be above 0, got 0"),
         (lambda: block_model(edge_signal=2), "edge_signal must be from 0 to 1, got 2"),
         (lambda: block_model(feature_signal=-1), "feature_signal must be at least 0, got -1"),
         (lambda: block_model(5, 3), "classes must be at least 2 with at least 2 nodes each, got 3 with 5 nodes"),
-        (lambda: block_model(degree=1e6), "degree must be above 0 and possible in classes of 400 nodes, got 1000000"),
+        (
+            lambda: block_model(degree=1e6),
+            "degree must be above 0 and small enough for classes of 400 nodes, got 1000000",
+        ),
         (lambda: digits(0), "neighbors must be from 1 to 1796, got 0"),
         (lambda: read_graph("x.txt"), "x.txt must be a file with one of the suffixes .csv, .parquet, .npz, got '.txt'"),
-        (lambda: read_graph("x.csv"), "x.csv must be an existing file"),
+        (lambda: read_graph("x.csv"), "file must exist, got 'x.csv'"),
         (
             lambda: Graph("g", torch.ones(3, 1), torch.tensor([[0], [1]])).classes,
             "y must be the class of each node of g, got None",
@@ -200,7 +203,9 @@ def test_wrong_arguments_are_refused(make, message):
 
 def test_an_empty_part_and_too_few_negatives_are_refused():
     tiny = Graph("g", torch.ones(4, 1), torch.tensor([[0, 1, 2], [1, 2, 3]]))
-    with pytest.raises(ValueError, match=r"validation must be a fraction of at least one of the 3 edges, got 0\.05"):
+    with pytest.raises(
+        ValueError, match=r"validation must be a fraction that contains at least one of the 3 edges, got 0\.05"
+    ):
         split_edges(tiny, SplitConfig(), 0)
     with pytest.raises(ValueError, match=r"count must be at most 3, .*, got 18"):
         split_edges(tiny, SplitConfig(0.34, 0.34, negatives=9), 0)

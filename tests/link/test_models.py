@@ -334,7 +334,7 @@ def test_a_model_is_built_alike_by_name_and_by_settings(name):
         (lambda: build_model("mcn", 4), "model must be one of buddy, .*, got 'mcn'. Did you mean 'ncn'?"),
         (
             lambda: ModelSettings.from_dict({"hidden": 4}),
-            r"name must be given with the options of a model, got \['hidden",
+            r"settings of a model must contain its name, got only \['hidden",
         ),
         (
             lambda: build_model("ncn", 4, hiden=8),

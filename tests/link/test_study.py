@@ -76,7 +76,7 @@ def test_the_page_of_a_study_shows_differences_and_embeddings(graph, tmp_path):
 def test_impossible_studies_are_refused(graph):
     with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
         correct(graph, seeds=0)
-    with pytest.raises(ValueError, match=r"arms must be at least one arm and distinct, got \['fixed/batch', "):
+    with pytest.raises(ValueError, match=r"arms must contain at least one arm and no arm twice, got \['fixed/batch', "):
         correct(graph, arms=[ARMS[0], ARMS[0]])
 
 
@@ -130,7 +130,7 @@ def test_run_settings_are_read_back(model):
         ({"train.composition": "separate"}, "settings of link.correct must be among .*, got 'train.composition'"),
         ({"train.epochs": 0}, "epochs must be at least 1, got 0"),
         ({"data.name": "Kora"}, "data must be one of .*, got 'Kora'"),
-        ({"data.name": "none.npz"}, "data must be an existing file, got 'none.npz'"),
+        ({"data.name": "none.npz"}, "data must be existing files, got 'none.npz'"),
     ],
 )
 def test_impossible_settings_are_refused_before_any_work(settings, message):

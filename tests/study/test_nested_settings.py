@@ -77,11 +77,11 @@ def test_a_group_without_defaults_accepts_any_names():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train": {"epohcs": 3}}, "got 'train.epohcs' (did you mean 'train.epochs'?)"),
-        ({"train.epohcs": 3}, "got 'train.epohcs' (did you mean 'train.epochs'?)"),
-        ({"epochs": 3}, "got 'epochs' (did you mean 'train.epochs'?)"),
-        ({"trian": {"epochs": 3}}, "got 'trian.epochs' (did you mean 'train.epochs'?)"),
-        ({"model": {"norms": {"decodr": "none"}}}, "got 'model.norms.decodr' (did you mean 'model.norms.decoder'?)"),
+        ({"train": {"epohcs": 3}}, "got 'train.epohcs'. Did you mean 'train.epochs'?"),
+        ({"train.epohcs": 3}, "got 'train.epohcs'. Did you mean 'train.epochs'?"),
+        ({"epochs": 3}, "got 'epochs'. Did you mean 'train.epochs'?"),
+        ({"trian": {"epochs": 3}}, "got 'trian.epochs'. Did you mean 'train.epochs'?"),
+        ({"model": {"norms": {"decodr": "none"}}}, "got 'model.norms.decodr'. Did you mean 'model.norms.decoder'?"),
         ({"train": 3}, "train must be a mapping of settings, got 3"),
         ({"options": 3}, "options must be a mapping of settings, got 3"),
         ({"train.epochs": 1.5}, "train.epochs must be an integer, got 1.5"),

@@ -1,4 +1,4 @@
-"""Corrections of composition bias for any module."""
+"""Corrections of composition bias: replace or freeze BatchNorm in any module, or train with random compositions."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Change:
 
     Args:
         name: name of the layer or setting.
-        before: what it was.
-        after: what it is now.
+        before: class of the layer, or value of the setting, before the correction.
+        after: class or value after the correction.
 
     """
 
@@ -57,7 +57,9 @@ def replace_batch_norm(
         raise ValueError(f"norm must be layer or none, got {norm!r}")
     layers = _replaceable_layers(module)
     if "" in layers:
-        raise ValueError("module must contain BatchNorm layers, got a BatchNorm itself")
+        raise ValueError(
+            f"module must contain BatchNorm layers, got {type(module).__name__}, which cannot be replaced in place"
+        )
     if names is not None and (unknown := set(names) - layers.keys()):
         raise ValueError(f"names must be BatchNorm layers of the module ({sorted(layers)}), got {sorted(unknown)}")
     changes: list[Change] = []
@@ -90,7 +92,7 @@ def freeze_statistics(
         score: scoring function that uses `module`, pairs [2, edges] -> scores [edges].
         positives: positive edges of the epoch, long [2, edges].
         num_nodes: number of nodes of the graph.
-        known: further edges that are never sampled as negatives, long [2, edges].
+        known: more edges that are never sampled as negatives, long [2, edges].
         composition: how many positives a batch contains; `Fixed(0.5)` by default.
         batch_size: edges in a batch.
         seed: seed of the batches.
@@ -104,7 +106,7 @@ def freeze_statistics(
     """
     layers = {name: layer for name, layer in batch_norms(module).items() if layer.running_mean is not None}
     if not layers or "" in layers:
-        raise ValueError("module must contain BatchNorm layers with running statistics, got none")
+        raise ValueError(f"module must contain BatchNorm layers with running statistics, got {type(module).__name__}")
     batches = EdgeBatches(positives, num_nodes, composition or Fixed(), batch_size=batch_size, known=known, seed=seed)
     with _collect_statistics(module, list(layers.values())), torch.no_grad():
         for batch in batches:
@@ -149,7 +151,7 @@ def train_corrected(
 
 
 def _replaceable_layers(module: nn.Module) -> dict[str, tuple[nn.Module, TorchBatchNorm]]:
-    """Return what to replace by name, with torch's BatchNorm in it: PyG's wrapper where there is one."""
+    """Return the layers to replace by name, each with torch's BatchNorm: PyG's wrapper is replaced with its content."""
     found: dict[str, tuple[nn.Module, TorchBatchNorm]] = {}
     for name, layer in batch_norms(module).items():
         parent_name = name.rpartition(".")[0]

@@ -47,8 +47,8 @@ def auc(positives: Tensor, negatives: Tensor) -> float:
     """
     _check_scores(positives, negatives)
     positive_scores, negative_scores = (scores.detach().double().cpu().numpy() for scores in (positives, negatives))
-    wins = float(mannwhitneyu(positive_scores, negative_scores, method="asymptotic").statistic)
-    return wins / (positive_scores.size * negative_scores.size)
+    u_statistic = float(mannwhitneyu(positive_scores, negative_scores, method="asymptotic").statistic)
+    return u_statistic / (positive_scores.size * negative_scores.size)
 
 
 def average_precision(positives: Tensor, negatives: Tensor) -> float:

@@ -1,6 +1,6 @@
 """Self-contained HTML and Markdown pages of text, tables and figures.
 
-This package depends neither on `suffice.kv` nor on `suffice.link`: it shows what it is given.
+This package depends neither on `suffice.kv` nor on `suffice.link`; callers pass everything that a page shows.
 """
 
 from suffice.report.blocks import Block, Code, Figure, KeptText, Table, Text

@@ -58,7 +58,7 @@ class Figure:
     """A figure, shown as SVG.
 
     Args:
-        figure: what is drawn.
+        figure: the matplotlib figure.
         caption: text below the figure.
         alt: description for screen readers.
         numbers: table of the numbers that are drawn.
@@ -84,7 +84,7 @@ class KeptText:
     Args:
         pieces: text of each token.
         shares: fraction of layers and heads that kept each token, 0 to 1.
-        caption: text below.
+        caption: text below the tokens.
 
     Raises:
         ValueError: there is not one share from 0 to 1 for each piece.
@@ -107,7 +107,7 @@ class KeptText:
 
     @property
     def spans(self) -> list[tuple[int, str]]:
-        """Consecutive tokens whose shares round to the same tenth: the number of tenths and the joined text."""
+        """Share in tenths and joined text of each span of consecutive tokens whose shares round to the same tenth."""
         spans: list[tuple[int, str]] = []
         for piece, share in zip(self.pieces, self.shares, strict=True):
             level = round(share * 10)

@@ -21,8 +21,8 @@ def write_markdown(
         title: title of the page.
         summary: first paragraph.
         sections: heading and blocks of each section.
-        footer: text below, before the command.
-        command: the command that makes the page.
+        footer: text below the sections, before the command.
+        command: the command that generates the page.
 
     """
     folder = path.with_suffix("")

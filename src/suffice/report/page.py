@@ -34,8 +34,8 @@ class Page:
     Args:
         title: what the page is about.
         summary: one or two sentences on the result.
-        command: the command that makes this page.
-        made_with: software and machine that the numbers were made with; by default those of this process.
+        command: the command that generates this page.
+        made_with: software and machine with which the results were computed; by default, those of this process.
         sections: heading and blocks of each section.
 
     Example:

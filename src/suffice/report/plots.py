@@ -129,7 +129,7 @@ def head_heatmap(panels: Mapping[str, Mapping[tuple[int, int], float]], *, title
 
 
 def forest_plot(panels: Mapping[str, Sequence[ForestRow]], *, x_label: str, title: str = "") -> Figure:
-    """Draw differences with their intervals; a mean is a filled circle where the interval excludes 0.
+    """Draw differences with their intervals; the circle of a mean is filled if its interval excludes 0.
 
     Args:
         panels: for each metric, its differences.

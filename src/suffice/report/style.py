@@ -1,4 +1,4 @@
-"""The visual style of all figures: a fixed color for each name, readable with color blindness, on light and dark."""
+"""The visual style of all figures, with a fixed color for each name that suits color blindness and dark pages."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def figure_style() -> Generator[None]:
 
 
 def new_figure(width: float = 6.4, height: float = 3.8, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its panels, side by side.
+    """Create a figure with one or several panels side by side, and return both.
 
     Args:
         width: width in inches.

@@ -1,4 +1,4 @@
-"""The SQLite database of a store: its tables, how it is opened, and its errors."""
+"""The SQLite database of a store: its tables, its connections, and its errors."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> None:
             "start a new folder"
         )
     if version == 0 and _is_empty(connection):
-        # The process that creates it has not written the tables yet, or was killed before.
+        # The process that creates the store has not written the tables yet, or was killed before it did.
         raise StoreError(f"{path.parent} holds no study yet")
     if application_id != _APPLICATION_ID:
         raise StoreError(f"{path} is a database, but not a store of runs")

@@ -1,4 +1,4 @@
-"""Executors, which execute runs in this process or in worker processes with a fixed number of threads."""
+"""Executors: run jobs in this process, or in worker processes with a fixed number of threads."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class InlineExecutor:
     A run that crashes the interpreter ends this process as well; the runs finished before are safe.
 
     Args:
-        on_message: called with the event of each message, while the run goes on.
+        on_message: called with the event of each message while the run is executed.
 
     """
 

@@ -40,19 +40,19 @@ class Job:
 
     @classmethod
     def from_json(cls, text: str) -> Job:
-        """Return the job that `to_json` wrote."""
+        """Return the job that `to_json` described."""
         job = cls(**json.loads(text))
         return replace(job, inputs=tuple(job.inputs))
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a run may use beside its settings and seed.
+    """What a run may use in addition to its settings and seed.
 
     Args:
         key: key of the run.
-        folder: the study's folder; a run may keep a checkpoint there to continue from.
-        log: shows a short message on what the run is doing to whoever waits for the study.
+        folder: the study's folder; a run may keep a checkpoint there, from which it resumes.
+        log: called with a short message on what the run is doing, which the progress of the study shows.
 
     """
 

@@ -10,7 +10,7 @@ def nest(*parts: Mapping[str, Any]) -> dict[str, Any]:
     """Merge mappings of settings into one, with dotted names expanded to nested mappings.
 
     Args:
-        parts: settings by name, plain or dotted; mappings are merged, any other value may be set once.
+        parts: settings by name, plain or dotted. Mappings are merged; any other value may be set only once.
 
     Raises:
         ValueError: a value is set twice.
@@ -40,7 +40,7 @@ def flatten(settings: Mapping[str, Any], defaults: Mapping[str, Any], prefix: st
         settings: nested settings.
         defaults: nested defaults. Only mappings whose default is a mapping are flattened; all other values are kept. In
             a group without defaults, which accepts any names, all mappings are flattened.
-        prefix: put before each name.
+        prefix: text before each name.
 
     Example:
         >>> flatten({"arm": {"norm": "none"}, "train": {"epochs": 3}}, {"arm": None, "train": {"epochs": 2}})
@@ -58,7 +58,7 @@ def flatten(settings: Mapping[str, Any], defaults: Mapping[str, Any], prefix: st
 
 
 def is_group(default: Any) -> TypeGuard[Mapping[str, Any]]:
-    """Whether a default value is a group of nested settings, which is any mapping."""
+    """Return whether a value is a group of nested settings, as every mapping is."""
     return isinstance(default, Mapping)
 
 

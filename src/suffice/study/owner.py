@@ -1,4 +1,4 @@
-"""The owner of runs in progress: a process with a locked file, which the system unlocks when the process ends."""
+"""The owner of runs in progress: a process that holds the lock of a file until it ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Owner:
     """A process that executes runs of a store, for as long as it holds the lock of its file.
 
     The operating system releases the lock when the process ends, also after `kill -9`, so that other processes can tell
-    whether a run in progress is still being worked on.
+    whether a run in progress is still executed.
 
     Args:
         folder: folder of the store.

@@ -34,7 +34,7 @@ class Progress:
         failed: number of failed runs.
         slots: number of workers.
         ended_before: number of done and failed runs when this process started.
-        elsewhere: number of runs that another process is doing.
+        elsewhere: number of runs that other processes are executing.
         workers: status of each busy worker, by slot.
         start: `time.monotonic()` at the start.
 
@@ -85,7 +85,7 @@ def log_progress(log: Callable[[str], None], *, every: float = 5.0) -> ProgressC
 
     Args:
         log: called with each line.
-        every: shortest time between lines when no run ends, in seconds.
+        every: minimum time between lines while no run ends, in seconds.
 
     """
     last = time.monotonic()
@@ -112,11 +112,11 @@ def make_run_labeler(settings: Sequence[Mapping[str, Any]]) -> Callable[[Mapping
         settings: settings of all runs, by dotted name.
 
     Returns:
-        a function of a run's settings, by dotted name, and its seed.
+        a function of the settings of a run, by dotted name, and its seed, that returns the name.
 
     """
     first = settings[0] if settings else {}
-    names = [name for name in first if len({repr(one.get(name)) for one in settings}) > 1]
+    names = [name for name in first if len({repr(values.get(name)) for values in settings}) > 1]
 
     def label(run_settings: Mapping[str, Any], seed: int) -> str:
         parts = [f"{name} {_shorten(run_settings.get(name))}" for name in names]

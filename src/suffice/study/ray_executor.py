@@ -1,4 +1,4 @@
-"""An executor on a Ray cluster: every job is a task that calls the same function as a worker process."""
+"""An executor on a Ray cluster, on which each job is a task that calls the same function as a worker process."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class RayExecutor:
     Args:
         address: address of the cluster as `ray.init` takes it: `auto`, `HOST:6379` or `ray://HOST:10001`; `local`
             starts a cluster on this machine.
-        workers: largest number of tasks at a time; by default as many as the cluster's cores allow.
-        threads: threads of each task, which reserves as many cores.
+        workers: largest number of tasks at a time; by default, all cores of the cluster are used.
+        threads: threads of each task, which is also the number of cores that it reserves.
 
     Raises:
         ValueError: Ray is not installed, there is no cluster at the address, or the cluster is too small.
@@ -95,7 +95,7 @@ def run_remotely(job_json: str, names: list[str], *contents: bytes) -> str:
 
     Args:
         job_json: the job, as JSON.
-        names: names of the files that it reads. They are written to a temporary folder if the node does not see the
+        names: names of the files that it reads. They are written to a temporary folder if the node has no access to the
             study's folder.
         contents: contents of these files.
 

@@ -1,4 +1,4 @@
-"""The report of a study: what was run, what it found, what differs, and how to run it again."""
+"""The report of a study: results, figures, paired differences, and how to run the study again."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def study_report(
         metrics: metrics to show; by default all.
         compared_setting: name of the setting whose values are compared in pairs; by default the first that varies and
             is text.
-        baseline: value of that setting to compare the others with; by default the first.
+        baseline: value of that setting with which the others are compared; by default, the first with differences.
         command: the command that makes the page.
 
     Raises:
@@ -135,8 +135,8 @@ def _add_differences(
     if not setting and not texts:
         return
     setting = setting or texts[0]
-    # By default the first value that other values can be compared with. Some values have no counterpart: the full cache
-    # of a comparison, for example, shares its budget with no other cache.
+    # The default baseline is the first value that shares the other settings with another value. Not every value does:
+    # in a comparison of caches, for example, no other cache has the budget of the full cache.
     baselines = [baseline] if baseline else list(dict.fromkeys(group.settings.get(setting) for group in groups))
     comparisons = (compare_groups(groups, setting, value) for value in baselines if setting in names)
     paired = ([row for row in rows if row["metric"] in metrics and row["seeds"] > 1] for rows in comparisons)
@@ -192,7 +192,7 @@ def _add_provenance(page: Page, about: Mapping[str, Any], groups: Sequence[Group
     page.add("How it was made", *blocks)
     failed = [record for record in records if record.state == "failed"]
     if failed:
-        errors = [Code(f"seed {one.seed}, {dict(one.flat_settings)}\n{one.error[-2000:]}") for one in failed[:5]]
+        errors = [Code(f"seed {run.seed}, {dict(run.flat_settings)}\n{run.error[-2000:]}") for run in failed[:5]]
         page.add(f"{len(failed)} failed runs", *errors)
 
 

@@ -15,7 +15,7 @@ from suffice.study.store import Record
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its confidence interval; both bounds are NaN where a single value gives no interval."""
+    """A mean and its confidence interval; both bounds are NaN if there is only one value."""
 
     mean: float
     low: float
@@ -62,7 +62,7 @@ def mean_bound(values: Iterable[float], *, confidence: float = 0.95, upper: bool
 
     Args:
         values: independent values.
-        confidence: probability that the true mean is within the bound, above 0 and below 1.
+        confidence: one-sided confidence level, above 0 and below 1.
         upper: True for the upper bound, False for the lower one.
 
     Returns:
@@ -178,7 +178,7 @@ class Group:
         return mean_interval(self.values[metric].values())
 
     def difference(self, baseline: Group, metric: str) -> PairedDifference | None:
-        """Return how a metric differs from another group's, paired by seed; None if no seed has both values."""
+        """Return the difference of a metric from a baseline, paired by seed; None if no seed has a value in both."""
         return paired_difference(self.values.get(metric, {}), baseline.values.get(metric, {}))
 
 

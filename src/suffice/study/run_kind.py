@@ -1,4 +1,4 @@
-"""Kinds of runs: the settings that a run accepts and the function that executes it."""
+"""Kinds of runs: which settings a run accepts, and which function executes it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class RunKind:
             `rows` instead, each with its own `settings` and `values`. All other items are stored as they are.
         settings: default settings. A value must have the type of its default, unless the default is None. A mapping
             is a group of nested settings; dotted names such as `train.epochs` address its values. An empty mapping is a
-            group that accepts any names, which `check` may refuse.
+            group that accepts any names; `check` may reject some of them.
         check: called as `check(settings)` with complete settings before any work; raises an error for impossible
-            settings and returns the settings, possibly with additions such as the digest of a file.
+            settings and returns the settings, to which it may add values such as the digest of a file.
         report_sections: called as `report_sections(page, records, folder)` to add sections of this kind to a report.
         compared_setting: dotted name of the setting whose values a report compares; by default the first that is text.
-        version: increased when the same settings no longer give the same numbers.
-        description: one sentence.
+        version: to be increased when the same settings give different numbers than before.
+        description: one sentence on what a run does.
 
     Raises:
         ValueError: the name of a setting contains a dot.
@@ -53,17 +53,17 @@ class RunKind:
 
     @property
     def code_version(self) -> str:
-        """Version of the code behind a run: that of this package and that of the kind."""
+        """Version of the code of a run: the version of this package and that of the kind."""
         return f"{suffice.__version__}/{self.version}"
 
     def complete(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return nested settings with every default filled in, checked.
+        """Return complete nested settings, with defaults filled in, after checking them.
 
         Args:
             settings: settings that differ from the defaults, nested or by dotted name.
 
         Raises:
-            ValueError: a setting is unknown, set twice, of another type, or impossible.
+            ValueError: a setting is unknown, set twice, of a wrong type, or not accepted.
 
         """
         full = self._fill(nest(settings), self.settings, "")
@@ -94,7 +94,7 @@ class RunKind:
 
 
 def import_object(path: str) -> Any:
-    """Return the object that `module:name` names.
+    """Import the object with the path `module:name`.
 
     Raises:
         ValueError: the module cannot be imported or has no such name.
@@ -104,7 +104,7 @@ def import_object(path: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"entry must be module:name of an importable object, got {path!r} ({error})") from error
+        raise ValueError(f"module:name must be an importable object, got {path!r} ({error})") from error
 
 
 def find_run_kind(name: str, known: Mapping[str, RunKind]) -> RunKind:
@@ -126,12 +126,12 @@ def find_run_kind(name: str, known: Mapping[str, RunKind]) -> RunKind:
 
 
 def check_names(names: Iterable[str], accepted: Iterable[str], what: str) -> None:
-    """Check that all names are accepted ones.
+    """Raise unless all names are accepted.
 
     Args:
         names: names that a user gave.
         accepted: valid names.
-        what: what the names are, for the error.
+        what: description of the names for the error.
 
     Raises:
         ValueError: a name is unknown; the error suggests the most similar valid name.
@@ -146,12 +146,12 @@ def check_names(names: Iterable[str], accepted: Iterable[str], what: str) -> Non
 
 
 def suggestion(name: str, accepted: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)` with the most similar valid name, or an empty text if none is similar."""
+    """Return `. Did you mean 'x'?` with the most similar valid name, or an empty text if none is similar."""
     accepted = list(accepted)
     last = name.rpartition(".")[2]
-    same = [one for one in accepted if one.rpartition(".")[2] == last]
+    same = [candidate for candidate in accepted if candidate.rpartition(".")[2] == last]
     similar = same or difflib.get_close_matches(name, accepted, n=1)
-    return f" (did you mean {similar[0]!r}?)" if similar else ""
+    return f". Did you mean {similar[0]!r}?" if similar else ""
 
 
 def _refuse_dots(settings: Mapping[str, Any]) -> None:

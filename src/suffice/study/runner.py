@@ -1,4 +1,4 @@
-"""The runner: executes the missing runs of a study and stores each one as it ends."""
+"""The runner, which executes the missing runs of a study and stores the result of each run when it ends."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run_study(
     retry_failed: bool = False,
     on_progress: ProgressCallback | None = None,
 ) -> Outcome:
-    """Execute every run of a study that its folder does not hold yet.
+    """Execute every run of a study whose result is not in its folder yet.
 
     Each run is stored when it ends, so that a call that is killed loses only the runs in progress. Several calls on one
     folder share the work: no run is executed twice, and all calls return when no run is missing.
@@ -65,7 +65,7 @@ def run_study(
         folder: folder of the store; created if it is missing.
         kind: kind of all runs.
         study: a grid, or a list of runs.
-        name: name of the study in the store, if `study` is a list of runs.
+        name: name of the study in the store if `study` is a list of runs; a `Spec` has its own name.
         about: information about the study for reports and exports, such as the command.
         workers: number of worker processes on this machine; 0 to run in this process. With `ray`, the largest number of
             tasks at a time.
@@ -78,7 +78,7 @@ def run_study(
         the number of done and failed runs.
 
     Raises:
-        ValueError: the study or an argument is impossible.
+        ValueError: a setting of the study or an argument is not accepted.
         StoreError: the folder cannot be used or is full.
 
     """
@@ -117,7 +117,7 @@ def _ignore_progress(progress: Progress, line: str) -> None:
 
 
 class _Runner:
-    """Claims runs, gives them to the slots of an executor, and stores what they return."""
+    """Claims runs, submits them to the slots of an executor, and stores their results."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ _MAX_RUNS = 1_000_000
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run that a study asks for.
+    """A run of a study.
 
     Args:
         settings: complete settings, nested as the kind of run defines them.
@@ -41,7 +41,7 @@ class Spec:
     Settings have plain names (`data`) or, where a kind of run nests them, dotted names (`train.epochs`).
 
     Args:
-        name: name of the study in its store; letters, digits, dots, dashes and spaces.
+        name: name of the study in its store, made of letters, digits, dots, dashes and spaces.
         kind: name of the kind of run.
         settings: settings that all runs share, nested or by dotted name.
         grid: values to combine, by name of the setting.
@@ -49,7 +49,7 @@ class Spec:
         seeds: number of seeds, counted from 0, or a list of seeds.
 
     Raises:
-        ValueError: the grid is impossible.
+        ValueError: a value is not accepted, or the grid has no run.
 
     Example:
         >>> spec = Spec("rates", "link.correct", grid={"arm": ["fixed/batch", "random/batch"]}, seeds=3)
@@ -67,7 +67,7 @@ class Spec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[\w.\- ]+", self.name):
-            raise ValueError(f"name must be letters, digits, dots, dashes and spaces, got {self.name!r}")
+            raise ValueError(f"name must consist of letters, digits, dots, dashes and spaces, got {self.name!r}")
         _check_mapping("settings", self.settings)
         _check_mapping("grid", self.grid)
         for key, values in self.grid.items():
@@ -138,7 +138,7 @@ class Spec:
         return replace(self, settings=nest(replaced))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the study as JSON and YAML represent it."""
+        """Return the study as a dictionary that JSON and YAML can represent."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -157,7 +157,7 @@ class Spec:
             name: name of the study if the mapping has none.
 
         Raises:
-            ValueError: it is not a mapping, has unknown keys, or the grid is impossible.
+            ValueError: it is not a mapping, has unknown keys, or a value is not accepted.
 
         """
         accepted = ("name", "kind", "settings", "grid", "exclude", "seeds")
@@ -171,7 +171,7 @@ class Spec:
 
     @classmethod
     def read(cls, path: str | Path) -> Spec:
-        """Read a study from a YAML file; the name of the file is the name of the study if it gives none.
+        """Read a study from a YAML file, whose name is the default of the name of the study.
 
         Raises:
             ValueError: the file cannot be read, is not YAML, or does not describe a study.
@@ -181,7 +181,9 @@ class Spec:
         try:
             content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} cannot be read as a study: {' '.join(str(error).split())}") from None
+            raise ValueError(
+                f"{path} must be a readable YAML file, got an error: {' '.join(str(error).split())}"
+            ) from None
         try:
             return cls.from_dict(content, name=path.stem)
         except ValueError as error:
@@ -226,7 +228,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that refuses repeated keys, of which PyYAML would silently drop the first."""
+    """A YAML loader that rejects repeated keys, of which PyYAML would silently keep only the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -238,7 +240,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _without(settings: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
-    """Return settings without the value that a dotted name, given as its parts, addresses."""
+    """Return settings without the value of a dotted name, which is given as its parts."""
     kept = {name: value for name, value in settings.items() if name != ".".join(path)}
     inner = kept.get(path[0])
     if len(path) > 1 and isinstance(inner, Mapping):
@@ -248,4 +250,4 @@ def _without(settings: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]
 
 def _check_mapping(name: str, value: Any) -> None:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{name} must be a mapping by names, got {value!r}")
+        raise ValueError(f"{name} must be a mapping with names as keys, got {value!r}")

@@ -1,4 +1,4 @@
-"""The store of a study's folder: planned runs, which process works on them, and their results."""
+"""The store in the folder of a study: planned runs, the processes that execute them, and their results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from suffice.study.spec import PlannedRun
 __all__ = ["STATES", "ClaimedRun", "Record", "Store", "StoreError"]
 
 STATES = ("done", "failed", "running", "missing")
-_NUMBERS = ("values", "rows")
+_NUMBERS = ("values", "rows")  # parts of a result that hold the numbers to compare
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ClaimedRun:
 
 @dataclass(frozen=True)
 class Record:
-    """A run as the store holds it.
+    """A run in the store.
 
     Args:
         key: key of the run.
@@ -74,7 +74,7 @@ class Record:
     attempts: int
 
     def rows(self) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-        """Return each set of values of the result, after the settings that it has beside those of the run."""
+        """Return pairs (settings, values): the values of the run, and the settings and values of each of its rows."""
         rows = [(row.get("settings", {}), row["values"]) for row in self.result.get("rows", ())]
         return [({}, self.result["values"]), *rows] if "values" in self.result else rows
 
@@ -84,7 +84,7 @@ class Store:
 
     Args:
         folder: folder of the store; created if it is missing, unless `read_only`.
-        read_only: open the store to read it only, also where nothing can be written.
+        read_only: open the store without writing, which also works in a folder that is not writable.
 
     Raises:
         StoreError: the folder holds no store that this version can use.
@@ -110,7 +110,7 @@ class Store:
     def plan(
         self, study: str, kind: RunKind, runs: Sequence[PlannedRun], about: Mapping[str, Any] | None = None
     ) -> None:
-        """Set the runs of a study, in place of those planned before; existing runs keep their state and results.
+        """Set the runs of a study; they replace its previous plan. Existing runs keep their state and results.
 
         Args:
             study: name of the study in this store.
@@ -182,10 +182,10 @@ class Store:
     def finish(
         self, key: str, owner: Owner, result: Mapping[str, Any], environment: Mapping[str, str], seconds: float
     ) -> bool:
-        """Store the result of a run; returns False and stores nothing if the owner has lost the run.
+        """Store the result of a run; return False and store nothing if the owner no longer owns the run.
 
         Raises:
-            StoreError: there is no space left; the runs that were finished before are safe.
+            StoreError: there is no space left. Results that were stored before are safe.
 
         """
         numbers = {name: result[name] for name in _NUMBERS if name in result}
@@ -243,10 +243,10 @@ class Store:
         return {name: {"kind": kind, **json.loads(about)} for name, kind, about in rows}
 
     def study_name(self, study: str | None = None) -> str:
-        """Return the name of a study if the store has it; without a name, that of the only study.
+        """Return the name of a study after checking that it exists; without a name, the name of the only study.
 
         Raises:
-            StoreError: there is no such study, or none or several to choose from.
+            StoreError: there is no such study; or, without a name, there are no or several studies.
 
         """
         names = list(self.studies())
@@ -282,7 +282,7 @@ class Store:
         Args:
             study: name of the study.
             state: return only runs in this state.
-            numbers_only: leave out everything of the results but the numbers to compare, which is faster.
+            numbers_only: return only the `values` and `rows` of each result, which is faster.
 
         """
         query = (

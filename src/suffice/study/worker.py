@@ -1,6 +1,6 @@
-"""A worker process: reads jobs from standard input and writes their events to standard output, as lines of JSON.
+"""A worker process, which reads jobs from standard input and writes their events to standard output as lines of JSON.
 
-The worker exits when the process that started it ends, for whatever reason, because its standard input then ends.
+The worker exits when the process that started it ends for any reason, because its standard input then ends.
 """
 
 from __future__ import annotations

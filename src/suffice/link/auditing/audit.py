@@ -1,6 +1,6 @@
 """Audit of composition bias: how much the score of an edge depends on the rest of its batch (arXiv 2604.25978).
 
-The way of an audit: `scoring` draws edges and scores them in batches of every composition, `statistics` computes
+The steps of an audit: `scoring` draws edges and scores them in batches of every composition, `statistics` computes
 A_pure, τ and κ from the scores, and `verdict` judges them.
 """
 
@@ -40,7 +40,13 @@ class ResponsePoint:
 
 @dataclass(frozen=True)
 class EdgeSetReport:
-    """Statistics (by name) and response curve on one set of edges."""
+    """Result of an audit on one set of edges.
+
+    Args:
+        statistics: mean and interval of each statistic by name (see `suffice.link.auditing.statistics`).
+        curve: response of the model at each fraction of positives.
+
+    """
 
     statistics: dict[str, Interval]
     curve: tuple[ResponsePoint, ...]
@@ -53,7 +59,7 @@ class AuditReport:
     Args:
         parts: report of each edge set by its name (such as `heldout` and `train`).
         layers: normalization layers of the model.
-        verdict: what the numbers mean.
+        verdict: level of composition bias, with reasons and advice.
         batch_size: edges in a batch.
         repeats: number of random draws.
 
@@ -84,11 +90,11 @@ def audit(
 ) -> AuditReport:
     """Measure how much the scores of edges depend on the composition of their batch (arXiv 2604.25978).
 
-    The model is left unchanged: parameters, buffers, training mode, gradients and random generators.
+    The parameters, buffers, gradients and training mode of the model and the global random generators do not change.
 
     Args:
         score: scoring function, pairs long [2, edges] -> scores [edges]: a module, a method or a function.
-        edges: edges to audit on, or several named sets of edges.
+        edges: edges on which the model is audited, or several sets of edges by name.
         module: module behind `score`, whose norm layers are switched between training and eval mode. Defaults to
             `score` if that is a module. Without a module, `score` is called as it is.
         batch_size: edges in a batch. Smaller if an edge set has fewer positives or negatives.

@@ -20,7 +20,7 @@ def norm_mode(module: nn.Module | None, *, training: bool, frozen: set[str]) -> 
     The mode of every submodule is restored on exit.
 
     Args:
-        module: module to switch; nothing happens without one.
+        module: module whose modes are changed; None to change nothing.
         training: whether norm layers use batch statistics (as in training) or stored ones.
         frozen: names of norm layers that stay in eval mode.
 

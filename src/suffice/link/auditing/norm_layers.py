@@ -1,4 +1,4 @@
-"""Normalization layers of any module: which there are, and whether one mixes the edges of a batch."""
+"""Find the normalization layers of any module, and tell which of them mix the edges of a batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NormLayer:
     Args:
         name: name of the layer in the module (as in `named_modules`).
         kind: name of its class.
-        input_rows: what a row of its input is: `edges`, `nodes`, or `not called` if the layer is never called.
+        input_rows: what the rows of its input are: `edges`, `nodes`, or `not called` if the layer is never called.
         mixes_rows: whether the output for one row depends on the other rows in training.
         frozen: whether the layer uses stored statistics even in training.
 
@@ -42,7 +42,7 @@ class NormLayer:
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch normalization with stored statistics, in training as well as in eval mode.
+    """Batch normalization with stored statistics, both in training mode and in eval mode.
 
     Args:
         layer: BatchNorm that provides statistics and affine parameters.
@@ -106,7 +106,9 @@ def frozen_batch_norms(module: nn.Module, names: Sequence[str] = ()) -> set[str]
     frozen = set(names)
     layers = batch_norms(module)
     if unknown := frozen - layers.keys():
-        raise ValueError(f"frozen must name BatchNorm layers of the module ({sorted(layers)}), got {sorted(unknown)}")
+        raise ValueError(
+            f"frozen must contain names of BatchNorm layers of the module ({sorted(layers)}), got {sorted(unknown)}"
+        )
     is_trained = any(parameter.requires_grad for parameter in module.parameters())
     for name, layer in layers.items():
         affine = list(layer.parameters())

@@ -1,4 +1,4 @@
-"""Scores of edges in batches of varying composition: the raw material of an audit.
+"""Scores of edges in batches of varying composition: the first step of an audit.
 
 f denotes the fraction of positives in a batch.
 """
@@ -27,11 +27,11 @@ class EdgeSet:
     Args:
         positives: edges of the graph, long [2, positives]; at least 16.
         negatives: pairs of nodes without an edge, long [2, negatives]; at least 16.
-        score: scoring function for these edges alone, if they need their own. Training edges, for example, are
-            scored on a graph from which they were removed.
+        score: scoring function for these edges; None for the scoring function of the audit. Training edges, for
+            example, must be scored on a graph without them.
 
     Raises:
-        ValueError: a tensor has another shape.
+        ValueError: a tensor has a wrong shape or too few edges.
 
     """
 
@@ -118,9 +118,9 @@ class Sampling:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 20), ("num_probes", 4), ("repeats", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name, minimum in (("batch_size", 20), ("num_probes", 4), ("repeats", 2)):
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
 
 
 def score_repeats(
@@ -133,7 +133,7 @@ def score_repeats(
         edges: edges to draw from.
         module: module behind `score`, whose norm layers are switched between training and eval mode.
         frozen: names of the norm layers that stay in eval mode.
-        sampling: how many edges, and how often.
+        sampling: size of a batch, and number of probes and repeats.
 
     """
     size = min(sampling.batch_size, edges.positives.size(1), edges.negatives.size(1))
@@ -164,7 +164,7 @@ def _draw_edges(edges: EdgeSet, size: int, generator: torch.Generator) -> tuple[
 
 
 def _score_batch(score: Score, positives: Tensor, negatives: Tensor, fraction: float) -> BatchScores:
-    """Score the batch that holds the first `fraction` of the positives and the first negatives for the rest."""
+    """Score a batch with the given fraction of positives: the first positives and the first negatives of a draw."""
     size = positives.size(1)
     num_positives = round(fraction * size)
     pairs = torch.cat([positives[:, :num_positives], negatives[:, : size - num_positives]], dim=1)

@@ -71,9 +71,9 @@ def kappa(repeat: Repeat) -> float:
 
         κ = d/df median(s of the probes | f) / (mean s⁺ − mean s⁻ at f = 0.5),   f = 0.1, 0.2, …, 0.9
 
-    κ is 0 if scores do not depend on the batch. κ = −1 means that the same edges lose as much score as separates
-    positives from negatives when f goes from 0 to 1. The median is used because a few outliers of the minority class
-    dominate a mean. NaN if the gap is 0.
+    κ is 0 if scores do not depend on the batch. κ = −1 means that the median score of the same
+    edges falls by the whole score gap as f goes from 0 to 1. The median is used because a few outliers of the minority
+    class would dominate a mean. NaN if the score gap is 0.
     """
     medians = [float(repeat.probes[fraction].quantile(0.5)) for fraction in MIXED_FRACTIONS]
     slope = float(np.polyfit(MIXED_FRACTIONS, medians, 1)[0])
@@ -94,7 +94,7 @@ def rank_change(repeat: Repeat) -> float:
 
 
 def eval_gap(repeat: Repeat) -> float:
-    """Return the mean absolute difference between scores in training and eval mode at f = 0.5, over the score gap.
+    """Return how much scores differ between training and eval mode at f = 0.5: mean absolute difference over score gap.
 
     NaN if the gap is 0.
     """

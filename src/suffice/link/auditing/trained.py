@@ -18,8 +18,8 @@ def audit_trained(
 ) -> AuditReport:
     """Audit a trained link predictor on held-out edges (validation and test) and on training edges.
 
-    The audited training edges are removed from the message edges all at once. The composition of a batch can then act
-    on scores only through the batch itself.
+    All audited training edges are removed from the message-passing edges at once. Every batch is then scored on the
+    same graph, so that the composition of a batch cannot change the messages.
 
     Args:
         model: link predictor that was trained on `split`.

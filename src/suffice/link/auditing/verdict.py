@@ -1,4 +1,4 @@
-"""What the statistics of an audit mean, in words."""
+"""The verdict of an audit: what its statistics mean, in words."""
 
 from __future__ import annotations
 
@@ -17,37 +17,36 @@ _REMAINING_ACCURACY = 0.25
 _NOTICEABLE_DROP = 0.1  # accuracy of balanced minus accuracy of pure batches
 _NOTICEABLE_KAPPA = 0.05
 _NOTICEABLE_RANK_CHANGE = 0.05
-_REVERSAL_KAPPA = -1.0  # probes move by the whole gap between positives and negatives
-# Signs that the model recognizes pure batches: it classifies them better than balanced ones, …
-_PURE_ADVANTAGE = 0.15
+_REVERSAL_KAPPA = -1.0  # the probes fall by the whole gap between positives and negatives
+# The model recognizes pure batches if one of three conditions holds.
+_PURE_ADVANTAGE = 0.15  # accuracy of pure minus accuracy of balanced batches
 _RECOGNIZING_KAPPA = 3.0
-# … or ranks edges of different pure batches much better than single edges in eval mode.
-_AUC_ADVANTAGE = 0.2
+_AUC_ADVANTAGE = 0.2  # AUC across pure batches minus AUC in eval mode; counts only if the AUC in eval mode is poor
 _POOR_EVAL_AUC = 0.7
 
 _ADVICE = {
     "unaffected": "Nothing needs to be corrected.",
     "affected": (
         "Score edges in eval mode, or always in batches of the same composition. Training with Random(0.05, 0.95) and "
-        "the balanced loss reduces the dependence, and longer training with them reduces it further. LayerNorm or no "
-        "norm in place of the layers that normalize over the edge batch removes it."
+        "the balanced loss reduces the dependence, and longer training with them reduces it further. Replacing the "
+        "layers that normalize over the edge batch by LayerNorm or by no norm removes it."
     ),
     "dominated": (
-        "Train the model again with Random(0.05, 0.95) and the balanced loss, or with LayerNorm or no norm in place of "
-        "the layers that normalize over the edge batch. Freezing the running statistics makes scores reproducible, but "
-        "it does not undo what the model has learned."
+        "Train the model again with Random(0.05, 0.95) and the balanced loss, or replace the layers that normalize "
+        "over the edge batch by LayerNorm or by no norm and train again. Freezing the running statistics makes scores "
+        "reproducible, but it does not undo what the model has learned."
     ),
 }
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How much the composition of a batch decides the scores of its edges.
+    """How strongly the scores of edges depend on the composition of their batch.
 
     Args:
         level: `unaffected`, `affected` or `dominated`.
-        why: the numbers behind the level, as sentences.
-        advice: what to do, as sentences.
+        why: sentences that give the reasons for the level.
+        advice: sentences that recommend what to do.
 
     """
 
@@ -60,7 +59,7 @@ class Verdict:
 
 
 def judge(parts: Mapping[str, Mapping[str, Interval]], layers: tuple[NormLayer, ...]) -> Verdict:
-    """Return the verdict over all edge sets; the worst one decides.
+    """Return the verdict of an audit, whose level is the most severe one of all edge sets.
 
     An edge set is **dominated** if at least one of these holds:
 
@@ -68,7 +67,7 @@ def judge(parts: Mapping[str, Mapping[str, Interval]], layers: tuple[NormLayer, 
       remains;
     * the model recognizes pure batches: they are classified better than balanced ones by 0.15, or κ ≥ 3, or the AUC
       across pure batches exceeds that in eval mode by 0.2 while the latter is below 0.7;
-    * κ ≤ −1: probes move by the whole gap between positives and negatives.
+    * κ ≤ −1: the median score of the probes falls by the whole gap between positives and negatives.
 
     It is **affected** if |κ| ≥ 0.05, if 5 % of the probe pairs change their order, or if the accuracy of pure and
     balanced batches differs by 0.1. Otherwise it is **unaffected**.

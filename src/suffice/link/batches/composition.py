@@ -15,6 +15,8 @@ from torch import Tensor
 
 BatchCounts = tuple[int, int]  # (positives, negatives) of one batch
 
+_ACCEPTED = "fixed:FRACTION, separate or random:LOW,HIGH"  # texts of compositions
+
 
 class Composition(ABC):
     """Base class of all compositions. A subclass implements `plan`."""
@@ -97,8 +99,8 @@ class Separate(Composition):
 class Random(Composition):
     """A new fraction of positives for every batch, drawn from U(low, high): the correction of arXiv 2604.25978.
 
-    In distributed training, all ranks must use the same seed. They then draw the same fraction, which SyncBatchNorm
-    would otherwise average out.
+    In distributed training, all ranks must use the same seed, so that they draw the same fractions. SyncBatchNorm would
+    average different fractions out.
 
     Args:
         low: smallest fraction of positives.
@@ -162,10 +164,10 @@ def parse_composition(text: str) -> Composition:
         if kind == "random" and len(values) in (0, 2):
             return Random(*values)
     except ValueError as error:
-        raise ValueError(f"composition must be valid, got {text!r}: {error}") from None
+        raise ValueError(f"composition must be {_ACCEPTED}, got {text!r} ({error})") from None
     if kind == "separate" and not numbers:
         return Separate()
-    raise ValueError(f"composition must be fixed:FRACTION, separate or random:LOW,HIGH, got {text!r}")
+    raise ValueError(f"composition must be {_ACCEPTED}, got {text!r}")
 
 
 def balanced_weights(labels: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ class TooFewNegativesError(ValueError):
 
 
 def edge_keys(edges: Tensor, num_nodes: int) -> Tensor:
-    """Return a number for each undirected edge, long [edges]; both directions of an edge have the same number."""
+    """Return a key for each undirected edge, long [edges]; both directions of an edge have the same key."""
     low, high = edges.min(dim=0).values, edges.max(dim=0).values
     return low * num_nodes + high
 

@@ -46,7 +46,7 @@ class EdgeBatches:
         num_nodes: number of nodes.
         composition: how many positives a batch contains.
         batch_size: edges in a batch (of each rank).
-        known: further edges that are never sampled as negatives, such as all edges of the graph and the negatives of
+        known: more edges that are never sampled as negatives, such as all edges of the graph and the negatives of
             validation and test, long [2, edges]. The positives are always excluded.
         balanced: whether batches have loss weights that give both classes the same total weight.
         seed: seed of all batches; must be the same on all ranks.
@@ -134,16 +134,16 @@ class EdgeBatches:
         return self.composition.plan(positives_per_rank, self.batch_size, generator)
 
     def _sample_negatives(self, plan: list[BatchCounts], seed: int) -> Tensor:
-        """Sample the negatives of an epoch, as many as there are: long [2, negatives]."""
+        """Sample the negatives of an epoch, or all pairs without an edge if these are fewer, long [2, negatives]."""
         counts = [negatives * self.world_size for _, negatives in plan]
         if sum(counts) == 0:
             return self.positives.new_empty((2, 0))
         available = self._negative_sampler.num_available
         if available < max(counts):
             raise TooFewNegativesError(
-                f"batch_size must be small enough for a step to need at most {available} negatives, the number of "
-                f"pairs of {self.num_nodes} nodes without an edge; with batch_size={self.batch_size} a step needs "
-                f"{max(counts)} negatives"
+                f"batch_size must be small enough that a step needs at most {available} negatives, the number of "
+                f"pairs of {self.num_nodes} nodes without an edge, got {self.batch_size}, with which a step needs "
+                f"{max(counts)}"
             )
         return self._negative_sampler.sample(min(sum(counts), available), seed)
 
@@ -228,7 +228,8 @@ class CompositionBatchSampler(Sampler[list[int]]):
         needed = max(negatives for _, negatives in plan)
         if needed > self.negatives.numel():
             raise TooFewNegativesError(
-                f"labels must contain at least the {needed} negatives of one batch, got {self.negatives.numel()}"
+                f"labels must contain at least {needed} negatives, the number in one batch, "
+                f"got {self.negatives.numel()}"
             )
         return plan
 

@@ -23,7 +23,7 @@ class CheckpointError(ValueError):
 def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Path:
     """Write a checkpoint and return its path.
 
-    The file is replaced by a rename, so that a reader sees the old file or the new one, but never a part of either.
+    The file is replaced by a rename, so that other processes read either the old file or the complete new one.
 
     Args:
         path: file to write.

@@ -64,14 +64,14 @@ def _load_ogb(name: str, root: str | Path) -> Graph:
 
 
 def from_ogb(dataset: Any, name: str) -> Graph:
-    """Make a graph of an OGB link data set, with its official split.
+    """Make a graph from an OGB link data set, with its official split.
 
-    Repeated edges of a part count once. An edge of an earlier part is removed from the later ones, so that no edge is
+    Duplicate edges of a part are merged. An edge of an earlier part is removed from the later ones, so that no edge is
     used for message passing and also scored.
 
     Args:
-        dataset: what `ogb.linkproppred.PygLinkPropPredDataset` returns.
-        name: name in tables.
+        dataset: an `ogb.linkproppred.PygLinkPropPredDataset`.
+        name: name of the graph, shown in tables.
 
     """
     data, parts = dataset[0], dataset.get_edge_split()

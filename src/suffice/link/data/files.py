@@ -29,14 +29,14 @@ def read_graph(
 
     In CSV and Parquet files, the first two columns of `edges` are the node ids of each edge, from 0 to nodes - 1;
     `features` has a row for each node, and `labels` has one column with the class of each node, both in the order of
-    the node ids. An NPZ file holds all of it in arrays `edges` [edges, 2], `x` [nodes, features] and, optionally, `y`
-    [nodes]. An edge list has either each edge once, or both directions of each edge.
+    the node ids. An NPZ file holds everything in arrays `edges` [edges, 2], `x` [nodes, features] and, optionally,
+    `y` [nodes]. The edges are listed once each, or all of them in both directions.
 
     Args:
         edges: edge list, or an NPZ file with everything.
         features: features; needed unless `edges` is an NPZ file.
-        labels: classes; without them the alignment with classes cannot be measured.
-        name: name in tables; by default that of the file of edges.
+        labels: classes; without them, the alignment with classes cannot be measured.
+        name: name of the graph, shown in tables; by default the name of the edge list without its suffix.
 
     Raises:
         ImportError: the packages pandas and pyarrow are missing, which a Parquet file needs.
@@ -62,7 +62,7 @@ def read_graph(
 
 
 def save_graph(graph: Graph, folder: str | Path) -> str:
-    """Write a graph to a file whose name has a digest of its content, unless the file exists.
+    """Write a graph to a file that is named by a digest of its content; an existing file is kept.
 
     Worker processes of a study read graphs from these files.
 
@@ -107,12 +107,13 @@ def read_saved_graph(path: Path) -> Graph:
 def _graph_from_arrays(name: str, pairs: NDArray[Any], x: NDArray[Any], y: NDArray[Any] | None) -> Graph:
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise ValueError(f"edges must have shape [edges, 2], got {pairs.shape}")
-    if x.ndim != 2 or not np.isfinite(x.astype(np.float64)).all():
-        raise ValueError(
-            f"features must be a table of finite numbers, got shape {x.shape} or values that are not finite"
-        )
+    if x.ndim != 2:
+        raise ValueError(f"features must have shape [nodes, features], got {x.shape}")
+    is_finite = np.isfinite(x.astype(np.float64))
+    if not is_finite.all():
+        raise ValueError(f"features must be finite, got {int((~is_finite).sum())} NaN or infinite values")
     if not np.equal(np.mod(pairs, 1), 0).all():
-        raise ValueError("edges must hold node ids that are integers from 0 to nodes - 1, got fractions")
+        raise ValueError(f"edges must hold integer node ids from 0 to {len(x) - 1}, got fractions")
     edges = torch.from_numpy(pairs.astype(np.int64)).T.contiguous()
     classes = None
     if y is not None:
@@ -125,15 +126,15 @@ def _graph_from_arrays(name: str, pairs: NDArray[Any], x: NDArray[Any], y: NDArr
                 f"the first is {int(is_missing.argmax())}"
             )
         classes = torch.from_numpy(np.unique(y, return_inverse=True)[1]).long()
-    return Graph(name, torch.from_numpy(x.astype(np.float32)), _undirected_once(edges, len(x)), classes)
+    return Graph(name, torch.from_numpy(x.astype(np.float32)), _unique_undirected_edges(edges, len(x)), classes)
 
 
-def _undirected_once(edges: Tensor, num_nodes: int) -> Tensor:
+def _unique_undirected_edges(edges: Tensor, num_nodes: int) -> Tensor:
     """Return each undirected edge once, the smaller node id first; the list may hold both directions of all edges."""
-    up, down = edges[:, edges[0] < edges[1]], edges[:, edges[0] > edges[1]].flip(0)
-    has_both_directions = up.size(1) == down.size(1) == edges.size(1) / 2
-    if has_both_directions and torch.equal(torch.unique(up, dim=1), torch.unique(down, dim=1)):
-        return up
+    forward, backward = edges[:, edges[0] < edges[1]], edges[:, edges[0] > edges[1]].flip(0)
+    are_halves = forward.size(1) == backward.size(1) == edges.size(1) / 2
+    if are_halves and torch.equal(torch.unique(forward, dim=1), torch.unique(backward, dim=1)):
+        return forward
     check_edges(edges, num_nodes)
     return torch.stack([edges.min(dim=0).values, edges.max(dim=0).values])
 
@@ -148,7 +149,9 @@ def _is_missing(y: NDArray[Any]) -> NDArray[np.bool_]:
 
 def _read_table(path: Path) -> NDArray[Any]:
     if _check_suffix(path) == ".npz":
-        raise ValueError(f"{path} must be a CSV or Parquet file, unless one NPZ file with everything is given")
+        raise ValueError(
+            f"features and labels must be CSV or Parquet files, got {str(path)!r}. An NPZ file is read only as edges"
+        )
     if path.suffix == ".parquet":
         try:
             import pandas as pd
@@ -184,5 +187,5 @@ def _check_suffix(path: Path) -> str:
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"{path} must be a file with one of the suffixes {', '.join(_SUFFIXES)}, got {path.suffix!r}")
     if not path.exists():
-        raise ValueError(f"{path} must be an existing file")
+        raise ValueError(f"file must exist, got {str(path)!r}")
     return path.suffix

@@ -10,7 +10,7 @@ from torch_geometric.data import Data
 from torch_geometric.transforms import LargestConnectedComponents, RandomLinkSplit
 from torch_geometric.utils import to_undirected
 
-from suffice.link.batches.negatives import sample_negatives
+from suffice.link.batches.negatives import edge_keys, sample_negatives
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Graph:
     """An undirected graph.
 
     Args:
-        name: name in tables.
+        name: name of the graph, shown in tables.
         x: features, float32 [nodes, features].
         edges: each edge once, the smaller node id first, long [2, edges].
         y: class of each node, long [nodes]; None if the data set has no classes.
@@ -61,7 +61,7 @@ class Graph:
 
     @classmethod
     def from_data(cls, data: Data, name: str) -> Graph:
-        """Make a graph from PyG's `Data`: made undirected, without self-loops and repeated edges.
+        """Make an undirected graph from PyG's `Data`, without self-loops and duplicate edges.
 
         Raises:
             ValueError: `data` has no edges or no features.
@@ -90,7 +90,7 @@ class SplitConfig:
         negatives: number of validation and test negatives for each positive.
 
     Raises:
-        ValueError: a fraction is not above 0, they leave no edges for training, or `negatives` is not above 0.
+        ValueError: a fraction is not above 0, no edges are left for training, or `negatives` is not above 0.
 
     """
 
@@ -103,7 +103,7 @@ class SplitConfig:
     def __post_init__(self) -> None:
         if self.validation <= 0 or self.test <= 0 or self.validation + self.test >= 1:
             raise ValueError(
-                f"validation and test must be above 0 and below 1 together, got {self.validation} and {self.test}"
+                f"validation and test must be above 0 with a sum below 1, got {self.validation} and {self.test}"
             )
         if self.negatives <= 0:
             raise ValueError(f"negatives must be above 0, got {self.negatives}")
@@ -138,16 +138,16 @@ class Split:
 
     @property
     def known(self) -> Tensor:
-        """All edges and all held-out negatives: what must not be drawn as a training negative, long [2, pairs]."""
+        """All edges and all held-out negatives, which must not be sampled as training negatives, long [2, pairs]."""
         return torch.cat(
             [self.train, self.validation, self.test, self.validation_negatives, self.test_negatives], dim=1
         )
 
     def message_edges(self, *, validation: bool = False) -> Tensor:
-        """Return the edges for message passing: one direction of all, then the other, long [2, 2·edges].
+        """Return the edges for message passing, all in one direction and then all in the other, long [2, 2·edges].
 
         Args:
-            validation: whether validation edges are among them.
+            validation: whether to include the validation edges.
 
         """
         edges = torch.cat([self.train, self.validation], dim=1) if validation else self.train
@@ -159,7 +159,7 @@ class Split:
 
 
 def prepare_graph(graph: Graph, config: SplitConfig) -> Graph:
-    """Return the graph that `config` asks for: all of it, or its largest connected component."""
+    """Return the graph, or only its largest connected component if `config.largest_component` is set."""
     if not config.largest_component:
         return graph
     data = LargestConnectedComponents()(graph.to_data())
@@ -167,14 +167,14 @@ def prepare_graph(graph: Graph, config: SplitConfig) -> Graph:
 
 
 def split_edges(graph: Graph, config: SplitConfig, seed: int) -> Split:
-    """Split the edges by PyG's `RandomLinkSplit`, and draw negatives that no two parts share.
+    """Split the edges with PyG's `RandomLinkSplit`, and sample distinct negatives for validation and test.
 
     The official split of a data set is returned as it is.
 
     Args:
-        graph: as `prepare_graph` returned it.
+        graph: a graph that `prepare_graph` returned.
         config: fractions and number of negatives.
-        seed: decides the split; global random generators are left as they were.
+        seed: seed of the split. The state of the global random generators does not change.
 
     Raises:
         ValueError: a part would be empty, or there are too few pairs without an edge.
@@ -185,7 +185,7 @@ def split_edges(graph: Graph, config: SplitConfig, seed: int) -> Split:
     for name in ("validation", "test"):
         if int(getattr(config, name) * graph.edges.size(1)) < 1:
             raise ValueError(
-                f"{name} must be a fraction of at least one of the {graph.edges.size(1)} edges, "
+                f"{name} must be a fraction that contains at least one of the {graph.edges.size(1)} edges, "
                 f"got {getattr(config, name)}"
             )
     transform = RandomLinkSplit(
@@ -211,22 +211,22 @@ def check_edges(edges: Tensor, num_nodes: int) -> None:
     """Raise unless edges [2, edges] are distinct, join two different nodes, and have node ids in range.
 
     Raises:
-        ValueError: what is wrong, how often, and the first case.
+        ValueError: an edge is not accepted; the message gives the reason, the number of such edges and the first one.
 
     """
     if edges.ndim != 2 or edges.size(0) != 2 or edges.size(1) == 0:
         raise ValueError(f"edges must have shape [2, edges] with at least one edge, got {tuple(edges.shape)}")
 
-    def refuse(is_wrong: Tensor, accepted: str, found: str) -> None:
+    def raise_if_any(is_wrong: Tensor, accepted: str, found: str) -> None:
         if bool(is_wrong.any()):
             first = tuple(edges[:, int(is_wrong.nonzero()[0])].tolist())
             raise ValueError(f"edges must {accepted}, got {int(is_wrong.sum())} {found}, the first is {first}")
 
     out_of_range = ((edges < 0) | (edges >= num_nodes)).any(dim=0)
-    refuse(out_of_range, f"have node ids from 0 to {num_nodes - 1}", "out of range")
-    refuse(edges[0] == edges[1], "join two different nodes", "self-loops")
-    keys = edges.min(dim=0).values * num_nodes + edges.max(dim=0).values
+    raise_if_any(out_of_range, f"have node ids from 0 to {num_nodes - 1}", "out of range")
+    raise_if_any(edges[0] == edges[1], "join two different nodes", "self-loops")
+    keys = edge_keys(edges, num_nodes)
     order = keys.argsort(stable=True)
     is_repeated = torch.zeros_like(keys, dtype=torch.bool)
     is_repeated[order[1:]] = keys[order[1:]] == keys[order[:-1]]
-    refuse(is_repeated, "be listed once each", "duplicates")
+    raise_if_any(is_repeated, "be listed once each", "duplicates")

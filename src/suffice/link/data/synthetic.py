@@ -25,17 +25,17 @@ def block_model(
     features: int = 64,
     seed: int = 0,
 ) -> Graph:
-    """Draw a contextual stochastic block model, in which edges and features depend on the class as much as asked.
+    """Draw a contextual stochastic block model, whose edges and features depend on the classes.
 
     Args:
         nodes: number of nodes, in classes of equal size.
         classes: number of classes.
         degree: expected degree.
-        edge_signal: 0 if edges are independent of the classes, 1 if they join only nodes of one class.
+        edge_signal: 0 if edges are independent of the classes, 1 if they join only nodes of the same class.
         feature_signal: distance of the class means from the origin, in standard deviations of the noise of one
             feature; 0 if features are independent of the classes.
         features: number of features.
-        seed: decides the graph.
+        seed: seed of the graph.
 
     Raises:
         ValueError: an argument is out of range, or a class is too small for the degree.
@@ -51,7 +51,7 @@ def block_model(
     size = nodes / classes
     p_in = degree / (size - 1 + (1 - edge_signal) * (nodes - size))
     if not 0 < p_in <= 1:
-        raise ValueError(f"degree must be above 0 and possible in classes of {size:g} nodes, got {degree}")
+        raise ValueError(f"degree must be above 0 and small enough for classes of {size:g} nodes, got {degree}")
     sizes = torch.full((classes,), nodes // classes)
     sizes[: nodes % classes] += 1
     edges = _draw_block_edges(sizes.tolist(), p_in, (1 - edge_signal) * p_in, np.random.default_rng(seed))

@@ -1,4 +1,4 @@
-"""What all link predictors share: encode the nodes once, then embed and score any pairs of nodes."""
+"""Base class of all link predictors, which encode the nodes once, and then embed and score any pairs of nodes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Encoding:
         nodes: node embeddings, [nodes, hidden].
         x: features, [nodes, features].
         edge_index: message-passing edges, long [2, edges], or an adjacency.
-        pooled: what is summed over neighbors if that is not `nodes`, [nodes, hidden].
+        pooled: values of the nodes that NCN sums over common neighbors, [nodes, hidden]; None for other models.
 
     """
 
@@ -42,7 +42,7 @@ class LinkPredictor(nn.Module, ABC):
     depend on the other pairs of the batch, except with GraphNorm, which always mixes rows.
     """
 
-    # Whether the model reads neighborhoods. It is then given an `Adjacency`, which caches what is constant.
+    # Whether the model compares neighborhoods. Training then passes it an `Adjacency`, which caches constant results.
     uses_adjacency: ClassVar[bool] = True
     chunk_size: ClassVar[int] = 2**16  # number of pairs that `score_in_chunks` scores at a time
     encoder: nn.Module
@@ -65,7 +65,7 @@ class LinkPredictor(nn.Module, ABC):
 
     @abstractmethod
     def edge_embedding(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        """Return what the last layer sees of each pair.
+        """Return the input of the last layer for each pair.
 
         Args:
             encoding: what `encode` returned.
@@ -98,12 +98,12 @@ class LinkPredictor(nn.Module, ABC):
         return self.score(self.encode(x, edge_index), pairs)
 
     def training_logits(self, x: Tensor, edge_index: Tensor | Adjacency, pairs: Tensor) -> tuple[Tensor, ...]:
-        """Return the logits whose losses training adds up, each [pairs]; the first are the model's scores."""
+        """Return the logits whose losses are summed in training, each [pairs]; the first tensor holds the scores."""
         return (self(x, edge_index, pairs),)
 
 
 def mlp_block(in_channels: int, out_channels: int, norm: nn.Module, dropout: nn.Module) -> nn.Sequential:
-    """Return linear layer, norm, dropout and ReLU: the block that NCN's perceptrons are made of."""
+    """Return a linear layer followed by norm, dropout and ReLU, of which the perceptrons of NCN are made."""
     return nn.Sequential(nn.Linear(in_channels, out_channels), norm, dropout, nn.ReLU())
 
 

@@ -22,16 +22,17 @@ from suffice.link.sparse.propagation import (
 
 
 class BUDDY(SketchModel):
-    """Score counts by distance and the product of a linear map of the propagated features ÂX.
+    """Score a pair by its counts of nodes by distance and the product of its linearly mapped propagated features ÂX.
 
-    Sketches and ÂX are computed once for a graph. A pair that is an edge of this graph uses both without this edge.
+    Sketches and ÂX are computed once for a graph. For a pair that is an edge of the graph, both are corrected for the
+    removal of this edge.
 
     Args:
         in_channels: number of features of a node.
         hidden: number of channels.
         norm: normalization over pairs: `batch`, `layer`, `graph` or `none`.
         dropout: probability that a channel is dropped.
-        hops: radius of the neighborhoods, 1 to 3.
+        hops: radius of the sketched neighborhoods, 1 to 3.
 
     """
 
@@ -61,7 +62,7 @@ class BUDDY(SketchModel):
         return first * second
 
     def forward(self, x: Tensor, edge_index: Tensor | Adjacency, pairs: Tensor) -> Tensor:
-        """Return logits, [pairs]; in training only the nodes of the batch are mapped."""
+        """Return logits, [pairs]; in training, the linear map is applied only to the nodes of the batch."""
         adjacency = as_adjacency(edge_index, x.size(0))
         if not self.training or pairs.numel() > 2 * x.size(0):
             return super().forward(x, adjacency, pairs)
@@ -71,7 +72,7 @@ class BUDDY(SketchModel):
 
 
 class _HalvesProduct(Function):
-    # Product of the first half of the rows and the second. Autograd would allocate a zero tensor for each half.
+    # Product of the first half and the second half of the rows. Autograd would allocate a zero tensor for each half.
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)

@@ -12,7 +12,7 @@ from suffice.link.models.decoder import DECODERS, DecoderMLP
 class ConcatMLP(DecoderMLP):
     """Score the concatenation (z_i, z_j) by a two-layer perceptron.
 
-    The score depends on the order of the two nodes; the library puts the smaller node id first everywhere.
+    The score depends on the order of the two nodes. Everywhere in this package, the smaller node id comes first.
     """
 
     def in_channels(self, channels: int) -> int:

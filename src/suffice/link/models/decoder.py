@@ -1,4 +1,4 @@
-"""What all decoders share: logits and embeddings of node pairs from the embeddings of their nodes."""
+"""Base classes of all decoders, which compute logits and embeddings of node pairs from node embeddings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def edge_embedding(self, z: Tensor, pairs: Tensor) -> Tensor:
-        """Return what the last layer sees of each pair.
+        """Return the input of the last layer for each pair.
 
         Args:
             z: node embeddings, [nodes, channels].

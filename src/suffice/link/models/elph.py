@@ -1,4 +1,4 @@
-"""ELPH: a GNN next to counts of nodes by distance from sketches (Chamberlain et al. 2023, section 4)."""
+"""ELPH: a GNN combined with sketched counts of nodes by distance (Chamberlain et al. 2023, section 4)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from suffice.link.sparse.adjacency import Adjacency, as_adjacency
 
 
 class ELPH(SketchModel):
-    """Score counts by distance and the product of node embeddings; a graph is sketched once.
+    """Score a pair by its counts of nodes by distance and the product of its node embeddings.
 
     Args:
         encoder: embeds the nodes.
         norm: normalization over pairs: `batch`, `layer`, `graph` or `none`.
         dropout: probability that a channel is dropped.
-        hops: radius of the neighborhoods, 1 to 3.
+        hops: radius of the sketched neighborhoods, 1 to 3.
 
     """
 

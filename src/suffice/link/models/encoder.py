@@ -1,4 +1,4 @@
-"""What all encoders share: node embeddings from features and the edges of a graph."""
+"""Base classes of all encoders, which compute node embeddings from the features and the edges of a graph."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def create_layers(self, in_channels: int, hidden: int, layers: int) -> None:
-        """Create the modules and parameters of the layers; norms and dropouts are the base class's."""
+        """Create the modules and parameters of the layers; the base class creates norms and dropouts."""
 
     @abstractmethod
     def embed(self, x: Tensor, edge_index: Tensor | Adjacency) -> Tensor:
@@ -85,9 +85,10 @@ class Encoder(nn.Module, ABC):
 
 
 class ConvolutionalEncoder(Encoder):
-    """Base class of encoders that stack convolutions: convolution, norm, ReLU and dropout, the last two between layers.
+    """Base class of encoders that stack convolutions.
 
-    A subclass defines `create_convolution`, and `convolve` if it does not call the convolution in PyG's way.
+    Each convolution is followed by a norm and, except for the last one, by ReLU and dropout. A subclass defines
+    `create_convolution`, and overrides `convolve` if the convolution is not called with features and edge index.
     """
 
     def create_layers(self, in_channels: int, hidden: int, layers: int) -> None:
@@ -129,7 +130,7 @@ class EncoderModelSettings(ModelSettings):
         encoder: `gcn`, `sage` or `pure` (propagation without weights).
         layers: number of layers of the encoder.
         encoder_norm: normalization over nodes: `batch`, `layer`, `graph` or `none`.
-        encoder_dropout: probability that a channel is dropped between the encoder's layers; None for `dropout`.
+        encoder_dropout: probability that a channel is dropped between the encoder's layers; `dropout` if None.
         input_dropout: probability that a feature is dropped.
         output_dropout: probability that a channel of the node embedding is dropped.
         linear: leave out the ReLU between the encoder's layers; `pure` has none.

@@ -15,7 +15,7 @@ from suffice.link.sparse.adjacency import Adjacency
 
 
 class EncoderDecoder(LinkPredictor):
-    """Score a pair by a decoder of its two node embeddings (a graph autoencoder without reconstruction of features).
+    """Score a pair by a decoder of its two node embeddings, as a graph autoencoder does.
 
     Args:
         encoder: embeds the nodes.
@@ -35,7 +35,7 @@ class EncoderDecoder(LinkPredictor):
         return Encoding(self.encoder(x, edge_index), x, edge_index)
 
     def edge_embedding(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        """Return what the decoder's last layer sees, [pairs, edge channels]."""
+        """Return the input of the decoder's last layer, [pairs, edge channels]."""
         return self.decoder.edge_embedding(encoding.nodes, pairs)
 
     def score(self, encoding: Encoding, pairs: Tensor) -> Tensor:

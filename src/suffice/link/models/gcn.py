@@ -14,7 +14,7 @@ from suffice.link.sparse.propagation import propagate
 
 @ENCODERS.register("gcn")
 class GCN(ConvolutionalEncoder):
-    """Graph convolutional network on PyG's `GCNConv`."""
+    """Graph convolutional network with PyG's `GCNConv`."""
 
     accepts_sparse_features: ClassVar[bool] = True
 
@@ -23,7 +23,7 @@ class GCN(ConvolutionalEncoder):
         return GCNConv(in_channels, out_channels)
 
     def convolve(self, convolution: nn.Module, x: Tensor, edge_index: Tensor | Adjacency) -> Tensor:
-        """Apply one convolution; on an adjacency, without PyG's tensor of messages [edges, channels]."""
+        """Apply one convolution; given an `Adjacency`, without PyG's tensor of messages [edges, channels]."""
         if not isinstance(edge_index, Adjacency):
             return super().convolve(convolution, x, edge_index)
         layer = cast(GCNConv, convolution)

@@ -1,4 +1,4 @@
-"""NCN: features summed over common neighbors, next to the product of node features (Wang et al. 2024, eq. 9)."""
+"""NCN: embeddings summed over common neighbors, and the product of node embeddings (Wang et al. 2024, eq. 9)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from suffice.link.sparse.neighbors import Neighbors, common_neighbors, pool
 
 
 class NCN(LinkPredictor):
-    """Score lin(β · f(Σ_{k∈N(i)∩N(j)} h'_k) + g(h_i ⊙ h_j)), with h' = h + xlin(h).
+    """Score a pair by lin(β · f(Σ_{k∈N(i)∩N(j)} h'_k) + g(h_i ⊙ h_j)), with h' = h + xlin(h).
+
+    The modules of the formula are xlin: `node_mlp`, f: `common_mlp`, g: `product_mlp`, lin: `join_mlp` and `last`.
 
     Args:
         encoder: embeds the nodes (h).
@@ -57,7 +59,7 @@ class NCN(LinkPredictor):
         return self.encoder, self.node_mlp
 
     def encode(self, x: Tensor, edge_index: Tensor | Adjacency) -> Encoding:
-        """Embed the nodes (h) and compute what is summed over neighbors (h')."""
+        """Embed the nodes (h) and compute the values that are summed over neighbors (h')."""
         adjacency = as_adjacency(edge_index, x.size(0))
         h = self.encoder(x, adjacency)
         return Encoding(h, x, adjacency, h + self.node_mlp(h))
@@ -110,8 +112,8 @@ def score_common_neighbors(
 class NCNSettings(EncoderModelSettings):
     """Options of `NCN`.
 
-    `encoder_norm` is also the norm over nodes in xlin. With the encoder `pure` it is only that, as NCN's authors have
-    it: the encoder itself then has no norm.
+    `encoder_norm` is also the norm over nodes in xlin (see `NCN`). With the encoder `pure`, only xlin has this norm and
+    the encoder has none, as in the authors' code.
 
     Args:
         two_layers: whether the pair perceptron has a second hidden layer.
@@ -133,8 +135,8 @@ class NCNSettings(EncoderModelSettings):
     def published(cls, data: str) -> Preset:
         """Return the authors' settings (GraphPKU/NeuralCommonNeighbor).
 
-        Their dropout of edges and their separate learning rate of the encoder have no counterpart here: the learning
-        rate is that of the predictor.
+        Dropout of edges and a separate learning rate of the encoder are not supported: the learning rate is the one of
+        the predictor.
         """
         row = _PUBLISHED.get(data, _PUBLISHED["Cora"])
         input_dropout, encoder_dropout, output_dropout, dropout, two_layers, learning_rate, batch_size = row
@@ -153,8 +155,8 @@ class NCNSettings(EncoderModelSettings):
         return Preset(settings, PublishedTraining(learning_rate=learning_rate, batch_size=batch_size))
 
 
-# input_dropout, encoder_dropout, output_dropout, dropout, two_layers, learning_rate, batch_size. The authors' batch
-# size counts positives only; ours counts positives and negatives.
+# input_dropout, encoder_dropout, output_dropout, dropout, two_layers, learning_rate, batch_size. The batch size
+# counts positives and negatives; that of the authors counts positives only.
 _PUBLISHED = {
     "Cora": (0.7, 0.05, 0.3, 0.05, False, 2.4e-3, 2304),
     "CiteSeer": (0.4, 0.75, 0.0, 0.55, True, 7.8e-3, 768),

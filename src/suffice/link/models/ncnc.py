@@ -1,4 +1,4 @@
-"""NCNC: NCN plus neighbors of one node weighted by their chance to be the other's too (Wang et al. 2024, eq. 11)."""
+"""NCNC: NCN whose sum includes neighbors of one node, weighted by a predicted edge (Wang et al. 2024, eq. 11)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _CHUNK_SIZE = 2**12  # number of pairs whose 256 channels fit into a processor's
 
 
 class NCNC(NCN):
-    """NCN whose sum also runs over residual neighbors, each weighted by NCN's own probability of the missing edge.
+    """NCN whose sum includes residual neighbors, weighted by the probability that NCN predicts for their missing edge.
+
+    A residual neighbor k of a pair (i, j) is a neighbor of only one of the nodes; its missing edge joins it to
+    the other one.
 
     The weight of k ∈ N(i) − N(j) is α·p·q / (p·q + 1 − q) with q = σ(scale · (score of (j, k) − offset)). Weights are
     computed without gradients and in eval mode: without dropout, and no norm updates its statistics on pairs that are
@@ -32,9 +35,9 @@ class NCNC(NCN):
         dropout: probability that a channel of the perceptrons is dropped.
         two_layers: whether lin has a second hidden layer.
         alpha: largest weight of a residual neighbor (α).
-        scale: scale of its logit.
-        offset: offset of its logit.
-        prior: prior probability (p).
+        scale: scale of the score of the missing edge.
+        offset: offset of the score of the missing edge.
+        prior: prior probability of the missing edge (p).
 
     """
 
@@ -59,7 +62,7 @@ class NCNC(NCN):
         assert encoding.pooled is not None
         total = super().pool_neighbors(encoding, pairs)
         residuals = residual_neighbors(encoding.adjacency, pairs)
-        # A residual neighbor k of one node misses the edge to the other node.
+        # The missing edge of a residual neighbor of one node joins it to the other node.
         missing = [torch.stack([pairs[1 - side][found.owner], found.node]) for side, found in enumerate(residuals)]
         weights = self._weights(encoding, torch.cat(missing, dim=1)).split([part.size(1) for part in missing])
         for neighbors, weight in zip(residuals, weights, strict=True):
@@ -71,7 +74,7 @@ class NCNC(NCN):
         """Return the weight of each missing edge [2, pairs]: [pairs]."""
         adjacency = encoding.adjacency
         assert encoding.pooled is not None
-        # Scores are symmetric, and nodes of high degree bring the same pair many times: score each pair once.
+        # Scores are symmetric, and the same pair occurs many times at nodes of high degree: score each pair once.
         low, high = pairs.min(dim=0).values, pairs.max(dim=0).values
         codes, inverse = torch.unique(low * adjacency.num_nodes + high, return_inverse=True)
         low = torch.div(codes, max(adjacency.num_nodes, 1), rounding_mode="floor")
@@ -106,8 +109,8 @@ class NCNCSettings(NCNSettings):
 
     Args:
         alpha: largest weight of a residual neighbor.
-        scale: scale of its logit.
-        offset: offset of its logit.
+        scale: scale of the score of the missing edge.
+        offset: offset of the score of the missing edge.
         prior: prior probability of the missing edge.
 
     """
@@ -133,7 +136,7 @@ class NCNCSettings(NCNSettings):
 
     @classmethod
     def published(cls, data: str) -> Preset:
-        """Return the authors' settings (GraphPKU/NeuralCommonNeighbor): those of NCN, and the weights' parameters."""
+        """Return the authors' settings (GraphPKU/NeuralCommonNeighbor), which extend those of NCN."""
         ncn = NCNSettings.published(data)
         alpha, scale, offset, prior = _PUBLISHED.get(data, _PUBLISHED["Cora"])
         return ncn._replace(

@@ -1,4 +1,4 @@
-"""Neo-GNN: overlap of weighted neighborhoods, mixed with the score of a GNN (Yun et al. 2021, eq. 5 to 9)."""
+"""Neo-GNN: a mixture of the overlap of neighborhoods and the score of a GNN (Yun et al. 2021, eq. 5 to 9)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from suffice.link.sparse.overlap import overlap
 
 
 class NeoGNN(LinkPredictor):
-    """Mix σ(g(Σ_k Ã_ik Ã_jk f(s_k)²)) and a GNN's probability by a learned softmax; Ã = A + βA², s = Σ f_edge(A).
+    """Mix the probabilities σ(g(Σ_k Ã_ik Ã_jk f(s_k)²)) and those of a GNN, with learned weights.
 
-    Scores are the logits of the mixture. Training adds the losses of both parts to the loss of the mixture.
+    Here Ã = A + βA² and s_i = Σ_j f_edge(A_ij). The modules of the formula are f_edge: `edge_mlp`, f: `node_mlp`,
+    g: `overlap_mlp` and `overlap_last`. Scores are the logits of the mixture. Training adds the losses of both parts to
+    the loss of the mixture.
 
     Args:
         encoder: embeds the nodes.
@@ -96,10 +98,11 @@ class NeoGNNSettings(EncoderModelSettings):
 
     @classmethod
     def published(cls, data: str) -> Preset:
-        """Return the authors' settings for ogbl-collab (seongjunyun/Neo-GNNs): they publish none for the other data.
+        """Return the authors' settings for ogbl-collab (seongjunyun/Neo-GNNs).
 
-        The learning rate is Adam's default. There are two layers because three give a lower validation metric.
+        They publish no settings for the other data sets. The learning rate is Adam's default. There are
+        two layers because three give a lower validation metric.
         """
         settings = cls(hidden=256, layers=2, encoder_norm="none", decoder_norm="none")
-        # Their batch size counts positives only; ours counts positives and negatives.
+        # The batch size counts positives and negatives; that of the authors counts positives only.
         return Preset(settings, PublishedTraining(learning_rate=1e-3, batch_size=2048, clip=1.0))

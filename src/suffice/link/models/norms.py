@@ -12,7 +12,7 @@ from suffice.link.models.registry import Registry
 Norm = Callable[[int], nn.Module]  # number of channels -> layer over rows [rows, channels]
 
 NORMS: Registry[Norm] = Registry("norm")
-# `batch` and `graph` mix the rows that they are given: nodes in an encoder, the edge batch in a decoder.
+# `batch` and `graph` mix the rows of their input: nodes in an encoder, the edges of a batch in a decoder.
 NORMS.register("batch")(BatchNorm)
 NORMS.register("layer")(nn.LayerNorm)
 NORMS.register("graph")(GraphNorm)

@@ -17,7 +17,7 @@ from suffice.link.sparse.propagation import propagate
 class PureGCN(Encoder):
     """A linear layer, then normalized propagation without weights: Σ_k w_k h_k with h_k = norm(Â h_{k-1}).
 
-    NCN's authors train NCN on it. `layers` is the number of propagation steps; `dropout` follows the linear layer.
+    NCN's authors use it as encoder. `layers` is the number of propagation steps; `dropout` follows the linear layer.
     """
 
     has_activation: ClassVar[bool] = False

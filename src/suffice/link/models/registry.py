@@ -1,10 +1,14 @@
-"""A registry of named parts: norms, encoders, decoders and models are found by name."""
+"""The registry class. Models are registered by `register_model` in `settings.py`.
+
+Encoders, decoders and norms are registered in `ENCODERS`, `DECODERS` and `NORMS` of the modules of the same name.
+"""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
+
+from suffice.study.run_kind import suggestion
 
 Part = TypeVar("Part")
 Registered = TypeVar("Registered")
@@ -73,11 +77,9 @@ class Registry(Generic[Part]):
 
 
 def describe_choices(accepted: Iterable[str], given: object) -> str:
-    """Return the second half of an error message: what is accepted, what was given, and the nearest name."""
+    """Return the end of an error message: the accepted names, the given one, and the most similar accepted name."""
     accepted = list(accepted)
-    nearest = difflib.get_close_matches(str(given), accepted, n=1)
-    hint = f". Did you mean {nearest[0]!r}?" if nearest else ""
-    return f"one of {', '.join(accepted)}, got {given!r}{hint}"
+    return f"one of {', '.join(accepted)}, got {given!r}{suggestion(str(given), accepted)}"
 
 
 def _qualified_name(part: object) -> tuple[object, object]:

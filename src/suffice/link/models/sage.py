@@ -16,7 +16,7 @@ from suffice.link.sparse.propagation import neighbor_mean
 
 @ENCODERS.register("sage")
 class GraphSAGE(ConvolutionalEncoder):
-    """GraphSAGE on PyG's `SAGEConv` with mean aggregation."""
+    """GraphSAGE with PyG's `SAGEConv` and mean aggregation."""
 
     accepts_sparse_features: ClassVar[bool] = True
 
@@ -25,7 +25,7 @@ class GraphSAGE(ConvolutionalEncoder):
         return SAGEConv(in_channels, out_channels)
 
     def convolve(self, convolution: nn.Module, x: Tensor, edge_index: Tensor | Adjacency) -> Tensor:
-        """Apply one convolution; on an adjacency or sparse features, without PyG's tensor of messages."""
+        """Apply one convolution; given an `Adjacency` or sparse features, without PyG's tensor of messages."""
         is_sparse = x.layout == torch.sparse_csr
         if not (is_sparse or isinstance(edge_index, Adjacency)):
             return super().convolve(convolution, x, edge_index)

@@ -1,4 +1,4 @@
-"""Scores of pairs on a fixed graph, as a function of the pairs alone."""
+"""Scoring of pairs on a fixed graph by a function of the pairs alone."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from suffice.link.sparse.adjacency import Adjacency, as_adjacency
 
 
 class PairScorer:
-    """Score pairs on a fixed graph: a callable whose only argument is the pairs, as an audit needs it.
+    """Score pairs on a fixed graph; a callable whose only argument is the pairs, as `audit` requires.
 
-    The nodes are embedded once, and again when a module that embeds them changes between train and eval mode. Make a
-    new scorer after the parameters changed.
+    The nodes are embedded on the first call, and again after a module that embeds them has changed between training
+    and eval mode. Create a new scorer when the parameters of the model have changed.
 
     Args:
         model: scores the pairs.

@@ -1,4 +1,4 @@
-"""Settings of link predictors: what every model's settings offer, and models by name.
+"""Settings of link predictors: the base class of the settings of a model, and models by name.
 
 A model is one file of this package: a `LinkPredictor`, and a frozen dataclass of its options that subclasses
 `ModelSettings`, defines `create` and is registered by `register_model`. Commands, studies and the conformance tests
@@ -54,18 +54,18 @@ class ModelSettings(ABC):
 
     @classmethod
     def published(cls, data: str) -> Preset | None:
-        """Return the settings that the model's authors used on a data set, or on Cora for data that they do not report.
+        """Return the settings that the model's authors published for a data set; None if they published no settings.
 
-        None if the authors published no settings.
+        The settings for Cora are returned for data sets that the authors do not report.
         """
         return None
 
     def build(self, in_channels: int, seed: int = 0) -> LinkPredictor:
-        """Return a freshly initialized model; global random generators are left as they were.
+        """Return a freshly initialized model. The state of the global random generators does not change.
 
         Args:
             in_channels: number of features of a node.
-            seed: decides the initial parameters.
+            seed: seed of the initial parameters.
 
         Raises:
             NotEnoughMemoryError: there is not enough memory for the parameters.
@@ -95,12 +95,12 @@ class ModelSettings(ABC):
         return replace(self, **{name: given[name] for name in self.norms})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the model's name, as `name`, and all its options, in types that JSON holds."""
+        """Return the name of the model, as `name`, and all its options as a JSON-serializable dictionary."""
         return {"name": self.name, **asdict(self)}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> ModelSettings:
-        """Return the settings that `to_dict` returned; options that are missing take their defaults.
+        """Return the settings that `to_dict` described; options that are left out take their defaults.
 
         Raises:
             ValueError: there is no such model, or it has no such option.
@@ -112,7 +112,7 @@ class ModelSettings(ABC):
         """
         options = dict(values)
         if "name" not in options:
-            raise ValueError(f"name must be given with the options of a model, got {sorted(options)}")
+            raise ValueError(f"settings of a model must contain its name, got only {sorted(options)}")
         return _settings(options.pop("name"), options)
 
 
@@ -137,7 +137,7 @@ class PublishedTraining:
 
 
 class Preset(NamedTuple):
-    """What a model's authors published for a data set: the options of the model and of its training."""
+    """Options of a model and of its training that its authors published for a data set."""
 
     model: ModelSettings
     training: PublishedTraining
@@ -183,8 +183,8 @@ def build_model(name: str, in_channels: int, *, seed: int = 0, **options: Any) -
     Args:
         name: one of `models()`.
         in_channels: number of features of a node.
-        seed: decides the initial parameters.
-        options: options of the model (see its settings class); the others take their defaults.
+        seed: seed of the initial parameters.
+        options: options of the model (see its settings class) that differ from the defaults.
 
     Raises:
         ValueError: there is no such model, it has no such option, or a value is not accepted.

@@ -1,4 +1,4 @@
-"""What ELPH and BUDDY share: counts of nodes by distance, from sketches, next to the product of node features."""
+"""Base classes of ELPH and BUDDY, which combine sketched counts of nodes by distance with products of embeddings."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from suffice.link.models.settings import PublishedTraining
 from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.count_cache import CountCache
 
-# From the command lines of melifluos/subgraph-sketching. Their batch size counts positives and negatives, as ours does.
+# From the commands of melifluos/subgraph-sketching. The batch size counts positives and negatives, as here.
 PUBLISHED_TRAINING = PublishedTraining(learning_rate=1e-4, batch_size=1024)
 
 
 class SketchHead(nn.Module):
-    """Two hidden layers side by side: over the counts by distance and over the products of node features.
+    """Two hidden layers: one for the counts of nodes by distance, and one for the products of node embeddings.
 
     Args:
-        hops: k; there are k(k + 2) counts.
-        hidden: number of channels of the node features.
+        hops: radius k of the sketched neighborhoods, which have k(k + 2) counts.
+        hidden: number of channels of the node embeddings.
         norm: normalization over pairs: `batch`, `layer`, `graph` or `none`.
         dropout: probability that a channel is dropped.
 
@@ -43,9 +43,10 @@ class SketchHead(nn.Module):
         """Return the hidden layers, [pairs, k(k + 2)] and [pairs, hidden].
 
         Args:
-            adjacency: its base graph is sketched once; a pair that is one of its edges is counted without this edge.
+            adjacency: graph or a view of it. The base graph is sketched once; a pair that is one of its edges is
+                counted without this edge.
             pairs: long [2, pairs].
-            product: products of node features, [pairs, hidden].
+            product: products of node embeddings, [pairs, hidden].
 
         """
         # In eval mode the same pairs are scored after every epoch: their counts are cached.
@@ -54,14 +55,14 @@ class SketchHead(nn.Module):
 
 
 class SketchModel(LinkPredictor):
-    """Base class of models of counts and products; a model defines `encode` and `product`."""
+    """Base class of ELPH and BUDDY; a model defines `encode` and `product`."""
 
     head: SketchHead
     chunk_size: ClassVar[int] = 2**10
 
     @abstractmethod
     def product(self, encoding: Encoding, pairs: Tensor) -> Tensor:
-        """Return the products of the node features of pairs [2, pairs]: [pairs, hidden]."""
+        """Return the products of the node embeddings of pairs [2, pairs]: [pairs, hidden]."""
 
     def edge_embedding(self, encoding: Encoding, pairs: Tensor) -> Tensor:
         """Return the concatenated hidden layers, [pairs, k(k + 2) + hidden]."""
@@ -81,7 +82,7 @@ class SketchModel(LinkPredictor):
 
 
 def count_cache(graph: Adjacency, hops: int) -> CountCache:
-    """Return the sketches of a graph and the counts computed from them so far."""
+    """Return the cache of the sketches and counts of a graph, which is created on the first call."""
     return graph.memoize(f"counts of {hops} hops", lambda: CountCache(graph, hops))
 
 

@@ -81,13 +81,14 @@ class CompressedRows:
 class Adjacency:
     """The adjacency matrix A of an undirected graph: both directions of every edge, no self-loops, no duplicates.
 
-    Views without some edges share the graph that they were made from as their `base`, and all that is cached for it.
+    A view without some edges refers to the graph that it was made from as its `base`, and shares the results that are
+    cached for it.
 
     Args:
         edge_index: edges in one direction or both, in any order, long [2, edges].
         num_nodes: number of nodes.
         hash_keys: a number for each node that sketches hash instead of its id, long [nodes]. Sketches do not change
-            when the nodes are renumbered and the keys with them.
+            when nodes and keys are permuted in the same way.
 
     Raises:
         ValueError: a shape is wrong, or a node id is out of range.
@@ -117,7 +118,7 @@ class Adjacency:
 
     @cached_property
     def _csr_and_removed(self) -> tuple[CompressedRows, CompressedRows | None]:
-        # Computed when a view needs it: models of sketches read only the base.
+        # Computed when a view is first read: models that use sketches read only the base.
         parent, pairs = self._parent_and_removed_pairs
         positions = parent.csr.find(_codes(pairs, self.num_nodes))
         positions = positions[positions >= 0].unique()
@@ -176,7 +177,7 @@ class Adjacency:
             return self.csr.find(codes) >= 0
         is_edge = self.base.memoize("dense", self.base._dense).index_select(0, codes)
         if self.removed is not None:
-            # Few of the pairs are edges: only those are searched among the removed edges.
+            # Few of the pairs are edges of the base, and only these are searched among the removed edges.
             edges = is_edge.nonzero().flatten()
             is_edge[edges] = self.removed.find(codes[edges]) < 0
         return is_edge
@@ -209,8 +210,8 @@ def as_adjacency(edge_index: Tensor | Adjacency, num_nodes: int) -> Adjacency:
 def remove_edges(edge_index: Tensor | Adjacency, pairs: Tensor, num_nodes: int) -> Tensor | Adjacency:
     """Remove pairs from a graph in both directions, so that a model does not see the edges that it scores.
 
-    All pairs are removed from one graph. `propagate_without_own_edge` and `count_by_distance` do something else: they
-    see each pair in the graph that lacks only this pair.
+    All pairs are removed from one graph. This differs from `propagate_without_own_edge` and `count_by_distance`, which
+    remove from the graph of each pair only this pair.
 
     Args:
         edge_index: edges, long [2, edges], or an adjacency.
@@ -223,7 +224,7 @@ def remove_edges(edge_index: Tensor | Adjacency, pairs: Tensor, num_nodes: int) 
     """
     if isinstance(edge_index, Adjacency):
         return edge_index.without(pairs)
-    # Only edges between endpoints of the pairs can be among them, and those are few: only they are compared.
+    # An edge can be one of the pairs only if both of its nodes are. Such edges are few, and only they are compared.
     is_endpoint = torch.zeros(num_nodes, dtype=torch.bool, device=edge_index.device)
     is_endpoint[pairs] = True
     candidates = (is_endpoint[edge_index[0]] & is_endpoint[edge_index[1]]).nonzero().flatten()
@@ -235,7 +236,7 @@ def remove_edges(edge_index: Tensor | Adjacency, pairs: Tensor, num_nodes: int) 
 
 
 def offsets_from_counts(counts: Tensor) -> Tensor:
-    """Return where each of several consecutive lists starts, and where the last ends.
+    """Return the start of each of several consecutive lists, followed by the end of the last one.
 
     Args:
         counts: length of each list, long [lists].

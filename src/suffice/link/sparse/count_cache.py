@@ -1,4 +1,4 @@
-"""A cache of counts by distance: those of a graph's edges in every epoch, and of validation pairs after each."""
+"""A cache of counts by distance, of the edges of a graph and of the validation pairs, which every epoch needs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _MAX_CACHED_PAIRS = 2**20  # over all sets of pairs: 32 MiB of counts of two hop
 class CountCache:
     """Sketches of a graph, and symmetric counts by distance of pairs of its nodes.
 
-    The counts of an edge, in the graph without this edge, are kept: 64 bytes for each edge and two hops.
+    The counts of each edge in the graph without this edge are cached, which takes 64 bytes per edge for two hops.
 
     Args:
-        graph: not a view.
-        hops: k.
+        graph: graph that is not a view.
+        hops: radius k of the neighborhoods.
 
     """
 
@@ -35,7 +35,7 @@ class CountCache:
 
         Args:
             pairs: long [2, pairs].
-            reuse: whether the same pairs will be asked for again; sets of up to a million pairs in all are then kept.
+            reuse: whether to cache the counts of these pairs; about a million pairs are cached in total.
 
         """
         if not reuse:
@@ -52,7 +52,7 @@ class CountCache:
         return counts
 
     def _counts(self, pairs: Tensor) -> Tensor:
-        # The order of the two nodes decides the last bit of a count: the smaller id comes first.
+        # The last bit of a count depends on the order of the two nodes, so the smaller id always comes first.
         pairs = torch.stack([pairs.min(dim=0).values, pairs.max(dim=0).values])
         positions = self.graph.csr.find(pairs[0] * self.graph.num_nodes + pairs[1])
         counts = self._edges[positions]
@@ -66,11 +66,13 @@ class CountCache:
 
 
 def symmetrize(counts: Tensor, hops: int) -> Tensor:
-    """Return counts that do not depend on the order of the two nodes: the larger and the smaller of mirrored counts.
+    """Return counts that do not depend on the order of the two nodes.
+
+    Two counts that trade places when the nodes are swapped are replaced by their maximum and their minimum.
 
     Args:
         counts: as `count_by_distance` returns them, [pairs, k(k + 2)].
-        hops: k.
+        hops: radius k of the neighborhoods.
 
     Returns:
         [pairs, k(k + 2)].

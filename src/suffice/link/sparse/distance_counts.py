@@ -1,4 +1,4 @@
-"""Number of nodes by distance from both nodes of a pair, from sketches (Chamberlain et al. 2023, section 4.1)."""
+"""Counts of nodes by distance from both nodes of a pair, by sketches (Chamberlain et al. 2023, section 4.1)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def count_by_distance(graph: Adjacency, sketches: Sketches, pairs: Tensor) -> Te
 
 
 def _count(graph: Adjacency, sketches: Sketches, pairs: Tensor, *, are_edges: bool) -> Tensor:
-    """Return the counts of pairs that are all edges, or all not."""
+    """Return the counts of pairs, which are either all edges or all not edges."""
     hops, n = sketches.hops, pairs.size(1)
     minhash, registers = (
         _PairSketches(graph, tables, [increases[kind] for increases in sketches.increases], are_edges=are_edges)
@@ -78,13 +78,13 @@ def _count(graph: Adjacency, sketches: Sketches, pairs: Tensor, *, are_edges: bo
 
 
 class _PairSketches:
-    """Sketches of one kind of both nodes of pairs, read as integers into memory that is reused and stays in the cache.
+    """MinHash or HyperLogLog sketches of both nodes of pairs, as integers in buffers that fit into a processor's cache.
 
     Args:
         graph: the graph that was sketched.
         tables: sketches by hop, [nodes, columns].
-        increases: `Sketches.increases` of this kind, by hop.
-        are_edges: whether the pairs are edges; each is then seen in the graph without itself.
+        increases: `Sketches.increases` of these sketches, by hop.
+        are_edges: whether the pairs are edges; the sketches of each pair are then those without its edge.
 
     """
 
@@ -102,9 +102,9 @@ class _PairSketches:
     def read(self, pairs: Tensor) -> None:
         """Read the sketches of both nodes of at most `_CACHED_PAIRS` pairs [2, pairs].
 
-        Up to two hops, a sketch without the edge is the minimum over the other neighbors' sketches: their shortest
-        paths through the edge lead back to the node itself. For three hops, walks that turn back at once are left out,
-        which are the only ones that could use the edge.
+        For one and two hops, the sketch without the edge is the minimum over the sketches of the other neighbors,
+        because no walk of two steps through another neighbor uses the edge. For three hops, walks that return to the
+        node in the second step are left out, because only they could use the edge in the third.
         """
         self._num_pairs = pairs.size(1)
         self._buffer, other_buffer, *rows = self._memory[:, : self._num_pairs]
@@ -114,7 +114,7 @@ class _PairSketches:
                 torch.index_select(self.integers[hop], 0, nodes, out=self._rows[side][hop])
         if not self.are_edges:
             return
-        # From the last hop to the first: what the other node gives to a hop is its sketch of the hop before.
+        # From the last hop to the first, because a hop is compared with the unchanged previous hop of the other node.
         for hop in range(min(self.hops, 2), 0, -1):
             for side, nodes in enumerate(pairs):
                 is_from_other = torch.eq(self._rows[side][hop], self._rows[1 - side][hop - 1], out=self._buffer)

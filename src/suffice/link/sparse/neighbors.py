@@ -1,6 +1,6 @@
 """Common and residual neighbors of pairs of nodes, sums over them, and rows of the squared adjacency.
 
-Lists of neighbors are as long as the neighborhoods of the given pairs: memory grows with the batch, not with the graph.
+The lists hold only the neighborhoods of the given pairs, so that memory grows with the batch and not with the graph.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Neighbors(NamedTuple):
 
     @classmethod
     def from_owners(cls, node: Tensor, owner: Tensor, lists: int) -> Neighbors:
-        """Make `lists` lists of nodes [total] and their ascending owners [total]."""
+        """Make `lists` lists from nodes [total] and the list that each belongs to, ascending [total]."""
         return cls(node, owner, offsets_from_counts(torch.bincount(owner, minlength=lists)))
 
 
@@ -42,7 +42,7 @@ def common_neighbors(adjacency: Adjacency, pairs: Tensor) -> Neighbors:
     The neighbors of the node with the smaller degree are looked up among those of the other node.
 
     Args:
-        adjacency: without the edges that are scored.
+        adjacency: graph without the edges that are scored.
         pairs: long [2, pairs].
 
     """
@@ -60,7 +60,7 @@ def residual_neighbors(adjacency: Adjacency, pairs: Tensor) -> tuple[Neighbors, 
     """Return N(i) − N(j) and N(j) − N(i) for each pair (i, j), both without i and j.
 
     Args:
-        adjacency: without the edges that are scored.
+        adjacency: graph without the edges that are scored.
         pairs: long [2, pairs].
 
     """

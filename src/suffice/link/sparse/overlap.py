@@ -1,4 +1,4 @@
-"""Weighted overlap of neighborhoods of one and two steps (Yun et al. 2021, eq. 5 to 7)."""
+"""Weighted overlap of one-hop and two-hop neighborhoods (Yun et al. 2021, eq. 5 to 7)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from suffice.link.sparse.adjacency import MAX_DENSE_ENTRIES, Adjacency, Compress
 from suffice.link.sparse.neighbors import Neighbors, squared_rows, sum_segments
 
 EDGE_UNIT = 2**14
-"""What an edge adds to an entry of `DenseWalks.table`.
+"""Value that an edge adds to an entry of `DenseWalks.table`.
 
-The rest of an entry counts walks of length two. There are at most as many as nodes, and at most 8,192 nodes.
+The remainder of an entry is the number of walks of length two, which is at most the number of nodes, 8,192.
 """
 _MAX_LIST_ENTRIES = 2**22
 
@@ -26,17 +26,17 @@ def overlap(adjacency: Adjacency, pairs: Tensor, weight: Tensor, beta: float) ->
     """Return Σ_k Ã_ik Ã_jk w_k for each pair (i, j), with Ã = A + βA²: [pairs].
 
     For graphs of up to 8,192 nodes, A² is kept as a dense matrix whose rows are corrected for the edges that a view
-    lacks. For larger graphs, the neighborhoods of two steps of the pairs are listed. Both give the same result.
+    lacks. For larger graphs, the two-hop neighborhoods of the pairs are listed. Both give the same result.
 
     Args:
-        adjacency: A, without the edges that are scored.
+        adjacency: A, without the edges that are to be scored.
         pairs: long [2, pairs].
         weight: w, [nodes], differentiable.
         beta: weight of walks of length two (β).
 
     """
     if pairs.size(1) == 0:
-        return weight.new_zeros(0) + 0 * weight.sum()  # keeps the connection to the gradient of `weight`
+        return weight.new_zeros(0) + 0 * weight.sum()  # differentiable in `weight`
     if adjacency.num_nodes**2 > MAX_DENSE_ENTRIES:
         nodes, inverse = torch.unique(pairs, return_inverse=True)
         return _overlap_of_lists(adjacency, nodes, inverse, weight, beta)
@@ -74,7 +74,7 @@ class DenseWalks:
         self._column = torch.cat(columns) if columns else graph.csr.col.int()
         self._size = torch.cat([part.count_nonzero(dim=1) for part in self.table.split(512)]).int()
         self._start = offsets_from_counts(self._size)
-        # A pair lists at most n nodes: the lists of a chunk have at most some million entries.
+        # A pair has at most n shared nodes, so that the lists of a chunk have at most a few million entries.
         self.pairs_per_chunk = max(1, _MAX_LIST_ENTRIES // max(1, n))
         self._lock = Lock()
 
@@ -82,8 +82,8 @@ class DenseWalks:
     def as_of(self, view: Adjacency, nodes: Tensor) -> Generator[Tensor]:
         """Context manager in which some rows of the table are those of a view of the graph.
 
-        With A = A' + R, where the view lacks R, A'² = A² − A'R − RA' − R². Few entries of a row change: they are
-        changed in place, and changed back at the end.
+        With A = A' + R, where R holds the edges that the view lacks, A'² = A² − A'R − RA' − R². The few entries that
+        change are updated in place and restored on exit.
 
         Args:
             view: the graph or a view of it.
@@ -133,7 +133,7 @@ class DenseWalks:
         size = self._size.index_select(0, low)
         offsets = offsets_from_counts(size)
         owner = torch.repeat_interleave(size)
-        # Indices of 32 bits can address the whole table and cost half as much.
+        # Indices of 32 bits can address the whole table and take half the time.
         index = (self._start.index_select(0, low) - offsets[:-1]).int().index_select(0, owner)
         index.add_(torch.arange(owner.numel(), dtype=index.dtype, device=index.device))
         node = self._column.index_select(0, index)
@@ -146,7 +146,10 @@ class DenseWalks:
 
 
 def _walk_codes(first: CompressedRows, second: CompressedRows, nodes: Tensor) -> Tensor:
-    """Return position in `nodes` · num_nodes + end of each walk of one step in `first` and one in `second`."""
+    """Return a code for each walk with one step in `first` and one in `second`, from position p in `nodes` to node q.
+
+    The code is p · num_nodes + q.
+    """
     middle, owner = first.expand(nodes)
     end, walk = second.expand(middle)
     return owner[walk] * first.num_nodes + end

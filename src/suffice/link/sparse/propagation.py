@@ -27,7 +27,7 @@ def propagate(adjacency: Adjacency, x: Tensor) -> Tensor:
 
 
 def is_mostly_zero(x: Tensor) -> bool:
-    """Whether features are sparse enough that a product of sparse matrices is faster: below 5 % on the CPU.
+    """Return whether a product of sparse matrices is faster: on the CPU, if less than 5 % of the features are not 0.
 
     Args:
         x: dense features, [nodes, channels].
@@ -38,12 +38,12 @@ def is_mostly_zero(x: Tensor) -> bool:
 
 
 def propagate_sparse(adjacency: Adjacency, x: Tensor, out: Tensor) -> None:
-    """Write Âx, as `propagate` returns it, computed by a product of sparse matrices; not differentiable.
+    """Compute the same Âx as `propagate` by a product of sparse matrices; not differentiable.
 
     Args:
         adjacency: A.
         x: features for which `is_mostly_zero` is True, [nodes, channels].
-        out: contiguous tensor on the CPU, [nodes, channels].
+        out: contiguous tensor on the CPU to which Âx is written, [nodes, channels].
 
     """
     nodes, csr = x.size(0), adjacency.csr
@@ -66,7 +66,7 @@ def neighbor_mean(adjacency: Adjacency, x: Tensor) -> Tensor:
 
 
 def propagate_without_own_edge(adjacency: Adjacency, stacked: Tensor, pairs: Tensor) -> Tensor:
-    """Return the rows of Âx of both nodes of each pair, in the graph that lacks only this pair: [2·pairs, channels].
+    """Return the rows of Âx of both nodes of each pair, in the graph without only this pair: [2·pairs, channels].
 
     This differs from `remove_edges`, which removes all pairs from one graph. With S_i = Σ_{k∈N(i)∪{i}} x_k/√d_k the
     row of i is S_i/√d_i. Without the edge (i, j), d_i is smaller by one, x_j leaves the sum, and the weight of x_i is

@@ -3,7 +3,7 @@
 The k-hop neighborhood B_k of a node holds every node at a distance of at most k, itself included.
 
 * MinHash estimates the Jaccard index of two sets by the share of permutations for which their minima are equal.
-* HyperLogLog estimates the cardinality of a set. We use the improved estimator of Ertl (2017, arXiv 1702.01284,
+* HyperLogLog estimates the cardinality of a set, here with the improved estimator of Ertl (2017, arXiv 1702.01284,
   section 4), which needs no table of biases. A register r is stored as 2^-r, an empty register as 1024. The union of
   two sets is then the minimum of their registers, as for MinHash, and the sum of the registers gives both the number
   of empty registers and the sum of the others.
@@ -22,7 +22,7 @@ from suffice.gpu import can_use_kernels
 from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.neighbors import sum_segments
 
-_EMPTY_REGISTER = 1024.0  # larger than the sum of all other registers can be
+_EMPTY_REGISTER = 1024.0  # larger than any possible sum of the other registers
 _CHUNK_SIZE = 2**16
 _CACHED_ROWS = 2**9  # number of rows of a table that fit into a processor's cache
 _CACHED_ENTRIES = 2**12  # number of neighbors whose rows fit into a processor's cache
@@ -36,8 +36,9 @@ class Sketches:
         minhash: minima by hop, integers of 24 bits stored as float32 [nodes, permutations].
         registers: registers 2^-r by hop, bfloat16 [nodes, 2^p].
         sizes: estimated cardinality by hop, float32 [nodes].
-        increases: for hops 1 and 2, of MinHash [nodes, permutations] and of HyperLogLog [nodes, 2^p]: by how much each
-            minimum, read as an integer, increases when the neighbor that attains it is removed; 0 if several do.
+        increases: for hops 1 and 2, a tensor of MinHash [nodes, permutations] and one of HyperLogLog [nodes, 2^p]: the
+            increase of each minimum, read as an integer, when the neighbor that attains it is removed; 0 if several
+            neighbors attain it.
 
     """
 
@@ -56,11 +57,11 @@ def sketch(graph: Adjacency, hops: int = 2, *, permutations: int = 128, p: int =
     """Sketch the neighborhoods of every node.
 
     Args:
-        graph: its `hash_keys` are hashed.
-        hops: k, from 1 to 3.
+        graph: graph whose `hash_keys` are hashed.
+        hops: radius k of the largest neighborhood, from 1 to 3.
         permutations: number of permutations of MinHash; the error of a Jaccard index J is √(J(1 − J) / permutations).
         p: HyperLogLog has 2^p registers; the relative error of a cardinality is 1.04 / √2^p.
-        seed: decides the hash functions.
+        seed: seed of the hash functions.
 
     Raises:
         ValueError: a number is out of range.
@@ -129,7 +130,7 @@ def estimate_cardinality(register_sum: Tensor, num_registers: int) -> Tensor:
 
 
 def _sigma(x: Tensor) -> Tensor:
-    # Ertl 2017: σ(x) = x + Σ_k x^(2^k) 2^(k-1), infinite at 1, where all registers are empty.
+    # Ertl (2017): σ(x) = x + Σ_k x^(2^k) 2^(k-1), which is infinite at x = 1, when all registers are empty.
     total, power, weight = x.clone(), x.clone(), 1.0
     for _ in range(20):
         power = power * power
@@ -139,13 +140,13 @@ def _sigma(x: Tensor) -> Tensor:
 
 
 def _increases(graph: Adjacency, minimum: Tensor, table: Tensor, own: Tensor) -> Tensor:
-    """Return by how much min(own, minimum) increases, read as an integer, without the neighbor that attains it.
+    """Return the increase of min(own, minimum), read as an integer, when the neighbor that attains it is removed.
 
     Args:
         graph: the neighbors of each node.
         minimum: minimum of each column over the neighbors, [nodes, columns].
         table: values of the neighbors, [nodes, columns].
-        own: value that a node keeps whichever neighbor is removed, [nodes, columns].
+        own: value of the node itself, which does not depend on its neighbors, [nodes, columns].
 
     Returns:
         int32 or int16 [nodes, columns]; 0 where several neighbors attain the minimum.
@@ -157,7 +158,7 @@ def _increases(graph: Adjacency, minimum: Tensor, table: Tensor, own: Tensor) ->
     rowptr = csr.rowptr.tolist()
     start = 0
     while start < graph.num_nodes:
-        # As many nodes as have together `_CACHED_ENTRIES` neighbors, but at least one.
+        # The next nodes, with at most `_CACHED_ENTRIES` neighbors in total, but at least one node.
         end = min(max(bisect_right(rowptr, rowptr[start] + _CACHED_ENTRIES) - 1, start + 1), graph.num_nodes)
         first, last = rowptr[start], rowptr[end]
         values = table.index_select(0, csr.col[first:last])

@@ -1,4 +1,4 @@
-"""Arms of a study: ways of training that are compared on the same splits."""
+"""Arms of a study: ways of training, which are compared on the same splits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from suffice.link.models.norms import NORMS
 from suffice.link.train.config import TrainConfig
 
 OWN_NORM = "own"
-"""Norm of an arm that keeps the norm of the model's own settings."""
+"""Value of `encoder_norm` and `decoder_norm` with which an arm keeps the norms of the model's settings."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Arm:
     """One way of training: composition, loss and norms.
 
     Args:
-        name: `fixed`, `random`, `random+balanced`, `separate`, or a name of the caller's own.
+        name: `fixed`, `random`, `random+balanced`, `separate`, or any other name for a custom arm.
         composition: how many positives a mini-batch contains.
         balanced: whether both classes have the same total weight in the loss of each batch.
         encoder_norm: `batch`, `layer`, `graph` or `none`, or `own` for that of the model's settings.
         decoder_norm: the same choice for the decoder.
-        learning_rate: learning rate of Adam; None for that of the study.
+        learning_rate: learning rate of Adam; None for the learning rate of the study.
 
     """
 
@@ -56,7 +56,7 @@ class Arm:
         )
 
     def resolve_norms(self, model: ModelSettings) -> Arm:
-        """Return the arm with the model's own norms in place of `own`; its name then is `fixed own`, for example."""
+        """Return the arm with the model's norms in place of `own`; `own` is appended to its name, as in `fixed own`."""
         if OWN_NORM not in (self.encoder_norm, self.decoder_norm):
             return self
         norms = {"encoder_norm": "none", **model.norms}
@@ -71,7 +71,7 @@ class Arm:
         """Return the arm as a JSON-serializable setting: its key, or all its fields if `parse_arm` does not know it.
 
         Raises:
-            ValueError: the composition cannot be parsed from its text.
+            ValueError: `parse_composition` does not restore the composition from its text.
 
         """
         try:
@@ -81,7 +81,7 @@ class Arm:
             pass
         if parse_composition(str(self.composition)) != self.composition:
             raise ValueError(
-                f"composition must be one that parse_composition makes from its text, got {self.composition!r}"
+                f"composition must be one that parse_composition restores from its text, got {self.composition!r}"
             )
         return {**asdict(self), "composition": str(self.composition)}
 
@@ -114,8 +114,8 @@ _COMPOSITIONS: dict[str, tuple[Composition, bool]] = {
 def parse_arm(key: str) -> Arm:
     """Return the arm with a key: `fixed/batch`, `random+balanced/layer`, `random/none-batch` or `fixed/own`.
 
-    Arms with LayerNorm train with a learning rate of 1e-3: at the rate that suits BatchNorm, LayerNorm collapses under
-    random fractions.
+    Arms with LayerNorm train with a learning rate of 1e-3: with the learning rate of BatchNorm, trainings with
+    LayerNorm collapse under random fractions.
 
     Raises:
         ValueError: the key names an unknown composition or norm.
@@ -161,4 +161,4 @@ PAIRS = (
     ("random/layer", "fixed/layer"),
     ("random+balanced/layer", "fixed/layer"),
 )
-"""Each arm with the arm to which it is compared. LayerNorm, which cannot see the batch, is the control."""
+"""Each arm with its baseline. LayerNorm, whose output does not depend on the batch, is the control."""

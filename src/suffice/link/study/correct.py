@@ -1,4 +1,4 @@
-"""Side-by-side study: the same model trained on biased and on corrected batches, and what each training keeps."""
+"""The study behind `suffice link correct`: train the same model in several ways on the same splits, and compare."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def correct(
     """Train the same model in several ways on the same splits, audit it, and measure metrics and alignment.
 
     Args:
-        graph: graph to learn.
+        graph: graph whose edges are learned.
         arms: ways of training, including the norms.
         model: all other settings of the model; `encoder-decoder` with its defaults if not given.
         train: all other settings of the training.
@@ -56,11 +56,11 @@ def correct(
         seeds: number of repetitions, each with its own split, initial parameters and batches.
         first_seed: seed of the first repetition.
         device: Torch device.
-        folder: folder to keep finished runs and checkpoints in; a second call with the same folder resumes. By
-            default nothing is kept.
+        folder: folder in which finished runs and checkpoints are kept; a second call with the same folder resumes the
+            study. By default, nothing is kept.
         workers: number of processes to train in; 0 for the current one.
-        log: called with a line for each finished run, and every few seconds in between.
-        on_progress: shows progress instead of `log`.
+        log: called with a line for each finished run, and with the progress every few seconds.
+        on_progress: called with the progress instead of `log`.
         command: command that runs this study, for its reports.
 
     Returns:
@@ -83,7 +83,7 @@ def correct(
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     keys = [arm.key for arm in arms]
     if not keys or len(set(keys)) < len(keys):
-        raise ValueError(f"arms must be at least one arm and distinct, got {keys}")
+        raise ValueError(f"arms must contain at least one arm and no arm twice, got {keys}")
     model, train, split = model or EncoderDecoderSettings(), train or TrainConfig(), split or SplitConfig()
     graph = prepare_graph(graph, split)
     split_edges(graph, split, first_seed)  # raises if the graph cannot be split
@@ -127,7 +127,7 @@ def correct(
 def load_edge_representations(
     graph: Graph, arms: Sequence[Arm], folder: str | Path, *, split: SplitConfig | None = None, seed: int = 0
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the edge representation of arms that `correct` trained, with the classes of its nodes, by arm.
+    """Return the edge representation of each arm that `correct` trained, with the classes of the nodes, by arm.
 
     Args:
         graph: graph of the study.
@@ -155,7 +155,7 @@ def load_edge_representations(
     for arm in arms:
         if arm.key not in run_keys:
             raise CheckpointError(
-                f"folder must contain a training of arm {arm.key} with seed {seed} on {graph.name}, got {folder}"
+                f"folder must contain a training of arm {arm.key} with seed {seed} on {graph.name}, got {str(folder)!r}"
             )
         model, _ = load_trained(_checkpoint_path(folder, run_keys[arm.key]))
         found[arm.key] = representations(model, graph, edges)["edge"]
@@ -165,7 +165,7 @@ def load_edge_representations(
 def load_stored_representations(
     records: Sequence[Record], folder: Path, *, max_arms: int = 2
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the edge representation of the first arms whose checkpoints a folder still contains, by arm.
+    """Return the edge representations and classes of the first arms whose checkpoints a folder contains, by arm.
 
     Args:
         records: finished runs of a study.
@@ -198,7 +198,7 @@ def _log_finished_runs(folder: Path, study: str, plan: Sequence[PlannedRun], log
 
 
 def _without_references(callback: ProgressCallback) -> ProgressCallback:
-    """Leave out the lines of references, which take no time."""
+    """Return a callback without the lines of references, which are not trained."""
     prefixes = tuple(f"arm {name}" for name in REFERENCES)
 
     def show(progress: Progress, line: str) -> None:

@@ -1,4 +1,4 @@
-"""Findings of a reproduction: which claims of the paper hold, in sentences and tables made from the numbers."""
+"""Findings of a reproduction: which claims of arXiv 2604.25978 hold, as sentences and tables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DIFFERENCE_METRICS = ("hits@100", "a_pure:heldout", "tau:heldout", "edge_trace_r
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper: random fractions change a metric in one direction.
+    """A claim of arXiv 2604.25978 that random fractions change a metric in one direction.
 
     Args:
         text: the claim as a sentence without a full stop.
@@ -59,7 +59,7 @@ CLAIMS = (
 def describe_claims(
     results: Sequence[ArmResults], arm: str = "random/batch", baseline: str = "fixed/batch"
 ) -> list[str]:
-    """Return a sentence for each claim: where it holds, where the opposite holds, and where the data do not decide.
+    """Return a sentence for each claim: where it is confirmed, where its opposite is, and where neither is.
 
     A claim holds for a model on a data set if the 95 % interval of the paired difference is on the claimed side of 0.
 
@@ -75,12 +75,12 @@ def describe_claims(
         holds: list[ArmResults] = []
         opposite: list[ArmResults] = []
         undecided: list[ArmResults] = []
-        for of_arm, of_baseline in pairs:
-            interval = paired_interval(of_arm, of_baseline, claim.metric)
+        for arm_results, baseline_results in pairs:
+            interval = paired_interval(arm_results, baseline_results, claim.metric)
             if interval is None or not interval.has_bounds:
                 continue
             low, high = sorted((claim.sign * interval.low, claim.sign * interval.high))
-            (holds if low > 0 else opposite if high < 0 else undecided).append(of_arm)
+            (holds if low > 0 else opposite if high < 0 else undecided).append(arm_results)
         total = len(holds) + len(opposite) + len(undecided)
         if total == 0:
             continue
@@ -95,16 +95,17 @@ def describe_verdicts(results: Sequence[ArmResults]) -> list[str]:
     """Return a sentence for each arm with the number of models that got each verdict."""
     counts: dict[str, dict[str, int]] = {}
     for arm in results:
-        of_arm = counts.setdefault(arm.arm, {})
+        arm_counts = counts.setdefault(arm.arm, {})
         for verdict, count in arm.verdict_counts().items():
-            of_arm[verdict] = of_arm.get(verdict, 0) + count
-    return [f"{arm}: {_list_counts(of_arm)}." for arm, of_arm in counts.items()]
+            arm_counts[verdict] = arm_counts.get(verdict, 0) + count
+    return [f"{arm}: {_list_counts(arm_counts)}." for arm, arm_counts in counts.items()]
 
 
 def find_compared_arms(results: Sequence[ArmResults]) -> list[tuple[str, str]]:
     """Return the arms to compare, each with its baseline.
 
-    The baseline is the arm with fixed fractions and the same norms; for fixed fractions, it is the one with BatchNorm.
+    The baseline is the arm with fixed fractions and the same norms. The baseline of other arms with fixed fractions is
+    `fixed/batch`.
     """
     arms = list(dict.fromkeys(arm.arm for arm in results))
     compared: list[tuple[str, str]] = []
@@ -128,8 +129,9 @@ def to_markdown(results: Sequence[ArmResults]) -> str:
     compared = find_compared_arms(results)
     lines: list[str] = []
     for graph in dict.fromkeys(arm.graph for arm in results):
-        of_graph = [arm for arm in results if arm.graph == graph]
-        lines += [f"### {graph}", "", *_table_of_means(of_graph), *_table_of_differences(of_graph, compared), ""]
+        graph_results = [arm for arm in results if arm.graph == graph]
+        tables = [*_table_of_means(graph_results), *_table_of_differences(graph_results, compared)]
+        lines += [f"### {graph}", "", *tables, ""]
     # The paper makes claims about random fractions alone.
     claims = [(arm, baseline, describe_claims(results, arm, baseline)) for arm, baseline in compared]
     claims = [claim for claim in claims if claim[0].startswith("random")]
@@ -168,12 +170,12 @@ def _table_of_differences(results: Sequence[ArmResults], compared: Sequence[tupl
 
 def _find_pairs(results: Sequence[ArmResults], arm: str, baseline: str) -> list[tuple[ArmResults, ArmResults]]:
     """Return the results of an arm and of its baseline for each data set and model that has both."""
-    by_name = {(one.graph, one.model, one.arm): one for one in results}
+    by_name = {(item.graph, item.model, item.arm): item for item in results}
     pairs: list[tuple[ArmResults, ArmResults]] = []
     for graph, model in dict.fromkeys((graph, model) for graph, model, _ in by_name):
-        of_arm, of_baseline = by_name.get((graph, model, arm)), by_name.get((graph, model, baseline))
-        if of_arm is not None and of_baseline is not None:
-            pairs.append((of_arm, of_baseline))
+        arm_results, baseline_results = by_name.get((graph, model, arm)), by_name.get((graph, model, baseline))
+        if arm_results is not None and baseline_results is not None:
+            pairs.append((arm_results, baseline_results))
     return pairs
 
 
@@ -205,11 +207,11 @@ def _list_counts(counts: dict[str, int]) -> str:
 
 
 def _count(results: Sequence[ArmResults], total: int) -> str:
-    """Return how many of all results these are and, unless they are all or none, of which models and data sets."""
+    """Return the number of results out of a total, with data sets and models unless it is all or none."""
     if len(results) in (0, total):
         return f"all {total}" if results else f"none of {total}"
     models: dict[str, list[str]] = {}
     for arm in results:
         models.setdefault(arm.graph, []).append(arm.model)
-    named = "; ".join(f"{graph}: {', '.join(of_graph)}" for graph, of_graph in models.items())
-    return f"{len(results)} of {total} ({named})"
+    names = "; ".join(f"{graph}: {', '.join(graph_models)}" for graph, graph_models in models.items())
+    return f"{len(results)} of {total} ({names})"

@@ -1,4 +1,4 @@
-"""Hits@100 as the authors of the models published it, and the comparison with a study."""
+"""Published Hits@100 of the models, and their comparison with a study."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PUBLISHED_ARM = "fixed own/"  # prefix of the arm that trains as the authors do
 
 @dataclass(frozen=True)
 class PublishedComparison:
-    """Hits@100 of a study and as published, in percent.
+    """Hits@100 of a study and the published Hits@100, in percent.
 
     Args:
         graph: name of the data set.

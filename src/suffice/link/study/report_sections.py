@@ -128,7 +128,7 @@ def add_results(page: Page, results: StudyResults, representations: Representati
     if differences:
         caption = (
             "Paired by seed, with 95 % t interval. A difference of differences is the gain of an arm under BatchNorm "
-            "minus its gain under LayerNorm, which cannot see the batch."
+            "minus its gain under LayerNorm, whose output does not depend on the batch."
         )
         page.add(f"{graph}: paired differences", Table(columns, differences, caption))
     curves = {arm: arm_results.response_curve() for arm, arm_results in results.arms.items()}
@@ -168,7 +168,7 @@ def add_records(page: Page, records: Sequence[Record], folder: Path) -> None:
 
     Args:
         page: page of the report.
-        records: finished runs. Each combination of settings other than the arm is a study of its own.
+        records: finished runs. Runs that differ in more than arm and seed are reported as separate studies.
         folder: folder of the store, with the checkpoints.
 
     """
@@ -240,7 +240,7 @@ def _group_by_settings(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def _collect_complete_seeds(records: Sequence[Record]) -> StudyResults | None:
-    """Return the results of the seeds that every arm has, or None if there is no such seed."""
+    """Return the results of the seeds that are finished in every arm, or None if there are none."""
     seeds_of_arms: dict[str, set[int]] = {}
     for record in records:
         if record.settings["arm"] not in REFERENCES:

@@ -1,4 +1,4 @@
-"""The study of arXiv 2604.25978: models, data sets and ways of training in all combinations."""
+"""The study of arXiv 2604.25978: all combinations of models, data sets and arms."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ def reproduce(
 
     Args:
         data: names of data sets.
-        folder: folder to keep runs in.
-        models: Names from `MODELS`.
+        folder: folder in which the runs are kept.
+        models: names from `MODELS`.
         arms: ways of training, including the norms.
         seeds: number of repetitions, each with its own split.
         train: all other settings of the training.
         split: settings of the split.
         hidden: number of channels of every model.
-        published: whether to use the published settings of each model where there are any, except for the number of
-            epochs. Norms are those of the arm.
+        published: whether to use the published settings of each model, if there are any, except for the number of
+            epochs. The arm determines the norms.
         root: folder of downloaded data sets.
         device: Torch device.
         workers: number of processes to train in; 0 for the current one.
@@ -105,7 +105,7 @@ def reproduce(
 
 
 def load_results(folder: str | Path) -> list[ArmResults]:
-    """Return the results of the finished runs of `reproduce` in a folder, also while it is running.
+    """Return the results of the finished runs of `reproduce` in a folder, which may still be running.
 
     Raises:
         StoreError: the folder contains no study.

@@ -1,4 +1,4 @@
-"""Results of studies: every arm over seeds, and how the arms differ."""
+"""Results of studies: the results of each arm over seeds, and paired differences between arms."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class ArmResults:
 
     Args:
         graph: name of the graph.
-        model: name of the model; that of its encoder for `encoder-decoder`.
-        arm: Key of the arm, such as `fixed/batch`.
+        model: name of the model; for `encoder-decoder`, the name of its encoder.
+        arm: key of the arm, such as `fixed/batch`.
         group: values by metric and seed, such as `group.values["kappa:heldout"][0]`.
         norms: norms of the model by option.
         verdicts: level of the verdict by seed.
@@ -74,14 +74,14 @@ class StudyResults:
         """Return the mean of a metric over seeds and its 95 % t interval.
 
         Args:
-            arm: Key of the arm.
-            metric: name of the metric; metrics of an audit name the edge set too, as in `kappa:heldout`.
+            arm: key of the arm.
+            metric: name of the metric; names of audit metrics include the edge set, as in `kappa:heldout`.
 
         """
         return self.arms[arm].group.interval(metric)
 
     def difference(self, arm: str, baseline: str, metric: str) -> Interval:
-        """Return how an arm differs from another one, paired by seed: mean and 95 % t interval."""
+        """Return the difference of a metric between an arm and a baseline, paired by seed, and its 95 % t interval."""
         return self._difference([arm], [baseline], metric)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ class StudyResults:
         """Return a row for each pair of arms and metric with the paired difference and its 95 % t interval.
 
         The last rows are differences of differences: the gain of an arm under BatchNorm minus its gain under LayerNorm,
-        which cannot see the batch.
+        whose output does not depend on the batch.
         """
         sides = [([arm], [baseline]) for arm, baseline in PAIRS]
         sides += [([f"{name}/batch", "fixed/layer"], ["fixed/batch", f"{name}/layer"]) for name in _ATTRIBUTED_ARMS]
@@ -145,7 +145,7 @@ class StudyResults:
     def _sum(self, arms: Sequence[str], metric: str) -> dict[int, float]:
         """Return the sum of a metric over arms, by seed."""
         values = [self.arms[arm].group.values[metric] for arm in arms]
-        return {seed: sum(of_arm[seed] for of_arm in values) for seed in values[0]}
+        return {seed: sum(by_seed[seed] for by_seed in values) for seed in values[0]}
 
 
 def collect_arms(records: Iterable[Record]) -> list[ArmResults]:

@@ -1,4 +1,4 @@
-"""One run of a study: train an arm, audit it and measure it, or measure a reference."""
+"""One run of a study: train and audit an arm, and measure its metrics and alignment; or measure a reference."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ AUDIT_STATISTICS = (
 
 
 def train_and_audit(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict[str, Any]:
-    """Train an arm, audit it and measure it; or measure a reference. An interrupted training is resumed.
+    """Train and audit an arm and measure its metrics and alignment, or measure the alignment of a reference.
+
+    An interrupted training is resumed.
 
     Args:
         settings: complete settings of the kind `link.correct`.
         seed: seed of the split, the initial parameters and the batches.
-        context: where the checkpoint is kept.
+        context: folder of the checkpoint, and the log.
 
     Returns:
         `values` by metric and `graph`; of an arm also `verdict`, `why`, `curve` and the `model`, `train` and `split`

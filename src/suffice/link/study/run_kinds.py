@@ -1,4 +1,4 @@
-"""The kind of run of this half: train an arm, audit it, and measure what it keeps of the classes."""
+"""The kind of run `link.correct`: train and audit an arm, and measure its alignment with the node classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from suffice.study.run_kind import RunKind
 def check(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Check complete settings before any work, and return them with all options of the model.
 
-    A user's own files enter by their content, as `data.digest`.
+    `data.digest` holds a digest of the user's files, so that a run is executed again when their content changes.
 
     Raises:
         ValueError: a setting is not accepted.
@@ -31,6 +31,6 @@ CORRECT = RunKind(
     report_sections="suffice.link.study.report_sections:add_records",
     compared_setting="arm",
     settings=default_settings(),
-    description="Train a link predictor in one way, audit it, and measure what it keeps of the classes.",
+    description="Train and audit a link predictor, and measure its alignment with the node classes.",
 )
 KINDS = {CORRECT.name: CORRECT}

@@ -17,11 +17,11 @@ from suffice.link.train.config import TrainConfig
 from suffice.study.run_kind import RunKind
 
 REFERENCES = ("raw features", "untrained")
-"""References beside the arms, without training: alignment of the node features and of an untrained model."""
+"""References without training: the alignment of the raw node features and of an untrained model."""
 
-# The arm and the seed of a run decide these, so that they are no settings of their own.
-_DECIDED_FOR_MODEL = ("encoder_norm", "decoder_norm")
-_DECIDED_FOR_TRAINING = ("composition", "balanced", "seed")
+# Options that the arm or the seed of a run determines, so that they are left out of its other settings.
+_MODEL_OPTIONS_OF_ARM = ("encoder_norm", "decoder_norm")
+_TRAIN_OPTIONS_OF_ARM = ("composition", "balanced", "seed")
 
 _SAVED_GRAPH = ".safetensors"
 _TABLES = (".csv", ".parquet", ".npz")
@@ -61,7 +61,7 @@ class DataSource:
         return prepare_graph(graph, config)
 
     def digest(self) -> str:
-        """Return a digest of the user's own files, so that a run is done again when they change; empty without files.
+        """Return a digest of the user's files, so that runs are executed again when they change; empty without files.
 
         Raises:
             ValueError: a file is missing, or the data set is unknown.
@@ -72,7 +72,7 @@ class DataSource:
             files = [Path(name) for name in (self.name, self.features, self.labels) if name is not None]
             for file in files:
                 if not file.is_file():
-                    raise ValueError(f"data must be an existing file, got {str(file)!r}")
+                    raise ValueError(f"data must be existing files, got {str(file)!r}")
             digests = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
             return hashlib.sha256(digests).hexdigest()[:16]
         if suffix != _SAVED_GRAPH and self.name.lower() not in map(str.lower, DATASET_NAMES):
@@ -89,8 +89,8 @@ class RunSettings:
     Args:
         arm: way of training, or the name of a reference (see `REFERENCES`).
         data: where the graph comes from.
-        model: settings of the model; the arm decides its norms.
-        train: settings of the training; arm and seed decide composition, loss and seed.
+        model: settings of the model; the arm replaces its norms.
+        train: settings of the training; arm and seed replace its composition, loss and seed.
         split: settings of the split.
         device: Torch device.
 
@@ -108,15 +108,15 @@ class RunSettings:
         return {
             "arm": self.arm.to_setting() if isinstance(self.arm, Arm) else self.arm,
             "data": asdict(self.data),
-            "model": _without(self.model.to_dict(), _DECIDED_FOR_MODEL),
-            "train": _without(self.train.to_dict(), _DECIDED_FOR_TRAINING),
+            "model": _without(self.model.to_dict(), _MODEL_OPTIONS_OF_ARM),
+            "train": _without(self.train.to_dict(), _TRAIN_OPTIONS_OF_ARM),
             "split": asdict(self.split),
             "device": self.device,
         }
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> RunSettings:
-        """Return the settings that `to_dict` wrote; options of the model that are left out take their defaults.
+        """Return the settings that `to_dict` described; options of the model that are left out take their defaults.
 
         Raises:
             ValueError: a setting is not accepted.
@@ -144,7 +144,7 @@ def default_settings() -> dict[str, Any]:
 def _read_model(options: Mapping[str, Any]) -> ModelSettings:
     """Return the settings of the model that `options["name"]` names, after checking names and types of its options."""
     name = options.get("name", EncoderDecoderSettings.name)
-    defaults = _without(get_model_settings(name)().to_dict(), _DECIDED_FOR_MODEL)
+    defaults = _without(get_model_settings(name)().to_dict(), _MODEL_OPTIONS_OF_ARM)
     checked = RunKind(f"model {name}", "", {"model": defaults}).complete({"model": options})
     return ModelSettings.from_dict(checked["model"])
 

@@ -1,1 +1,1 @@
-"""Training and evaluation of link predictors, and the alignment of what they learn with the node classes."""
+"""Training and evaluation of link predictors, and the alignment of their representations with the node classes."""

@@ -1,4 +1,4 @@
-"""Alignment of representations with the node classes: what a link predictor keeps of the classes."""
+"""Alignment of representations with the node classes: how much class information a link predictor keeps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def alignment(
         model: link predictor, evaluated in eval mode.
         graph: graph with a class for each node.
         split: edges of the graph.
-        measures: Names from `MEASURES`: `nmi` (k-means clusters against classes), `trace_ratio` (arXiv 2604.25978),
+        measures: names from `MEASURES`: `nmi` (k-means clusters against classes), `trace_ratio` (arXiv 2604.25978),
             `probe` (accuracy of a linear probe) and `class_information`.
         seed: seed of clustering and cross-validation.
 
@@ -53,7 +53,7 @@ def feature_alignment(graph: Graph, *, measures: tuple[str, ...] = MEASURES, see
 
     Args:
         graph: graph with a class for each node.
-        measures: Names from `MEASURES`.
+        measures: names from `MEASURES`.
         seed: seed of clustering and cross-validation.
 
     Returns:
@@ -127,7 +127,7 @@ def measure_alignment(
     Args:
         x: embeddings, [items, channels].
         classes: long [items].
-        measures: Names from `MEASURES`.
+        measures: names from `MEASURES`.
         seed: seed of clustering and cross-validation.
 
     Returns:

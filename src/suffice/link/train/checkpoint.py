@@ -1,4 +1,4 @@
-"""Checkpoints of trainings: to resume a training, and to load the trained model."""
+"""Checkpoints of trainings, from which a training is resumed and a trained model is loaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def save_training(
 
     Args:
         path: file to write.
-        metadata: JSON-serializable description of the training; must be equal on resuming.
+        metadata: JSON-serializable description of the training; a training is resumed only if it is equal.
         model: model with the parameters of the last epoch.
         optimizer: its optimizer.
         state: finished epochs.
@@ -46,7 +46,7 @@ def resume_training(
     """Load model and optimizer, in place, and return the finished epochs.
 
     Raises:
-        CheckpointError: the checkpoint is of a training with other metadata.
+        CheckpointError: the checkpoint belongs to a training with other metadata.
 
     """
     tensors, found = files.load_checkpoint(path)
@@ -76,7 +76,8 @@ def load_trained(path: str | Path, device: str = "cpu") -> tuple[LinkPredictor, 
     tensors, metadata = files.load_checkpoint(path)
     if "model" not in metadata or "in_channels" not in metadata:
         raise CheckpointError(
-            f"{path} must be a checkpoint written by `suffice link` or by a study; it does not describe its model"
+            f"{path} must be a checkpoint written by `suffice link` or by a study, "
+            "got one that does not describe its model"
         )
     model = ModelSettings.from_dict(metadata["model"]).build(metadata["in_channels"])
     model.load_state_dict(files.select_prefix(tensors, "best") or files.select_prefix(tensors, "model"))

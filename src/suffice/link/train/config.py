@@ -16,8 +16,8 @@ class TrainConfig:
         composition: how many positives a mini-batch contains.
         balanced: whether both classes have the same total weight in the loss of each batch.
         epochs: maximum number of epochs.
-        directions: how often an epoch uses each undirected edge. 2 uses it in both directions, as in PyG's
-            `edge_index`; 1 uses it once, so that an epoch has half as many steps.
+        directions: number of times that an epoch uses each undirected edge. With 2, it is used in both directions, as
+            in PyG's `edge_index`; with 1, it is used once, and an epoch has half as many steps.
         batch_size: edges in a batch, positives and negatives together.
         learning_rate: learning rate of Adam.
         weight_decay: weight decay of Adam.
@@ -69,7 +69,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> TrainConfig:
-        """Return the settings that `to_dict` wrote; settings that are left out take their defaults.
+        """Return the settings that `to_dict` described; settings that are left out take their defaults.
 
         Raises:
             ValueError: a setting is unknown or out of range.

@@ -56,7 +56,7 @@ class TrainingForward(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor, edge_index: Tensor | Adjacency, pairs: Tensor) -> tuple[Tensor, ...]:
-        """Return all logits [pairs] whose losses are added; one tensor for modules of other packages."""
+        """Return the tensors of logits [pairs] whose losses are summed; a single one unless it is a `LinkPredictor`."""
         if isinstance(self.model, LinkPredictor):
             return self.model.training_logits(x, edge_index, pairs)
         return (self.model(x, edge_index, pairs),)
@@ -76,6 +76,6 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 
 def wait_for_all_ranks() -> None:
-    """Block until every rank arrives here."""
+    """Block until all ranks have called this function."""
     if rank_and_world_size()[1] > 1:
         dist.barrier()

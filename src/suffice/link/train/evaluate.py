@@ -48,7 +48,7 @@ def score_edges(
     Args:
         model: module called as `model(x, edge_index, pairs)` that returns logits [pairs].
         x: node features, [nodes, features].
-        edge_index: edges over which messages pass.
+        edge_index: message-passing edges, long [2, edges], or an adjacency.
         positives: long [2, positives].
         negatives: long [2, negatives].
 

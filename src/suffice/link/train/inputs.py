@@ -1,4 +1,4 @@
-"""Node features and message edges in the form in which a model uses them best."""
+"""Node features and message-passing edges in the format that a model processes fastest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LARGE_GRAPH_EDGES = 50_000  # both directions counted
 
 
 def node_features(graph: Graph, model: nn.Module) -> Tensor:
-    """Return the node features, [nodes, features]: sparse (CSR) if that makes the first product of the model faster."""
+    """Return the node features, [nodes, features]: sparse (CSR) if the first layer of the model is then faster."""
     if getattr(getattr(model, "encoder", None), "accepts_sparse_features", False) and is_mostly_zero(graph.x):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Sparse CSR tensor support is in beta state.*")
@@ -26,7 +26,7 @@ def node_features(graph: Graph, model: nn.Module) -> Tensor:
 def message_edges(model: nn.Module, split: Split, num_nodes: int, *, validation: bool = False) -> Tensor | Adjacency:
     """Return the edges over which a model passes messages.
 
-    A `Adjacency` (compressed sparse rows) is returned for models that compare neighborhoods. On large graphs it is
+    An `Adjacency` (compressed sparse rows) is returned for models that compare neighborhoods. On large graphs it is
     returned for all models of this package, because propagation over it takes a fraction of the time of PyG's.
 
     Args:

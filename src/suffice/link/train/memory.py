@@ -1,4 +1,4 @@
-"""Memory of a training: checked before it, explained where it runs out, and reused between tensors."""
+"""Memory of a training: a check before it starts, advice when memory runs out, and reuse of freed memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GIB = 2**30
 
 # Parameters of mallopt (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-_MMAP_THRESHOLD = 2**25  # bytes
+_MMAP_THRESHOLD = 2**25  # glibc maps new pages for blocks of at least this number of bytes
 
 
 class NotEnoughMemoryError(SufficeError):
@@ -28,8 +28,9 @@ class NotEnoughMemoryError(SufficeError):
 def min_training_bytes(x: Tensor, num_edges: int, model: nn.Module) -> int:
     """Return a lower bound of the memory that a training allocates, in bytes.
 
-    Counted are the message edges in compressed rows, the parameters with their gradients and the two moments of Adam,
-    one node embedding with its gradient, and a copy of the features if they are on another device than the model.
+    The bound counts the message-passing edges in compressed sparse rows, the parameters with their gradients and two
+    moments of Adam, one tensor of node embeddings with its gradient, and a copy of the features if they are on another
+    device than the model.
 
     Args:
         x: node features, [nodes, features].
@@ -58,7 +59,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def check_memory(x: Tensor, num_edges: int, model: nn.Module) -> None:
-    """Raise if a training certainly needs more memory than the device of its model has.
+    """Raise if a training needs more memory than is available on the device of its model, even at the lower bound.
 
     Args:
         x: node features, [nodes, features].

@@ -51,7 +51,7 @@ class TrainState:
     Args:
         epochs: result of each finished epoch.
         kept_epoch: number of the epoch whose parameters the training returns if it stops now.
-        best_parameters: state dictionary of that epoch with early stopping; empty without.
+        best_parameters: state dictionary of that epoch with early stopping; empty without early stopping.
 
     """
 

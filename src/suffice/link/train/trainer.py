@@ -39,7 +39,7 @@ def fit(
 ) -> TrainResult:
     """Train a module with binary cross-entropy on positive and sampled negative edges.
 
-    The positives of a batch are removed from the edges over which messages pass. The model is trained on the device of
+    The positives of a batch are removed from the message-passing edges. The model is trained on the device of
     its parameters.
 
     In a `torch.distributed` process group, every rank calls this function with the same arguments. Each rank trains on
@@ -51,8 +51,8 @@ def fit(
         graph: graph that provides the node features.
         split: edges of the graph.
         config: settings of the training.
-        checkpoint: file to write after each epoch. If it exists, the training resumes from it, to the same result as
-            without an interruption.
+        checkpoint: file to write after each epoch. If it exists, the training resumes from it; the result is the same
+            as without the interruption.
         metadata: JSON-serializable dictionary to write to the checkpoint (data set, settings of the model, …).
         progress: called with the result of each epoch.
 
@@ -60,7 +60,7 @@ def fit(
         the result of each epoch.
 
     Raises:
-        CheckpointError: the checkpoint is of a training with other settings.
+        CheckpointError: the checkpoint belongs to a training with other settings.
         NotEnoughMemoryError: the training needs more memory than is available.
         FloatingPointError: the loss is NaN or infinite.
 
@@ -91,7 +91,7 @@ def fit(
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Return Adam over the parameters of a model.
 
-    Models that compare neighborhoods have many small parameters, so that their update is fused.
+    The update is fused for models that compare neighborhoods, because they have many small parameters.
     """
     return torch.optim.Adam(
         model.parameters(),

@@ -1,4 +1,4 @@
-"""Neighbors of one node that are, or are not, neighbors of another: each is looked up in the other's sorted row."""
+"""Neighbors of one node that are, or are not, neighbors of another node, found by binary search in its sorted row."""
 
 # Triton's stubs describe the compiler's internal calls, so pyright cannot check the code of kernels.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportUnknownParameterType=false
@@ -22,11 +22,11 @@ def match_neighbors(
     """Return N(i) ∩ N(j), or N(i) − N(j) without j, for each pair of nodes i and j.
 
     Args:
-        rowptr: Start of the row of each node, followed by the end of the last row, long [nodes + 1].
+        rowptr: start of the row of each node, followed by the end of the last row, long [nodes + 1].
         col: Neighbors, in ascending order within each row, long [edges].
         first: i of each pair, long [pairs].
         second: j of each pair, long [pairs].
-        common: Whether to return the intersection. If False, the difference is returned.
+        common: whether to return the intersection. If False, the difference is returned.
 
     Returns:
         The nodes, pair after pair and in ascending order within each, long [total]; and their number in each pair, long

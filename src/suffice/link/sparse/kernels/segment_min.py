@@ -22,8 +22,8 @@ def segment_min(index: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
     """Return the minimum of each column over the rows of each segment, infinite for empty segments.
 
     Args:
-        index: Rows of the table, segment after segment, long [total].
-        offsets: Start of each segment in `index`, followed by the end of the last one, long [segments + 1].
+        index: rows of the table, segment after segment, long [total].
+        offsets: start of each segment in `index`, followed by the end of the last one, long [segments + 1].
         table: [rows, columns], floating point.
 
     Returns:
