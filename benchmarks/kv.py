@@ -58,7 +58,7 @@ WHY_DIFFERENT = {
     "capkv-profile": "our weights are attention, expected attention and salience instead of the mean query",
     "capkv-spread": "our weights are attention, expected attention and salience instead of the mean query",
     "capkv-window": "our weights are attention instead of the mean query",
-    "capkv-paper": "the press normalises keys and query, and averages the rotary embedding over future positions",
+    "capkv-paper": "the press normalizes keys and query, and averages the rotary embedding over future positions",
     "h2o": "the press divides by the number of queries that could read a token, the paper does not",
     "key-leverage": "the press projects the keys randomly before it computes their leverage",
     "random": "random",

@@ -338,7 +338,7 @@ def test_random_weights_depend_on_seed_and_layer(tensors):
     assert not torch.equal(Random(3).log_weights(stats), Random(3).log_weights(next_layer))
 
 
-def test_sums_normalise_each_term_and_products_multiply(tensors):
+def test_sums_normalize_each_term_and_products_multiply(tensors):
     stats = stats_of(tensors)
     first, second = KeyNorm(), KeySalience()
     total = (first + 2 * second).log_weights(stats).exp()

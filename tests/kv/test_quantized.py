@@ -1,4 +1,4 @@
-"""Caches whose kept entries are stored in the quantised layers of transformers."""
+"""Caches whose kept entries are stored in the quantized layers of transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ backends = pytest.mark.parametrize(
 
 
 def caches(backend, **settings):
-    """Return a model, an empty cache of it, and the same cache quantised."""
+    """Return a model, an empty cache of it, and the same cache quantized."""
     model = tiny("qwen3")  # its heads have 16 dimensions
     return model, *(
         CompressedCache(model, "keydiff", 12, quantized=quantized, **settings) for quantized in (None, backend)
@@ -49,11 +49,11 @@ def fill(model, cache):
 
 @backends
 @pytest.mark.parametrize("allocation", ["equal", "pyramid"])
-def test_quantised_entries_equal_the_kept_entries_up_to_rounding(backend, allocation):
+def test_quantized_entries_equal_the_kept_entries_up_to_rounding(backend, allocation):
     model, plain, quantized = caches(backend, allocation=allocation)
     torch.testing.assert_close(
         fill(model, quantized), fill(model, plain)
-    )  # the prefill attends to entries that are not quantised yet
+    )  # the prefill attends to entries that are not quantized yet
     for own, other in zip(plain.compressed_layers, quantized.compressed_layers, strict=True):
         assert isinstance(other.storage, QuantizedStorage)
         assert torch.equal(own.storage.positions, other.storage.positions)
@@ -66,7 +66,7 @@ def test_quantised_entries_equal_the_kept_entries_up_to_rounding(backend, alloca
 
 
 @backends
-def test_reported_bytes_are_those_of_the_quantised_entries(backend):
+def test_reported_bytes_are_those_of_the_quantized_entries(backend):
     model, plain, quantized = caches(backend)
     fill(model, plain)
     fill(model, quantized)
@@ -80,8 +80,8 @@ def test_reported_bytes_are_those_of_the_quantised_entries(backend):
 
 @backends
 @pytest.mark.parametrize("settings", [{}, {"evict": "always", "interval": 3}])
-def test_generation_continues_from_a_quantised_cache(backend, settings):
-    """Copies are independent, and dequantised entries are freed after each attention call."""
+def test_generation_continues_from_a_quantized_cache(backend, settings):
+    """Copies are independent, and dequantized entries are freed after each attention call."""
     model, plain, quantized = caches(backend, **settings)
     tokens = answer(model, batch(), quantized, new=12)
     answer(model, batch(), plain, new=12)

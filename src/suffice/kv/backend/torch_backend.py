@@ -109,4 +109,4 @@ def linear_weights(log_weights: Tensor) -> Tensor:
     """Return the weights, scaled so that the largest weight of each head is 1; 0 where the log weight is −inf."""
     largest = log_weights.amax(-1, keepdim=True)
     # A row may have no entries yet, if all its tokens are padding.
-    return (log_weights - largest.masked_fill(largest == float("-inf"), 0)).exp()
+    return (log_weights - largest.masked_fill(largest == -torch.inf, 0)).exp()

@@ -120,7 +120,7 @@ class HeadProfile(Allocation):
 def _entries(
     attention: tuple[tuple[float, ...], ...], power: float, budget: int, lower: int, upper: int
 ) -> list[list[int]]:
-    """Compute `HeadProfile.entries`. Cached, because all layers demand the same table."""
+    """Compute `HeadProfile.entries`. The result is cached, because all layers use the same table."""
     table = np.array(attention)
     demand = table.ravel() ** power
     lower, total = min(lower, budget), budget * demand.size

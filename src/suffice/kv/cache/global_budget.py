@@ -66,7 +66,7 @@ class GlobalBudget:
         scores = stats.mask_invalid(score_entries(policy.estimator, objective).clamp_min(LOWEST_SCORE))
         stats.require(~scores.isnan().any(), ValueError(NAN_SCORES))
         stats.raise_if_failed()
-        order = scores.masked_fill(budget.protected, float("inf")).argsort(-1, descending=True)
+        order = scores.masked_fill(budget.protected, torch.inf).argsort(-1, descending=True)
         return torch.empty_like(scores).scatter_(-1, order, priorities(request, policy.allocation.safeguard))
 
     def select(
@@ -98,7 +98,7 @@ class GlobalBudget:
         ]
         joined = [torch.cat(parts) for parts in rows]
         unknown = [row.isnan() for row in joined]
-        known = [row.masked_fill(nan, float("-inf")) for row, nan in zip(joined, unknown, strict=True)]
+        known = [row.masked_fill(nan, -torch.inf) for row, nan in zip(joined, unknown, strict=True)]
         highest = topk_masks(known, [mean * heads * self.num_layers for mean in allowed], sharding)
         for row, parts in enumerate(rows):
             own, *rest = (highest[row] | unknown[row]).split([part.numel() for part in parts])
@@ -127,4 +127,4 @@ def update_priorities(new: Tensor, entries: Entries, is_due: Sequence[bool]) -> 
     if earlier is None or all(is_due):
         return new
     due = async_tensor(is_due, new.device)[:, None, None]
-    return torch.where(due, new, earlier.masked_fill(entries.positions < 0, float("-inf")))
+    return torch.where(due, new, earlier.masked_fill(entries.positions < 0, -torch.inf))

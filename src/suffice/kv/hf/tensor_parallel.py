@@ -91,10 +91,10 @@ class Sharding:
         dist.all_reduce(x, group=self.group)
         return x
 
-    def all_reduce_mean(self, x: Tensor) -> Tensor:  # [batch, tokens]
+    def all_reduce_mean(self, x: Tensor) -> Tensor:  # [batch, entries]
         """Return the mean over processes of right-aligned rows, in this process's width.
 
-        The processes may have rows of different widths; missing tokens on the left count as 0.
+        The processes may have rows of different widths; missing entries on the left count as 0.
         """
         width = torch.tensor(x.shape[-1], device=x.device)
         dist.all_reduce(width, dist.ReduceOp.MAX, group=self.group)
@@ -209,7 +209,7 @@ def topk_masks(values: list[Tensor], counts: list[int], sharding: Sharding | Non
 
 
 def _topk_mask(values: Tensor, count: int) -> Tensor:
-    candidates = values > float("-inf")
+    candidates = values > -torch.inf
     if int(candidates.sum()) <= count:
         return candidates
     return torch.zeros_like(candidates).scatter_(-1, values.topk(count).indices, True)
@@ -219,4 +219,4 @@ def _sort_keys(values: Tensor) -> Tensor:
     """Map float32 values to integers 0 … 2³² − 1 in the same order, and −inf to −1."""
     bits = (values.float() + 0.0).view(torch.int32)  # −0 becomes 0
     ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).long() + (1 << 31)
-    return ordered.masked_fill(values == float("-inf"), -1)
+    return ordered.masked_fill(values == -torch.inf, -1)

@@ -19,7 +19,6 @@ Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps positions [batch, m] to cosines and sines [batch, m, rotary_dim] of the model's rotary embedding."""
 
 T = TypeVar("T")
-NEGATIVE_INFINITY = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ class AttentionStats:
 
     # ---- Means and groups -------------------------------------------------------------------------------------------
 
-    def mask_invalid(self, scores: Tensor, fill: float = NEGATIVE_INFINITY) -> Tensor:
+    def mask_invalid(self, scores: Tensor, fill: float = -torch.inf) -> Tensor:
         """Return scores [batch, num_key_value_heads, entries] with `fill` where there is no entry."""
         return scores if self.valid is None else scores.masked_fill(~self.valid, fill)
 
@@ -311,9 +310,9 @@ class AttentionStats:
         queries = self.group_heads(self.queries[:, :, query_range].float() * self.scaling).flatten(2, 3)
         logits = (queries @ self.keys32[:, :, :num_entries].mT).unflatten(2, (self.num_key_value_groups, -1))
         future = self._future_mask(query_range, num_entries)
-        logits[..., num_entries - future.shape[-1] :].masked_fill_(future[:, :, None], NEGATIVE_INFINITY)
+        logits[..., num_entries - future.shape[-1] :].masked_fill_(future[:, :, None], -torch.inf)
         if self.valid is not None:
-            logits.masked_fill_(~self.valid[:, :, None, None, :num_entries], NEGATIVE_INFINITY)
+            logits.masked_fill_(~self.valid[:, :, None, None, :num_entries], -torch.inf)
         if self.valid_queries is None:
             return logits.softmax(-1)
         valid = self.valid_queries[:, None, None, query_range, None]
@@ -360,7 +359,7 @@ class AttentionStats:
             torch.matmul(queries[:, head].flatten(1, 2), self.keys32[:, head].mT, out=logits)
             masked = future[:, min(head, future.shape[1] - 1)]
             newest = logits.unflatten(1, (-1, window_size))[..., -future.shape[-1] :]
-            newest.masked_fill_(masked[:, None], NEGATIVE_INFINITY)
+            newest.masked_fill_(masked[:, None], -torch.inf)
             torch.softmax(logits, -1, out=weights)
             received[:, head] = (share @ weights).squeeze(1)
         return received

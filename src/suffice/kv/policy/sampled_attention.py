@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from suffice.gpu import async_tensor
-from suffice.kv.policy.attention_stats import NEGATIVE_INFINITY, AttentionStats
+from suffice.kv.policy.attention_stats import AttentionStats
 
 _QUERIES_PER_BLOCK = 4
 
@@ -57,7 +57,7 @@ def _attention(stats: AttentionStats, count: int, min_distance: int) -> Tensor:
     logits = (queries @ stats.keys32.mT).unflatten(2, (stats.num_key_value_groups, -1))
     too_near = stats.positions[:, :, None] > latest[:, None, :, None]
     is_masked = too_near if stats.valid is None else too_near | ~stats.valid[:, :, None]
-    logits.masked_fill_(is_masked[:, :, None], NEGATIVE_INFINITY)
+    logits.masked_fill_(is_masked[:, :, None], -torch.inf)
     # The softmax of a query that may read no entry is NaN.
     reads_any = ~is_masked.all(-1)
     weights = logits.softmax(-1).masked_fill_(~reads_any[:, :, None, :, None], 0.0)
@@ -84,7 +84,7 @@ def _attention_of_complete_rows(stats: AttentionStats, count: int, min_distance:
         logits = queries @ stats.keys32[:, :, :columns].mT
         too_near = torch.arange(first, columns, device=stats.device) > async_tensor(latest, stats.device)[:, None]
         masked = logits.unflatten(2, (stats.num_key_value_groups, -1))[..., first:]
-        masked.masked_fill_(too_near, NEGATIVE_INFINITY)
+        masked.masked_fill_(too_near, -torch.inf)
         weights = logits.softmax(-1)
         share = weights.new_full((1, weights.shape[2]), 1 / (stats.num_key_value_groups * len(reads)))
         received[..., :columns] += (share @ weights).squeeze(2)

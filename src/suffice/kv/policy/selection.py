@@ -227,7 +227,7 @@ def select_highest(scores: Tensor, stats: AttentionStats, budget: LayerBudget) -
 
     """
     ranked = scores if stats.valid is None else stats.mask_invalid(scores.clamp_min(LOWEST_SCORE))
-    ranked = ranked.masked_fill(budget.protected, float("inf"))
+    ranked = ranked.masked_fill(budget.protected, torch.inf)
     # `topk` ranks NaN above all numbers, so a NaN score is always selected.
     values, selected = ranked.topk(budget.width, dim=-1, sorted=not budget.is_uniform)
     stats.require(~values.isnan().any(), ValueError(NAN_SCORES))

@@ -191,7 +191,7 @@ class QuantizedStorage(AlignedStorage):
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Storage:
         """Raise: quantized entries are not saved."""
-        raise ValueError(f"storage of a saved cache must not be quantized, got {cls.kind!r}")
+        raise ValueError(f"storage of a saved cache must be 'uniform' or 'ragged', got {cls.kind!r}")
 
 
 def _plain_tensors(value: object) -> list[Tensor]:

@@ -33,8 +33,8 @@ _POSITIONS = ("positions", "rope_positions")
 class AlignedStorage(Storage):
     """Base class of storages whose heads all have the same length. Entries are right-aligned in each row.
 
-    A row that keeps fewer entries than the longest one starts with empty slots. This class holds the
-    index of the entries (positions and columns); a subclass holds keys and values.
+    A row that keeps fewer entries than the longest one starts with empty slots. This class holds the index of
+    the entries (positions and columns); a subclass holds keys and values.
 
     Args:
         index: tensors [batch, num_key_value_heads, width, ...] by name; int32 `positions` are required.

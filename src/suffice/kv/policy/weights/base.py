@@ -115,7 +115,7 @@ class Sum(CombinedWeights):
             log_term = stats.mask_invalid(term.log_weights(stats))
             total = log_term.logsumexp(-1, keepdim=True)
             # A term may be 0 for all entries, for example window attention if the text is shorter than the window.
-            parts.append(log_term - total.masked_fill(total == float("-inf"), 0) + math.log(factor))
+            parts.append(log_term - total.masked_fill(total == -torch.inf, 0) + math.log(factor))
         return torch.stack(parts).logsumexp(0)
 
     @property

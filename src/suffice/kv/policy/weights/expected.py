@@ -144,7 +144,7 @@ class ExpectedAttention(QueryEstimateWeights):
         # Each query head is normalized over the entries after the first tokens, then the group is averaged.
         left_out = stats.positions < self.skip
         left_out = left_out & (stats.counts > self.skip)[..., None] | (stats.positions < 0)
-        normalized = logits.masked_fill(left_out[..., None], float("-inf"))
+        normalized = logits.masked_fill(left_out[..., None], -torch.inf)
         return (logits - normalized.logsumexp(2, keepdim=True)).logsumexp(-1)
 
     def _estimate_queries(self, stats: AttentionStats) -> tuple[Tensor, Tensor]:
