@@ -1,9 +1,8 @@
-"""The command line as a whole: help of every command, groups of options, and commands in the documentation."""
+"""The command line as a whole: help of every command, groups of options, and errors."""
 
 import doctest
 import inspect
 import re
-import shlex
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_type_hints
@@ -14,10 +13,6 @@ from typer.testing import CliRunner
 
 import suffice
 from suffice.cli import app, options
-
-ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-_CODE = re.compile(r"```(?:sh|bash|console)\n(.*?)```|`(suffice [^`\n]+)`", flags=re.DOTALL)
 
 
 def commands(group=None, name="suffice"):
@@ -71,36 +66,6 @@ def test_help_lists_all_models_and_tasks():
         **dict.fromkeys(TASKS, ("suffice kv compare", "tasks")),
     }.items():
         assert re.search(rf"\b{name}\b", help_texts[command, option]), f"{command} --{option} does not list {name}"
-
-
-def documented_commands(document):
-    for block, inline in _CODE.findall(document.read_text(encoding="utf-8")):
-        for line in (block or inline).replace("\\\n", " ").splitlines():
-            if re.match(r"(\$ )?suffice\b", line.strip()):
-                yield line.strip().removeprefix("$ ")
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
-def test_documented_commands_exist(document):
-    """The words of a documented command are a command of `suffice`, and all its options are options of it."""
-    known = dict(commands())
-    for line in documented_commands(document):
-        check_command(line, known)
-
-
-def check_command(line, known):
-    words = shlex.split(line.split("#")[0].split("|")[0].split(">")[0].split(";")[0].split("&")[0])
-    name = next((" ".join(words[:n]) for n in (3, 2) if " ".join(words[:n]) in known), None)
-    if name is None:  # a group such as `suffice kv`, or `suffice --version`
-        group = typer.main.get_command(app)
-        assert words[1:2] in ([], ["--version"]) or (
-            words[1] in group.list_commands(typer.Context(group)) and (len(words) == 2 or not words[2].isalpha())
-        ), line
-        return
-    flags = {flag for option in known[name].params for flag in (*option.opts, *option.secondary_opts)}
-    for word in words:
-        if word.startswith("--"):
-            assert word.split("=")[0] in flags, f"{line}: {word}"
 
 
 def test_version():

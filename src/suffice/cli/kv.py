@@ -50,7 +50,7 @@ class PromptOptions:
         """Return the prompt.
 
         Raises:
-            ValueError: There is no prompt, or two, or it is empty.
+            ValueError: there is no prompt, or two, or it is empty.
 
         """
         if self.prompt is not None and self.prompt_file is not None:
@@ -149,7 +149,7 @@ class CalibrationOptions:
         """Return the text, or None for the default one.
 
         Raises:
-            ValueError: Several ways to measure are asked for, or the file cannot be read.
+            ValueError: several ways to measure are asked for, or the file cannot be read.
 
         """
         ways = {
@@ -228,7 +228,7 @@ class TaskOptions:
         """Return pairs of a task and a mode.
 
         Raises:
-            ValueError: There is no such task.
+            ValueError: there is no such task.
 
         """
         from suffice.kv.eval.tasks import TASKS, task_modes
@@ -388,7 +388,7 @@ def read_text(option: str, file: Path) -> str:
     """Return the text of a file that an option names.
 
     Raises:
-        ValueError: The file cannot be read.
+        ValueError: the file cannot be read.
 
     """
     try:

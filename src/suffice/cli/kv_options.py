@@ -80,11 +80,11 @@ def parse_budget(text: str, option: str = "--budget") -> float:
     """Return a budget as a number: `500` is a number of tokens, `0.25` and `25%` are fractions.
 
     Args:
-        text: The budget.
-        option: Option that gave it, for the error.
+        text: the budget.
+        option: option that gave it, for the error.
 
     Raises:
-        ValueError: The text is no budget.
+        ValueError: the text is no budget.
 
     """
     try:

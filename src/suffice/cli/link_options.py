@@ -114,7 +114,7 @@ class ArmModelOptions:
         """Return the settings of the model, and those of the training that come with a preset.
 
         Args:
-            data: Name of the data set, for the preset.
+            data: name of the data set, for the preset.
 
         """
         from suffice.link.models import ModelSettings, preset
@@ -161,7 +161,7 @@ class ArmTrainOptions:
         """Return the settings of the training.
 
         Args:
-            preset: Published settings, which replace those of the options.
+            preset: published settings, which replace those of the options.
 
         """
         from suffice.link.train.config import TrainConfig

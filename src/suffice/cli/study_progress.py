@@ -21,7 +21,7 @@ def study_progress(quiet: bool = False) -> Generator[ProgressCallback]:
     """Yield a callback for `run_study` that shows its progress.
 
     Args:
-        quiet: Show nothing.
+        quiet: show nothing.
 
     """
     if quiet:

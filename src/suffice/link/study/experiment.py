@@ -27,11 +27,11 @@ class Experiment:
     """A graph, a model and its training; everything but the seed.
 
     Args:
-        graph: Graph to learn.
-        model: Settings of the model.
-        train: Settings of the training; its seed is replaced by that of each repetition.
-        split: Settings of the split.
-        device: Device to train on.
+        graph: graph to learn.
+        model: settings of the model.
+        train: settings of the training; its seed is replaced by that of each repetition.
+        split: settings of the split.
+        device: device to train on.
 
     """
 
@@ -47,9 +47,9 @@ class Experiment:
         """Train a model, and return it with its graph and split.
 
         Args:
-            seed: Seed of the split, the initial parameters and the batches.
-            checkpoint: File to write after each epoch. If it exists, the training resumes from it.
-            on_epoch: Called with the result of each epoch.
+            seed: seed of the split, the initial parameters and the batches.
+            checkpoint: file to write after each epoch. If it exists, the training resumes from it.
+            on_epoch: called with the result of each epoch.
 
         """
         graph = prepare_graph(self.graph, self.split)
@@ -73,10 +73,10 @@ def evaluate_seeds(
     """Train a model with each seed, and return its metrics on the test edges, see `evaluate`.
 
     Args:
-        experiment: What to train.
-        seeds: Seed of each repetition.
-        checkpoint: File to write after each epoch; with several seeds, `-SEED` is added to its stem.
-        on_epoch: Called with the result of each epoch.
+        experiment: what to train.
+        seeds: seed of each repetition.
+        checkpoint: file to write after each epoch; with several seeds, `-SEED` is added to its stem.
+        on_epoch: called with the result of each epoch.
 
     """
     metrics: list[dict[str, float]] = []
@@ -93,11 +93,11 @@ def audit_seeds(
     """Audit one model for each seed: that of its checkpoint if the file exists, else one that is trained now.
 
     Args:
-        experiment: What to train. Only its graph matters if there is a checkpoint.
-        seeds: Seed of each repetition.
-        checkpoint: Checkpoint of a trained model, or the file to write; with several seeds, `-SEED` is added to its
+        experiment: what to train. Only its graph matters if there is a checkpoint.
+        seeds: seed of each repetition.
+        checkpoint: checkpoint of a trained model, or the file to write; with several seeds, `-SEED` is added to its
             stem.
-        on_epoch: Called with the result of each epoch.
+        on_epoch: called with the result of each epoch.
 
     Raises:
         ValueError: A checkpoint is of a model that was trained on another graph.
@@ -118,14 +118,14 @@ def audit_checkpoint(path: Path, graph: Graph, *, device: str = "cpu", seed: int
     """Audit the model of a checkpoint on the split that it was trained with.
 
     Args:
-        path: Checkpoint that `suffice link` or a study wrote.
-        graph: Graph that the model was trained on.
-        device: Device to audit on.
-        seed: Seed of the audit.
+        path: checkpoint that `suffice link` or a study wrote.
+        graph: graph that the model was trained on.
+        device: device to audit on.
+        seed: seed of the audit.
 
     Raises:
-        CheckpointError: The file is not a checkpoint of a trained model.
-        ValueError: The model was trained on another graph.
+        CheckpointError: the file is not a checkpoint of a trained model.
+        ValueError: the model was trained on another graph.
 
     """
     model, metadata = load_trained(path, device)
@@ -143,15 +143,15 @@ def align_seeds(
     """Measure the alignment with the node classes of a trained model, an untrained model and the features.
 
     Args:
-        experiment: What to train.
-        seeds: Seed of each repetition.
-        on_epoch: Called with the result of each epoch.
+        experiment: what to train.
+        seeds: seed of each repetition.
+        on_epoch: called with the result of each epoch.
 
     Returns:
         The measures of each repetition, under `trained`, `untrained` and `raw features`.
 
     Raises:
-        ValueError: The graph has no classes.
+        ValueError: the graph has no classes.
 
     """
     measures: dict[str, list[dict[str, float]]] = {"trained": [], "untrained": [], "raw features": []}

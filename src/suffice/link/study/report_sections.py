@@ -86,10 +86,10 @@ def metrics_page(title: str, graph: str, rows: Sequence[Mapping[str, object]], c
     """Return the page of a table of metrics.
 
     Args:
-        title: Title of the page.
-        graph: Name of the graph.
-        rows: Rows of the table by column; all have the same columns.
-        command: Command that makes the page.
+        title: title of the page.
+        graph: name of the graph.
+        rows: rows of the table by column; all have the same columns.
+        command: command that makes the page.
 
     """
     page = Page(title=title, summary=f"On {graph}.", command=command)

@@ -28,14 +28,14 @@ def train_model(
     """Build a model and train it. Its checkpoint can be loaded with `load_trained`.
 
     Args:
-        graph: Graph, prepared for the split.
-        split: Edges of the graph.
-        split_config: Settings of the split.
-        model_settings: Settings of the model.
-        train_config: Settings of the training; its seed also decides the initial parameters.
-        device: Torch device.
-        checkpoint: File to write after each epoch. If it exists, the training resumes from it.
-        progress: Called with the result of each epoch.
+        graph: graph, prepared for the split.
+        split: edges of the graph.
+        split_config: settings of the split.
+        model_settings: settings of the model.
+        train_config: settings of the training; its seed also decides the initial parameters.
+        device: torch device.
+        checkpoint: file to write after each epoch. If it exists, the training resumes from it.
+        progress: called with the result of each epoch.
 
     """
     reuse_freed_memory(graph.num_nodes, model_settings.hidden)
