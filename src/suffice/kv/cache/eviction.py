@@ -1,4 +1,4 @@
-"""The first two steps of an eviction: plan which rows evict, and select the entries to keep. Neither changes a cache."""
+"""The first steps of an eviction: plan which rows evict, and select the entries to keep. Neither changes a cache."""
 
 from __future__ import annotations
 
