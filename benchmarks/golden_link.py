@@ -68,7 +68,7 @@ from suffice.link.sparse.neighbors import common_neighbors, pool, residual_neigh
 from suffice.link.sparse.overlap import EDGE_UNIT, dense_walks, overlap
 from suffice.link.sparse.propagation import neighbor_mean, propagate, propagate_sparse, propagate_without_own_edge
 from suffice.link.sparse.sketches import sketch
-from suffice.link.study.arms import ARMS, PAIRS, parse_arm
+from suffice.link.study.arms import ARMS, COMPARISONS, parse_arm
 from suffice.link.study.correct import correct, load_edge_representations
 from suffice.link.study.figures import plot_audit, plot_embeddings, plot_response_curves
 from suffice.link.study.findings import describe_claims, find_compared_arms, paired_interval, to_markdown
@@ -347,7 +347,7 @@ def overlaps(view: Adjacency, pairs: Tensor, x: Tensor) -> dict[str, Any]:
     found = with_gradient(lambda weight: overlap(view, pairs, weight, 0.3), x[:, 0])
     if view.num_nodes > 8192:
         return found
-    with dense_walks(view.base).as_of(view, pairs[0].unique()) as table:
+    with dense_walks(view.base).rows_of_view(view, pairs[0].unique()) as table:
         return {**found, "square": (table.index_select(0, pairs[0]) & (EDGE_UNIT - 1)).float()}
 
 
@@ -421,7 +421,7 @@ def ways_of_training() -> list[Any]:
     parts = [(w.key, str(w.composition), w.balanced, w.encoder_norm, w.decoder_norm, w.learning_rate) for w in made]
     return [
         parts,
-        PAIRS,
+        COMPARISONS,
         list(HITS_AT_100.values()),
         [float(stdtrit(n, p)) for p in (0.9, 0.975) for n in (1, 2, 9)],
     ]

@@ -109,7 +109,7 @@ def keep_target_edges(keep: bool) -> Iterator[None]:
 
 def measure(variant: Variant, data: str, root: str, seed: int) -> dict[str, float]:
     """Return Hits@100 on the test and on the validation edges, in percent."""
-    settings, training = model_and_training(variant.model, published=data)
+    settings, training = model_and_training(variant.model, published_data=data)
     largest_component = variant.model not in ("ncn", "ncnc")
     config = SplitConfig(**{**SPLIT, "largest_component": largest_component, **variant.split})
     graph = prepare_graph(load_graph(data, root), config)

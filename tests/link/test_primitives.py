@@ -18,7 +18,7 @@ from suffice.link.sparse.distance_counts import count_by_distance
 from suffice.link.sparse.neighbors import common_neighbors, pool, residual_neighbors, squared_rows
 from suffice.link.sparse.overlap import EDGE_UNIT, dense_walks, overlap
 from suffice.link.sparse.propagation import is_mostly_zero, propagate, propagate_sparse, propagate_without_own_edge
-from suffice.link.sparse.sketches import cardinality, sketch
+from suffice.link.sparse.sketches import estimate_cardinality, register_sums, sketch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -38,6 +38,10 @@ def cases(draw):
     masked = dense.clone()
     masked[pairs[0], pairs[1]] = masked[pairs[1], pairs[0]] = 0
     return edges, pairs, dense, masked
+
+
+def cardinality(registers):
+    return estimate_cardinality(register_sums(registers), registers.size(1))
 
 
 def as_sets(neighbors):
@@ -113,7 +117,7 @@ def test_squared_adjacency_and_overlap_against_dense_matrices(case, beta, device
     found = torch.zeros(len(nodes), len(dense))
     found[rows.owner.cpu(), rows.node.cpu()] = count.cpu()
     assert torch.equal(found, (masked @ masked)[nodes])
-    with dense_walks(view.base).as_of(view, nodes.unique().to(device)) as table:
+    with dense_walks(view.base).rows_of_view(view, nodes.unique().to(device)) as table:
         table = table.cpu()[nodes]
     assert torch.equal((table & (EDGE_UNIT - 1)).float(), (masked @ masked)[nodes])
     assert torch.equal((table >> 14).float(), masked[nodes])

@@ -64,7 +64,7 @@ def test_hits_are_compared_with_published_numbers():
 
 def test_models_have_their_settings_by_name():
     assert model_and_training("sage")[0].encoder == "sage"
-    model, training = model_and_training("buddy", published="Cora")
+    model, training = model_and_training("buddy", published_data="Cora")
     assert model.hidden == 1024
     assert training["learning_rate"] == 1e-4
     assert "epochs" not in training

@@ -245,7 +245,13 @@ def reproduce_study(
 ) -> None:
     """Run the study of arXiv 2604.25978: every model on every data set with every way of training."""
     from suffice.link.study.findings import to_markdown
-    from suffice.link.study.reproduction import ARMS, MODELS, load_results, reproduce, results_to_dict
+    from suffice.link.study.reproduction import (
+        REPRODUCED_ARMS,
+        REPRODUCED_MODELS,
+        load_results,
+        reproduce,
+        results_to_dict,
+    )
 
     folder = execution.folder or _REPRODUCTION_FOLDER
     if show:
@@ -255,8 +261,8 @@ def reproduce_study(
             results = reproduce(
                 [name.strip() for name in study.data.split(",")],
                 folder,
-                models=[name.strip() for name in study.models.split(",")] if study.models else MODELS,
-                arms=parse_arms(study.arms, ARMS),
+                models=[name.strip() for name in study.models.split(",")] if study.models else REPRODUCED_MODELS,
+                arms=parse_arms(study.arms, REPRODUCED_ARMS),
                 seeds=study.seeds,
                 train=training.config({}),
                 split=split.config(),

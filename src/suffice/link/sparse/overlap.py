@@ -41,8 +41,8 @@ def overlap(adjacency: Adjacency, pairs: Tensor, weight: Tensor, beta: float) ->
         nodes, inverse = torch.unique(pairs, return_inverse=True)
         return _overlap_of_lists(adjacency, nodes, inverse, weight, beta)
     walks = dense_walks(adjacency.base)
-    with walks.as_of(adjacency, pairs.unique()) as table:
-        parts = [walks.shared(table, part, beta) for part in pairs.split(walks.pairs_per_chunk, dim=1)]
+    with walks.rows_of_view(adjacency, pairs.unique()) as table:
+        parts = [walks.shared_nodes(table, part, beta) for part in pairs.split(walks.pairs_per_chunk, dim=1)]
     sums = [_WeightedSum.apply(weight, lists, value.to(weight.dtype)) for lists, value in parts]
     return torch.cat(sums)  # pyright: ignore[reportArgumentType]
 
@@ -79,7 +79,7 @@ class DenseWalks:
         self._lock = Lock()
 
     @contextmanager
-    def as_of(self, view: Adjacency, nodes: Tensor) -> Generator[Tensor]:
+    def rows_of_view(self, view: Adjacency, nodes: Tensor) -> Generator[Tensor]:
         """Context manager in which some rows of the table are those of a view of the graph.
 
         With A = A' + R, where R holds the edges that the view lacks, A'² = A² − A'R − RA' − R². The few entries that
@@ -117,11 +117,11 @@ class DenseWalks:
             finally:
                 flat.scatter_add_(0, position, change.neg_())
 
-    def shared(self, table: Tensor, pairs: Tensor, beta: float) -> tuple[Neighbors, Tensor]:
+    def shared_nodes(self, table: Tensor, pairs: Tensor, beta: float) -> tuple[Neighbors, Tensor]:
         """Return the nodes k that may have Ã_ik Ã_jk ≠ 0 for each pair (i, j), and these products, float [total].
 
         Args:
-            table: what `as_of` yielded for the nodes of the pairs.
+            table: what `rows_of_view` yielded for the nodes of the pairs.
             pairs: long [2, pairs].
             beta: weight of walks of length two (β).
 

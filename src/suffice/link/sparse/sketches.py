@@ -95,16 +95,6 @@ def as_integers(table: Tensor) -> Tensor:
     return table.view(torch.int32 if table.dtype == torch.float32 else torch.int16)
 
 
-def cardinality(registers: Tensor) -> Tensor:
-    """Estimate the number of distinct elements of sets: [sets].
-
-    Args:
-        registers: as in `Sketches`, [sets, 2^p].
-
-    """
-    return estimate_cardinality(register_sums(registers), registers.size(1))
-
-
 def register_sums(registers: Tensor) -> Tensor:
     """Return the sum of the registers [sets, 2^p] of each set, float32 [sets]."""
     sums = [part.float().sum(dim=1) for part in registers.split(_CACHED_ROWS)]

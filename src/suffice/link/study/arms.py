@@ -153,7 +153,7 @@ ARMS = tuple(
 )
 """The arms that `correct` compares by default."""
 
-PAIRS = (
+COMPARISONS = (
     ("random/batch", "fixed/batch"),
     ("random+balanced/batch", "fixed/batch"),
     ("separate/batch", "fixed/batch"),

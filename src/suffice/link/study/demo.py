@@ -14,8 +14,8 @@ from suffice.link.study.correct import correct, load_edge_representations
 from suffice.link.study.results import StudyResults
 from suffice.link.train.config import TrainConfig
 
-GRAPHS = ("digits", "block-model")
-ARMS = ("fixed/batch", "random/batch", "separate/batch", "fixed/layer")
+DEMO_GRAPHS = ("digits", "block-model")
+DEMO_ARMS = ("fixed/batch", "random/batch", "separate/batch", "fixed/layer")
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def run_demo(*, epochs: int = 12, seed: int = 0, device: str = "cpu", log: Calla
         log: called with a line for each finished run.
 
     """
-    arms = [parse_arm(key) for key in ARMS]
+    arms = [parse_arm(key) for key in DEMO_ARMS]
     demo: list[DemoResults] = []
-    for name in GRAPHS:
+    for name in DEMO_GRAPHS:
         graph = load_graph(name)
         with tempfile.TemporaryDirectory() as folder:
             results = correct(

@@ -21,10 +21,10 @@ from suffice.study.runner import run_study
 from suffice.study.spec import PlannedRun
 from suffice.study.store import Store
 
-MODELS = ("gcn", "sage", "neognn", "elph", "buddy", "ncn", "ncnc")
+REPRODUCED_MODELS = ("gcn", "sage", "neognn", "elph", "buddy", "ncn", "ncnc")
 """Models of the study; `gcn` and `sage` are encoders of the model `encoder-decoder`."""
 
-ARMS = tuple(parse_arm(f"{name}/batch") for name in ("fixed", "random", "random+balanced", "separate"))
+REPRODUCED_ARMS = tuple(parse_arm(f"{name}/batch") for name in ("fixed", "random", "random+balanced", "separate"))
 """Arms of the study."""
 
 STUDY_NAME = "reproduction"
@@ -34,8 +34,8 @@ def reproduce(
     data: Sequence[str],
     folder: str | Path,
     *,
-    models: Sequence[str] = MODELS,
-    arms: Sequence[Arm] = ARMS,
+    models: Sequence[str] = REPRODUCED_MODELS,
+    arms: Sequence[Arm] = REPRODUCED_ARMS,
     seeds: int = 5,
     train: TrainConfig | None = None,
     split: SplitConfig | None = None,
@@ -54,7 +54,7 @@ def reproduce(
     Args:
         data: names of data sets.
         folder: folder in which the runs are kept.
-        models: names from `MODELS`.
+        models: names from `REPRODUCED_MODELS`.
         arms: ways of training, including the norms.
         seeds: number of repetitions, each with its own split.
         train: all other settings of the training.
@@ -86,7 +86,9 @@ def reproduce(
         file = save_graph(prepare_graph(load_graph(name, root), split), folder)
         for seed in range(seeds):
             for model_name in models:
-                model, training = model_and_training(model_name, hidden=hidden, published=name if published else "")
+                model, training = model_and_training(
+                    model_name, hidden=hidden, published_data=name if published else ""
+                )
                 config = replace(train, **training)
                 for arm in arms:
                     settings = RunSettings(arm.resolve_norms(model), DataSource(file), model, config, split, device)
@@ -115,27 +117,29 @@ def load_results(folder: str | Path) -> list[ArmResults]:
         return collect_arms(store.records(STUDY_NAME, "done"))
 
 
-def model_and_training(name: str, *, hidden: int = 64, published: str = "") -> tuple[ModelSettings, dict[str, Any]]:
+def model_and_training(
+    name: str, *, hidden: int = 64, published_data: str = ""
+) -> tuple[ModelSettings, dict[str, Any]]:
     """Return the settings of a model, and the settings of the training that belong to it.
 
     Args:
-        name: one of `MODELS`.
+        name: one of `REPRODUCED_MODELS`.
         hidden: number of channels.
-        published: name of a data set whose published settings to use instead, except for the number of epochs. The
-            authors of GCN and GraphSAGE published none; these models then have no norms.
+        published_data: name of the data set whose published settings are used, except for the number of epochs; empty
+            for the defaults. The authors of GCN and GraphSAGE published none; these models then have no norms.
 
     Raises:
         ValueError: the model is unknown.
 
     """
-    if name not in MODELS:
-        raise ValueError(f"models must be among {', '.join(MODELS)}, got {name!r}")
+    if name not in REPRODUCED_MODELS:
+        raise ValueError(f"models must be among {', '.join(REPRODUCED_MODELS)}, got {name!r}")
     if name in ("gcn", "sage"):
-        norm = "none" if published else "batch"
+        norm = "none" if published_data else "batch"
         return EncoderDecoderSettings(encoder=name, hidden=hidden, encoder_norm=norm, decoder_norm=norm), {}
-    if not published:
+    if not published_data:
         return get_model_settings(name)(hidden=hidden), {}
-    model, training = preset(name, published)
+    model, training = preset(name, published_data)
     return model, {key: value for key, value in asdict(training).items() if value is not None and key != "epochs"}
 
 

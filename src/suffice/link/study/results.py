@@ -8,7 +8,7 @@ from typing import Any
 
 from suffice import SufficeError
 from suffice.link.models import ModelSettings
-from suffice.link.study.arms import PAIRS, Arm
+from suffice.link.study.arms import COMPARISONS, Arm
 from suffice.link.study.run_settings import REFERENCES
 from suffice.study.results import Group, Interval, group_records, mean_interval, paired_difference
 from suffice.study.store import Record
@@ -111,7 +111,7 @@ class StudyResults:
         The last rows are differences of differences: the gain of an arm under BatchNorm minus its gain under LayerNorm,
         whose output does not depend on the batch.
         """
-        sides = [([arm], [baseline]) for arm, baseline in PAIRS]
+        sides = [([arm], [baseline]) for arm, baseline in COMPARISONS]
         sides += [([f"{name}/batch", "fixed/layer"], ["fixed/batch", f"{name}/layer"]) for name in _ATTRIBUTED_ARMS]
         return [
             {**_side_names(added, subtracted), **_split_metric(metric), **asdict(difference)}

@@ -34,7 +34,7 @@ def min_training_bytes(x: Tensor, num_edges: int, model: nn.Module) -> int:
 
     Args:
         x: node features, [nodes, features].
-        num_edges: number of message edges, each undirected edge counted once.
+        num_edges: number of message-passing edges, each undirected edge counted once.
         model: model to train.
 
     """
@@ -63,7 +63,7 @@ def check_memory(x: Tensor, num_edges: int, model: nn.Module) -> None:
 
     Args:
         x: node features, [nodes, features].
-        num_edges: number of message edges, each undirected edge counted once.
+        num_edges: number of message-passing edges, each undirected edge counted once.
         model: model to train.
 
     Raises:

@@ -24,7 +24,7 @@ from suffice.link.train.inputs import message_edges, node_features
 from suffice.link.train.memory import check_memory, explain_out_of_memory
 from suffice.link.train.state import EpochResult, TrainResult, TrainState
 
-Progress = Callable[[EpochResult], None]
+EpochCallback = Callable[[EpochResult], None]  # called after each epoch
 
 
 def fit(
@@ -35,7 +35,7 @@ def fit(
     *,
     checkpoint: str | Path | None = None,
     metadata: dict[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: EpochCallback | None = None,
 ) -> TrainResult:
     """Train a module with binary cross-entropy on positive and sampled negative edges.
 
