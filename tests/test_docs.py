@@ -2,7 +2,7 @@
 
 All Python blocks of a page run in one namespace, from top to bottom. A comment before a block says that it does not run
 (`<!-- not run: why -->`), or that it needs the default model (`<!-- heavy: why -->`). tests/link/test_docs.py runs the
-pages of link prediction.
+pages of link prediction, and tests/kv/test_fidelity.py one page on caches.
 """
 
 import ast
@@ -27,7 +27,8 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 TEXTS = {path: path.read_text(encoding="utf-8") for path in [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]}
-LINK_PAGES = (
+RUN_ELSEWHERE = (  # in tests/kv/test_fidelity.py, tests/link/test_docs.py
+    "how-to/measure-fidelity.md",
     "tutorials/audit-your-first-link-predictor.md",
     "how-to/audit-your-pyg-model.md",
     "how-to/correct-composition-bias.md",
@@ -61,7 +62,7 @@ def without_code(text):
 def pages_with_code():
     for page in PAGES:
         blocks = _BLOCK.findall(TEXTS[page])
-        if not blocks or name_of(page) in LINK_PAGES:
+        if not blocks or name_of(page) in RUN_ELSEWHERE:
             continue
         needs_model = any(mark == "heavy" for mark, _ in blocks)
         yield pytest.param(name_of(page), blocks, id=name_of(page), marks=[pytest.mark.model] if needs_model else [])

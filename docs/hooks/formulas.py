@@ -20,5 +20,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def _convert_formulas(text: str) -> str:
-    text = _BLOCK_FORMULA.sub(lambda match: f"<p>{convert(match[1].strip(), display='block')}</p>", text)
-    return _INLINE_FORMULA.sub(lambda match: convert(match[1]), text)
+    text = _BLOCK_FORMULA.sub(
+        lambda match: f'<p class="formula">{convert(match[1].strip(), display="block")}</p>', text
+    )
+    # Without the span, Markdown would take a formula at the start of a line for a block of its own.
+    return _INLINE_FORMULA.sub(lambda match: f"<span>{convert(match[1])}</span>", text)

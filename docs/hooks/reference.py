@@ -86,14 +86,9 @@ def policies_page() -> str:
             for policy, parts in described
         ),
     ]
-    for policy, parts in described:
+    for policy, _ in described:
         lines.append(f"## {policy.name}")
-        parts_of = {"weights": policy.weights, "directions": policy.directions, "estimator": policy.estimator}
-        rows = [f"| {name} | `{parts[name]}` |" for name in (*parts_of, "selection", "allocation")]
-        lines.append("| part | |\n|---|---|\n" + "\n".join(rows))
-        if not policy.keep_all:
-            found = dict.fromkeys(type(one) for part in parts_of.values() for one in _with_parts(part))
-            lines.append("\n".join(f"* `{kind.__name__}`: {_first_paragraph(kind)}" for kind in found))
+        lines.append("\n".join(_parts_of_a_policy(policy)))
     lines.append(
         "## Allocations\n\nAn allocation splits the budget over layers and heads: "
         "`CompressedCache(model, policy, budget, allocation=…)`. The total is the same for all allocations."
@@ -125,16 +120,24 @@ def models_page() -> str:
     return "\n\n".join(lines)
 
 
-def _with_parts(part: Any) -> Iterator[Any]:
-    """Yield a part of a policy and the parts that it is combined from."""
-    if not part.__class__.__module__.endswith(".base"):  # sums and products speak through their terms
-        yield part
-    for name in getattr(part, "__dataclass_fields__", ()):
-        value = getattr(part, name)
-        for one in value if isinstance(value, tuple) else ():
-            for inner in one if isinstance(one, tuple) else (one,):
-                if hasattr(inner, "__dataclass_fields__"):
-                    yield from _with_parts(inner)
+def _parts_of_a_policy(policy: Any) -> Iterator[str]:
+    """Yield a list of the parts of a policy, as they are written in Python, with what they compute."""
+    from suffice.kv.budget.allocation import Equal
+    from suffice.kv.policy.selection import TopK
+
+    if policy.keep_all:
+        yield "* Nothing is evicted."
+        return
+    for factor, term in getattr(policy.weights, "terms", ((1.0, policy.weights),)):
+        times = "" if factor == 1 else f"{factor:g} × "
+        yield f"* weights: {times}`{term!r}`. {_first_paragraph(type(term))}"
+    for name, part in (("directions", policy.directions), ("estimator", policy.estimator)):
+        yield f"* {name}: `{part!r}`. {_first_paragraph(type(part))}"
+    for name, part, default in (("selection", policy.selection, TopK), ("allocation", policy.allocation, Equal)):
+        if not isinstance(part, default):
+            yield f"* {name}: `{part!r}`. {_first_paragraph(type(part))}"
+    if policy.window is not None:
+        yield f"* The last {policy.window} tokens are always kept."
 
 
 def _arxiv(number: str) -> str:
