@@ -1,4 +1,8 @@
-"""The first steps of an eviction: plan which rows evict, and select the entries to keep. Neither changes a cache."""
+"""The first steps of an eviction: plan which rows evict, and select the entries to keep. Neither changes a cache.
+
+The last steps, validate and commit, are in `CompressedLayer` (`layer.py`): the commit replaces the storage by one that
+holds copies of the kept entries, which frees the memory of all others.
+"""
 
 from __future__ import annotations
 
