@@ -1,4 +1,4 @@
-"""The demo does what the installed libraries allow, and says what it skipped."""
+"""The demo runs the parts of the package whose libraries are installed, and names the parts that it skips."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ def without(monkeypatch):
     return hide
 
 
-def test_link_half_alone(without, tmp_path):
+def test_link_prediction_alone(without, tmp_path):
     without("transformers")
     page = tmp_path / "demo.html"
     arguments = ["demo", "--epochs", "1", "--json", "--report", str(page)]
@@ -38,7 +38,7 @@ def test_link_half_alone(without, tmp_path):
     assert {row["edge_set"] for row in separate if row["metric"] == "a_pure"} == {"heldout", "train"}
 
 
-def test_neither_half(without, tmp_path):
+def test_no_part_is_installed(without, tmp_path):
     without("transformers", "torch_geometric")
     result = CliRunner().invoke(app, ["demo", "--report", str(tmp_path / "demo.html")], catch_exceptions=False)
     assert "pip install 'suffice[kv]'" in result.stdout

@@ -1,4 +1,4 @@
-"""The README's example runs as it stands, and its commands exist."""
+"""The examples of the README run unchanged, and the commands and files that it names exist."""
 
 import re
 from pathlib import Path
@@ -7,8 +7,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
 _EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -22,12 +20,12 @@ def test_link_example_runs(capsys):
 
 
 @pytest.mark.model
-def test_python_example_runs(capsys):
+def test_kv_example_runs(capsys):
     code = next(code for code in _EXAMPLES if "suffice.kv" in code)
     exec(compile(code, "README.md", "exec"), {})
-    said = capsys.readouterr().out
-    assert "482913" in said
-    assert "of the capacity" in said
+    output = capsys.readouterr().out
+    assert "482913" in output
+    assert "of the capacity" in output
 
 
 def test_commands_and_files_exist():

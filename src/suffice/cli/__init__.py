@@ -83,7 +83,7 @@ def print_version(
 
 def main() -> None:
     """Run the command line. An error that the user can correct is printed as one line; the exit status is then 2."""
-    # Messages of transformers would drown those of the commands.
+    # Messages of transformers are hidden, so that those of the commands are easy to find.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)

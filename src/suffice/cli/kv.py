@@ -11,9 +11,9 @@ from typing import Annotated, ClassVar
 import typer
 
 from suffice.cli.console import command_line, out, print_json, print_text, step_progress
-from suffice.cli.kv_options import CacheGridOptions, CacheOptions, ModelOptions, parse_budget, split_commas
+from suffice.cli.kv_options import CacheGridOptions, CacheOptions, ModelOptions, parse_budget
 from suffice.cli.kv_tables import comparison_table, policy_table, profile_table, trial_table
-from suffice.cli.options import ExecutionOptions, FigureOptions, JsonOption, expand_options
+from suffice.cli.options import ExecutionOptions, FigureOptions, JsonOption, expand_options, split_commas
 from suffice.cli.study_progress import study_progress
 from suffice.kv.budget.protection import Protection
 from suffice.kv.eval.tune import DEFAULT_BUDGETS
@@ -380,7 +380,7 @@ def list_policies(as_json: JsonOption = False) -> None:
         return
     out.print(policy_table(descriptions))
     out.print(f"The default is {DEFAULT_POLICY}. Papers are arXiv numbers.", highlight=False)
-    names = ", ".join(f"{name} ({description})" for name, description in splits.items())
+    names = ", ".join(name if name == text else f"{name} ({text})" for name, text in splits.items())
     out.print(f"Allocations, for any policy: {names}.", highlight=False)
 
 

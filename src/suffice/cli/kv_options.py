@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
+from suffice.cli.options import split_commas
 from suffice.kv.hf.default_model import DEFAULT_MODEL
 from suffice.kv.hf.loading import ModelSource
 from suffice.kv.policy.registry import DEFAULT_POLICY
@@ -95,8 +96,3 @@ def parse_budget(text: str, option: str = "--budget") -> float:
         raise ValueError(
             f"{option} must be a number of tokens (500), a fraction (0.25) or a percentage (25%), got {text!r}"
         ) from None
-
-
-def split_commas(text: str) -> list[str]:
-    """Return the items of a list that is separated by commas."""
-    return [item.strip() for item in text.split(",") if item.strip()]

@@ -16,7 +16,6 @@ from suffice.cli.link_options import (
     ArmModelOptions,
     ArmTrainOptions,
     GraphOptions,
-    HiddenOption,
     LinkModelOptions,
     PresetOption,
     RootOption,
@@ -26,7 +25,7 @@ from suffice.cli.link_options import (
     parse_arms,
 )
 from suffice.cli.link_tables import audit_tables, row_table, study_table
-from suffice.cli.options import ExecutionOptions, FigureOptions, JsonOption, OutputOptions, expand_options
+from suffice.cli.options import ExecutionOptions, FigureOptions, JsonOption, OutputOptions, expand_options, split_commas
 from suffice.cli.study_progress import study_progress
 
 if TYPE_CHECKING:
@@ -209,7 +208,7 @@ def align(
 
 @dataclass(frozen=True)
 class ReproductionOptions:
-    """What of the paper's study is run."""
+    """Which part of the study to run."""
 
     panel: ClassVar[str] = "Study"
 
@@ -221,7 +220,7 @@ class ReproductionOptions:
         ),
     ] = ""
     arms: Annotated[str, typer.Option(help=ARMS_HELP + "all four compositions with batch.")] = ""
-    hidden: HiddenOption = None
+    hidden: Annotated[int, typer.Option(help="Number of hidden channels.")] = 64
     preset: PresetOption = False
     seeds: Annotated[int, typer.Option(help="Number of seeds, each with its own split.", min=1)] = 5
     root: RootOption = Path("data")
@@ -259,14 +258,14 @@ def reproduce_study(
     else:
         with study_progress(execution.quiet) as on_progress:
             results = reproduce(
-                [name.strip() for name in study.data.split(",")],
+                split_commas(study.data),
                 folder,
-                models=[name.strip() for name in study.models.split(",")] if study.models else REPRODUCED_MODELS,
+                models=split_commas(study.models) or REPRODUCED_MODELS,
                 arms=parse_arms(study.arms, REPRODUCED_ARMS),
                 seeds=study.seeds,
                 train=training.config({}),
                 split=split.config(),
-                hidden=64 if study.hidden is None else study.hidden,
+                hidden=study.hidden,
                 published=study.preset,
                 root=study.root,
                 device=training.device,

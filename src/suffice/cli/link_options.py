@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from suffice.cli.options import split_commas
+
 if TYPE_CHECKING:
     from suffice.link.data.graph import Graph, SplitConfig
     from suffice.link.models import ModelSettings
@@ -28,7 +30,6 @@ def _check_device(device: str) -> str:
 
 
 RootOption = Annotated[Path, typer.Option(help="Folder for downloaded data sets.")]
-HiddenOption = Annotated[int | None, typer.Option(help="Number of hidden channels. Default: 64.")]
 PresetOption = Annotated[
     bool,
     typer.Option(
@@ -94,7 +95,7 @@ class SplitOptions:
 
 @dataclass(frozen=True)
 class ArmModelOptions:
-    """Which model to train; its norms are those of an arm."""
+    """Which model to train. The arms decide its norms."""
 
     panel: ClassVar[str] = "Model"
 
@@ -107,7 +108,7 @@ class ArmModelOptions:
     decoder: Annotated[
         str | None, typer.Option(help="Decoder of encoder-decoder: dot, hadamard or concat. Default: hadamard.")
     ] = None
-    hidden: HiddenOption = None
+    hidden: Annotated[int | None, typer.Option(help="Number of hidden channels. Default: 64.")] = None
     preset: PresetOption = False
 
     def settings(self, data: str) -> tuple[ModelSettings, dict[str, Any]]:
@@ -143,7 +144,7 @@ class LinkModelOptions(ArmModelOptions):
 
 @dataclass(frozen=True)
 class ArmTrainOptions:
-    """How to train; composition, loss and learning rate are those of an arm."""
+    """How to train. The arms decide composition, loss and learning rate."""
 
     panel: ClassVar[str] = "Training"
 
@@ -213,4 +214,4 @@ def parse_arms(text: str, default: tuple[Arm, ...]) -> tuple[Arm, ...]:
     """Return the arms of a list that is separated by commas; the default ones if it is empty."""
     from suffice.link.study.arms import parse_arm
 
-    return tuple(parse_arm(key.strip()) for key in text.split(",")) if text else default
+    return tuple(map(parse_arm, split_commas(text))) or default

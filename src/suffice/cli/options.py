@@ -49,6 +49,11 @@ class FigureOptions(OutputOptions):
     ] = None
 
 
+def split_commas(text: str) -> list[str]:
+    """Return the items of a list that is separated by commas."""
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command with one option for each field of the dataclasses among its parameters.
 
