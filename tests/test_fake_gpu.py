@@ -79,7 +79,7 @@ def test_link_predictors_equal_those_on_the_cpu(library):
 def test_benchmark_runs_completely(library):
     pytest.importorskip("torch_geometric")
     pytest.importorskip("triton")
-    (result,) = run_script("benchmark", library, "--small", interpret=True)
+    (result,) = run_script("benchmark", library, "--small", "--seconds", "3600", interpret=True)
     assert result["skipped"] == result["wrong"] == []
     assert all(row["ours"] > 0 for row in result["score"] + result["decoding"])
     assert len(result["end_to_end"]) == 5

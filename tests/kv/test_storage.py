@@ -1,4 +1,4 @@
-"""Uniform and ragged storages: spare slots, copies, rows; and attention over heads of unequal length."""
+"""Uniform and ragged storages: spare slots, copies, rows, state dicts; and attention over ragged storages."""
 
 from __future__ import annotations
 
@@ -213,6 +213,34 @@ def test_rows_are_reordered_with_their_new_tokens(storage_type):
     storage.select_rows(torch.tensor([1, 0, 1]))
     assert_entries(storage.entries, before.keys[[1, 0, 1]], before.positions[[1, 0, 1], 0])
     assert torch.equal(storage.entries.values, before.values[[1, 0, 1]])
+
+
+@every_storage
+def test_storage_is_rebuilt_from_its_state_dict(storage_type):
+    storage = storage_of(storage_type)
+    for position in (40, 41):
+        storage.append(*new_tokens(position))
+    rebuilt = storage_type.from_state_dict(storage.state_dict())
+    for each in (storage, rebuilt):
+        each.append(*new_tokens(50))
+    entries, expected = rebuilt.entries, storage.entries
+    for name in ("keys", "values", "positions"):
+        assert torch.equal(getattr(entries, name), getattr(expected, name))
+    assert torch.equal(entries.columns["attention_received"], expected.columns["attention_received"])
+    assert torch.equal(rebuilt.num_kept, storage.num_kept)
+    assert rebuilt.nbytes_by_head == storage.nbytes_by_head
+
+
+@every_storage
+def test_storages_are_not_compacted_in_place_on_the_cpu(storage_type):
+    storage, kept = storage_of(storage_type), torch.arange(20, 40).expand(2, 2, 20)
+    assert not storage.can_compact_in_place(kept, torch.full((2, 2), 20))
+
+
+def test_ragged_storages_cannot_be_compacted_in_place():
+    storage = storage_of(RaggedStorage)
+    with pytest.raises(NotImplementedError, match="RaggedStorage does not compact in place"):
+        storage.compact_in_place(storage.entries, torch.arange(20, 40).expand(2, 2, 20))
 
 
 @pytest.mark.parametrize("allocation", ["equal", "adakv"])
