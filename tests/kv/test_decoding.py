@@ -269,7 +269,7 @@ def test_cache_with_a_half_life_keeps_the_budget():
     cache = CompressedCache(tiny("llama"), moving, 16, evict="always", interval=4)
     read(tiny("llama"), cache, long_prompt(61), [20, 21])
     assert {head.tokens_kept for head in cache.report().heads} == {16}
-    moments = cache.compressed_layers[0].weight_state.query_moments
+    moments = cache.compressed_layers[0].state.weight_state.query_moments
     assert set(moments) == {20.0}
     assert float(moments[20.0].count) == 61
 

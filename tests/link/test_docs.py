@@ -10,7 +10,7 @@ import pytest
 from suffice.link.models import decoders, encoders, models
 from suffice.link.models.decoder import DECODERS
 from suffice.link.models.encoder import ENCODERS
-from suffice.link.models.settings import MODELS
+from suffice.link.models.registry import MODELS
 from tests.test_docs import DOCS, LINK_PAGES, ROOT, notebook_cells
 
 _BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", flags=re.DOTALL)

@@ -32,7 +32,7 @@ from suffice.link.models import (
     register_model,
 )
 from suffice.link.models.dropout import ByteDropout
-from suffice.link.models.settings import MODELS
+from suffice.link.models.registry import MODELS
 from suffice.link.sparse import adjacency as adjacency_module
 from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.count_cache import symmetrize

@@ -43,7 +43,7 @@ class BatchedCaches(Cache):
         if len(set(num_seen)) > 1:
             raise ValueError(f"caches must have seen the same number of tokens, got {num_seen}")
         for number, cache in enumerate(caches):
-            padding = [row.num_padding for row in cache.compressed_layers[0].rows]
+            padding = cache.compressed_layers[0].state.num_padding
             if len(padding) > 1 or any(padding):
                 raise ValueError(
                     f"caches[{number}] must hold one row without padding, got {len(padding)} rows with {sum(padding)} "

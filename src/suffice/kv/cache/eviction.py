@@ -1,7 +1,8 @@
-"""The first steps of an eviction: plan which rows evict, and select the entries to keep. Neither changes a cache.
+"""The steps of an eviction: plan which rows evict, select the entries to keep, validate, and commit.
 
-The last steps, validate and commit, are in `CompressedLayer` (`layer.py`): the commit replaces the storage by one that
-holds copies of the kept entries, which frees the memory of all others.
+Only the commit changes a layer, so that an error in an earlier step loses no entry. It replaces the storage by one that
+holds copies of the kept entries, or moves the kept entries to the front of the storage; both free the memory of all
+others.
 """
 
 from __future__ import annotations
@@ -17,25 +18,12 @@ from suffice.kv.budget.protection import num_allowed
 from suffice.kv.cache.global_budget import GlobalBudget, GlobalSelection, update_priorities
 from suffice.kv.cache.rerotation import rerotate
 from suffice.kv.cache.settings import CacheSettings
+from suffice.kv.cache.state import LayerState, RowState
 from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.capacity_share import capacity_share
 from suffice.kv.policy.weight_state import WeightState
-from suffice.kv.storage.base import Entries
-
-
-@dataclass(frozen=True)
-class RowState:
-    """State of one row of the batch in a layer.
-
-    Args:
-        num_padding: number of left-padding tokens.
-        num_kept: number of entries kept by the last eviction, averaged over heads and layers; 0 before it.
-
-    """
-
-    num_padding: int = 0
-    num_kept: int = 0
+from suffice.kv.storage.base import Entries, Storage, all_finite
 
 
 @dataclass(frozen=True)
@@ -184,4 +172,81 @@ def select_entries(
         capacity=capacity_share(stats, kept, backend) if settings.measure_capacity else None,
         state=WeightState(query_moments=state.query_moments),
         other_layers=other_layers,
+    )
+
+
+def copy_entries(selection: SelectedEntries, state: LayerState, settings: CacheSettings) -> Storage | None:
+    """Copy the selected entries to a new storage, without changing the layer.
+
+    Returns:
+        The new storage; None if `commit_eviction` can compact the entries in place.
+
+    """
+    config = settings.storage
+    if selection.kept is None:
+        return state.storage or config.store_all(selection.entries, padded=any(state.num_padding))
+    reused = None if config.per_head or settings.rerotate else state.storage
+    if reused is not None and reused.can_compact_in_place(selection.kept, selection.counts):
+        return None
+    return config.store_kept(selection.entries, selection.kept, selection.counts)
+
+
+def validate_eviction(stats: AttentionStats, entries: Entries, storage: Storage | None, layer_index: int) -> None:
+    """Check the copied entries and every condition that was recorded while the entries were selected.
+
+    Args:
+        stats: statistics of the attention call, which hold the conditions.
+        entries: all entries of the layer.
+        storage: the copied entries; None if they are to be compacted in place.
+        layer_index: index of the layer in the model, for the error.
+
+    Raises:
+        ValueError: a condition does not hold.
+        KernelFallbackError: a kernel could not compute a result.
+
+    """
+    checked = (entries.keys, entries.values) if storage is None else storage.buffers
+    error = f"keys and values of layer {layer_index} must be finite, got NaN or infinite values: nothing was cached"
+    stats.require(all_finite(checked), ValueError(error))
+    stats.raise_if_failed()
+
+
+def commit_eviction(
+    plan: EvictionPlan,
+    selection: SelectedEntries,
+    storage: Storage | None,
+    state: LayerState,
+    settings: CacheSettings,
+) -> LayerState:
+    """Return the state of the layer after an eviction: only the selected entries are stored.
+
+    The former storage is dropped, which frees the memory of the evicted entries, or is compacted in place.
+
+    Args:
+        plan: which rows evict.
+        selection: the entries to keep.
+        storage: result of `copy_entries`.
+        state: state of the layer before the eviction.
+        settings: settings of the cache.
+
+    """
+    if storage is not None:
+        storage = settings.storage.quantize(storage)
+    else:
+        storage = state.storage
+        if storage is not None and selection.kept is not None:
+            storage.compact_in_place(selection.entries, selection.kept)
+    rows = tuple(
+        replace(row, num_kept=min(limit, row.num_kept + state.num_appended))
+        for row, limit in zip(state.rows, plan.allowed, strict=True)
+    )
+    state = replace(state, storage=storage, rows=rows, num_appended=0, capacity=selection.capacity)
+    if selection.kept is None:
+        return state
+    forgets_queries = settings.policy.weights.num_queries_needed is None
+    return replace(
+        state,
+        has_evicted=state.has_evicted or not plan.keeps_all,
+        weight_state=selection.state or WeightState(),
+        queries=() if forgets_queries else state.queries,
     )

@@ -17,24 +17,31 @@ from suffice.kv.attention.call import AttentionCall, check_left_padding, run_att
 from suffice.kv.attention.hook import attach_observer
 from suffice.kv.backend.torch_backend import TORCH_BACKEND, TorchBackend
 from suffice.kv.backend.triton_backend import choose_backend
-from suffice.kv.cache.eviction import EvictionPlan, RowState, SelectedEntries, plan_eviction, select_entries
+from suffice.kv.cache.eviction import (
+    EvictionPlan,
+    SelectedEntries,
+    commit_eviction,
+    copy_entries,
+    plan_eviction,
+    select_entries,
+    validate_eviction,
+)
 from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.report import HeadReport
 from suffice.kv.cache.settings import CacheSettings
+from suffice.kv.cache.state import LayerState, RowState
 from suffice.kv.hf.offload import materialized_weight
 from suffice.kv.hf.rotary import RotaryEmbedding, find_rotate_half
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.attention_stats import AttentionStats, DeferredChecks, EntryPositions, LayerContext
-from suffice.kv.policy.weight_state import WeightState
-from suffice.kv.storage.base import Entries, Storage, all_finite
+from suffice.kv.storage.base import Entries, Storage
 
 
 class CompressedLayer(DynamicLayer):
     """One full-attention layer of a `CompressedCache`.
 
     Each attention call goes through `pre_attention` (check and store the new tokens), the attention itself, and
-    `post_attention`. An eviction has four steps: plan (in `pre_attention`), then select, validate and commit. Only
-    commit removes entries, so that an error in an earlier step loses none.
+    `post_attention`. An eviction (`eviction.py`) is planned in `pre_attention` and carried out in `post_attention`.
 
     Args:
         settings: settings of the cache.
@@ -58,7 +65,7 @@ class CompressedLayer(DynamicLayer):
         order: int,
         global_budget: GlobalBudget | None,
     ) -> None:
-        self.storage: Storage | None = None
+        self.state = LayerState()
         super().__init__()
         self.settings = settings
         self.index, self.order = index, order
@@ -66,6 +73,11 @@ class CompressedLayer(DynamicLayer):
         self._module = weakref.ref(module)
         self._rotary, self._rotate_half = rotary, find_rotate_half(module)
         self.reset()
+
+    @property
+    def storage(self) -> Storage | None:
+        """Keys and values of the entries; None before the first token."""
+        return self.state.storage
 
     # The base class assigns these two attributes. Here they are read from the storage.
     @property
@@ -88,16 +100,9 @@ class CompressedLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Remove all tokens."""
-        self.storage = None
+        self.state = LayerState()
         self.is_initialized = False
         self.awaits_attention = False  # between `update` and the attention call that follows it
-        self.has_evicted = False
-        self.num_seen = 0  # tokens of the model's input so far, including padding
-        self.num_appended = 0  # tokens since the last eviction, including padding
-        self.rows: list[RowState] = []
-        self.capacity: Tensor | None = None  # share of the capacity that is kept, [batch, num_key_value_heads]
-        self.queries: tuple[Tensor, ...] = ()  # the newest that the weights need, [batch, heads, any, head_dim]
-        self.weight_state = WeightState()
         self._plan: EvictionPlan | None = None  # for the current attention call
 
     # ---- New tokens -------------------------------------------------------------------------------------------------
@@ -142,24 +147,21 @@ class CompressedLayer(DynamicLayer):
             )
         self.awaits_attention = False
         padding = call.padding
-        earlier = [row.num_padding for row in self.rows]
-        check_left_padding(padding, earlier, self.num_seen)
+        check_left_padding(padding, self.state.num_padding, self.state.num_seen)
         batch, _, num_new, _ = call.key.shape
-        rows = self.rows or [RowState()] * batch
+        rows = self.state.rows or (RowState(),) * batch
         if padding is not None:
             added = zip(rows, padding.num_padded, strict=True)
-            rows = [replace(row, num_padding=row.num_padding + count) for row, count in added]
+            rows = tuple(replace(row, num_padding=row.num_padding + count) for row, count in added)
         self._plan = plan_eviction(
             self.settings,
             rows,
-            num_input_tokens=self.num_seen + num_new,
-            num_appended=self.num_appended + num_new,
+            num_input_tokens=self.state.num_seen + num_new,
+            num_appended=self.state.num_appended + num_new,
             num_new=num_new,
             is_first=self.storage is None,
         )
-        self.rows = rows
-        self.num_seen += num_new
-        self.num_appended += num_new
+        self.state = self.state.append_tokens(num_new, rows)
         self.is_initialized = True
         if self.storage is not None:
             self.storage.append(call.key, call.value, self._positions(num_new), padded=padding is not None)
@@ -178,8 +180,8 @@ class CompressedLayer(DynamicLayer):
 
     def _positions(self, num_new: int) -> Tensor:
         """Return the indices of the newest tokens within the text of each row, [batch, new]; negative on padding."""
-        indices = torch.arange(self.num_seen - num_new, self.num_seen, device=self.device)
-        padding = [row.num_padding for row in self.rows]
+        num_seen, padding = self.state.num_seen, self.state.num_padding
+        indices = torch.arange(num_seen - num_new, num_seen, device=self.device)
         if not any(padding):
             return indices.expand(len(padding), -1)
         return indices - async_tensor(padding, indices.device)[:, None]
@@ -187,16 +189,16 @@ class CompressedLayer(DynamicLayer):
     def _remember_queries(self, query: Tensor) -> None:
         """Keep the newest queries, as many as the weights of the policy need."""
         needed = self.settings.policy.weights.num_queries_needed
-        if needed is None:  # all since the last eviction; `_commit` drops earlier ones
-            self.queries = (*self.queries, query)
-            return
-        needed = max(1, needed)
-        # Copied, because a slice would keep all queries of a long call in memory.
-        query = query[:, :, -needed:].clone() if query.shape[2] > needed else query
-        queries = [*self.queries, query]
-        while sum(x.shape[2] for x in queries[1:]) >= needed:
-            queries.pop(0)
-        self.queries = tuple(queries)
+        queries = [*self.state.queries]
+        if needed is None:  # all since the last eviction, which drops them
+            queries.append(query)
+        else:
+            needed = max(1, needed)
+            # Copied, because a slice would keep all queries of a long call in memory.
+            queries.append(query[:, :, -needed:].clone() if query.shape[2] > needed else query)
+            while sum(x.shape[2] for x in queries[1:]) >= needed:
+                queries.pop(0)
+        self.state = replace(self.state, queries=tuple(queries))
 
     # ---- Eviction ---------------------------------------------------------------------------------------------------
 
@@ -209,7 +211,11 @@ class CompressedLayer(DynamicLayer):
             if call.memo is not None:
                 call.memo.clear()  # other caches share it, and must not use the results of the kernels
             selection, storage = self._select_and_validate(plan, entries, call, attention, TORCH_BACKEND)
-        self._commit(plan, selection, storage)
+        if self.global_budget is not None and selection.other_layers is not None:
+            self.global_budget.drop_from_other_layers(selection.other_layers)
+        self.state = commit_eviction(plan, selection, storage, self.state, self.settings)
+        if self.global_budget is not None:
+            self.global_budget.register(self.order, self.storage)
 
     def _entries(self, call: AttentionCall) -> Entries:
         if self.storage is not None:
@@ -224,60 +230,20 @@ class CompressedLayer(DynamicLayer):
         attention: Tensor | None,
         backend: TorchBackend,
     ) -> tuple[SelectedEntries, Storage | None]:
-        """Select the entries to keep, copy them, and raise an error if a recorded condition does not hold.
-
-        Returns:
-            The selected entries, and their new storage. The storage is None if the entries can be compacted in place:
-            `_commit` does that, because it cannot be undone.
-
-        """
+        """Select the entries to keep, copy them (see `copy_entries`), and validate both, without changing the layer."""
         stats = self._stats(plan, entries, call, attention)
         selection = select_entries(plan, self.settings, entries, stats, backend, self._rotary, self.global_budget)
-        storage = self._build_storage(selection)
-        checked = (entries.keys, entries.values) if storage is None else storage.buffers
-        error = f"keys and values of layer {self.index} must be finite, got NaN or infinite values: nothing was cached"
-        stats.require(all_finite(checked), ValueError(error))
-        stats.raise_if_failed()
+        storage = copy_entries(selection, self.state, self.settings)
+        validate_eviction(stats, entries, storage, self.index)
         return selection, storage
-
-    def _build_storage(self, selection: SelectedEntries) -> Storage | None:
-        config = self.settings.storage
-        if selection.kept is None:
-            padded = any(row.num_padding for row in self.rows)
-            return self.storage or config.store_all(selection.entries, padded=padded)
-        reused = None if config.per_head or self.settings.rerotate else self.storage
-        if reused is not None and reused.can_compact_in_place(selection.kept, selection.counts):
-            return None
-        return config.store_kept(selection.entries, selection.kept, selection.counts)
-
-    def _commit(self, plan: EvictionPlan, selection: SelectedEntries, storage: Storage | None) -> None:
-        if selection.other_layers is not None and self.global_budget is not None:
-            self.global_budget.drop_from_other_layers(selection.other_layers)
-        if storage is not None:
-            self.storage = self.settings.storage.quantize(storage)
-        elif self.storage is not None and selection.kept is not None:
-            self.storage.compact_in_place(selection.entries, selection.kept)
-        self.capacity = selection.capacity
-        if selection.kept is not None:
-            self.has_evicted = self.has_evicted or not plan.keeps_all
-            self.weight_state = selection.state or WeightState()
-            if self.settings.policy.weights.num_queries_needed is None:
-                self.queries = ()
-        self.rows = [
-            replace(row, num_kept=min(limit, row.num_kept + self.num_appended))
-            for row, limit in zip(self.rows, plan.allowed, strict=True)
-        ]
-        self.num_appended = 0
-        if self.global_budget is not None:
-            self.global_budget.register(self.order, self.storage)
 
     def _stats(
         self, plan: EvictionPlan, entries: Entries, call: AttentionCall, attention: Tensor | None
     ) -> AttentionStats:
-        queries = torch.cat(self.queries, dim=2) if self.queries else call.query
+        queries = torch.cat(self.state.queries, dim=2) if self.state.queries else call.query
         is_first = self.storage is None
         sharding = self._sharding(entries.keys.shape[1])
-        has_padding = any(row.num_padding for row in self.rows)
+        has_padding = any(self.state.num_padding)
         if is_first:
             valid = entries.positions[:, 0] >= 0 if has_padding else None
             positions = EntryPositions(valid=valid, num_seen=plan.num_seen)
@@ -297,7 +263,7 @@ class CompressedLayer(DynamicLayer):
             output_weight=None if projection is None else functools.partial(materialized_weight, projection, "weight"),
             rotary=self._rotary,
             rotate_half=self._rotate_half,
-            state=replace(self.weight_state, attention_received=entries.columns.get("attention_received")),
+            state=replace(self.state.weight_state, attention_received=entries.columns.get("attention_received")),
             context=LayerContext(self.order, self.settings.num_layers, self.settings.max_entries, sharding),
             # If processes share the heads, an error must stop all of them at the same step: check immediately.
             checks=DeferredChecks() if sharding is None else None,
@@ -313,7 +279,7 @@ class CompressedLayer(DynamicLayer):
 
     def get_seq_length(self, *args: Any) -> int:
         """Return the number of tokens seen, including padding: the position of the next one."""
-        return self.num_seen
+        return self.state.num_seen
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Return length and offset of the mask. It covers the new tokens only; the storage extends it to all entries.
@@ -323,7 +289,7 @@ class CompressedLayer(DynamicLayer):
 
         """
         new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-        return new, self.num_seen
+        return new, self.state.num_seen
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens.
@@ -336,45 +302,36 @@ class CompressedLayer(DynamicLayer):
             ValueError: entries were evicted. They cannot be restored.
 
         """
-        if self.has_evicted:
+        if self.state.has_evicted:
             raise ValueError(
                 "crop must be called before the first eviction of a CompressedCache, got a call after it. Evicted "
                 "entries cannot be restored. Use budget=1.0, or generate without assisted decoding"
             )
-        count = self.num_seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        num_seen, num_appended = self.state.num_seen, self.state.num_appended
+        count = num_seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
         if self.storage is None or count <= 0:
             return
         self.storage.drop_last(count)
-        self.num_seen -= count
-        self.num_appended = max(0, self.num_appended - count)
+        self.state = replace(self.state, num_seen=num_seen - count, num_appended=max(0, num_appended - count))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows of the batch, as beam search does."""
-        self._select_rows(beam_idx)
+        self.state = self.state.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
-        self._select_rows(torch.arange(len(self.rows)).repeat_interleave(repeats))
+        self.state = self.state.select_rows(torch.arange(len(self.state.rows)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows of the batch."""
-        if self.rows:
-            self._select_rows(torch.arange(len(self.rows))[indices.cpu()])
-
-    def _select_rows(self, index: Tensor) -> None:
-        if self.storage is None:
-            return
-        self.storage.select_rows(index)
-        if self.capacity is not None:
-            self.capacity = self.capacity.index_select(0, index.to(self.capacity.device))
-        self.queries = tuple(query.index_select(0, index.to(query.device)) for query in self.queries)
-        self.rows = [self.rows[row] for row in index.tolist()]
-        self.weight_state = self.weight_state.select_rows(index)
+        if self.state.rows:
+            self.state = self.state.select_rows(torch.arange(len(self.state.rows))[indices.cpu()])
 
     def copy(self, global_budget: GlobalBudget | None) -> CompressedLayer:
         """Return a layer that shares the stored tensors. Changes to one layer do not affect the other."""
         other = copy.copy(self)
-        other.storage = None if self.storage is None else self.storage.copy()
+        if self.storage is not None:
+            other.state = replace(self.state, storage=self.storage.copy())
         other.global_budget = global_budget
         if global_budget is not None:
             global_budget.register(self.order, other.storage)
@@ -393,7 +350,8 @@ class CompressedLayer(DynamicLayer):
         """Bytes of keys and values that a cache of transformers would store, without eviction and with padding."""
         if self.storage is None:
             return 0
-        return len(self.rows) * self.num_key_value_heads * self.num_seen * self.storage.bytes_per_entry
+        num_tokens = len(self.state.rows) * self.state.num_seen
+        return num_tokens * self.num_key_value_heads * self.storage.bytes_per_entry
 
     def head_reports(self) -> list[HeadReport]:
         """Return one report for each KV head; none before the first token."""
@@ -404,12 +362,13 @@ class CompressedLayer(DynamicLayer):
         first_head = 0 if sharding is None else sharding.rank * heads  # index of the first head in the whole model
         kept = self.storage.num_kept.sum(0).tolist()
         nbytes = self.storage.nbytes_by_head
-        shares = [None] * heads if self.capacity is None else self.capacity.mean(0).tolist()
+        capacity = self.state.capacity
+        shares = [None] * heads if capacity is None else capacity.mean(0).tolist()
         return [
             HeadReport(
                 layer=self.index,
                 head=first_head + head,
-                tokens_seen=len(self.rows) * self.num_seen - sum(row.num_padding for row in self.rows),
+                tokens_seen=len(self.state.rows) * self.state.num_seen - sum(self.state.num_padding),
                 tokens_kept=kept[head],
                 bytes_full=self.bytes_full // heads,
                 bytes_kept=nbytes[head],

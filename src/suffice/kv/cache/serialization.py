@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 import suffice
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.budget.head_profile import HeadProfile
-from suffice.kv.cache.eviction import RowState
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.settings import STORAGES, CacheSettings
+from suffice.kv.cache.state import LayerState, RowState
 from suffice.kv.hf.fingerprint import fingerprint
 from suffice.kv.hf.offload import execution_device
 from suffice.kv.hf.tensor_parallel import Sharding
@@ -70,7 +70,7 @@ def save_cache(layers: Sequence[Any], settings: CacheSettings, model: PreTrained
     modules = [layer._module() for layer in compressed]  # pyright: ignore[reportPrivateUsage]
     if not set(map(id, modules)) <= set(map(id, model.modules())):
         raise ValueError("model must be the one that the CompressedCache was made for, got another model")
-    if not compressed[0].num_seen:
+    if not compressed[0].state.num_seen:
         raise ValueError("the cache must hold tokens to be saved, got an empty cache")
     tensors: dict[str, Tensor] = {}
     layer_states: list[dict[str, Any]] = []
@@ -181,47 +181,52 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
 
 
 def _compressed_state(layer: CompressedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    assert layer.storage is not None
-    tensors = {f"{_STORAGE_PREFIX}{name}": x for name, x in layer.storage.state_dict().items()}
-    if layer.capacity is not None:
-        tensors["capacity"] = layer.capacity
-    if layer.queries:
-        tensors["queries"] = torch.cat(layer.queries, dim=2)
-    for half_life, moments in layer.weight_state.query_moments.items():
+    state = layer.state
+    assert state.storage is not None
+    tensors = {f"{_STORAGE_PREFIX}{name}": x for name, x in state.storage.state_dict().items()}
+    if state.capacity is not None:
+        tensors["capacity"] = state.capacity
+    if state.queries:
+        tensors["queries"] = torch.cat(state.queries, dim=2)
+    for half_life, moments in state.weight_state.query_moments.items():
         names = moments.__dataclass_fields__
         tensors |= {f"{_MOMENTS_PREFIX}{half_life}/{name}": getattr(moments, name) for name in names}
-    state = {
-        "storage": layer.storage.kind,
-        "num_seen": layer.num_seen,
-        "num_appended": layer.num_appended,
-        "has_evicted": layer.has_evicted,
-        "rows": [[row.num_padding, row.num_kept] for row in layer.rows],
+    record = {
+        "storage": state.storage.kind,
+        "num_seen": state.num_seen,
+        "num_appended": state.num_appended,
+        "has_evicted": state.has_evicted,
+        "rows": [[row.num_padding, row.num_kept] for row in state.rows],
     }
-    return tensors, state
+    return tensors, record
 
 
-def _restore_compressed(layer: CompressedLayer, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
+def _restore_compressed(layer: CompressedLayer, tensors: dict[str, Tensor], record: Mapping[str, Any]) -> None:
     module = layer._module()  # pyright: ignore[reportPrivateUsage]
     assert module is not None
     device = execution_device(module)
     tensors = {name: value.to(device) for name, value in tensors.items()}
-    layer.storage = STORAGES[state["storage"]].from_state_dict(_with_prefix(tensors, _STORAGE_PREFIX))
+    storage = STORAGES[record["storage"]].from_state_dict(_with_prefix(tensors, _STORAGE_PREFIX))
     if layer.global_budget is not None:
-        layer.global_budget.register(layer.order, layer.storage)
-    layer.num_seen, layer.num_appended = state["num_seen"], state["num_appended"]
-    layer.has_evicted = state["has_evicted"]
-    layer.rows = [RowState(num_padding, num_kept) for num_padding, num_kept in state["rows"]]
-    layer.capacity = tensors.get("capacity")
-    layer.queries = (tensors["queries"],) if "queries" in tensors else ()
+        layer.global_budget.register(layer.order, storage)
     moments = _with_prefix(tensors, _MOMENTS_PREFIX)
     names = QueryMoments.__dataclass_fields__
-    layer.weight_state = WeightState(
-        query_moments={
-            float(half_life): QueryMoments(*(moments[f"{half_life}/{name}"] for name in names))
-            for half_life in {name.split("/")[0] for name in moments}
-        }
+    layer.state = LayerState(
+        storage=storage,
+        rows=tuple(RowState(num_padding, num_kept) for num_padding, num_kept in record["rows"]),
+        num_seen=record["num_seen"],
+        num_appended=record["num_appended"],
+        has_evicted=record["has_evicted"],
+        capacity=tensors.get("capacity"),
+        queries=(tensors["queries"],) if "queries" in tensors else (),
+        weight_state=WeightState(
+            query_moments={
+                float(half_life): QueryMoments(*(moments[f"{half_life}/{name}"] for name in names))
+                for half_life in {name.split("/")[0] for name in moments}
+            }
+        ),
     )
-    keys = layer.storage.buffers[0]
+    keys = storage.buffers[0]
     layer.dtype, layer.device = keys.dtype, keys.device
     layer.is_initialized = True
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from suffice.link.auditing.kappa_tau import compute_statistics
 from suffice.link.auditing.module_state import norm_mode, preserve_state
 from suffice.link.auditing.norm_layers import NormLayer, describe_norm_layers, frozen_batch_norms
 from suffice.link.auditing.scoring import FRACTIONS, EdgeSet, Repeat, Sampling, Score, score_repeats
-from suffice.link.auditing.statistics import compute_statistics
 from suffice.link.auditing.verdict import Verdict, judge
 from suffice.study.results import Interval, bootstrap_interval
 
@@ -43,7 +43,7 @@ class EdgeSetReport:
     """Result of an audit on one set of edges.
 
     Args:
-        statistics: mean and interval of each statistic by name (see `suffice.link.auditing.statistics`).
+        statistics: mean and interval of each statistic by name (see `suffice.link.auditing.kappa_tau`).
         curve: response of the model at each fraction of positives.
 
     """

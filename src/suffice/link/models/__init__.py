@@ -21,9 +21,7 @@ from suffice.link.models.ncnc import NCNC, NCNCSettings
 from suffice.link.models.neognn import NeoGNN, NeoGNNSettings
 from suffice.link.models.norms import make_norm, norms
 from suffice.link.models.pure import PureGCN
-from suffice.link.models.sage import GraphSAGE
-from suffice.link.models.scorer import PairScorer
-from suffice.link.models.settings import (
+from suffice.link.models.registry import (
     ModelSettings,
     Preset,
     PublishedTraining,
@@ -33,6 +31,8 @@ from suffice.link.models.settings import (
     preset,
     register_model,
 )
+from suffice.link.models.sage import GraphSAGE
+from suffice.link.models.scorer import PairScorer
 
 for _module in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
     importlib.import_module(_module.name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from suffice.link.models.base import Encoding
-from suffice.link.models.settings import ModelSettings, Preset, register_model
+from suffice.link.models.registry import ModelSettings, Preset, register_model
 from suffice.link.models.sketched import PUBLISHED_TRAINING, SketchHead, SketchModel, check_hops
 from suffice.link.sparse.adjacency import Adjacency, as_adjacency
 from suffice.link.sparse.propagation import (

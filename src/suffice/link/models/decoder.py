@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from suffice.link.models.dropout import ByteDropout
+from suffice.link.models.named_parts import NamedParts
 from suffice.link.models.norms import make_norm
-from suffice.link.models.registry import Registry
 
 
 class Decoder(nn.Module, ABC):
@@ -90,7 +90,7 @@ class DecoderMLP(Decoder):
         return self.last(self.dropout(self.edge_embedding(z, pairs))).squeeze(-1)
 
 
-DECODERS: Registry[type[Decoder]] = Registry("decoder")
+DECODERS: NamedParts[type[Decoder]] = NamedParts("decoder")
 
 
 def decoders() -> dict[str, type[Decoder]]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from suffice.link.models.base import Encoding
 from suffice.link.models.encoder import Encoder, EncoderModelSettings
-from suffice.link.models.settings import Preset, register_model
+from suffice.link.models.registry import Preset, register_model
 from suffice.link.models.sketched import PUBLISHED_TRAINING, SketchHead, SketchModel, check_hops
 from suffice.link.sparse.adjacency import Adjacency, as_adjacency
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from suffice.link.models.dropout import ByteDropout, drop_features
+from suffice.link.models.named_parts import NamedParts
 from suffice.link.models.norms import NORMS, make_norm
-from suffice.link.models.registry import Registry
-from suffice.link.models.settings import ModelSettings, check_minimum, check_probability
+from suffice.link.models.registry import ModelSettings, check_minimum, check_probability
 from suffice.link.sparse.adjacency import Adjacency
 
 
@@ -114,7 +114,7 @@ class ConvolutionalEncoder(Encoder):
         return x
 
 
-ENCODERS: Registry[type[Encoder]] = Registry("encoder")
+ENCODERS: NamedParts[type[Encoder]] = NamedParts("encoder")
 
 
 def encoders() -> dict[str, type[Encoder]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from suffice.link.models.base import Encoding, LinkPredictor
 from suffice.link.models.decoder import DECODERS, Decoder
 from suffice.link.models.encoder import Encoder, EncoderModelSettings
-from suffice.link.models.settings import register_model
+from suffice.link.models.registry import register_model
 from suffice.link.sparse.adjacency import Adjacency
 
 

@@ -11,7 +11,7 @@ from suffice.link.models.base import Encoding, LinkPredictor, mlp_block
 from suffice.link.models.dropout import ByteDropout
 from suffice.link.models.encoder import Encoder, EncoderModelSettings
 from suffice.link.models.norms import make_norm
-from suffice.link.models.settings import Preset, PublishedTraining, register_model
+from suffice.link.models.registry import Preset, PublishedTraining, register_model
 from suffice.link.sparse.adjacency import Adjacency, as_adjacency
 from suffice.link.sparse.neighbors import Neighbors, common_neighbors, pool
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from suffice.link.models.base import Encoding
 from suffice.link.models.encoder import Encoder
 from suffice.link.models.ncn import NCN, NCNSettings, score_common_neighbors
-from suffice.link.models.settings import Preset, register_model
+from suffice.link.models.registry import Preset, register_model
 from suffice.link.sparse.neighbors import common_neighbors, pool, residual_neighbors
 
 _CHUNK_SIZE = 2**12  # number of pairs whose 256 channels fit into a processor's cache

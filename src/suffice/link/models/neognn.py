@@ -12,7 +12,7 @@ from suffice.link.models.base import Encoding, LinkPredictor
 from suffice.link.models.encoder import Encoder, EncoderModelSettings
 from suffice.link.models.hadamard import HadamardMLP
 from suffice.link.models.norms import make_norm
-from suffice.link.models.settings import Preset, PublishedTraining, register_model
+from suffice.link.models.registry import Preset, PublishedTraining, register_model
 from suffice.link.sparse.adjacency import Adjacency, as_adjacency
 from suffice.link.sparse.overlap import overlap
 

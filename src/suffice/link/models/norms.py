@@ -7,11 +7,11 @@ from collections.abc import Callable
 from torch import nn
 from torch_geometric.nn import BatchNorm, GraphNorm
 
-from suffice.link.models.registry import Registry
+from suffice.link.models.named_parts import NamedParts
 
 Norm = Callable[[int], nn.Module]  # number of channels -> layer over rows [rows, channels]
 
-NORMS: Registry[Norm] = Registry("norm")
+NORMS: NamedParts[Norm] = NamedParts("norm")
 # `batch` and `graph` mix the rows of their input: nodes in an encoder, the edges of a batch in a decoder.
 NORMS.register("batch")(BatchNorm)
 NORMS.register("layer")(nn.LayerNorm)

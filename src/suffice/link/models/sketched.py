@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from suffice.link.models.base import Encoding, LinkPredictor
 from suffice.link.models.dropout import ByteDropout
 from suffice.link.models.norms import make_norm
-from suffice.link.models.settings import PublishedTraining
+from suffice.link.models.registry import PublishedTraining
 from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.count_cache import CountCache
 

@@ -1,0 +1,84 @@
+"""State of one layer of the cache: what it stores, and what it remembers for the next eviction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from suffice.kv.policy.weight_state import WeightState
+from suffice.kv.storage.base import Storage
+
+
+@dataclass(frozen=True)
+class RowState:
+    """State of one row of the batch in a layer.
+
+    Args:
+        num_padding: number of left-padding tokens.
+        num_kept: number of entries kept by the last eviction, averaged over heads and layers; 0 before it.
+
+    """
+
+    num_padding: int = 0
+    num_kept: int = 0
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """State of a layer. The object does not change, but its storage does: new tokens are appended to it in place.
+
+    Args:
+        storage: keys and values of the entries; None before the first token.
+        rows: state of each row of the batch.
+        num_seen: number of tokens of the model's input so far, including padding.
+        num_appended: number of tokens since the last eviction, including padding.
+        has_evicted: whether entries were evicted.
+        capacity: share of the capacity that the kept entries carry, [batch, num_key_value_heads]; None if it was not
+            measured.
+        queries: the newest queries that the weights of the policy need, each [batch, num_heads, any, head_dim].
+        weight_state: state of stateful weights.
+
+    """
+
+    storage: Storage | None = None
+    rows: tuple[RowState, ...] = ()
+    num_seen: int = 0
+    num_appended: int = 0
+    has_evicted: bool = False
+    capacity: Tensor | None = None
+    queries: tuple[Tensor, ...] = ()
+    weight_state: WeightState = field(default_factory=WeightState)
+
+    @property
+    def num_padding(self) -> list[int]:
+        """Number of left-padding tokens of each row."""
+        return [row.num_padding for row in self.rows]
+
+    def append_tokens(self, num_new: int, rows: tuple[RowState, ...]) -> LayerState:
+        """Return the state after new tokens, without their keys and values.
+
+        Args:
+            num_new: number of new tokens.
+            rows: state of each row, including the padding of the new tokens.
+
+        """
+        return replace(self, rows=rows, num_seen=self.num_seen + num_new, num_appended=self.num_appended + num_new)
+
+    def select_rows(self, index: Tensor) -> LayerState:
+        """Return the state of some rows of the batch. The storage is changed in place.
+
+        Args:
+            index: index of each selected row, long [new batch].
+
+        """
+        if self.storage is None:
+            return self
+        self.storage.select_rows(index)
+        return replace(
+            self,
+            rows=tuple(self.rows[row] for row in index.tolist()),
+            capacity=None if self.capacity is None else self.capacity.index_select(0, index.to(self.capacity.device)),
+            queries=tuple(query.index_select(0, index.to(query.device)) for query in self.queries),
+            weight_state=self.weight_state.select_rows(index),
+        )
