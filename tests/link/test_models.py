@@ -152,7 +152,7 @@ def test_a_model_trains_resumes_and_can_be_audited(name, graph, parts, tmp_path)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(settings.build(graph.x.size(1)), graph, parts, train, checkpoint=path, progress=stop)
+        fit(settings.build(graph.x.size(1)), graph, parts, train, checkpoint=path, on_epoch=stop)
     halves = settings.build(graph.x.size(1), seed=9)
     fit(halves, graph, parts, train, checkpoint=path)
     for one, two in zip(whole.state_dict().values(), halves.state_dict().values(), strict=True):

@@ -5,8 +5,11 @@ from .cache.report import CacheReport as CacheReport
 from .cache.shared_prefill import prefill as prefill
 from .eval.answer import answer as answer
 from .eval.compare import compare as compare
+from .eval.fidelity import CacheConfig as CacheConfig
 from .eval.fidelity import evaluate as evaluate
+from .eval.run_options import RunOptions as RunOptions
 from .eval.tune import tune as tune
+from .hf.loading import ModelSource as ModelSource
 from .hf.loading import load_model as load_model
 from .policy.policy import Policy as Policy
 from .policy.registry import DEFAULT_POLICY as DEFAULT_POLICY

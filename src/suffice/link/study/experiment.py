@@ -62,7 +62,7 @@ class Experiment:
             replace(self.train, seed=seed),
             device=self.device,
             checkpoint=checkpoint,
-            progress=on_epoch,
+            on_epoch=on_epoch,
         )
         return model, graph, split
 

@@ -85,7 +85,7 @@ def _train_arm(
         config,
         device=run.device,
         checkpoint=context.file(".safetensors"),
-        progress=_log_epochs(context.log, config),
+        on_epoch=_log_epochs(context.log, config),
     )
     report = audit_trained(model, graph, split, batch_size=config.batch_size, seed=seed)
     values = {**evaluate(model, graph, split, run.split, config.k), "loss": result.epochs[-1].loss}

@@ -23,7 +23,7 @@ def train_model(
     *,
     device: str = "cpu",
     checkpoint: str | Path | None = None,
-    progress: Callable[[EpochResult], None] | None = None,
+    on_epoch: Callable[[EpochResult], None] | None = None,
 ) -> tuple[LinkPredictor, TrainResult]:
     """Build a model and train it. Its checkpoint can be loaded with `load_trained`.
 
@@ -35,7 +35,7 @@ def train_model(
         train_config: settings of the training; its seed also decides the initial parameters.
         device: torch device.
         checkpoint: file to write after each epoch. If it exists, the training resumes from it.
-        progress: called with the result of each epoch.
+        on_epoch: called with the result of each epoch.
 
     """
     reuse_freed_memory(graph.num_nodes, model_settings.hidden)
@@ -47,5 +47,5 @@ def train_model(
         "graph": graph.name,
         "in_channels": in_channels,
     }
-    result = fit(model, graph, split, train_config, checkpoint=checkpoint, metadata=metadata, progress=progress)
+    result = fit(model, graph, split, train_config, checkpoint=checkpoint, metadata=metadata, on_epoch=on_epoch)
     return model, result

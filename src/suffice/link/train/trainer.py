@@ -35,7 +35,7 @@ def fit(
     *,
     checkpoint: str | Path | None = None,
     metadata: dict[str, Any] | None = None,
-    progress: EpochCallback | None = None,
+    on_epoch: EpochCallback | None = None,
 ) -> TrainResult:
     """Train a module with binary cross-entropy on positive and sampled negative edges.
 
@@ -54,7 +54,7 @@ def fit(
         checkpoint: file to write after each epoch. If it exists, the training resumes from it; the result is the same
             as without the interruption.
         metadata: JSON-serializable dictionary to write to the checkpoint (data set, settings of the model, …).
-        progress: called with the result of each epoch.
+        on_epoch: called with the result of each epoch.
 
     Returns:
         the result of each epoch.
@@ -79,8 +79,8 @@ def fit(
         state.record(epoch, model, config.patience)
         if checkpoint is not None and rank == 0:
             save_training(checkpoint, record, model, training.optimizer, state)
-        if progress is not None:
-            progress(epoch)
+        if on_epoch is not None:
+            on_epoch(epoch)
     wait_for_all_ranks()
     if state.best_parameters:
         model.load_state_dict(state.best_parameters)

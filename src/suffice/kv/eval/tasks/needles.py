@@ -56,8 +56,8 @@ def needles(
         ValueError: an argument is out of range, or the prompt needs more tokens.
 
     """
-    colours, places = _COLOURS.split(), _PLACES.split()
-    max_keys = len(colours) * len(places)
+    colors, places = _COLOURS.split(), _PLACES.split()
+    max_keys = len(colors) * len(places)
     for name, count in (("num_keys", num_keys), ("num_values", num_values), ("num_queries", num_queries)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
@@ -73,7 +73,7 @@ def needles(
     text = python_manual() if haystack is None else haystack
     filler = Haystack(text, generator)
     keys = [
-        f"{colours[number % len(colours)]} {places[number // len(colours)]}"
+        f"{colors[number % len(colors)]} {places[number // len(colors)]}"
         for number in generator.sample(range(max_keys), num_keys)
     ]
     values = _draw_values(generator, value_type, num_keys * num_values, text)
