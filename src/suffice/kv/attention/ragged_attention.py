@@ -1,4 +1,7 @@
-"""Exact attention over heads of unequal length."""
+"""Exact attention over heads of unequal length, in plain torch.
+
+On a GPU, a Triton kernel computes the attention of single tokens (`suffice.kv.kernels.decoding`).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ class RaggedEntries(Protocol):
     lengths: list[list[int]]
     tail_positions: Tensor
     tail_is_full: bool
-    decode_plan: Any
+    decode_plan: Any  # of the Triton kernel; None before its first call
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:

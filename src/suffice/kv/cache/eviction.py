@@ -1,8 +1,9 @@
 """The steps of an eviction: plan which rows evict, select the entries to keep, validate, and commit.
 
 Only the commit changes a layer, so that an error in an earlier step loses no entry. It replaces the storage by one that
-holds copies of the kept entries, or moves the kept entries to the front of the storage; both free the memory of all
-others.
+holds copies of the kept entries, which frees the memory of all others; or, where that is possible, it moves the kept
+entries to the front of the storage, whose other slots then take new tokens. With one budget for all layers, entries of
+the earlier layers are dropped too (`GlobalBudget.drop_from_other_layers`).
 """
 
 from __future__ import annotations
@@ -220,7 +221,7 @@ def commit_eviction(
 ) -> LayerState:
     """Return the state of the layer after an eviction: only the selected entries are stored.
 
-    The former storage is dropped, which frees the memory of the evicted entries, or is compacted in place.
+    The former storage is dropped, which frees the memory of the evicted entries, or it is compacted in place.
 
     Args:
         plan: which rows evict.

@@ -1,7 +1,8 @@
 """Models by name, and the base class of their settings: what a new model needs.
 
 A model is one file of this package: a `LinkPredictor`, and a frozen dataclass of its options that subclasses
-`ModelSettings`, defines `create` and is registered by `register_model`. Commands, studies and the conformance tests
+`ModelSettings`, defines `create` and is registered by `register_model`. `LinkPredictor` (`base.py`) lists the methods
+of a model; `ncn.py` is an example. Commands, studies and the conformance tests
 find every registered model.
 """
 

@@ -1,4 +1,7 @@
-"""Weights from the attention that entries receive from a window, the last query, all queries or sampled queries."""
+"""Weights from the attention that entries receive from a window, the last query, all queries or sampled queries.
+
+`registry.py` lists the named policies that use them, with the window sizes of their papers.
+"""
 
 from __future__ import annotations
 
