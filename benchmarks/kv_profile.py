@@ -39,10 +39,9 @@ SHIPPED = "700 tokens of text (shipped)"
 
 def shuffle_heads(profile: Profile) -> Profile:
     """Return a profile with its numbers assigned to random heads."""
-    num_layers, num_heads = len(profile.attention), len(profile.attention[0])
-    values = torch.tensor(profile.attention).flatten()
+    values = torch.tensor([value for layer in profile.attention for value in layer])
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
-    attention = values[order].view(num_layers, num_heads).tolist()
+    attention = [part.tolist() for part in values[order].split(profile.num_heads)]
     return dataclasses.replace(profile, attention=tuple(map(tuple, attention)))
 
 

@@ -119,8 +119,8 @@ def test_profile_is_stored_as_plain_json(tmp_path):
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
-        ((), r"the same number of heads in every layer, got \[\]"),
-        (((0.1, 0.2), (0.1,)), r"the same number of heads in every layer, got \[2, 1\]"),
+        ((), r"at least one layer, and at least one head in every layer, got \[\] heads"),
+        (((0.1, 0.2), ()), r"at least one layer, and at least one head in every layer, got \[2, 0\] heads"),
         (((0.1, 0.0),), "a positive finite number for every head, got 0.0"),
         (((0.1, float("nan")),), "a positive finite number for every head, got nan"),
     ],
@@ -134,8 +134,23 @@ def test_head_profile_requires_a_profile_with_the_shape_of_the_model():
     request = BudgetRequest((8,), (20,), (0,), torch.full((1, 2), 20), lambda: torch.rand(1, 2, 20), LayerContext(0, 3))
     with pytest.raises(ValueError, match="profile must be a Profile, got None"):
         HeadProfile().entries_per_head(request)
-    with pytest.raises(ValueError, match="profile must have 3 layers and 2 heads, got 1 layers and 2 heads"):
+    with pytest.raises(ValueError, match="must have 3 layers and, in layer 0, 2 heads, got 1 layers with 2 heads"):
         HeadProfile(Profile(((0.1, 0.2),), "model", "source")).entries_per_head(request)
+
+
+def test_layers_may_have_different_numbers_of_heads():
+    """Each head of a layer gets what it would get in a table with one layer, and the total is met exactly."""
+    attention = ((0.1, 0.4, 0.3), (0.9,), (0.2, 0.05))
+    allocation = HeadProfile(Profile(attention, "model", "source"))
+    flat = HeadProfile(Profile((sum(attention, ()),), "model", "source"))
+    for budget in (4, 17, 60, 100):
+        entries = allocation.entries(budget, 100, min_entries=4)
+        assert [len(layer) for layer in entries] == [3, 1, 2]
+        assert [count for layer in entries for count in layer] == flat.entries(budget, 100, min_entries=4)[0]
+        assert sum(sum(layer) for layer in entries) == 6 * budget
+    contributions = torch.rand(1, 1, 100)
+    request = BudgetRequest((17,), (100,), (4,), torch.full((1, 1), 100), lambda: contributions, LayerContext(1, 3))
+    assert allocation.entries_per_head(request).tolist() == [allocation.entries(17, 100, 4)[1]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

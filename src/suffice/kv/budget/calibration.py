@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from suffice.kv.attention.call import AttentionCall, run_attention
 from suffice.kv.attention.hook import AttentionHook, attach_observer
@@ -67,22 +68,22 @@ def calibrate(
     first, instruction, source = _text_tokens(model, tokenizer, text, tokens, seed)
     ids = torch.cat((first, instruction, first), dim=1).to(model.device)
     hook = AttentionHook(model.get_decoder())
-    layers = [_MeasuringLayer(first.shape[1]) for _ in range(model.config.get_text_config().num_hidden_layers)]
+    measurements = {index: _Measurement(first.shape[1]) for index in full_attention_layers(model)}
     network: Any = model
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            network(ids, past_key_values=Cache(layers=list(layers)), use_cache=True, logits_to_keep=1)
+            network(ids, past_key_values=_MeasuringCache(model, measurements), use_cache=True, logits_to_keep=1)
     finally:
         model.train(training)
         del hook  # restores the attention function of the model
-    attention = [layers[index].attention for index in full_attention_layers(model)]
+    attention = [measurement.attention for measurement in measurements.values()]
     if not all(math.isfinite(value) for layer in attention for value in layer):
         raise ValueError("model must have finite attention to measure a head profile, got NaN or infinite values")
     sharding = Sharding.from_model(model)
     if sharding is not None and sharding.is_split(len(attention[0])):
-        attention = sharding.all_gather(torch.tensor(attention, device=model.device), 1).tolist()
+        attention = [sharding.all_gather(torch.tensor(layer, device=model.device), 0).tolist() for layer in attention]
     return Profile(tuple(map(tuple, attention)), fingerprint(model), source)
 
 
@@ -118,8 +119,8 @@ def get_profile(model: PreTrainedModel) -> Profile:
     return measured.rounded()
 
 
-class _MeasuringLayer(DynamicLayer):
-    """Cache layer that measures the attention of one call and stores no keys and values.
+class _Measurement:
+    """Measures the attention of one call of a layer.
 
     Args:
         num_first: number of first entries whose attention is measured.
@@ -127,18 +128,36 @@ class _MeasuringLayer(DynamicLayer):
     """
 
     def __init__(self, num_first: int) -> None:
-        super().__init__()
         self._num_first = num_first
         self.attention: list[float] = []  # one number for each KV head
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return attach_observer(key_states, self), value_states
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         output, weights = run_attention(call)
         stats = AttentionStats(call.query, call.key, call.value, scaling=call.scaling)
         self.attention = _largest_attention(stats, self._num_first).mean((0, 2)).tolist()
         return output, weights
+
+
+class _MeasuringCache(DynamicCache):
+    """The model's own cache, except that it does not store the keys and values of the measured layers.
+
+    Args:
+        model: the model.
+        measurements: one measurement for each measured layer, by the index of the layer.
+
+    """
+
+    def __init__(self, model: PreTrainedModel, measurements: Mapping[int, _Measurement]) -> None:
+        super().__init__(config=model.config)
+        self._measurements = measurements
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add keys and values to a layer, or pass the attention call that follows to its measurement."""
+        if layer_idx in self._measurements:
+            return attach_observer(key_states, self._measurements[layer_idx]), value_states
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 def _largest_attention(stats: AttentionStats, num_first: int, block_size: int = 128) -> Tensor:
@@ -201,10 +220,13 @@ def _python_manual() -> str:
 
 def _profile_of_first_process(found: Profile | None, model: PreTrainedModel, sharding: Sharding) -> Profile | None:
     """Return the profile that the first process found. Other machines may have stored another profile, or none."""
-    shape = (len(full_attention_layers(model)), sharding.num_key_value_heads)
-    attention = torch.zeros(shape) if found is None else torch.tensor(found.attention, dtype=torch.float64)
-    attention = sharding.broadcast(attention.to(model.device, torch.float64))
-    if not bool(attention.any()):
+    content = b"" if found is None else json.dumps(found.attention).encode()
+    size = int(sharding.broadcast(torch.tensor(len(content), device=model.device)))
+    if not size:
         return None
+    own = torch.zeros(size, dtype=torch.uint8)
+    if len(content) == size:
+        own = torch.tensor(list(content), dtype=torch.uint8)
+    content = bytes(sharding.broadcast(own.to(model.device)).tolist())
     source = "the first process" if found is None else found.source
-    return Profile(tuple(map(tuple, attention.tolist())), fingerprint(model), source)
+    return Profile(tuple(map(tuple, json.loads(content))), fingerprint(model), source)

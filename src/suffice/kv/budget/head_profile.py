@@ -74,12 +74,11 @@ class HeadProfile(Allocation):
 
         """
         attention, context = self._attention(), request.context
-        expected = (context.num_layers, request.num_key_value_heads)
-        shape = (len(attention), len(attention[0]))
-        if shape != expected:
+        num_heads = request.num_key_value_heads
+        if len(attention) != context.num_layers or len(attention[context.layer]) != num_heads:
             raise ValueError(
-                f"profile must have {expected[0]} layers and {expected[1]} heads, got {shape[0]} layers and {shape[1]} "
-                "heads"
+                f"profile must have {context.num_layers} layers and, in layer {context.layer}, {num_heads} heads, got "
+                f"{len(attention)} layers with {', '.join(str(len(layer)) for layer in attention)} heads"
             )
         rows = [
             self.entries(budget, num_seen, min_entries, context.max_entries)[context.layer]
@@ -91,7 +90,7 @@ class HeadProfile(Allocation):
     def entries(
         self, budget: int, num_seen: int, min_entries: int = 0, max_entries: int | None = None
     ) -> list[list[int]]:
-        """Return the number of entries of every layer and head; they sum to budget × layers × heads.
+        """Return the number of entries of every layer and head; they sum to the budget × the number of heads.
 
         Args:
             budget: mean number of entries over all heads.
@@ -121,11 +120,10 @@ def _entries(
     attention: tuple[tuple[float, ...], ...], power: float, budget: int, lower: int, upper: int
 ) -> list[list[int]]:
     """Compute `HeadProfile.entries`. The result is cached, because all layers use the same table."""
-    table = np.array(attention)
-    demand = table.ravel() ** power
+    demand = np.concatenate([np.array(layer) for layer in attention]) ** power
     lower, total = min(lower, budget), budget * demand.size
     if budget >= upper:
-        return [[upper] * table.shape[1]] * table.shape[0]
+        return [[upper] * len(layer) for layer in attention]
     # Bisection: the total increases with c, from lower · heads to upper · heads.
     low, high = 0.0, upper / demand.min()
     for _ in range(100):
@@ -141,4 +139,5 @@ def _entries(
         receivers = np.argsort(-remainder, kind="stable")[: min(num_left, int(has_room.sum()))]
         entries[receivers] += 1
         num_left -= len(receivers)
-    return entries.reshape(table.shape).tolist()
+    ends = np.cumsum([len(layer) for layer in attention])
+    return [part.tolist() for part in np.split(entries, ends[:-1])]

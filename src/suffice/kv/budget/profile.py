@@ -17,13 +17,13 @@ class Profile:
 
     Args:
         attention: for each compressed layer and KV head, a number between 0 and 1: the largest attention that a cached
-            token receives from any query that repeats the text, averaged over the tokens. See
-            `suffice.kv.budget.calibration.calibrate`.
+            token receives from any query that repeats the text, averaged over the tokens. Layers may have different
+            numbers of KV heads. See `suffice.kv.budget.calibration.calibrate`.
         model: fingerprint of the model, see `suffice.kv.hf.fingerprint.fingerprint`.
         source: description of the text on which the profile was measured.
 
     Raises:
-        ValueError: `attention` is not a table of positive finite numbers.
+        ValueError: there is no layer, a layer has no heads, or a number is not positive and finite.
 
     """
 
@@ -32,14 +32,19 @@ class Profile:
     source: str
 
     def __post_init__(self) -> None:
-        sizes = {len(layer) for layer in self.attention}
-        values = [value for layer in self.attention for value in layer]
-        if len(sizes) != 1 or not values:
-            numbers = [len(layer) for layer in self.attention]
-            raise ValueError(f"attention must have the same number of heads in every layer, got {numbers}")
-        for value in values:
+        if not self.attention or not all(self.attention):
+            raise ValueError(
+                f"attention must have at least one layer, and at least one head in every layer, got {self.num_heads} "
+                "heads"
+            )
+        for value in (value for layer in self.attention for value in layer):
             if not 0 < value < float("inf"):
                 raise ValueError(f"attention must be a positive finite number for every head, got {value!r}")
+
+    @property
+    def num_heads(self) -> list[int]:
+        """Number of KV heads of each layer."""
+        return [len(layer) for layer in self.attention]
 
     def rounded(self) -> Profile:
         """Return the profile with five significant digits, as it is stored in files."""

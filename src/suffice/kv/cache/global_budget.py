@@ -86,7 +86,9 @@ class GlobalBudget:
         is_kept = torch.zeros_like(layer_priorities, dtype=torch.bool)
         others = {index: storage for index, storage in self._storages.items() if index != layer}
         masks = {index: torch.ones_like(s.columns["priority"], dtype=torch.bool) for index, s in others.items()}
-        heads = layer_priorities.shape[1] if sharding is None else sharding.num_key_value_heads
+        num_heads = self._num_heads(layer, layer_priorities.shape[1])
+        if sharding is not None:
+            num_heads *= sharding.num_key_value_heads // layer_priorities.shape[1]
         device = layer_priorities.device
         # Layers may be on different devices. Priorities are compared on the device of this layer.
         rows = [
@@ -99,7 +101,7 @@ class GlobalBudget:
         joined = [torch.cat(parts) for parts in rows]
         unknown = [row.isnan() for row in joined]
         known = [row.masked_fill(nan, -torch.inf) for row, nan in zip(joined, unknown, strict=True)]
-        highest = topk_masks(known, [mean * heads * self.num_layers for mean in allowed], sharding)
+        highest = topk_masks(known, [mean * num_heads for mean in allowed], sharding)
         for row, parts in enumerate(rows):
             own, *rest = (highest[row] | unknown[row]).split([part.numel() for part in parts])
             is_kept[row] = own.view_as(is_kept[row])
@@ -108,6 +110,19 @@ class GlobalBudget:
         entry = torch.arange(layer_priorities.shape[-1], device=device).where(is_kept, -1)
         kept = entry.sort(-1).values[..., -int(is_kept.sum(-1).max()) :]
         return GlobalSelection(kept, {index: mask for index, mask in masks.items() if not bool(mask.all())})
+
+    def _num_heads(self, layer: int, num_own: int) -> int:
+        """Return the number of KV heads of all layers on this process.
+
+        Layers without entries count as many heads as the largest of the others, so that no entry is dropped too early.
+
+        Args:
+            layer: index of a layer.
+            num_own: its number of heads.
+
+        """
+        known = [num_own, *(len(s.lengths[0]) for index, s in self._storages.items() if index != layer)]
+        return sum(known) + (self.num_layers - len(known)) * max(known)
 
     def drop_from_other_layers(self, selection: GlobalSelection) -> None:
         """Drop the entries of other layers that are not kept."""

@@ -1,0 +1,85 @@
+"""Which layers of a model are compressed, and how the cache is built around the model's own cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from suffice.kv import CompressedCache, calibrate
+from tests.kv.tiny import VOCABULARY, answer, left_padded, prompt
+
+_SHARED: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "initializer_range": 0.3,
+}
+_LINEAR: dict[str, Any] = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "Qwen3NextConfig": {**_LINEAR, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "Lfm2Config": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+}
+
+
+def build(config: str, attn: str = "sdpa", **changes: Any) -> Any:
+    """Return a random model with this class of configuration; skip the test if transformers does not have it."""
+    if not hasattr(transformers, config):
+        pytest.skip(f"transformers has no {config}")
+    torch.manual_seed(0)
+    built = getattr(transformers, config)(**{**_SHARED, **_CONFIGS[config], **changes})
+    return AutoModelForCausalLM.from_config(built, attn_implementation=attn).eval()
+
+
+def has_layers_of_many_kinds() -> bool:
+    """Return whether the cache of transformers has layers for the states of linear attention."""
+    return hasattr(transformers.cache_utils, "LinearAttentionLayer")
+
+
+@pytest.mark.skipif(not has_layers_of_many_kinds(), reason="hybrid models make caches of their own")
+@pytest.mark.parametrize("config", ["Qwen3NextConfig", "Lfm2Config"])
+def test_layers_without_attention_keep_the_states_of_the_models_own_cache(config):
+    """A cache that keeps all gives the tokens of the stock cache; a padded batch gives those of single runs."""
+    model = build(config)
+    ids = prompt(40)
+    expected = answer(model, {"input_ids": ids}, DynamicCache(config=model.config))
+    assert torch.equal(answer(model, {"input_ids": ids}, CompressedCache(model, budget=1.0)), expected)
+    cache = CompressedCache(model, "capkv-profile", 0.5, measure_capacity=False)
+    answer(model, {"input_ids": ids}, cache, new=1)
+    assert {head.layer for head in cache.report().heads} == {1}
+    assert sum(head.tokens_kept for head in cache.report().heads) == 2 * 20
+    prompts = [prompt(40), prompt(31, seed=2)]
+    rows = answer(model, left_padded(prompts), CompressedCache(model, budget=0.5))
+    single = [answer(model, {"input_ids": row}, CompressedCache(model, budget=0.5)) for row in prompts]
+    assert torch.equal(rows, torch.cat(single))
+
+
+@pytest.mark.skipif(not has_layers_of_many_kinds(), reason="hybrid models make caches of their own")
+def test_profile_of_a_hybrid_model_is_the_largest_attention_of_its_attention_layers():
+    """Against the attention weights that transformers' own eager attention returns."""
+    model = build("Qwen3NextConfig", "eager")
+    profile = calibrate(model, tokens=40, seed=3)
+    ids = torch.randint(VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        attentions = model(torch.cat((ids, ids), 1), output_attentions=True).attentions
+    assert profile.num_heads == [2]
+    largest = attentions[-1][0, :, 40:, :40].amax(1)  # [heads, first copy]
+    expected = largest.unflatten(0, (2, -1)).amax(1).mean(-1)
+    torch.testing.assert_close(torch.tensor(profile.attention[0]), expected, atol=1e-5, rtol=1e-4)
