@@ -97,8 +97,7 @@ def test_masked_tokens_inside_a_prompt_are_rejected(model):
 def test_cache_of_another_model_is_rejected(model, other, has_own_cache):
     other_model = build(other, seed=1)
     own_cache = CompressedCache(other_model) if has_own_cache else None
-    found = "layer 0 was made for a different attention module" if has_own_cache else "calls do not reach"
-    message = f"past_key_values must be a CompressedCache of the model that is called, .*{found}"
+    message = "past_key_values must be a CompressedCache of the model that is called, .*calls do not reach"
     with pytest.raises(ValueError, match=message):
         other_model(prompt(20), past_key_values=CompressedCache(model))
     del own_cache
@@ -120,12 +119,28 @@ def test_unsupported_attention_implementation_is_rejected():
         CompressedCache(model)
 
 
-def test_crop_after_an_eviction_is_rejected(model):
-    cache = CompressedCache(model, budget=0.5)
-    model(prompt(20), past_key_values=cache)
-    message = "crop must be called before the first eviction of a CompressedCache, got a call after it"
+@pytest.mark.parametrize("policy", ["capkv", "capkv-profile"])
+def test_crop_after_an_eviction_removes_new_tokens_and_the_window_but_no_more(model, policy):
+    cache = CompressedCache(model, policy, budget=20, window=6)
+    model(prompt(40), past_key_values=cache)
+    model(prompt(5, seed=1), past_key_values=cache)
+    expected = cache.copy()
+    model(prompt(3, seed=2), past_key_values=cache)
+    cache.crop(-3)
+    assert cache.get_seq_length() == 45
+    assert torch.equal(cache.kept_positions(1), expected.kept_positions(1))
+    rest = prompt(4, seed=3)
+    got, wanted = (model(rest, past_key_values=each).logits for each in (cache, expected))
+    torch.testing.assert_close(got, wanted)
+
+    cache.crop(-4 - 5 - 2)  # two tokens of the protected window
+    positions = cache.kept_positions(1)
+    assert int(positions.max()) == cache.get_seq_length() - 1 == 37
+    message = "crop must remove at most 4 tokens from a CompressedCache, whose heads have evicted .* got 5"
     with pytest.raises(ValueError, match=message):
-        cache.crop(-3)
+        cache.crop(-5)
+    model(rest, past_key_values=cache)
+    assert cache.get_seq_length() == 42
 
 
 def test_crop_before_an_eviction_equals_that_of_the_stock_cache(model):

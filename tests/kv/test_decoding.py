@@ -322,21 +322,26 @@ def test_second_update_of_a_layer_in_one_forward_pass_is_rejected():
 
 
 @pytest.mark.parametrize("lookup", [False, True])
-@pytest.mark.parametrize("budget", [1.0, 0.5])
-def test_assisted_decoding_works_with_full_budget_and_is_rejected_otherwise(budget, lookup):
+def test_assisted_decoding_with_full_budget_equals_plain_decoding(lookup):
     """Tokens are proposed by a second model, or looked up in the prompt."""
     model, assistant = build("llama"), build("llama", seed=3)
     ids = torch.cat((prompt(20), prompt(20)), 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    cache = CompressedCache(model, "capkv", budget)
+    cache = CompressedCache(model, "capkv", 1.0)
     options = {"prompt_lookup_num_tokens": 3} if lookup else {"assistant_model": assistant}
     plain = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 1}  # prompt lookup needs an end token
-    if budget == 1.0:
-        expected = model.generate(**inputs, **plain)
-        assert torch.equal(model.generate(**inputs, **plain, **options, past_key_values=cache), expected)
-        return
-    with pytest.raises(ValueError, match="assisted decoding"):
-        model.generate(**inputs, **plain, **options, past_key_values=cache)
+    expected = model.generate(**inputs, **plain)
+    assert torch.equal(model.generate(**inputs, **plain, **options, past_key_values=cache), expected)
+
+
+def test_assisted_decoding_from_an_empty_cache_drops_rejected_tokens_from_the_window():
+    model = build("llama")
+    ids = torch.cat((prompt(40), prompt(40)), 1)
+    cache = CompressedCache(model, "capkv", 0.5)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 1, "prompt_lookup_num_tokens": 3}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+    assert cache.get_seq_length() == out.shape[1] - 1
+    assert int(cache.kept_positions(0).max()) == out.shape[1] - 2
 
 
 def test_contributions_rank_entries_of_a_head_like_scores():

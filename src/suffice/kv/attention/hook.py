@@ -6,6 +6,7 @@ implementation.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -16,10 +17,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from suffice.kv.attention.call import AttentionCall, attach_padding, run_attention
+from suffice.kv.attention.forward_pass import observe_passes, stop_observing
+from suffice.kv.attention.implementation import PREFIX, restore_implementation, selected_implementation
 
-PREFIX = "suffice_"
 SUPPORTED_IMPLEMENTATIONS = ("sdpa", "eager")
 
+# Caches are made and deleted in several threads, and deleted ones are finalized at any time: the lock is reentrant.
+_lock = threading.RLock()
 _num_hooks: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
@@ -92,7 +96,14 @@ class AttentionHook:
     """
 
     def __init__(self, decoder: PreTrainedModel) -> None:
-        selected = _selected_implementation(decoder)
+        with _lock:
+            self._select(decoder)
+            self._decoder = weakref.ref(decoder)
+            self._finalizer = weakref.finalize(self, _remove_hook, self._decoder)
+
+    @staticmethod
+    def _select(decoder: PreTrainedModel) -> None:
+        selected = selected_implementation(decoder)
         original = selected.removeprefix(PREFIX)
         if original not in SUPPORTED_IMPLEMENTATIONS:
             raise ValueError(
@@ -105,32 +116,31 @@ class AttentionHook:
             AttentionMaskInterface.register(hooked, _mask_function(original))
         if selected != hooked:
             decoder.set_attn_implementation(hooked)
+        observe_passes(decoder)
         _num_hooks[decoder] = _num_hooks.get(decoder, 0) + 1
-        self._decoder = weakref.ref(decoder)
-        self._finalizer = weakref.finalize(self, _remove_hook, self._decoder)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionHook:
         """Return this object. Copies of a cache share it, so that the function stays selected until all are deleted."""
         return self
 
+    def belongs_to(self, decoder: nn.Module) -> bool:
+        """Return whether this object was made for a decoder."""
+        return self._decoder() is decoder
+
     @property
     def is_active(self) -> bool:
         """Whether the model still uses the attention function of this module."""
         decoder = self._decoder()
-        return decoder is not None and _selected_implementation(decoder).startswith(PREFIX)
-
-
-def _selected_implementation(decoder: PreTrainedModel) -> str:
-    return str(decoder.config._attn_implementation)  # pyright: ignore[reportPrivateUsage]
+        return decoder is not None and selected_implementation(decoder).startswith(PREFIX)
 
 
 def _remove_hook(reference: weakref.ref[PreTrainedModel]) -> None:
     decoder = reference()
     if decoder is None:
         return
-    _num_hooks[decoder] -= 1
-    if _num_hooks[decoder] == 0:
-        del _num_hooks[decoder]
-        selected = _selected_implementation(decoder)
-        if selected.startswith(PREFIX):
-            decoder.set_attn_implementation(selected.removeprefix(PREFIX))
+    with _lock:
+        _num_hooks[decoder] -= 1
+        if _num_hooks[decoder] == 0:
+            del _num_hooks[decoder]
+            stop_observing(decoder)
+            restore_implementation(decoder)

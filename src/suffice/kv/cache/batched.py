@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from suffice.kv.attention.call import AttentionCall
 from suffice.kv.attention.hook import attach_observer
 from suffice.kv.cache.cache import CompressedCache
+from suffice.kv.cache.group import CacheGroup
 from suffice.kv.cache.layer import CompressedLayer
 
 
-class BatchedCaches(Cache):
+class BatchedCaches(CacheGroup):
     """A batch of several caches, each with one row, that have seen the same number of tokens.
 
     Row r of the batch continues from `caches[r]`, and its attention is the same as with this cache alone. The new
@@ -49,13 +49,13 @@ class BatchedCaches(Cache):
                     f"caches[{number}] must hold one row without padding, got {len(padding)} rows with {sum(padding)} "
                     "tokens of padding"
                 )
-        self.caches = tuple(caches)
         layers_by_index: list[tuple[Any, ...]] = list(zip(*(cache.layers for cache in caches), strict=True))
         super().__init__(
+            caches,
             layers=[
                 (_BatchedCompressedLayer if isinstance(layers[0], CompressedLayer) else _BatchedOtherLayer)(layers)
                 for layers in layers_by_index
-            ]
+            ],
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BatchedCaches:

@@ -14,6 +14,7 @@ from suffice.kv.attention.hook import AttentionHook
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.budget.protection import Protection
+from suffice.kv.cache.forward_pass import ForwardPass
 from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.report import CacheReport
@@ -24,6 +25,12 @@ from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY, get_allocation, get_policy
 from suffice.kv.storage.quantized import Quantization
+
+_WRONG_MODEL = (
+    "past_key_values must be a CompressedCache of the model that is called, with the attention implementation that the "
+    "model had when the cache was made; got one that the model's attention calls do not reach. Make a new "
+    "CompressedCache with this model"
+)
 
 
 class CompressedCache(Cache):
@@ -137,23 +144,52 @@ class CompressedCache(Cache):
             )
         super().__init__(layers=layers)
         self._updated: CompressedLayer | None = None  # the layer whose attention call follows
+        self._pass = ForwardPass()
+
+    def begin_pass(self, decoder: nn.Module) -> None:
+        """Prepare for a forward pass of the model; see `suffice.kv.attention.forward_pass.PassObserver`.
+
+        Raises:
+            ValueError: the cache belongs to another model, or an earlier forward pass failed.
+
+        """
+        if not self._hook.belongs_to(decoder):
+            raise ValueError(_WRONG_MODEL)
+        self._pass.begin(self.layers)
+
+    def end_pass(self, *, failed: bool) -> None:
+        """Finish a forward pass of the model; remove what it has stored if it failed."""
+        self._pass.end(self.layers, failed=failed)
+
+    def will_store(self) -> None:
+        """Note that the current forward pass changes layers from now on."""
+        self._pass.has_stored = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Add new keys and values to a layer and return what its attention reads."""
-        if (self._updated is not None and self._updated.awaits_attention) or not self._hook.is_active:
+        is_reached = self._pass.is_open and self._hook.is_active
+        if (self._updated is not None and self._updated.awaits_attention) or not is_reached:
             # The keys were not stored, so the cache can still be used with the right model.
             for layer in self.compressed_layers:
                 layer.awaits_attention = False
-            raise ValueError(
-                "past_key_values must be a CompressedCache of the model that is called, with the attention "
-                "implementation that the model had when the cache was made; got one that the model's attention calls "
-                "do not reach. Make a new CompressedCache with this model"
-            )
+            raise ValueError(_WRONG_MODEL)
+        self._check_rows(key_states.shape[0])
+        self.will_store()
         layer = self.layers[layer_idx]
         self._updated = layer if isinstance(layer, CompressedLayer) else None
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Update the state of a convolution; see `transformers.Cache`."""
+        self.will_store()
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Update the state of a layer with linear attention; see `transformers.Cache`."""
+        self.will_store()
+        return super().update_recurrent_state(*args, **kwargs)
 
     def copy(self) -> CompressedCache:
         """Return an independent cache with the same entries; it shares the stored tensors, so it costs almost nothing.
@@ -168,7 +204,21 @@ class CompressedCache(Cache):
             for layer in self.layers
         ]
         other._updated = None
+        other._pass = ForwardPass()
         return other
+
+    def reset(self) -> None:
+        """Remove all tokens."""
+        super().reset()
+        self._pass = ForwardPass()
+
+    def _check_rows(self, num_rows: int) -> None:
+        held = len(self.compressed_layers[0].state.rows)
+        if held and num_rows != held:
+            raise ValueError(
+                f"input_ids must have {held} rows, as many as the CompressedCache holds, got {num_rows}. To continue "
+                f"each row several times, call cache.batch_repeat_interleave(times) first"
+            )
 
     def save(self, model: PreTrainedModel, path: str | Path) -> Path:
         """Write the cache to a safetensors file, from which another process can continue.

@@ -36,12 +36,14 @@ class EvictionPlan:
         allowed: for each row, the number of entries that a head may keep, averaged over heads and layers; equal to
             `num_seen` for a row that does not evict.
         num_seen: for each row, the number of tokens so far, without padding.
+        windows: for each row, the number of last tokens that every head keeps; 0 for a row that does not evict.
 
     """
 
     is_due: tuple[bool, ...]
     allowed: tuple[int, ...]
     num_seen: tuple[int, ...]
+    windows: tuple[int, ...]
 
     @property
     def keeps_all(self) -> bool:
@@ -107,15 +109,21 @@ def plan_eviction(
         is_due = [
             row.num_kept + num_appended - limit >= settings.interval for row, limit in zip(rows, allowed, strict=True)
         ]
-    for limit, seen, due in zip(allowed, num_seen, is_due, strict=True):
-        if due:
-            # Raises an error if the protected entries do not fit.
-            settings.policy.protected_sizes(limit, seen, settings.protection)
+    windows = [
+        _num_last_kept(settings, limit, seen) if due else 0
+        for limit, seen, due in zip(allowed, num_seen, is_due, strict=True)
+    ]
     if not any(is_due):
         return None
     # Rows that are not due keep all their entries.
     allowed = [limit if due else seen for limit, seen, due in zip(allowed, num_seen, is_due, strict=True)]
-    return EvictionPlan(tuple(is_due), tuple(allowed), tuple(num_seen))
+    return EvictionPlan(tuple(is_due), tuple(allowed), tuple(num_seen), tuple(windows))
+
+
+def _num_last_kept(settings: CacheSettings, limit: int, num_seen: int) -> int:
+    """Return how many last tokens every head of a row keeps; raise an error if the protected entries do not fit."""
+    _, window = settings.policy.protected_sizes(limit, num_seen, settings.protection)
+    return num_seen if limit >= num_seen else window
 
 
 def select_entries(
@@ -238,8 +246,12 @@ def commit_eviction(
         if storage is not None and selection.kept is not None:
             storage.compact_in_place(selection.entries, selection.kept)
     rows = tuple(
-        replace(row, num_kept=min(limit, row.num_kept + state.num_appended))
-        for row, limit in zip(state.rows, plan.allowed, strict=True)
+        replace(
+            row,
+            num_kept=min(limit, row.num_kept + state.num_appended),
+            window=window if due else row.window + state.num_appended,
+        )
+        for row, limit, window, due in zip(state.rows, plan.allowed, plan.windows, plan.is_due, strict=True)
     )
     state = replace(state, storage=storage, rows=rows, num_appended=0, capacity=selection.capacity)
     if selection.kept is None:

@@ -53,8 +53,6 @@ class CompressedLayer(DynamicLayer):
 
     """
 
-    is_croppable = False
-
     def __init__(
         self,
         settings: CacheSettings,
@@ -118,6 +116,12 @@ class CompressedLayer(DynamicLayer):
         self.awaits_attention = True
         if self.storage is None:
             self.dtype, self.device = key_states.dtype, key_states.device
+        elif key_states.dtype != self.dtype:
+            self.awaits_attention = False
+            raise ValueError(
+                f"keys of the model must have the dtype of the cache, {self.dtype}, got {key_states.dtype}. Make a new "
+                "CompressedCache after the model's dtype has changed"
+            )
         return attach_observer(key_states, self), value_states
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -161,10 +165,11 @@ class CompressedLayer(DynamicLayer):
             num_new=num_new,
             is_first=self.storage is None,
         )
-        self.state = self.state.append_tokens(num_new, rows)
-        self.is_initialized = True
+        state = self.state.append_tokens(num_new, rows)
         if self.storage is not None:
-            self.storage.append(call.key, call.value, self._positions(num_new), padded=padding is not None)
+            self.storage.append(call.key, call.value, self._positions(state, num_new), padded=padding is not None)
+        self.state = state  # counts the new tokens after they are stored
+        self.is_initialized = True
 
     def post_attention(self, call: AttentionCall, attention: Tensor | None) -> None:
         """Evict entries after the attention of a call has been computed, if an eviction is planned."""
@@ -178,9 +183,9 @@ class CompressedLayer(DynamicLayer):
         if self.order == self.settings.num_layers - 1 and self._rotary is not None:
             self._rotary.clear_cache()
 
-    def _positions(self, num_new: int) -> Tensor:
+    def _positions(self, state: LayerState, num_new: int) -> Tensor:
         """Return the indices of the newest tokens within the text of each row, [batch, new]; negative on padding."""
-        num_seen, padding = self.state.num_seen, self.state.num_padding
+        num_seen, padding = state.num_seen, state.num_padding
         indices = torch.arange(num_seen - num_new, num_seen, device=self.device)
         if not any(padding):
             return indices.expand(len(padding), -1)
@@ -220,7 +225,7 @@ class CompressedLayer(DynamicLayer):
     def _entries(self, call: AttentionCall) -> Entries:
         if self.storage is not None:
             return self.storage.entries
-        return Entries(call.key, call.value, self._positions(call.key.shape[2])[:, None])
+        return Entries(call.key, call.value, self._positions(self.state, call.key.shape[2])[:, None])
 
     def _select_and_validate(
         self,
@@ -248,7 +253,7 @@ class CompressedLayer(DynamicLayer):
             valid = entries.positions[:, 0] >= 0 if has_padding else None
             positions = EntryPositions(valid=valid, num_seen=plan.num_seen)
         else:
-            newest = self._positions(queries.shape[2])
+            newest = self._positions(self.state, queries.shape[2])
             positions = EntryPositions(
                 entries=entries.positions, queries=newest, rope=entries.rope_positions, num_seen=plan.num_seen
             )
@@ -291,6 +296,11 @@ class CompressedLayer(DynamicLayer):
         new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
         return new, self.state.num_seen
 
+    @property
+    def is_croppable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether new tokens can be removed again, as assisted decoding does."""
+        return not self.settings.evict_always
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens.
 
@@ -299,20 +309,17 @@ class CompressedLayer(DynamicLayer):
                 number of tokens to keep.
 
         Raises:
-            ValueError: entries were evicted. They cannot be restored.
+            ValueError: a head no longer has the entries of all tokens to remove: it has evicted some.
 
         """
-        if self.state.has_evicted:
-            raise ValueError(
-                "crop must be called before the first eviction of a CompressedCache, got a call after it. Evicted "
-                "entries cannot be restored. Use budget=1.0, or generate without assisted decoding"
-            )
-        num_seen, num_appended = self.state.num_seen, self.state.num_appended
+        num_seen = self.state.num_seen
         count = num_seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
-        if self.storage is None or count <= 0:
-            return
-        self.storage.drop_last(count)
-        self.state = replace(self.state, num_seen=num_seen - count, num_appended=max(0, num_appended - count))
+        if count > self.state.num_droppable:
+            raise ValueError(
+                f"crop must remove at most {self.state.num_droppable} tokens from a CompressedCache, whose heads have "
+                f"evicted entries of earlier tokens, got {count}. Evicted entries cannot be restored"
+            )
+        self.state = self.state.drop_last(count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows of the batch, as beam search does."""

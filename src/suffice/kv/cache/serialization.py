@@ -196,7 +196,7 @@ def _compressed_state(layer: CompressedLayer) -> tuple[dict[str, Tensor], dict[s
         "num_seen": state.num_seen,
         "num_appended": state.num_appended,
         "has_evicted": state.has_evicted,
-        "rows": [[row.num_padding, row.num_kept] for row in state.rows],
+        "rows": [[row.num_padding, row.num_kept, row.window] for row in state.rows],
     }
     return tensors, record
 
@@ -213,7 +213,7 @@ def _restore_compressed(layer: CompressedLayer, tensors: dict[str, Tensor], reco
     names = QueryMoments.__dataclass_fields__
     layer.state = LayerState(
         storage=storage,
-        rows=tuple(RowState(num_padding, num_kept) for num_padding, num_kept in record["rows"]),
+        rows=tuple(RowState(*row) for row in record["rows"]),
         num_seen=record["num_seen"],
         num_appended=record["num_appended"],
         has_evicted=record["has_evicted"],

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from suffice.kv.attention.call import AttentionCall, run_attention
 from suffice.kv.attention.hook import attach_observer
 from suffice.kv.cache.cache import CompressedCache
+from suffice.kv.cache.group import CacheGroup
 from suffice.kv.cache.layer import CompressedLayer
 
 
@@ -53,7 +54,7 @@ def prefill(
     return shared
 
 
-class SharedPrefill(Cache):
+class SharedPrefill(CacheGroup):
     """A cache that passes the attention calls of one prefill to several caches.
 
     Args:
@@ -71,12 +72,13 @@ class SharedPrefill(Cache):
         self.logits = torch.empty(0)
         layers_by_index: list[tuple[Any, ...]] = list(zip(*(cache.layers for cache in caches), strict=True))
         super().__init__(
+            caches,
             layers=[
                 _SharedCompressedLayer(layers, self.seconds, share_statistics)
                 if isinstance(layers[0], CompressedLayer)
                 else _SharedOtherLayer(layers)
                 for layers in layers_by_index
-            ]
+            ],
         )
 
 

@@ -17,11 +17,13 @@ class RowState:
     Args:
         num_padding: number of left-padding tokens.
         num_kept: number of entries kept by the last eviction, averaged over heads and layers; 0 before it.
+        window: number of last tokens that every head kept in the last eviction; 0 before it.
 
     """
 
     num_padding: int = 0
     num_kept: int = 0
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,32 @@ class LayerState:
     def num_padding(self) -> list[int]:
         """Number of left-padding tokens of each row."""
         return [row.num_padding for row in self.rows]
+
+    @property
+    def num_droppable(self) -> int:
+        """Number of newest tokens that `drop_last` can remove: those of which every head still has the entry."""
+        if not self.has_evicted:
+            return self.num_seen
+        return self.num_appended + min((row.window for row in self.rows), default=0)
+
+    def drop_last(self, count: int) -> LayerState:
+        """Return the state without the newest tokens. The storage is changed in place.
+
+        Args:
+            count: number of tokens, at most `num_droppable`.
+
+        """
+        if self.storage is None or count <= 0:
+            return self
+        self.storage.drop_last(count)
+        num_appended = max(0, self.num_appended - count)
+        # What was dropped beyond the appended tokens is missing in the entries that the last eviction kept.
+        missing = count - (self.num_appended - num_appended)
+        rows = tuple(
+            replace(row, num_kept=max(0, row.num_kept - missing), window=max(0, row.window - missing))
+            for row in self.rows
+        )
+        return replace(self, num_seen=self.num_seen - count, num_appended=num_appended, rows=rows)
 
     def append_tokens(self, num_new: int, rows: tuple[RowState, ...]) -> LayerState:
         """Return the state after new tokens, without their keys and values.

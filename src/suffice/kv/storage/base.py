@@ -221,6 +221,11 @@ class SpareSlots:
         self.first_free += count
         return True
 
+    def release(self, count: int) -> None:
+        """Free the last claimed slots again, unless a copy may use them."""
+        if not self.is_shared:
+            self.first_free -= min(count, self.first_free)
+
 
 def num_spare_slots(width: int, num_new: int) -> int:
     """Return how many spare slots to add when new entries are appended: none after a chunk of several tokens."""

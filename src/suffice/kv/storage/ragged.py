@@ -255,8 +255,8 @@ class RaggedStorage(Storage):
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, *, padded: bool = False) -> None:
         """Add the entries of new tokens; see `Storage.append`."""
-        self.tail_is_full = self.tail_is_full and not padded
         start, new = self.tail_length, keys.shape[2]
+        tail_positions = torch.cat((self.tail_positions, positions.clamp_min(-1).to(torch.int32)), dim=1)
         in_place = can_write_in_place(self._keys, keys) and can_write_in_place(self._values, values)
         if in_place and self._spare.claim(start, new):
             index = self._free_slots(start, new)
@@ -265,11 +265,14 @@ class RaggedStorage(Storage):
         else:
             mean_length = sum(map(sum, self.lengths)) // (len(self.lengths) * len(self.lengths[0]))
             spare = num_spare_slots(mean_length + start, new)
-            self._keys = self._with_new(self._keys, keys, spare)
-            self._values = self._with_new(self._values, values, spare)
+            # Both are copied before either is replaced, so that a failure leaves the storage as it was.
+            self._keys, self._values = (
+                self._with_new(self._keys, keys, spare),
+                self._with_new(self._values, values, spare),
+            )
             self._spare = SpareSlots(start + new, start + new + spare)
             self._first_free = self.decode_plan = None
-        self.tail_positions = torch.cat((self.tail_positions, positions.clamp_min(-1).to(torch.int32)), dim=1)
+        self.tail_positions, self.tail_is_full = tail_positions, self.tail_is_full and not padded
 
     def _free_slots(self, start: int, new: int) -> Tensor:
         """Return the slots of the next `new` tokens in `buffers`, long [batch * num_key_value_heads * new]."""
@@ -335,6 +338,11 @@ class RaggedStorage(Storage):
 
     def drop_last(self, count: int) -> None:
         """Remove the newest entries. Every head must still have them."""
+        if count <= self.tail_length:
+            self.tail_positions = self.tail_positions[:, : self.tail_length - count]
+            self._spare.release(count)
+            self.decode_plan = None
+            return
         entries = self.entries
         slots = torch.arange(entries.keys.shape[2], device=entries.keys.device)
         kept = (entries.positions >= 0) & (slots < len(slots) - count)
@@ -342,6 +350,7 @@ class RaggedStorage(Storage):
 
     def copy(self) -> RaggedStorage:
         """Return a storage that shares the tensors."""
+        self._spare.is_shared = True
         other = copy.copy(self)
         other._columns = dict(self._columns)
         return other

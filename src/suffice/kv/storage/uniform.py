@@ -149,6 +149,7 @@ class AlignedStorage(Storage):
     def drop_last(self, count: int) -> None:
         """Remove the newest entries of every row and head."""
         self.width -= count
+        self._spare.release(count)
         self._is_full = None
 
     def copy(self) -> Self:

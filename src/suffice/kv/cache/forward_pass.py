@@ -1,0 +1,102 @@
+"""One forward pass over a cache. If it fails, what it has stored is removed, or the cache refuses further passes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from suffice.kv.cache.layer import CompressedLayer
+from suffice.kv.cache.state import LayerState
+
+
+class ForwardPass:
+    """The current forward pass over the layers of a cache.
+
+    Attributes:
+        is_open: whether a forward pass is running.
+        has_stored: whether it has begun to change layers.
+
+    """
+
+    def __init__(self) -> None:
+        self.is_open = self.has_stored = False
+        self._before: tuple[Any, ...] = ()
+        self._is_damaged = False  # an earlier pass failed, and what it stored could not be removed
+
+    def begin(self, layers: Sequence[Any]) -> None:
+        """Remember the state of all layers.
+
+        Raises:
+            ValueError: an earlier pass failed or was interrupted after it had stored tokens.
+
+        """
+        if self.is_open:
+            # The earlier pass was interrupted, and did not end.
+            self.end(layers, failed=True)
+            if not self._is_damaged:
+                raise ValueError(
+                    "past_key_values must hold the tokens of complete forward passes, got a CompressedCache whose last "
+                    "forward pass was interrupted. What that pass has stored is removed now: call the model again"
+                )
+        if self._is_damaged:
+            raise ValueError(
+                "past_key_values must hold the tokens of complete forward passes, got a CompressedCache whose last "
+                "forward pass failed after layers had evicted entries or updated their states. Make a new "
+                "CompressedCache, or continue from a copy() that was made before"
+            )
+        self._before = tuple(map(_remember, layers))
+        self.is_open, self.has_stored = True, False
+
+    def end(self, layers: Sequence[Any], *, failed: bool) -> None:
+        """End the pass. If it failed, remove what it has stored."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        if failed and self.has_stored:
+            pairs = list(zip(layers, self._before, strict=True))
+            if all(_can_undo(layer, before) for layer, before in pairs):
+                for layer, before in pairs:
+                    _undo(layer, before)
+            else:
+                self._is_damaged = True
+        self._before = ()
+
+
+def _remember(layer: Any) -> Any:
+    """Return what is needed to undo a pass in a layer, without a reference to its entries."""
+    if isinstance(layer, CompressedLayer):
+        return replace(layer.state, storage=None)
+    num_seen = _num_seen(layer)
+    return copy.deepcopy(layer) if num_seen == 0 else num_seen
+
+
+def _num_seen(layer: Any) -> int | None:
+    """Return the number of tokens that a layer of transformers has seen; None if it has seen some but counts none."""
+    if hasattr(layer, "has_previous_state"):
+        states = layer.has_previous_state
+        return None if any(states.values() if isinstance(states, dict) else [states]) else 0
+    return layer.get_seq_length()
+
+
+def _can_undo(layer: Any, before: Any) -> bool:
+    if isinstance(before, LayerState):
+        new = layer.state.num_seen - before.num_seen
+        return before.num_seen == 0 or layer.state.num_appended == before.num_appended + new
+    return not isinstance(before, int | None) or (before is not None and _num_seen(layer) == before)
+
+
+def _undo(layer: Any, before: Any) -> None:
+    if not isinstance(before, LayerState):
+        if not isinstance(before, int):
+            layer.__dict__ = before.__dict__
+        return
+    layer.awaits_attention = False
+    if before.num_seen == 0:
+        layer.reset()
+        return
+    new = layer.state.num_seen - before.num_seen
+    if new:
+        layer.storage.drop_last(new)
+    layer.state = replace(before, storage=layer.storage)

@@ -1,0 +1,234 @@
+"""Caches after forward passes that failed: unchanged, or refused."""
+
+import copy
+import gc
+import pickle
+import sys
+import threading
+
+import pytest
+import torch
+
+from suffice.kv import BatchedCaches, CompressedCache, prefill
+from suffice.kv.attention.implementation import selected_implementation
+from tests.kv.tiny import build, prompt
+
+
+class PassError(Exception):
+    """Raised in the middle of a forward pass."""
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def _fail_in_layer(model, index, error=PassError):
+    """Make one MLP of the model raise an error; return the handle that removes the failure."""
+
+    def fail(*_):
+        raise error
+
+    return model.model.layers[index].mlp.register_forward_pre_hook(fail)
+
+
+def _describe(cache):
+    layers = cache.compressed_layers
+    return [(layer.get_seq_length(), layer.storage.num_kept.tolist(), layer.state.num_appended) for layer in layers]
+
+
+@pytest.mark.parametrize("policy", ["capkv", "capkv-profile"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("new", [1, 7])
+def test_a_failed_pass_leaves_the_cache_as_it_was(policy, layer, new):
+    model = build("llama")
+    cache = CompressedCache(model, policy, 20)
+    model(prompt(40), past_key_values=cache)
+    model(prompt(3, seed=1), past_key_values=cache)
+    expected, before = cache.copy(), _describe(cache)
+    handle = _fail_in_layer(model, layer)
+    with pytest.raises(PassError):
+        model(prompt(new, seed=2), past_key_values=cache)
+    handle.remove()
+    assert cache.get_seq_length() == 43
+    assert _describe(cache) == before
+    rest = prompt(5, seed=3)
+    got, wanted = (model(rest, past_key_values=each).logits for each in (cache, expected))
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    "options", [{}, {"policy": "capkv", "allocation": "marginal"}, {"policy": "capkv", "evict": "always"}]
+)
+def test_a_failed_prefill_leaves_the_cache_empty(family, options):
+    model = build(family)
+    cache, fresh = CompressedCache(model, budget=20, **options), CompressedCache(model, budget=20, **options)
+    handle = _fail_in_layer(model, 2)
+    with pytest.raises(PassError):
+        model(prompt(40), past_key_values=cache)
+    handle.remove()
+    assert cache.get_seq_length() == 0
+    got, wanted = (model(prompt(40), past_key_values=each).logits for each in (cache, fresh))
+    assert torch.equal(got, wanted)
+    assert cache.report() == fresh.report()
+
+
+def test_a_pass_that_failed_after_evictions_damages_the_cache():
+    model = build("llama")
+    cache = CompressedCache(model, "capkv", 20, evict="always")
+    model(prompt(40), past_key_values=cache)
+    usable = cache.copy()
+    handle = _fail_in_layer(model, 1)
+    with pytest.raises(PassError):
+        model(prompt(9, seed=1), past_key_values=cache)
+    handle.remove()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="past_key_values must hold the tokens of complete forward passes"):
+            model(prompt(9, seed=1), past_key_values=cache)
+    model(prompt(9, seed=1), past_key_values=usable)
+    cache.reset()
+    model(prompt(40), past_key_values=cache)
+    assert cache.get_seq_length() == 40
+
+
+def test_a_pass_that_failed_in_a_model_with_sliding_windows_damages_the_cache():
+    model = build("gemma3")
+    cache = CompressedCache(model, "capkv", 20)
+    model(prompt(40), past_key_values=cache)
+    handle = _fail_in_layer(model, 2)
+    with pytest.raises(PassError):
+        model(prompt(9, seed=1), past_key_values=cache)
+    handle.remove()
+    with pytest.raises(ValueError, match="past_key_values must hold the tokens of complete forward passes"):
+        model(prompt(9, seed=1), past_key_values=cache)
+
+
+def test_an_interrupted_pass_is_undone_at_the_next_pass():
+    model = build("llama")
+    cache = CompressedCache(model, "capkv", 20)
+    model(prompt(40), past_key_values=cache)
+    expected = cache.copy()
+    handle = _fail_in_layer(model, 1, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(prompt(9, seed=1), past_key_values=cache)
+    handle.remove()
+    rest = prompt(5, seed=3)
+    with pytest.raises(ValueError, match="was interrupted"):
+        model(rest, past_key_values=cache)
+    got, wanted = (model(rest, past_key_values=each).logits for each in (cache, expected))
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_wrong_number_of_rows_is_refused_before_anything_is_stored(family):
+    model = build(family)
+    cache = CompressedCache(model, "capkv", 20)
+    model(prompt(40), past_key_values=cache)
+    expected, rest = cache.copy(), prompt(5, seed=3)
+    with pytest.raises(ValueError, match=r"input_ids must have 1 rows, .* got 2.*batch_repeat_interleave"):
+        model(rest.expand(2, -1), past_key_values=cache)
+    got, wanted = (model(rest, past_key_values=each).logits for each in (cache, expected))
+    assert torch.equal(got, wanted)
+
+
+def test_another_dtype_is_refused_before_anything_is_stored():
+    model = build("llama")
+    cache = CompressedCache(model, "capkv", 20)
+    model(prompt(40), past_key_values=cache)
+    expected, rest = cache.copy(), prompt(5, seed=3)
+    model.double()
+    with pytest.raises(ValueError, match=r"keys of the model must have the dtype of the cache, torch.float32"):
+        model(rest, past_key_values=cache)
+    model.float()
+    got, wanted = (model(rest, past_key_values=each).logits for each in (cache, expected))
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("both_have_caches", [False, True])
+def test_the_cache_of_another_model_is_refused_before_anything_is_stored(both_have_caches):
+    """The first layer of these models has a sliding window, so that it is not compressed."""
+    model, other = build("gemma3"), build("gemma3", seed=1)
+    cache = CompressedCache(model, "capkv", 20)
+    keep = CompressedCache(other, "capkv", 20) if both_have_caches else None
+    model(prompt(40), past_key_values=cache)
+    expected, rest = cache.copy(), prompt(5, seed=3)
+    with pytest.raises(ValueError, match="past_key_values must be a CompressedCache of the model that is called"):
+        other(rest, past_key_values=cache)
+    got, wanted = (model(rest, past_key_values=each).logits for each in (cache, expected))
+    assert torch.equal(got, wanted)
+    del keep
+
+
+def test_a_copied_model_does_not_keep_the_attention_function():
+    model = build("llama")
+    cache = CompressedCache(model, "capkv", 20)
+    copied, unpickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    del cache
+    gc.collect()
+    expected = model(prompt(9)).logits
+    for other in (copied, unpickled):
+        assert torch.equal(other(prompt(9)).logits, expected)
+        assert selected_implementation(other.model) == selected_implementation(other) == "sdpa"
+        assert not other.model._forward_pre_hooks
+        assert not other.model._forward_hooks
+        own = CompressedCache(other, "capkv", 20)
+        other(prompt(40), past_key_values=own)
+        assert own.report().tokens_kept < own.report().tokens_seen
+
+
+def test_caches_are_made_and_deleted_in_several_threads():
+    model = build("llama")
+    errors = []
+
+    def work():
+        try:
+            for _ in range(40):
+                cache = CompressedCache(model, "capkv", 0.5)
+                assert selected_implementation(model.model) == "suffice_sdpa"
+                del cache
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    gc.collect()
+    assert not errors
+    assert selected_implementation(model.model) == "sdpa"
+    assert not model.model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("failing_layer", [0, 2])
+def test_a_failed_pass_leaves_a_batch_of_caches_as_it_was(failing_layer):
+    model = build("llama")
+    caches = [CompressedCache(model, "capkv", 20), CompressedCache(model, "capkv-profile", 30)]
+    for row, cache in enumerate(caches):
+        model(prompt(40, seed=row), past_key_values=cache)
+    expected = [cache.copy() for cache in caches]
+    ids = prompt(3, seed=5, rows=2)
+    handle = _fail_in_layer(model, failing_layer)
+    with pytest.raises(PassError):
+        model(ids, past_key_values=BatchedCaches(caches))
+    handle.remove()
+    got, wanted = (model(ids, past_key_values=BatchedCaches(each)).logits for each in (caches, expected))
+    assert torch.equal(got, wanted)
+
+
+def test_a_failed_shared_prefill_leaves_the_caches_empty():
+    model = build("llama")
+    caches = [CompressedCache(model, "capkv", 20), CompressedCache(model, "capkv-profile", 30)]
+    handle = _fail_in_layer(model, 1)
+    with pytest.raises(PassError):
+        prefill(model, {"input_ids": prompt(40)}, caches)
+    handle.remove()
+    assert [cache.get_seq_length() for cache in caches] == [0, 0]
+    prefill(model, {"input_ids": prompt(40)}, caches)
