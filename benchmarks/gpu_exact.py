@@ -154,7 +154,7 @@ def _errors(run: Run, dtype: torch.dtype, dim: int) -> dict[str, float]:
     storage = RaggedStorage(PackedEntries(packed_keys, packed_values, positions, lengths), tail)
     spans = [(start, count - storage.tail_length) for start, count in storage.spans]
     plan = DecodePlan.from_spans(spans, storage.tail_length, run.device)
-    out = decode(query, *storage.buffers, storage.tail_positions, plan, scaling)
+    out = decode(query, *storage.buffers, storage.tail_positions, plan, scaling=scaling)
     sizes = [size for row in lengths for size in row]
     largest = 0.0
     for number, (k, v) in enumerate(zip(packed_keys.split(sizes), packed_values.split(sizes), strict=True)):

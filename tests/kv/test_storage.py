@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from suffice.kv import CompressedCache
+from suffice.kv.attention.softmax import attend_with_sinks
 from suffice.kv.backend.triton_backend import choose_backend
 from suffice.kv.storage.base import Entries
 from suffice.kv.storage.ragged import PackedEntries, RaggedStorage, Tail
@@ -44,12 +45,13 @@ def append(storage, new, padding=None, dtype=torch.float64, value_dim=VALUE_DIM)
     storage.append(keys, values, positions, padded=bool((positions < 0).any()))
 
 
-def attend(query, storage, mask, scaling):
+def attend(query, storage, mask, scaling, softcap=None, sinks=None):
     """Compute attention over a ragged storage with the backend for its device."""
-    return choose_backend(query, *storage.buffers).ragged_attention(query, storage, mask, scaling)
+    backend = choose_backend(query, *storage.buffers)
+    return backend.ragged_attention(query, storage, mask, scaling, softcap, sinks)
 
 
-def dense_attention(query, storage, mask, scaling):
+def dense_attention(query, storage, mask, scaling, softcap=None, sinks=None):
     """Compute attention in float64 over the right-aligned view of all entries, with keys expanded to query heads."""
     entries = storage.entries
     kv_heads, width = entries.keys.shape[1:3]
@@ -57,8 +59,13 @@ def dense_attention(query, storage, mask, scaling):
     keys, values = (x.double().repeat_interleave(group, 1) for x in (entries.keys, entries.values))
     readable = (entries.positions >= 0).repeat_interleave(group, 1)[:, :, None].expand(-1, -1, new, -1).clone()
     readable[..., width - new :] &= torch.ones(new, new, dtype=torch.bool).tril() if mask is None else mask
-    logits = (query.double() @ keys.mT * scaling).masked_fill(~readable, float("-inf"))
-    return (logits.softmax(-1) @ values).transpose(1, 2)
+    logits = query.double() @ keys.mT * scaling
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    logits = logits.masked_fill(~readable, float("-inf"))
+    if sinks is not None:
+        logits = torch.cat((logits, sinks.double()[:, None, None].expand(*logits.shape[:-1], 1)), dim=-1)
+    return (logits.softmax(-1)[..., :width] @ values).transpose(1, 2)
 
 
 @settings(max_examples=60, deadline=None)
@@ -69,9 +76,13 @@ def dense_attention(query, storage, mask, scaling):
     new=st.sampled_from([1, 1, 7]),
     dtype=st.sampled_from(list(TOLERANCE)),
     masked=st.booleans(),
+    softcap=st.sampled_from([None, None, 1.5]),
+    has_sinks=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_ragged_attention_equals_dense_attention_with_a_mask(lengths, group, earlier, new, dtype, masked, seed):
+def test_ragged_attention_equals_dense_attention_with_a_mask(
+    lengths, group, earlier, new, dtype, masked, softcap, has_sinks, seed
+):
     """Heads have any length, 0 included; new tokens come alone or in chunks; rows may be left-padded."""
     torch.manual_seed(seed)
     storage = ragged_storage(lengths, dtype)
@@ -83,10 +94,23 @@ def test_ragged_attention_equals_dense_attention_with_a_mask(lengths, group, ear
     append(storage, new, None, dtype)
     query = torch.randn(len(lengths), len(lengths[0]) * group, new, DIM, dtype=torch.float64).to(dtype)
     mask = torch.ones(len(lengths), 1, new, new, dtype=torch.bool).tril() if masked else None
-    got = attend(query, storage, mask, 0.4)
+    sinks = torch.randn(query.shape[1]) if has_sinks else None
+    got = attend(query, storage, mask, 0.4, softcap, sinks)
     assert got.dtype == dtype
-    expected = dense_attention(query, storage, mask, 0.4)
+    expected = dense_attention(query, storage, mask, 0.4, softcap, sinks)
     torch.testing.assert_close(got.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_attention_with_sinks_is_computed_in_blocks_of_queries(monkeypatch):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 3, 37, 8).unbind()
+    mask, sinks = torch.ones(1, 37, 37, dtype=torch.bool).tril(), torch.randn(3, 1, 1)
+    mask[:, 5] = False
+    options = {"scaling": 0.3, "softcap": 2.0, "sink_logits": sinks}
+    whole = attend_with_sinks(query, key, value, mask, **options)
+    assert whole[:, :, 5].eq(0).all()
+    monkeypatch.setattr("suffice.kv.attention.softmax._MAX_LOGITS", 2 * 3 * 37 * 5)
+    torch.testing.assert_close(attend_with_sinks(query, key, value, mask, **options), whole)
 
 
 @pytest.mark.parametrize("new", [1, 5])

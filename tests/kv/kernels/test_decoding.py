@@ -17,9 +17,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def attend(query, storage, scaling):
+def attend(query, storage, scaling, softcap=None, sinks=None):
     """Compute the attention of one new token by the kernels."""
-    output = TRITON_BACKEND.ragged_attention(query, storage, None, scaling)
+    output = TRITON_BACKEND.ragged_attention(query, storage, None, scaling, softcap, sinks)
     assert storage.decode_plan is not None  # plain torch makes none
     return output
 
@@ -34,7 +34,7 @@ def storage_of(lengths, tail_positions, dim, value_dim, dtype):
     return RaggedStorage(packed, Tail(*tail, torch.tensor(tail_positions, dtype=torch.int32)))
 
 
-def exact_attention(query, storage, scaling):
+def exact_attention(query, storage, scaling, softcap=None, sinks=None):
     batch, heads, _, _ = query.shape
     packed, tail = storage.packed, storage.tail
     groups = heads // tail.keys.shape[1]
@@ -46,11 +46,16 @@ def exact_attention(query, storage, scaling):
         packed_head = packed_heads[row * (heads // groups) + head // groups]
         tail_head = (tail.keys[row, head // groups][valid], tail.values[row, head // groups][valid])
         keys, values = (torch.cat(pair).double() for pair in zip(packed_head, tail_head, strict=True))
-        out[row, 0, head] = (scaling * keys @ query[row, head, 0].double()).softmax(0) @ values
+        logits = scaling * keys @ query[row, head, 0].double()
+        if softcap is not None:
+            logits = softcap * (logits / softcap).tanh()
+        if sinks is not None:
+            logits = torch.cat((logits, sinks[head : head + 1].double()))
+        out[row, 0, head] = logits.softmax(0)[: len(values)] @ values
     return out
 
 
-@pytest.mark.parametrize(
+CASES = pytest.mark.parametrize(
     ("dtype", "lengths", "tail", "groups", "dim", "value_dim"),
     [
         (torch.float32, [[300, 1]], [[5, 6, 7]], 4, 64, 64),
@@ -59,6 +64,9 @@ def exact_attention(query, storage, scaling):
         (torch.float32, [[0], [5]], [[4], [5]], 20, 64, 80),
     ],
 )
+
+
+@CASES
 def test_attention_equals_that_of_float64(dtype, lengths, tail, groups, dim, value_dim):
     storage = storage_of(lengths, tail, dim, value_dim, dtype)
     heads = groups * len(lengths[0])
@@ -68,6 +76,32 @@ def test_attention_equals_that_of_float64(dtype, lengths, tail, groups, dim, val
         output = attend(query, storage, 0.2)
         assert output.dtype == dtype
         torch.testing.assert_close(output.double(), exact, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@CASES
+@pytest.mark.parametrize(("softcap", "has_sinks"), [(2.5, False), (None, True), (30.0, True)])
+def test_softcap_and_sinks_equal_those_of_float64(dtype, lengths, tail, groups, dim, value_dim, softcap, has_sinks):
+    storage = storage_of(lengths, tail, dim, value_dim, dtype)
+    heads = groups * len(lengths[0])
+    generator = torch.Generator().manual_seed(1)
+    query = (3 * torch.randn(len(lengths), heads, 1, dim, generator=generator)).to(dtype)
+    # Some sinks take nearly all attention, some nearly none.
+    sinks = 8 * torch.randn(heads, generator=generator).to(dtype) if has_sinks else None
+    exact = exact_attention(query, storage, 0.2, softcap, sinks)
+    output = attend(query, storage, 0.2, softcap, sinks)
+    torch.testing.assert_close(output.double(), exact, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_tanh_is_exact_for_small_and_large_numbers():
+    """With one entry and a sink of 0, the output is sigmoid(softcap · tanh(logit / softcap))."""
+    for logit in (1e-6, -1e-3, 0.02, -0.19, 0.2, -0.21, 1.0, -5.0, 90.0):
+        keys, values = torch.zeros(1, 16), torch.ones(1, 16)
+        keys[0, 0] = logit
+        packed = PackedEntries(keys, values, torch.zeros(1, dtype=torch.int32), [[1]])
+        storage = RaggedStorage(packed)
+        output = attend(torch.ones(1, 1, 1, 16), storage, 1.0, 0.5, torch.zeros(1))
+        exact = (torch.tensor(logit).double() / 0.5).tanh().mul(0.5).sigmoid()
+        torch.testing.assert_close(output.double(), exact.expand(1, 1, 1, 16), rtol=2e-7, atol=0)
 
 
 def test_plan_follows_changes_of_the_storage():

@@ -93,6 +93,20 @@ class AttentionCall:
     memo: dict[Any, Any] | None = None
 
     @property
+    def softcap(self) -> float | None:
+        """Soft cap c of the logits, which become c tanh(logit / c) before they are masked; None for no soft cap."""
+        return self.options.get("softcap")
+
+    @property
+    def sink_logits(self) -> Tensor | None:
+        """Logit of the attention sink of each query head, [heads]; None if the attention has no sinks.
+
+        A sink adds one exponential to the denominator of the softmax. It has no key and no value, and its logit is
+        not scaled or capped.
+        """
+        return self.options.get("s_aux")
+
+    @property
     def padding(self) -> Padding | None:
         """Which new tokens are padding; None if there are none."""
         if self.mask is None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from suffice.kv.attention.softmax import attend_with_sinks
+
 
 class RaggedEntries(Protocol):
     """Keys and values of heads of unequal length, one head after the other; see `suffice.kv.storage.ragged`."""
@@ -31,7 +33,14 @@ class RaggedEntries(Protocol):
         ...
 
 
-def attend_by_head(query: Tensor, entries: RaggedEntries, mask: Tensor | None, scaling: float) -> Tensor:
+def attend_by_head(
+    query: Tensor,
+    entries: RaggedEntries,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
     """Compute scaled dot-product attention, one KV head after the other, in plain torch.
 
     Args:
@@ -40,6 +49,8 @@ def attend_by_head(query: Tensor, entries: RaggedEntries, mask: Tensor | None, s
         mask: bool [batch, 1, new, new], which new tokens each new token may read; None if it may read all
             before it.
         scaling: factor on the query-key product.
+        softcap: soft cap of the logits; None for no soft cap.
+        sink_logits: logit of the attention sink of each query head, [heads]; None for no sinks.
 
     Returns:
         [batch, new, heads, value_dim].
@@ -58,6 +69,9 @@ def attend_by_head(query: Tensor, entries: RaggedEntries, mask: Tensor | None, s
     shape = (1, num_key_value_groups, head_dim) if as_matrix else (num_key_value_groups, new, head_dim)
     queries = query.reshape(batch * num_key_value_heads, 1, *shape)
     keys, values = entries.buffers
+    sinks = None
+    if sink_logits is not None:
+        sinks = sink_logits.view(num_key_value_heads, shape[0], -1, 1)
     bias, outputs = None, []
     for number, (start, count) in enumerate(entries.spans):
         if readable is not None and number % num_key_value_heads == 0:
@@ -65,7 +79,14 @@ def attend_by_head(query: Tensor, entries: RaggedEntries, mask: Tensor | None, s
             bias = torch.nn.functional.pad(readable[row], (max(entries.lengths[row]), 0), value=True)
         key, value = (x[start : start + count].expand(1, shape[0], -1, -1) for x in (keys, values))
         head_bias = None if bias is None else bias[:, bias.shape[1] - count :]
-        outputs.append(scaled_dot_product_attention(queries[number], key, value, attn_mask=head_bias, scale=scaling))
+        if softcap is None and sinks is None:
+            output = scaled_dot_product_attention(queries[number], key, value, attn_mask=head_bias, scale=scaling)
+        else:
+            head_sinks = None if sinks is None else sinks[number % num_key_value_heads]
+            output = attend_with_sinks(
+                queries[number], key, value, head_bias, scaling=scaling, softcap=softcap, sink_logits=head_sinks
+            )
+        outputs.append(output)
     return torch.cat(outputs).view(batch, heads, new, -1).transpose(1, 2)
 
 

@@ -85,7 +85,15 @@ class TorchBackend:
         """Return the factorized matrix A = σ²I + Σ w u uᵀ; see `TorchFactor` for the arguments."""
         return TorchFactor(log_weights, directions, stats, ridge, relative)
 
-    def ragged_attention(self, query: Tensor, entries: RaggedEntries, mask: Tensor | None, scaling: float) -> Tensor:
+    def ragged_attention(
+        self,
+        query: Tensor,
+        entries: RaggedEntries,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
         """Return the attention of new tokens over heads of unequal length.
 
         Args:
@@ -94,12 +102,14 @@ class TorchBackend:
             mask: bool [batch, 1, new, new], which new tokens each new token may read; None if it may read all
                 before it.
             scaling: factor on the query-key product.
+            softcap: soft cap of the logits; None for no soft cap.
+            sink_logits: logit of the attention sink of each query head, [heads]; None for no sinks.
 
         Returns:
             [batch, new, heads, value_dim].
 
         """
-        return attend_by_head(query, entries, mask, scaling)
+        return attend_by_head(query, entries, mask, scaling, softcap, sink_logits)
 
 
 TORCH_BACKEND = TorchBackend()

@@ -57,19 +57,29 @@ class TritonBackend(TorchBackend):
                 return TritonFactor(log_weights, directions, stats, ridge)
         return super().factorize(log_weights, directions, stats, ridge, relative)
 
-    def ragged_attention(self, query: Tensor, entries: RaggedEntries, mask: Tensor | None, scaling: float) -> Tensor:
+    def ragged_attention(
+        self,
+        query: Tensor,
+        entries: RaggedEntries,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
         """Return the attention of new tokens over heads of unequal length; see `TorchBackend.ragged_attention`."""
         if query.shape[2] == 1 and supports(query, *entries.buffers):
             # A single new token may read all valid entries, so that its mask is not needed.
             with contextlib.suppress(KernelFallbackError):
-                return _decode(query, entries, scaling)
-        return super().ragged_attention(query, entries, mask, scaling)
+                return _decode(query, entries, scaling, softcap, sink_logits)
+        return super().ragged_attention(query, entries, mask, scaling, softcap, sink_logits)
 
 
 TRITON_BACKEND = TritonBackend()
 
 
-def _decode(query: Tensor, entries: RaggedEntries, scaling: float) -> Tensor:
+def _decode(
+    query: Tensor, entries: RaggedEntries, scaling: float, softcap: float | None, sink_logits: Tensor | None
+) -> Tensor:
     """Compute the attention of one new token with a single kernel for all heads, which splits their keys."""
     from suffice.kv.kernels.decoding import DecodePlan, decode
 
@@ -78,7 +88,17 @@ def _decode(query: Tensor, entries: RaggedEntries, scaling: float) -> Tensor:
         packed = [(start, count - tail) for start, count in entries.spans]
         entries.decode_plan = DecodePlan.from_spans(packed, tail, query.device)
     keys, values = entries.buffers
-    return decode(query[:, :, 0], keys, values, entries.tail_positions, entries.decode_plan, scaling)[:, None]
+    output = decode(
+        query[:, :, 0],
+        keys,
+        values,
+        entries.tail_positions,
+        entries.decode_plan,
+        scaling=scaling,
+        softcap=softcap,
+        sink_logits=sink_logits,
+    )
+    return output[:, None]
 
 
 def _fall_back_to_torch(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -158,10 +178,13 @@ def fused_log_weights(weights: Weights, stats: AttentionStats) -> Tensor | None:
 
     Returns:
         [batch, num_key_value_heads, entries], −inf where there is no entry. None for other weights, if the model
-        returned its attention weights, and for tensors that the kernels do not support.
+        returned its attention weights or has a soft cap or attention sinks, and for tensors that the kernels do not
+        support.
 
     """
     if not isinstance(weights, Sum) or stats.attention is not None or not supports(stats.queries, stats.keys):
+        return None
+    if stats.softcap is not None or stats.sink_logits is not None:
         return None
     factors = {type(term): factor for factor, term in weights.terms}
     terms = {type(term): term for term in weights.parts}

@@ -133,7 +133,14 @@ class _Measurement:
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         output, weights = run_attention(call)
-        stats = AttentionStats(call.query, call.key, call.value, scaling=call.scaling)
+        stats = AttentionStats(
+            call.query,
+            call.key,
+            call.value,
+            scaling=call.scaling,
+            softcap=call.softcap,
+            sink_logits=call.sink_logits,
+        )
         self.attention = _largest_attention(stats, self._num_first).mean((0, 2)).tolist()
         return output, weights
 

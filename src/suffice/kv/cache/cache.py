@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from suffice.kv.attention.hook import AttentionHook
+from suffice.kv.attention.options import check_attention_options
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.budget.protection import Protection
@@ -319,7 +320,8 @@ def _compressed_modules(model: PreTrainedModel, decoder: nn.Module) -> dict[int,
     """Return the attention modules by layer index.
 
     Raises:
-        ValueError: the model has no layer with full attention, or one without an attention module.
+        ValueError: the model has no layer with full attention, or one without an attention module, or its attention
+            has an option that is not supported.
 
     """
     modules = attention_modules(decoder)
@@ -332,6 +334,7 @@ def _compressed_modules(model: PreTrainedModel, decoder: nn.Module) -> dict[int,
             raise ValueError(
                 f"model must have an attention module in each layer, got {name} without one in layer {index}"
             )
+        check_attention_options(modules[index])
     return modules
 
 

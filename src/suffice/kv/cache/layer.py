@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from suffice.gpu import KernelFallbackError, async_tensor
 from suffice.kv.attention.call import AttentionCall, check_left_padding, run_attention
 from suffice.kv.attention.hook import attach_observer
+from suffice.kv.attention.options import check_dropout
 from suffice.kv.backend.torch_backend import TORCH_BACKEND, TorchBackend
 from suffice.kv.backend.triton_backend import choose_backend
 from suffice.kv.cache.eviction import (
@@ -140,8 +141,8 @@ class CompressedLayer(DynamicLayer):
         The tokens of the first call are stored by the eviction, in `post_attention`.
 
         Raises:
-            ValueError: the call belongs to another model or has padding that is not on the left, or the protected
-                entries do not fit into the budget.
+            ValueError: the call belongs to another model, has dropout, or has padding that is not on the left, or the
+                protected entries do not fit into the budget.
 
         """
         if call.module is not self._module():
@@ -150,6 +151,7 @@ class CompressedLayer(DynamicLayer):
                 f"{self.index} was made for a different attention module. Make a CompressedCache with this model"
             )
         self.awaits_attention = False
+        check_dropout(call.options)
         padding = call.padding
         check_left_padding(padding, self.state.num_padding, self.state.num_seen)
         batch, _, num_new, _ = call.key.shape
@@ -264,7 +266,10 @@ class CompressedLayer(DynamicLayer):
             entries.values,
             positions=positions,
             scaling=call.scaling,
-            attention=attention if queries.shape[2] == call.query.shape[2] else None,
+            softcap=call.softcap,
+            sink_logits=call.sink_logits,
+            # With sinks, some models return the weights before the sinks are taken into account.
+            attention=attention if call.sink_logits is None and queries.shape[2] == call.query.shape[2] else None,
             output_weight=None if projection is None else functools.partial(materialized_weight, projection, "weight"),
             rotary=self._rotary,
             rotate_half=self._rotate_half,

@@ -90,7 +90,10 @@ def decode(
     values: Tensor,
     positions: Tensor,
     plan: DecodePlan,
+    *,
     scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Return the softmax attention of one query token.
 
@@ -101,6 +104,8 @@ def decode(
         positions: Positions of the tail, int32 [batch, tail], negative for entries that may not be read.
         plan: Division of the entries into parts.
         scaling: Factor of the query-key product.
+        softcap: Soft cap of the logits; None for no soft cap.
+        sink_logits: Logit of the attention sink of each query head, [heads]; None for no sinks.
 
     Returns:
         [batch, heads, value_dim], 0 where a query may read no entry.
@@ -133,9 +138,11 @@ def decode(
         maxima,
         sums,
         scaling,
+        0.0 if softcap is None else softcap,
         kv_heads,
         tail,
         *query.stride()[:2],
+        SOFTCAP=softcap is not None,
         GROUP=group,
         DIM=dim,
         VALUE_DIM=value_dim,
@@ -153,7 +160,10 @@ def decode(
         maxima,
         sums,
         plan.spans,
+        maxima if sink_logits is None else sink_logits.float().contiguous(),  # not read without sinks
         out,
+        heads,
+        SINKS=sink_logits is not None,
         GROUP=group,
         VALUE_DIM=value_dim,
         BLOCK_V=block_v,
@@ -164,6 +174,16 @@ def decode(
 
 
 @triton.jit
+def _tanh(x: "Any"):
+    """Return tanh x in float32. The series is used where the difference of exponentials would lose digits."""
+    square = x * x
+    series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0))))
+    decay = tl.exp(-2.0 * tl.abs(x))
+    ratio = (1.0 - decay) / (1.0 + decay)
+    return tl.where(square < 0.04, series, tl.where(x < 0.0, -ratio, ratio))
+
+
+@triton.jit
 def _attend(
     q: "Any",
     keys: "Any",
@@ -171,6 +191,8 @@ def _attend(
     positions: "Any",
     num_entries: "Any",
     scaling: "Any",
+    softcap: "Any",
+    SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -201,6 +223,8 @@ def _attend(
             other=0.0,
         )
         logits = precise_dot(q, k, tl.zeros((BLOCK_G, BLOCK_N), tl.float32)) * scaling
+        if SOFTCAP:
+            logits = _tanh(logits / softcap) * softcap
         logits = tl.where(mask_n[None, :], logits, float("-inf"))
         new_max = tl.maximum(running_max, tl.max(logits, 1))
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -223,10 +247,12 @@ def attention_parts_kernel(
     maxima: "Any",
     sums: "Any",
     scaling: "Any",
+    softcap: "Any",
     kv_heads: "Any",
     tail: "Any",
     query_stride_batch: "Any",
     query_stride_head: "Any",
+    SOFTCAP: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -259,6 +285,8 @@ def attention_parts_kernel(
             positions,
             num_entries,
             scaling,
+            softcap,
+            SOFTCAP,
             False,
             DIM,
             VALUE_DIM,
@@ -275,6 +303,8 @@ def attention_parts_kernel(
             positions + row * tail + tail_start,
             tl.where(num_entries < 0, tail - tail_start, num_entries),
             scaling,
+            softcap,
+            SOFTCAP,
             True,
             DIM,
             VALUE_DIM,
@@ -292,25 +322,32 @@ def attention_parts_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads"])
 def combine_parts_kernel(
     partial: "Any",
     maxima: "Any",
     sums: "Any",
     spans: "Any",
+    sink_logits: "Any",
     out: "Any",
+    num_heads: "Any",
+    SINKS: tl.constexpr,
     GROUP: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Combine the parts of one query head."""
+    """Combine the parts of one query head. A sink counts as a part with one entry whose value is 0."""
     head = tl.program_id(0).to(tl.int64)
     first = tl.load(spans + head // GROUP)
     end = tl.load(spans + head // GROUP + 1)
     offs_v = tl.arange(0, BLOCK_V)
-    running_max = tl.full((1,), float("-inf"), tl.float32)
-    running_sum = tl.zeros((1,), tl.float32)
+    if SINKS:
+        running_max = tl.load(sink_logits + head % num_heads + tl.zeros((1,), tl.int32))
+        running_sum = tl.full((1,), 1.0, tl.float32)
+    else:
+        running_max = tl.full((1,), float("-inf"), tl.float32)
+        running_sum = tl.zeros((1,), tl.float32)
     acc = tl.zeros((BLOCK_V,), tl.float32)
     for block_start in range(first, end, BLOCK_P):
         parts = block_start + tl.arange(0, BLOCK_P)

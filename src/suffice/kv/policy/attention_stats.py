@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from suffice.kv.attention.softmax import cap_logits, softmax_with_sinks
 from suffice.kv.hf.rotary import rotate_half
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.weight_state import QueryMoments, WeightState
@@ -96,6 +97,8 @@ class AttentionStats:
         values: [batch, num_key_value_heads, entries, value_dim].
         positions: where entries and queries stand in their texts. None if the entries are all tokens seen so far.
         scaling: factor on the query-key product, 1/√head_dim by default.
+        softcap: soft cap c of the model's attention: logits become c tanh(logit / c). None for no soft cap.
+        sink_logits: logit of the model's attention sink of each query head, [heads]; None for no sinks.
         attention: attention weights [batch, heads, queries, entries], if the model returned them.
         output_weight: weight of the attention's output projection, [hidden, heads * value_dim], or a function that
             loads it. None if the attention has none.
@@ -117,6 +120,8 @@ class AttentionStats:
         *,
         positions: EntryPositions | None = None,
         scaling: float | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
         attention: Tensor | None = None,
         output_weight: Tensor | Callable[[], Tensor | None] | None = None,
         rotary: Rotary | None = None,
@@ -128,6 +133,7 @@ class AttentionStats:
     ) -> None:
         self.queries, self.keys, self.values = queries, keys, values
         self.scaling = scaling if scaling is not None else 1 / math.sqrt(keys.shape[-1])
+        self.softcap, self.sink_logits = softcap, sink_logits
         self.attention, self.rotary, self.rotate_half = attention, rotary, rotate_half
         self.state, self.context = state or WeightState(), context or LayerContext()
         self.batch_size, self.num_key_value_heads, self.num_entries, self.head_dim = keys.shape
@@ -297,6 +303,8 @@ class AttentionStats:
     def attention_weights(self, query_range: slice, num_entries: int) -> Tensor:
         """Return the attention weights of a range of queries over the first `num_entries` entries.
 
+        These are the probabilities that the model computes, with its soft cap and its attention sinks.
+
         Args:
             query_range: range of the queries.
             num_entries: number of entries. The queries must not read later ones.
@@ -308,23 +316,36 @@ class AttentionStats:
         if self.attention is not None:
             return self.group_heads(self.attention[:, :, query_range, :num_entries].float())
         queries = self.group_heads(self.queries[:, :, query_range].float() * self.scaling).flatten(2, 3)
-        logits = (queries @ self.keys32[:, :, :num_entries].mT).unflatten(2, (self.num_key_value_groups, -1))
+        logits = self.cap_logits(queries @ self.keys32[:, :, :num_entries].mT)
+        logits = logits.unflatten(2, (self.num_key_value_groups, -1))
         future = self._future_mask(query_range, num_entries)
         logits[..., num_entries - future.shape[-1] :].masked_fill_(future[:, :, None], -torch.inf)
         if self.valid is not None:
             logits.masked_fill_(~self.valid[:, :, None, None, :num_entries], -torch.inf)
         if self.valid_queries is None:
-            return logits.softmax(-1)
+            return self._softmax(logits)
         valid = self.valid_queries[:, None, None, query_range, None]
         # The queries of padding read no entry, so that their softmax would be NaN.
-        return logits.masked_fill_(~valid, 0.0).softmax(-1) * valid
+        return self._softmax(logits.masked_fill_(~valid, 0.0)) * valid
+
+    def cap_logits(self, logits: Tensor) -> Tensor:
+        """Return attention logits after the model's soft cap."""
+        return cap_logits(logits, self.softcap)
+
+    def _softmax(self, logits: Tensor) -> Tensor:
+        """Return the softmax of logits [batch, num_key_value_heads, num_key_value_groups, queries, entries]."""
+        if self.sink_logits is None:
+            return logits.softmax(-1)
+        sinks = self.sink_logits.float().view(self.num_key_value_heads, self.num_key_value_groups, 1, 1)
+        return softmax_with_sinks(logits, sinks)
 
     def window_attention_weights(self, window_size: int) -> Tensor:
         """Return the attention weights of the last `window_size` queries.
 
         Returns:
             [batch, num_key_value_heads, num_key_value_groups, window_size, entries]; causal, 0 on padding. The
-            weights of each query sum to 1. The weights of queries of padding are 0.
+            weights of each query sum to 1, or to less if the model has attention sinks. The weights of queries of
+            padding are 0.
 
         """
         window_size = min(window_size, self.num_queries)
@@ -346,7 +367,8 @@ class AttentionStats:
 
     def _window_attention(self, window_size: int) -> Tensor:
         window_size = min(window_size, self.num_queries)
-        if self.valid is not None or self.valid_queries is not None or self.attention is not None:
+        has_sinks = self.sink_logits is not None
+        if has_sinks or self.valid is not None or self.valid_queries is not None or self.attention is not None:
             return self.window_attention_weights(window_size).mean((2, 3))
         queries = self.group_heads(self.queries[:, :, -window_size:].float() * self.scaling)
         future = self._future_mask(slice(-window_size, None))
@@ -357,6 +379,8 @@ class AttentionStats:
         share = received.new_full((1, rows), 1 / rows)
         for head in range(self.num_key_value_heads):
             torch.matmul(queries[:, head].flatten(1, 2), self.keys32[:, head].mT, out=logits)
+            if self.softcap is not None:
+                logits.div_(self.softcap).tanh_().mul_(self.softcap)
             masked = future[:, min(head, future.shape[1] - 1)]
             newest = logits.unflatten(1, (-1, window_size))[..., -future.shape[-1] :]
             newest.masked_fill_(masked[:, None], -torch.inf)

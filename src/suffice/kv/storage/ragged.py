@@ -27,9 +27,6 @@ from suffice.kv.storage.base import (
     unpack_columns,
 )
 
-# Arguments of the attention function that are not supported for heads of unequal length.
-_UNSUPPORTED_OPTIONS = ("softcap", "s_aux")
-
 
 @dataclass
 class PackedEntries:
@@ -290,24 +287,13 @@ class RaggedStorage(Storage):
         return torch.cat([part for (start, n), added in heads for part in (x[start : start + n], added, empty)])
 
     def attend(self, call: AttentionCall, backend: TorchBackend) -> tuple[Tensor, Tensor | None]:
-        """Compute the attention of new tokens over all entries of each head.
-
-        Raises:
-            ValueError: the model's attention has an option that is not supported for heads of unequal length.
-
-        """
-        for name in _UNSUPPORTED_OPTIONS:
-            if call.options.get(name) is not None:
-                raise ValueError(
-                    f"allocation must give all heads of a layer the same number of entries (Equal or Pyramid) for a "
-                    f"model whose attention uses {name}, got an allocation with heads of unequal length"
-                )
+        """Compute the attention of new tokens over all entries of each head."""
         mask = call.mask
         if mask is not None:
             mask = mask[..., -call.key.shape[2] :]
             mask = mask if mask.dtype == torch.bool else mask == 0
         scaling = call.scaling or call.query.shape[-1] ** -0.5
-        return backend.ragged_attention(call.query, self, mask, scaling), None
+        return backend.ragged_attention(call.query, self, mask, scaling, call.softcap, call.sink_logits), None
 
     def end_attention(self) -> None:
         """Do nothing: the attention needs no temporary tensors."""

@@ -1,4 +1,7 @@
-"""Weights from an estimate of future queries: their mean, or a Gaussian distribution."""
+"""Weights from an estimate of future queries: their mean, or a Gaussian distribution.
+
+These are the published formulas, also for models whose attention has a soft cap or sinks: both are left out.
+"""
 
 from __future__ import annotations
 
