@@ -75,16 +75,15 @@ for _size, _names in (
     (
         2,
         "num_key_value_heads swa_num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token moe_topk "
-        "moe_k top_k_experts moe_top_k linear_num_key_heads linear_num_heads index_n_heads type_vocab_size "
-        "n_mamba_heads",
+        "moe_k top_k_experts moe_top_k linear_num_key_heads linear_num_heads index_n_heads type_vocab_size",
     ),
     (
         1,
-        "n_group topk_group",
+        "n_group num_group num_expert_group topk_group",
     ),
     (
         8,
-        "mamba_n_heads mamba_num_heads qk_rope_head_dim rotary_dim patch_size",
+        "mamba_n_heads mamba_num_heads n_mamba_heads qk_rope_head_dim rotary_dim patch_size",
     ),
     (
         _HEAD_DIM,
@@ -123,6 +122,11 @@ _DEPTHS = (
 )
 _DROPPED = ("id2label", "label2id", "torch_dtype", "dtype", "transformers_version", "architectures", "_name_or_path")
 
+
+def _mrope(*section: int) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(section)}
+
+
 # Changes to the small configuration of a model type, also where it is part of another. Each says what the rules miss.
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
     # Default values that make no model.
@@ -136,6 +140,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention"] * LAYERS,
     },
     "dbrx": {"attn_config": {"model_type": "", "kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * 3, "num_experts_per_tok": 2},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": _HIDDEN},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -143,11 +148,14 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "2/4", "spatial_target_layers": [1]},
     "hunyuan_v1_dense": {"head_dim": _HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": _HEAD_DIM},
-    "hunyuan_vl_text": {"head_dim": _HEAD_DIM},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "ministral": {"head_dim": _HEAD_DIM},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "nemotron": {"num_key_value_heads": 2, "head_dim": _HEAD_DIM},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 9},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 9},
+    "step3p5": {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": WINDOW},
+    "xmod": {"default_language": "en_XX"},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": _HIDDEN},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
@@ -159,8 +167,22 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     # Sizes that depend on one another.
     "dots3_note_text": {"head_dim": _HEAD_DIM + 8},
-    "ernie4_5_vl_moe_text": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
+    "ernie4_5_vl_moe_text": {"rope_parameters": _mrope(3, 3, 2)},
+    "glm4v_text": {"rope_parameters": _mrope(4, 2, 2)},
+    "glm_ocr_text": {"rope_parameters": _mrope(4, 2, 2)},
+    "paddleocr_vl_text": {"rope_parameters": _mrope(4, 2, 2)},
+    "qwen2_5_omni_text": {"rope_parameters": _mrope(4, 2, 2)},
+    "qwen2_5_vl_text": {"rope_parameters": _mrope(4, 2, 2)},
+    "qwen2_vl_text": {"rope_parameters": _mrope(4, 2, 2)},
+    "hunyuan_vl_text": {"head_dim": _HEAD_DIM, "rope_parameters": _mrope(4, 2, 2)},
+    "glm4v_moe_text": {"rope_parameters": _mrope(2, 1, 1) | {"partial_rotary_factor": 0.5}},
+    "blenderbot": {"decoder_layers": 2, "encoder_layers": 2, "num_hidden_layers": 2},
+    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
+    "zamba": {"attention_hidden_size": 2 * _HIDDEN, "attention_head_dim": 2 * _HIDDEN // 4},
+    "zamba2": {
+        "hybrid_layer_ids": [2, 3],
+        "attention_hidden_size": 2 * _HIDDEN,
+        "attention_head_dim": 2 * _HIDDEN // 4,
     },
     "falcon_h1": {"mamba_d_head": 16},
     "mamba2": {"num_heads": 8},

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
@@ -75,7 +75,8 @@ class Case:
     def tokens(self) -> Tensor:
         """Tokens without a special meaning, long [any]."""
         special = set(_token_ids(self.model.config.to_dict()))
-        return torch.tensor([token for token in range(3, VOCABULARY) if token not in special])
+        vocabulary = getattr(self.model.config.get_text_config(decoder=True), "vocab_size", VOCABULARY)
+        return torch.tensor([token for token in range(3, min(vocabulary, VOCABULARY)) if token not in special])
 
     def prompt(self, length: int = LENGTH, seed: int = 0) -> Tensor:
         """Return random tokens, long [1, length]; no token occurs twice."""
@@ -115,13 +116,18 @@ class Case:
             )
         return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)
 
-    def forward(self, ids: Tensor, num_seen: int, cache: Any) -> Any:
+    def forward(self, ids: Tensor, cache: Any) -> Any:
         """Continue from a cache with more tokens; return the output of the model."""
-        mask = torch.ones(len(ids), num_seen + ids.shape[1], dtype=torch.long)
+        inputs = {"decoder_input_ids" if self.is_encoder_decoder else "input_ids": ids}
         with torch.no_grad():
-            return self.model(
-                **self.text_inputs(ids, mask), **self.other_inputs(len(ids)), past_key_values=cache, use_cache=True
-            )
+            out = self.model(**inputs, **self.other_inputs(len(ids)), past_key_values=cache, use_cache=True)
+        if cache is None and getattr(out, "past_key_values", None) is None:
+            # The model returns no cache of its own, but may fill one that it gets.
+            cache = DynamicCache(config=self.model.config)
+            return self.forward(ids, cache)
+        if cache is not None:
+            out["past_key_values"] = cache
+        return out
 
 
 def _token_ids(config: dict[str, Any]) -> Iterator[int]:
@@ -221,22 +227,19 @@ def _compare_with_oracle(case: Case, sizes: list[int], **options: Any) -> Compre
     """Feed tokens in pieces to the compressed cache and to the oracle, and compare the logits of every piece."""
     pieces = _chunks(case.prompt(sum(sizes)), sizes)
     cache = CompressedCache(case.model, **options)
-    logits, kept, seen = [], [], 0
+    logits, kept = [], []
     for piece in pieces:
         kept.append(_kept_by_layer(cache))
-        logits.append(case.forward(piece, seen, cache).logits)
-        seen += piece.shape[1]
-    prefilled = cache
-    del cache
+        logits.append(case.forward(piece, cache).logits)
     with masked_attention(case.model):
-        stock, seen = None, 0
+        stock = None
         for number, piece in enumerate(pieces):
             _kept.clear()
             _kept.update(kept[number])
-            out = case.forward(piece, seen, stock)
-            stock, seen = out.past_key_values, seen + piece.shape[1]
+            out = case.forward(piece, stock)
+            stock = out.past_key_values
             _close(logits[number], out.logits, f"logits of call {number}")
-    return prefilled
+    return cache
 
 
 def check_construction(case: Case) -> None:
@@ -257,7 +260,7 @@ def check_full_budget(case: Case) -> None:
 
 def _check_half_budget(case: Case, policy: str) -> None:
     cache = CompressedCache(case.model, policy, BUDGET)
-    case.forward(case.prompt(), 0, cache)
+    case.forward(case.prompt(), cache)
     heads = cache.report().heads
     total, expected = sum(head.tokens_kept for head in heads), round(BUDGET * LENGTH) * len(heads)
     if total != expected:
@@ -294,11 +297,11 @@ def check_always(case: Case) -> None:
 def check_untouched(case: Case) -> None:
     """Layers that are not compressed hold the same state as in the model's own cache."""
     cache = CompressedCache(case.model, budget=BUDGET)
-    case.forward(case.prompt(), 0, cache)
+    case.forward(case.prompt(), cache)
     compressed = {layer.index for layer in cache.compressed_layers}
     states = {index: _states(layer) for index, layer in enumerate(cache.layers) if index not in compressed}
     del cache
-    stock = case.forward(case.prompt(), 0, None).past_key_values
+    stock = case.forward(case.prompt(), None).past_key_values
     for index, state in states.items():
         expected = _states(stock.layers[index])
         if set(state) != set(expected):
@@ -374,16 +377,24 @@ def _stock_error(family: str) -> str | None:
     """Return the error of the model with its own cache; None if it runs."""
     try:
         one = case(family)
-        ids, seen, cache = one.prompt(), 0, None
+        ids, cache = one.prompt(), None
         for piece in _chunks(ids, [LENGTH - 8, 4, 4]):
-            out = one.forward(piece, seen, cache)
-            cache, seen = getattr(out, "past_key_values", None), seen + piece.shape[1]
-            if cache is None:
-                return "the model returns no cache"
+            out = one.forward(piece, cache)
+            cache = getattr(out, "past_key_values", None)
+        if _seq_length(cache) == 0:
+            return "the model fills no cache of keys and values"
         one.generate(ids)
     except Exception as error:
         return _message(error)
     return None
+
+
+def _seq_length(cache: Any) -> int:
+    """Return the number of tokens in a cache; 0 if it holds no keys and values."""
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError, NotImplementedError):
+        return 0
 
 
 def _message(error: BaseException) -> str:
