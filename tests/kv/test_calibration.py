@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -64,14 +65,61 @@ def test_stored_profile_is_preferred_to_a_new_measurement():
     assert get_profile(model).source == stored.source == "33 random tokens, seed 0"
 
 
-def test_fingerprint_depends_on_weights_and_shapes_only():
-    model = build("llama")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fingerprint_is_the_same_in_every_dtype(family):
+    model = build(family)
     original = fingerprint(model)
-    assert fingerprint(build("llama").to(torch.bfloat16)) == original
-    assert fingerprint(build("llama", "eager")) == original
+    assert fingerprint(build(family, "eager")) == original
+    for dtype in (torch.bfloat16, torch.float16):
+        assert fingerprint(build(family).to(dtype)) == original
+        assert fingerprint(build(family).to(dtype), exact=True) != fingerprint(model, exact=True)
+
+
+def test_magnitudes_of_the_fingerprint_survive_rounding_to_bfloat16():
+    """No weight can be between two magnitudes in one dtype and not in the other: bfloat16 weights are the reference."""
+    model = build("llama")
+    for parameter in model.get_decoder().parameters():
+        # Numbers around all boundaries between magnitudes, closer together than bfloat16 can tell apart.
+        parameter.data = torch.linspace(0.99, 1.52, parameter.numel()).view_as(parameter)
+    for scale in torch.linspace(0.5, 2, 40).tolist():
+        scaled = copy.deepcopy(model)
+        for parameter in scaled.parameters():
+            parameter.data *= scale
+        assert fingerprint(scaled) == fingerprint(scaled.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("up_proj", torch.Tensor.neg),
+        ("norm", lambda weight: 1.5 * weight),
+        ("v_proj", lambda weight: 0.1 * weight),
+        ("v_proj", lambda weight: 0.5 * weight),
+    ],
+)
+@pytest.mark.parametrize("exact", [False, True])
+def test_fingerprint_depends_on_signs_and_magnitudes(part, change, exact):
+    model = build("llama")
+    original = fingerprint(model, exact=exact)
     with torch.no_grad():
-        model.get_decoder().layers[0].mlp.up_proj.weight.neg_()
-    assert fingerprint(model) != original
+        for name, weight in model.get_decoder().named_parameters():
+            if part in name:
+                weight.copy_(change(weight))
+    assert fingerprint(model, exact=exact) != original
+
+
+def test_exact_fingerprint_depends_on_small_changes_and_on_packed_weights():
+    model = build("llama")
+    projection = model.get_decoder().layers[1].self_attn.v_proj
+    seen = {fingerprint(model, exact=True)}
+    with torch.no_grad():
+        projection.weight *= 1.001
+        seen.add(fingerprint(model, exact=True))
+        # Quantized weights are integers, whose dtype does not depend on that of the model.
+        for values in (range(5), range(1, 6)):
+            projection.register_buffer("packed", torch.tensor(values, dtype=torch.uint8))
+            seen |= {fingerprint(model), fingerprint(model, exact=True)}
+    assert len(seen) == 6
 
 
 def test_calibration_restores_the_attention_implementation():
@@ -109,10 +157,24 @@ def test_file_without_a_profile_is_named_in_the_error(tmp_path, content):
         read_profile(file)
 
 
+@pytest.mark.parametrize(
+    ("version", "remedy"), [(None, "Measure it again with `suffice kv calibrate`"), (3, "Update suffice")]
+)
+def test_profile_in_another_format_is_rejected(tmp_path, version, remedy):
+    """Early versions wrote no format, and identified models in another way."""
+    file = write_profile(calibrate(tiny("llama"), tokens=32), tmp_path / "mine.json")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    del content["format"]
+    file.write_text(json.dumps(content if version is None else {**content, "format": version}), encoding="utf-8")
+    message = rf"mine\.json must contain a head profile of format 2, got one of format {version or 1}\. {remedy}"
+    with pytest.raises(ValueError, match=message):
+        read_profile(file)
+
+
 def test_profile_is_stored_as_plain_json(tmp_path):
     path = write_profile(calibrate(tiny("llama"), tokens=32), tmp_path / "out" / "mine.json")
     content = json.loads(path.read_text(encoding="utf-8"))
-    assert set(content) == {"model", "source", "attention"}
+    assert set(content) == {"format", "model", "source", "attention"}
     assert not list(path.parent.glob("*.part"))
 
 

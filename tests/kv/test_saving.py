@@ -100,6 +100,21 @@ def test_caches_and_files_that_do_not_fit_are_rejected(tmp_path):
         CompressedCache.load(tmp_path / "text", model)
 
 
+@pytest.mark.parametrize(("part", "factor"), [("norm", 1.5), ("v_proj", 0.1), ("k_proj", 1.001)])
+def test_cache_of_a_model_with_other_weights_is_rejected(tmp_path, part, factor):
+    model = build("llama")
+    cache = CompressedCache(model, "capkv", 12)
+    fill(model, cache)
+    file = cache.save(model, tmp_path / "x")
+    assert CompressedCache.load(file, build("llama")).report().tokens_kept == cache.report().tokens_kept
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if part in name:
+                weight *= factor
+    with pytest.raises(ValueError, match=r"model must be the one that the cache in '.*x' was made with"):
+        CompressedCache.load(file, model)
+
+
 @pytest.mark.parametrize("metadata", [None, {"other": "{}"}])
 def test_files_without_our_metadata_are_rejected(tmp_path, metadata):
     """An early version wrote its metadata under another key."""
@@ -112,7 +127,7 @@ def test_files_without_our_metadata_are_rejected(tmp_path, metadata):
 
 
 @pytest.mark.parametrize(
-    ("version", "remedy"), [(1, "Read the prompt again and save the new cache"), (99, "Update suffice")]
+    ("version", "remedy"), [(2, "Read the prompt again and save the new cache"), (99, "Update suffice")]
 )
 def test_files_of_another_format_are_rejected(tmp_path, version, remedy):
     model = tiny("llama")
@@ -122,9 +137,9 @@ def test_files_of_another_format_are_rejected(tmp_path, version, remedy):
     with safe_open(file, "pt") as opened:
         facts = json.loads(opened.metadata()["suffice"])
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    assert facts["format"] == 2
+    assert facts["format"] == 3
     save_file(tensors, file, {"suffice": json.dumps({**facts, "format": version})})
-    message = rf"path must be a saved cache of format 2, got '.*' of format {version}, written by suffice .*\. {remedy}"
+    message = rf"path must be a saved cache of format 3, got '.*' of format {version}, written by suffice .*\. {remedy}"
     with pytest.raises(ValueError, match=message):
         CompressedCache.load(file, model)
 

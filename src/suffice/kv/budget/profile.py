@@ -10,6 +10,9 @@ from pathlib import Path
 
 from suffice.folders import cache_folder
 
+# Increase it when the content of the files or the fingerprint of models changes.
+_FORMAT = 2
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -68,7 +71,8 @@ def write_profile(profile: Profile, path: Path | None = None) -> Path:
     """
     path = path or _stored_profile(profile.model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"model": profile.model, "source": profile.source, "attention": profile.rounded().attention}
+    attention = profile.rounded().attention
+    content = {"format": _FORMAT, "model": profile.model, "source": profile.source, "attention": attention}
     temporary = path.with_suffix(f".{os.getpid()}.part")
     temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
     os.replace(temporary, path)
@@ -79,7 +83,7 @@ def read_profile(path: Path) -> Profile:
     """Read a profile that `write_profile` wrote.
 
     Raises:
-        ValueError: the file does not contain a profile.
+        ValueError: the file does not contain a profile, or was written in another format.
 
     """
     return _parse_profile(path.read_text(encoding="utf-8"), str(path))
@@ -110,9 +114,14 @@ def _parse_profile(text: str, file: str) -> Profile:
     try:
         content = json.loads(text)
         attention = tuple(tuple(float(value) for value in layer) for layer in content["attention"])
-        return Profile(attention, str(content["model"]), str(content["source"]))
+        profile = Profile(attention, str(content["model"]), str(content["source"]))
+        found = int(content.get("format", 1))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file} must contain a head profile, got other content ({type(error).__name__}: {error}). Delete the "
             "file, and the profile is measured again"
         ) from None
+    if found != _FORMAT:
+        remedy = "Update suffice" if found > _FORMAT else "Measure it again with `suffice kv calibrate`"
+        raise ValueError(f"{file} must contain a head profile of format {_FORMAT}, got one of format {found}. {remedy}")
+    return profile

@@ -29,7 +29,7 @@ from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import allocations, policies
 from suffice.kv.policy.weight_state import QueryMoments, WeightState
 
-_FORMAT = 2
+_FORMAT = 3
 _METADATA_KEY = "suffice"
 _STORAGE_PREFIX = "storage."
 _MOMENTS_PREFIX = "moments."
@@ -83,7 +83,7 @@ def save_cache(layers: Sequence[Any], settings: CacheSettings, model: PreTrained
         "format": _FORMAT,
         "version": suffice.__version__,
         "transformers": transformers.__version__,
-        "model": fingerprint(model),
+        "model": fingerprint(model, exact=True),
         "dtype": str(compressed[0].dtype),
         "process": _process(model),
         "policy": _policy_name(settings.policy),
@@ -142,11 +142,6 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _check_model(metadata: Mapping[str, Any], model: PreTrainedModel, file: Path) -> None:
     """Raise an error unless a saved cache belongs to a model, with the same sharding and dtype."""
-    if metadata["model"] != (own := fingerprint(model)):
-        raise ValueError(
-            f"model must be the one that the cache in {str(file)!r} was made with (fingerprint {metadata['model']}), "
-            f"got one with fingerprint {own}"
-        )
     if metadata["process"] != (process := _process(model)):
         raise ValueError(
             f"model must be split as when the cache in {str(file)!r} was saved "
@@ -155,6 +150,11 @@ def _check_model(metadata: Mapping[str, Any], model: PreTrainedModel, file: Path
     if metadata["dtype"] != str(model.dtype):
         raise ValueError(
             f"model must have the dtype of the cache in {str(file)!r} ({metadata['dtype']}), got {model.dtype}"
+        )
+    if metadata["model"] != (own := fingerprint(model, exact=True)):
+        raise ValueError(
+            f"model must be the one that the cache in {str(file)!r} was made with (fingerprint {metadata['model']}), "
+            f"got one with fingerprint {own}"
         )
 
 
