@@ -63,8 +63,8 @@ class CompressedCache(Cache):
         measure_capacity: measure the share of the capacity that the kept entries carry, under the default policy's
             objective, so that policies can be compared. This costs about as much as scoring. It is ignored with
             `evict="always"`, and with an allocation that shares one budget between layers.
-        quantized: store kept entries in quantized layers of transformers: `"quanto"`, `"hqq"`, `"fp8"` (requires a
-            newer transformers), or a `Quantization`. All heads of a layer must then keep the same number of entries.
+        quantized: store kept entries with fewer bits: `"quanto"`, `"hqq"`, `"fp8"`, or a `Quantization`. All heads of a
+            layer must then keep the same number of entries.
 
     Raises:
         TypeError: an argument has the wrong type.

@@ -1,26 +1,24 @@
-"""Storage for heads of equal length in the quantized cache layers of transformers."""
+"""Storage for heads of equal length whose keys and values are quantized."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from transformers import cache_utils
 from typing_extensions import Self
 
 from suffice.kv.storage.base import Entries, Storage
+from suffice.kv.storage.quantized_entries import Fp8Entries, LayerEntries, QuantizedEntries
 from suffice.kv.storage.uniform import AlignedStorage
 
-# By backend: the class in transformers, and the package that it requires.
-_BACKENDS = {
-    "quanto": ("QuantoQuantizedLayer", "optimum-quanto"),
-    "hqq": ("HQQQuantizedLayer", "hqq"),
-    "fp8": ("Fp8QuantizedLayer", "a newer transformers"),
-}
+_FP8 = "fp8"
+# By backend: the class in transformers, the package that it requires, and the axis along which it groups dimensions of
+# one entry. Along other axes, entries and rows would share scales.
+_LAYERS = {"quanto": ("QuantoQuantizedLayer", "optimum-quanto", 0), "hqq": ("HQQQuantizedLayer", "hqq", 1)}
+_BACKENDS = (*_LAYERS, _FP8)
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,8 @@ class Quantization:
 
     Args:
         backend: `"quanto"` and `"hqq"` store low-bit integers with a scale and a shift for each group of
-            dimensions of an entry; `"fp8"` stores 8-bit floating-point numbers with one scale for a layer.
+            dimensions, in the quantized cache layers of transformers; `"fp8"` stores 8-bit floating-point numbers
+            with a power of two for each key and for each value.
         bits: number of bits of an integer, as far as the backend supports it; not used by `"fp8"`.
         group_size: number of dimensions that share a scale. None means the largest power of two that divides the head
             dimension, at most 64.
@@ -61,22 +60,31 @@ class Quantization:
             ValueError: the backend does not accept the arguments.
 
         """
-        self.make_layer(64)
+        if self.backend != _FP8:
+            self._make_layer(64)
 
-    def make_layer(self, head_dim: int) -> Any:
+    def quantize(self, keys: Tensor, values: Tensor) -> QuantizedEntries:
+        """Return quantized keys and values, [batch, num_key_value_heads, width, dim]."""
+        if self.backend == _FP8:
+            return Fp8Entries(keys, values)
+        head_dim = keys.shape[-1]
+        return LayerEntries(keys, values, lambda: self._make_layer(head_dim))
+
+    def _make_layer(self, head_dim: int) -> Any:
         """Return a new, empty quantized layer of transformers for heads of this dimension."""
-        name, package = _BACKENDS[self.backend]
-        layer_type = getattr(cache_utils, name, None)
-        missing = f"quantized={self.backend!r} needs {package}. Install it, or choose another backend"
-        if layer_type is None:
-            raise ImportError(missing)
-        if self.backend == "fp8":
-            return layer_type()
-        group_size = self.group_size or min(64, head_dim & -head_dim)
+        name, package, axis = _LAYERS[self.backend]
         try:
-            return layer_type(nbits=self.bits, q_group_size=group_size, residual_length=self.residual_length)
+            return getattr(cache_utils, name)(
+                nbits=self.bits,
+                axis_key=axis,
+                axis_value=axis,
+                q_group_size=self.group_size or min(64, head_dim & -head_dim),
+                residual_length=self.residual_length,
+            )
         except ImportError:
-            raise ImportError(missing) from None
+            raise ImportError(
+                f"quantized={self.backend!r} needs {package}. Install it, or choose another backend"
+            ) from None
 
 
 class QuantizedStorage(AlignedStorage):
@@ -101,21 +109,12 @@ class QuantizedStorage(AlignedStorage):
         super().__init__(index, is_full)
         self.quantization = quantization
         self._bytes_per_entry = sum(x.shape[-1] * x.element_size() for x in (entries.keys, entries.values))
-        self._quantize(entries.keys, entries.values)
-
-    def _quantize(self, keys: Tensor, values: Tensor) -> None:
-        self._no_entries = keys[:, :, :0].clone(), values[:, :, :0].clone()
-        self._layer = self.quantization.make_layer(keys.shape[-1])
-        self._layer.update(keys, values)
-        self._largest = keys.abs().amax(), values.abs().amax()
+        self._quantized = quantization.quantize(entries.keys, entries.values)
         self._dequantized: tuple[Tensor, Tensor] | None = None
 
     def _dequantize(self) -> tuple[Tensor, Tensor]:
         """Return keys and values in the model's dtype."""
-        if self._dequantized is not None:
-            return self._dequantized
-        # An update without new tokens returns all entries.
-        return self._layer.update(*self._no_entries)
+        return self._quantized.dequantize() if self._dequantized is None else self._dequantized
 
     @property
     def keys(self) -> Tensor:
@@ -129,8 +128,8 @@ class QuantizedStorage(AlignedStorage):
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
-        """All tensors in which the layer of transformers stores keys and values, including scales and shifts."""
-        return tuple(_plain_tensors(vars(self._layer)))
+        """All tensors in which keys and values are stored, including scales and shifts."""
+        return self._quantized.tensors
 
     @property
     def nbytes(self) -> int:
@@ -149,11 +148,7 @@ class QuantizedStorage(AlignedStorage):
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, *, padded: bool = False) -> None:
         """Add the entries of new tokens; see `Storage.append`."""
-        if self.quantization.backend == "fp8":
-            # The scale was computed from the first entries. Numbers that are too large for it would become NaN.
-            pairs = zip((keys, values), self._largest, strict=True)
-            keys, values = (x.clamp(-largest, largest) for x, largest in pairs)
-        self._dequantized = self._layer.update(keys, values)
+        self._dequantized = self._quantized.append(keys, values)
         self._append_parts({}, positions, padded)
 
     def end_attention(self) -> None:
@@ -163,20 +158,20 @@ class QuantizedStorage(AlignedStorage):
     def select_rows(self, index: Tensor) -> None:
         """Select rows of the batch, as `torch.index_select` does: the new row j is the old row index[j]."""
         index = index.to(self.positions.device)
-        keys, values = (x.index_select(0, index) for x in self._dequantize())
         super().select_rows(index)
-        self._quantize(keys, values)
+        self._quantized.select_rows(index)
+        self._dequantized = None
 
     def drop_last(self, count: int) -> None:
         """Remove the newest entries of every row and head."""
-        keys, values = (x[:, :, :-count] for x in self._dequantize())
         super().drop_last(count)
-        self._quantize(keys, values)
+        self._quantized.drop_last(count)
+        self._dequantized = None
 
     def copy(self) -> Self:
         """Return a storage that shares the tensors. Neither storage writes to them."""
         other = super().copy()
-        other._layer = copy.copy(self._layer)
+        other._quantized = self._quantized.copy()
         return other
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -192,18 +187,3 @@ class QuantizedStorage(AlignedStorage):
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Storage:
         """Raise: quantized entries are not saved."""
         raise ValueError(f"storage of a saved cache must be 'uniform' or 'ragged', got {cls.kind!r}")
-
-
-def _plain_tensors(value: object) -> list[Tensor]:
-    """Return all plain tensors in a nested container or in a tensor subclass."""
-    if isinstance(value, dict):
-        return [x for part in cast(dict[Any, Any], value).values() for x in _plain_tensors(part)]
-    if isinstance(value, (tuple, list)):
-        return [x for part in cast(list[Any], value) for x in _plain_tensors(part)]
-    if not isinstance(value, Tensor):
-        return []
-    if hasattr(value, "__tensor_flatten__") and type(value) is not torch.nn.Parameter:
-        subclass: Any = value
-        names: list[str] = subclass.__tensor_flatten__()[0]
-        return [x for name in names for x in _plain_tensors(getattr(value, name))]
-    return [value]
