@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -52,6 +53,7 @@ from suffice.kv.eval import compare as comparing  # isort: skip
 from suffice.kv.eval import demo, fidelity, generation, tasks, user_prompts  # isort: skip
 from suffice.kv.eval import tune as tuning  # isort: skip
 from suffice.kv.hf import fingerprint as identity  # isort: skip
+from suffice.kv.hf.rotary import Frequencies, RotaryEmbedding  # isort: skip
 from suffice.kv.policy import capacity_share as measuring  # isort: skip
 from suffice.kv.policy import directions, estimators, weights  # isort: skip
 from suffice.kv.policy import registry as named  # isort: skip
@@ -555,13 +557,9 @@ def padded(*lengths: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
-def rotary(dim: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    def embed(positions: Tensor) -> tuple[Tensor, Tensor]:
-        turned = positions[..., None].float() * 10_000.0 ** (-torch.arange(0, dim, 2) / dim)
-        turned = torch.cat((turned, turned), -1)
-        return turned.cos(), turned.sin()
-
-    return embed
+def rotary(dim: int) -> RotaryEmbedding:
+    owner = SimpleNamespace(inv_freq=10_000.0 ** (-torch.arange(0, dim, 2) / dim))
+    return RotaryEmbedding.half_split(Frequencies(owner))
 
 
 def fixed_cases() -> Iterator[tuple[str, Any]]:

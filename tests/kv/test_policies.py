@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from suffice.kv.budget.allocation import AdaKV, BudgetRequest, Equal, MarginalCa
 from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.budget.profile import Profile
 from suffice.kv.budget.protection import Protection, num_allowed
-from suffice.kv.hf.rotary import rotate_half
+from suffice.kv.hf.rotary import Frequencies, RotaryEmbedding
 from suffice.kv.policy.attention_stats import AttentionStats, EntryPositions, LayerContext
 from suffice.kv.policy.directions import Constant, OutputValue, Value
 from suffice.kv.policy.estimators import Leverage, Objective, Trace
@@ -43,17 +44,14 @@ HEADS, KV_HEADS, ENTRIES, HEAD_DIM, HIDDEN = 4, 2, 90, 8, 24
 GROUPS = HEADS // KV_HEADS
 
 
-def rotary(positions):
-    """Cosines and sines of Llama's rotary embedding."""
-    frequencies = 10_000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-    angles = positions[..., None].float() * frequencies
-    angles = torch.cat((angles, angles), -1)
-    return angles.cos(), angles.sin()
+FREQUENCIES = 10_000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
 
 
 def rotate(x, positions):
-    cos, sin = rotary(positions)
-    return x * cos + rotate_half(x) * sin
+    """Apply Llama's rotary embedding: dimensions j and j + HEAD_DIM / 2 are a complex number, which is rotated."""
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.complex(first, second) * torch.exp(1j * positions[..., None] * FREQUENCIES)
+    return torch.cat((rotated.real, rotated.imag), dim=-1)
 
 
 @pytest.fixture
@@ -80,7 +78,7 @@ def stats_of(tensors, valid=None, **options):
         tensors["keys"],
         tensors["values"],
         output_weight=tensors.get("output_weight"),
-        rotary=rotary,
+        rotary=RotaryEmbedding.half_split(Frequencies(SimpleNamespace(inv_freq=FREQUENCIES))),
         positions=EntryPositions(valid=valid),
         **options,
     )

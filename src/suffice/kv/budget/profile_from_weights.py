@@ -1,4 +1,4 @@
-"""Estimate the head profile of a model from its weights, without running it."""
+"""Estimate the head profile of a model from its weights, without running it on a text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from suffice.kv.budget.profile import Profile
 from suffice.kv.hf.fingerprint import fingerprint
 from suffice.kv.hf.model_info import attention_modules, context_window, full_attention_layers
 from suffice.kv.hf.offload import execution_device, materialized_weight
-from suffice.kv.hf.rotary import RotaryEmbedding, find_rotate_half, rotary_embeddings
+from suffice.kv.hf.rotary import RotaryEmbedding
+from suffice.kv.hf.rotary_probe import probe_positions
 from suffice.kv.hf.tensor_parallel import Sharding
 
 _DEFAULT_CONTEXT_WINDOW = 8192  # for models whose configuration does not state it
@@ -36,20 +37,23 @@ def profile_from_weights(model: PreTrainedModel) -> Profile:
         model: its attention modules must have the projections `q_proj` and `k_proj`, or `qkv_proj`.
 
     Raises:
-        ValueError: the attention has other projections, or the model is tensor-parallel.
+        ValueError: the attention has other projections or an unknown position embedding, or the model is
+            tensor-parallel.
 
     """
     if Sharding.from_model(model) is not None:
         raise ValueError("model must not be tensor-parallel, got one that is split over processes. Use `calibrate`")
     decoder = model.get_decoder()
     modules = attention_modules(decoder)
-    rotaries = rotary_embeddings(decoder, modules)
+    encoding = probe_positions(model)
+    if encoding.error is not None:
+        raise ValueError(f"model must have a known position embedding, got {type(model).__name__}: {encoding.error}")
     max_slow_frequency = 2 * math.pi / (context_window(model) or _DEFAULT_CONTEXT_WINDOW)  # radians per token
     attention: list[tuple[float, ...]] = []
     with torch.no_grad():
         for layer in full_attention_layers(model):
             queries, keys = _row_norms(modules[layer], model.config.get_text_config())
-            partners, frequencies = _rotary_pairs(modules[layer], rotaries[layer], keys.shape[-1])
+            partners, frequencies = _rotary_pairs(encoding.rotary.get(layer), keys.shape[-1])
             energy = _pair_norms(queries, partners) * _pair_norms(keys, partners)[:, None]
             # [num_key_value_heads, num_key_value_groups]
             share = energy[..., frequencies < max_slow_frequency].sum(-1) / energy.sum(-1)
@@ -98,20 +102,21 @@ def _norm_scale(module: nn.Module, name: str, norms: Tensor) -> Tensor:
     return norm(torch.ones(1, head_dim, dtype=weight.dtype, device=execution_device(norm)))[0].float().abs().cpu()
 
 
-def _rotary_pairs(module: nn.Module, rotary: RotaryEmbedding | None, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Return how the rotary embedding pairs and rotates the dimensions of a head.
+def _rotary_pairs(rotary: RotaryEmbedding | str | None, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Return how the rotary embedding of a layer pairs and rotates the dimensions of a head.
 
     Returns:
         The partner of each dimension, long [head_dim]; a dimension that is not rotated is its own partner. And the
         angle by which each dimension is rotated per position, in radians, [head_dim].
 
     """
+    if isinstance(rotary, str):
+        raise ValueError(f"model must have a known rotary embedding: {rotary}. Use `calibrate`, which runs the model")
     partners, frequencies = torch.arange(head_dim), torch.zeros(head_dim)
     if rotary is not None:
-        cos, sin = (x[0, 0].cpu() for x in rotary(torch.ones(1, 1, dtype=torch.long, device=execution_device(module))))
-        rotate_half = find_rotate_half(module)
-        partners[: len(cos)] = rotate_half(torch.eye(len(cos))).abs().argmax(0)
-        frequencies[: len(cos)] = torch.atan2(sin, cos).abs()
+        first, second = partners[rotary.first].clone(), partners[rotary.second].clone()
+        partners[first], partners[second] = second, first
+        frequencies[first] = frequencies[second] = rotary.frequencies.values(torch.ones(1, 1))
     return partners, frequencies
 
 

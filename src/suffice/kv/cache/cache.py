@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.settings import CacheSettings, StorageConfig
 from suffice.kv.hf.model_info import attention_modules, context_window, full_attention_layers
-from suffice.kv.hf.rotary import RotaryEmbedding, rotary_embeddings
+from suffice.kv.hf.rotary import RotaryEmbedding
+from suffice.kv.hf.rotary_probe import probe_positions
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY, get_allocation, get_policy
@@ -111,13 +113,12 @@ class CompressedCache(Cache):
             raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
         decoder = model.get_decoder()
         modules = _compressed_modules(model, decoder)
-        rotaries = rotary_embeddings(decoder, modules)
-        if rerotate:
-            _check_rerotation(rotaries)
         if isinstance(self.policy.allocation, HeadProfile):
             self.policy = replace(self.policy, allocation=self.policy.allocation.bind(model))
         is_global = self.policy.allocation.is_global
         compressed = full_attention_layers(model)
+        rotaries = _find_rotary_embeddings(model, compressed, self.policy, rerotate=rerotate)
+        used = [rotary for rotary in rotaries.values() if isinstance(rotary, RotaryEmbedding)]
         self.settings = CacheSettings(
             policy=self.policy,
             budget=budget,
@@ -142,6 +143,7 @@ class CompressedCache(Cache):
                 index=index,
                 order=order,
                 global_budget=global_budget,
+                rotaries_to_clear=used if index == compressed[-1] else (),
             )
         super().__init__(layers=layers)
         self._updated: CompressedLayer | None = None  # the layer whose attention call follows
@@ -338,12 +340,38 @@ def _compressed_modules(model: PreTrainedModel, decoder: nn.Module) -> dict[int,
     return modules
 
 
-def _check_rerotation(rotaries: dict[int, RotaryEmbedding | None]) -> None:
-    if any(rotary is not None and rotary.depends_on_length for rotary in rotaries.values()):
-        raise ValueError(
-            "rerotate must be False for a model whose rotary embedding changes its frequencies with the length of the "
-            "text, got True"
-        )
+def _find_rotary_embeddings(
+    model: PreTrainedModel, layers: Sequence[int], policy: Policy, *, rerotate: bool
+) -> dict[int, RotaryEmbedding | str | None]:
+    """Return the rotary embedding of each layer, as `CompressedLayer` takes it. It is only found out if it is needed.
+
+    Raises:
+        ValueError: keys cannot be rotated as `rerotate` or the policy requires.
+
+    """
+    if not rerotate and not policy.needs_rotary:
+        return dict.fromkeys(layers, "`needs_rotary` of weights or directions that use it must return True")
+    if rerotate:
+        refused = f"rerotate must be False for {type(model).__name__}, got True"
+    else:
+        refused = f"policy must not rotate keys or queries back for {type(model).__name__}, got {policy.name!r}"
+    encoding = probe_positions(model)
+    if encoding.error is not None:
+        raise ValueError(f"{refused}: {encoding.error}")
+    if rerotate and not encoding.is_rotary:
+        raise ValueError(f"{refused}: the model has no rotary embedding, so that keys cannot move to other positions")
+    for layer in layers:
+        found = encoding.rotary.get(layer, "it was not run") if encoding.is_rotary else None
+        if isinstance(found, str):
+            raise ValueError(f"{refused}: in layer {layer}, {found}")
+        if found is not None and rerotate and found.frequencies.depends_on_length:
+            raise ValueError(
+                "rerotate must be False for a model whose rotary embedding changes its frequencies with the length of "
+                "the text, got True"
+            )
+        if found is not None and policy.weights.needs_rotary and not found.rotates_queries:
+            raise ValueError(f"{refused}: in layer {layer}, queries are not rotated as keys are")
+    return {layer: encoding.rotary.get(layer) for layer in layers}
 
 
 def _check_quantization(quantized: str | Quantization | None, policy: Policy) -> Quantization | None:

@@ -20,7 +20,6 @@ from suffice.kv.cache.global_budget import GlobalBudget, GlobalSelection, update
 from suffice.kv.cache.rerotation import rerotate
 from suffice.kv.cache.settings import CacheSettings
 from suffice.kv.cache.state import LayerState, RowState
-from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.capacity_share import capacity_share
 from suffice.kv.policy.weight_state import WeightState
@@ -132,7 +131,6 @@ def select_entries(
     entries: Entries,
     stats: AttentionStats,
     backend: TorchBackend,
-    rotary: RotaryEmbedding | None,
     global_budget: GlobalBudget | None,
 ) -> SelectedEntries:
     """Select which entries of a layer to keep, without changing the layer.
@@ -145,7 +143,6 @@ def select_entries(
         entries: all entries of the layer.
         stats: statistics of the attention call over these entries.
         backend: computes scores and capacities.
-        rotary: the rotary embedding of the layer; None for a model without one.
         global_budget: shared by all layers; None if each layer has its own.
 
     """
@@ -172,8 +169,8 @@ def select_entries(
         columns["attention_received"] = state.attention_received
     has_exact_counts = global_budget is None and policy.selection.keeps_exact_counts
     selected = replace(entries, columns=columns)
-    if settings.rerotate and rotary is not None:
-        selected = rerotate(stats, selected, kept, rotary)
+    if settings.rerotate:
+        selected = rerotate(stats, selected, kept)
     return SelectedEntries(
         selected,
         kept,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,7 @@ from suffice.kv.cache.report import HeadReport
 from suffice.kv.cache.settings import CacheSettings
 from suffice.kv.cache.state import LayerState, RowState
 from suffice.kv.hf.offload import materialized_weight
-from suffice.kv.hf.rotary import RotaryEmbedding, find_rotate_half
+from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.attention_stats import AttentionStats, DeferredChecks, EntryPositions, LayerContext
 from suffice.kv.storage.base import Entries, Storage
@@ -47,10 +48,11 @@ class CompressedLayer(DynamicLayer):
     Args:
         settings: settings of the cache.
         module: the attention module of the layer.
-        rotary: its rotary embedding; None for a model without one.
+        rotary: its rotary embedding; None if its keys are not rotated; a text that says why it is not known otherwise.
         index: index of the layer in the model.
         order: index of the layer among the compressed layers.
         global_budget: shared by all layers; None if each layer has its own budget.
+        rotaries_to_clear: rotary embeddings that no later layer uses in a forward pass.
 
     """
 
@@ -59,10 +61,11 @@ class CompressedLayer(DynamicLayer):
         settings: CacheSettings,
         *,
         module: nn.Module,
-        rotary: RotaryEmbedding | None,
+        rotary: RotaryEmbedding | str | None,
         index: int,
         order: int,
         global_budget: GlobalBudget | None,
+        rotaries_to_clear: Sequence[RotaryEmbedding] = (),
     ) -> None:
         self.state = LayerState()
         super().__init__()
@@ -70,7 +73,7 @@ class CompressedLayer(DynamicLayer):
         self.index, self.order = index, order
         self.global_budget = global_budget
         self._module = weakref.ref(module)
-        self._rotary, self._rotate_half = rotary, find_rotate_half(module)
+        self._rotary, self._rotaries_to_clear = rotary, tuple(rotaries_to_clear)
         self.reset()
 
     @property
@@ -182,8 +185,8 @@ class CompressedLayer(DynamicLayer):
                 self._evict(self._plan, call, attention)
             if self.storage is not None:
                 self.storage.end_attention()
-        if self.order == self.settings.num_layers - 1 and self._rotary is not None:
-            self._rotary.clear_cache()
+        for rotary in self._rotaries_to_clear:
+            rotary.clear_cache()
 
     def _positions(self, state: LayerState, num_new: int) -> Tensor:
         """Return the indices of the newest tokens within the text of each row, [batch, new]; negative on padding."""
@@ -239,7 +242,7 @@ class CompressedLayer(DynamicLayer):
     ) -> tuple[SelectedEntries, Storage | None]:
         """Select the entries to keep, copy them (see `copy_entries`), and validate both, without changing the layer."""
         stats = self._stats(plan, entries, call, attention)
-        selection = select_entries(plan, self.settings, entries, stats, backend, self._rotary, self.global_budget)
+        selection = select_entries(plan, self.settings, entries, stats, backend, self.global_budget)
         storage = copy_entries(selection, self.state, self.settings)
         validate_eviction(stats, entries, storage, self.index)
         return selection, storage
@@ -272,7 +275,6 @@ class CompressedLayer(DynamicLayer):
             attention=attention if call.sink_logits is None and queries.shape[2] == call.query.shape[2] else None,
             output_weight=None if projection is None else functools.partial(materialized_weight, projection, "weight"),
             rotary=self._rotary,
-            rotate_half=self._rotate_half,
             state=replace(self.state.weight_state, attention_received=entries.columns.get("attention_received")),
             context=LayerContext(self.order, self.settings.num_layers, self.settings.max_entries, sharding),
             # If processes share the heads, an error must stop all of them at the same step: check immediately.

@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 
 from suffice.kv.attention.softmax import cap_logits, softmax_with_sinks
-from suffice.kv.hf.rotary import rotate_half
+from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.weight_state import QueryMoments, WeightState
-
-Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Maps positions [batch, m] to cosines and sines [batch, m, rotary_dim] of the model's rotary embedding."""
 
 T = TypeVar("T")
 
@@ -102,8 +99,8 @@ class AttentionStats:
         attention: attention weights [batch, heads, queries, entries], if the model returned them.
         output_weight: weight of the attention's output projection, [hidden, heads * value_dim], or a function that
             loads it. None if the attention has none.
-        rotary: the model's rotary embedding; None for a model without one.
-        rotate_half: rotates each pair of dimensions by 90 degrees, in the way that the model pairs them.
+        rotary: the rotary embedding of the layer; None if its keys and queries are not rotated; a text that says why
+            it is not known otherwise.
         state: state that stateful weights returned at the last eviction.
         context: position of the layer among the compressed layers, and the limits of its heads.
         checks: records conditions that must hold, so that the caller can check all of them later. None checks each
@@ -124,8 +121,7 @@ class AttentionStats:
         sink_logits: Tensor | None = None,
         attention: Tensor | None = None,
         output_weight: Tensor | Callable[[], Tensor | None] | None = None,
-        rotary: Rotary | None = None,
-        rotate_half: Callable[[Tensor], Tensor] = rotate_half,
+        rotary: RotaryEmbedding | str | None = None,
         state: WeightState | None = None,
         context: LayerContext | None = None,
         checks: DeferredChecks | None = None,
@@ -134,7 +130,7 @@ class AttentionStats:
         self.queries, self.keys, self.values = queries, keys, values
         self.scaling = scaling if scaling is not None else 1 / math.sqrt(keys.shape[-1])
         self.softcap, self.sink_logits = softcap, sink_logits
-        self.attention, self.rotary, self.rotate_half = attention, rotary, rotate_half
+        self.attention, self._rotary = attention, rotary
         self.state, self.context = state or WeightState(), context or LayerContext()
         self.batch_size, self.num_key_value_heads, self.num_entries, self.head_dim = keys.shape
         self.num_queries = queries.shape[2]
@@ -458,40 +454,37 @@ class AttentionStats:
 
         return self.memoize(("query moments", half_life), compute)
 
+    @property
+    def rotary(self) -> RotaryEmbedding | None:
+        """The rotary embedding of the layer; None if its keys and queries are not rotated.
+
+        Raises:
+            ValueError: the rotary embedding is not known.
+
+        """
+        if isinstance(self._rotary, str):
+            raise ValueError(f"the rotary embedding of layer {self.context.layer} is not known: {self._rotary}")
+        return self._rotary
+
     def unrotated_queries(self, count: int) -> Tensor:
-        """Return the last `count` queries before the rotary embedding, float32 [batch, heads, count, head_dim]."""
-        return self._unrotate(self.queries[:, :, -count:], self.query_positions[:, None, -count:])
+        """Return the last `count` queries, rotated back to position 0, float32 [batch, heads, count, head_dim]."""
+        queries = self.queries[:, :, -count:]
+        if self.rotary is None:
+            return queries.float()
+        return self.rotary.rotate_back(queries, self.query_positions[:, None, -count:].clamp_min(0))
 
     def unrotated_keys(self) -> Tensor:
-        """Return the keys before the rotary embedding, float32 [batch, num_key_value_heads, entries, head_dim]."""
-        return self._unrotate(self.keys, self.rope_positions)
-
-    def _unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Return the keys, rotated back to position 0, float32 [batch, num_key_value_heads, entries, head_dim]."""
         if self.rotary is None:
-            return x.float()
-        positions = positions.clamp_min(0)
-        cos, sin = (t.float().unflatten(0, positions.shape[:2]) for t in self.rotary(positions.flatten(0, 1)))
-        rotary_dim = cos.shape[-1]
-        rotated = x[..., :rotary_dim].float()
-        # cos² + sin² is not 1 where the embedding also scales (YaRN).
-        scale = cos * cos + sin * sin
-        unrotated = rotated * (cos / scale)
-        unrotated.addcmul_(self.rotate_half(rotated), sin / scale, value=-1)
-        return unrotated if rotary_dim == x.shape[-1] else torch.cat((unrotated, x[..., rotary_dim:].float()), dim=-1)
+            return self.keys.float()
+        return self.rotary.rotate_keys(self.keys, self.rope_positions.clamp_min(0), back=True)
 
     def mean_rotation(self, num_future: int) -> Tensor | None:
         """Return the mean rotation matrix of the next `num_future` positions, [batch, head_dim, head_dim].
 
         None if there are no such positions, or no rotary embedding.
         """
-        if self.rotary is None or num_future == 0:
+        if num_future == 0 or self.rotary is None:
             return None
         future_positions = self.num_seen[:, None] + torch.arange(num_future, device=self.device)
-        cos, sin = (t.float().mean(1) for t in self.rotary(future_positions))
-        rotary_dim = cos.shape[-1]
-        identity = torch.eye(rotary_dim, device=self.device)
-        # Row j of `rotate_half(identity)` is the rotated unit vector e_j. The transpose maps q to rotate_half(q).
-        rotary_block = torch.diag_embed(cos) + sin[:, :, None] * self.rotate_half(identity).mT
-        rotation = torch.eye(self.head_dim, device=self.device).repeat(self.batch_size, 1, 1)
-        rotation[:, :rotary_dim, :rotary_dim] = rotary_block
-        return rotation
+        return self.rotary.mean_rotation(future_positions, self.head_dim)

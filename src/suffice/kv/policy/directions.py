@@ -19,6 +19,11 @@ class Directions(ABC):
     def vectors(self, stats: AttentionStats) -> Tensor:
         """Return u, float32 [batch, num_key_value_heads, entries, dim]; values at padding are ignored."""
 
+    @property
+    def needs_rotary(self) -> bool:
+        """Whether the directions need the rotary embedding of the model, to rotate keys back."""
+        return False
+
     def norms(self, stats: AttentionStats, p: float) -> Tensor:
         """Return the p-norms of u, [batch, num_key_value_heads, entries]."""
         return self.vectors(stats).norm(p=p, dim=-1)
@@ -105,7 +110,7 @@ class Key(Directions):
     """u = k.
 
     Args:
-        rotary: use the cached keys, after the rotary embedding; False uses the keys before it.
+        rotary: use the cached keys, after the rotary embedding; False uses the keys rotated back to position 0.
         centered: subtract the mean over the entries of a head.
         unit: scale each key to norm 1.
 
@@ -114,6 +119,11 @@ class Key(Directions):
     rotary: bool = True
     centered: bool = False
     unit: bool = False
+
+    @property
+    def needs_rotary(self) -> bool:
+        """Whether keys are rotated back."""
+        return not self.rotary
 
     def vectors(self, stats: AttentionStats) -> Tensor:
         """Return the keys, [batch, num_key_value_heads, entries, head_dim]."""

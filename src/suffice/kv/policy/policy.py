@@ -70,6 +70,11 @@ class Policy:
         if isinstance(self.selection, CapacitySelection) and not isinstance(self.estimator, Leverage):
             raise ValueError(f"estimator must be Leverage for the selection {self.selection}, got {self.estimator}")
 
+    @property
+    def needs_rotary(self) -> bool:
+        """Whether the policy needs the rotary embedding of the model, to rotate queries or keys back."""
+        return self.weights.needs_rotary or self.directions.needs_rotary
+
     def objective(self, stats: AttentionStats, backend: TorchBackend = TORCH_BACKEND) -> Objective:
         """Return the objective that the policy approximates for an attention call."""
         return Objective(self.weights, self.directions, stats, backend)

@@ -42,6 +42,11 @@ class Weights(ABC):
         """Whether the weight also depends on queries from before the last eviction."""
         return False
 
+    @property
+    def needs_rotary(self) -> bool:
+        """Whether the weight needs the rotary embedding of the model, to rotate queries or keys back."""
+        return False
+
     def next_state(self, stats: AttentionStats) -> WeightState:
         """Return the state after these queries. At the layer's next eviction, it is `stats.state`."""
         del stats
@@ -80,6 +85,11 @@ class CombinedWeights(Weights):
     def is_stateful(self) -> bool:
         """Whether a part depends on queries from before the last eviction."""
         return any(part.is_stateful for part in self.parts)
+
+    @property
+    def needs_rotary(self) -> bool:
+        """Whether a part needs the rotary embedding of the model."""
+        return any(part.needs_rotary for part in self.parts)
 
     def next_state(self, stats: AttentionStats) -> WeightState:
         """Return the union of the parts' states."""

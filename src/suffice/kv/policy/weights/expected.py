@@ -128,6 +128,11 @@ class ExpectedAttention(QueryEstimateWeights):
                 f"future must be 0 if diagonal=True, got {self.future!r}, because the mean rotation mixes dimensions"
             )
 
+    @property
+    def needs_rotary(self) -> bool:
+        """Whether the rotary embedding is averaged over future positions."""
+        return self.future > 0
+
     def log_weights(self, stats: AttentionStats) -> Tensor:
         """Return the log of the expected attention, averaged over the heads of a GQA group."""
         mean, covariance = self._estimate_queries(stats)
