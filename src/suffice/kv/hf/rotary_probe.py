@@ -108,7 +108,8 @@ def _measure(model: PreTrainedModel, decoder: Any) -> PositionEncoding:
     try:
         recordings = _record(model, decoder, positions)
     except Exception as error:  # of any kind, from the code of any model
-        return PositionEncoding(is_rotary=False, rotary={}, error=f"its decoder failed on single tokens ({error})")
+        reason = f"its decoder failed on single tokens ({type(error).__name__}: {error})"
+        return PositionEncoding(is_rotary=False, rotary={}, error=reason)
     finally:
         del hook  # restores the attention function of the model
     modules = attention_modules(decoder)

@@ -1,0 +1,227 @@
+"""Rotary embeddings: keys that are rotated to other positions equal the keys that the model computes there."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from suffice.kv import CompressedCache, Policy
+from suffice.kv.hf.rotary import Frequencies, RotaryEmbedding
+from suffice.kv.hf.rotary_probe import probe_positions
+from suffice.kv.policy.directions import Key
+from suffice.kv.policy.weights import Uniform, Weights
+from tests.kv import families
+from tests.kv.tiny import build, prompt, tiny
+
+# Families with different position embeddings. None: keys are not rotated, but sliding layers may be.
+FAMILIES = [
+    "llama", "mistral", "qwen3", "olmo2", "falcon_h1", "granite",  # halves of a head
+    "phi", "gpt_neox", "stablelm", "nemotron", "glm4_moe", "qwen3_next", "lfm2", "bamba",  # part of a head
+    "cohere", "glm", "glm4", "ernie4_5", "helium",  # neighbouring dimensions
+    "cohere2", "exaone4", "smollm3", "afmoe", "flint",  # layers without positions
+    "llama4_text",  # complex numbers, and layers without positions
+    "gpt_oss",  # cosines and sines of half the width, YaRN
+    "nanochat",  # by negative angles
+    "gemma3", "olmo3", "laguna", "gemma4_text",  # frequencies by layer type
+    "hunyuan_v1_dense", "hunyuan_v1_moe",  # a norm after the rotary embedding
+    "qwen3_vl",  # several axes, here with the same position on each
+]  # fmt: skip
+
+
+class RecordingCache(DynamicCache):
+    """A cache of transformers that keeps the new keys of each layer."""
+
+    def __init__(self, model):
+        super().__init__(config=model.config)
+        self.new_keys = {}
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        self.new_keys[layer_idx] = key_states
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def stock_keys(model, ids, positions):
+    """Keys that a model computes for tokens, each of which is a sequence of its own, at positions; by layer."""
+    cache = RecordingCache(model)
+    with torch.no_grad():
+        model.get_decoder()(input_ids=ids[:, None], position_ids=positions[:, None], past_key_values=cache)
+    return cache.new_keys
+
+
+def assert_keys_are_rotated_as_by_the_model(model, tolerance):
+    encoding = probe_positions(model)
+    assert encoding.error is None
+    assert encoding.is_rotary
+    ids = torch.tensor([20, 51, 33, 77, 90])
+    positions = torch.tensor([0, 3, 40, 41, 700])
+    old, at_zero = (stock_keys(model, ids, each) for each in (positions, torch.zeros_like(positions)))
+    for shift in (1, 29, 1000):
+        new = stock_keys(model, ids, positions + shift)
+        assert new.keys() == encoding.rotary.keys()
+        for layer, expected in new.items():
+            found, back, rotary = old[layer], expected, encoding.rotary[layer]
+            if rotary is not None:
+                found = rotary.rotate_keys(found, torch.full((len(ids), 1, 1), shift))
+                back = rotary.rotate_keys(back, positions[:, None, None] + shift, back=True)
+            assert (found - expected).norm() < tolerance * expected.norm(), layer
+            assert (back - at_zero[layer]).norm() < tolerance * expected.norm(), layer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotated_keys_equal_the_keys_of_the_model_at_other_positions(family):
+    assert_keys_are_rotated_as_by_the_model(families.build(family), 1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.01), (torch.float16, 0.002)])
+@pytest.mark.parametrize("family", ["llama", "glm", "phi", "cohere2", "gemma3", "nanochat", "hunyuan_v1_dense"])
+def test_rotary_embedding_is_found_in_half_precision(family, dtype, tolerance):
+    model = families.build(family)
+    frequencies = {name: x for name, x in model.named_buffers() if name.endswith("inv_freq")}
+    model.to(dtype)
+    for name, x in frequencies.items():  # models that are loaded in half precision have frequencies in float32
+        model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = x
+    assert_keys_are_rotated_as_by_the_model(model, tolerance)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "glm", "cohere2", "smollm3", "llama4_text", "olmo3", "gemma3", "hunyuan_v1_dense"]
+)
+@pytest.mark.parametrize("allocation", ["equal", "adakv"])
+def test_rerotated_keys_equal_those_of_the_model_under_shifted_positions(family, allocation):
+    """The sinks move by 24 positions, to those right before the recent tokens, which stay."""
+    model = families.build(family)
+    ids = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:40][None] + 3
+    cache = CompressedCache(model, "streaming-llm", 16, sinks=6, window=10, allocation=allocation, rerotate=True)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    decoder, positions = model.get_decoder(), torch.arange(40)[None]
+    stock = []
+    for shift in (24, 0):
+        recorded = RecordingCache(model)
+        with torch.no_grad():
+            decoder(input_ids=ids, position_ids=positions + shift, past_key_values=recorded)
+        stock.append(recorded.new_keys)
+    # The norm of Hunyuan makes hidden states of later layers depend on absolute positions.
+    compressed = [layer.index for layer in cache.compressed_layers]
+    for layer in compressed if "hunyuan" not in family else [0]:
+        entries = cache.layers[layer].storage.entries
+        assert entries.rope_positions.tolist() == [[list(range(24, 40))] * entries.keys.shape[1]]
+        expected = torch.cat((stock[0][layer][:, :, :6], stock[1][layer][:, :, -10:]), dim=2)
+        torch.testing.assert_close(entries.keys, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+
+
+def test_layers_with_the_same_rotation_share_it():
+    rotary = list(probe_positions(tiny("gemma3")).rotary.values())
+    assert rotary[0] is rotary[2]
+    assert rotary[1] is rotary[3]
+    assert rotary[0] is not rotary[1]
+
+
+def test_model_is_run_once_and_left_as_it_was():
+    model = build("llama").train()
+    calls = []
+    model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    first = probe_positions(model)
+    assert probe_positions(model) is first
+    assert len(calls) == 1
+    assert model.training
+    assert model.config._attn_implementation == "sdpa"
+    CompressedCache(model, "capkv")  # needs no rotary embedding
+    CompressedCache(model, "expected-attention")
+    CompressedCache(model, "key-leverage", rerotate=True)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "jamba", "nemotron_h"])
+def test_rerotation_is_rejected_without_rotary_embeddings(family):
+    """Positions are added to the hidden states, or there are none: nothing can be rotated."""
+    model = families.build(family)
+    with pytest.raises(ValueError, match=r"rerotate must be False for \w+, got True: the model has no rotary"):
+        CompressedCache(model, "capkv", 20, rerotate=True)
+    # Keys are not rotated, so that they are their own rotation back.
+    assert probe_positions(model).error is None
+    CompressedCache(model, "key-leverage", 20)
+
+
+def test_unknown_rotations_are_rejected():
+    model = build("llama")
+    attention = model.model.layers[1].self_attn
+    attention.k_proj.register_forward_hook(
+        lambda module, inputs, output: output.flip(1) if output.shape[1] > 1 else output
+    )
+    rotate = attention.forward
+
+    def forward(hidden_states, position_embeddings, **options):
+        cos, sin = position_embeddings
+        return rotate(hidden_states, position_embeddings=(cos, sin * sin.abs()), **options)
+
+    attention.forward = forward
+    message = "in layer 1, keys depend on the positions, but not by a known rotary embedding"
+    with pytest.raises(ValueError, match=f"rerotate must be False for LlamaForCausalLM, got True: {message}"):
+        CompressedCache(model, "capkv", 20, rerotate=True)
+    refused = "policy must not rotate keys or queries back for LlamaForCausalLM, got 'key-leverage'"
+    with pytest.raises(ValueError, match=f"{refused}: {message}"):
+        CompressedCache(model, "key-leverage", 20)
+    CompressedCache(model, "capkv", 20)
+
+
+def test_queries_that_are_not_rotated_as_keys_are_rejected():
+    """The norms of Hunyuan after the rotary embedding have other weights for queries than for keys."""
+    model = families.build("hunyuan_v1_dense")
+    CompressedCache(model, "key-leverage", 20)
+    with pytest.raises(ValueError, match="got 'expected-attention': in layer 0, queries are not rotated as keys are"):
+        CompressedCache(model, "expected-attention", 20)
+
+
+class KeyWithoutProperty(Key):
+    """Directions that rotate keys back and do not say so."""
+
+    needs_rotary = False
+
+
+def test_parts_that_rotate_back_must_say_so():
+    model = tiny("llama")
+    policy = Policy(weights=Uniform(), directions=KeyWithoutProperty(rotary=False))
+    cache = CompressedCache(model, policy, 20)
+    with pytest.raises(ValueError, match=r"embedding of layer 0 is not known: `needs_rotary` .* must return True"):
+        model(prompt(40), past_key_values=cache)
+
+
+def test_combined_weights_need_what_their_parts_need():
+    class Rotating(Uniform):
+        needs_rotary = True
+
+    weights: list[Weights] = [Uniform() + Rotating(), Uniform() * Rotating(), 2 * Rotating()]
+    assert all(each.needs_rotary for each in weights)
+    assert not (Uniform() + Uniform()).needs_rotary
+
+
+def test_frequencies_of_the_largest_position_are_used():
+    """LongRoPE has other frequencies for long texts. The module of the model is not changed."""
+    factors = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, **factors}
+    model = build("phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    rotary = probe_positions(model).rotary[0]
+    frequencies, of_model = rotary.frequencies, model.model.rotary_emb.inv_freq.clone()
+    assert frequencies.depends_on_length
+    short, long = (frequencies.values(torch.tensor([[0, last]])) for last in (40, 200))
+    torch.testing.assert_close(short, 1e4 ** (-torch.arange(0, 12, 2) / 12))
+    torch.testing.assert_close(long, short / 4)
+    assert torch.equal(model.model.rotary_emb.inv_freq, of_model)
+
+
+def test_rotation_back_undoes_a_rotation():
+    frequencies = Frequencies(SimpleNamespace(inv_freq=torch.tensor([1.0, 0.1, 0.01])))
+    x = torch.randn(2, 3, 5, 12)
+    positions = torch.randint(0, 5000, (2, 3, 5))
+    for first, second in ((slice(2, 5), slice(5, 8)), (slice(6, 12, 2), slice(7, 12, 2))):
+        for scale in (None, torch.rand(12) + 0.5):
+            rotary = RotaryEmbedding(frequencies, first, second, key_scale=scale)
+            rotated = rotary.rotate_keys(x, positions)
+            assert not torch.allclose(rotated, x)
+            torch.testing.assert_close(rotary.rotate_keys(rotated, positions, back=True), x)
+        matrix = rotary.mean_rotation(positions[:, 0, :1], 12)
+        torch.testing.assert_close(
+            (matrix @ x[:, 0, :1].mT).mT, rotary.rotate(x[:, :1, :1], positions[:, :1, :1])[:, 0]
+        )
