@@ -90,7 +90,7 @@ def kl_table(comparison: Comparison, our_method: str = OUR_METHOD) -> list[str]:
 
 def describe_losses(comparison: Comparison, our_method: str = OUR_METHOD) -> list[str]:
     """Return Markdown lines that list where another method is significantly closer than ours."""
-    rows = comparison.losses(our_method)
+    rows = comparison.closer_methods(our_method)
     if not rows:
         return [f"No other method is significantly closer than {our_method} under any condition (95 % intervals)."]
     return [
@@ -110,7 +110,7 @@ def numbers(comparison: Comparison) -> dict[str, Any]:
         "mean_rank": as_published.mean_ranks(),
         "mean_rank_same_allocation": same_profile.mean_ranks(),
         "significant_losses": {
-            name: [{column: row[column] for column in columns} for row in part.losses(OUR_METHOD)]
+            name: [{column: row[column] for column in columns} for row in part.closer_methods(OUR_METHOD)]
             for name, part in (("as published", as_published), ("with the same head profile", same_profile))
         },
         "capacity": comparison.capacity_correlations(),

@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 
 from suffice.kv.kernels.compaction import move_to_front
 from suffice.kv.kernels.decoding import DecodePlan, decode
-from suffice.kv.kernels.leverage import factorize, factorize_subset, inner_products
+from suffice.kv.kernels.leverage import factorize, factorize_subset, quadratic_forms
 from suffice.kv.kernels.mixture import MixtureInputs, MixtureTerms, mixture_log_weights
 from suffice.link.sparse.kernels.match_neighbors import match_neighbors
 from suffice.link.sparse.kernels.segment_min import segment_min
@@ -94,9 +94,9 @@ def _launch_all(dim: int, group: int, dtype: torch.dtype) -> None:
     mixture_log_weights(inputs, MixtureTerms(1, 4.0, 3.0, 1.0, 1.0))
     weights = torch.zeros(1, 2, tokens)
     factor = factorize(keys, weights, 0.1)
-    inner_products(keys, weights, factor, 1.0)
+    quadratic_forms(keys, weights, factor, 1.0)
     factorize_subset(keys, weights, torch.zeros(1, 2, 9, dtype=torch.long), factor)
-    plan = DecodePlan.from_spans([(0, 400), (404, 600)], 4, torch.device("cpu"))
+    plan = DecodePlan.from_heads([(0, 400), (404, 600)], 4, torch.device("cpu"))
     entries, positions = keys.view(-1, dim), torch.zeros(1, 4, dtype=torch.int32)
     query = torch.zeros(1, 2 * group, dim, dtype=dtype)
     decode(query, entries, entries, positions, plan, scaling=0.1)

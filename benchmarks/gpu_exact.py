@@ -107,7 +107,7 @@ def _errors(run: Run, dtype: torch.dtype, dim: int) -> dict[str, float]:
     """Return the largest error of every kernel for one dtype and head dimension."""
     from suffice.kv.kernels.compaction import move_to_front
     from suffice.kv.kernels.decoding import DecodePlan, decode
-    from suffice.kv.kernels.leverage import factorize, factorize_subset, inner_products
+    from suffice.kv.kernels.leverage import factorize, factorize_subset, quadratic_forms
 
     errors: dict[str, float] = {}
     tokens = 533 if run.small else 5003
@@ -134,7 +134,7 @@ def _errors(run: Run, dtype: torch.dtype, dim: int) -> dict[str, float]:
     matrix = gram + noise[..., None, None] * torch.eye(dim, device=run.device, dtype=torch.float64)
     exact = (values.double() * torch.linalg.solve(matrix, values.double().mT).mT).sum(-1)
     factor = factorize(values, log_weights.float(), RIDGE)
-    inner = inner_products(values, log_weights.float(), factor)
+    inner = quadratic_forms(values, log_weights.float(), factor)
     errors["leverage"] = float(((inner - exact) / exact)[exists].abs().max())
 
     kept = torch.randperm(tokens - 17, device=run.device)[: tokens // 4].add(17).sort().values.expand(2, 2, -1)
@@ -153,7 +153,7 @@ def _errors(run: Run, dtype: torch.dtype, dim: int) -> dict[str, float]:
     positions = torch.zeros(len(packed_keys), dtype=torch.int32, device=run.device)
     storage = RaggedStorage(PackedEntries(packed_keys, packed_values, positions, lengths), tail)
     spans = [(start, count - storage.tail_length) for start, count in storage.spans]
-    plan = DecodePlan.from_spans(spans, storage.tail_length, run.device)
+    plan = DecodePlan.from_heads(spans, storage.tail_length, run.device)
     out = decode(query, *storage.buffers, storage.tail_positions, plan, scaling=scaling)
     sizes = [size for row in lengths for size in row]
     largest = 0.0

@@ -99,7 +99,7 @@ def test_mean_ranks_losses_and_capacity_correlations():
     assert found.mean_ranks() == {"a": 1.5, "b": 1.5, "c": 3.0}
     tied = [make_group(policy, "aware", 0.5, [kl]) for policy, kl in (("a", 5.0), ("b", 1.0), ("c", 5.0))]
     assert Comparison({}, tied).mean_ranks() == {"b": 1.0, "a": 2.5, "c": 2.5}
-    (loss,) = found.losses("a")
+    (loss,) = found.closer_methods("a")
     assert (loss["method"], loss["mode"]) == ("b", "agnostic")
     half = student.ppf(0.975, 2) * (1 / 3e4) ** 0.5 / 3**0.5
     assert loss["mean"] == pytest.approx(-0.29 / 3)
@@ -186,10 +186,10 @@ def test_tune_rejects_a_single_prompt_and_missing_questions():
     ("changes", "words"),
     [
         ({"samples": 0}, "samples must be at least 1, got 0"),
-        ({"tasks": ()}, "tasks must hold at least one pair"),
+        ({"tasks": ()}, "tasks must hold at least one"),
         ({"tasks": (("needle", "aware"),)}, "task must be one of .*, got 'needle'"),
         ({"tasks": (("text", "aware"),)}, "mode must be one of continuation for task 'text', got 'aware'"),
-        ({"policies": ["capkv", "capkv"]}, "each once"),
+        ({"policies": ["capkv", "capkv"]}, "no duplicates"),
         ({"haystack": "/nowhere.txt"}, "haystack must be a text file, got '/nowhere.txt'"),
         ({"greedy_tokens": -1}, "greedy_tokens must be at least 0, got -1"),
     ],
@@ -251,7 +251,7 @@ def test_commands_print_json_and_write_pages(folder, tmp_path):
     )
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout.strip().splitlines()[-1])
-    assert {"settings", "rows", "mean_rank", "losses", "capacity"} <= set(facts)
+    assert {"settings", "rows", "mean_rank", "closer_methods", "capacity"} <= set(facts)
     assert len(facts["mean_rank"]) == 3
     assert "Paired differences" in page.read_text(encoding="utf-8")
     assert "<svg" in figure.read_text(encoding="utf-8")

@@ -183,7 +183,7 @@ def test_policies_command_lists_all_policies():
         (("--prompt", "hi", "--allocation", "profil"), "Did you mean 'profile'"),
         (("--prompt", "hi", "--chunk-size", "0"), "chunk_size must be at least 1 token, got 0"),
         (("--prompt", "hi", "--interval", "0"), "interval must be at least 1, got 0"),
-        (("--prompt", "hi", "--prompt-file", "x"), "at most one of --prompt and --prompt-file must be given, got both"),
+        (("--prompt", "hi", "--prompt-file", "x"), "only one of --prompt and --prompt-file may be given, got both"),
         (
             ("--prompt-file", "/nowhere/at all"),
             "--prompt-file must be a text file, got '/nowhere/at all', which cannot be read",

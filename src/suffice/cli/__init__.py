@@ -75,15 +75,15 @@ app = typer.Typer(
 def print_version(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Print the version if it is asked for."""
+    """Print the version if `--version` is given."""
     if version:
         typer.echo(f"suffice {suffice.__version__}")
         raise typer.Exit
 
 
 def main() -> None:
-    """Run the command line. An error that the user can correct is printed as one line; the exit status is then 2."""
-    # Messages of transformers are hidden, so that those of the commands are easy to find.
+    """Run the command line. Errors that the user can correct are printed on one line; the exit status is then 2."""
+    # Hide the messages of transformers, so that those of the commands are easy to see.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -31,13 +31,13 @@ def print_text(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on standard output. NaN and infinity, which JSON does not have, become null."""
+    """Print one JSON object on standard output. NaN and infinity, which JSON cannot represent, become null."""
     sys.stdout.write(json.dumps(_without_non_finite(value), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager
 def report_errors() -> Generator[None]:
-    """Print an error that the user can correct as one line, and exit with status 2."""
+    """If the user can correct an error, print its message on one line and exit with status 2."""
     try:
         yield
     except (ValueError, TypeError, OSError, SufficeError) as error:
@@ -50,7 +50,7 @@ def report_errors() -> Generator[None]:
 
 @contextmanager
 def step_progress() -> Generator[Callable[[str], None]]:
-    """Yield a function that shows the current step: next to a spinner on a terminal, as a line elsewhere."""
+    """Yield a function that shows the current step: beside a spinner on a terminal, otherwise as a line."""
     if not err.is_terminal:
         yield timed_lines()
         return
@@ -59,7 +59,7 @@ def step_progress() -> Generator[Callable[[str], None]]:
 
 
 def timed_lines() -> Callable[[str], None]:
-    """Return a function that prints lines on standard error, each with the seconds since this call."""
+    """Return a function that prints lines on standard error, each preceded by the seconds since this call."""
     start = time.monotonic()
 
     def show(line: str) -> None:

@@ -33,8 +33,8 @@ class _Part(NamedTuple):
         return importlib.util.find_spec(self.library) is not None
 
     @property
-    def how_to_install(self) -> str:
-        """Text for a part that is skipped."""
+    def skip_message(self) -> str:
+        """Message that is shown if the part is skipped."""
         library = self.library.replace("_", "-")
         return f"Skipped: {self.title}, which needs {library}. Install it: pip install 'suffice[{self.extra}]'"
 
@@ -55,7 +55,7 @@ def demo(
     ] = None,
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda:0.")] = "cpu",
     figure: Annotated[
-        Path | None, typer.Option(help="Draw KL against budget as a figure to this file, such as demo.svg or demo.png.")
+        Path | None, typer.Option(help="Write a figure of KL against budget to this file, such as demo.svg.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -66,7 +66,7 @@ def demo(
         "it; and audits of link predictors that were trained on batches of different composition.",
         command=f"suffice demo --tokens {tokens} --epochs {epochs} --seed {seed}",
     )
-    skipped = [part.how_to_install for part in (_KV, _LINK) if not part.is_installed]
+    skipped = [part.skip_message for part in (_KV, _LINK) if not part.is_installed]
     if skipped:
         page.add("Skipped", *(Text(line) for line in skipped))
     summary: dict[str, object] = {"seed": seed, "skipped": skipped}

@@ -43,18 +43,18 @@ class PromptOptions:
 
     prompt: Annotated[str | None, typer.Option(help="The prompt. Default: standard input.")] = None
     prompt_file: Annotated[Path | None, typer.Option(help="File that contains the prompt.")] = None
-    question: Annotated[str | None, typer.Option(help="Question about the prompt, which is then a document.")] = None
+    question: Annotated[str | None, typer.Option(help="Question about the document in the prompt.")] = None
     aware: AwareOption = True
 
     def read(self) -> str:
         """Return the prompt.
 
         Raises:
-            ValueError: there is no prompt, or two, or it is empty.
+            ValueError: no prompt or more than one is given, or the prompt is empty.
 
         """
         if self.prompt is not None and self.prompt_file is not None:
-            raise ValueError("at most one of --prompt and --prompt-file must be given, got both")
+            raise ValueError("only one of --prompt and --prompt-file may be given, got both")
         if self.prompt is not None:
             text = self.prompt
         elif self.prompt_file is not None:
@@ -86,7 +86,7 @@ def generate(
     from suffice.kv.eval.answer import answer
     from suffice.kv.eval.generation import check_chunk_size
 
-    # The model takes seconds to load, so errors in the options are reported before.
+    # Check the options first, because the model takes seconds to load.
     policy = get_policy(cache.policy)
     allocation = None if cache.allocation is None else get_allocation(cache.allocation)
     budget = parse_budget(cache.budget)
@@ -127,12 +127,12 @@ def generate(
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What a head profile is measured on."""
+    """The data on which a head profile is measured."""
 
     panel: ClassVar[str] = "Calibration"
 
     text_file: Annotated[
-        Path | None, typer.Option(help="File with the text to measure on. Default: Python's manual.")
+        Path | None, typer.Option(help="File with the text to measure on. Default: Python's help texts.")
     ] = None
     random: Annotated[bool, typer.Option("--random", help="Measure on random tokens instead of a text.")] = False
     from_weights: Annotated[
@@ -149,7 +149,7 @@ class CalibrationOptions:
         """Return the text, or None for the default one.
 
         Raises:
-            ValueError: several ways to measure are asked for, or the file cannot be read.
+            ValueError: more than one of the options is given, or the file cannot be read.
 
         """
         ways = {
@@ -158,7 +158,7 @@ class CalibrationOptions:
             "--from-weights": self.from_weights,
         }
         if len(given := [option for option, is_given in ways.items() if is_given]) > 1:
-            raise ValueError(f"at most one of {', '.join(ways)} must be given, got {' and '.join(given)}")
+            raise ValueError(f"only one of {', '.join(ways)} may be given, got {' and '.join(given)}")
         return None if self.text_file is None else read_text("--text-file", self.text_file)
 
 
@@ -199,7 +199,7 @@ def calibrate_model(
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What caches are compared on."""
+    """The tasks on which caches are compared."""
 
     panel: ClassVar[str] = "Tasks"
 
@@ -207,28 +207,28 @@ class TaskOptions:
         str,
         typer.Option(
             help="Tasks, separated by commas: text, single, multikey, multivalue, multiquery, variables, common-words, "
-            "frequent-words, qa. All but text take a mode, such as multikey:aware or multikey:agnostic; without one, "
-            "both are measured."
+            "frequent-words, qa. All tasks except text have two modes, as in multikey:aware and multikey:agnostic; "
+            "without a mode, both are measured."
         ),
     ] = "text,multikey"
     tokens: Annotated[int, typer.Option(help="Maximum number of tokens in a prompt.")] = 900
     samples: Annotated[int, typer.Option(help="Number of examples of each task.")] = 8
     seed: Annotated[int, typer.Option(help="Seed of the first example.")] = 0
     haystack: Annotated[
-        Path | None, typer.Option(help="Text file to make the prompts from. Default: Python's manual.")
+        Path | None, typer.Option(help="Text file to make the prompts from. Default: Python's help texts.")
     ] = None
     answer: Annotated[
         bool, typer.Option("--answer/--no-answer", help="Also generate an answer from each cache, and score it.")
     ] = True
     greedy_tokens: Annotated[
-        int, typer.Option(help="Also compare this many greedily generated tokens; 0 skips this.")
+        int, typer.Option(help="Number of greedy tokens to compare with those of the full cache; 0 for none.")
     ] = 0
 
     def parsed_tasks(self) -> list[tuple[str, str]]:
         """Return pairs of a task and a mode.
 
         Raises:
-            ValueError: there is no such task.
+            ValueError: a task is unknown.
 
         """
         from suffice.kv.eval.tasks import TASKS, task_modes
@@ -251,9 +251,9 @@ def compare_caches(
     model: ModelOptions,
     execution: ExecutionOptions,
     output: FigureOptions,
-    parquet: Annotated[Path | None, typer.Option(help="Write the rows to this Parquet file.")] = None,
+    parquet: Annotated[Path | None, typer.Option(help="Write the results to this Parquet file.")] = None,
 ) -> None:
-    """Compare how close policies, allocations and budgets stay to the full cache, on generated tasks.
+    """Compare how close compressed caches stay to the full cache on generated tasks.
 
     The figure shows the KL divergence from the full cache against the bytes kept.
     """
@@ -281,9 +281,9 @@ def compare_caches(
         parquet.parent.mkdir(parents=True, exist_ok=True)
         pandas.DataFrame(comparison.rows()).to_parquet(parquet)
     if output.figure is not None:
-        from suffice.kv.eval.report_sections import trade_off
+        from suffice.kv.eval.report_sections import plot_trade_off
 
-        save_figure(trade_off(comparison), output.figure)
+        save_figure(plot_trade_off(comparison), output.figure)
     if output.report is not None:
         from suffice.kv.eval.report_sections import comparison_page
 
@@ -339,7 +339,7 @@ def tune_budget(
 ) -> None:
     """Find the smallest cache that stays close enough to the full cache on your own prompts.
 
-    The exit status is 1 if there is none.
+    The exit status is 1 if no cache is close enough.
     """
     from suffice.kv.eval.run_options import RunOptions
     from suffice.kv.eval.tune import tune
@@ -379,9 +379,9 @@ def list_policies(as_json: JsonOption = False) -> None:
         print_json({"default": DEFAULT_POLICY, "policies": descriptions, "allocations": splits})
         return
     out.print(policy_table(descriptions))
-    out.print(f"The default is {DEFAULT_POLICY}. Papers are arXiv numbers.", highlight=False)
+    out.print(f"The default is {DEFAULT_POLICY}. Papers are given by their arXiv numbers.", highlight=False)
     names = ", ".join(name if name == text else f"{name} ({text})" for name, text in splits.items())
-    out.print(f"Allocations, for any policy: {names}.", highlight=False)
+    out.print(f"Allocations that any policy can use: {names}.", highlight=False)
 
 
 def read_text(option: str, file: Path) -> str:

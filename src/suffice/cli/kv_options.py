@@ -50,7 +50,7 @@ class CacheOptions:
     chunk_size: Annotated[
         int | None, typer.Option(help="Read the prompt in chunks of this many tokens, and evict after each chunk.")
     ] = None
-    interval: Annotated[int | None, typer.Option(help="Also evict whenever this many tokens were generated.")] = None
+    interval: Annotated[int | None, typer.Option(help="Number of generated tokens between further evictions.")] = None
     rerotate: Annotated[
         bool,
         typer.Option(
@@ -82,10 +82,10 @@ def parse_budget(text: str, option: str = "--budget") -> float:
 
     Args:
         text: the budget.
-        option: option that gave it, for the error.
+        option: name of the option, for the error message.
 
     Raises:
-        ValueError: the text is no budget.
+        ValueError: the text is not a budget.
 
     """
     try:

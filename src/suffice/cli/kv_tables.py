@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Return the KL divergence of every method and budget on every task, with the mean rank of the method."""
+    """Return a table of the KL divergence of every method and budget on every task, and of the mean ranks."""
     samples = comparison.settings["samples"]
-    table = Table(title=f"KL to the full cache, nats per token: mean of {samples} samples ± half of its 95 % interval")
-    table.add_column("policy", no_wrap=True)
+    table = Table(title=f"KL to the full cache, nats per token: mean of {samples} samples ± half of the 95 % interval")
+    table.add_column("method", no_wrap=True)
     table.add_column("budget", justify="right", no_wrap=True)
     tasks = list(dict.fromkeys((condition.task, condition.mode) for condition in comparison.conditions))
     for task, mode in tasks:
@@ -38,10 +38,10 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def trial_table(result: TuningResult) -> Table:
-    """Return the trials of a search for the smallest cache."""
+    """Return a table of the trials of `tune`."""
     metric = "KL" if result.metric == "kl" else "agreement"
     table = Table(title=f"{result.num_prompts} prompts, target {metric} {result.target:g}")
-    for column in ("policy", "allocation", "budget", f"mean {metric}", "bound", "within", "MB", "safe"):
+    for column in ("policy", "allocation", "budget", f"mean {metric}", "bound", "on target", "MB", "safe"):
         table.add_column(column, justify="left" if column in ("policy", "allocation") else "right", no_wrap=True)
     for trial in result.trials:
         table.add_row(
@@ -58,7 +58,7 @@ def trial_table(result: TuningResult) -> Table:
 
 
 def profile_table(profile: Profile) -> Table:
-    """Return the smallest, mean and largest attention of the heads of each layer."""
+    """Return a table of the smallest, mean and largest attention of the heads of each layer."""
     table = Table(title=f"Head profile: {profile.source}")
     for column in ("layer", "smallest", "mean", "largest"):
         table.add_column(column, justify="right")
@@ -69,12 +69,12 @@ def profile_table(profile: Profile) -> Table:
 
 
 def policy_table(descriptions: Sequence[Mapping[str, str]]) -> Table:
-    """Return the parts of each policy."""
+    """Return a table of the parts of each policy."""
     table = Table(title="Policies: weights × directions × estimator")
     for column in ("name", "weights", "directions", "estimator", "paper"):
         table.add_column(column, overflow="fold", no_wrap=column in ("name", "paper"))
     for parts in descriptions:
-        # Selection and allocation are shown where they differ from the usual ones.
+        # Selection and allocation are added if they differ from the defaults.
         extra = [parts[part] for part in ("selection", "allocation") if parts[part] not in ("top", "equal")]
         estimator = ", ".join((parts["estimator"], *extra))
         table.add_row(parts["name"], parts["weights"], parts["directions"], estimator, parts["paper"])

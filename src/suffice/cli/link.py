@@ -92,7 +92,7 @@ def audit(
 ) -> None:
     """Audit a link predictor: measure how much the score of an edge depends on the rest of its batch.
 
-    The model is that of the checkpoint. Without a checkpoint, a model is trained first.
+    The model is loaded from the checkpoint. Without a checkpoint, a model is trained first.
     """
     from suffice.link.study.experiment import audit_seeds
     from suffice.link.study.report_sections import audit_page
@@ -135,7 +135,7 @@ def correct(
     execution: ExecutionOptions,
     output: FigureOptions,
 ) -> None:
-    """Train a model on biased and on corrected batches, and compare audit, Hits@K and alignment with the classes.
+    """Train a model on biased and on corrected batches, and compare the audit, Hits@K and alignment with classes.
 
     The figure shows the accuracy against the fraction of positives in the batch.
     """
@@ -189,7 +189,7 @@ def align(
 ) -> None:
     """Measure how well a model's representations align with the node classes.
 
-    They are compared with those of an untrained model and with the raw features.
+    The results are compared with those of an untrained model and of the raw features.
     """
     from suffice.link.study.experiment import align_seeds, mean_rows
     from suffice.link.study.report_sections import metrics_page
@@ -197,7 +197,7 @@ def align(
     with step_progress() as show_step:
         experiment = _experiment(graph, model, training, SplitOptions(), training.device)
         measures = align_seeds(experiment, seeds.range(), on_epoch=_epoch_lines(experiment, show_step))
-    rows = [{"of": name, **row} for name, values in measures.items() for row in mean_rows(values)]
+    rows = [{"representation": name, **row} for name, values in measures.items() for row in mean_rows(values)]
     if output.report is not None:
         metrics_page("Alignment with the classes", experiment.graph.name, rows, command_line()).save(output.report)
     if output.as_json:
@@ -238,7 +238,7 @@ def reproduce_study(
     split: SplitOptions,
     training: ArmTrainOptions,
     execution: ExecutionOptions = _REPRODUCTION,
-    show: Annotated[bool, typer.Option("--show", help="Show the finished runs without running more.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Show the finished runs, and execute no others.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="Also write tables and findings to this Markdown file.")] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -46,7 +46,7 @@ ARMS_HELP = (
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """Which graph to learn."""
+    """The graph to train on."""
 
     panel: ClassVar[str] = "Graph"
 
@@ -57,8 +57,8 @@ class GraphOptions:
             "ogbl-collab, ogbl-ppa), or an edge list in an NPZ, CSV or Parquet file."
         ),
     ] = "digits"
-    features: Annotated[Path | None, typer.Option(help="Node features for a CSV or Parquet edge list.")] = None
-    labels: Annotated[Path | None, typer.Option(help="Node classes for a CSV or Parquet edge list.")] = None
+    features: Annotated[Path | None, typer.Option(help="File of node features for a CSV or Parquet edge list.")] = None
+    labels: Annotated[Path | None, typer.Option(help="File of node classes for a CSV or Parquet edge list.")] = None
     root: RootOption = Path("data")
 
     def load(self) -> Graph:
@@ -95,7 +95,7 @@ class SplitOptions:
 
 @dataclass(frozen=True)
 class ArmModelOptions:
-    """Which model to train. The arms decide its norms."""
+    """The model to train. The arms determine its norms."""
 
     panel: ClassVar[str] = "Model"
 
@@ -112,7 +112,7 @@ class ArmModelOptions:
     preset: PresetOption = False
 
     def settings(self, data: str) -> tuple[ModelSettings, dict[str, Any]]:
-        """Return the settings of the model, and those of the training that come with a preset.
+        """Return the settings of the model, and the training settings of the preset, if it is used.
 
         Args:
             data: name of the data set, for the preset.
@@ -144,7 +144,7 @@ class LinkModelOptions(ArmModelOptions):
 
 @dataclass(frozen=True)
 class ArmTrainOptions:
-    """How to train. The arms decide composition, loss and learning rate."""
+    """How to train. The arms determine the composition, the loss and the learning rate."""
 
     panel: ClassVar[str] = "Training"
 
@@ -152,7 +152,7 @@ class ArmTrainOptions:
     patience: Annotated[
         int | None, typer.Option(help="Stop after this many epochs without a better validation metric.")
     ] = None
-    batch_size: Annotated[int, typer.Option(help="Edges in a mini-batch, positives and negatives.")] = 512
+    batch_size: Annotated[int, typer.Option(help="Number of edges in a mini-batch, positives plus negatives.")] = 512
     directions: Annotated[
         int, typer.Option(help="How often an epoch uses each undirected edge: 2 (once per direction) or 1.")
     ] = 2
@@ -211,7 +211,7 @@ class SeedOptions:
 
 
 def parse_arms(text: str, default: tuple[Arm, ...]) -> tuple[Arm, ...]:
-    """Return the arms of a list that is separated by commas; the default ones if it is empty."""
+    """Return the arms of a comma-separated list, or the default arms if the list is empty."""
     from suffice.link.study.arms import parse_arm
 
     return tuple(map(parse_arm, split_commas(text))) or default

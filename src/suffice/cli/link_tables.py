@@ -24,7 +24,7 @@ _STUDY_COLUMNS = {
 
 
 def study_table(results: StudyResults) -> Table:
-    """Return the mean over seeds of the most important metrics of each arm, and its verdicts."""
+    """Return a table of each arm's most important metrics, averaged over seeds, and its verdicts."""
     num_seeds = len(results.settings["seeds"])
     title = f"{results.graph}, {num_seeds} seed{'s' * (num_seeds > 1)}, held-out edges"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
@@ -41,7 +41,7 @@ def study_table(results: StudyResults) -> Table:
 
 
 def audit_tables(report: AuditReport) -> Iterator[Table]:
-    """Yield the statistics of each set of edges."""
+    """Yield a table of the statistics of each set of edges."""
     for name, part in report.parts.items():
         table = Table("statistic", "mean [95 % interval]", title=f"{name} edges")
         for statistic, interval in part.statistics.items():

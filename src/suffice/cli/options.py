@@ -18,21 +18,21 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 
 @dataclass(frozen=True)
 class ExecutionOptions:
-    """Where finished runs are kept, and how many processes work."""
+    """Where finished runs are stored, and how many processes execute runs."""
 
     panel: ClassVar[str] = "Execution"
 
     folder: Annotated[
         Path | None,
-        typer.Option(help="Folder to keep finished runs in. The same command resumes from it. Default: none is kept."),
+        typer.Option(help="Folder for finished runs, from which the same command resumes. Default: no run is stored."),
     ] = None
-    workers: Annotated[int, typer.Option(help="Number of processes; 0 uses this process.", min=0)] = 0
+    workers: Annotated[int, typer.Option(help="Number of worker processes; 0 runs in this process.", min=0)] = 0
     quiet: QuietOption = False
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What a command prints and writes."""
+    """Output of a command."""
 
     panel: ClassVar[str] = "Output"
 
@@ -42,26 +42,26 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class FigureOptions(OutputOptions):
-    """What a command that has a figure prints and writes."""
+    """Output of a command that can also write a figure."""
 
     figure: Annotated[
-        Path | None, typer.Option(help="Draw the result as a figure to this file, such as curves.svg or curves.png.")
+        Path | None, typer.Option(help="Write a figure of the result to this file, such as curves.svg or curves.png.")
     ] = None
 
 
 def split_commas(text: str) -> list[str]:
-    """Return the items of a list that is separated by commas."""
+    """Return the items of a comma-separated list."""
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command with one option for each field of the dataclasses among its parameters.
 
-    The options have the annotations and defaults of the fields. If the parameter has a default, the defaults come from
-    there instead. `--help` lists the options of a dataclass in a panel with the title `panel`, a class variable.
+    The options have the annotations and defaults of the fields. If the parameter has a default, its fields are
+    the defaults instead. `--help` lists the options of a dataclass in a panel with the title `panel`, a class variable.
 
     Args:
-        command: A function whose parameters have Typer's annotations, or are dataclasses of options.
+        command: a function whose parameters have Typer's annotations, or are dataclasses of options.
 
     Example:
         >>> @expand_options
@@ -97,7 +97,7 @@ def expand_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _group_options(group: Any, defaults: Any) -> Iterator[inspect.Parameter]:
-    """Yield the options of a group; `defaults` is an instance of the group, or empty."""
+    """Yield the options of a group; `defaults` is an instance of the group, or `Parameter.empty`."""
     hints = get_type_hints(group, include_extras=True)
     for field in fields(group):
         kind, info = get_args(hints[field.name])

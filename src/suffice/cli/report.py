@@ -17,15 +17,15 @@ def report(
     to: Annotated[
         Path | None,
         typer.Option(
-            help="File to write, ending in .html, or in .md with the figures beside it. Default: the folder's path "
-            "with .html."
+            help="File to write: .html, or .md, which stores the figures in files beside it. Default: the path of the "
+            "folder with the suffix .html."
         ),
     ] = None,
     study: StudyOption = None,
     metric: MetricOption = None,
     compare: Annotated[str | None, typer.Option(help="Setting whose values are compared in pairs.")] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Value of this setting that all other values are compared with.")
+        str | None, typer.Option(help="Value of the --compare setting that the other values are compared with.")
     ] = None,
 ) -> None:
     """Write the report of a study: results with intervals, curves, differences and configuration."""

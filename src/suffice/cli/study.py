@@ -42,11 +42,13 @@ class RunnerOptions:
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Number of processes, or of Ray tasks; 0 uses this process. Default: one per core, at most 8.", min=0
+            help="Number of processes; 0 uses this process. Default: one per core, at most 8. With --ray, maximum "
+            "number of tasks at a time; by default or if 0, all cores of the cluster are used.",
+            min=0,
         ),
     ] = None
     threads: Annotated[
-        int | None, typer.Option(help="Threads per worker. Default: the cores, shared among the workers.", min=1)
+        int | None, typer.Option(help="Threads per worker. Default: cores / workers; with --ray, 1.", min=1)
     ] = None
     ray: Annotated[
         str | None, typer.Option(help="Run on a Ray cluster with this address: auto, local or HOST:PORT.")
@@ -101,7 +103,7 @@ def run(
         print_json({"folder": str(folder), **asdict(outcome)})
     elif not runner.quiet:
         print_text(
-            f"{outcome.study}: {outcome.done} done ({outcome.new} of them now, in {format_duration(outcome.seconds)}), "
+            f"{outcome.study}: {outcome.done} done ({outcome.new} by this run, in {format_duration(outcome.seconds)}), "
             f"{outcome.failed} failed. Show the results: suffice study show {folder}"
         )
     if outcome.failed:
@@ -129,10 +131,10 @@ def _status_lines(status: StudyStatus) -> list[str]:
             f"{format_duration(status.seconds)} of work done, {format_duration(status.seconds_per_run)} per run{left}"
         )
     if status.other_source:
-        lines.append(f"{status.other_source} runs were executed with other source files of the same version")
+        lines.append(f"{status.other_source} runs were executed with source files that differ from the present ones")
     lines += [f"failed, seed {failure.seed}: {failure.reason}" for failure in status.failures[:_MAX_FAILURES]]
     if status.failures:
-        lines.append("execute failed runs again: suffice study run … --retry; show tracebacks: --json")
+        lines.append("to execute failed runs again: suffice study run … --retry; for tracebacks, add --json")
     return lines
 
 
@@ -189,7 +191,7 @@ def export(
     to: Annotated[Path, typer.Option(help=f"File to write, ending in {', '.join(SUFFIXES)}.")],
     study: StudyOption = None,
 ) -> None:
-    """Write all finished runs to a file: settings, seed and metrics.
+    """Write the settings, seed and metrics of all finished runs to a file.
 
     A JSON file also contains the complete result and the environment of each run.
     """

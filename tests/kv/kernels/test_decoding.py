@@ -130,7 +130,7 @@ def test_plan_covers_every_entry_once(tail):
     lengths = [[700, 0, 129], [1, 5000, 128]]
     storage = storage_of(lengths, [list(range(tail))] * 2, 16, 16, torch.float32)
     packed = [(start, count - tail) for start, count in storage.spans]
-    plan = DecodePlan.from_spans(packed, tail, torch.device("cpu"))
+    plan = DecodePlan.from_heads(packed, tail, torch.device("cpu"))
     times_covered = torch.zeros(len(storage.buffers[0]), dtype=torch.long)
     head_of = torch.full_like(times_covered, -1)
     for head, (start, count) in enumerate(storage.spans):

@@ -21,7 +21,7 @@ from triton.runtime.errors import OutOfResources
 
 from suffice.kv.kernels.cholesky import inverse_factor
 from suffice.kv.kernels.gram import weighted_gram
-from suffice.kv.kernels.leverage import factorize, inner_products
+from suffice.kv.kernels.leverage import factorize, quadratic_forms
 
 # The interpreter computes with NumPy, which warns where a GPU silently returns −inf or NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -85,7 +85,7 @@ def test_leverage_equals_that_of_float64(dtype, tokens, dim):
     largest = exact_gram.diagonal(dim1=-2, dim2=-1).amax()
     assert (gram - exact_gram).abs().max() < TOLERANCE[dtype] / 5 * largest
     valid = log_weights > -math.inf
-    result = inner_products(values, log_weights, factorize(values, log_weights, 0.1))
+    result = quadratic_forms(values, log_weights, factorize(values, log_weights, 0.1))
     torch.testing.assert_close(result[valid].double(), exact[valid], rtol=TOLERANCE[dtype], atol=0)
 
 

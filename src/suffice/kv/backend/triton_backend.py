@@ -86,7 +86,7 @@ def _decode(
     tail = entries.tail_positions.shape[1]
     if entries.decode_plan is None:
         packed = [(start, count - tail) for start, count in entries.spans]
-        entries.decode_plan = DecodePlan.from_spans(packed, tail, query.device)
+        entries.decode_plan = DecodePlan.from_heads(packed, tail, query.device)
     keys, values = entries.buffers
     output = decode(
         query[:, :, 0],
@@ -144,10 +144,10 @@ class TritonFactor(TorchFactor):
     @_fall_back_to_torch
     def inner_products(self) -> Tensor:
         """Return vᵀA⁻¹v, [batch, num_key_value_heads, entries]."""
-        from suffice.kv.kernels.leverage import inner_products
+        from suffice.kv.kernels.leverage import quadratic_forms
 
         if self._inner_products is None:
-            self._inner_products = inner_products(self._stats.values, self._log_weights, self._kernel_factor)
+            self._inner_products = quadratic_forms(self._stats.values, self._log_weights, self._kernel_factor)
         return self._inner_products
 
     def leverage_scores(self) -> Tensor:
@@ -159,9 +159,9 @@ class TritonFactor(TorchFactor):
         """Return log w (vᵀA⁻¹v)^power, [batch, num_key_value_heads, entries]."""
         if self._inner_products is not None:  # the values need not be read again
             return self._log_weights + power * self._inner_products.log()
-        from suffice.kv.kernels.leverage import inner_products
+        from suffice.kv.kernels.leverage import quadratic_forms
 
-        return inner_products(self._stats.values, self._log_weights, self._kernel_factor, power)
+        return quadratic_forms(self._stats.values, self._log_weights, self._kernel_factor, power)
 
     @_fall_back_to_torch
     def capacity_share(self, kept: Tensor) -> Tensor:

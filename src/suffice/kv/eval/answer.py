@@ -21,14 +21,14 @@ from suffice.kv.policy.registry import DEFAULT_POLICY
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and what the cache kept to give it.
+    """An answer, and what the cache kept while it was generated.
 
     Args:
         answer: the generated text.
         policy: name of the policy.
         budget: number of tokens, or fraction of the tokens seen.
         aware: whether the question was seen before eviction.
-        tokens_seen: number of tokens in the prompt and the answer.
+        tokens_seen: number of tokens fed to the model: the prompt, and the answer without its last token.
         tokens_kept: mean number of entries kept per head.
         bytes_full: bytes of a full cache.
         bytes_kept: bytes of this cache.
@@ -70,7 +70,7 @@ def answer(
     interval: int | None = None,
     rerotate: bool = False,
 ) -> tuple[Answer, CacheReport]:
-    """Answer a question about a document greedily, from a compressed KV cache.
+    """Answer a question about a document from a compressed KV cache, with greedy decoding.
 
     Args:
         model: the language model.
@@ -83,9 +83,9 @@ def answer(
         aware: True evicts after the question is seen; False evicts after the document, so that the compressed
             document can serve any question.
         max_new_tokens: maximum number of generated tokens.
-        chunk_size: feed the prompt in chunks of this many tokens and evict after each; None feeds it at once.
-        interval: also evict each time this many tokens were generated. None keeps all generated tokens, unless the
-            prompt is chunked; then it is 512.
+        chunk_size: feed the prompt in chunks of this many tokens and evict after each; None feeds the whole prompt.
+        interval: number of generated tokens between further evictions. If None, all generated tokens are kept, or,
+            if the prompt is chunked, the interval is 512.
         rerotate: rotate the kept keys to consecutive positions, which also allows prompts longer than the context
             window.
 
@@ -93,8 +93,8 @@ def answer(
         The answer, and the report of its cache.
 
     Raises:
-        ValueError: the prompt is empty or longer than the model's context window, or `CompressedCache` rejects an
-            argument.
+        TypeError, ValueError: the prompt is empty, prompt and answer do not fit into the model's context window, or an
+            argument is out of range.
 
     Example:
         >>> model, tokenizer = load_model()                                            # doctest: +SKIP

@@ -10,7 +10,7 @@ from suffice.kv.budget.protection import Protection
 from suffice.kv.policy.registry import get_allocation, get_policy
 
 OWN_ALLOCATION = "own"
-"""Stands for the allocation that a policy has by itself."""
+"""Name that stands for the policy's own allocation."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class CacheGrid:
         axes = {"policies": self.policies, "allocations": self.allocations, "budgets": self.budgets}
         for name, values in axes.items():
             if not values or len({str(value) for value in values}) < len(values):
-                raise ValueError(f"{name} must hold at least one value, each once, got {list(values)!r}")
+                raise ValueError(f"{name} must hold at least one value and no duplicates, got {list(values)!r}")
         for policy in self.policies:
             get_policy(policy)
         for allocation in self.allocations:
@@ -54,7 +54,7 @@ class CacheGrid:
     def combinations(self) -> list[tuple[str, str, float]]:
         """Return every (policy, allocation, budget); the budget varies fastest.
 
-        An allocation that equals the policy's own is left out if the grid contains `"own"`, too.
+        An allocation that equals the policy's own is left out if the grid also contains `"own"`.
         """
         return [
             (policy, allocation, budget)

@@ -67,7 +67,7 @@ class Comparison:
             if _method(group) == method and _condition(group) == condition:
                 return group
         raise ValueError(
-            f"method must be one of {', '.join(self.methods)}, and condition one that it was measured under, got "
+            f"method must be one of {', '.join(self.methods)}, and condition one under which it was measured, got "
             f"{method!r} and {tuple(condition)!r}"
         )
 
@@ -114,15 +114,15 @@ class Comparison:
                 )
         return rows
 
-    def losses(self, method: str, metric: str = "kl") -> list[dict[str, Any]]:
+    def closer_methods(self, method: str, metric: str = "kl") -> list[dict[str, Any]]:
         """Return the rows of `differences` in which another method is significantly closer to the full cache."""
         return [row for row in self.differences(method, metric) if row["high"] < 0]
 
     def capacity_correlations(self) -> list[dict[str, Any]]:
-        """Return Spearman's correlation over methods of retained capacity and KL for each condition.
+        """Return Spearman's correlation between retained capacity and KL over methods, for each condition.
 
-        It is negative where methods that keep more of the capacity stay closer to the full cache. Conditions with
-        fewer than three methods whose capacity was measured are left out.
+        A negative value means that methods that keep more of the capacity stay closer to the full cache. Conditions
+        under which the capacity was measured for fewer than three methods are left out.
         """
         rows: list[dict[str, Any]] = []
         for condition in self.conditions:
@@ -132,34 +132,34 @@ class Comparison:
                 continue
             capacity = [group.interval("capacity_retained").mean for group in groups]
             kl = [group.interval("kl").mean for group in groups]
-            rows.append({**condition._asdict(), "spearman": spearman(capacity, kl), "caches": len(groups)})
+            rows.append({**condition._asdict(), "spearman": spearman(capacity, kl), "methods": len(groups)})
         return rows
 
     def summary(self) -> str:
-        """Describe the best method, where others are closer than it, and how capacity and KL are correlated."""
+        """Describe the best method, the conditions in which others are closer, and the capacity correlations."""
         best = next(iter(self.mean_ranks()))
         lines = [f"Best mean rank: {best}."]
-        losses = self.losses(best)
+        closer = self.closer_methods(best)
         lines += [
             f"On {row['task']}, {row['mode']}, budget {row['budget']:g}, {row['method']} is closer by "
             f"{-row['mean']:.3f} [{-row['high']:.3f}, {-row['low']:.3f}]."
-            for row in losses
+            for row in closer
         ]
-        if not losses:
-            lines.append("No other method is significantly closer on any task (95 % intervals, not corrected).")
+        if not closer:
+            lines.append("No other method is significantly closer in any condition (95 % intervals, uncorrected).")
         correlations = [f"{row['spearman']:+.2f}" for row in self.capacity_correlations()]
         if correlations:
-            lines.append(f"Spearman's correlation of retained capacity and KL, by task: {', '.join(correlations)}.")
+            lines.append(f"Correlation of retained capacity and KL, by condition: {', '.join(correlations)}.")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return settings, rows, ranks, losses of the best method, and correlations as plain values for JSON."""
+        """Return settings, rows, ranks, rows in which a method is closer than the best, and correlations for JSON."""
         ranks = self.mean_ranks()
         return {
             "settings": self.settings,
             "rows": self.rows(),
             "mean_rank": ranks,
-            "losses": self.losses(next(iter(ranks))),
+            "closer_methods": self.closer_methods(next(iter(ranks))),
             "capacity": self.capacity_correlations(),
         }
 
@@ -197,12 +197,12 @@ def compare(
         answer: also generate an answer from each cache and score it.
         greedy_tokens: also compare this many greedily generated tokens; 0 skips this.
         measure_capacity: also measure the share of the capacity that is kept.
-        model: a Hugging Face model id, a local folder, or a `ModelSource`; None is the default model.
-        run: where finished samples are kept, and how many processes measure.
+        model: a Hugging Face model id, a local folder, or a `ModelSource`; None loads the default model.
+        run: folder for finished samples, and number of worker processes.
 
     Raises:
-        TypeError, ValueError: an argument is out of range. Nothing was measured yet.
-        SufficeError: samples failed. The others are kept in the folder, and a second call tries the failed ones again.
+        TypeError, ValueError: an argument is out of range; raised before anything is measured.
+        SufficeError: samples failed. The others are stored in the folder, and a second call repeats the failed ones.
 
     Example:
         >>> result = compare(policies=["capkv", "h2o"], budgets=[0.25], samples=4)    # doctest: +SKIP
@@ -213,7 +213,7 @@ def compare(
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     if not tasks or len(set(tasks)) < len(tasks):
-        raise ValueError(f"tasks must hold at least one pair of task and mode, each once, got {list(tasks)!r}")
+        raise ValueError(f"tasks must hold at least one (task, mode) pair and no duplicates, got {list(tasks)!r}")
     run = run or RunOptions()
     settings = {
         "tokens": tokens,
@@ -232,7 +232,7 @@ def compare(
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return Spearman's rank correlation; 0 if all values on one side are equal."""
+    """Return Spearman's rank correlation; 0 if one of the sequences is constant."""
     ranks = _ranks(first), _ranks(second)
     if min(len(set(side)) for side in ranks) < 2:
         return 0.0
@@ -241,7 +241,7 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float:
 
 def _ranks(values: Sequence[float]) -> list[float]:
     """Return the rank of each value, 1 for the lowest; equal values share the mean of their ranks."""
-    from scipy.stats import rankdata  # imported here because it takes a second
+    from scipy.stats import rankdata  # imported here, because importing scipy takes a second
 
     return rankdata(values).tolist()
 

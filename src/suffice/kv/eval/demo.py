@@ -32,7 +32,7 @@ class DemoRow:
         bytes_kept: bytes of the cache after the prefill of the last question.
         bytes_full: bytes of the full cache.
         capacity_retained: share of the capacity that is kept; None if it cannot be measured.
-        seconds: time for scoring and eviction, mean over questions.
+        seconds: mean time for scoring, eviction and measuring the capacity, over the questions.
 
     """
 

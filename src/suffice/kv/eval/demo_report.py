@@ -1,4 +1,4 @@
-"""The demonstration in words, as a table, as a figure and as sections of an HTML page."""
+"""The result of the demonstration as text, as a table, as a figure and as sections of an HTML page."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MODES = {
 }
 """Titles of the modes of eviction."""
 
-COLUMNS = ("policy", "budget", "right", "KL", "MB", "capacity", "seconds")
+COLUMNS = ("policy", "budget", "correct", "KL", "MB", "capacity", "seconds")
 COLUMNS_EXPLAINED = (
-    "Right: answers that contain the value. KL: divergence from the full cache, nats per token of the right answer. "
+    "Correct: answers that contain the value. KL: divergence from the full cache, nats per answer token. "
     "MB, capacity: bytes kept and share of the capacity retained. Seconds: time for scoring, eviction and measuring "
     "the capacity."
 )
@@ -39,12 +39,12 @@ def demo_table(result: DemoResult, mode: str) -> list[list[str]]:
 
 
 def describe_results(result: DemoResult) -> list[str]:
-    """Return sentences about the result, including where another policy is closer than the default one."""
+    """Return sentences about the result, which also say where another policy is closer than the default."""
     lines: list[str] = []
     for mode in MODES:
         full, *rows = _rows(result, mode)
         lines.append(
-            f"{mode}: the full cache answers {sum(full.correct)} of {len(full.correct)} "
+            f"{mode}: the full cache answers {sum(full.correct)} of {len(full.correct)} questions correctly "
             f"and holds {full.bytes_kept / 1e6:.1f} MB."
         )
         for budget in sorted({row.budget for row in rows}, reverse=True):
@@ -56,12 +56,12 @@ def describe_results(result: DemoResult) -> list[str]:
             if own is best:
                 rank = f"the closest to the full cache; next is {ranked[1].policy} at {ranked[1].mean_kl:.3f}"
             else:
-                rank = f"number {ranked.index(own) + 1} of {len(ranked)}; {best.policy} is closer at {best.mean_kl:.3f}"
+                rank = f"rank {ranked.index(own) + 1} of {len(ranked)}; {best.policy} is closer at {best.mean_kl:.3f}"
             lines.append(
-                f"{mode} at {budget:.0%}: {own.policy} answers {sum(own.correct)} of {len(own.correct)} "
+                f"{mode} at {budget:.0%}: {own.policy} answers {sum(own.correct)} of {len(own.correct)} correctly "
                 f"with KL {own.mean_kl:.3f}, {rank}."
             )
-    lines.append(f"{len(result.examples)} questions about one document are too few to rank policies that are close.")
+    lines.append(f"{len(result.examples)} questions about one document are too few to rank similar policies.")
     return lines
 
 
@@ -84,7 +84,7 @@ def plot_demo(result: DemoResult, mode: str) -> MatplotlibFigure:
 def add_demo(page: Page, result: DemoResult) -> None:
     """Add the sections of the demonstration to a page."""
     sentences = [Text(sentence) for sentence in describe_results(result)]
-    page.add(f"KV cache: answers from a part of {result.tokens} tokens", *sentences)
+    page.add(f"KV cache: questions about a document of {result.tokens} tokens", *sentences)
     for mode, title in MODES.items():
         caption = "Lower is closer to the full cache. Mean over the questions, on the tokens of the right answer."
         page.add(
@@ -94,7 +94,7 @@ def add_demo(page: Page, result: DemoResult) -> None:
         )
     budget = min(row.budget for row in result.rows)
     page.add(
-        f"Entries kept by {result.document_report.policy}, layer by layer",
+        f"Entries kept by {result.document_report.policy}, by layer and head",
         Figure(
             result.document_report.figure(),
             f"At a budget of {budget:.0%} of the document, split over the heads by the policy's allocation.",

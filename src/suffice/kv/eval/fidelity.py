@@ -84,7 +84,7 @@ def evaluate(
         tokenizer: its tokenizer.
         example: the document, the question and the right answer; `suffice.kv.eval.tasks.make_example` makes one.
         configs: the caches to evaluate.
-        mode: `"agnostic"` evicts before the question is seen, `"aware"` after it; `"continuation"` for a text.
+        mode: `"agnostic"` evicts before the question is seen, `"aware"` after it; `"continuation"` without a question.
         answer: also generate an answer from each cache and score it.
         greedy_tokens: also generate this many tokens from each cache and compare them with those of the full cache;
             0 skips this.
@@ -95,19 +95,20 @@ def evaluate(
         One dict of plain values for the full cache, then one for each configuration:
 
         * `task`, `mode`, `seed`, `policy`, `allocation`, `budget`
-        * `tokens`: number of tokens in the prompt; `gold_tokens`: in the right answer
+        * `tokens`: number of tokens in the prompt; `gold_tokens`: number of tokens in the right answer
         * `kl`: KL(full ‖ compressed) of the next-token distributions, in nats per token
-        * `log_likelihood`: of the right answer, in nats per token; `log_likelihood_change`: minus the full cache's
+        * `log_likelihood`: log-likelihood of the right answer, in nats per token; `log_likelihood_change`: difference
+            from the full cache
         * `top1`: share of tokens at which both caches predict the same most likely token
-        * `score`: of the generated answer, 0 to 1; `full_score`: the full cache's; `chance`: expected score of a
-            random choice; None without `answer` or for a text
+        * `score`: score of the generated answer, 0 to 1; `full_score`: score of the full cache's answer; `chance`:
+            expected score of a random choice. All are None without `references`; the scores also without `answer`
         * `answer`: the generated text; None without `answer`
-        * `agreement`: share of the full cache's greedy tokens that are generated at the same place;
+        * `agreement`: share of the full cache's greedy tokens that are generated at the same position;
             `agreed_tokens`: number of equal tokens before the first difference; None without `greedy_tokens`
         * `tokens_kept`: mean number of entries kept per head after the prefill; `bytes_kept`, `bytes_full`
         * `capacity_retained`: None if it was not measured
-        * `seconds`: time for scoring and eviction. With `share_statistics`, the time for a statistic counts for the
-            first configuration that uses it.
+        * `seconds`: time for scoring and eviction. With `share_statistics`, the time for a statistic is counted for
+            the first configuration that uses it.
 
     Raises:
         ValueError: the example does not have this mode, the prompt is longer than the model's context window, or
@@ -197,7 +198,7 @@ def teacher_forced_metrics(reference: Tensor, other: Tensor, gold: Tensor) -> di
 
 
 def _prefill_ids(prompt: PromptTokens, mode: str) -> Tensor:
-    """Return the ids to prefill. The last token of a whole prompt is left out: its logits predict the answer."""
+    """Return the ids to prefill. The last token of a prompt is fed later, because its logits predict the answer."""
     return prompt.document if mode == "agnostic" else prompt.input_ids[:, :-1]
 
 
@@ -245,7 +246,7 @@ def _truncate_at(tokens: list[int], eos_ids: list[int]) -> list[int]:
 
 
 def _agreement(reference: list[int], other: list[int]) -> tuple[float, int]:
-    """Return the share of tokens that are equal at the same place, and the number before the first difference."""
+    """Return the share of positions with equal tokens, and the number of tokens before the first difference."""
     equal = [index < len(other) and other[index] == token for index, token in enumerate(reference)]
     num_agreed = equal.index(False) if False in equal else len(equal)
     return sum(equal) / len(equal), num_agreed

@@ -60,7 +60,7 @@ def greedy_generate(
     """Generate greedily after a prompt whose first tokens the cache may already have seen.
 
     The prompt is chunked here and not by `prefill_chunk_size` of `generate`, because in transformers 5.2 that option
-    changes the generated tokens, also with transformers' own caches.
+    changes the generated tokens, even with transformers' own caches.
 
     Args:
         model: the language model.
@@ -89,7 +89,7 @@ def greedy_generate(
 
 
 def _pad_token_id(model: PreTrainedModel) -> int | None:
-    """Return the token that fills a row after its end while other rows continue."""
+    """Return the id of the token that pads finished rows while other rows are still generated."""
     config = model.generation_config
     if config.pad_token_id is not None:
         return config.pad_token_id

@@ -1,7 +1,7 @@
 """Run tasks of the LM Evaluation Harness on a compressed cache.
 
 In Python: `lm_eval.simple_evaluate(model=CompressedLM(policy="capkv", budget=0.25), tasks=[…])`. On the command line,
-use this module in place of `lm_eval`, with the same arguments. It registers the model `suffice`:
+use this module in place of `lm_eval`, with the same arguments. The module registers `suffice`:
 
     python -m suffice.kv.eval.lm_eval --model suffice --model_args policy=capkv,budget=0.25 --tasks longbench
 """
@@ -36,12 +36,13 @@ Request = tuple[Any, list[int], list[int]]
 class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
     """A language model of the harness whose cache is compressed right after the prompt.
 
-    Tasks of the type `generate_until` generate from the compressed cache; tasks that compare continuations score each
-    of them from it. The prompt includes the question, so eviction is "aware" of it. At a budget of 1.0, the results
-    equal those of the harness's own model `hf`.
+    Tasks of the type `generate_until` generate from the compressed cache. Tasks that compare continuations
+    compute the likelihood of each continuation with the compressed cache. The prompt includes the question, so the
+    question is seen before eviction ("aware"). At a budget of 1.0, the results equal those of the harness's own model
+    `hf`.
 
     Args:
-        pretrained: a model id, a local folder, or a model; None is the default model.
+        pretrained: a model id, a local folder, or a model; None loads the default model.
         policy: which entries to keep.
         budget: number of tokens of each prompt to keep, or a fraction.
         allocation: how the budget is split over heads; None uses the policy's own allocation.
@@ -74,7 +75,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
                 raise ValueError("tokenizer must be given if pretrained is a model, got None")
             model = pretrained
         else:
-            # The harness's command line asks for CUDA by default, also where there is none.
+            # The harness's command line requests CUDA by default, even if there is no CUDA device.
             has_cuda = torch.cuda.is_available()
             if not device or (device.startswith("cuda") and not has_cuda):
                 device = "cuda:0" if has_cuda else "cpu"
@@ -82,7 +83,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
                 pretrained, device=device, dtype=dtype, attn_implementation=attn_implementation
             )
         self._config = CacheConfig(policy, budget, allocation)
-        # Wrong arguments are reported now, not after the first prompt.
+        # Report invalid arguments now, not after the first prompt.
         self._config.build(model)
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", **options)
 
@@ -95,7 +96,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
-        """Score continuations. Those with the same context are read from copies of one compressed cache."""
+        """Score continuations. Those of the same context are scored with copies of one compressed cache."""
         by_context: dict[tuple[int, ...], list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
@@ -121,7 +122,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
         return scores
 
     def _score(self, cache: CompressedCache, last: Tensor, continuation: list[int]) -> tuple[float, bool]:
-        """Return the log-likelihood of a continuation, and whether it is the greedy one."""
+        """Return the log-likelihood of a continuation, and whether greedy decoding would generate it."""
         gold = torch.tensor(continuation, device=self.device)
         logits = self.model(torch.cat((last, gold[None, :-1]), 1), past_key_values=cache, use_cache=True).logits[0]
         log_probs: Tensor = logits.float().log_softmax(-1)
@@ -136,8 +137,8 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
 
         """
         raise ValueError(
-            "tasks must generate or compare continuations, got one with loglikelihood_rolling: it scores a whole "
-            "text, which has no prompt that could be compressed"
+            "tasks must generate text or compare continuations, got a task that uses loglikelihood_rolling, which "
+            "scores a whole text without a prompt to compress"
         )
 
 

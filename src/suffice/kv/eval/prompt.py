@@ -17,7 +17,7 @@ class PromptTokens:
     """The token ids of a prompt in two parts.
 
     Args:
-        document: ids of the part that is compressed before the question is seen, [1, tokens].
+        document: ids of the part before the question, [1, tokens]; agnostic eviction compresses only this part.
         question: ids of the rest, including the start of the assistant's turn; empty without a question.
 
     """
@@ -32,7 +32,7 @@ class PromptTokens:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False) -> Tensor:
-    """Return the token ids of a text, [1, tokens]; none for an empty text."""
+    """Return the token ids of a text, [1, tokens]; [1, 0] for an empty text."""
     if not text:
         return torch.empty(1, 0, dtype=torch.long)
     encoded: Any = tokenizer(text, return_tensors="pt", add_special_tokens=add_special_tokens, verbose=False)
@@ -44,7 +44,7 @@ def tokenize_prompt(
 ) -> PromptTokens:
     """Tokenize a document and a question as one user message, split where the document ends.
 
-    The message is written in the tokenizer's chat template. Without a template, the question follows the document
+    The message is formatted with the tokenizer's chat template. Without a template, the question follows the document
     after `Question:`, and the prompt ends with `Answer:`.
 
     Args:

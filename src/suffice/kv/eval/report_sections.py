@@ -29,14 +29,14 @@ def answer_page(answer: Answer, report: CacheReport, command: str) -> Page:
     numbers = Table(
         ["layer", *(f"head {head}" for head in heads)],
         [[str(layer), *(kept[layer, head] for head in heads)] for layer in layers],
-        f"Entries kept of {report.tokens_seen}, including those of the answer.",
+        f"Number of entries kept out of {report.tokens_seen}, including those of the answer.",
     )
     page.add(
-        "Budget by layer and head",
+        "Entries kept by layer and head",
         Figure(
             report.figure(),
             caption="Entries kept and share of the capacity retained, by layer and head.",
-            alt="Maps of entries kept, layers from top to bottom, heads from left to right.",
+            alt="Heat maps of the entries kept; rows are layers, columns are heads.",
             numbers=numbers,
         ),
     )
@@ -88,7 +88,7 @@ def add_comparison(page: Page, comparison: Comparison) -> None:
         page.add(
             f"Fidelity against bytes: {task}, {mode}",
             Figure(
-                trade_off(comparison, task, mode),
+                plot_trade_off(comparison, task, mode),
                 caption="KL to the full cache against the share of its bytes that is kept; lower left is better.",
                 alt=f"KL against bytes kept, one line for each method, on {task}, {mode}.",
             ),
@@ -98,13 +98,13 @@ def add_comparison(page: Page, comparison: Comparison) -> None:
     _add_differences(page, comparison)
 
 
-def trade_off(comparison: Comparison, task: str | None = None, mode: str | None = None) -> MatplotlibFigure:
+def plot_trade_off(comparison: Comparison, task: str | None = None, mode: str | None = None) -> MatplotlibFigure:
     """Draw KL against the share of bytes kept, one line for each method.
 
     Args:
         comparison: the result of `compare`.
-        task: the task to draw; by default the first one.
-        mode: its mode of eviction.
+        task: the task to draw.
+        mode: its mode of eviction. If either is None, the first task and mode are drawn.
 
     """
     if task is None or mode is None:
@@ -164,7 +164,7 @@ def _add_capacity(page: Page, comparison: Comparison) -> None:
         for row in comparison.capacity_correlations()
     ]
     if rows:
-        caption = "Spearman's correlation of retained capacity and KL over methods."
+        caption = "Spearman's correlation between retained capacity and KL, over methods."
         page.add("Capacity and fidelity", Table(["task", "mode", "budget", "Spearman"], rows, caption))
 
 

@@ -11,7 +11,7 @@ from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid
 from suffice.kv.policy.registry import DEFAULT_POLICY
 from suffice.study.run_kind import RunKind
 
-# The fields of `CacheGrid` and of `ModelSource`.
+# Defaults of the fields of `CacheGrid` and of `ModelSource`.
 _CACHES: dict[str, Any] = {"policies": [DEFAULT_POLICY], "allocations": [OWN_ALLOCATION], "budgets": [0.25]}
 _MODEL: dict[str, Any] = {"name": None, "device": "cpu", "dtype": "auto", "attn_implementation": "sdpa"}
 
@@ -72,7 +72,7 @@ COMPARE = RunKind(
     check="suffice.kv.eval.run_kinds:check_compare",
     report_sections="suffice.kv.eval.report_sections:add_records",
     compared_setting="policy",
-    version=2,  # the capacity is measured under another policy's objective than in version 1
+    version=2,  # version 1 measured the capacity under the objective of a different policy
     settings={
         "task": "text",
         "mode": "continuation",

@@ -1,4 +1,4 @@
-"""Run the samples of a comparison or of a search as a resumable study."""
+"""Run the samples of `compare` or `tune` as a resumable study."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from suffice.study.store import Record, Store
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where finished samples are kept, and which processes measure them.
+    """Where finished samples are stored, and how many processes measure samples.
 
     Args:
-        folder: keeps finished samples, so that a later call with the same folder continues; None keeps nothing.
+        folder: folder that stores finished samples, so that a later call resumes; None stores nothing.
         workers: number of worker processes; 0 measures in this process.
         on_progress: called with the progress.
         command: the command line, recorded in the folder for reports.
@@ -51,7 +51,7 @@ def run_samples(
         options: how to run.
 
     Raises:
-        SufficeError: samples failed. The others are kept, and a second call tries the failed ones again.
+        SufficeError: samples failed. The others are stored, and a second call repeats the failed ones.
 
     """
     about = {"command": options.command} if options.command else {}
@@ -71,7 +71,7 @@ def run_samples(
         first = unfinished[0]
         reason = first.error.strip().splitlines()[-1] if first.error else first.state
         raise SufficeError(
-            f"{len(unfinished)} of {len(records)} samples are not done; the others are kept. The first one has seed "
-            f"{first.seed}: {reason}"
+            f"{len(unfinished)} of {len(records)} samples are not done; the others are stored. The first unfinished "
+            f"sample has seed {first.seed}: {reason}"
         )
     return records

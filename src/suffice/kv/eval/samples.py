@@ -35,7 +35,7 @@ METRICS = (
 
 @functools.lru_cache(maxsize=1)
 def load_cached(source: ModelSource) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer; the last ones stay in memory for the next sample."""
+    """Load a model and its tokenizer. The most recent pair stays in memory for the next sample."""
     return source.load()
 
 
@@ -56,8 +56,8 @@ def compare_on_example(settings: Mapping[str, Any], seed: int, context: RunConte
         context: reports the progress.
 
     Returns:
-        `rows` with `settings` and `values` of each cache, the full cache first; `tokens` of the prompt; `gold`, the
-        right answer; `answers`, one from each cache.
+        `rows`: `settings` and `values` of each cache, the full cache first; `tokens`: number of tokens in the prompt;
+        `gold`: the right answer; `answers`: the answer from each cache.
 
     """
     model, tokenizer = load_cached(ModelSource(**settings["model"]))
@@ -90,10 +90,10 @@ def compare_on_prompt(settings: Mapping[str, Any], seed: int, context: RunContex
     Args:
         settings: complete settings of the kind `kv.tune`; `prompts` is the name of a file in the study's folder.
         seed: index of the prompt in the file.
-        context: has the folder, and reports the progress.
+        context: provides the study's folder, and reports the progress.
 
     Returns:
-        `rows` as from `compare_on_example`; `tokens` of the prompt; `answer`, the full cache's.
+        `rows` and `tokens` as in `compare_on_example`; `answer`: the answer from the full cache.
 
     """
     model, tokenizer = load_cached(ModelSource(**settings["model"]))

@@ -56,7 +56,7 @@ class TuningResult:
     Args:
         metric: `"kl"` or `"agreement"`.
         target: the value that the mean of the metric must meet.
-        confidence: confidence that it does, jointly for all policies and allocations.
+        confidence: confidence level of the bounds, jointly for all policies and allocations.
         num_prompts: number of prompts.
         trials: all trials; within a policy and allocation, from the largest budget to the smallest.
         settings: settings of the runs.
@@ -72,7 +72,7 @@ class TuningResult:
 
     @property
     def best(self) -> Trial | None:
-        """The safe trial with the fewest bytes; among equals, the closest to the full cache. None if none is safe."""
+        """The safe trial with the fewest bytes, and of several the one with the best mean; None if no trial is safe."""
         safe = [trial for trial in self.trials if trial.safe]
         sign = 1 if self.metric == "kl" else -1
         return min(safe, key=lambda trial: (trial.bytes_kept, sign * trial.mean), default=None)
@@ -85,7 +85,7 @@ class TuningResult:
 
     @property
     def next_smaller(self) -> Trial | None:
-        """The next smaller budget of the best policy and allocation, at which it is no longer safe."""
+        """The trial of the best policy and allocation with the next smaller budget; None if there is none."""
         best = self.best
         if best is None:
             return None
@@ -97,7 +97,7 @@ class TuningResult:
         return max(smaller, key=lambda trial: trial.budget, default=None)
 
     def code(self) -> str:
-        """Return the Python code that uses the recommended cache; an empty string if none is safe."""
+        """Return the Python code that uses the recommended cache; an empty string if no trial is safe."""
         best = self.best
         if best is None:
             return ""
@@ -109,7 +109,7 @@ class TuningResult:
         )
 
     def summary(self) -> str:
-        """Describe the recommendation, its confidence, and the budget at which it ends."""
+        """Describe the recommended cache, the confidence, and the next smaller budget."""
         goal = f"mean KL ≤ {self.target:g}" if self.metric == "kl" else f"mean agreement ≥ {self.target:g}"
         best = self.best
         if best is None:
@@ -117,10 +117,10 @@ class TuningResult:
             return (
                 f"No budget reaches {goal} at {self.confidence:.0%} confidence on these {self.num_prompts} prompts. "
                 f"Closest: {_describe(closest)} with mean {closest.mean:.4f}, bound {closest.bound:.4f}. Relax the "
-                "target, give more prompts, or try larger budgets"
+                "target, provide more prompts, or try larger budgets."
             )
         text = (
-            f"{_describe(best)} keeps {goal} at {self.confidence:.0%} confidence on {self.num_prompts} prompts: mean "
+            f"{_describe(best)} meets {goal} at {self.confidence:.0%} confidence on {self.num_prompts} prompts: mean "
             f"{best.mean:.4f}, bound {best.bound:.4f}; {best.within:.0%} of the prompts meet the target individually."
         )
         smaller = self.next_smaller
@@ -136,7 +136,7 @@ class TuningResult:
             "confidence": self.confidence,
             "prompts": self.num_prompts,
             "recommended": None if self.best is None else asdict(self.best),
-            "stops_at": None if self.next_smaller is None else asdict(self.next_smaller),
+            "next_smaller": None if self.next_smaller is None else asdict(self.next_smaller),
             "code": self.code(),
             "trials": [asdict(trial) for trial in self.trials],
             "settings": self.settings,
@@ -162,26 +162,26 @@ def tune(
     The full cache answers each prompt greedily, and every other cache is measured on that answer. A budget is safe if
     the one-sided Student's t bound of the mean over prompts meets the target. For each policy and allocation, budgets
     are tested from the largest to the smallest, and all budgets after the first failure count as not safe. Testing in
-    this fixed order needs no correction for the number of budgets. The number of policies and allocations is
-    corrected for by Bonferroni's method.
+    this fixed order needs no correction for the number of budgets. A Bonferroni correction accounts for the number of
+    policies and allocations.
 
     Args:
         prompts: your prompts, at least 2.
         target_kl: maximum mean KL divergence from the full cache, in nats per token. Give this or `target_agreement`.
-        target_agreement: minimum mean share of greedy tokens that are equal at the same place, 0 to 1.
+        target_agreement: minimum mean share of greedy tokens that equal the full cache's at their position, 0 to 1.
         policies: names of policies.
         allocations: names of allocations, each combined with every policy; `"own"` is the policy's own allocation.
         budgets: the budgets to try: fractions, or numbers of tokens.
         mode: `"aware"` evicts after the question is seen, `"agnostic"` before it.
         confidence: confidence of the result, above 0.5 and below 1.
         max_new_tokens: maximum length of the full cache's answers.
-        model: a Hugging Face model id, a local folder, or a `ModelSource`; None is the default model.
-        run: where finished prompts are kept, and how many processes measure. The folder also gets a copy of the
-            prompts.
+        model: a Hugging Face model id, a local folder, or a `ModelSource`; None loads the default model.
+        run: folder for finished measurements, and number of worker processes. A copy of the prompts is written to
+            the folder.
 
     Raises:
-        TypeError, ValueError: an argument is out of range. Nothing was measured yet.
-        SufficeError: a prompt failed, for example because it is longer than the context window. The others are kept.
+        TypeError, ValueError: an argument is out of range; raised before anything is measured.
+        SufficeError: a prompt failed, for example because it is longer than the context window. The others are stored.
 
     Example:
         >>> result = tune(prompts, target_kl=0.05)                                    # doctest: +SKIP
@@ -227,13 +227,13 @@ def _check_target(target_kl: float | None, target_agreement: float | None) -> tu
 
 def _check_prompts(prompts: Sequence[UserPrompt], mode: str) -> None:
     if len(prompts) < 2:
-        raise ValueError(f"prompts must hold at least 2, because their spread must be known, got {len(prompts)}")
+        raise ValueError(f"prompts must hold at least 2, because the bound needs their variance, got {len(prompts)}")
     if mode not in ("aware", "agnostic"):
         raise ValueError(f"mode must be aware or agnostic, got {mode!r}")
     without = [index for index, prompt in enumerate(prompts) if prompt.question is None]
     if mode == "agnostic" and without:
         raise ValueError(
-            f"mode must be 'aware' if a prompt has no question, got {mode!r}, and prompt {without[0]} has no question"
+            f"mode must be 'aware' if a prompt has no question, got {mode!r} (prompt {without[0]} has no question)"
         )
 
 

@@ -34,7 +34,7 @@ class UserPrompt:
 class UserExample(Example):
     """A user's prompt with the answer of the full cache as the right answer.
 
-    Unlike a text without a question, it is sent in the model's chat template.
+    Unlike the task `text`, it uses the chat template even without a question.
     """
 
     @property
@@ -54,7 +54,7 @@ def read_user_prompts(path: str | Path) -> list[UserPrompt]:
     `question`. In any other file, the prompts are separated by lines of three or more dashes.
 
     Raises:
-        ValueError: the file cannot be read, a line holds no prompt, or the file holds none.
+        ValueError: the file cannot be read, a line is not a prompt, or the file contains no prompt.
 
     """
     path = Path(path)

@@ -1,11 +1,12 @@
 """Triton kernels for the operations of the KV cache that are limited by memory bandwidth on a GPU.
 
-Each has an equivalent in plain PyTorch, which computes the same results up to rounding.
+Each operation has an equivalent in plain PyTorch, which computes the same results up to rounding.
 
-* `mixture`: log weights of the policies `capkv` and `capkv-profile`. Reads the keys twice: `key_sums` is the first
-  pass, `key_scores` the second, and `log_weights` combines their results. `moments` describes the queries.
-* `leverage`: leverage scores and capacity. Reads the values twice: `gram` computes Σ w v vᵀ, `cholesky` inverts its
-  Cholesky factor, and `leverage` computes vᵀA⁻¹v.
+* `mixture`: log weights of the policies `capkv`, `capkv-spread` and `capkv-profile`. It reads the keys twice:
+  `key_sums` is the first pass, `key_scores` the second, and `log_weights` combines their results. `moments` computes
+  the mean and mean square of the queries.
+* `leverage`: leverage scores and capacity. It reads the values twice: `gram` computes G = Σ w v vᵀ, `cholesky` inverts
+  the Cholesky factor of I + G/σ², and `leverage` computes vᵀA⁻¹v.
 * `compaction`: moves the kept entries to the front of their buffer.
 * `decoding`: attention of one new token over heads of unequal length.
 * `grid`, `blocks`, `dot`: shared by the kernels.
@@ -26,12 +27,12 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def supports(*tensors: Tensor) -> bool:
     """Return whether the kernels support the dtype and the last dimension of these tensors [..., dim].
 
-    The tensors must have the same dtype, which is float32, bfloat16 or float16, and dimensions from 16 to 128.
+    The dtype must be float32, bfloat16 or float16, the same for all, and the last dimension from 16 to 128.
     """
     dtype = tensors[0].dtype
     return dtype in _DTYPES and all(x.dtype == dtype and 16 <= x.shape[-1] <= 128 for x in tensors)
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Return whether the kernels can process these tensors: `supports` and `suffice.gpu.can_use_kernels` hold."""
+    """Return whether the kernels can process these tensors: `supports` and `can_use_kernels` are both true."""
     return supports(*tensors) and can_use_kernels(*tensors)

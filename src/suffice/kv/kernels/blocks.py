@@ -1,6 +1,6 @@
 """Operations on blocks of keys, values and queries that several kernels share.
 
-Sums over the dimensions of a key are computed as matrix products with the key, so that lanes exchange no data for them.
+Sums over the dimensions of a key are computed as matrix products with the key, so that lanes exchange no data.
 """
 
 # Triton's stubs describe the compiler's internal calls, so pyright cannot check the code of kernels.
@@ -14,9 +14,9 @@ import triton.language as tl
 
 from suffice.kv.kernels.dot import precise_dot
 
-TINY = tl.constexpr(1.1754943508222875e-38)
+TINY = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32 number
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Below all exponents that occur, but finite, so that the difference of two maxima is never NaN.
+# Smaller than all exponents that occur, but finite, so that the difference of two maxima is never NaN.
 LOWEST = tl.constexpr(-1e30)
 
 
@@ -32,7 +32,7 @@ def load_queries(
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """Load the queries of a KV head [dim, group * count], and the end of the keys that each may read, int32."""
+    """Load the queries of a KV head [dim, group * count], and the end of the keys that each query may read."""
     offs_q = tl.arange(0, BLOCK_Q)
     offs_d = tl.arange(0, BLOCK_D)
     mask_q = offs_q < GROUP * COUNT

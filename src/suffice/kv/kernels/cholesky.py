@@ -23,7 +23,7 @@ class InverseFactor(NamedTuple):
     Args:
         inverse: L⁻¹, float32 [batch, kv_heads, D, D], lower triangular, with entries in [−1, 1].
         noise: σ², float32 [batch, kv_heads].
-        failed: int32 [batch, kv_heads], not 0 where G is not finite or its trace is out of range.
+        failed: int32 [batch, kv_heads], not 0 where the trace of G is NaN or out of range, or a pivot is not positive.
 
     """
 
@@ -46,9 +46,9 @@ def inverse_factor(
 
     Args:
         gram: float32 [batch, kv_heads, D, D], where D is a power of two, at least 16. Only its symmetric part is used.
-        dim: Number of rows and columns that are not padding.
-        ridge: λ > 0.
-        min_trace: Smallest trace of G for which squares of its entries do not underflow.
+        dim: number of rows and columns that are not padding.
+        ridge: λ > 0; ignored if `noise` is given.
+        min_trace: smallest trace of G for which squares of its entries do not underflow.
         noise: σ² [batch, kv_heads] of a larger set that contains this set. If given, it replaces the set's own σ².
 
     """
@@ -109,8 +109,8 @@ def cholesky_kernel(
         variance = ridge * trace / DIM
         tl.store(noise + head, variance)
     tl.store(inverse + rows[:, None] * SIZE + rows[None, :], tl.zeros((SIZE, SIZE), tl.float32))
-    # Left-looking block Cholesky: panel j minus its products with the panels before it, times the inverse of the factor
-    # of its diagonal block.
+    # Left-looking block Cholesky: subtract the contributions of the previous panels from panel j, then multiply it by
+    # the transposed inverse of the factor of its diagonal block.
     for j in range(SIZE // BLOCK):
         block_j = j * BLOCK + offsets
         panel = tl.load(gram + rows[:, None] * SIZE + block_j[None, :])

@@ -19,13 +19,13 @@ _BLOCK_D = 32
 
 
 def move_to_front(x: Tensor, kept: Tensor) -> None:
-    """Move the kept entries of each head to its front, in place. The contents behind them become undefined.
+    """Move the kept entries of each head to the front of its buffer, in place. The rest becomes undefined.
 
-    No entry moves to a higher index. A block of entries can therefore be read before any of its sources is overwritten.
+    No entry moves to a higher index, so no block of entries is overwritten before it has been read.
 
     Args:
         x: [batch, kv_heads, tokens, dim], with a contiguous last dimension. Modified in place.
-        kept: Indices of the kept entries, long [batch, kv_heads, width], ascending and right-aligned, −1 for unused
+        kept: indices of the kept entries, long [batch, kv_heads, width], ascending and right-aligned, −1 for unused
             slots.
 
     """
@@ -72,7 +72,7 @@ def compaction_kernel(
         is_used = source >= 0
         mask = is_used[:, None] & (offs_d < dim)[None, :]
         entries = tl.load(x + source[:, None] * stride_token + offs_d[None, :], mask=mask)
-        # Wait until all threads have read: every entry that this block overwrites has been read by now.
+        # Wait until all threads have read their entries, because the stores below overwrite entries of this block.
         tl.debug_barrier()
         count = tl.sum(is_used.to(tl.int32), 0)
         # Unused slots are at the left. Subtract their number to get the target of each entry.

@@ -52,13 +52,13 @@ class DecodePlan:
     spans: Tensor
 
     @classmethod
-    def from_spans(cls, packed: list[tuple[int, int]], tail_length: int, device: torch.device) -> "DecodePlan":
+    def from_heads(cls, packed: list[tuple[int, int]], tail_length: int, device: torch.device) -> "DecodePlan":
         """Divide heads into parts.
 
         Args:
-            packed: Index of the first entry and number of packed entries of each head, row by row.
-            tail_length: Number of entries in the tail. It may have grown when the plan is used.
-            device: Device of the plan.
+            packed: index of the first entry and number of packed entries of each head, row by row.
+            tail_length: number of entries in the tail, which may be longer when the plan is used.
+            device: device of the plan.
 
         """
         first, sizes = np.asarray(packed, dtype=np.int64).T
@@ -101,14 +101,14 @@ def decode(
         query: [batch, heads, dim].
         keys: [entries, dim], one head after the other. The tail of each head follows its packed entries.
         values: [entries, value_dim], in the same order.
-        positions: Positions of the tail, int32 [batch, tail], negative for entries that may not be read.
-        plan: Division of the entries into parts.
-        scaling: Factor of the query-key product.
-        softcap: Soft cap of the logits; None for no soft cap.
-        sink_logits: Logit of the attention sink of each query head, [heads]; None for no sinks.
+        positions: positions of the tail, int32 [batch, tail], negative for entries that may not be read.
+        plan: division of the entries into parts.
+        scaling: factor of the query-key product.
+        softcap: soft cap of the logits; None for no soft cap.
+        sink_logits: logit of the attention sink of each query head, [heads]; None for no sinks.
 
     Returns:
-        [batch, heads, value_dim], 0 where a query may read no entry.
+        [batch, heads, value_dim], 0 for queries that may not read any entry.
 
     """
     query, keys, values, positions = (

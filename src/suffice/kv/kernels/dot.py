@@ -18,7 +18,7 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 def truncate_to_bfloat16(x: "Any"):
     """Return float32 numbers without the bits that bfloat16 cannot hold.
 
-    Truncation is a bit mask, which is cheaper than rounding, a conversion in both directions.
+    Truncation applies a bit mask. Rounding would convert in both directions, which is slower.
     """
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 

@@ -87,13 +87,13 @@ def gram_kernel(
         log_weight = tl.load(log_weights + offs_n, mask=offs_n < num_tokens, other=float("-inf"))
         mask_n = log_weight > float("-inf")
         v = load_vectors(values, offs_n, mask_n, offs_d, stride_token, DIM)
-        # √w on both sides, because small weights themselves would underflow in 16 bits.
+        # Multiply both factors by √w, because small w would underflow in 16 bits.
         rows = v.to(tl.float32) * tl.exp(0.5 * (log_weight - max_log_weight))[:, None]
         if v.dtype == tl.float32:
             gram = precise_dot(tl.trans(rows), rows, gram)
         else:
             # Split the rows into 16-bit parts, h + l. (h + l)ᵀ(h + l) ≈ hᵀh + hᵀl + lᵀh, without the square of the
-            # rounding error l. hᵀ(2l) has the same symmetric part as hᵀl + lᵀh, and needs one product less. The caller
+            # rounding error l. hᵀ(2l) has the same symmetric part as hᵀl + lᵀh, and needs one product fewer. The caller
             # symmetrizes the matrix.
             rounded = truncate_to_bfloat16(rows) if v.dtype == tl.bfloat16 else rows.to(v.dtype).to(tl.float32)
             high, low = rounded.to(v.dtype), (2.0 * (rows - rounded)).to(v.dtype)

@@ -12,7 +12,7 @@ MAX_SPLITS = 64
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
-    """Return x with a contiguous last dimension. Keys and values usually have one, and are not copied."""
+    """Return x with a contiguous last dimension. Keys and values usually have one already and are not copied."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -22,19 +22,19 @@ def split_tokens(
     """Split the tokens of each head so that all multiprocessors of the device have work.
 
     Args:
-        num_tokens: Number of tokens of each head.
-        num_heads: Number of heads in the whole batch.
-        block: Number of tokens that a program processes at a time.
-        programs_per_processor: Number of programs wanted for each multiprocessor.
-        device: Device that runs the kernel.
+        num_tokens: number of tokens of each head.
+        num_heads: number of heads in the whole batch.
+        block: number of tokens that a program processes at a time.
+        programs_per_processor: number of programs wanted for each multiprocessor.
+        device: device that runs the kernel.
 
     Returns:
         Number of splits of each head, and number of tokens in a split, a multiple of `block`.
 
     """
     wanted = -(-programs_per_processor * num_multiprocessors(device) // num_heads)
-    # At least four blocks in each split: writing and reading the partial results of short splits costs more than it
-    # gains.
+    # Each split has at least four blocks, because writing and reading the partial results of shorter splits takes
+    # longer than the computation that they distribute.
     num_splits = max(1, min(wanted, MAX_SPLITS, num_tokens // (4 * block)))
     split_size = -(-num_tokens // (num_splits * block)) * block
     return -(-num_tokens // split_size), split_size

@@ -111,7 +111,7 @@ def key_scores_kernel(
     column_stride = num_heads * num_tokens
     features += head * num_tokens
     q, window_ends = load_queries(window_queries, ends, ends_stride_query, head, DIM, GROUP, WINDOW, BLOCK_D, BLOCK_W)
-    # The direction in two parts of the keys' dtype, as two columns whose products are added.
+    # Split the direction into two parts of the keys' dtype, two columns whose products are added.
     remainder = direction - direction.to(keys.dtype.element_ty).to(tl.float32)
     offs_p = tl.arange(0, 16)
     direction = tl.where(

@@ -16,7 +16,7 @@ import triton.language as tl
 from suffice.kv.kernels.blocks import LOG2_E, LOWEST, load_queries, load_vectors, query_key_products, select_column
 from suffice.kv.kernels.dot import precise_dot, truncate_to_bfloat16
 
-# Rows of a tile of a tensor core's result. Each lane holds two of them.
+# Number of rows in a tile of a tensor core's result. Each lane holds two rows.
 _TILE = tl.constexpr(16)
 
 
@@ -24,8 +24,8 @@ _TILE = tl.constexpr(16)
 def _split_precision(x: "Any", dtype: "Any", COLUMNS: tl.constexpr):
     """Split numbers into three parts of `dtype` whose sum has 24 bits: float32 [dim, 4 * columns].
 
-    `x` contains the same columns four times. The result contains the first, second and third part in their place, and
-    0 in the fourth. If `dtype` is float32, the second and third part are 0.
+    `x` contains the same columns four times. The result contains the first, second and third part in the first three
+    copies, and 0 in the fourth. If `dtype` is float32, the second and third part are 0.
     """
     part = tl.arange(0, 4 * COLUMNS)[None, :] // COLUMNS
     first = x.to(dtype).to(tl.float32)
@@ -42,7 +42,7 @@ def _load_gaussians(
     BLOCK_D: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Load a vector of each Gaussian as a column, followed by a constant column; four times, [dim, 4 * columns]."""
+    """Load one column for each Gaussian, append a constant column, and repeat all 4 times: [dim, 4 * columns]."""
     offs_c = tl.arange(0, 4 * COLUMNS) % COLUMNS
     offs_d = tl.arange(0, BLOCK_D)
     mask = (offs_c < GAUSSIANS)[None, :] & (offs_d < DIM)[:, None]
@@ -62,7 +62,8 @@ def _compute_features(k: "Any", mean: "Any", half_variance: "Any", BLOCK_N: tl.c
     if k.dtype == tl.float32:
         total = precise_dot(square, half_variance, total)
     else:
-        # Squares of 16-bit keys exceed the range of float16. Two bfloat16 parts hold them, exactly for bfloat16 keys.
+        # Squares of 16-bit keys may exceed the range of float16. Split them into two bfloat16 parts; this is exact for
+        # bfloat16 keys.
         high = truncate_to_bfloat16(square)
         total = precise_dot((square - high).to(tl.bfloat16), half_variance.to(tl.bfloat16), total)
         total = precise_dot(high.to(tl.bfloat16), half_variance.to(tl.bfloat16), total)
@@ -90,7 +91,7 @@ def _update_sum(
 
 @triton.jit
 def _store_sums(sums: "Any", running_max: "Any", running_sum: "Any", BLOCK_Q: tl.constexpr):
-    """Combine the running sums of all lanes, and store their maxima followed by their sums, [queries] each."""
+    """Combine the running sums of all lanes, and store the maxima, then the sums, [queries] each."""
     offs_q = tl.arange(0, BLOCK_Q)
     maximum = tl.max(tl.max(running_max, 0), 0)
     total = tl.sum(tl.sum(running_sum * tl.exp2(running_max - maximum[None, None, :]), 0), 0)
@@ -205,7 +206,8 @@ def key_sums_kernel(
         inverse_norm = tl.where(norm > 0.0, 1.0 / norm, 0.0)
         if k.dtype == tl.float16:
             inverse_norm = tl.minimum(inverse_norm, 65504.0)
-        # The sum of the unit keys is a matrix product with the inverse norms, in two parts of the keys' dtype.
+        # The sum of the unit keys is a matrix product of the keys and the inverse norms, which are split into two parts
+        # of the keys' dtype.
         high = inverse_norm.to(k.dtype).to(tl.float32)
         parts = tl.where(
             offs_p[:, None] == 0, high[None, :], tl.where(offs_p[:, None] == 1, (inverse_norm - high)[None, :], 0.0)

@@ -43,28 +43,28 @@ def factorize_subset(values: Tensor, log_weights: Tensor, kept: Tensor, whole: I
     Args:
         values: [batch, kv_heads, tokens, value_dim], float32, bfloat16 or float16.
         log_weights: float32 [batch, kv_heads, tokens], −inf for entries that do not exist.
-        kept: Indices of the entries in the subset, long [batch, kv_heads, width], −1 for unused slots.
-        whole: Result of `factorize` for all entries.
+        kept: indices of the entries in the subset, long [batch, kv_heads, width], −1 for unused slots.
+        whole: result of `factorize` for all entries.
 
     """
     tokens = log_weights.shape[-1]
     mask = torch.zeros(*kept.shape[:2], tokens + 1, dtype=torch.bool, device=kept.device)
     mask.scatter_(-1, kept.where(kept >= 0, tokens), True)
     subset_log_weights = log_weights.masked_fill(~mask[..., :tokens], float("-inf"))
-    # `weighted_gram` scales by the largest weight of the subset. Return to the scale of all entries.
+    # `weighted_gram` scales by the largest weight of the subset. Scale by the largest weight of all entries instead.
     scale = (subset_log_weights.amax(-1) - log_weights.amax(-1)).exp()
     gram = weighted_gram(values, subset_log_weights) * scale[..., None, None]
     return inverse_factor(gram, values.shape[-1], 0.0, noise=whole.noise)
 
 
-def inner_products(values: Tensor, log_weights: Tensor, factor: InverseFactor, power: float | None = None) -> Tensor:
-    """Return vᵀA⁻¹v of each value, or a score that contains its power.
+def quadratic_forms(values: Tensor, log_weights: Tensor, factor: InverseFactor, power: float | None = None) -> Tensor:
+    """Return vᵀA⁻¹v of each value, or, with `power`, its log score.
 
     Args:
         values: [batch, kv_heads, tokens, value_dim], float32, bfloat16 or float16.
         log_weights: float32 [batch, kv_heads, tokens], −inf for entries that do not exist.
-        factor: Result of `factorize` for these values and weights.
-        power: If given, log (w · (vᵀA⁻¹v)^power) is returned.
+        factor: result of `factorize` for these values and weights.
+        power: if given, the log score log (w · (vᵀA⁻¹v)^power) is returned.
 
     Returns:
         float32 [batch, kv_heads, tokens]. For entries that do not exist, 0 without `power`, and −inf with it.
@@ -125,7 +125,7 @@ def quadratic_form_kernel(
     result += head * num_tokens
     offs_d = tl.arange(0, BLOCK_D)
     variance = tl.load(noise + head)
-    # The transpose of L⁻¹, which is multiplied with the values from the right.
+    # The transpose of L⁻¹. The values are multiplied by it from the right.
     matrix = tl.load(inverse + head * BLOCK_D * BLOCK_D + offs_d[None, :] * BLOCK_D + offs_d[:, None])
     high = matrix.to(values.dtype.element_ty)
     # Two 16-bit parts preserve the precision of the matrix. The values are exact in 16 bits.

@@ -1,7 +1,7 @@
-"""Log weights of the policies `capkv` and `capkv-profile` in two passes over the keys.
+"""Log weights of `capkv`, `capkv-spread` and `capkv-profile` in two passes over the keys.
 
-The weight of a key is a sum of four terms: attention from the newest queries (the observation window), expected
-attention, salience, and attention from queries sampled over the whole text. The first pass computes sums over all keys
+The weight of a key is a sum of terms: attention from the newest queries (the observation window), expected attention,
+salience, and optionally attention from queries sampled over the whole text. The first pass computes sums over all keys
 of a head: sums of exponentials, and the sum of the unit keys. The second pass uses them to compute the terms of each
 key. Only one block of the attention matrix exists at any time.
 """
@@ -23,7 +23,7 @@ _BLOCK = 64
 """Number of keys that a program processes at a time."""
 
 _MAX_QUERIES_FOUR_WARPS = 64
-"""Number of queries of a KV head, up to which four warps have enough registers."""
+"""Maximum number of queries of a KV head for which four warps have enough registers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +31,19 @@ class MixtureInputs:
     """Tensors of one attention call, and the parts of them that each term uses.
 
     Args:
-        queries: The newest m queries after rotary embedding, [batch, heads, m, dim], in the dtype of the keys.
-        keys: Keys after rotary embedding, [batch, kv_heads, tokens, dim].
-        scaling: Factor of the query-key product.
-        window_size: Number of newest queries in the observation window, at most m.
-        num_recent: Number of newest queries whose mean and variance define expected attention, at most m.
-        num_skipped: Number of the oldest of the `num_recent` queries that are skipped, int32 [batch].
-        starts: Index of the first entry that exists, int32 [batch, kv_heads]. All later entries exist.
-        ends: End of the entries that each query of the window, and then each sampled query, may read, int32
+        queries: the newest m queries after rotary embedding, [batch, heads, m, dim], in the dtype of the keys.
+        keys: keys after rotary embedding, [batch, kv_heads, tokens, dim].
+        scaling: factor of the query-key product.
+        window_size: number of newest queries in the observation window, at most m.
+        num_recent: number of newest queries whose mean and variance define expected attention, at most m.
+        num_skipped: number of the oldest of the `num_recent` queries that are skipped, int32 [batch].
+        starts: index of the first entry that exists, int32 [batch, kv_heads]. All later entries exist.
+        ends: end of the entries that each query of the window, and then each sampled query, may read, int32
             [batch, kv_heads, window_size + sampled].
-        sampled_indices: Indices of the sampled queries among the m queries, long [batch, sampled]; None for no sample.
-        expected_starts: Index of the first entry over which expected attention is normalized, int32 [batch, kv_heads].
-            Each query head then has its own Gaussian. If None, the heads of a group share one Gaussian.
+        sampled_indices: indices of the sampled queries among the m queries, long [batch, sampled]; None for no sample.
+        expected_starts: index of the first entry over which expected attention is normalized, int32 [batch, kv_heads],
+            if each query head has its own Gaussian. None if the heads of a group share one Gaussian, which is
+            normalized from `starts`.
 
     """
 
@@ -63,12 +64,12 @@ class MixtureTerms:
     """Parameters and factors of the four terms.
 
     Args:
-        kernel_size: Width of the average pooling of window attention along the tokens, odd.
+        kernel_size: width of the average pooling of window attention along the tokens, odd.
         beta: β of the salience exp(−β cos(k, mean of the unit keys)).
-        window_factor: Factor of window attention, above 0, like the other factors.
-        expected_factor: Factor of expected attention.
-        salience_factor: Factor of the salience.
-        sampled_factor: Factor of sampled attention.
+        window_factor: factor of window attention, above 0, like the other factors.
+        expected_factor: factor of expected attention.
+        salience_factor: factor of the salience.
+        sampled_factor: factor of sampled attention.
 
     """
 
@@ -81,7 +82,7 @@ class MixtureTerms:
 
 
 def mixture_log_weights(inputs: MixtureInputs, terms: MixtureTerms) -> Tensor:
-    """Return log Σ_j c_j t_j / Σ t_j, with the terms t_j of each key, their sums over the head, and their factors c_j.
+    """Return log Σ_j (c_j t_j / T_j) of the terms t_j of each key, with their sums T_j over the head and factors c_j.
 
     Returns:
         float32 [batch, kv_heads, tokens], −inf where no entry exists.
@@ -110,7 +111,7 @@ def mixture_log_weights(inputs: MixtureInputs, terms: MixtureTerms) -> Tensor:
         "BLOCK_D": block_size(dim),
         "BLOCK_W": block_size(group * inputs.window_size),
         "BLOCK_S": block_size(group * num_sampled) if num_sampled else 0,
-        "COLUMNS": block_size(num_gaussians + 1, minimum=8),  # one of each Gaussian, and one of the squared norm
+        "COLUMNS": block_size(num_gaussians + 1, minimum=8),  # one per Gaussian, one for the squared norm
         "BLOCK_N": _BLOCK // 2 if keys.dtype == torch.float32 else _BLOCK,
         "num_warps": 4 if group * max(inputs.window_size, num_sampled) <= _MAX_QUERIES_FOUR_WARPS else 8,
         "num_stages": 3,
@@ -189,7 +190,7 @@ def mixture_log_weights(inputs: MixtureInputs, terms: MixtureTerms) -> Tensor:
 
 
 def _gaussians(inputs: MixtureInputs, queries: Tensor) -> Tensor:
-    """Return mean and half variance of the attention logits' Gaussians, [2, heads, gaussians, dim].
+    """Return the mean and half the variance of scaling · q of each Gaussian, [2, heads, gaussians, dim].
 
     For a query ~ N(μ, Σ) with diagonal Σ, log E exp(scaling · qᵀk) = scaling · μᵀk + scaling²/2 · kᵀΣk.
     """

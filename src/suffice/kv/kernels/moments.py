@@ -20,8 +20,8 @@ def query_moments(queries: Tensor, num_recent: int, num_skipped: Tensor) -> Tens
 
     Args:
         queries: [batch, heads, m, dim], contiguous along dim.
-        num_recent: Number of newest queries to use, at most m.
-        num_skipped: Number of the oldest of these queries to skip, int32 [batch].
+        num_recent: number of newest queries to use, at most m.
+        num_skipped: number of the oldest of these queries to skip, int32 [batch].
 
     """
     batch, heads, num_queries, dim = queries.shape

@@ -1,7 +1,7 @@
-"""Tasks to evaluate a compressed cache on, made locally from any text, at any length, reproducibly from a seed.
+"""Tasks for the evaluation of compressed caches. Examples are made locally from any text, at any length, from a seed.
 
-The tasks follow RULER (2404.06654) with texts of our own; one more task is the continuation of plain text.
-`make_example` makes an example by the name of its task. The function of each task has further options.
+The tasks follow RULER (2404.06654), but use other texts. An additional task is the continuation of plain text.
+`make_example` makes an example of the task with a given name. The function of each task has further options.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ TASKS: dict[str, Callable[..., Example]] = {
 
 
 def task_modes(task: str) -> tuple[str, ...]:
-    """Return the modes of eviction of a task: before or after its question is seen; one mode for a text."""
+    """Return the modes of eviction of a task: `agnostic` and `aware`, or only `continuation` for a text."""
     return ("continuation",) if task == "text" else ("agnostic", "aware")
 
 
@@ -71,7 +71,7 @@ def make_example(
         options: further arguments of the task's function, such as `haystack` (any text) or `passages` (of `qa`).
 
     Raises:
-        ValueError: the task is unknown, the prompt needs more tokens, or the task's function rejects an option.
+        ValueError: the task is unknown, it does not fit into `tokens`, or the task's function rejects an option.
 
     Example:
         >>> from suffice.kv.eval.tasks import make_example

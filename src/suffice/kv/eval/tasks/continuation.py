@@ -28,7 +28,7 @@ def continuation(
     Args:
         tokenizer: counts tokens.
         tokens: maximum number of tokens in the piece.
-        seed: seed of the start of the piece.
+        seed: seed of the random position at which the piece starts.
         haystack: any text; Python's help texts by default.
         max_new_tokens: maximum number of tokens in the continuation.
         task: name of the task.
@@ -50,7 +50,7 @@ def continuation(
         return Example(task, seed, document, None, "", following, (), max_new_tokens=max_new_tokens)
 
     example = fit_to_length(tokenizer, build, tokens)
-    # The longest beginning of the continuation with at most `max_new_tokens` tokens.
+    # Find the longest prefix of the continuation with at most `max_new_tokens` tokens.
     low, high = 1, len(example.answer) + 1
     while high - low > 1:
         middle = (low + high) // 2

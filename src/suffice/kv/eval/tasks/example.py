@@ -22,13 +22,13 @@ class Example:
         task: name of the task.
         seed: the seed that the example was made with.
         document: the text that is read first. It does not reveal the task or the question.
-        question: the question about it; None if the text itself is continued.
-        answer_prefix: the first words of the answer, given to the model because small models do not find the
-            expected form by themselves.
+        question: the question about it; None if the task is to continue the text.
+        answer_prefix: the first words of the answer, given to the model because small models do not produce
+            the expected form without them.
         answer: the rest of the right answer. Likelihood and divergence are measured on its tokens.
         references: the strings that a right answer contains; each occurs in the document.
         distractors: wrong candidates in the document; none of them contains a reference.
-        match_all: True scores the share of references in an answer; False scores 1 if any of them is in it.
+        match_all: True scores the share of references in an answer; False scores 1 if it contains any of them.
         max_new_tokens: maximum length of an answer that is scored.
 
     """
@@ -51,7 +51,7 @@ class Example:
 
     @property
     def chance(self) -> float | None:
-        """The expected score of choosing candidates in the document at random; None for a text."""
+        """The expected score if candidates in the document are chosen at random; None for a text."""
         if not self.references:
             return None
         num_right = len(self.references) if self.match_all else 1

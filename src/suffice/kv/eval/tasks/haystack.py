@@ -1,4 +1,4 @@
-"""Filler text of the tasks, and the search for the amount of it that fits into a prompt."""
+"""Filler text of the tasks, and a search for the amount of filler that fits into a prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def manual_topics() -> list[str]:
-    """Return the long topics of Python's help texts: about 700 kB of English in every Python installation."""
+    """Return the long topics of Python's help texts: about 700 kB of English, part of every Python installation."""
     import pydoc_data.topics
 
     return [text for _, text in sorted(pydoc_data.topics.topics.items()) if len(text) > 1500]
@@ -89,7 +89,7 @@ def fit_to_length(
         max_filler: maximum amount of filler; None for no limit.
 
     Raises:
-        ValueError: the prompt is longer even without filler.
+        ValueError: the prompt is longer than `tokens` even without filler.
 
     """
 

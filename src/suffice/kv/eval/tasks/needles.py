@@ -13,7 +13,7 @@ from suffice.kv.eval.tasks.haystack import Haystack, distinct_words, fit_to_leng
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_COLOURS = (
+_COLORS = (
     "amber black blue bronze brown copper crimson golden green grey indigo ivory olive orange pink purple scarlet "
     "silver violet white yellow"
 )
@@ -49,14 +49,14 @@ def needles(
         num_values: number of values under each key.
         num_queries: number of keys that the question names.
         value_type: `"numbers"` of six digits, `"words"` from the haystack, or `"uuids"`.
-        depth: position of all needles, 0 for the start of the text and 1 for the end; None draws one for each.
+        depth: position of all needles, 0 for the start of the text and 1 for the end; None draws one per needle.
         task: name of the task.
 
     Raises:
-        ValueError: an argument is out of range, or the prompt needs more tokens.
+        ValueError: an argument is out of range, or the prompt does not fit into `tokens`.
 
     """
-    colors, places = _COLOURS.split(), _PLACES.split()
+    colors, places = _COLORS.split(), _PLACES.split()
     max_keys = len(colors) * len(places)
     for name, count in (("num_keys", num_keys), ("num_values", num_values), ("num_queries", num_queries)):
         if count < 1:
@@ -79,10 +79,11 @@ def needles(
     values = _draw_values(generator, value_type, num_keys * num_values, text)
     hidden = [(key, values[index * num_values + j]) for index, key in enumerate(keys) for j in range(num_values)]
     generator.shuffle(hidden)
-    # The last tenth of the text has no needle: it would show the last queries what a needle looks like.
+    # Random depths leave out the last tenth of the text, because a needle there would show the last queries what a
+    # needle looks like.
     depths = sorted(generator.uniform(0, 0.9) if depth is None else depth for _ in hidden)
     asked = sorted(generator.sample(keys, num_queries), key=lambda key: [k for k, _ in hidden].index(key))
-    found = [value for key in asked for other, value in hidden if other == key]
+    gold = [value for key in asked for other, value in hidden if other == key]
     noun = _NOUNS[value_type]
 
     def build(num_words: int) -> Example:
@@ -94,17 +95,17 @@ def needles(
             start = stop
         parts.append(filler.words(start, num_words))
         owners = _enumerate_in_words([f"the {key}" for key in asked])
-        what = noun if len(found) == 1 else f"{noun}s"
+        what = noun if len(gold) == 1 else f"{noun}s"
         return Example(
             task=task,
             seed=seed,
             document="\n\n".join(part for part in parts if part),
-            question=f"What {'is' if len(found) == 1 else 'are'} the {what} of {owners}?",
-            answer_prefix=f"The {what} of {owners} {'is' if len(found) == 1 else 'are'}",
-            answer=f" {_enumerate_in_words(found)}.",
-            references=tuple(found),
+            question=f"What {'is' if len(gold) == 1 else 'are'} the {what} of {owners}?",
+            answer_prefix=f"The {what} of {owners} {'is' if len(gold) == 1 else 'are'}",
+            answer=f" {_enumerate_in_words(gold)}.",
+            references=tuple(gold),
             distractors=tuple(value for key, value in hidden if key not in asked),
-            max_new_tokens=16 + len(tokenizer(" ".join(found), verbose=False).input_ids),
+            max_new_tokens=16 + len(tokenizer(" ".join(gold), verbose=False).input_ids),
         )
 
     return fit_to_length(tokenizer, build, tokens)

@@ -17,7 +17,7 @@ _PLACES = ("lighthouse", "orchard", "foundry", "cathedral", "harbour", "vineyard
 def planted_facts(
     tokenizer: PreTrainedTokenizerBase, *, tokens: int, seed: int = 0, num_facts: int = 4, task: str = "planted-facts"
 ) -> list[Example]:
-    """Plant facts at even depths in Python's help texts, and ask for each of them.
+    """Plant facts at evenly spaced depths in Python's help texts, and ask for each of them.
 
     Args:
         tokenizer: counts tokens.

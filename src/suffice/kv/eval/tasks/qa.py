@@ -1,4 +1,4 @@
-"""Questions that one of many documents answers (RULER, 2404.06654)."""
+"""Questions that are answered by one of many documents (RULER, 2404.06654)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TOWNS = (
 _TRADES = (
     "baker carpenter chemist clockmaker dentist engraver glazier joiner lawyer painter potter printer tailor weaver"
 )
-_MAX_BIOGRAPHIES = 7800  # in one prompt
+_MAX_BIOGRAPHIES = 7800  # in one prompt, of about 400,000 tokens
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Passage:
 
     Args:
         text: the document.
-        question: the question that it answers; None for a document that only distracts.
+        question: the question that it answers; None for a distractor.
         answers: the accepted answers, each a part of the text; the first one is the gold answer.
 
     Raises:
@@ -52,14 +52,14 @@ class Passage:
         if not self.text.strip():
             raise ValueError(f"text of a passage must not be empty, got {self.text!r}")
         if self.question is not None and not self.answers:
-            raise ValueError(f"answers to the question {self.question!r} must hold at least one, got none")
+            raise ValueError(f"answers to the question {self.question!r} must hold at least one answer, got none")
         for answer in self.answers:
             if not answer or answer.lower() not in self.text.lower():
                 raise ValueError(f"answers must be parts of the passage {self.text[:60]!r}…, got {answer!r}")
 
 
 def made_up_biographies(count: int, seed: int = 0) -> list[Passage]:
-    """Return short invented biographies of different people, each with a question for a town.
+    """Return short invented biographies of different people, each with a question about a town.
 
     Args:
         count: number of biographies, at most 8,320.
@@ -114,7 +114,7 @@ def qa(
         task: name of the task.
 
     Raises:
-        ValueError: no document has a question, or the prompt needs more tokens.
+        ValueError: no document has a question, or the prompt does not fit into `tokens`.
 
     """
     generator = random.Random(f"{task} {seed}")
@@ -122,7 +122,7 @@ def qa(
         passages = made_up_biographies(min(_MAX_BIOGRAPHIES, 8 + tokens // 50), seed)
     with_question = [passage for passage in passages if passage.question]
     if not with_question:
-        raise ValueError(f"passages must have at least one question, got {len(passages)} passages without")
+        raise ValueError(f"passages must have at least one question, got {len(passages)} passages without one")
     target = generator.choice(with_question)
     others = [
         passage for passage in passages if not any(answer.lower() in passage.text.lower() for answer in target.answers)

@@ -35,7 +35,7 @@ def variables(
         task: name of the task.
 
     Raises:
-        ValueError: an argument is out of range, or the prompt needs more tokens.
+        ValueError: an argument is out of range, or the prompt does not fit into `tokens`.
 
     """
     for name, count in (("num_chains", num_chains), ("num_hops", num_hops)):
@@ -47,7 +47,7 @@ def variables(
     names: list[str] = []
     while len(names) < num_chains * (num_hops + 1):
         name = "".join(generator.choices(string.ascii_uppercase, k=5))
-        # Scoring ignores case.
+        # Compare in lower case, because scoring ignores case.
         if name not in names and name.lower() not in text.lower():
             names.append(name)
     numbers: list[str] = []

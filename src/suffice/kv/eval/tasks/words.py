@@ -25,7 +25,7 @@ def common_words(
     frequency: int | None = None,
     task: str = "common-words",
 ) -> Example:
-    """List words, some of them many times, and ask for the frequent ones.
+    """Make a list that contains some words many times, and ask for these words.
 
     Args:
         tokenizer: counts tokens.
@@ -38,7 +38,7 @@ def common_words(
         task: name of the task.
 
     Raises:
-        ValueError: an argument is out of range, or the prompt needs more tokens.
+        ValueError: an argument is out of range, or the prompt does not fit into `tokens`.
 
     """
     if num_common < 1:
@@ -83,7 +83,7 @@ def frequent_words(
     num_queries: int = 3,
     task: str = "frequent-words",
 ) -> Example:
-    """Write invented words with a frequency proportional to rank^(−alpha), and ask for the most frequent ones.
+    """Make a text of invented words with frequencies proportional to rank^(−alpha); ask for the most frequent ones.
 
     Args:
         tokenizer: counts tokens.
@@ -94,7 +94,7 @@ def frequent_words(
         task: name of the task.
 
     Raises:
-        ValueError: an argument is out of range, or the prompt needs more tokens.
+        ValueError: an argument is out of range, or the prompt does not fit into `tokens`.
 
     """
     if not 0 < alpha < float("inf"):
@@ -107,7 +107,7 @@ def frequent_words(
         word = "".join(generator.choices(string.ascii_lowercase, k=6))
         if word not in words:
             words.append(word)
-    # The shortest text in which each word of the answer occurs more often than the next word.
+    # Find the shortest text in which each word of the answer occurs more often than the next word.
     min_top_count = 1
     while len(set(_counts(min_top_count, alpha)[: num_queries + 1])) <= num_queries:
         min_top_count += 1
