@@ -54,12 +54,8 @@ class Protection:
 
     @property
     def min_budget(self) -> int:
-        """Smallest budget, in entries, into which the protected entries fit."""
-        return max(1, self._num_sinks + (_MIN_WINDOW if self.window is None else self.window))
-
-    @property
-    def _num_sinks(self) -> int:
-        return _DEFAULT_SINKS if self.sinks is None else self.sinks
+        """Smallest budget, in entries, into which the sinks and the window that were given fit."""
+        return max(1, (self.sinks or 0) + (self.window or 0))
 
     def check(self, budget: float) -> None:
         """Raise an error unless the budget is a fraction in (0, 1], or a number of entries of at least `min_budget`.
@@ -76,9 +72,8 @@ class Protection:
             raise ValueError(f"{accepted}, got {budget!r}")
         if isinstance(budget, int) and budget < self.min_budget:
             raise ValueError(
-                f"budget must be at least {self.min_budget} tokens, because {self._num_sinks} sinks and a recent "
-                f"window of {self.min_budget - self._num_sinks} are protected, got {budget!r}. Raise budget, or lower "
-                "sinks and window"
+                f"budget must be at least {self.min_budget} tokens, because {self.sinks or 0} sinks and a recent "
+                f"window of {self.window or 0} are protected, got {budget!r}. Raise budget, or lower sinks and window"
             )
 
     def sizes(self, budget: int, published_window: int | None = None) -> tuple[int, int]:

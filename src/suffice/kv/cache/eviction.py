@@ -164,7 +164,7 @@ def select_entries(
         context = stats.context
         other_layers = global_budget.select(context.layer, columns["priority"], plan.allowed, context.sharding)
         kept = other_layers.kept
-    state = policy.weights.next_state(stats)
+    state = policy.weights.next_state(stats).keep_rows(stats.state, plan.is_due)
     if settings.evict_always and state.attention_received is not None:
         columns["attention_received"] = state.attention_received
     has_exact_counts = global_budget is None and policy.selection.keeps_exact_counts
@@ -247,16 +247,29 @@ def commit_eviction(
             row,
             num_kept=min(limit, row.num_kept + state.num_appended),
             window=window if due else row.window + state.num_appended,
+            num_appended=0 if due else row.num_appended + state.num_appended,
         )
         for row, limit, window, due in zip(state.rows, plan.allowed, plan.windows, plan.is_due, strict=True)
     )
     state = replace(state, storage=storage, rows=rows, num_appended=0, capacity=selection.capacity)
     if selection.kept is None:
         return state
-    forgets_queries = settings.policy.weights.num_queries_needed is None
+    queries = state.queries
+    if settings.policy.weights.num_queries_needed is None:
+        # The rows that have evicted do not need them any more.
+        queries = newest_queries(queries, max(row.num_appended for row in rows))
     return replace(
         state,
         has_evicted=state.has_evicted or not plan.keeps_all,
         weight_state=selection.state or WeightState(),
-        queries=() if forgets_queries else state.queries,
+        queries=queries,
     )
+
+
+def newest_queries(queries: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+    """Return copies of the newest `count` queries of each row; queries are [batch, num_heads, any, head_dim]."""
+    if count == 0 or not queries:
+        return ()
+    joined = torch.cat(tuple(queries), dim=2)
+    # Copied, because a slice would keep all queries in memory.
+    return (joined[:, :, -count:].clone() if joined.shape[2] > count else joined,)

@@ -196,6 +196,18 @@ class CompressedLayer(DynamicLayer):
             return indices.expand(len(padding), -1)
         return indices - async_tensor(padding, indices.device)[:, None]
 
+    def _query_positions(self, num_queries: int) -> Tensor:
+        """Return the positions of the remembered queries, [batch, queries]; negative for those that do not count."""
+        positions = self._positions(self.state, num_queries)
+        if self.settings.policy.weights.num_queries_needed is not None:
+            return positions
+        counts = [row.num_appended + self.state.num_appended for row in self.state.rows]
+        if min(counts) >= num_queries:
+            return positions
+        # Rows evict at different times. A row needs only the queries since its own last eviction.
+        age = torch.arange(num_queries - 1, -1, -1, device=positions.device)
+        return positions.masked_fill(age >= async_tensor(counts, positions.device)[:, None], -1)
+
     def _remember_queries(self, query: Tensor) -> None:
         """Keep the newest queries, as many as the weights of the policy need."""
         needed = self.settings.policy.weights.num_queries_needed
@@ -258,7 +270,7 @@ class CompressedLayer(DynamicLayer):
             valid = entries.positions[:, 0] >= 0 if has_padding else None
             positions = EntryPositions(valid=valid, num_seen=plan.num_seen)
         else:
-            newest = self._positions(self.state, queries.shape[2])
+            newest = self._query_positions(queries.shape[2])
             positions = EntryPositions(
                 entries=entries.positions, queries=newest, rope=entries.rope_positions, num_seen=plan.num_seen
             )

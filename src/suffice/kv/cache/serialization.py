@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ def _compressed_state(layer: CompressedLayer) -> tuple[dict[str, Tensor], dict[s
         "num_seen": state.num_seen,
         "num_appended": state.num_appended,
         "has_evicted": state.has_evicted,
-        "rows": [[row.num_padding, row.num_kept, row.window] for row in state.rows],
+        "rows": [astuple(row) for row in state.rows],
     }
     return tensors, record
 

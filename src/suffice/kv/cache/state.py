@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from suffice.kv.policy.weight_state import WeightState
@@ -18,12 +19,14 @@ class RowState:
         num_padding: number of left-padding tokens.
         num_kept: number of entries kept by the last eviction, averaged over heads and layers; 0 before it.
         window: number of last tokens that every head kept in the last eviction; 0 before it.
+        num_appended: number of tokens between the last eviction of this row and the last eviction of any row.
 
     """
 
     num_padding: int = 0
     num_kept: int = 0
     window: int = 0
+    num_appended: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class LayerState:
         has_evicted: whether entries were evicted.
         capacity: share of the capacity that the kept entries carry, [batch, num_key_value_heads]; None if it was not
             measured.
-        queries: the newest queries that the weights of the policy need, each [batch, num_heads, any, head_dim].
+        queries: the newest queries that the weights of the policy need, each [batch, num_heads, any, head_dim]. If
+            they need all since the last eviction, each row needs as many as it has tokens since its own.
         weight_state: state of stateful weights.
 
     """
@@ -78,10 +82,16 @@ class LayerState:
         # What was dropped beyond the appended tokens is missing in the entries that the last eviction kept.
         missing = count - (self.num_appended - num_appended)
         rows = tuple(
-            replace(row, num_kept=max(0, row.num_kept - missing), window=max(0, row.window - missing))
+            replace(
+                row,
+                num_kept=max(0, row.num_kept - missing),
+                window=max(0, row.window - missing),
+                num_appended=max(0, row.num_appended - missing),
+            )
             for row in self.rows
         )
-        return replace(self, num_seen=self.num_seen - count, num_appended=num_appended, rows=rows)
+        queries = (torch.cat(self.queries, dim=2)[:, :, :-count],) if self.queries else ()
+        return replace(self, num_seen=self.num_seen - count, num_appended=num_appended, rows=rows, queries=queries)
 
     def append_tokens(self, num_new: int, rows: tuple[RowState, ...]) -> LayerState:
         """Return the state after new tokens, without their keys and values.

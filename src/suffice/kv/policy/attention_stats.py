@@ -318,11 +318,32 @@ class AttentionStats:
         logits[..., num_entries - future.shape[-1] :].masked_fill_(future[:, :, None], -torch.inf)
         if self.valid is not None:
             logits.masked_fill_(~self.valid[:, :, None, None, :num_entries], -torch.inf)
-        if self.valid_queries is None:
+        readers = self._readers(query_range)
+        if readers is None:
             return self._softmax(logits)
-        valid = self.valid_queries[:, None, None, query_range, None]
-        # The queries of padding read no entry, so that their softmax would be NaN.
-        return self._softmax(logits.masked_fill_(~valid, 0.0)) * valid
+        # The softmax of a query that reads no entry would be NaN.
+        readers = readers[:, :, None, :, None]
+        return self._softmax(logits.masked_fill_(~readers, 0.0)) * readers
+
+    def _readers(self, query_range: slice) -> Tensor | None:
+        """Return which queries read an entry; None if all do.
+
+        The queries of padding read no entry, and neither do queries before the first entry that a head has kept.
+
+        Returns:
+            Bool [batch, 1 or num_key_value_heads, queries].
+
+        """
+        if self._given.entries is None:
+            return None if self.valid_queries is None else self.valid_queries[:, None, query_range]
+        positions = self.query_positions[:, None, query_range]
+        return (positions >= 0) & (positions >= self._first_position[..., None])
+
+    @functools.cached_property
+    def _first_position(self) -> Tensor:
+        """Position of the first valid entry of each row and head, [batch, 1 or num_key_value_heads]."""
+        positions = self.positions
+        return positions.masked_fill(positions < 0, torch.iinfo(positions.dtype).max).amin(-1)
 
     def cap_logits(self, logits: Tensor) -> Tensor:
         """Return attention logits after the model's soft cap."""
@@ -367,7 +388,7 @@ class AttentionStats:
         if has_sinks or self.valid is not None or self.valid_queries is not None or self.attention is not None:
             return self.window_attention_weights(window_size).mean((2, 3))
         queries = self.group_heads(self.queries[:, :, -window_size:].float() * self.scaling)
-        future = self._future_mask(slice(-window_size, None))
+        future, readers = self._future_mask(slice(-window_size, None)), self._readers(slice(-window_size, None))
         received = torch.empty(self.batch_size, self.num_key_value_heads, self.num_entries, device=self.device)
         # All heads use the same two buffers, which therefore stay in the CPU cache.
         rows = self.num_key_value_groups * window_size
@@ -381,6 +402,10 @@ class AttentionStats:
             newest = logits.unflatten(1, (-1, window_size))[..., -future.shape[-1] :]
             newest.masked_fill_(masked[:, None], -torch.inf)
             torch.softmax(logits, -1, out=weights)
+            if readers is not None:
+                # The softmax of a query that reads no entry is NaN.
+                unread = ~readers[:, min(head, readers.shape[1] - 1)]
+                weights.unflatten(1, (-1, window_size)).masked_fill_(unread[:, None, :, None], 0.0)
             received[:, head] = (share @ weights).squeeze(1)
         return received
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from suffice.gpu import async_tensor
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class QueryMoments:
 
     Args:
         weight: sum of the weights, [batch].
-        count: number of tokens since the first query, long [batch].
+        count: number of queries, long [batch].
         mean: [batch, heads, head_dim].
         square: mean of the squares, [batch, heads, head_dim].
 
@@ -38,13 +41,14 @@ class QueryMoments:
         batch, _, m, _ = queries.shape
         age = torch.arange(m - 1, -1, -1, device=queries.device)
         share = (0.5 ** (age / half_life)).expand(batch, -1)
+        count = torch.full((batch,), m, device=queries.device)
         if valid is not None:
-            share = share * valid
+            share, count = share * valid, valid.sum(-1)
         weight = share.sum(-1)
         row = (share / weight.clamp_min(torch.finfo(share.dtype).tiny)[:, None])[:, None, None]
         x = queries.float()
         mean, square = ((row @ y).squeeze(2) for y in (x, x.square()))
-        return cls(weight, torch.full_like(weight, m, dtype=torch.long), mean, square)
+        return cls(weight, count, mean, square)
 
     def combine_with_earlier(self, earlier: QueryMoments | None, half_life: float) -> QueryMoments:
         """Return the moments of these queries and of those that came before them."""
@@ -64,6 +68,15 @@ class QueryMoments:
     def variance(self) -> Tensor:
         """Variance of each dimension, [batch, heads, head_dim]."""
         return (self.square - self.mean.square()).clamp_min(0)
+
+    def replace_rows(self, other: QueryMoments | None, rows: Tensor) -> QueryMoments:
+        """Return these moments, with those of `other` where `rows`, bool [batch], is True; no queries if it is None."""
+
+        def replace(own: Tensor, name: str) -> Tensor:
+            new = torch.zeros_like(own) if other is None else getattr(other, name)
+            return torch.where(rows.view(-1, *[1] * (own.dim() - 1)), new, own)
+
+        return QueryMoments(*(replace(getattr(self, name), name) for name in self.__dataclass_fields__))
 
     def select_rows(self, index: Tensor) -> QueryMoments:
         """Select rows of the batch, as `torch.index_select` does: the new row j is the old row index[j]."""
@@ -89,6 +102,26 @@ class WeightState:
         """Return the union of two states of the same call."""
         received = self.attention_received if self.attention_received is not None else other.attention_received
         return WeightState(received, {**self.query_moments, **other.query_moments})
+
+    def keep_rows(self, earlier: WeightState, is_due: Sequence[bool]) -> WeightState:
+        """Return this state for the rows that evict, and the earlier state for the others.
+
+        Args:
+            earlier: state of the last eviction.
+            is_due: for each row, whether it evicts.
+
+        """
+        if all(is_due):
+            return self
+        received, moments = self.attention_received, self.query_moments
+        if received is not None:
+            old = torch.zeros_like(received) if earlier.attention_received is None else earlier.attention_received
+            received = torch.where(async_tensor(is_due, received.device)[:, None, None], received, old)
+        kept = {
+            half_life: new.replace_rows(earlier.query_moments.get(half_life), ~async_tensor(is_due, new.weight.device))
+            for half_life, new in moments.items()
+        }
+        return WeightState(received, kept)
 
     def select_rows(self, index: Tensor) -> WeightState:
         """Select rows of the batch, as `torch.index_select` does: the new row j is the old row index[j]."""
