@@ -147,9 +147,7 @@ def select_entries(
 
     """
     policy = settings.policy
-    # Stateful weights and the global budget are updated even when nothing is evicted.
-    must_update = settings.evict_always and (policy.weights.is_stateful or global_budget is not None)
-    if policy.keep_all or (plan.keeps_all and not must_update):
+    if not any(_rows_that_evict(plan, settings)):
         all_kept = torch.ones(stats.batch_size, stats.num_key_value_heads) if settings.measure_capacity else None
         return SelectedEntries(entries, capacity=all_kept)
     objective = policy.objective(stats, backend)
@@ -164,7 +162,7 @@ def select_entries(
         context = stats.context
         other_layers = global_budget.select(context.layer, columns["priority"], plan.allowed, context.sharding)
         kept = other_layers.kept
-    state = policy.weights.next_state(stats).keep_rows(stats.state, plan.is_due)
+    state = policy.weights.next_state(stats).keep_rows(stats.state, _rows_that_evict(plan, settings))
     if settings.evict_always and state.attention_received is not None:
         columns["attention_received"] = state.attention_received
     has_exact_counts = global_budget is None and policy.selection.keeps_exact_counts
@@ -179,6 +177,19 @@ def select_entries(
         state=WeightState(query_moments=state.query_moments),
         other_layers=other_layers,
     )
+
+
+def _rows_that_evict(plan: EvictionPlan, settings: CacheSettings) -> list[bool]:
+    """Return which rows choose entries to keep. Rows that may keep all their entries do not, with two exceptions.
+
+    Stateful weights and a budget that all layers share are updated even when nothing is evicted.
+    """
+    policy = settings.policy
+    must_update = settings.evict_always and (policy.weights.is_stateful or policy.allocation.is_global)
+    return [
+        due and not policy.keep_all and (must_update or limit < seen)
+        for due, limit, seen in zip(plan.is_due, plan.allowed, plan.num_seen, strict=True)
+    ]
 
 
 def copy_entries(selection: SelectedEntries, state: LayerState, settings: CacheSettings) -> Storage | None:
@@ -247,9 +258,11 @@ def commit_eviction(
             row,
             num_kept=min(limit, row.num_kept + state.num_appended),
             window=window if due else row.window + state.num_appended,
-            num_appended=0 if due else row.num_appended + state.num_appended,
+            num_appended=0 if evicts else row.num_appended + state.num_appended,
         )
-        for row, limit, window, due in zip(state.rows, plan.allowed, plan.windows, plan.is_due, strict=True)
+        for row, limit, window, due, evicts in zip(
+            state.rows, plan.allowed, plan.windows, plan.is_due, _rows_that_evict(plan, settings), strict=True
+        )
     )
     state = replace(state, storage=storage, rows=rows, num_appended=0, capacity=selection.capacity)
     if selection.kept is None:
