@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from suffice.kv import CompressedCache, calibrate
+from suffice.kv.cache.batched import BatchedCaches
+from suffice.kv.cache.shared_prefill import prefill
+from tests.kv.families import build as build_family
 from tests.kv.tiny import VOCABULARY, answer, left_padded, prompt
 
 _SHARED: dict[str, Any] = {
@@ -83,3 +87,82 @@ def test_profile_of_a_hybrid_model_is_the_largest_attention_of_its_attention_lay
     largest = attentions[-1][0, :, 40:, :40].amax(1)  # [heads, first copy]
     expected = largest.unflatten(0, (2, -1)).amax(1).mean(-1)
     torch.testing.assert_close(torch.tensor(profile.attention[0]), expected, atol=1e-5, rtol=1e-4)
+
+
+_HYBRIDS = ("qwen3_next", "lfm2", "falcon_h1", "zamba2", "nemotron_h")
+hybrids = pytest.mark.skipif(not has_layers_of_many_kinds(), reason="hybrid models make caches of their own")
+
+
+def step(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Return the logits of new tokens that continue from a cache."""
+    with torch.no_grad():
+        return model(ids, past_key_values=cache, use_cache=True).logits
+
+
+@hybrids
+@pytest.mark.parametrize("family", _HYBRIDS)
+def test_copied_saved_and_shared_caches_hold_the_states_of_linear_attention(family, tmp_path):
+    model = build_family(family)
+    ids, more = prompt(40), prompt(5, seed=3)
+    cache = CompressedCache(model, "capkv", 0.5, measure_capacity=False)
+    step(model, ids, cache)
+    saved = cache.save(model, tmp_path / "cache.safetensors")
+    first, second = cache.copy(), copy.deepcopy(cache)
+    expected = [step(model, token, first) for token in more.split(1, 1)]
+    shared = [CompressedCache(model, "capkv", 0.5, measure_capacity=False) for _ in range(2)]
+    prefill(model, {"input_ids": ids}, shared)
+    for other in (second, cache, CompressedCache.load(saved, model), *shared):
+        for token, logits in zip(more.split(1, 1), expected, strict=True):
+            torch.testing.assert_close(step(model, token, other), logits)
+
+
+@hybrids
+@pytest.mark.parametrize("family", _HYBRIDS)
+def test_rows_of_a_batch_of_caches_equal_single_caches(family):
+    model = build_family(family)
+    caches = [CompressedCache(model, "capkv-profile", 0.5, measure_capacity=False) for _ in range(2)]
+    for seed, cache in enumerate(caches):
+        step(model, prompt(40, seed=seed), cache)
+    single = [cache.copy() for cache in caches]
+    batch, tokens = BatchedCaches(caches), prompt(3, rows=2)
+    for token in tokens.split(1, 1):
+        logits = step(model, token, batch)
+        expected = [step(model, row, cache) for row, cache in zip(token.split(1), single, strict=True)]
+        torch.testing.assert_close(logits, torch.cat(expected), atol=1e-4, rtol=1e-4)
+    # What the batch has read is in each cache.
+    for row, (cache, own) in enumerate(zip(caches, single, strict=True)):
+        token = tokens[row : row + 1, :1]
+        torch.testing.assert_close(step(model, token, cache), step(model, token, own), atol=1e-4, rtol=1e-4)
+
+
+@hybrids
+@pytest.mark.parametrize("family", ["falcon_h1", "zaya"])
+def test_states_of_linear_attention_follow_the_rows_of_the_batch(family):
+    """Beam search reorders, repeats and selects rows: the result equals that of the stock cache."""
+    model = build_family(family)
+    ids, options = prompt(20), {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, past_key_values=CompressedCache(model, "capkv", 1.0), **options), expected)
+    cache = CompressedCache(model, "capkv", 0.5, measure_capacity=False)
+    step(model, prompt(20, rows=2), cache)
+    rows = cache.copy()
+    rows.batch_repeat_interleave(2)
+    rows.batch_select_indices(torch.tensor([3, 0]))
+    rows.reorder_cache(torch.tensor([1, 0]))
+    tokens = prompt(1, rows=2)
+    torch.testing.assert_close(step(model, tokens, rows), step(model, tokens, cache))
+
+
+@hybrids
+def test_failed_pass_of_a_model_with_linear_states_makes_the_cache_refuse():
+    model = build_family("falcon_h1")
+    cache = CompressedCache(model, "capkv", 0.5)
+    step(model, prompt(20), cache)
+    model.model.layers[-1].feed_forward.forward = None
+    with pytest.raises(TypeError):
+        step(model, prompt(1), cache)
+    del model.model.layers[-1].feed_forward.forward
+    with pytest.raises(ValueError, match="whose last forward pass failed"):
+        step(model, prompt(1), cache)
+    with pytest.raises(ValueError, match="crop must not be called"):
+        cache.crop(-1)

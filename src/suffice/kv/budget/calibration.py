@@ -16,7 +16,8 @@ from suffice.kv.attention.call import AttentionCall, run_attention
 from suffice.kv.attention.hook import AttentionHook, attach_observer
 from suffice.kv.budget.profile import Profile, find_profile, write_profile
 from suffice.kv.hf.fingerprint import fingerprint
-from suffice.kv.hf.model_info import context_window, full_attention_layers
+from suffice.kv.hf.layers import full_attention_layers
+from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.attention_stats import AttentionStats
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from suffice.kv.budget.profile import Profile
 from suffice.kv.hf.fingerprint import fingerprint
-from suffice.kv.hf.model_info import attention_modules, context_window, full_attention_layers
+from suffice.kv.hf.layers import attention_modules, full_attention_layers
+from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.offload import execution_device, materialized_weight
 from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.hf.rotary_probe import probe_positions

@@ -49,14 +49,19 @@ class BatchedCaches(CacheGroup):
                     f"caches[{number}] must hold one row without padding, got {len(padding)} rows with {sum(padding)} "
                     "tokens of padding"
                 )
-        layers_by_index: list[tuple[Any, ...]] = list(zip(*(cache.layers for cache in caches), strict=True))
-        super().__init__(
-            caches,
-            layers=[
-                (_BatchedCompressedLayer if isinstance(layers[0], CompressedLayer) else _BatchedOtherLayer)(layers)
-                for layers in layers_by_index
-            ],
-        )
+        super().__init__(caches)
+
+    def make_layer(self, layers: tuple[Any, ...]) -> Any:
+        """Return a layer of the batch."""
+        return (_BatchedCompressedLayer if isinstance(layers[0], CompressedLayer) else _BatchedOtherLayer)(layers)
+
+    def states_before(self, layers: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return all layers: each is one row."""
+        return layers
+
+    def row_of_cache(self, number: int) -> int:
+        """Return the row of a cache."""
+        return number
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BatchedCaches:
         """Return a batch of copies of the caches."""

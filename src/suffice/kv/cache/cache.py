@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from suffice.kv.attention.hook import AttentionHook
 from suffice.kv.attention.options import check_attention_options
@@ -21,7 +21,8 @@ from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.settings import CacheSettings, StorageConfig
-from suffice.kv.hf.model_info import attention_modules, context_window, full_attention_layers
+from suffice.kv.hf.layers import HYBRID_LAYER, attention_modules, full_attention_layers, stock_layers
+from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.hf.rotary_probe import probe_positions
 from suffice.kv.hf.tensor_parallel import Sharding
@@ -134,10 +135,11 @@ class CompressedCache(Cache):
         )
         global_budget = GlobalBudget(len(compressed)) if is_global else None
         self._hook = AttentionHook(decoder)
-        layers: list[Any] = list(DynamicCache(config=model.config).layers)
+        layers = stock_layers(model)
         for order, index in enumerate(compressed):
-            layers[index] = CompressedLayer(
-                self.settings,
+            layers[index] = _compressed_layer(
+                layers[index],
+                settings=self.settings,
                 module=modules[index],
                 rotary=rotaries[index],
                 index=index,
@@ -316,6 +318,16 @@ class CompressedCache(Cache):
 
     def __repr__(self) -> str:
         return f"CompressedCache(policy={self.policy.name!r}, budget={self.budget}, {self.report()})"
+
+
+def _compressed_layer(stock: Any, **arguments: Any) -> CompressedLayer:
+    """Return the compressed layer that takes the place of a layer of the model's own cache."""
+    if type(stock) is not HYBRID_LAYER:
+        return CompressedLayer(**arguments)
+    # Early versions of transformers do not have the base class of this layer.
+    from suffice.kv.cache.hybrid_layer import HybridCompressedLayer
+
+    return HybridCompressedLayer(stock.number_of_states, **arguments)
 
 
 def _compressed_modules(model: PreTrainedModel, decoder: nn.Module) -> dict[int, nn.Module]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from suffice.kv.cache.layer import CompressedLayer
+from suffice.kv.cache.linear_states import has_linear_states
 from suffice.kv.cache.state import LayerState
 
 
@@ -77,13 +78,14 @@ def _num_seen(layer: Any) -> int | None:
     if hasattr(layer, "has_previous_state"):
         states = layer.has_previous_state
         return None if any(states.values() if isinstance(states, dict) else [states]) else 0
-    return layer.get_seq_length()
+    return layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0  # a layer that stores nothing
 
 
 def _can_undo(layer: Any, before: Any) -> bool:
     if isinstance(before, LayerState):
         new = layer.state.num_seen - before.num_seen
-        return before.num_seen == 0 or layer.state.num_appended == before.num_appended + new
+        has_only_appended = layer.state.num_appended == before.num_appended + new
+        return before.num_seen == 0 or (has_only_appended and not has_linear_states(layer))
     return not isinstance(before, int | None) or (before is not None and _num_seen(layer) == before)
 
 

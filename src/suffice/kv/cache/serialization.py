@@ -15,11 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 import suffice
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.cache.layer import CompressedLayer
+from suffice.kv.cache.linear_states import has_linear_states, restore_states, save_states
 from suffice.kv.cache.settings import STORAGES, CacheSettings
 from suffice.kv.cache.state import LayerState, RowState
 from suffice.kv.hf.fingerprint import fingerprint
@@ -60,8 +62,10 @@ class SavedCache:
             tensors = _with_prefix(self.tensors, f"{number}.")
             if isinstance(layer, CompressedLayer):
                 _restore_compressed(layer, tensors, state)
-            else:
+            elif isinstance(layer, DynamicLayer):
                 _restore_other(layer, tensors, state, device)
+            if has_linear_states(layer):
+                restore_states(layer, tensors, state["linear_states"], device)
 
 
 def save_cache(layers: Sequence[Any], settings: CacheSettings, model: PreTrainedModel, path: str | Path) -> Path:
@@ -75,8 +79,7 @@ def save_cache(layers: Sequence[Any], settings: CacheSettings, model: PreTrained
     tensors: dict[str, Tensor] = {}
     layer_states: list[dict[str, Any]] = []
     for number, layer in enumerate(layers):
-        is_compressed = isinstance(layer, CompressedLayer)
-        layer_tensors, state = _compressed_state(layer) if is_compressed else _other_state(layer)
+        layer_tensors, state = _layer_state(layer)
         tensors |= {f"{number}.{name}": value.contiguous() for name, value in layer_tensors.items()}
         layer_states.append(state)
     metadata = {
@@ -229,6 +232,20 @@ def _restore_compressed(layer: CompressedLayer, tensors: dict[str, Tensor], reco
     keys = storage.buffers[0]
     layer.dtype, layer.device = keys.dtype, keys.device
     layer.is_initialized = True
+
+
+def _layer_state(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a layer by name, and the part of its state that is not a tensor."""
+    tensors: dict[str, Tensor] = {}
+    state: dict[str, Any] = {}
+    if isinstance(layer, CompressedLayer):
+        tensors, state = _compressed_state(layer)
+    elif isinstance(layer, DynamicLayer):
+        tensors, state = _other_state(layer)
+    if has_linear_states(layer):
+        states, state["linear_states"] = save_states(layer)
+        tensors = {**tensors, **states}
+    return tensors, state
 
 
 def _other_state(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -70,16 +70,21 @@ class SharedPrefill(CacheGroup):
     def __init__(self, caches: Sequence[CompressedCache], share_statistics: bool = False) -> None:
         self.seconds = [0.0] * len(caches)
         self.logits = torch.empty(0)
-        layers_by_index: list[tuple[Any, ...]] = list(zip(*(cache.layers for cache in caches), strict=True))
-        super().__init__(
-            caches,
-            layers=[
-                _SharedCompressedLayer(layers, self.seconds, share_statistics)
-                if isinstance(layers[0], CompressedLayer)
-                else _SharedOtherLayer(layers)
-                for layers in layers_by_index
-            ],
-        )
+        self._share_statistics = share_statistics
+        super().__init__(caches)
+
+    def make_layer(self, layers: tuple[Any, ...]) -> Any:
+        """Return a layer of this cache."""
+        if isinstance(layers[0], CompressedLayer):
+            return _SharedCompressedLayer(layers, self.seconds, self._share_statistics)
+        return _SharedOtherLayer(layers)
+
+    def states_before(self, layers: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the first layer: all are empty."""
+        return layers[:1]
+
+    def row_of_cache(self, number: int) -> None:
+        """Return None: every cache has all rows."""
 
 
 class _SharedCompressedLayer(DynamicLayer):

@@ -20,7 +20,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from suffice.kv.attention.call import AttentionCall, run_attention
 from suffice.kv.attention.hook import AttentionHook, attach_observer
-from suffice.kv.hf.model_info import attention_modules, context_window
+from suffice.kv.hf.layers import attention_modules
+from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.offload import execution_device, materialized_weight
 from suffice.kv.hf.rotary import Frequencies, RotaryEmbedding
 
