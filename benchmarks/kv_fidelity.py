@@ -27,7 +27,7 @@ from torch import Tensor
 from suffice.kv import CompressedCache, load_model, policies
 from suffice.kv.cache.shared_prefill import prefill
 from suffice.kv.eval.fidelity import kl_divergence
-from suffice.kv.eval.prompt import tokenize
+from suffice.kv.hf.tokenization import tokenize
 
 NAMES = ("river", "castle", "garden", "violin", "harbor", "lantern", "meadow", "orchard")
 TASKS = ("text", "agnostic", "aware")

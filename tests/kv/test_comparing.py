@@ -18,7 +18,7 @@ from suffice.kv.eval.fidelity import CacheConfig, evaluate
 from suffice.kv.eval.run_options import RunOptions
 from suffice.kv.eval.tasks import make_example
 from suffice.kv.eval.tune import tune
-from suffice.kv.eval.user_prompts import UserPrompt, read_user_prompts
+from suffice.kv.eval.user_prompts import UserPrompt, read_user_prompts, write_user_prompts
 from suffice.kv.hf.loading import ModelSource
 from suffice.study.results import Group
 from tests.kv.tiny import TOKENS, build, tokenizer
@@ -191,6 +191,11 @@ def test_tune_rejects_a_single_prompt_and_missing_questions():
         ({"tasks": (("text", "aware"),)}, "mode must be one of continuation for task 'text', got 'aware'"),
         ({"policies": ["capkv", "capkv"]}, "no duplicates"),
         ({"haystack": "/nowhere.txt"}, "haystack must be a text file, got '/nowhere.txt'"),
+        (
+            {"haystack": __file__, "tasks": (("qa", "aware"),)},
+            "haystack must be None for task 'qa', .* with a haystack: text,",
+        ),
+        ({"haystack": "/dev/null"}, "haystack must contain at least one word, got '/dev/null', which is empty"),
         ({"greedy_tokens": -1}, "greedy_tokens must be at least 0, got -1"),
     ],
 )
@@ -219,6 +224,64 @@ def test_prompts_are_read_from_json_lines_and_from_plain_text(tmp_path):
             read_user_prompts(lines)
     with pytest.raises(ValueError, match="cannot be read"):
         read_user_prompts(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".JSONL"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("layout", ["lines", "array", "pretty"])
+def test_json_prompts_are_read_as_they_were_written(tmp_path, suffix, encoding, layout):
+    """Against `json`: characters that `splitlines` splits at, a byte-order mark, Windows line ends."""
+    prompts = [UserPrompt("a\u2028b\x85c\x0bd\x1ee\nf", "q\u2029?"), UserPrompt("g\x0c"), UserPrompt("ä 😀 []")]
+    items = [{"prompt": one.document, "question": one.question} for one in prompts]
+    file = tmp_path / f"p{suffix}"
+    if layout == "lines":
+        text = "\r\n".join(json.dumps(item, ensure_ascii=False) for item in items)
+    else:
+        text = json.dumps(items, ensure_ascii=False, indent=2 if layout == "pretty" else None)
+    file.write_text(text, encoding=encoding, newline="")
+    assert read_user_prompts(file) == prompts
+    write_user_prompts(prompts, file)
+    assert read_user_prompts(file) == prompts
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"prompt": "a", "qestion": "b"}',
+            "keys in line 1 of prompts '.*' must be among prompt, document, question, got 'qestion'. "
+            r"Did you mean 'question'\?",
+        ),
+        ('["a", {"text": "b"}]', "keys in item 2 of prompts '.*' must be among .*, got 'text'"),
+        ('{"prompt": "a", "document": "b"}', 'must have one of "prompt" and "document", got both'),
+        ('"a"\n{"prompt": "a", "prompt": "b"}', "line 2 of prompts .*key 'prompt' is repeated"),
+        (
+            '{"prompt": "a", "question": ""}',
+            '"question" in line 1 .* must contain text, or be null or left out, got ""',
+        ),
+        ('["a", 7]', 'item 2 of prompts .* must be a JSON string, or an object with "prompt" .*, got 7'),
+        ('["a", ', "prompts '.*' must be a JSON array of prompts, got .* \\(Expecting value"),
+        ("[]", "prompts must be a file with at least one prompt, got '.*', which holds none"),
+    ],
+)
+def test_json_that_is_not_a_prompt_is_rejected(tmp_path, content, message):
+    file = tmp_path / "p.jsonl"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_user_prompts(file)
+
+
+def test_prompts_hold_text():
+    with pytest.raises(ValueError, match="document must contain text, got ' '"):
+        UserPrompt(" ")
+    with pytest.raises(ValueError, match="question must contain text, or be None, got ''"):
+        UserPrompt("a", "")
+
+
+def test_plain_text_prompts_have_no_byte_order_mark(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("one\n---\ntwo", encoding="utf-8-sig")
+    assert read_user_prompts(file) == [UserPrompt("one"), UserPrompt("two")]
 
 
 def test_commands_print_json_and_write_pages(folder, tmp_path):

@@ -83,7 +83,7 @@ def test_prompt_is_split_where_the_document_ends(loaded):
     parts = tokenize_prompt(tokenizer, "  A short text.  ", "What is it?")
     assert tokenizer.decode(parts.document[0]).endswith("A short text.")
     assert "What is it?" in tokenizer.decode(parts.question[0])
-    with pytest.raises(ValueError, match="the prompt must hold some text"):
+    with pytest.raises(ValueError, match="the prompt must contain text"):
         tokenize_prompt(tokenizer, " \n")
 
 
@@ -145,6 +145,12 @@ def test_calibrate_command_writes_a_profile(tmp_path):
     assert f"Profile: {file}" in command("kv", "calibrate", "--random", "--tokens", "40", "--to", str(file)).stdout
 
 
+def test_calibrate_command_rejects_a_text_file_without_text(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n", encoding="utf-8-sig")
+    done = command("kv", "calibrate", "--text-file", str(tmp_path / "empty.txt"))
+    assert str(done.exception) == f"--text-file must contain text, got '{tmp_path / 'empty.txt'}', which is empty"
+
+
 def test_calibrate_command_rejects_two_sources():
     done = command("kv", "calibrate", "--random", "--text-file", "x")
     assert "got --text-file and --random" in str(done.exception)
@@ -189,6 +195,7 @@ def test_policies_command_lists_all_policies():
             "--prompt-file must be a text file, got '/nowhere/at all', which cannot be read",
         ),
         (("--prompt", "  "), "the prompt must contain text, got '  '"),
+        (("--prompt", "hi", "--question", ""), "--question must contain text, got ''"),
         (("--prompt", "hi", "--dtype", "int4"), "dtype must be one of auto, float32, bfloat16, float16, got 'int4'"),
         (("--prompt", "hi", "--device", "cuda:99"), "device must be one that torch can use here, got 'cuda:99'"),
         (("--prompt", "hi", "--attn", "flash"), "attn_implementation must be sdpa or eager, got 'flash'"),

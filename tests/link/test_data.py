@@ -123,6 +123,16 @@ def test_csv_and_npz_files_give_the_same_graph(tmp_path):
         assert graph.classes.tolist() == [0, 1, 0, 1]
 
 
+def test_csv_files_of_spreadsheets_are_read(tmp_path):
+    """A byte-order mark, Windows line ends, quoted cells, and characters at which `splitlines` splits."""
+    np.savetxt(tmp_path / "x.csv", np.eye(3), delimiter=",")
+    (tmp_path / "e.csv").write_text('0,1\r\n"2","1"\r\n', encoding="utf-8-sig", newline="")
+    (tmp_path / "y.csv").write_text('class\r\n"a,\u2028b"\r\na\x85\r\n"a,\u2028b"\r\n', encoding="utf-8", newline="")
+    graph = read_graph(tmp_path / "e.csv", tmp_path / "x.csv", tmp_path / "y.csv")
+    assert graph.edges.tolist() == [[0, 1], [1, 2]]
+    assert graph.classes.tolist() == [1, 0, 1] or graph.classes.tolist() == [0, 1, 0]
+
+
 def test_an_edge_list_may_hold_both_directions_of_every_edge(tmp_path):
     np.savez(tmp_path / "g.npz", edges=np.array([[0, 1], [1, 0], [1, 2], [2, 1]]), x=np.eye(3))
     assert read_graph(tmp_path / "g.npz").edges.tolist() == [[0, 1], [1, 2]]

@@ -19,6 +19,7 @@ from suffice.kv.budget.protection import Protection
 from suffice.kv.eval.tune import DEFAULT_BUDGETS
 from suffice.kv.policy.registry import DEFAULT_POLICY, allocations, get_allocation, get_policy, policies
 from suffice.report import save_figure
+from suffice.text_files import read_text
 
 app = typer.Typer(
     help="Compress the KV cache of a language model, and measure what is lost.",
@@ -50,7 +51,7 @@ class PromptOptions:
         """Return the prompt.
 
         Raises:
-            ValueError: no prompt or more than one is given, or the prompt is empty.
+            ValueError: no prompt or more than one is given, or the prompt or the question is empty.
 
         """
         if self.prompt is not None and self.prompt_file is not None:
@@ -58,13 +59,15 @@ class PromptOptions:
         if self.prompt is not None:
             text = self.prompt
         elif self.prompt_file is not None:
-            text = read_text("--prompt-file", self.prompt_file)
+            text = read_text(self.prompt_file, "--prompt-file")
         elif sys.stdin.isatty():
             raise ValueError("a prompt must be given: --prompt TEXT, --prompt-file FILE, or text on standard input")
         else:
-            text = sys.stdin.read()
+            text = sys.stdin.read().removeprefix("\ufeff")
         if not text.strip():
             raise ValueError(f"the prompt must contain text, got {text!r}")
+        if self.question is not None and not self.question.strip():
+            raise ValueError(f"--question must contain text, got {self.question!r}")
         return text
 
 
@@ -149,7 +152,7 @@ class CalibrationOptions:
         """Return the text, or None for the default one.
 
         Raises:
-            ValueError: more than one of the options is given, or the file cannot be read.
+            ValueError: more than one of the options is given, or the file cannot be read or is empty.
 
         """
         ways = {
@@ -159,7 +162,12 @@ class CalibrationOptions:
         }
         if len(given := [option for option, is_given in ways.items() if is_given]) > 1:
             raise ValueError(f"only one of {', '.join(ways)} may be given, got {' and '.join(given)}")
-        return None if self.text_file is None else read_text("--text-file", self.text_file)
+        if self.text_file is None:
+            return None
+        text = read_text(self.text_file, "--text-file")
+        if not text.strip():
+            raise ValueError(f"--text-file must contain text, got {str(self.text_file)!r}, which is empty")
+        return text
 
 
 @app.command("calibrate")
@@ -302,7 +310,11 @@ class UserPromptOptions:
     panel: ClassVar[str] = "Prompts"
 
     prompts: Annotated[
-        Path, typer.Option(help="File with your prompts: JSON lines, or texts separated by lines of dashes (---).")
+        Path,
+        typer.Option(
+            help="File with your prompts: a JSON array or JSON lines (.json, .jsonl, .ndjson), or texts separated by "
+            "lines of dashes (---)."
+        ),
     ]
     aware: AwareOption = True
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of the full cache's answers, in tokens.")] = 32
@@ -382,16 +394,3 @@ def list_policies(as_json: JsonOption = False) -> None:
     out.print(f"The default is {DEFAULT_POLICY}. Papers are given by their arXiv numbers.", highlight=False)
     names = ", ".join(name if name == text else f"{name} ({text})" for name, text in splits.items())
     out.print(f"Allocations that any policy can use: {names}.", highlight=False)
-
-
-def read_text(option: str, file: Path) -> str:
-    """Return the text of a file that an option names.
-
-    Raises:
-        ValueError: the file cannot be read.
-
-    """
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{option} must be a text file, got {str(file)!r}, which cannot be read: {error}") from None

@@ -179,7 +179,7 @@ class Spec:
         """
         path = Path(path)
         try:
-            content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+            content = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(
                 f"{path} must be a readable YAML file, got an error: {' '.join(str(error).split())}"

@@ -19,6 +19,7 @@ from suffice.kv.hf.fingerprint import fingerprint
 from suffice.kv.hf.layers import full_attention_layers
 from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.tensor_parallel import Sharding
+from suffice.kv.hf.tokenization import tokenize, tokenize_continuation
 from suffice.kv.policy.attention_stats import AttentionStats
 
 _DEFAULT_TOKENS = 700
@@ -56,8 +57,8 @@ def calibrate(
         The profile of the model's compressed layers.
 
     Raises:
-        ValueError: the text has fewer than 32 tokens or does not fit twice into the context window, or the model's
-            attention is not finite.
+        ValueError: a text is given without a tokenizer, has fewer than 32 tokens or does not fit twice into the
+            context window; or the model's attention is not finite.
 
     Example:
         >>> from suffice.kv import CompressedCache, calibrate  # doctest: +SKIP
@@ -202,21 +203,18 @@ def _text_tokens(
             f"tokens must be at most {max_tokens} for this model, whose context window has to hold the text twice, got "
             f"{tokens!r}"
         )
+    if tokenizer is None and text is not None:
+        raise ValueError("tokenizer must be given with a text, got None. Without both, random tokens are used")
     if tokenizer is None:
         generator = torch.Generator().manual_seed(seed)
         vocabulary = model.config.get_text_config().vocab_size
         first = torch.randint(vocabulary, (1, tokens), generator=generator)
         return first, torch.empty(1, 0, dtype=torch.long), f"{tokens} random tokens, seed {seed}"
-    first = _encode(tokenizer, text or _python_manual())[:, :tokens]
+    first = tokenize(tokenizer, _python_manual() if text is None else text)[:, :tokens]
     if first.shape[1] < _MIN_TOKENS:
         raise ValueError(f"text must have at least {_MIN_TOKENS} tokens, got {first.shape[1]}")
-    source = f"{first.shape[1]} tokens of {'the text given' if text else 'the Python manual'}"
-    return first, _encode(tokenizer, _INSTRUCTION), source
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    encoded: Any = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)
-    return encoded.input_ids
+    source = f"{first.shape[1]} tokens of {'the Python manual' if text is None else 'the text given'}"
+    return first, tokenize_continuation(tokenizer, _INSTRUCTION), source
 
 
 def _python_manual() -> str:

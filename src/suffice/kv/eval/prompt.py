@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from suffice.kv.hf.tokenization import tokenize, tokenize_continuation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,14 +33,6 @@ class PromptTokens:
         return torch.cat((self.document, self.question), dim=1)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False) -> Tensor:
-    """Return the token ids of a text, [1, tokens]; [1, 0] for an empty text."""
-    if not text:
-        return torch.empty(1, 0, dtype=torch.long)
-    encoded: Any = tokenizer(text, return_tensors="pt", add_special_tokens=add_special_tokens, verbose=False)
-    return encoded.input_ids
-
-
 def tokenize_prompt(
     tokenizer: PreTrainedTokenizerBase, document: str, question: str | None = None, *, answer_prefix: str = ""
 ) -> PromptTokens:
@@ -54,18 +48,25 @@ def tokenize_prompt(
         answer_prefix: the first words of the model's answer, added to the end of the prompt.
 
     Raises:
-        ValueError: the document is empty.
+        ValueError: the document or the question is empty, or the chat template changes the document.
 
     """
     if not document.strip():
-        raise ValueError(f"the prompt must hold some text, got {document!r}")
+        raise ValueError(f"the prompt must contain text, got {document!r}")
+    if question is not None and not question.strip():
+        raise ValueError(f"question must contain text, or be None, got {question!r}")
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if has_template:
         content = document if question is None else f"{document}\n\n{question}"
         message = [{"role": "user", "content": content}]
         text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-        # A template may strip the message, so look for the document without surrounding white space.
-        end = text.index(document.strip()) + len(document.strip())
+        # A template may strip the message. Its own words may contain the document, but come before the message.
+        start = text.rfind(content.strip())
+        if start < 0:
+            raise ValueError(
+                "chat_template of the tokenizer must contain the message unchanged, got one that changes it"
+            )
+        end = start + len(document.strip())
     else:
         text = document if question is None else f"{document}\n\nQuestion: {question}\nAnswer:"
         end = len(document)
@@ -75,5 +76,5 @@ def tokenize_prompt(
     # A template already contains the special tokens.
     return PromptTokens(
         tokenize(tokenizer, text[:end], add_special_tokens=not has_template),
-        torch.cat((tokenize(tokenizer, text[end:]), tokenize(tokenizer, prefix)), dim=1),
+        torch.cat([tokenize_continuation(tokenizer, part) for part in (text[end:], prefix)], dim=1),
     )

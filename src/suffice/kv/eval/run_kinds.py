@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid
 from suffice.kv.policy.registry import DEFAULT_POLICY
 from suffice.study.run_kind import RunKind
+from suffice.text_files import read_text
 
 # Defaults of the fields of `CacheGrid` and of `ModelSource`.
 _CACHES: dict[str, Any] = {"policies": [DEFAULT_POLICY], "allocations": [OWN_ALLOCATION], "budgets": [0.25]}
@@ -35,7 +37,14 @@ def check_compare(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"tokens must be at least 1, got {settings['tokens']}")
     if settings["greedy_tokens"] < 0:
         raise ValueError(f"greedy_tokens must be at least 0, got {settings['greedy_tokens']}")
-    return {**settings, "digest": file_digest(settings["haystack"])}
+    haystack = settings["haystack"]
+    if haystack is not None and "haystack" not in inspect.signature(TASKS[task]).parameters:
+        with_haystack = [name for name in TASKS if "haystack" in inspect.signature(TASKS[name]).parameters]
+        raise ValueError(
+            f"haystack must be None for task {task!r}, which makes its own text, got {haystack!r}. Tasks with a "
+            f"haystack: {', '.join(with_haystack)}"
+        )
+    return {**settings, "digest": text_digest(haystack)}
 
 
 def check_tune(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,19 +60,18 @@ def check_tune(settings: Mapping[str, Any]) -> dict[str, Any]:
     return dict(settings)
 
 
-def file_digest(path: str | None) -> str:
+def text_digest(path: str | None) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of a haystack file; an empty string for None.
 
     Raises:
-        ValueError: the file cannot be read.
+        ValueError: the file cannot be read, or contains no words.
 
     """
     if path is None:
         return ""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    except OSError as error:
-        raise ValueError(f"haystack must be a text file, got {path!r}, which cannot be read: {error}") from None
+    if not read_text(path, "haystack").strip():
+        raise ValueError(f"haystack must contain at least one word, got {path!r}, which is empty")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 COMPARE = RunKind(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +14,7 @@ from suffice.kv.eval.tasks import make_example
 from suffice.kv.eval.user_prompts import answer_with_full_cache, read_user_prompts
 from suffice.kv.hf.loading import ModelSource
 from suffice.study.job import RunContext
+from suffice.text_files import read_text
 
 METRICS = (
     "kl",
@@ -62,7 +62,7 @@ def compare_on_example(settings: Mapping[str, Any], seed: int, context: RunConte
     """
     model, tokenizer = load_cached(ModelSource(**settings["model"]))
     haystack = settings["haystack"]
-    options = {} if haystack is None else {"haystack": Path(haystack).read_text(encoding="utf-8")}
+    options = {} if haystack is None else {"haystack": read_text(haystack, "haystack")}
     example = make_example(settings["task"], tokenizer, tokens=settings["tokens"], seed=seed, **options)
     context.log(f"{settings['task']}, {settings['mode']}, sample {seed}")
     grid = CacheGrid(**settings["caches"])

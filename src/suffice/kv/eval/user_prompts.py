@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from suffice.kv.eval.prompt import PromptTokens, tokenize_prompt
 from suffice.kv.eval.tasks.example import Example
+from suffice.study.run_kind import check_names
+from suffice.text_files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_KEYS = ("prompt", "document", "question")
+_EXPECTED = 'a JSON string, or an object with "prompt" and optionally "question"'
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,19 @@ class UserPrompt:
         document: the prompt, or a document.
         question: the question about the document, if there is one.
 
+    Raises:
+        ValueError: the document or the question is empty.
+
     """
 
     document: str
     question: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.document.strip():
+            raise ValueError(f"document must contain text, got {self.document!r}")
+        if self.question is not None and not self.question.strip():
+            raise ValueError(f"question must contain text, or be None, got {self.question!r}")
 
 
 @dataclass(frozen=True)
@@ -50,21 +65,18 @@ class UserExample(Example):
 def read_user_prompts(path: str | Path) -> list[UserPrompt]:
     """Read prompts from a file.
 
-    In a `.jsonl` file, each line is a JSON string, or an object with `prompt` (or `document`) and optionally
-    `question`. In any other file, the prompts are separated by lines of three or more dashes.
+    In a JSON file (`.jsonl`, `.ndjson` or `.json`), the prompts are the items of an array, or one on each line. A
+    prompt is a JSON string, or an object with `prompt` (or `document`) and optionally `question`. In any other file,
+    the prompts are texts that are separated by lines of three or more dashes.
 
     Raises:
-        ValueError: the file cannot be read, a line is not a prompt, or the file contains no prompt.
+        ValueError: the file cannot be read, an item is not a prompt, or the file contains no prompt.
 
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts must be a text file, got {str(path)!r}, which cannot be read: {error}") from None
-    if path.suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        prompts = [_parse_line(line, number, path) for number, line in lines]
+    text = read_text(path, "prompts")
+    if path.suffix.lower() in _JSON_SUFFIXES:
+        prompts = [_parse_prompt(item, place) for place, item in _json_items(text, path)]
     else:
         parts = re.split(r"^-{3,}\s*$", text, flags=re.MULTILINE)
         prompts = [UserPrompt(part.strip()) for part in parts if part.strip()]
@@ -123,20 +135,49 @@ def answer_with_full_cache(
     )
 
 
-def _parse_line(line: str, number: int, path: Path) -> UserPrompt:
-    expected = (
-        f'line {number} of prompts {str(path)!r} must be a JSON string, or an object with "prompt" and optionally '
-        '"question"'
-    )
+def _json_items(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the items of an array, or the values of all lines, each with its place for errors."""
+    if text.lstrip().startswith("["):
+        items: Any = _parse_json(text, f"prompts {str(path)!r}", "a JSON array of prompts")
+        yield from ((f"item {number} of prompts {str(path)!r}", item) for number, item in enumerate(items, 1))
+        return
+    # Not `splitlines`, which also splits at characters that may stand in a JSON string, such as U+2028.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            place = f"line {number} of prompts {str(path)!r}"
+            yield place, _parse_json(line, place, _EXPECTED)
+
+
+def _parse_json(text: str, place: str, expected: str) -> Any:
     try:
-        content: Any = json.loads(line)
+        return json.loads(text, object_pairs_hook=_unique_keys)
     except ValueError as error:
-        raise ValueError(f"{expected}, got {line[:60]!r} ({error})") from None
-    if isinstance(content, str):
-        content = {"prompt": content}
-    if not isinstance(content, dict):
-        raise ValueError(f"{expected}, got {line[:60]!r}")
+        raise ValueError(f"{place} must be {expected}, got {text[:60]!r} ({error})") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"key {repeated[0]!r} is repeated")
+    return dict(pairs)
+
+
+def _parse_prompt(item: Any, place: str) -> UserPrompt:
+    if isinstance(item, str):
+        item = {"prompt": item}
+    if not isinstance(item, dict):
+        raise ValueError(f"{place} must be {_EXPECTED}, got {_shortened(item)}")
+    content = cast(dict[str, Any], item)
+    check_names(content, _KEYS, f"keys in {place}")
+    if "prompt" in content and "document" in content:
+        raise ValueError(f'{place} must have one of "prompt" and "document", got both')
     document, question = content.get("prompt", content.get("document")), content.get("question")
-    if not isinstance(document, str) or not document.strip() or not isinstance(question, str | None):
-        raise ValueError(f"{expected}, got {line[:60]!r}")
+    if not isinstance(document, str) or not document.strip():
+        raise ValueError(f"{place} must be {_EXPECTED}, got {_shortened(item)}")
+    if question is not None and (not isinstance(question, str) or not question.strip()):
+        raise ValueError(f'"question" in {place} must contain text, or be null or left out, got {_shortened(question)}')
     return UserPrompt(document, question)
+
+
+def _shortened(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)[:60]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from suffice.link.data.checkpoint import load_checkpoint, save_checkpoint, select_prefix
 from suffice.link.data.graph import Graph, Split, check_edges
+from suffice.text_files import read_text
 
 _SUFFIXES = (".csv", ".parquet", ".npz")
 
@@ -167,7 +170,10 @@ def _read_table(path: Path) -> NDArray[Any]:
 
 
 def _read_csv(path: Path) -> NDArray[Any]:
-    rows = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines() if line]
+    try:
+        rows = [row for row in csv.reader(io.StringIO(read_text(path, "table"), newline="")) if row]
+    except csv.Error as error:
+        raise ValueError(f"{path} must be a CSV file, got one that cannot be read: {error}") from None
     if not rows:
         raise ValueError(f"{path} must hold a table, got an empty file")
     if len({len(row) for row in rows}) > 1:

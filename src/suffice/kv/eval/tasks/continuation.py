@@ -6,9 +6,9 @@ import random
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from suffice.kv.eval.prompt import tokenize
 from suffice.kv.eval.tasks.example import Example
 from suffice.kv.eval.tasks.haystack import Haystack, fit_to_length, python_manual
+from suffice.kv.hf.tokenization import tokenize_continuation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +54,6 @@ def continuation(
     low, high = 1, len(example.answer) + 1
     while high - low > 1:
         middle = (low + high) // 2
-        fits = tokenize(tokenizer, example.answer[:middle]).shape[1] <= max_new_tokens
+        fits = tokenize_continuation(tokenizer, example.answer[:middle]).shape[1] <= max_new_tokens
         low, high = (middle, high) if fits else (low, middle)
     return replace(example, answer=example.answer[:low])

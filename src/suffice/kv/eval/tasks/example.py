@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from suffice.kv.eval.prompt import PromptTokens, tokenize, tokenize_prompt
+from suffice.kv.eval.prompt import PromptTokens, tokenize_prompt
+from suffice.kv.hf.tokenization import tokenize, tokenize_continuation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +82,7 @@ class Example:
 
     def answer_ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """Return the token ids of the right answer, [1, tokens]."""
-        return tokenize(tokenizer, self.answer)
+        return tokenize_continuation(tokenizer, self.answer)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain values for JSON."""

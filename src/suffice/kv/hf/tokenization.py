@@ -1,0 +1,46 @@
+"""Tokenize a text that begins a prompt, or one that continues it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Characters that are put before a text to tokenize it as a continuation.
+_LEADS = "\n.0x"
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False) -> Tensor:
+    """Return the token ids of a text, long [1, tokens]; none for an empty text."""
+    if not text:
+        return torch.empty(1, 0, dtype=torch.long)
+    encoded: Any = tokenizer(text, return_tensors="pt", add_special_tokens=add_special_tokens, verbose=False)
+    return encoded.input_ids
+
+
+def tokenize_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Return the token ids of a text that follows other text, long [1, tokens].
+
+    Tokenizers such as those of SentencePiece put a space before every text that they encode. Within a prompt, it
+    would be a token that is not in the text.
+    """
+    ids = tokenize(tokenizer, text)
+    if not text or not _adds_space(tokenizer):
+        return ids
+    for lead in _LEADS:
+        before = tokenize(tokenizer, lead)
+        both = tokenize(tokenizer, lead + text)
+        # Otherwise the first token of the text contains the lead.
+        if torch.equal(both[:, : before.shape[1]], before):
+            return both[:, before.shape[1] :]
+    return ids
+
+
+def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a letter has other tokens at the start of a text than at the start of a line."""
+    letter, line = tokenize(tokenizer, "x"), tokenize(tokenizer, "\nx")
+    return not torch.equal(line[:, -letter.shape[1] :], letter)
