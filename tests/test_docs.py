@@ -276,7 +276,7 @@ def messages_of_the_source():
 
 
 def test_error_messages_exist():
-    text = TEXTS[DOCS / "how-to" / "troubleshooting.md"]
+    text = "".join(TEXTS[DOCS / "how-to" / name] for name in ("troubleshooting.md", "troubleshooting-files.md"))
     patterns = list(messages_of_the_source())
     messages = re.findall(r"```text\n(.*?)\n```", text, flags=re.DOTALL)
     assert len(messages) > 20

@@ -1,5 +1,7 @@
 """Evictions in chunks and while tokens are generated: short chunks, small budgets, rows of unequal length."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -90,3 +92,22 @@ def test_rows_of_a_padded_stream_equal_single_rows(name, budget):
             for head in range(2):
                 kept, wanted = (c.kept_positions(layer)[r, head] for c, r in ((together, row), (cache, 0)))
                 assert kept[kept >= 0].tolist() == wanted[wanted >= 0].tolist(), (row, layer, head)
+
+
+def test_a_prompt_in_chunks_is_warned_about_unless_every_chunk_is_evicted():
+    model, ids = build("llama"), prompt(92)
+    options = {"prefill_chunk_size": 16, "max_new_tokens": 4, "do_sample": False}
+    cache = CompressedCache(model, budget=24)
+    with pytest.warns(UserWarning, match="the prompt seems to be read in chunks.*evict='always'"):
+        model.generate(ids, past_key_values=cache, **options)
+    for quiet in ({"evict": "always"}, {"budget": 1.0}, {"policy": "full"}):
+        cache = CompressedCache(model, **{"budget": 24, **quiet})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model.generate(ids, past_key_values=cache, **options)
+    question = CompressedCache(model, budget=24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(ids, past_key_values=question)
+        model(prompt(9), past_key_values=question)
+        model(prompt(9), past_key_values=question)

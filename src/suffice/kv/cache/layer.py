@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,6 +38,12 @@ from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.attention_stats import AttentionStats, DeferredChecks, EntryPositions, LayerContext
 from suffice.kv.storage.base import Entries, Storage
+
+_CHUNKS_ARE_KEPT = (
+    "the second forward pass over this CompressedCache has as many tokens as the first, so the prompt seems to be read "
+    "in chunks. With evict='prefill', only the first pass evicts, and all tokens of later passes are kept. Use "
+    "CompressedCache(..., evict='always') to read a prompt in chunks"
+)
 
 
 class CompressedLayer(DynamicLayer):
@@ -170,11 +177,19 @@ class CompressedLayer(DynamicLayer):
             num_new=num_new,
             is_first=self.storage is None,
         )
+        if self.order == 0 and self._looks_like_a_second_chunk(num_new):
+            warnings.warn(_CHUNKS_ARE_KEPT, stacklevel=2)
         state = self.state.append_tokens(num_new, rows)
         if self.storage is not None:
             self.storage.append(call.key, call.value, self._positions(state, num_new), padded=padding is not None)
         self.state = state  # counts the new tokens after they are stored
         self.is_initialized = True
+
+    def _looks_like_a_second_chunk(self, num_new: int) -> bool:
+        """Return whether a prompt seems to be read in chunks of equal size, all of which are kept after the first."""
+        settings = self.settings
+        may_evict = not settings.policy.keep_all and settings.budget != 1.0
+        return may_evict and not settings.evict_always and 1 < num_new == self.state.num_seen
 
     def post_attention(self, call: AttentionCall, attention: Tensor | None) -> None:
         """Evict entries after the attention of a call has been computed, if an eviction is planned."""
