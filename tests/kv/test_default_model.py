@@ -198,7 +198,8 @@ def test_policies_command_lists_all_policies():
         (("--prompt", "hi", "--question", ""), "--question must contain text, got ''"),
         (("--prompt", "hi", "--dtype", "int4"), "dtype must be one of auto, float32, bfloat16, float16, got 'int4'"),
         (("--prompt", "hi", "--device", "cuda:99"), "device must be one that torch can use here, got 'cuda:99'"),
-        (("--prompt", "hi", "--attn", "flash"), "attn_implementation must be sdpa or eager, got 'flash'"),
+        (("--prompt", "hi", "--attn", "flash"), "attn_implementation must be sdpa, eager, flex_attention, flash_att"),
+        (("--prompt", "hi", "--attn", "flash_attention_2"), "must be one that is installed here, got 'flash_att"),
         (
             ("--prompt", "hi", "--model", "/no/model"),
             "model must be a folder with a model or a known model id, got '/no/model'",

@@ -22,7 +22,9 @@ class ModelOptions:
     model: Annotated[str, typer.Option(help="Hugging Face model id, or local folder.")] = DEFAULT_MODEL
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda:0.")] = "cpu"
     dtype: Annotated[str, typer.Option(help="Dtype of the weights: auto, float32, bfloat16 or float16.")] = "auto"
-    attn: Annotated[str, typer.Option(help="Attention implementation: sdpa or eager.")] = "sdpa"
+    attn: Annotated[str, typer.Option(help="Attention implementation, such as sdpa, eager or flash_attention_2.")] = (
+        "sdpa"
+    )
 
     def source(self) -> ModelSource:
         """Return the source of the model."""

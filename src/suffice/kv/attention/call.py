@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from suffice.kv.attention.masks import dense_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,8 @@ class AttentionCall:
         query: [batch, heads, new, head_dim], after the rotary embedding.
         key: [batch, num_key_value_heads, new, head_dim], of the new tokens, after the rotary embedding.
         value: [batch, num_key_value_heads, new, value_dim], of the new tokens.
-        mask: the model's mask over the new tokens, [batch, 1, new, new]: True or 0 where a token may be read, False or
-            a large negative number where it may not. None if each token may read all tokens before it.
+        mask: the model's mask over the new tokens, in the format of its attention implementation (see
+            `suffice.kv.attention.masks`). None if each token may read all tokens before it.
         scaling: factor on the query-key product; None for 1/√head_dim.
         options: other keyword arguments of the attention function.
         implementation: name of the model's own attention implementation.
@@ -86,11 +88,16 @@ class AttentionCall:
     query: Tensor
     key: Tensor
     value: Tensor
-    mask: Tensor | None
+    mask: Any
     scaling: float | None
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     implementation: str = "sdpa"
     memo: dict[Any, Any] | None = None
+
+    @property
+    def dense_mask(self) -> Tensor | None:
+        """The mask as bool [batch or 1, 1, new, new]; None if each new token may read all tokens before it."""
+        return dense_mask(self.mask, self.query.shape[2])
 
     @property
     def softcap(self) -> float | None:
@@ -112,12 +119,13 @@ class AttentionCall:
         if self.mask is None:
             return None
         if not hasattr(self.mask, "_suffice_padding"):
-            last = self.mask[:, 0, -1, -self.key.shape[2] :].expand(len(self.key), -1)
-            attach_padding(self.mask, last if last.dtype == torch.bool else last == 0)
-        return self.mask._suffice_padding  # pyright: ignore[reportAttributeAccessIssue]
+            dense = dense_mask(self.mask, self.key.shape[2])
+            assert dense is not None
+            attach_padding(self.mask, dense[:, 0, -1].expand(len(self.key), -1))
+        return self.mask._suffice_padding
 
 
-def attach_padding(mask: Tensor, valid: Tensor) -> None:
+def attach_padding(mask: Any, valid: Tensor) -> None:
     """Attach the padding of the new tokens to a mask. All layers get the same mask, so the padding is read only once.
 
     Args:
@@ -125,17 +133,45 @@ def attach_padding(mask: Tensor, valid: Tensor) -> None:
         valid: bool [batch, new], False on padding.
 
     """
-    mask._suffice_padding = Padding.from_mask(valid)  # pyright: ignore[reportAttributeAccessIssue]
+    mask._suffice_padding = Padding.from_mask(valid)
 
 
 def run_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    """Compute an attention call with the model's own implementation."""
-    implementation = _implementation(call.implementation, call.module)
-    return implementation(call.module, call.query, call.key, call.value, call.mask, **call.options)
+    """Compute an attention call with the model's own implementation.
+
+    Returns:
+        The output [batch, new, heads, value_dim], and the attention weights [batch, heads, new, keys] of eager
+        attention; None with another implementation.
+
+    """
+    if call.implementation == "eager":
+        # Eager attention is not registered by name; the file of each model defines it.
+        attention = sys.modules[type(call.module).__module__].eager_attention_forward
+        return attention(call.module, call.query, call.key, call.value, call.mask, **call.options)
+    attention = ALL_ATTENTION_FUNCTIONS[call.implementation]
+    module = call.module if call.implementation == "sdpa" else _ModuleView(call.module, call.implementation)
+    return attention(module, call.query, call.key, call.value, call.mask, **call.options)[0], None
 
 
-def _implementation(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    if name != "eager":
-        return ALL_ATTENTION_FUNCTIONS[name]
-    # Eager attention is not registered by name; the file of each model defines it.
-    return sys.modules[type(module).__module__].eager_attention_forward
+class _ModuleView:
+    """An attention module with the name of its own implementation in its configuration.
+
+    FlashAttention loads the package that this name stands for. The configuration itself has another name while a cache
+    exists.
+    """
+
+    def __init__(self, module: nn.Module, implementation: str) -> None:
+        self._module = module
+        config = getattr(module, "config", None)
+        self.config = None if config is None else _ConfigView(config, implementation)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class _ConfigView:
+    def __init__(self, config: Any, implementation: str) -> None:
+        self._config, self._attn_implementation = config, implementation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)

@@ -18,9 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from suffice.kv.attention.call import AttentionCall, attach_padding, run_attention
 from suffice.kv.attention.forward_pass import observe_passes, stop_observing
-from suffice.kv.attention.implementation import PREFIX, restore_implementation, selected_implementation
-
-SUPPORTED_IMPLEMENTATIONS = ("sdpa", "eager")
+from suffice.kv.attention.implementation import PREFIX, restore_implementation, select_hook, selected_implementation
+from suffice.kv.attention.masks import mask_format
 
 # Caches are made and deleted in several threads, and deleted ones are finalized at any time: the lock is reentrant.
 _lock = threading.RLock()
@@ -59,7 +58,7 @@ def _attention_function(implementation: str) -> Callable[..., tuple[Tensor, Tens
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         scaling = options.get("scaling")
@@ -71,10 +70,8 @@ def _attention_function(implementation: str) -> Callable[..., tuple[Tensor, Tens
 
 
 def _mask_function(implementation: str) -> Callable[..., Any]:
-    make_mask = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-
     def make_mask_with_padding(*arguments: Any, attention_mask: Tensor | None = None, **options: Any) -> Any:
-        mask = make_mask(*arguments, attention_mask=attention_mask, **options)
+        mask = ALL_MASK_ATTENTION_FUNCTIONS[implementation](*arguments, attention_mask=attention_mask, **options)
         if mask is not None and attention_mask is not None:
             # The padding cannot be read from the mask itself if all queries of a row are padding.
             first = int(options["kv_offset"])
@@ -105,17 +102,18 @@ class AttentionHook:
     def _select(decoder: PreTrainedModel) -> None:
         selected = selected_implementation(decoder)
         original = selected.removeprefix(PREFIX)
-        if original not in SUPPORTED_IMPLEMENTATIONS:
+        if mask_format(original) is None:
             raise ValueError(
-                f"attn_implementation of the model must be one of {', '.join(SUPPORTED_IMPLEMENTATIONS)}, got "
-                f"{selected!r}. Call model.set_attn_implementation('sdpa') first"
+                "attn_implementation of the model must be 'sdpa', 'eager', 'flex_attention', FlashAttention or another "
+                f"one with the masks of one of these, got {selected!r}. Call model.set_attn_implementation('sdpa') "
+                "first"
             )
         hooked = PREFIX + original
         if hooked not in ALL_ATTENTION_FUNCTIONS:
             AttentionInterface.register(hooked, _attention_function(original))
             AttentionMaskInterface.register(hooked, _mask_function(original))
         if selected != hooked:
-            decoder.set_attn_implementation(hooked)
+            select_hook(decoder, original)
         observe_passes(decoder)
         _num_hooks[decoder] = _num_hooks.get(decoder, 0) + 1
 

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from suffice.kv.attention.call import AttentionCall
 from suffice.kv.attention.hook import attach_observer
+from suffice.kv.attention.masks import additive_mask
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.group import CacheGroup
 from suffice.kv.cache.layer import CompressedLayer
@@ -117,5 +118,9 @@ class _BatchedOtherLayer(_BatchedLayer):
 
 def _select_row(call: AttentionCall, row: int) -> AttentionCall:
     rows = slice(row, row + 1)
-    mask = call.mask if call.mask is None or call.mask.shape[0] == 1 else call.mask[rows]
+    mask = call.mask
+    if mask is not None and not isinstance(mask, Tensor):
+        readable = call.dense_mask  # a block mask cannot be divided into rows
+        mask = None if readable is None else additive_mask(readable, call.query.dtype)
+    mask = mask if mask is None or mask.shape[0] == 1 else mask[rows]
     return replace(call, query=call.query[rows], key=call.key[rows], value=call.value[rows], mask=mask)

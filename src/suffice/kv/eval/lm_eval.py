@@ -49,7 +49,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
         tokenizer: the tokenizer, if `pretrained` is a model.
         device: device of a model that is loaded; by default the first CUDA device, or the CPU if there is none.
         dtype: dtype of a model that is loaded: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
-        attn_implementation: `"sdpa"` or `"eager"`, for a model that is loaded.
+        attn_implementation: `"sdpa"`, `"eager"` or another one of `load_model`, for a model that is loaded.
         options: further arguments of the harness's model `hf`, such as `batch_size` (for tasks that generate).
 
     Raises:

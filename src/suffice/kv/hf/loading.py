@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ _DTYPES = {
     "float16": torch.float16,
 }
 
+_ATTENTION_NAMES = r"sdpa|eager|flex_attention|flash_attention_\d|[^/:]+/[^/:]+(@[^/:]+)?(:[^/:]+)?"
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -29,7 +32,7 @@ class ModelSource:
         name: a Hugging Face model id or a local folder; None is the default model.
         device: a torch device, such as `"cpu"` or `"cuda:0"`.
         dtype: `"auto"` (the dtype of the stored weights), `"float32"`, `"bfloat16"` or `"float16"`.
-        attn_implementation: `"sdpa"` or `"eager"`.
+        attn_implementation: see `load_model`.
 
     """
 
@@ -70,7 +73,8 @@ def load_model(
         model: a Hugging Face model id or a local folder; None loads the default model.
         device: a torch device, such as `"cpu"` or `"cuda:0"`.
         dtype: `"auto"` (the dtype of the stored weights), `"float32"`, `"bfloat16"` or `"float16"`.
-        attn_implementation: `"sdpa"` or `"eager"`.
+        attn_implementation: `"sdpa"`, `"eager"`, `"flex_attention"`, or a FlashAttention that is installed, such as
+            `"flash_attention_2"` or `"kernels-community/flash-attn2"`.
         on_progress: called with one line before each slow step.
 
     Raises:
@@ -83,8 +87,11 @@ def load_model(
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    if attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(f"attn_implementation must be sdpa or eager, got {attn_implementation!r}")
+    if re.fullmatch(_ATTENTION_NAMES, attn_implementation) is None:
+        raise ValueError(
+            "attn_implementation must be sdpa, eager, flex_attention, flash_attention_2, flash_attention_3 or a kernel "
+            f"such as kernels-community/flash-attn2, got {attn_implementation!r}"
+        )
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
@@ -104,4 +111,10 @@ def load_model(
             )
     except OSError as error:
         raise ValueError(f"model must be a folder with a model or a known model id, got {model!r}: {error}") from error
+    except ImportError as error:
+        if attn_implementation in ("sdpa", "eager"):
+            raise
+        raise ValueError(
+            f"attn_implementation must be one that is installed here, got {attn_implementation!r}: {error}"
+        ) from error
     return network.to(target).eval(), tokenizer

@@ -310,7 +310,10 @@ class AttentionStats:
 
         """
         if self.attention is not None:
-            return self.group_heads(self.attention[:, :, query_range, :num_entries].float())
+            weights = self.group_heads(self.attention[:, :, query_range, :num_entries].float())
+            if self.valid_queries is None:
+                return weights
+            return weights * self.valid_queries[:, None, None, query_range, None]
         queries = self.group_heads(self.queries[:, :, query_range].float() * self.scaling).flatten(2, 3)
         logits = self.cap_logits(queries @ self.keys32[:, :, :num_entries].mT)
         logits = logits.unflatten(2, (self.num_key_value_groups, -1))

@@ -288,12 +288,10 @@ class RaggedStorage(Storage):
 
     def attend(self, call: AttentionCall, backend: TorchBackend) -> tuple[Tensor, Tensor | None]:
         """Compute the attention of new tokens over all entries of each head."""
-        mask = call.mask
-        if mask is not None:
-            mask = mask[..., -call.key.shape[2] :]
-            mask = mask if mask.dtype == torch.bool else mask == 0
         scaling = call.scaling or call.query.shape[-1] ** -0.5
-        return backend.ragged_attention(call.query, self, mask, scaling, call.softcap, call.sink_logits), None
+        return backend.ragged_attention(
+            call.query, self, call.dense_mask, scaling, call.softcap, call.sink_logits
+        ), None
 
     def end_attention(self) -> None:
         """Do nothing: the attention needs no temporary tensors."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from suffice.kv.attention.call import AttentionCall, run_attention
+from suffice.kv.attention.masks import MaskFormat, additive_mask, mask_format
 from suffice.kv.backend.torch_backend import TorchBackend
 from suffice.kv.kernels import usable
 from suffice.kv.storage.base import (
@@ -97,10 +98,20 @@ class AlignedStorage(Storage):
 
     def attend(self, call: AttentionCall, backend: TorchBackend) -> tuple[Tensor, Tensor | None]:
         """Compute the attention of new tokens over all entries, with the model's own implementation."""
-        return run_attention(replace(call, key=self.keys, value=self.values, mask=self._extend_mask(call)))
+        # FlashAttention would apply a window to the indices of the entries.
+        options = {**call.options, "sliding_window": None} if call.options.get("sliding_window") else call.options
+        format_ = mask_format(call.implementation)
+        if format_ is MaskFormat.PADDING:
+            mask = None if self.is_full else self.valid
+        elif format_ is MaskFormat.BLOCK:
+            mask = self._extend_mask(replace(call, mask=call.dense_mask))
+            mask = None if mask is None else additive_mask(mask, call.query.dtype)
+        else:
+            mask = self._extend_mask(call)
+        return run_attention(replace(call, key=self.keys, value=self.values, mask=mask, options=options))
 
     def _extend_mask(self, call: AttentionCall) -> Tensor | None:
-        """Extend the mask over the new tokens to all entries, [batch, 1, new, width]; None if nothing is masked."""
+        """Extend a dense mask over the new tokens to all entries, [batch, 1, new, width]; None if nothing is masked."""
         new = call.query.shape[2]
         earlier = self.valid[:, : self.width - new]
         mask = call.mask
@@ -111,8 +122,7 @@ class AlignedStorage(Storage):
         mask = mask[..., -new:].expand(earlier.shape[0], -1, -1, -1)
         earlier = earlier[:, None, None].expand(-1, mask.shape[1], new, -1)
         if mask.dtype != torch.bool:
-            lowest = torch.finfo(mask.dtype).min
-            earlier = torch.zeros_like(earlier, dtype=mask.dtype).masked_fill_(~earlier, lowest)
+            earlier = additive_mask(earlier, mask.dtype)
         return torch.cat((earlier, mask), dim=-1)
 
     def _append_parts(self, new_parts: dict[str, Tensor], positions: Tensor, padded: bool) -> None:
