@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 import suffice
 from suffice.cli import app, options
+from suffice.files import FIGURE_SUFFIXES
+from suffice.report import new_figure, save_figure
 
 
 def commands(group=None, name="suffice"):
@@ -101,3 +103,63 @@ def test_an_error_is_one_line_and_status_2(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
+
+
+def test_an_interrupt_is_reported(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("suffice.cli.study.read_status", interrupt)
+    monkeypatch.setattr("sys.argv", ["suffice", "study", "status", "nowhere"])
+    with pytest.raises(SystemExit) as error:
+        suffice.cli.main()
+    assert error.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_no_command_installs_shell_completion():
+    root = typer.main.get_command(app)
+    context = typer.Context(root)
+    groups = [root, *(root.get_command(context, name) for name in root.list_commands(context))]
+    for command in [*groups, *(command for _, command in commands())]:
+        names = {name for option in command.params for name in option.opts}
+        assert not {name for name in names if "completion" in name}, command.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kv", "generate", "--prompt", "a", "--figure", "a.xyz"], "--figure must be a file ending in .svg, .*'a.xyz'"),
+        (
+            ["kv", "generate", "--prompt", "a", "--report", "a.pdf"],
+            "--report must be a file ending in .html, .*'a.pdf'",
+        ),
+        (["kv", "compare", "--figure", "a"], "--figure must be a file ending in .*, got 'a'"),
+        (["kv", "compare", "--figure", "."], "--figure must be a file ending in .*, got '.', which is a folder"),
+        (["kv", "compare", "--parquet", "a.csv"], "--parquet must be a file ending in .parquet, got 'a.csv'"),
+        (["link", "correct", "--figure", "a.gif"], "--figure must be a file ending in .*, got 'a.gif'"),
+        (["link", "audit", "--report", "a.txt"], "--report must be a file ending in .*, got 'a.txt'"),
+        (["demo", "--figure", "a.xyz"], "--figure must be a file ending in .*, got 'a.xyz'"),
+        (["demo", "--report", "a.xyz"], "--report must be a file ending in .*, got 'a.xyz'"),
+        (["report", "nowhere", "--to", "a.xyz"], "--to must be a file ending in .*, got 'a.xyz'"),
+    ],
+)
+def test_names_of_output_files_are_checked_before_any_work(monkeypatch, arguments, message):
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch_geometric")
+
+    def work(*_, **__):
+        raise AssertionError("the command began to work")
+
+    for name in ("kv.hf.loading.ModelSource.load", "kv.eval.compare.compare", "link.study.experiment.audit_seeds"):
+        monkeypatch.setattr(f"suffice.{name}", work)
+    done = CliRunner().invoke(app, arguments)
+    assert re.search(message, str(done.exception)), done.exception
+
+
+def test_all_figure_formats_can_be_written(tmp_path):
+    for suffix in FIGURE_SUFFIXES:
+        for name in (f"figure{suffix}", f"figure{suffix.upper()}"):
+            figure, _ = new_figure(1, 1)
+            save_figure(figure, tmp_path / "new" / name)
+            assert (tmp_path / "new" / name).stat().st_size > 100

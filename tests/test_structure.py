@@ -16,7 +16,7 @@ ALLOWED = {
     "link": {"information", "report", "study"},
     "cli": {"information", "report", "study", "kv", "link"},
 }
-TOP_LEVEL = {"suffice", "suffice.environment", "suffice.folders", "suffice.gpu", "suffice.text_files"}
+TOP_LEVEL = {"suffice", "suffice.environment", "suffice.folders", "suffice.gpu", "suffice.files"}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import suffice
-from suffice.cli.console import report_errors
+from suffice.cli.console import report_errors, report_interrupt
 
 
 class _Command(NamedTuple):
@@ -60,6 +60,11 @@ class _LazyCommands(TyperGroup):
         imported.name = cmd_name
         return imported
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command. Typer would end it without a message at Ctrl-C."""
+        with report_interrupt():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
     name="suffice",
@@ -88,6 +93,6 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="transformers")
-    with report_errors():
+    with report_errors(), report_interrupt():
         app()
     sys.exit(0)

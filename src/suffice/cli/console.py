@@ -43,6 +43,13 @@ def report_errors() -> Generator[None]:
     except (ValueError, TypeError, OSError, SufficeError) as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+@contextmanager
+def report_interrupt() -> Generator[None]:
+    """Print that the command was interrupted by Ctrl-C, and exit with status 130."""
+    try:
+        yield
     except KeyboardInterrupt:
         err.print("interrupted")
         sys.exit(130)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from suffice.cli.console import out, print_json, print_text, step_progress
 from suffice.cli.options import JsonOption
+from suffice.files import FIGURE_SUFFIXES, PAGE_SUFFIXES, check_suffix
 from suffice.report import Page, Text, save_figure
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Show what Suffice does: answer questions from compressed KV caches, and audit link predictors on two graphs."""
+    check_suffix(report, PAGE_SUFFIXES, "--report")
+    if figure is not None:
+        check_suffix(figure, FIGURE_SUFFIXES, "--figure")
     page = Page(
         title="What information does a model keep?",
         summary="Questions about facts in a document, answered from the full KV cache and from half and a quarter of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ from suffice.cli.kv_options import CacheGridOptions, CacheOptions, ModelOptions,
 from suffice.cli.kv_tables import comparison_table, policy_table, profile_table, trial_table
 from suffice.cli.options import ExecutionOptions, FigureOptions, JsonOption, expand_options, split_commas
 from suffice.cli.study_progress import study_progress
+from suffice.files import check_suffix, read_text
 from suffice.kv.budget.protection import Protection
 from suffice.kv.eval.tune import DEFAULT_BUDGETS
 from suffice.kv.policy.registry import DEFAULT_POLICY, allocations, get_allocation, get_policy, policies
 from suffice.report import save_figure
-from suffice.text_files import read_text
 
 app = typer.Typer(
     help="Compress the KV cache of a language model, and measure what is lost.",
@@ -113,19 +114,20 @@ def generate(
             interval=cache.interval,
             rerotate=cache.rerotate,
         )
+    # Printed first, so that the answer is not lost if a file cannot be written.
+    if output.as_json:
+        print_json({"model": model.model, **result.to_dict()})
+    else:
+        print_text(result.answer)
+        out.print(f"[dim]{report}, {result.seconds:.1f} s ({result.policy}, budget {cache.budget})[/]", highlight=False)
+        if layers:
+            out.print(report.table())
     if output.figure is not None:
         save_figure(report.figure(), output.figure)
     if output.report is not None:
         from suffice.kv.eval.report_sections import answer_page
 
         answer_page(result, report, command_line()).save(output.report)
-    if output.as_json:
-        print_json({"model": model.model, **result.to_dict()})
-        return
-    print_text(result.answer)
-    out.print(f"[dim]{report}, {result.seconds:.1f} s ({result.policy}, budget {cache.budget})[/]", highlight=False)
-    if layers:
-        out.print(report.table())
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,10 @@ def compare_caches(
     from suffice.kv.eval.compare import compare
     from suffice.kv.eval.run_options import RunOptions
 
+    if parquet is not None:
+        check_suffix(parquet, (".parquet",), "--parquet")
+        if missing := [name for name in ("pandas", "pyarrow") if importlib.util.find_spec(name) is None]:
+            raise ValueError(f"--parquet needs the packages pandas and pyarrow: pip install {' '.join(missing)}")
     with study_progress(execution.quiet) as on_progress:
         comparison = compare(
             policies=split_commas(caches.policies),
@@ -283,6 +289,11 @@ def compare_caches(
             model=model.source(),
             run=RunOptions(execution.folder, execution.workers, on_progress, command_line()),
         )
+    if output.as_json:
+        print_json(comparison.to_dict())
+    else:
+        out.print(comparison_table(comparison))
+        print_text(comparison.summary())
     if parquet is not None:
         import pandas
 
@@ -296,11 +307,6 @@ def compare_caches(
         from suffice.kv.eval.report_sections import comparison_page
 
         comparison_page(comparison, command_line()).save(output.report)
-    if output.as_json:
-        print_json(comparison.to_dict())
-        return
-    out.print(comparison_table(comparison))
-    print_text(comparison.summary())
 
 
 @dataclass(frozen=True)

@@ -67,15 +67,15 @@ def train(
         if rank_and_world_size()[0] > 0:
             return
     rows = mean_rows(metrics)
-    if output.report is not None:
-        metrics_page("Test metrics of a link predictor", experiment.graph.name, rows, command_line()).save(
-            output.report
-        )
+    title = "Test metrics of a link predictor"
+    # Printed first, so that results are not lost if a file cannot be written.
     if output.as_json:
         settings = {"model": experiment.model.to_dict(), "split": asdict(experiment.split)}
         print_json({"graph": experiment.graph.name, **settings, "rows": rows})
-        return
-    out.print(row_table(rows, "Test metrics of a link predictor"))
+    else:
+        out.print(row_table(rows, title))
+    if output.report is not None:
+        metrics_page(title, experiment.graph.name, rows, command_line()).save(output.report)
 
 
 @app.command()
@@ -102,15 +102,15 @@ def audit(
         reports = audit_seeds(
             experiment, seeds.range(), checkpoint=checkpoint, on_epoch=_epoch_lines(experiment, show_step)
         )
-    if output.report is not None:
-        audit_page(reports[0], command_line()).save(output.report)
     if output.as_json:
         print_json({"audits": [report.to_dict() for report in reports]})
-        return
-    for report in reports:
-        for table in audit_tables(report):
-            out.print(table)
-        print_text(str(report.verdict))
+    else:
+        for report in reports:
+            for table in audit_tables(report):
+                out.print(table)
+            print_text(str(report.verdict))
+    if output.report is not None:
+        audit_page(reports[0], command_line()).save(output.report)
 
 
 _FIVE_SEEDS = SeedOptions(seeds=5)
@@ -163,19 +163,22 @@ def correct(
             on_progress=on_progress,
             command=command_line(),
         )
+        page = None
         if output.report is not None:
             drawn = compared[:2] if experiment.graph.y is not None else ()
             representations = load_edge_representations(
                 experiment.graph, drawn, folder, split=experiment.split, seed=seeds.seed
             )
-            results_page(results, command_line(), representations).save(output.report)
+            page = results_page(results, command_line(), representations)
+    if output.as_json:
+        print_json(results.to_dict())
+    else:
+        out.print(study_table(results))
+    if page is not None and output.report is not None:
+        page.save(output.report)
     if output.figure is not None:
         curves = {key: arm.response_curve() for key, arm in results.arms.items()}
         save_figure(plot_response_curves(curves, f"{results.graph}, held-out edges"), output.figure)
-    if output.as_json:
-        print_json(results.to_dict())
-        return
-    out.print(study_table(results))
 
 
 @app.command()
@@ -198,12 +201,13 @@ def align(
         experiment = _experiment(graph, model, training, SplitOptions(), training.device)
         measures = align_seeds(experiment, seeds.range(), on_epoch=_epoch_lines(experiment, show_step))
     rows = [{"representation": name, **row} for name, values in measures.items() for row in mean_rows(values)]
-    if output.report is not None:
-        metrics_page("Alignment with the classes", experiment.graph.name, rows, command_line()).save(output.report)
+    title = "Alignment with the classes"
     if output.as_json:
         print_json({"graph": experiment.graph.name, "rows": rows})
-        return
-    out.print(row_table(rows, "Alignment with the classes"))
+    else:
+        out.print(row_table(rows, title))
+    if output.report is not None:
+        metrics_page(title, experiment.graph.name, rows, command_line()).save(output.report)
 
 
 @dataclass(frozen=True)

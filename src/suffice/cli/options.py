@@ -12,6 +12,8 @@ from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
 
+from suffice.files import FIGURE_SUFFIXES, PAGE_SUFFIXES, check_suffix
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 
@@ -39,6 +41,10 @@ class OutputOptions:
     as_json: JsonOption = False
     report: Annotated[Path | None, typer.Option(help="Write the result as an HTML page to this file.")] = None
 
+    def __post_init__(self) -> None:
+        if self.report is not None:
+            check_suffix(self.report, PAGE_SUFFIXES, "--report")
+
 
 @dataclass(frozen=True)
 class FigureOptions(OutputOptions):
@@ -47,6 +53,11 @@ class FigureOptions(OutputOptions):
     figure: Annotated[
         Path | None, typer.Option(help="Write a figure of the result to this file, such as curves.svg or curves.png.")
     ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.figure is not None:
+            check_suffix(self.figure, FIGURE_SUFFIXES, "--figure")
 
 
 def split_commas(text: str) -> list[str]:

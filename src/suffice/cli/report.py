@@ -9,6 +9,7 @@ import typer
 
 from suffice.cli.console import command_line, print_text
 from suffice.cli.study import FolderArgument, MetricOption, StudyOption
+from suffice.files import PAGE_SUFFIXES, check_suffix
 from suffice.study.spec import default_folder
 
 
@@ -34,8 +35,7 @@ def report(
 
     folder = default_folder(folder)
     to = to or folder.with_name(f"{folder.name or 'study'}.html")
-    if to.suffix not in (".html", ".md"):
-        raise ValueError(f"--to must be a file ending in .html or .md, got {str(to)!r}")
+    check_suffix(to, PAGE_SUFFIXES, "--to")
     page = study_report(
         folder,
         study=study,

@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from suffice.environment import describe_environment, format_environment
+from suffice.files import PAGE_SUFFIXES, check_suffix
 from suffice.report.blocks import Block
 from suffice.report.markdown import write_markdown
 
@@ -74,12 +75,16 @@ class Page:
 
         Args:
             path: the file; its folder is created if it is missing. Markdown is written if the file ends in `.md`, with
-                the figures as SVG files in a folder beside it; HTML otherwise.
+                the figures as SVG files in a folder beside it; HTML if it ends in `.html`.
+
+        Raises:
+            ValueError: the file has another suffix.
 
         """
         path = Path(path)
+        check_suffix(path, PAGE_SUFFIXES)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".md":
+        if path.suffix.lower() == ".md":
             footer = f"Made {_now()} with {self._made_with()} by"
             write_markdown(path, self.title, self.summary, self.sections, footer, self.command)
         else:

@@ -13,6 +13,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from suffice.files import FIGURE_SUFFIXES, check_suffix
+
 # The palette of Okabe and Ito, whose colors readers with the common forms of color blindness can distinguish.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
 # Names that appear together in a figure have different colors; all others get a color by their hash.
@@ -110,7 +112,11 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         figure: the figure.
         path: the file, whose suffix determines the format; its folder is created if it is missing.
 
+    Raises:
+        ValueError: the suffix is not that of a format.
+
     """
+    check_suffix(path, FIGURE_SUFFIXES)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with figure_style(), mpl.rc_context({"savefig.facecolor": "white"}):
         figure.savefig(path, dpi=144, facecolor="white")

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from suffice.files import read_text
 from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid
 from suffice.kv.policy.registry import DEFAULT_POLICY
 from suffice.study.run_kind import RunKind
-from suffice.text_files import read_text
 
 # Defaults of the fields of `CacheGrid` and of `ModelSource`.
 _CACHES: dict[str, Any] = {"policies": [DEFAULT_POLICY], "allocations": [OWN_ALLOCATION], "budgets": [0.25]}

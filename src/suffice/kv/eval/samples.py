@@ -8,13 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from suffice.files import read_text
 from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid
 from suffice.kv.eval.fidelity import CacheConfig, evaluate
 from suffice.kv.eval.tasks import make_example
 from suffice.kv.eval.user_prompts import answer_with_full_cache, read_user_prompts
 from suffice.kv.hf.loading import ModelSource
 from suffice.study.job import RunContext
-from suffice.text_files import read_text
 
 METRICS = (
     "kl",

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from suffice.files import read_text
 from suffice.kv.eval.prompt import PromptTokens, tokenize_prompt
 from suffice.kv.eval.tasks.example import Example
 from suffice.study.run_kind import check_names
-from suffice.text_files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from suffice.files import read_text
 from suffice.link.data.checkpoint import load_checkpoint, save_checkpoint, select_prefix
 from suffice.link.data.graph import Graph, Split, check_edges
-from suffice.text_files import read_text
 
 _SUFFIXES = (".csv", ".parquet", ".npz")
 
