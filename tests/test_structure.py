@@ -16,7 +16,14 @@ ALLOWED = {
     "link": {"information", "report", "study"},
     "cli": {"information", "report", "study", "kv", "link"},
 }
-TOP_LEVEL = {"suffice", "suffice.environment", "suffice.folders", "suffice.gpu", "suffice.files"}
+TOP_LEVEL = {
+    "suffice",
+    "suffice.environment",
+    "suffice.folders",
+    "suffice.gpu",
+    "suffice.files",
+    "suffice.plain_numbers",
+}
 
 
 @pytest.fixture(scope="module")

@@ -453,6 +453,13 @@ def test_all_functions_check_the_ridge(ridge: float, error: type[Exception], mes
         noise_variance(torch.eye(2), ridge)
 
 
+def test_ridge_may_be_a_number_of_numpy():
+    vectors = torch.eye(3, 2)
+    for ridge in (np.float32(0.5), np.float64(0.5)):
+        assert torch.equal(capacity(vectors, ridge=ridge), capacity(vectors, ridge=0.5))
+    assert torch.equal(capacity(vectors, ridge=np.int64(1)), capacity(vectors, ridge=1.0))
+
+
 # Errors
 
 

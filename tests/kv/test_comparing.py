@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from scipy.stats import spearmanr
 from scipy.stats import t as student
@@ -131,6 +132,13 @@ def test_tune_finds_the_smallest_safe_budget(folder, tmp_path):
     for trial in strict.trials:
         if trial.budget == 0.7:
             assert not trial.safe
+
+
+def test_budgets_of_numpy_are_plain_numbers():
+    grid = CacheGrid(["h2o"], ["own"], np.linspace(0.25, 0.75, 3))
+    grid.check()
+    assert json.dumps(grid.combinations()) == '[["h2o", "own", 0.25], ["h2o", "own", 0.5], ["h2o", "own", 0.75]]'
+    assert json.dumps(CacheGrid(["h2o"], ["own"], [np.int64(40)]).budgets) == "[40]"
 
 
 def test_bounds_are_students_t_with_bonferronis_correction(folder, tmp_path):

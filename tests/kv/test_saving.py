@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from suffice.kv import CompressedCache, Policy
+from suffice.kv.cache.batched import BatchedCaches
 from suffice.kv.policy.registry import allocations
 from suffice.kv.policy.weights import ExpectedAttention, KeyNorm
 from tests.kv.tiny import answer, build, left_padded, prompt, tiny
@@ -98,6 +102,61 @@ def test_caches_and_files_that_do_not_fit_are_rejected(tmp_path):
     (tmp_path / "text").write_text("no tensors")
     with pytest.raises(ValueError, match=r"path must be a saved CompressedCache, got '.*text'"):
         CompressedCache.load(tmp_path / "text", model)
+
+
+def test_missing_folders_are_created_and_files_that_cannot_be_written_are_errors(tmp_path):
+    model = tiny("llama")
+    cache = CompressedCache(model, "capkv", 12)
+    fill(model, cache)
+    file = cache.save(model, tmp_path / "new" / "folder" / "x")
+    assert CompressedCache.load(file, model).report().tokens_kept == cache.report().tokens_kept
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path / "folder", file / "below a file", tmp_path / ("long" * 62)):
+        with pytest.raises(OSError, match=r"directory|exists|path must be a file that can be written, got"):
+            cache.save(model, place)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_pickling_a_cache_names_save(tmp_path):
+    model = tiny("llama")
+    cache = CompressedCache(model, "capkv", 12)
+    fill(model, cache)
+    for each in (cache, BatchedCaches([cache.copy(), cache.copy()]), {"cache": cache}):
+        with pytest.raises(TypeError, match=r"cannot be pickled.*Write it with cache\.save\(model, path\)"):
+            pickle.dumps(each)
+        with pytest.raises(TypeError, match=r"cannot be pickled.*Write it with cache\.save\(model, path\)"):
+            torch.save(each, tmp_path / "x")
+
+
+def test_every_kind_of_copy_is_independent():
+    model = tiny("llama")
+    cache = CompressedCache(model, "capkv", 12)
+    fill(model, cache)
+    seen = cache.report().tokens_seen
+    for other in (cache.copy(), copy.copy(cache), copy.deepcopy(cache)):
+        with torch.no_grad():
+            model(prompt(5, seed=3), past_key_values=other)
+        assert other.report().tokens_seen == seen + 5
+        assert cache.report().tokens_seen == seen
+
+
+@pytest.mark.parametrize("allocation", ["equal", "adakv"])
+def test_numpy_numbers_are_accepted_as_arguments(tmp_path, allocation):
+    model = tiny("llama")
+    options = {"sinks": 2, "window": 5, "interval": 4, "evict": "always", "allocation": allocation}
+    arrays = {**options, **{name: np.int64(options[name]) for name in ("sinks", "window", "interval")}}
+    for budget, own in ((12, np.int32(12)), (0.5, np.float32(0.5)), (0.5, np.float64(0.5))):
+        plain, cache = (
+            CompressedCache(model, "capkv", budget, **options),
+            CompressedCache(model, "capkv", own, **arrays),
+        )
+        assert cache.settings == plain.settings
+        assert type(cache.budget) is type(budget)
+        fill(model, cache)
+        assert CompressedCache.load(cache.save(model, tmp_path / "x"), model).settings == plain.settings
+    for wrong in (True, "4", np.float32(4.5), None):
+        with pytest.raises(TypeError, match="interval must be an int"):
+            CompressedCache(model, "capkv", 12, interval=wrong)
 
 
 @pytest.mark.parametrize(("part", "factor"), [("norm", 1.5), ("v_proj", 0.1), ("k_proj", 1.001)])

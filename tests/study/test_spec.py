@@ -1,15 +1,17 @@
 """Specifications of studies: grids are complete, and mistakes are named before any work."""
 
+import json
 import math
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from suffice.study import Spec
 from suffice.study.run_key import canonical_json, run_key
-from suffice.study.run_kind import find_run_kind
+from suffice.study.run_kind import RunKind, find_run_kind
 from tests.study.tiny import READ_INPUT, SQUARE
 
 KNOWN = {"square": SQUARE, "read_input": READ_INPUT}
@@ -100,6 +102,15 @@ def test_keys_depend_on_everything_but_the_order_of_settings(settings):
     assert run_key("square", "1", settings, 0) == run_key("square", "1", reversed_settings, 0)
     assert run_key("square", "1", settings, 0) != run_key("square", "1", settings, 1)
     assert run_key("square", "1", settings, 0) != run_key("square", "2", settings, 0)
+
+
+def test_settings_may_be_numbers_of_numpy():
+    kind = RunKind("own", "module:run", {"epochs": 3, "rate": 0.1, "sizes": [1], "free": None})
+    given = {"epochs": np.int64(5), "rate": np.float64(0.5), "sizes": (np.int32(2), "x"), "free": np.int8(7)}
+    found = kind.complete(given)
+    assert json.loads(json.dumps(found)) == {"epochs": 5, "rate": 0.5, "sizes": [2, "x"], "free": 7}
+    with pytest.raises(ValueError, match="epochs must be an integer, got 5.0"):
+        kind.complete({"epochs": np.float32(5)})
 
 
 def test_settings_that_json_cannot_represent_are_refused():

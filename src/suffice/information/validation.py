@@ -8,6 +8,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from suffice.plain_numbers import plain_number
+
 
 def check_floating(name: str, value: object) -> Tensor:
     """Return `value` if it is a tensor of real floating point numbers.
@@ -113,11 +115,12 @@ def check_ridge(ridge: object) -> float:
         ValueError: `ridge` is not finite or not above 0.
 
     """
-    if isinstance(ridge, bool) or not isinstance(ridge, int | float):
+    number = plain_number(ridge)
+    if isinstance(number, bool) or not isinstance(number, int | float):
         raise TypeError(f"ridge must be a number, got {type(ridge).__name__}")
-    if not (ridge > 0 and math.isfinite(ridge)):
+    if not (number > 0 and math.isfinite(number)):
         raise ValueError(f"ridge must be finite and above 0, got {ridge}")
-    return float(ridge)
+    return float(number)
 
 
 def check_count(name: str, value: object, maximum: int | None = None) -> int:
@@ -128,12 +131,13 @@ def check_count(name: str, value: object, maximum: int | None = None) -> int:
         ValueError: `value` is out of range.
 
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    number = plain_number(value)
+    if isinstance(number, bool) or not isinstance(number, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1 or (maximum is not None and value > maximum):
+    if number < 1 or (maximum is not None and number > maximum):
         accepted = "at least 1" if maximum is None else f"from 1 to {maximum}"
-        raise ValueError(f"{name} must be {accepted}, got {value}")
-    return value
+        raise ValueError(f"{name} must be {accepted}, got {number}")
+    return number
 
 
 def check_gram_finite(gram: Tensor, vectors: Tensor, weights: Tensor | None) -> None:

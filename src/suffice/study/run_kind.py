@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import suffice
+from suffice.plain_numbers import plain_number
 from suffice.study.nested_settings import flatten, is_group, nest
 from suffice.study.run_key import canonical_json
 
@@ -163,6 +164,8 @@ def _refuse_dots(settings: Mapping[str, Any]) -> None:
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:
+    items: Any = value
+    value = [plain_number(item) for item in items] if isinstance(value, list | tuple) else plain_number(value)
     if default is None:
         return value
     if isinstance(default, bool):

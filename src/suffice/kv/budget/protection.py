@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from suffice.plain_numbers import plain_number
+
 _DEFAULT_SINKS = 4
 _WINDOW_FRACTION, _MIN_WINDOW, _MAX_WINDOW = 0.15, 4, 32
 
@@ -44,21 +46,26 @@ class Protection:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("sinks", self.sinks), ("window", self.window)):
-            if value is None:
+        for name, given in (("sinks", self.sinks), ("window", self.window)):
+            if given is None:
                 continue
+            value = plain_number(given)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be a number of tokens (int) or None, got {value!r}")
             if value < 0:
                 raise ValueError(f"{name} must be at least 0, got {value!r}")
+            object.__setattr__(self, name, value)
 
     @property
     def min_budget(self) -> int:
         """Smallest budget, in entries, into which the sinks and the window that were given fit."""
         return max(1, (self.sinks or 0) + (self.window or 0))
 
-    def check(self, budget: float) -> None:
-        """Raise an error unless the budget is a fraction in (0, 1], or a number of entries of at least `min_budget`.
+    def check(self, budget: float) -> float:
+        """Check that the budget is a fraction in (0, 1], or a number of entries of at least `min_budget`.
+
+        Returns:
+            The budget as an int or a float, also if it is a number of NumPy.
 
         Raises:
             TypeError: the budget is not a number.
@@ -66,15 +73,17 @@ class Protection:
 
         """
         accepted = "budget must be a number of tokens (int, at least 1) or a fraction of the prompt (0 < float <= 1.0)"
-        if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        number = plain_number(budget)
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
             raise TypeError(f"{accepted}, got {budget!r}")
-        if (isinstance(budget, float) and not 0 < budget <= 1) or budget <= 0:
+        if (isinstance(number, float) and not 0 < number <= 1) or number <= 0:
             raise ValueError(f"{accepted}, got {budget!r}")
-        if isinstance(budget, int) and budget < self.min_budget:
+        if isinstance(number, int) and number < self.min_budget:
             raise ValueError(
                 f"budget must be at least {self.min_budget} tokens, because {self.sinks or 0} sinks and a recent "
-                f"window of {self.window or 0} are protected, got {budget!r}. Raise budget, or lower sinks and window"
+                f"window of {self.window or 0} are protected, got {number!r}. Raise budget, or lower sinks and window"
             )
+        return number
 
     def sizes(self, budget: int, published_window: int | None = None) -> tuple[int, int]:
         """Return the numbers of first tokens (sinks) and last tokens (window) that are protected in a row.

@@ -29,6 +29,7 @@ from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY, get_allocation, get_policy
 from suffice.kv.storage.quantized import Quantization
+from suffice.plain_numbers import plain_number
 
 _WRONG_MODEL = (
     "past_key_values must be a CompressedCache of the model that is called, with the attention implementation that the "
@@ -99,14 +100,14 @@ class CompressedCache(Cache):
         self.policy = get_policy(policy)
         if allocation is not None:
             self.policy = replace(self.policy, allocation=get_allocation(allocation))
-        self.budget = budget
         protection = Protection(sinks, window)
-        protection.check(budget)
+        self.budget = budget = protection.check(budget)
         if evict not in ("prefill", "always"):
             raise ValueError(f"evict must be 'prefill' or 'always', got {evict!r}")
-        if isinstance(interval, bool) or not isinstance(interval, int):
+        num_tokens = plain_number(interval)
+        if isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
             raise TypeError(f"interval must be an int, a number of tokens, got {interval!r}")
-        if interval < 1:
+        if num_tokens < 1:
             raise ValueError(f"interval must be at least 1, got {interval}")
         if not isinstance(rerotate, bool):
             raise TypeError(f"rerotate must be True or False, got {rerotate!r}")
@@ -125,7 +126,7 @@ class CompressedCache(Cache):
             budget=budget,
             protection=protection,
             evict_always=evict == "always",
-            interval=interval,
+            interval=num_tokens,
             rerotate=rerotate,
             measure_capacity=measure_capacity and evict == "prefill" and not is_global,
             num_layers=len(compressed),
@@ -201,7 +202,8 @@ class CompressedCache(Cache):
 
         Use copies to ask several questions about one compressed document.
         """
-        other = copy.copy(self)
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
         is_global = self.policy.allocation.is_global
         global_budget = GlobalBudget(self.settings.num_layers) if is_global else None
         other.layers = [
@@ -230,14 +232,16 @@ class CompressedCache(Cache):
 
         Args:
             model: the model of the cache; the file records its fingerprint.
-            path: the file to write; it is replaced atomically. Each process of a tensor-parallel model must call
-                `save`. It writes its own file, with the number of the process in the name.
+            path: the file to write, which is replaced atomically; its folder is created if it is missing. Each process
+                of a tensor-parallel model must call `save`. It writes its own file, with the number of the process in
+                the name.
 
         Returns:
             The path of the file.
 
         Raises:
             ValueError: the cache belongs to another model, has seen no tokens, or is quantized.
+            OSError: the file cannot be written.
 
         """
         from suffice.kv.cache.serialization import save_cache
@@ -266,9 +270,25 @@ class CompressedCache(Cache):
         saved.restore(cache.layers, model.device)
         return cache
 
+    def __copy__(self) -> CompressedCache:
+        """Return `copy()`, because two caches cannot share their layers."""
+        return self.copy()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
         """Return `copy()`, because stored tensors are never overwritten while a copy exists."""
         return self.copy()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise: a cache is attached to its model, so it cannot be pickled.
+
+        Raises:
+            TypeError: always.
+
+        """
+        raise TypeError(
+            "a CompressedCache cannot be pickled, because it is attached to its model. Write it with "
+            "cache.save(model, path), and read it with CompressedCache.load(path, model)"
+        )
 
     @property
     def compressed_layers(self) -> list[CompressedLayer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -104,9 +105,16 @@ def save_cache(layers: Sequence[Any], settings: CacheSettings, model: PreTrained
         "layers": layer_states,
     }
     target = _file_of_process(path, model)
+    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")
-    save_file(tensors, partial, {_METADATA_KEY: json.dumps(metadata)})
-    os.replace(partial, target)
+    try:
+        save_file(tensors, partial, {_METADATA_KEY: json.dumps(metadata)})
+        os.replace(partial, target)
+    except SafetensorError as error:
+        raise OSError(f"path must be a file that can be written, got {str(target)!r}: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return target
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from suffice.kv.budget.protection import Protection
 from suffice.kv.policy.registry import get_allocation, get_policy
+from suffice.plain_numbers import plain_number
 
 OWN_ALLOCATION = "own"
 """Name that stands for the policy's own allocation."""
@@ -31,6 +32,9 @@ class CacheGrid:
     policies: Sequence[str]
     allocations: Sequence[str]
     budgets: Sequence[float]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budgets", [plain_number(budget) for budget in self.budgets])
 
     def check(self) -> None:
         """Check all names and budgets.

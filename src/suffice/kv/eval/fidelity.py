@@ -150,7 +150,7 @@ def evaluate(
                 "seed": example.seed,
                 "policy": policy,
                 "allocation": allocation,
-                "budget": config.budget,
+                "budget": caches[index].budget,
                 "tokens": prompt.input_ids.shape[1],
                 "gold_tokens": gold.shape[1],
                 **measured[index],
