@@ -109,7 +109,7 @@ def test_settings_may_be_numbers_of_numpy():
     given = {"epochs": np.int64(5), "rate": np.float64(0.5), "sizes": (np.int32(2), "x"), "free": np.int8(7)}
     found = kind.complete(given)
     assert json.loads(json.dumps(found)) == {"epochs": 5, "rate": 0.5, "sizes": [2, "x"], "free": 7}
-    with pytest.raises(ValueError, match="epochs must be an integer, got 5.0"):
+    with pytest.raises(ValueError, match=r"epochs must be an integer, got 5\.0"):
         kind.complete({"epochs": np.float32(5)})
 
 
