@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 BENCH := .venv-bench
 
-.PHONY: demo test test-oldest lint format bench-kv bench-link bench-gpu evidence bench-evidence-peers bench-study docs test-ray clean
+.PHONY: demo test test-oldest test-families test-families-oldest lint format bench-kv bench-link bench-gpu evidence bench-evidence-peers bench-study docs test-ray clean
 
 demo: $(VENV)/.ready
 	$(BIN)/suffice demo --report out/demo.html
@@ -15,6 +15,16 @@ test: $(VENV)/.ready
 # Test suffice.kv with the oldest supported transformers.
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -n 2 tests/kv tests/information
+
+# Test every family of models that transformers registers (about 10 minutes), and write docs/results/support.md.
+test-families: $(VENV)/.ready
+	rm -rf out/support
+	SUFFICE_SUPPORT=out/support $(BIN)/python -m pytest -n 2 -m "" tests/kv/test_families.py
+	$(BIN)/python -m tests.kv.support_page out/support
+
+# The same families with the oldest supported transformers, as far as it has them.
+test-families-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -n 2 -m "" tests/kv/test_families.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -214,12 +214,18 @@ def _masked_attention_of(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _masked_attention(
-    implementation: str, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    implementation: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> Any:
     if MaskedOracle._current is not None:
-        mask = MaskedOracle._current.mask(module, query, key, mask)
+        attention_mask = MaskedOracle._current.mask(module, query, key, attention_mask)
     if implementation == "eager":
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:
         function = ALL_ATTENTION_FUNCTIONS[implementation]
-    return function(module, query, key, value, mask, **options)
+    return function(module, query, key, value, attention_mask, **options)

@@ -42,7 +42,7 @@ CHUNK = 16
 LONG_WINDOW = 8 * WINDOW  # longer than the prompt
 BUDGET = 0.5
 POLICIES = ("capkv-profile", "capkv")  # heads of unequal length, and of equal length
-TOLERANCE = 2e-3  # relative to the largest logit
+TOLERANCE = 1e-4  # relative to the largest logit; rounding errors are 1e-6, a missing entry changes about 1e-3
 
 
 class WrongResultError(AssertionError):
@@ -246,28 +246,29 @@ Results = dict[str, dict[str, str]]  # by check: status, error and traceback
 
 def run_checks(family: str, checks: Sequence[str] = tuple(CHECKS)) -> Results:
     """Return the results of a family, by check."""
-    try:
-        case = get_case(family)
-        stock_error = run_stock(case)
-    except Exception as error:
-        return dict.fromkeys(checks, _result("not built", error))
-    results: Results = {}
-    for name in checks:
-        if name != "construction" and stock_error is not None:
-            results[name] = stock_error
-            continue
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                CHECKS[name](case)
-            results[name] = {"status": "passed", "error": ""}
-        except WrongResultError as error:
-            results[name] = _result("wrong", error)
-        except RefusedError as error:
-            results[name] = _result("refused", error)
+            case = get_case(family)
+            stock_error = run_stock(case)
         except Exception as error:
-            results[name] = _result("failed", error)
-    return results
+            return dict.fromkeys(checks, _result("not built", error))
+        return {
+            name: _run_check(name, case) if name == "construction" or stock_error is None else stock_error
+            for name in checks
+        }
+
+
+def _run_check(name: str, case: Case) -> dict[str, str]:
+    try:
+        CHECKS[name](case)
+    except WrongResultError as error:
+        return _result("wrong", error)
+    except RefusedError as error:
+        return _result("refused", error)
+    except Exception as error:
+        return _result("failed", error)
+    return {"status": "passed", "error": ""}
 
 
 def run_stock(case: Case) -> dict[str, str] | None:

@@ -1,0 +1,94 @@
+"""What is expected of each family of models: supported, refused with which error, or not tested and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# The most used families, which every run of the tests checks.
+FAST = (
+    *("llama", "mistral", "mistral3", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5"),
+    *("qwen3_5_moe", "gemma", "gemma2", "gemma3", "gemma3n_text", "gemma4", "phi", "phi3", "gpt_oss", "deepseek_v2"),
+    *(
+        "deepseek_v3",
+        "glm4",
+        "glm4_moe",
+        "granite",
+        "granitemoehybrid",
+        "lfm2",
+        "falcon",
+        "falcon_h1",
+        "olmo2",
+        "olmo3",
+    ),
+    *("smollm3", "cohere2", "nemotron_h", "jamba", "kimi_k25", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gpt2"),
+    *("bart", "t5", "whisper"),
+)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A kind of models that are refused.
+
+    Args:
+        reason: what the support page says.
+        pattern: regular expression that the error must contain.
+        families: the families.
+
+    """
+
+    reason: str
+    pattern: str
+    families: tuple[str, ...]
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "its attention adds a bias to the logits, or reads something else than queries, keys, values and a mask",
+        "must have attention that depends on queries, keys, values and a mask only",
+        (
+            *("inkling2", "inkling2_text", "inkling_mm_model", "inkling_text", "longt5", "minimax_m3_vl"),
+            *("minimax_m3_vl_text", "mt5", "t5", "umt5"),
+        ),
+    ),
+    Refusal(
+        "it has no attention, and so no KV cache",
+        "must have layers with full attention",
+        ("falcon_mamba", "mamba", "mamba2"),
+    ),
+)
+
+_AUDIO = "it takes audio only"
+_IMAGE = "it needs an image"
+_INSIDE = "its `generate` runs the language model inside it: make a cache of `model.language_model`"
+
+# Families that do not run here with text alone and the model's own cache: the reason, and a pattern of the error.
+NOT_RUNNABLE: dict[str, tuple[str, str]] = {
+    "blip-2": (_INSIDE, "missing 1 required positional argument: 'pixel_values'"),
+    "blt": ("transformers cannot make a cache for its configuration", "has no attribute 'num_hidden_layers'"),
+    "dia": (_AUDIO, "shape '.*' is invalid"),
+    "diffusion_gemma": ("it generates blocks of tokens by diffusion", "stack"),
+    "idefics": (_IMAGE, "Exactly 1 of pixel_values, image_encoder_embeddings"),
+    "instructblip": (_INSIDE, "missing 2 required positional arguments: 'pixel_values'"),
+    "instructblipvideo": (_INSIDE, "missing 2 required positional arguments: 'pixel_values'"),
+    "kosmos-2": (_IMAGE, "You have to specify either `pixel_values` or `image_embeds`"),
+    "kyutai_speech_to_text": (_AUDIO, "The size of tensor a"),
+    "musicgen": (_AUDIO, "shape '.*' is invalid"),
+    "musicgen_melody": (_AUDIO, "shape '.*' is invalid"),
+    "pi0": (_IMAGE, "no attribute 'num_hidden_layers'"),
+    "pop2piano": (_AUDIO, "missing 1 required positional argument: 'input_features'"),
+    "prophetnet": ("with a cache, it reads one token at a time", "only supported for `decoder_input_ids` of length 1"),
+    "qwen2_5_omni": ("only its thinker has a cache: see qwen2_5_omni_thinker", "_forward_unimplemented"),
+    "qwen3_omni_moe": ("only its thinker has a cache: see qwen3_omni_moe_thinker", "_forward_unimplemented"),
+    "vibevoice": ("it needs the package diffusers", "requires `diffusers`"),
+    "voxtral_realtime": (_AUDIO, "exactly one of input_features or encoder_inputs_embeds"),
+}
+
+# Families that do not work yet. A family that works must be removed.
+KNOWN_FAILURES: tuple[str, ...] = (
+    *("bart", "deepseek_v2", "deepseek_v3", "falcon", "gemma3n_text", "kimi_k25", "mistral", "whisper"),
+)
+
+
+def refusal_of(family: str) -> Refusal | None:
+    """Return how a family is refused; None if it is not."""
+    return next((refusal for refusal in REFUSALS if family in refusal.families), None)

@@ -1,0 +1,92 @@
+"""Every family of models that transformers registers for generation: supported, or refused with the error written down.
+
+`make test` runs the most used families, `make test-families` runs all. See `family_checks.py` for the checks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+
+from suffice.kv import CompressedCache
+from tests.kv import support_page
+from tests.kv.families import NOT_BUILDABLE, families, model_classes
+from tests.kv.family_cases import MaskedOracle, get_case
+from tests.kv.family_checks import LENGTH, TOLERANCE, compare_with_oracle, kept_positions, run_checks
+from tests.kv.family_status import FAST, KNOWN_FAILURES, NOT_RUNNABLE, REFUSALS, refusal_of
+
+RESULTS = os.environ.get("SUFFICE_SUPPORT")  # folder for the results, from which the support page is made
+IS_NEWEST = transformers.__version__ == support_page.VERSION
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, marks=[] if family in FAST else [pytest.mark.families]) for family in families()],
+)
+def test_family(family):
+    results = run_checks(family)
+    if RESULTS:
+        Path(RESULTS).mkdir(parents=True, exist_ok=True)
+        (Path(RESULTS) / f"{family}.json").write_text(json.dumps(results), encoding="utf-8")
+    bad = {name: result["error"] for name, result in results.items() if result["status"] != "passed"}
+    refusal = refusal_of(family)
+    if family in KNOWN_FAILURES:
+        assert bad, f"{family} works: remove it from KNOWN_FAILURES"
+        pytest.xfail(str(bad))
+    if refusal is not None:
+        assert results["construction"]["status"] == "refused", results["construction"]
+        assert {result["status"] for result in results.values()} <= {"passed", "refused", "stock"}, bad
+        for result in results.values():
+            if result["status"] == "refused":
+                assert re.search(refusal.pattern, result["error"]), result["error"]
+    elif family in NOT_RUNNABLE:
+        assert re.search(NOT_RUNNABLE[family][1], results["full"]["error"]), results["full"]["error"]
+    else:
+        assert not bad
+
+
+def test_every_family_has_one_status():
+    listed = [family for refusal in REFUSALS for family in refusal.families]
+    listed += [*NOT_RUNNABLE, *KNOWN_FAILURES, *NOT_BUILDABLE]
+    assert len(set(listed)) == len(listed)
+    if IS_NEWEST:
+        assert set(listed) | set(FAST) <= set(model_classes())
+
+
+def test_oracle_notices_missing_entries():
+    case = get_case("llama")
+    ids = case.prompt(LENGTH + 1)
+    cache = CompressedCache(case.model, "capkv", 0.5)
+    case.forward(ids[:, :LENGTH], cache)
+    kept = kept_positions(cache)
+    logits = case.forward(ids[:, LENGTH:], cache).logits
+    for layer in kept:
+        fewer = {**kept, layer: kept[layer].clone()}
+        fewer[layer][0, 0, 8:12] = -1
+        for readable, equal in ((kept, True), (fewer, False)):
+            oracle = MaskedOracle(case)
+            oracle.forward(ids[:, :LENGTH], {})
+            expected = oracle.forward(ids[:, LENGTH:], readable)
+            error = float((logits - expected).abs().max() / expected.abs().max())
+            assert (error < TOLERANCE) == equal
+
+
+def test_oracle_equals_the_cache_after_several_evictions():
+    case = get_case("llama")
+    cache = CompressedCache(case.model, "capkv", 12, evict="always", interval=2)
+    compare_with_oracle(case, cache, case.prompt(50).split([20, 20, *[1] * 10], 1))
+
+
+@pytest.mark.skip(reason="the page is made when all kinds of models are settled")
+@pytest.mark.skipif(not IS_NEWEST, reason="the page was made with the newest transformers")
+def test_support_page_agrees_with_what_is_expected():
+    rows = support_page.read_rows()
+    assert set(rows) == set(model_classes())
+    for family, row in rows.items():
+        is_supported = refusal_of(family) is None and family not in {*NOT_RUNNABLE, *KNOWN_FAILURES, *NOT_BUILDABLE}
+        assert (row.default == row.equal_heads == row.streaming == "yes") == is_supported, family
