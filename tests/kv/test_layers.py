@@ -166,3 +166,49 @@ def test_failed_pass_of_a_model_with_linear_states_makes_the_cache_refuse():
         step(model, prompt(1), cache)
     with pytest.raises(ValueError, match="crop must not be called"):
         cache.crop(-1)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("gptj", "must call transformers' attention interface .*, whose GPTJAttention computes attention itself"),
+        ("bloom", "must call transformers' attention interface .*, whose BloomAttention computes attention itself"),
+        ("falcon", "must call transformers' attention interface .*, whose FalconAttention computes attention itself"),
+        (
+            "openai-gpt",
+            "must have an attention module in each layer .*, got OpenAIGPTLMHeadModel without one",
+        ),
+        ("jetmoe", "must pass the keys and values of its cache .*, whose JetMoeAttention changes them in between"),
+        ("mamba", "must (have a KV cache|use the DynamicCache of transformers), got MambaForCausalLM"),
+        ("xlnet", "must use the DynamicCache of transformers, got XLNetLMHeadModel, which makes a cache of its own"),
+        pytest.param(
+            "diffllama",
+            "must pass the keys and values of its cache .*, whose DiffLlamaAttention changes them in between",
+            marks=pytest.mark.skipif(not has_layers_of_many_kinds(), reason="it computes attention itself"),
+        ),
+        pytest.param(
+            "qwen3_next",
+            "must use the DynamicCache of transformers, got Qwen3NextForCausalLM, which makes a cache of its own",
+            marks=pytest.mark.skipif(has_layers_of_many_kinds(), reason="it uses DynamicCache"),
+        ),
+    ],
+)
+def test_models_that_are_not_supported_are_refused_at_construction(family, message):
+    """Each with the reason, before the model is run or changed."""
+    model = build_family(family)
+    model.forward = None
+    selected = model.config._attn_implementation
+    for policy in ("capkv", "capkv-profile"):
+        with pytest.raises(ValueError, match=f"model {message}"):
+            CompressedCache(model, policy)
+    with pytest.raises(ValueError, match=f"model {message}"):
+        calibrate(model)
+    assert model.config._attn_implementation == selected
+
+
+def test_layers_that_read_an_encoder_are_left_as_they_are():
+    """Mllama's cross-attention layers read images: their keys do not grow with the text."""
+    model = build_family("mllama")
+    cross = model.config.text_config.cross_attention_layers
+    cache = CompressedCache(model, "capkv", 0.5)
+    assert {layer.index for layer in cache.compressed_layers} == set(range(len(cache.layers))) - set(cross)

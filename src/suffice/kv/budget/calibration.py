@@ -16,7 +16,7 @@ from suffice.kv.attention.call import AttentionCall, run_attention
 from suffice.kv.attention.hook import AttentionHook, attach_observer
 from suffice.kv.budget.profile import Profile, find_profile, write_profile
 from suffice.kv.hf.fingerprint import fingerprint
-from suffice.kv.hf.layers import full_attention_layers
+from suffice.kv.hf.layers import compressed_layers, find_decoder
 from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.hf.tokenization import tokenize, tokenize_continuation
@@ -67,10 +67,11 @@ def calibrate(
         >>> cache = CompressedCache(model, allocation=HeadProfile(profile))  # doctest: +SKIP
 
     """
+    measured_layers = compressed_layers(model)
     first, instruction, source = _text_tokens(model, tokenizer, text, tokens, seed)
     ids = torch.cat((first, instruction, first), dim=1).to(model.device)
-    hook = AttentionHook(model.get_decoder())
-    measurements = {index: _Measurement(first.shape[1]) for index in full_attention_layers(model)}
+    hook = AttentionHook(find_decoder(model))
+    measurements = {index: _Measurement(first.shape[1]) for index in measured_layers}
     network: Any = model
     training = model.training
     model.eval()

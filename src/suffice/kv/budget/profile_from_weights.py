@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from suffice.kv.budget.profile import Profile
 from suffice.kv.hf.fingerprint import fingerprint
-from suffice.kv.hf.layers import attention_modules, full_attention_layers
+from suffice.kv.hf.layers import compressed_layers
 from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.offload import execution_device, materialized_weight
 from suffice.kv.hf.rotary import RotaryEmbedding
@@ -44,16 +44,15 @@ def profile_from_weights(model: PreTrainedModel) -> Profile:
     """
     if Sharding.from_model(model) is not None:
         raise ValueError("model must not be tensor-parallel, got one that is split over processes. Use `calibrate`")
-    decoder = model.get_decoder()
-    modules = attention_modules(decoder)
+    modules = compressed_layers(model)
     encoding = probe_positions(model)
     if encoding.error is not None:
         raise ValueError(f"model must have a known position embedding, got {type(model).__name__}: {encoding.error}")
     max_slow_frequency = 2 * math.pi / (context_window(model) or _DEFAULT_CONTEXT_WINDOW)  # radians per token
     attention: list[tuple[float, ...]] = []
     with torch.no_grad():
-        for layer in full_attention_layers(model):
-            queries, keys = _row_norms(modules[layer], model.config.get_text_config())
+        for layer, module in modules.items():
+            queries, keys = _row_norms(module, model.config.get_text_config())
             partners, frequencies = _rotary_pairs(encoding.rotary.get(layer), keys.shape[-1])
             energy = _pair_norms(queries, partners) * _pair_norms(keys, partners)[:, None]
             # [num_key_value_heads, num_key_value_groups]

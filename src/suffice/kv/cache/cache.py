@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from suffice.kv.attention.hook import AttentionHook
-from suffice.kv.attention.options import check_attention_options
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.budget.protection import Protection
@@ -21,7 +20,7 @@ from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.settings import CacheSettings, StorageConfig
-from suffice.kv.hf.layers import HYBRID_LAYER, attention_modules, full_attention_layers, stock_layers
+from suffice.kv.hf.layers import HYBRID_LAYER, compressed_layers, find_decoder, stock_layers
 from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.hf.rotary_probe import probe_positions
@@ -113,12 +112,11 @@ class CompressedCache(Cache):
             raise TypeError(f"rerotate must be True or False, got {rerotate!r}")
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-        decoder = model.get_decoder()
-        modules = _compressed_modules(model, decoder)
+        modules = compressed_layers(model)
         if isinstance(self.policy.allocation, HeadProfile):
             self.policy = replace(self.policy, allocation=self.policy.allocation.bind(model))
         is_global = self.policy.allocation.is_global
-        compressed = full_attention_layers(model)
+        compressed = list(modules)
         rotaries = _find_rotary_embeddings(model, compressed, self.policy, rerotate=rerotate)
         used = [rotary for rotary in rotaries.values() if isinstance(rotary, RotaryEmbedding)]
         self.settings = CacheSettings(
@@ -135,7 +133,7 @@ class CompressedCache(Cache):
             max_entries=_max_rerotated_entries(model) if rerotate else None,
         )
         global_budget = GlobalBudget(len(compressed)) if is_global else None
-        self._hook = AttentionHook(decoder)
+        self._hook = AttentionHook(find_decoder(model))
         layers = stock_layers(model)
         for order, index in enumerate(compressed):
             layers[index] = _compressed_layer(
@@ -348,28 +346,6 @@ def _compressed_layer(stock: Any, **arguments: Any) -> CompressedLayer:
     from suffice.kv.cache.hybrid_layer import HybridCompressedLayer
 
     return HybridCompressedLayer(stock.number_of_states, **arguments)
-
-
-def _compressed_modules(model: PreTrainedModel, decoder: nn.Module) -> dict[int, nn.Module]:
-    """Return the attention modules by layer index.
-
-    Raises:
-        ValueError: the model has no layer with full attention, or one without an attention module, or its attention
-            has an option that is not supported.
-
-    """
-    modules = attention_modules(decoder)
-    compressed = full_attention_layers(model)
-    name = type(model).__name__
-    if not compressed:
-        raise ValueError(f"model must have layers with full attention, got {name}, which has none")
-    for index in compressed:
-        if index not in modules:
-            raise ValueError(
-                f"model must have an attention module in each layer, got {name} without one in layer {index}"
-            )
-        check_attention_options(modules[index])
-    return modules
 
 
 def _find_rotary_embeddings(

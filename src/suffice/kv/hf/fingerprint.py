@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from suffice.kv.hf.layers import find_decoder
 from suffice.kv.hf.offload import materialized_weight
 from suffice.kv.hf.tensor_parallel import Sharding, gather_weight
 
@@ -43,7 +44,7 @@ def fingerprint(model: PreTrainedModel, *, exact: bool = False) -> str:
 
     """
     sharded = Sharding.from_model(model) is not None
-    if not sharded and all(weight.device.type != "meta" for weight in model.get_decoder().parameters()):
+    if not sharded and all(weight.device.type != "meta" for weight in find_decoder(model).parameters()):
         return _digest(model, sharded, exact)
     known = _fingerprints.setdefault(model, {})
     if exact not in known:
@@ -57,7 +58,7 @@ def _digest(model: PreTrainedModel, sharded: bool, exact: bool) -> str:
         name: value for name, value in config.to_dict().items() if name not in _LOADING_OPTIONS and name[0] != "_"
     }
     digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
-    decoder = model.get_decoder()
+    decoder = find_decoder(model)
     prefix = next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
     shapes: list[str] = []
     samples: list[Tensor] = []

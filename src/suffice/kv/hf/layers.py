@@ -4,36 +4,120 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, cache_utils
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from suffice.kv.hf.attention_source import CacheUse, cache_use
 
 # A layer with full attention and the state of linear attention. Early versions of transformers do not have it.
 HYBRID_LAYER: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
 
 
+def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the transformer that the cache is passed to."""
+    decoder: Any = model.get_decoder()
+    # Some models have another module under the name of the decoder, such as the last projection.
+    base: Any = model.base_model
+    return decoder if isinstance(decoder, PreTrainedModel) else base
+
+
 def stock_layers(model: PreTrainedModel) -> list[Any]:
-    """Return new empty layers of the model's own cache."""
-    return list(DynamicCache(config=model.config).layers)
+    """Return new empty layers of the model's own cache.
+
+    Raises:
+        ValueError: the model has no cache of layers.
+
+    """
+    name = type(model).__name__
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+        raise ValueError(
+            f"model must use the DynamicCache of transformers, got {name}, which makes a cache of its own kind in "
+            f"transformers {transformers.__version__}. Newer versions of transformers use DynamicCache in more models"
+        )
+    try:
+        return list(DynamicCache(config=model.config).layers)
+    except AttributeError as error:
+        raise ValueError(
+            f"model must have a configuration from which a DynamicCache can be made, got {name}: {error}"
+        ) from None
 
 
-def full_attention_layers(model: PreTrainedModel) -> list[int]:
-    """Return the indices of the layers with full attention. These are the layers that a cache compresses."""
-    return [index for index, layer in enumerate(stock_layers(model)) if type(layer) in (DynamicLayer, HYBRID_LAYER)]
+def compressed_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Return the attention modules of the layers that a cache compresses, by layer index.
+
+    These are the layers with full attention.
+
+    Raises:
+        ValueError: the model has no such layers, or the attention of one does not show its queries to the cache.
+
+    """
+    name = type(model).__name__
+    layers = stock_layers(model)
+    if not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+        raise ValueError(
+            f"model must have a KV cache, got {name}, whose layers keep states of a fixed size. There is nothing to "
+            "compress"
+        )
+    modules = attention_modules(find_decoder(model))
+    indices = [
+        index
+        for index, layer in enumerate(layers)
+        if type(layer) in (DynamicLayer, HYBRID_LAYER) and not _is_cross_attention(modules.get(index))
+    ]
+    if not indices:
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+        raise ValueError(f"model must have layers with full attention, got {name}, whose cache consists of {kinds}")
+    for index in indices:
+        if index not in modules:
+            raise ValueError(
+                f"model must have an attention module in each layer of its cache that calls transformers' attention "
+                f"interface (`ALL_ATTENTION_FUNCTIONS`), got {name} without one in layer {index}. Without the call, a "
+                "cache does not see the queries. Use a newer architecture"
+            )
+        _check_module(modules[index], name)
+    return {index: modules[index] for index in indices}
+
+
+def _check_module(module: nn.Module, model: str) -> None:
+    """Raise an error if an attention module does not show to the cache what it reads."""
+    use, kind = cache_use(module), type(module).__name__
+    if use is CacheUse.BYPASSED:
+        raise ValueError(
+            f"model must call transformers' attention interface (`ALL_ATTENTION_FUNCTIONS`), got {model}, whose {kind} "
+            "computes attention itself. Without the call, a cache does not see the queries. Use a newer architecture"
+        )
+    if use is CacheUse.CHANGED:
+        raise ValueError(
+            f"model must pass the keys and values of its cache to its attention as they are, got {model}, whose {kind} "
+            "changes them in between. Use another architecture"
+        )
 
 
 def attention_modules(decoder: nn.Module) -> dict[int, nn.Module]:
     """Return the attention module of each layer, by layer index. Several layers may share one module."""
-    attention = [module for module in decoder.modules() if _is_attention(module)]
-    modules = {index: module for module in attention if isinstance(index := getattr(module, "layer_idx", None), int)}
+    candidates = [module for module in decoder.modules() if _calls_attention(module)]
+    candidates += [module for module in decoder.modules() if "Attention" in type(module).__name__]
+    modules: dict[int, nn.Module] = {}
+    for module in candidates:
+        index: Any = getattr(module, "layer_idx", None)
+        if isinstance(index, int):
+            # In the decoder of an encoder-decoder model, cross-attention follows with the same index.
+            modules.setdefault(index, module)
     # A module that several layers share has the index of none of them, or of the first.
     layers: Any = getattr(decoder, "layers", ())
     for index, layer in enumerate(layers):
-        shared = [module for module in layer.modules() if _is_attention(module)]
+        shared = [module for module in layer.modules() if _calls_attention(module)]
         if shared and index not in modules:
-            modules[index] = shared[-1]
+            modules[index] = shared[0]
     return modules
 
 
-def _is_attention(module: nn.Module) -> bool:
-    return "Attention" in type(module).__name__
+def _calls_attention(module: nn.Module) -> bool:
+    return cache_use(module) in (CacheUse.DIRECT, CacheUse.CHANGED)
+
+
+def _is_cross_attention(module: nn.Module | None) -> bool:
+    """Return whether a module reads the output of an encoder. Its keys do not grow with the text."""
+    return "CrossAttention" in type(module).__name__

@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from suffice.kv.attention.call import AttentionCall, run_attention
 from suffice.kv.attention.hook import AttentionHook, attach_observer
-from suffice.kv.hf.layers import attention_modules
+from suffice.kv.hf.layers import attention_modules, find_decoder
 from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.offload import execution_device, materialized_weight
 from suffice.kv.hf.rotary import Frequencies, RotaryEmbedding
@@ -57,7 +57,7 @@ def probe_positions(model: PreTrainedModel) -> PositionEncoding:
 
     If the model is tensor-parallel, all processes must call this function.
     """
-    decoder = model.get_decoder()
+    decoder = find_decoder(model)
     found = _encodings.get(decoder)
     if found is None:
         found = _measure(model, decoder)
