@@ -100,6 +100,13 @@ class AttentionCall:
         return dense_mask(self.mask, self.query.shape[2])
 
     @property
+    def needs_weights(self) -> bool:
+        """Whether the caller of the model wants its attention weights, which only eager attention returns."""
+        config = getattr(self.module, "config", None)
+        wanted = self.options.get("output_attentions", getattr(config, "output_attentions", False))
+        return self.implementation == "eager" and bool(wanted)
+
+    @property
     def softcap(self) -> float | None:
         """Soft cap c of the logits, which become c tanh(logit / c) before they are masked; None for no soft cap."""
         return self.options.get("softcap")

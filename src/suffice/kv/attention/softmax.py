@@ -64,17 +64,40 @@ def attend_with_sinks(
 
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    keys, values = key.to(dtype).mT, value.to(dtype)
+    key, value = key.to(dtype), value.to(dtype)
     num_queries = query.shape[-2]
-    block_size = max(1, _MAX_LOGITS // max(1, keys[..., 0, :].numel()))
+    block_size = max(1, _MAX_LOGITS // max(1, key[..., 0].numel()))
+
+    def select(x: Tensor | None, block: slice) -> Tensor | None:
+        return None if x is None else x.expand(*x.shape[:-2], num_queries, -1)[..., block, :]
+
     outputs: list[Tensor] = []
     for start in range(0, num_queries, block_size):
         block = slice(start, start + block_size)
-        logits = cap_logits(query[..., block, :].to(dtype) @ keys * scaling, softcap)
-        if mask is not None:
-            logits = logits.masked_fill(~mask.expand(*mask.shape[:-2], num_queries, -1)[..., block, :], -torch.inf)
-        sinks = None
-        if sink_logits is not None:
-            sinks = sink_logits.to(dtype).expand(*sink_logits.shape[:-2], num_queries, -1)[..., block, :]
-        outputs.append((softmax_with_sinks(logits, sinks) @ values).to(query.dtype))
+        weights = attention_weights(
+            query[..., block, :],
+            key,
+            select(mask, block),
+            scaling=scaling,
+            softcap=softcap,
+            sink_logits=select(sink_logits, block),
+        )
+        outputs.append((weights @ value).to(query.dtype))
     return torch.cat(outputs, dim=-2)
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Return attention weights [..., queries, entries] in float32 or float64; see `attend_with_sinks`."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    logits = cap_logits(query.to(dtype) @ key.to(dtype).mT * scaling, softcap)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    return softmax_with_sinks(logits, None if sink_logits is None else sink_logits.to(dtype))

@@ -100,8 +100,10 @@ class _BatchedCompressedLayer(_BatchedLayer):
         return attach_observer(key_states, self), value_states
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        outputs = [layer.attend(_select_row(call, row))[0] for row, layer in enumerate(self._layers)]
-        return torch.cat(outputs), None
+        outputs, weights = zip(
+            *(layer.attend(_select_row(call, row)) for row, layer in enumerate(self._layers)), strict=True
+        )
+        return torch.cat(outputs), _join_weights(weights) if call.needs_weights else None
 
 
 class _BatchedOtherLayer(_BatchedLayer):
@@ -114,6 +116,12 @@ class _BatchedOtherLayer(_BatchedLayer):
             for row, layer in enumerate(self._layers)
         ]
         return torch.cat([keys for keys, _ in rows]), torch.cat([values for _, values in rows])
+
+
+def _join_weights(rows: tuple[Tensor, ...]) -> Tensor:
+    """Join the attention weights of rows, [1, heads, new, own width] each, right-aligned."""
+    width = max(weights.shape[-1] for weights in rows)
+    return torch.cat([torch.nn.functional.pad(weights, (width - weights.shape[-1], 0)) for weights in rows])
 
 
 def _select_row(call: AttentionCall, row: int) -> AttentionCall:

@@ -296,6 +296,12 @@ class CompressedCache(Cache):
     def kept_positions(self, layer: int) -> Tensor:
         """Return the positions of the tokens that a layer keeps.
 
+        With eager attention, `output_attentions=True` returns weights over kept entries, [batch, heads, new, width] for
+        each layer. After a pass without an eviction, query head h reads the entries of KV head
+        h // num_key_value_groups, whose positions are `kept_positions(layer)[:, h // num_key_value_groups]`. The
+        weights of empty slots are 0. A pass that evicts returns weights over the entries before the eviction: the first
+        pass over all tokens of the prompt.
+
         Args:
             layer: index of the layer in the model.
 

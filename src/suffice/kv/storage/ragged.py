@@ -13,6 +13,7 @@ from torch import Tensor
 
 from suffice.gpu import async_tensor
 from suffice.kv.attention.call import AttentionCall
+from suffice.kv.attention.softmax import attention_weights
 from suffice.kv.backend.torch_backend import TorchBackend
 from suffice.kv.storage.base import (
     NEW_COLUMN_VALUES,
@@ -287,11 +288,29 @@ class RaggedStorage(Storage):
         return torch.cat([part for (start, n), added in heads for part in (x[start : start + n], added, empty)])
 
     def attend(self, call: AttentionCall, backend: TorchBackend) -> tuple[Tensor, Tensor | None]:
-        """Compute the attention of new tokens over all entries of each head."""
+        """Compute the attention of new tokens over all entries of each head; see `Storage.attend`."""
         scaling = call.scaling or call.query.shape[-1] ** -0.5
-        return backend.ragged_attention(
-            call.query, self, call.dense_mask, scaling, call.softcap, call.sink_logits
-        ), None
+        output = backend.ragged_attention(call.query, self, call.dense_mask, scaling, call.softcap, call.sink_logits)
+        return output, self._attention_weights(call, scaling) if call.needs_weights else None
+
+    def _attention_weights(self, call: AttentionCall, scaling: float) -> Tensor:
+        """Return the weights of new tokens over the right-aligned entries, [batch, heads, new, width]; 0 if empty."""
+        entries, new = self.entries, call.query.shape[2]
+        heads = entries.keys.shape[1]
+        mask = call.dense_mask
+        if mask is None:
+            mask = torch.ones(1, 1, new, new, dtype=torch.bool, device=call.query.device).tril_()
+        readable = (entries.positions >= 0)[:, :, None].repeat(1, 1, new, 1)
+        readable[..., -new:] &= mask
+        weights = attention_weights(
+            call.query.unflatten(1, (heads, -1)),
+            entries.keys[:, :, None],
+            readable[:, :, None],
+            scaling=scaling,
+            softcap=call.softcap,
+            sink_logits=None if call.sink_logits is None else call.sink_logits.view(heads, -1, 1, 1),
+        )
+        return weights.flatten(1, 2).to(call.query.dtype)
 
     def end_attention(self) -> None:
         """Do nothing: the attention needs no temporary tensors."""
