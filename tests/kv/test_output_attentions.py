@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, OPTConfig
 
 from suffice.kv import BatchedCaches, CompressedCache
 from tests.kv.test_softcap_and_sinks import build as build_softmax_model
-from tests.kv.tiny import build, left_padded, prompt
+from tests.kv.tiny import VOCABULARY, build, left_padded, prompt
 
 
 def model_of(family):
@@ -47,6 +47,23 @@ def test_weights_equal_those_of_the_full_cache_renormalized(family, policy):
     # The denominator of the softmax loses the evicted entries, and keeps the sink if there is one.
     evicted = full.sum(-1, keepdim=True) - same.sum(-1, keepdim=True)
     torch.testing.assert_close(own * (1 - evicted), same, atol=1e-6, rtol=1e-4)
+
+
+def test_models_that_do_not_pass_the_option_on_return_weights_of_every_layer():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 32, "word_embed_proj_dim": 32}
+    config = OPTConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for policy in ("capkv-profile", "capkv"):
+        cache = CompressedCache(model, policy, 0.5, allocation="adakv" if policy == "capkv-profile" else None)
+        for new, width in ((40, 40), (3, None)):
+            attentions = read(model, cache, prompt(new))
+            assert len(attentions) == 2
+            if None in attentions:
+                pytest.skip("OPT of this version neither passes the option on nor lets transformers record weights")
+            for layer, weights in enumerate(attentions):
+                assert weights.shape[-1] == (width or cache.kept_positions(layer).shape[-1])
+                torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
 def test_kernel_implementations_return_no_weights():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import output_capturing
 
 from suffice.kv.attention.masks import dense_mask
 
@@ -102,9 +103,11 @@ class AttentionCall:
     @property
     def needs_weights(self) -> bool:
         """Whether the caller of the model wants its attention weights, which only eager attention returns."""
-        config = getattr(self.module, "config", None)
-        wanted = self.options.get("output_attentions", getattr(config, "output_attentions", False))
-        return self.implementation == "eager" and bool(wanted)
+        if self.implementation != "eager":
+            return False
+        # Not all models pass `output_attentions` on to their attention function.
+        recorded = output_capturing._active_collector.get()  # pyright: ignore[reportPrivateUsage]
+        return bool(self.options.get("output_attentions")) or "attentions" in (recorded or ())
 
     @property
     def softcap(self) -> float | None:
