@@ -19,8 +19,8 @@ _observed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 class PassObserver(Protocol):
     """A cache that is told when a forward pass over it begins and ends."""
 
-    def begin_pass(self, decoder: nn.Module) -> None:
-        """Prepare for a forward pass of a decoder."""
+    def begin_pass(self, decoder: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Prepare for a forward pass of a decoder with these keyword arguments."""
         ...
 
     def end_pass(self, *, failed: bool) -> None:
@@ -55,7 +55,7 @@ def _begin_pass(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
             restore_implementation(module)
         return
     for observer in _find_observers(args, kwargs):
-        observer.begin_pass(module)
+        observer.begin_pass(module, kwargs)
 
 
 @torch.compiler.disable

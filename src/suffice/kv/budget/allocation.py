@@ -43,6 +43,11 @@ class BudgetRequest:
         sharding = self.context.sharding
         return self.num_valid.shape[1] if sharding is None else sharding.num_key_value_heads
 
+    def max_entries(self, num_seen: int) -> int:
+        """Return how many entries a head may keep at most, in a row that has seen `num_seen` tokens."""
+        limit = self.context.max_entries
+        return num_seen if limit is None else min(num_seen, limit)
+
 
 class Allocation(ABC):
     """Base class of all allocations; a subclass defines `entries_per_head`."""
@@ -107,26 +112,26 @@ class Pyramid(Allocation):
         """Return the number of entries of the layer, [batch, num_key_value_heads]."""
         layer, num_layers = request.context.layer, request.context.num_layers
         rows = [
-            self.entries_of_layer(layer, num_layers, budget, num_seen, min_entries)
+            self.entries_of_layer(layer, num_layers, budget, request.max_entries(num_seen), min_entries)
             for budget, num_seen, min_entries in zip(request.budget, request.num_seen, request.min_entries, strict=True)
         ]
         return torch.tensor(rows)[:, None].expand_as(request.num_valid)
 
-    def entries_of_layer(self, layer: int, num_layers: int, budget: int, num_seen: int, min_entries: int) -> int:
+    def entries_of_layer(self, layer: int, num_layers: int, budget: int, max_entries: int, min_entries: int) -> int:
         """Return how many entries each head of one layer keeps.
 
         Args:
             layer: index of the layer.
             num_layers: number of layers.
             budget: mean number of entries over all layers. It is met exactly.
-            num_seen: number of tokens, the upper limit of every layer.
+            max_entries: largest number of entries of a layer, at least the budget.
             min_entries: smallest number of entries of a layer, unless the budget is smaller.
 
         """
         if num_layers == 1:
             return budget
         last = min(float(budget), max(budget / self.beta, float(min_entries)))
-        first = min(2 * budget - last, float(num_seen))
+        first = min(2 * budget - last, float(max_entries))
         last = 2 * budget - first
         step = (first - last) / (num_layers - 1)
 
@@ -223,7 +228,8 @@ def priorities(request: BudgetRequest, safeguard: float) -> Tensor:
         safeguard: fraction of the mean budget that every head is guaranteed.
 
     Returns:
-        [batch, num_key_value_heads, entries]; −inf where there is no entry.
+        [batch, num_key_value_heads, entries]; −inf where there is no entry, and where a head has more entries than it
+        may keep.
 
     """
     ranked = request.contributions().sort(-1, descending=True).values
@@ -232,6 +238,8 @@ def priorities(request: BudgetRequest, safeguard: float) -> Tensor:
         max(min_entries, int(safeguard * budget))
         for min_entries, budget in zip(request.min_entries, request.budget, strict=True)
     ]
+    if request.context.max_entries is not None:
+        ranked = ranked.masked_fill(rank >= request.context.max_entries, -math.inf)
     guaranteed = rank < async_tensor(num_guaranteed, ranked.device)[:, None, None]
     return ranked.masked_fill(guaranteed & (ranked > -math.inf), math.inf)
 

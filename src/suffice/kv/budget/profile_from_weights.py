@@ -44,15 +44,16 @@ def profile_from_weights(model: PreTrainedModel) -> Profile:
     """
     if Sharding.from_model(model) is not None:
         raise ValueError("model must not be tensor-parallel, got one that is split over processes. Use `calibrate`")
-    modules = compressed_layers(model)
+    config = model.config.get_text_config()
+    with torch.no_grad():
+        norms = {layer: _row_norms(module, config) for layer, module in compressed_layers(model).items()}
     encoding = probe_positions(model)
     if encoding.error is not None:
         raise ValueError(f"model must have a known position embedding, got {type(model).__name__}: {encoding.error}")
     max_slow_frequency = 2 * math.pi / (context_window(model) or _DEFAULT_CONTEXT_WINDOW)  # radians per token
     attention: list[tuple[float, ...]] = []
     with torch.no_grad():
-        for layer, module in modules.items():
-            queries, keys = _row_norms(module, model.config.get_text_config())
+        for layer, (queries, keys) in norms.items():
             partners, frequencies = _rotary_pairs(encoding.rotary.get(layer), keys.shape[-1])
             energy = _pair_norms(queries, partners) * _pair_norms(keys, partners)[:, None]
             # [num_key_value_heads, num_key_value_groups]
@@ -63,7 +64,7 @@ def profile_from_weights(model: PreTrainedModel) -> Profile:
 
 
 def _row_norms(module: nn.Module, config: Any) -> tuple[Tensor, Tensor]:
-    """Return the norms of the rows of the query and key projections.
+    """Return the norms of the rows of the query and key projections, on the CPU.
 
     Returns:
         [num_key_value_heads, num_key_value_groups, head_dim] and [num_key_value_heads, head_dim].

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from suffice.kv.budget.protection import Protection
 from suffice.kv.cache.forward_pass import ForwardPass
 from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.layer import CompressedLayer
+from suffice.kv.cache.positions import check_position_ids, check_window
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.settings import CacheSettings, StorageConfig
 from suffice.kv.hf.layers import HYBRID_LAYER, compressed_layers, find_decoder, stock_layers
@@ -60,9 +61,9 @@ class CompressedCache(Cache):
             several tokens (a chunk of a prompt), and after every `interval` generated tokens.
         interval: with `evict="always"`, number of generated tokens between evictions. A head then holds at most
             budget + interval entries during generation, on average. The paper's value is 512.
-        rerotate: rotate the kept keys to the positions right before the next token, so that a text may be longer
-            than the model's context window. With a head profile, no head then keeps more than half of that window. If
-            False, kept keys are not changed.
+        rerotate: rotate the kept keys to the positions right before the next token, so that a text that is read in
+            chunks may be longer than the model's context window. No head then keeps more than half of that window, and
+            `interval` is at most that long. If False, kept keys are not changed. It requires a rotary embedding.
         measure_capacity: measure the share of the capacity that the kept entries carry, under the default policy's
             objective, so that policies can be compared. This costs about as much as scoring. It is ignored with
             `evict="always"`, and with an allocation that shares one budget between layers.
@@ -119,18 +120,21 @@ class CompressedCache(Cache):
         compressed = list(modules)
         rotaries = _find_rotary_embeddings(model, compressed, self.policy, rerotate=rerotate)
         used = [rotary for rotary in rotaries.values() if isinstance(rotary, RotaryEmbedding)]
+        self._window = context_window(model) if rerotate else None
+        max_entries = None if self._window is None else _max_rerotated_entries(self._window, budget)
         self.settings = CacheSettings(
             policy=self.policy,
             budget=budget,
             protection=protection,
             evict_always=evict == "always",
-            interval=num_tokens,
+            # Generated tokens must not leave the window before an eviction is due.
+            interval=num_tokens if max_entries is None else min(num_tokens, max_entries),
             rerotate=rerotate,
             measure_capacity=measure_capacity and evict == "prefill" and not is_global,
             num_layers=len(compressed),
             storage=StorageConfig(self.policy.allocation.per_head, _check_quantization(quantized, self.policy)),
             sharding=Sharding.from_model(model),
-            max_entries=_max_rerotated_entries(model) if rerotate else None,
+            max_entries=max_entries,
         )
         global_budget = GlobalBudget(len(compressed)) if is_global else None
         self._hook = AttentionHook(find_decoder(model))
@@ -147,18 +151,27 @@ class CompressedCache(Cache):
                 rotaries_to_clear=used if index == compressed[-1] else (),
             )
         super().__init__(layers=layers)
+        self._rotates = bool(used)
         self._updated: CompressedLayer | None = None  # the layer whose attention call follows
         self._pass = ForwardPass()
 
-    def begin_pass(self, decoder: nn.Module) -> None:
+    def begin_pass(self, decoder: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Prepare for a forward pass of the model; see `suffice.kv.attention.forward_pass.PassObserver`.
 
         Raises:
-            ValueError: the cache belongs to another model, or an earlier forward pass failed.
+            ValueError: the cache belongs to another model, an earlier forward pass failed, or keys that are rotated
+                stand at other positions than their index, or would leave the context window.
 
         """
         if not self._hook.belongs_to(decoder):
             raise ValueError(_WRONG_MODEL)
+        if self._rotates:
+            needed_by = "rerotate=True" if self.settings.rerotate else f"policy {self.policy.name!r}"
+            check_position_ids(inputs, self.compressed_layers[0].state, needed_by)
+        if self._window is not None:
+            storages = [layer.storage for layer in self.compressed_layers]
+            num_held = max(0 if storage is None else storage.max_length for storage in storages)
+            check_window(inputs, num_held, self._window)
         self._pass.begin(self.layers)
 
     def end_pass(self, *, failed: bool) -> None:
@@ -403,7 +416,12 @@ def _check_quantization(quantized: str | Quantization | None, policy: Policy) ->
     return quantization
 
 
-def _max_rerotated_entries(model: PreTrainedModel) -> int | None:
+def _max_rerotated_entries(window: int, budget: float) -> int:
     """Return how many rerotated entries a head may keep: half of the context window. New tokens need the rest."""
-    window = context_window(model)
-    return None if window is None else window // 2
+    largest = window // 2
+    if isinstance(budget, int) and budget > largest:
+        raise ValueError(
+            f"budget must be at most {largest} tokens with rerotate=True, half of the model's context window, got "
+            f"{budget!r}"
+        )
+    return largest

@@ -8,6 +8,7 @@ the earlier layers are dropped too (`GlobalBudget.drop_from_other_layers`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -101,7 +102,8 @@ def plan_eviction(
     if not (is_first or settings.evict_always):
         return None
     num_seen = [max(0, num_input_tokens - row.num_padding) for row in rows]
-    allowed = [num_allowed(settings.budget, seen) for seen in num_seen]
+    limit = math.inf if settings.max_entries is None else settings.max_entries
+    allowed = [int(min(num_allowed(settings.budget, seen), limit)) for seen in num_seen]
     if is_first or num_new > 1:
         is_due = [True] * len(rows)
     else:

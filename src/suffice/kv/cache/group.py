@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,10 +49,10 @@ class CacheGroup(Cache, ABC):
         copy_states(self.states_before(layers), group_layer)
         return group_layer
 
-    def begin_pass(self, decoder: nn.Module) -> None:
+    def begin_pass(self, decoder: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Prepare every cache for a forward pass."""
         for cache in self.caches:
-            cache.begin_pass(decoder)
+            cache.begin_pass(decoder, inputs)
 
     def end_pass(self, *, failed: bool) -> None:
         """Finish the forward pass in every cache."""

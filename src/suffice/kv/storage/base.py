@@ -75,6 +75,11 @@ class Storage(ABC):
         """Number of entries of each row and head, long [batch, num_key_value_heads]."""
 
     @property
+    @abstractmethod
+    def max_length(self) -> int:
+        """Number of slots of the row and head with the most entries, including padding."""
+
+    @property
     def keys(self) -> Tensor:
         """Keys, right-aligned: [batch, num_key_value_heads, width, head_dim]."""
         return self.entries.keys

@@ -215,6 +215,11 @@ class RaggedStorage(Storage):
         return packed + (self.tail_positions >= 0).sum(-1)[:, None]
 
     @property
+    def max_length(self) -> int:
+        """Number of slots of the row and head with the most entries, including padding."""
+        return max(itertools.chain(*self.lengths)) + self.tail_length
+
+    @property
     def positions(self) -> Tensor:
         """Index of each entry within its row's text, int32 [batch, num_key_value_heads, width]; −1 in empty slots."""
         return self._aligner()(self.packed_positions, self._tail_positions_by_head(), -1)

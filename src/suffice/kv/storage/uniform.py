@@ -79,6 +79,11 @@ class AlignedStorage(Storage):
         return (self.positions >= 0).sum(-1)
 
     @property
+    def max_length(self) -> int:
+        """Number of slots of every row and head."""
+        return self.width
+
+    @property
     def nbytes_by_head(self) -> list[int]:
         """Bytes of the keys and values of each head, over all rows."""
         heads = self.positions.shape[1]
