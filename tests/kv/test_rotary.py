@@ -225,3 +225,127 @@ def test_rotation_back_undoes_a_rotation():
         torch.testing.assert_close(
             (matrix @ x[:, 0, :1].mT).mT, rotary.rotate(x[:, :1, :1], positions[:, :1, :1])[:, 0]
         )
+
+
+# ---- Positions of the model, and the context window ------------------------------------------------------------------
+
+
+def image_prompt(model):
+    """A prompt of 30 text tokens, an image of 64 tokens and 6 text tokens, for a model of the Qwen-VL families."""
+    config, vision = model.config, model.config.vision_config
+    text = torch.arange(60, 94)
+    image = torch.full((64,), config.image_token_id)
+    ids = torch.cat((text[:29], torch.tensor([config.vision_start_token_id]), image, text[28:]))[None]
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(256, patch, generator=torch.Generator().manual_seed(0)),
+        "image_grid_thw": torch.tensor([[1, 16, 16]]),
+        "mm_token_type_ids": (ids == config.image_token_id).int(),
+    }
+
+
+def generate(model, inputs, cache, new=4):
+    return model.generate(**inputs, past_key_values=cache, max_new_tokens=new, do_sample=False)
+
+
+def test_images_with_positions_on_several_axes_are_rejected_before_any_layer_runs():
+    model = families.build("qwen2_5_vl")
+    rerotated = CompressedCache(model, "streaming-llm", 24, sinks=20, window=4, rerotate=True)
+    unrotated = CompressedCache(model, "expected-attention", 24)
+    for cache, needed_by in ((rerotated, "rerotate=True"), (unrotated, "policy 'expected-attention'")):
+        with pytest.raises(ValueError, match=f"position_ids must count .* because {needed_by} rotates keys .* Images"):
+            generate(model, image_prompt(model), cache)
+        assert cache.get_seq_length() == 0
+        ids = torch.arange(3, 43)[None]
+        text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        generate(model, text, cache)  # text has the same position on each axis
+        assert cache.report().tokens_seen == 43
+    cache = CompressedCache(model, "capkv", 24)
+    generate(model, image_prompt(model), cache)
+    assert cache.report().tokens_seen == 103
+
+
+def test_padding_may_count_as_positions_or_not():
+    """`generate` does not count padding; a model that gets no positions does. Only differences matter."""
+    model = tiny("llama")
+    ids = torch.cat((torch.zeros(1, 10, dtype=torch.long), prompt(30)), dim=1)
+    mask = (ids > 0).long()
+    single = CompressedCache(model, "expected-attention", 16, evict="always", rerotate=True)
+    with torch.no_grad():
+        expected = model(prompt(30), past_key_values=single).logits[:, -1]
+        for positions in (None, torch.arange(40)[None], (mask.cumsum(-1) - 1).clamp_min(0)):
+            cache = CompressedCache(model, "expected-attention", 16, evict="always", rerotate=True)
+            logits = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+            assert torch.equal(cache.kept_positions(0), single.kept_positions(0))
+        for wrong in (torch.arange(40)[None] * 2, torch.arange(40)[None] + 5):
+            cache = CompressedCache(model, "expected-attention", 16)
+            with pytest.raises(ValueError, match="position_ids must count the tokens of each row one by one"):
+                model(ids, attention_mask=mask, position_ids=wrong, past_key_values=cache)
+
+
+WINDOW = 128
+
+
+@pytest.fixture(scope="module")
+def short():
+    """A model with a context window of 128 tokens."""
+    return build("llama", max_position_embeddings=WINDOW)
+
+
+def spans(cache):
+    """For each compressed layer and head, from its first key to the next token, in rotary positions."""
+    for layer in cache.compressed_layers:
+        entries = layer.storage.entries
+        rope, valid = entries.rope_positions, entries.positions >= 0
+        first = rope.masked_fill(~valid, 10**6).amin(-1)
+        yield from (cache.get_seq_length() - first).flatten().tolist()
+
+
+@pytest.mark.parametrize("policy", ["capkv", "capkv-profile", "expected-attention", "streaming-llm"])
+@pytest.mark.parametrize("allocation", ["equal", "pyramid", "adakv", "marginal", "profile"])
+@pytest.mark.parametrize("budget", [60, 0.5])
+def test_rerotated_keys_and_new_tokens_stay_in_the_window(short, policy, allocation, budget):
+    cache = CompressedCache(short, policy, budget, allocation=allocation, evict="always", rerotate=True)
+    ids = prompt(64).repeat(1, 6)
+    heads = 6
+    with torch.no_grad():
+        for chunk in ids.split(64, dim=1):
+            short(chunk, past_key_values=cache)
+            kept = [head.tokens_kept for head in cache.report().heads]
+            assert max(kept) <= WINDOW // 2
+            seen = cache.get_seq_length()
+            assert sum(kept) == heads * (min(60, seen) if budget == 60 else min(64, seen // 2))
+            assert max(spans(cache)) <= WINDOW // 2
+        for token in prompt(90)[0]:
+            short(token.view(1, 1), past_key_values=cache)
+            assert max(spans(cache)) <= WINDOW
+
+
+def test_inputs_that_leave_the_window_are_rejected(short):
+    ids = prompt(90).repeat(1, 2)
+    cache = CompressedCache(short, "capkv", 40, evict="always", rerotate=True)
+    message = r"input must have at most {} tokens with rerotate=True, .* window has 128 .* holds {} entries, got {}"
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=message.format(128, 0, 129)):
+            short(ids[:, :129], past_key_values=cache)
+        short(ids[:, :90], past_key_values=cache)
+        with pytest.raises(ValueError, match=message.format(88, 40, 89)):
+            short(ids[:, :89], past_key_values=cache)
+        short(ids[:, :88], past_key_values=cache)
+        # Nothing is evicted after the prefill, so that generated tokens fill the window.
+        once = CompressedCache(short, "capkv", 40, rerotate=True)
+        short(ids[:, :90], past_key_values=once)
+        short(ids[:, :88], past_key_values=once)
+        with pytest.raises(ValueError, match=message.format(0, 128, 1)):
+            short(ids[:, :1], past_key_values=once)
+
+
+def test_budgets_of_more_than_half_the_window_are_rejected(short):
+    for policy in ("capkv", "capkv-profile"):
+        with pytest.raises(ValueError, match=r"budget must be at most 64 tokens with rerotate=True, .*, got 120"):
+            CompressedCache(short, policy, 120, evict="always", rerotate=True)
+        CompressedCache(short, policy, 64, evict="always", rerotate=True)
+        CompressedCache(short, policy, 120, evict="always")
