@@ -19,12 +19,12 @@ test-oldest: $(OLDEST)/.ready
 # Test every family of models that transformers registers (about 10 minutes), and write docs/results/support.md.
 test-families: $(VENV)/.ready
 	rm -rf out/support
-	SUFFICE_SUPPORT=out/support $(BIN)/python -m pytest -n 2 -m "" tests/kv/test_families.py
+	SUFFICE_SUPPORT=out/support $(BIN)/python -m pytest -n 2 -m "" tests/kv/test_families.py tests/kv/test_rotary.py
 	$(BIN)/python -m tests.kv.support_page out/support
 
 # The same families with the oldest supported transformers, as far as it has them.
 test-families-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest -n 2 -m "" tests/kv/test_families.py
+	$(OLDEST)/bin/python -m pytest -n 2 -m "" tests/kv/test_families.py tests/kv/test_rotary.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -25,6 +25,8 @@ SETTINGS: dict[str, Any] = {"evict": "always", "interval": 4}
 # Policy and allocation, including policies that need more than the tensors of a head.
 CASES = [
     ("capkv", "equal"),
+    ("expected-attention", "equal"),
+    ("key-leverage", "equal"),
     ("criticalkv", "equal"),
     ("random", "equal"),
     ("tova", "equal"),
@@ -45,7 +47,9 @@ def inputs() -> dict[str, torch.Tensor]:
 
 def run(model: PreTrainedModel, policy: str, allocation: str) -> dict[str, Any]:
     """Generate an answer; return its tokens and the positions that the local heads keep."""
-    cache = CompressedCache(model, policy, BUDGET, allocation=allocation, **SETTINGS)
+    # Policies that rotate keys back need the rotary embedding in any case.
+    rerotate = policy in ("expected-attention", "key-leverage")
+    cache = CompressedCache(model, policy, BUDGET, allocation=allocation, rerotate=rerotate, **SETTINGS)
     return {"tokens": answer(model, inputs(), cache, NEW).tolist(), "kept": kept(cache)}
 
 

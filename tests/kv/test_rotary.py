@@ -7,11 +7,13 @@ import torch
 from transformers import DynamicCache
 
 from suffice.kv import CompressedCache, Policy
+from suffice.kv.hf.layers import find_decoder
 from suffice.kv.hf.rotary import Frequencies, RotaryEmbedding
 from suffice.kv.hf.rotary_probe import probe_positions
 from suffice.kv.policy.directions import Key
 from suffice.kv.policy.weights import Uniform, Weights
 from tests.kv import families
+from tests.kv.families import NOT_BUILDABLE
 from tests.kv.tiny import build, prompt, tiny
 
 # Families with different position embeddings. None: keys are not rotated, but sliding layers may be.
@@ -25,8 +27,23 @@ FAMILIES = [
     "nanochat",  # by negative angles
     "gemma3", "olmo3", "laguna", "gemma4_text",  # frequencies by layer type
     "hunyuan_v1_dense", "hunyuan_v1_moe",  # a norm after the rotary embedding
-    "qwen3_vl",  # several axes, here with the same position on each
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v",  # several axes, here with the same position on each
 ]  # fmt: skip
+
+# Families with rotary or unknown positions that are refused, and why.
+REFUSED = {
+    "ernie4_5_vl_moe": "it has rotary frequencies, but keys depend on the positions, but not by a known",
+    **dict.fromkeys(
+        ("diffusion_gemma", "qwen2_5_omni", "qwen3_omni_moe"), "its decoder has rotary frequencies, but does not accept"
+    ),
+    # Decoders that need the states of an encoder.
+    **dict.fromkeys(("canary", "cohere_asr", "dia", "t5gemma"), "its decoder failed on single tokens"),
+}
+
+
+def available(*names):
+    """The families that this version of transformers has."""
+    return [name for name in names if name in families.families()]
 
 
 class RecordingCache(DynamicCache):
@@ -45,7 +62,7 @@ def stock_keys(model, ids, positions):
     """Keys that a model computes for tokens, each of which is a sequence of its own, at positions; by layer."""
     cache = RecordingCache(model)
     with torch.no_grad():
-        model.get_decoder()(input_ids=ids[:, None], position_ids=positions[:, None], past_key_values=cache)
+        find_decoder(model)(input_ids=ids[:, None], position_ids=positions[:, None], past_key_values=cache)
     return cache.new_keys
 
 
@@ -68,9 +85,30 @@ def assert_keys_are_rotated_as_by_the_model(model, tolerance):
             assert (back - at_zero[layer]).norm() < tolerance * expected.norm(), layer
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", available(*FAMILIES))
 def test_rotated_keys_equal_the_keys_of_the_model_at_other_positions(family):
     assert_keys_are_rotated_as_by_the_model(families.build(family), 1e-4)
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("family", [name for name in families.families() if name not in {*FAMILIES, *NOT_BUILDABLE}])
+def test_every_other_family_is_rotated_as_by_the_model_or_refused(family):
+    model = families.build(family)
+    try:
+        CompressedCache(model, "capkv", 20)
+    except ValueError:
+        return  # not supported at all; see test_families.py
+    try:
+        CompressedCache(model, "capkv", 20, rerotate=True)
+    except ValueError as error:
+        reason = str(error).partition(", got True: ")[2]
+        has_frequencies = any(name.endswith("inv_freq") for name, _ in find_decoder(model).named_buffers())
+        expected = REFUSED.get(family, "the model has no rotary embedding, so that keys cannot move to other positions")
+        assert reason.startswith(expected)
+        assert has_frequencies <= (family in REFUSED)
+    else:
+        assert family not in REFUSED
+        assert_keys_are_rotated_as_by_the_model(model, 1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.01), (torch.float16, 0.002)])
@@ -85,7 +123,7 @@ def test_rotary_embedding_is_found_in_half_precision(family, dtype, tolerance):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "glm", "cohere2", "smollm3", "llama4_text", "olmo3", "gemma3", "hunyuan_v1_dense"]
+    "family", available("llama", "glm", "cohere2", "smollm3", "llama4_text", "olmo3", "gemma3", "hunyuan_v1_dense")
 )
 @pytest.mark.parametrize("allocation", ["equal", "adakv"])
 def test_rerotated_keys_equal_those_of_the_model_under_shifted_positions(family, allocation):
@@ -95,7 +133,7 @@ def test_rerotated_keys_equal_those_of_the_model_under_shifted_positions(family,
     cache = CompressedCache(model, "streaming-llm", 16, sinks=6, window=10, allocation=allocation, rerotate=True)
     with torch.no_grad():
         model(ids, past_key_values=cache)
-    decoder, positions = model.get_decoder(), torch.arange(40)[None]
+    decoder, positions = find_decoder(model), torch.arange(40)[None]
     stock = []
     for shift in (24, 0):
         recorded = RecordingCache(model)
