@@ -14,6 +14,9 @@ from suffice.kv import CompressedCache, calibrate
 from suffice.kv.cache.batched import BatchedCaches
 from suffice.kv.cache.shared_prefill import prefill
 from tests.kv.families import build as build_family
+from tests.kv.families import model_classes, randomize, tiny_config
+from tests.kv.family_cases import Case
+from tests.kv.family_checks import CHECKS
 from tests.kv.tiny import VOCABULARY, answer, left_padded, prompt
 
 _SHARED: dict[str, Any] = {
@@ -212,3 +215,59 @@ def test_layers_that_read_an_encoder_are_left_as_they_are():
     cross = model.config.text_config.cross_attention_layers
     cache = CompressedCache(model, "capkv", 0.5)
     assert {layer.index for layer in cache.compressed_layers} == set(range(len(cache.layers))) - set(cross)
+
+
+def build_sharing(family: str) -> Any:
+    """Return a model whose last layers read the keys of earlier ones."""
+    if family == "gemma3n_text":
+        return build_family(family)
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("transformers has no Gemma 4")
+    config = tiny_config(family)
+    config.num_kv_shared_layers = 2
+    config.layer_types = ["sliding_attention", "full_attention"] * 2
+    model_class = getattr(transformers, model_classes()[family])
+    model = model_class._from_config(type(config)(**config.to_dict()), attn_implementation="sdpa")
+    randomize(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+@pytest.mark.parametrize("name", ["full", "half", "equal", "always", "untouched", "padding"])
+def test_layers_read_what_the_layer_keeps_whose_keys_they_read(family, name):
+    """Against the stock model with the evicted entries masked in both layers."""
+    CHECKS[name](Case(family, build_sharing(family)))
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_shared_prefill_of_a_model_that_shares_keys_equals_single_prefills(family):
+    model = build_sharing(family)
+    ids = prompt(40)
+    alone, together = (CompressedCache(model, "capkv-profile", 0.5, measure_capacity=False) for _ in range(2))
+    step(model, ids, alone)
+    prefill(model, {"input_ids": ids}, [together])
+    batch = BatchedCaches([alone.copy(), alone.copy()])
+    for token in prompt(3, seed=5).split(1, 1):
+        expected = step(model, token, alone)
+        torch.testing.assert_close(step(model, token, together), expected)
+        torch.testing.assert_close(step(model, token.expand(2, -1), batch), expected.expand(2, -1, -1))
+    assert not hasattr(alone, "shared_layers")
+
+
+def test_profile_counts_the_attention_of_every_layer_that_reads_the_keys():
+    """Against the attention weights that transformers' own eager attention returns."""
+    model = build_sharing("gemma3n_text")
+    model.set_attn_implementation("eager")
+    profile = calibrate(model, tokens=40, seed=3)
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(vocabulary, (1, 40), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        attentions = model(torch.cat((ids, ids), 1), output_attentions=True).attentions
+    first_reader = model.config.num_hidden_layers - model.config.num_kv_shared_layers
+    full = [index for index, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
+    source = [index for index in full if index < first_reader][-1]
+    layers = [source, *(index for index in full if index >= first_reader)]
+    assert len(layers) > 1
+    largest = torch.stack([attentions[layer][0, :, 40:, :40].amax(1) for layer in layers]).amax(0)
+    expected = largest.unflatten(0, (profile.num_heads[-1], -1)).amax(1).mean(-1)
+    torch.testing.assert_close(torch.tensor(profile.attention[-1]), expected, atol=1e-5, rtol=1e-4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -133,6 +133,15 @@ class AttentionCall:
             assert dense is not None
             attach_padding(self.mask, dense[:, 0, -1].expand(len(self.key), -1))
         return self.mask._suffice_padding
+
+    def last_keys(self) -> AttentionCall:
+        """Return the call with as many new keys as queries, the last ones.
+
+        Some models compute a layer for the last tokens only, whose queries read the keys of all new tokens.
+        """
+        new = self.query.shape[2]
+        mask = None if self.mask is None else self.mask[..., -new:]
+        return replace(self, key=self.key[:, :, -new:], value=self.value[:, :, -new:], mask=mask)
 
 
 def attach_padding(mask: Any, valid: Tensor) -> None:

@@ -123,7 +123,7 @@ def get_profile(model: PreTrainedModel) -> Profile:
 
 
 class _Measurement:
-    """Measures the attention of one call of a layer.
+    """Measures the attention to the keys of a layer: of one call, or of several if later layers read them too.
 
     Args:
         num_first: number of first entries whose attention is measured.
@@ -132,7 +132,13 @@ class _Measurement:
 
     def __init__(self, num_first: int) -> None:
         self._num_first = num_first
-        self.attention: list[float] = []  # one number for each KV head
+        self._largest: Tensor | None = None
+
+    @property
+    def attention(self) -> list[float]:
+        """One number for each KV head."""
+        assert self._largest is not None
+        return self._largest.mean((0, 2)).tolist()
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         output, weights = run_attention(call)
@@ -144,7 +150,10 @@ class _Measurement:
             softcap=call.softcap,
             sink_logits=call.sink_logits,
         )
-        self.attention = _largest_attention(stats, self._num_first).mean((0, 2)).tolist()
+        # Later layers may be computed for the last tokens only.
+        if call.query.shape[2] == call.key.shape[2]:
+            largest = _largest_attention(stats, self._num_first)
+            self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
         return output, weights
 
 

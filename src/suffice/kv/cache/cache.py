@@ -21,7 +21,8 @@ from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.positions import check_position_ids, check_window
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.settings import CacheSettings, StorageConfig
-from suffice.kv.hf.layers import HYBRID_LAYER, compressed_layers, find_decoder, stock_layers
+from suffice.kv.cache.source_layer import SourceLayer
+from suffice.kv.hf.layers import HYBRID_LAYER, compressed_layers, find_decoder, source_layers, stock_layers
 from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.hf.rotary_probe import probe_positions
@@ -138,7 +139,7 @@ class CompressedCache(Cache):
         )
         global_budget = GlobalBudget(len(compressed)) if is_global else None
         self._hook = AttentionHook(find_decoder(model))
-        layers = stock_layers(model)
+        layers, sources = stock_layers(model), source_layers(model)
         for order, index in enumerate(compressed):
             layers[index] = _compressed_layer(
                 layers[index],
@@ -149,6 +150,7 @@ class CompressedCache(Cache):
                 order=order,
                 global_budget=global_budget,
                 rotaries_to_clear=used if index == compressed[-1] else (),
+                has_readers=index in sources,
             )
         super().__init__(layers=layers)
         self._rotates = bool(used)
@@ -177,6 +179,10 @@ class CompressedCache(Cache):
     def end_pass(self, *, failed: bool) -> None:
         """Finish a forward pass of the model; remove what it has stored if it failed."""
         self._pass.end(self.layers, failed=failed)
+        for layer in self.compressed_layers:
+            layer.end_pass()
+        # Where Gemma 3n puts the keys that several layers read, in early versions of transformers.
+        self.__dict__.pop("shared_layers", None)
 
     def will_store(self) -> None:
         """Note that the current forward pass changes layers from now on."""
@@ -357,8 +363,10 @@ class CompressedCache(Cache):
         return f"CompressedCache(policy={self.policy.name!r}, budget={self.budget}, {self.report()})"
 
 
-def _compressed_layer(stock: Any, **arguments: Any) -> CompressedLayer:
+def _compressed_layer(stock: Any, *, has_readers: bool, **arguments: Any) -> CompressedLayer:
     """Return the compressed layer that takes the place of a layer of the model's own cache."""
+    if has_readers:
+        return SourceLayer(**arguments)
     if type(stock) is not HYBRID_LAYER:
         return CompressedLayer(**arguments)
     # Early versions of transformers do not have the base class of this layer.

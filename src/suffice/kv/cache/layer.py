@@ -121,8 +121,7 @@ class CompressedLayer(DynamicLayer):
         if self.awaits_attention:
             raise ValueError(
                 f"layer {self.index} of a CompressedCache must get keys once in a forward pass, got them twice: no "
-                "attention call reached the cache in between. Models whose layers share keys and values are not "
-                "supported"
+                "attention call reached the cache in between"
             )
         self.awaits_attention = True
         if self.storage is None:
@@ -145,6 +144,10 @@ class CompressedLayer(DynamicLayer):
         self.post_attention(call, attention)
         return output, attention
 
+    def owns(self, call: AttentionCall) -> bool:
+        """Return whether an attention call is of the attention module of this layer."""
+        return call.module is self._module()
+
     def pre_attention(self, call: AttentionCall) -> None:
         """Check an attention call, plan the eviction after it, and store its new tokens.
 
@@ -155,7 +158,7 @@ class CompressedLayer(DynamicLayer):
                 protected entries do not fit into the budget.
 
         """
-        if call.module is not self._module():
+        if not self.owns(call):
             raise ValueError(
                 f"past_key_values must be a CompressedCache of the model that is called, got one whose layer "
                 f"{self.index} was made for a different attention module. Make a CompressedCache with this model"
@@ -202,6 +205,9 @@ class CompressedLayer(DynamicLayer):
                 self.storage.end_attention()
         for rotary in self._rotaries_to_clear:
             rotary.clear_cache()
+
+    def end_pass(self) -> None:
+        """Free what was needed for one forward pass only."""
 
     def _positions(self, state: LayerState, num_new: int) -> Tensor:
         """Return the indices of the newest tokens within the text of each row, [batch, new]; negative on padding."""

@@ -17,6 +17,7 @@ from suffice.kv.attention.hook import attach_observer
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.group import CacheGroup
 from suffice.kv.cache.layer import CompressedLayer
+from suffice.kv.cache.source_layer import SourceLayer
 
 
 def prefill(
@@ -100,6 +101,8 @@ class _SharedCompressedLayer(DynamicLayer):
         return attach_observer(key_states, self), value_states
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        if isinstance(self._layers[0], SourceLayer) and not self._layers[0].owns(call):
+            return run_attention(call)  # of a later layer that reads the same keys
         for layer in self._layers:
             layer.pre_attention(call)
         output, attention = run_attention(call)

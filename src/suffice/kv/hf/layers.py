@@ -13,6 +13,8 @@ from suffice.kv.hf.attention_source import CacheUse, cache_use
 
 # A layer with full attention and the state of linear attention. Early versions of transformers do not have it.
 HYBRID_LAYER: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
+# A layer with the state of linear attention only.
+LINEAR_LAYER: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", CacheLayerMixin)
 
 
 def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -78,6 +80,19 @@ def compressed_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
             )
         _check_module(modules[index], name)
     return {index: modules[index] for index in indices}
+
+
+def source_layers(model: PreTrainedModel) -> list[int]:
+    """Return the indices of the compressed layers whose keys and values later layers read instead of their own."""
+    layers = stock_layers(model)
+    readers = [
+        index
+        for index in attention_modules(find_decoder(model))
+        if index >= len(layers) or not isinstance(layers[index], CacheLayerMixin | LINEAR_LAYER)
+    ]
+    # They read the last layer of their kind before them.
+    before = [index for index in compressed_layers(model) if readers and index < min(readers)]
+    return before[-1:]
 
 
 def _check_module(module: nn.Module, model: str) -> None:
