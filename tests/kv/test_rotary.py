@@ -149,6 +149,20 @@ def test_rerotated_keys_equal_those_of_the_model_under_shifted_positions(family,
         torch.testing.assert_close(entries.keys, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
 
 
+def test_large_dimensions_do_not_hide_the_rotation_of_others():
+    """Trained Qwen 2 models have large biases in dimensions that are hardly rotated."""
+    model = build("qwen2", rope_parameters={"rope_type": "default", "rope_theta": 1e8})
+    frequencies = model.model.rotary_emb.inv_freq
+    model.to(torch.bfloat16).model.rotary_emb.inv_freq = frequencies
+    for layer in model.model.layers:
+        bias = layer.self_attn.k_proj.bias.data.view(2, 12)
+        bias[:, [5, 11]] = 1000.0
+    found = probe_positions(model).rotary
+    assert len(found) == 3
+    for rotary in found.values():
+        assert (rotary.first, rotary.second) == (slice(0, 6), slice(6, 12))
+
+
 def test_layers_with_the_same_rotation_share_it():
     rotary = list(probe_positions(tiny("gemma3")).rotary.values())
     assert rotary[0] is rotary[2]
