@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 
+from suffice.kv import CompressedCache
 from suffice.kv.eval.fidelity import CacheConfig, evaluate
 from suffice.kv.eval.tasks import make_example
 from tests.kv.tiny import TOKENS, build, tokenizer
@@ -75,6 +76,78 @@ def test_a_context_longer_than_the_window_is_truncated_on_the_left(model):
     long = torch.randint(1, TOKENS, (1500,), generator=generator).tolist()
     cut, whole = (own._loglikelihood_tokens([(None, ids, [5, 6, 7])])[0] for ids in (long, long[-1022:]))
     assert cut == whole
+
+
+TEXTS = [("".join(f"{number} and so on. " for number in range(count)),) for count in (3, 70, 300)]
+
+
+def test_rolling_log_likelihood_at_full_budget_equals_that_of_the_harness_model(model):
+    own = CompressedLM(model, tokenizer=tokenizer(), budget=1.0)
+    peer = HFLM(pretrained=model, tokenizer=tokenizer())
+    requests = instances("loglikelihood_rolling", TEXTS)
+    assert len(own.tok_encode(TEXTS[2][0])) > own.max_length  # several windows
+    ours, theirs = (each.loglikelihood_rolling(requests, disable_tqdm=True) for each in (own, peer))
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=1e-2)
+    assert own.loglikelihood_rolling(instances("loglikelihood_rolling", [("",)])) == [0.0]
+
+
+def test_rolling_log_likelihood_reads_chunks_from_what_the_cache_kept(model):
+    own = CompressedLM(model, tokenizer=tokenizer(), policy="h2o", budget=0.3)
+    text = TEXTS[1][0]
+    ids = torch.tensor([[own.prefix_token_id, *own.tok_encode(text)]])
+    assert 512 < ids.shape[1] < 1024
+    cache = CompressedCache(model, "h2o", 0.3, evict="always")
+    expected = 0.0
+    for start in range(0, ids.shape[1] - 1, 256):
+        stop = min(start + 256, ids.shape[1] - 1)
+        with torch.no_grad():
+            log_probs = model(ids[:, start:stop], past_key_values=cache).logits[0].log_softmax(-1)
+        expected += float(sum(log_probs[i, ids[0, start + i + 1]] for i in range(stop - start)))
+        assert cache.report().tokens_kept <= 0.3 * stop + 1
+    found = own.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,)]))
+    assert found == [pytest.approx(expected, rel=1e-5)]
+    full = CompressedLM(model, tokenizer=tokenizer(), budget=1.0)
+    assert abs(full.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,)]))[0] - expected) > 0.01
+
+
+def test_the_largest_batch_whose_longest_prompt_fits_is_found(model, monkeypatch):
+    batches = []
+    forward = type(model).forward
+
+    def limited(self, input_ids, **options):
+        batches.append(tuple(input_ids.shape))
+        if input_ids.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return forward(self, input_ids=input_ids, **options)
+
+    requests = instances("generate_until", OPEN)
+    fixed = CompressedLM(model, tokenizer=tokenizer(), budget=0.3, batch_size=2)
+    expected = fixed.generate_until(requests, disable_tqdm=True)
+    own = CompressedLM(model, tokenizer=tokenizer(), budget=0.3, batch_size="auto")
+    monkeypatch.setattr(type(model), "forward", limited)
+    assert own.generate_until(requests, disable_tqdm=True) == expected
+    longest = max(len(own.tok_encode(text)) for text, _ in OPEN)
+    assert batches[0] == (3, longest)
+    assert all(rows <= 2 for rows, _ in batches[1:])
+
+
+def test_adapters_are_loaded_and_wrapped_models_accepted(model, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    base = build("llama", vocab_size=TOKENS, max_position_embeddings=1024, seed=3)
+    wrapped = peft.get_peft_model(base, config).eval()
+    wrapped.save_pretrained(tmp_path)
+    fresh = build("llama", vocab_size=TOKENS, max_position_embeddings=1024, seed=3)
+    models = (
+        CompressedLM(wrapped, tokenizer=tokenizer(), policy="h2o"),
+        CompressedLM(fresh, tokenizer=tokenizer(), policy="h2o", peft=str(tmp_path)),
+        CompressedLM(model, tokenizer=tokenizer(), policy="h2o"),
+    )
+    requests = instances("loglikelihood", CHOICES[:2])
+    scores = [[score for score, _ in each.loglikelihood(requests, disable_tqdm=True)] for each in models]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    assert scores[0] != pytest.approx(scores[2], rel=1e-3)
 
 
 def task(folder):
@@ -153,8 +226,10 @@ def test_invalid_arguments_are_rejected(model):
         CompressedLM(model)
     with pytest.raises(ValueError, match=r"budget must be .*, got 1\.5"):
         CompressedLM(model, tokenizer=tokenizer(), budget=1.5)
+    with pytest.raises(ValueError, match=r"options must be among peft, .*'max_lenght'\. Did you mean 'max_length'"):
+        CompressedLM(model, tokenizer=tokenizer(), max_lenght=4)
+    with pytest.raises(ValueError, match=r"options must be among .*, got 'revision'"):
+        CompressedLM(model, tokenizer=tokenizer(), revision="old")
     own = CompressedLM(model, tokenizer=tokenizer())
-    with pytest.raises(ValueError, match="loglikelihood_rolling"):
-        own.loglikelihood_rolling([])
     with pytest.raises(ValueError, match=r"of request 0 must have at least 1 token each.*, got 0 and 1"):
         own._loglikelihood_tokens([(None, [], [3])])

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from suffice.kv.attention.call import AttentionCall, run_attention
@@ -20,6 +20,7 @@ from suffice.kv.hf.layers import compressed_layers, find_decoder
 from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.hf.tokenization import tokenize, tokenize_continuation
+from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.attention_stats import AttentionStats
 
 _DEFAULT_TOKENS = 700
@@ -32,7 +33,7 @@ _log = logging.getLogger("suffice.kv")
 
 
 def calibrate(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None = None,
     text: str | None = None,
     *,
@@ -67,6 +68,7 @@ def calibrate(
         >>> cache = CompressedCache(model, allocation=HeadProfile(profile))  # doctest: +SKIP
 
     """
+    model = unwrap_model(model)
     measured_layers = compressed_layers(model)
     first, instruction, source = _text_tokens(model, tokenizer, text, tokens, seed)
     ids = torch.cat((first, instruction, first), dim=1).to(model.device)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from suffice.kv.budget.profile import Profile
 from suffice.kv.hf.fingerprint import fingerprint
@@ -17,6 +16,7 @@ from suffice.kv.hf.offload import execution_device, materialized_weight
 from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.hf.rotary_probe import probe_positions
 from suffice.kv.hf.tensor_parallel import Sharding
+from suffice.kv.hf.wrappers import unwrap_model
 
 _DEFAULT_CONTEXT_WINDOW = 8192  # for models whose configuration does not state it
 _EXPONENT = 8.5
@@ -24,7 +24,7 @@ _EXPONENT = 8.5
 of entries of a head is about proportional to the sixth power of the share."""
 
 
-def profile_from_weights(model: PreTrainedModel) -> Profile:
+def profile_from_weights(model: nn.Module) -> Profile:
     """Estimate how much of its cache each head of a model reads.
 
     A rotary pair is slow if it makes less than one turn within the context window. It hardly distinguishes positions,
@@ -42,6 +42,7 @@ def profile_from_weights(model: PreTrainedModel) -> Profile:
             tensor-parallel.
 
     """
+    model = unwrap_model(model)
     if Sharding.from_model(model) is not None:
         raise ValueError("model must not be tensor-parallel, got one that is split over processes. Use `calibrate`")
     config = model.config.get_text_config()

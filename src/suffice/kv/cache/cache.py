@@ -27,6 +27,7 @@ from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.hf.rotary_probe import probe_positions
 from suffice.kv.hf.tensor_parallel import Sharding
+from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY, get_allocation, get_policy
 from suffice.kv.storage.quantized import Quantization
@@ -48,8 +49,9 @@ class CompressedCache(Cache):
     also limits prompts that are read in chunks, and generated tokens. Layers with a sliding window are not compressed.
 
     Args:
-        model: the transformers model. While a cache for this model exists, its attention calls go through an attention
-            function of Suffice, which computes the same results.
+        model: the transformers model, or a `PeftModel`, a compiled or a data-parallel model that contains it. While a
+            cache for this model exists, its attention calls go through an attention function of Suffice, which
+            computes the same results.
         policy: a name (`suffice kv policies` lists them) or a `Policy`.
         budget: number of entries to keep in each row and head, averaged over heads and layers (an int), or the fraction
             of the tokens seen (a float in (0, 1]).
@@ -85,7 +87,7 @@ class CompressedCache(Cache):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         policy: str | Policy = DEFAULT_POLICY,
         budget: float = 0.25,
         *,
@@ -112,8 +114,7 @@ class CompressedCache(Cache):
             raise ValueError(f"interval must be at least 1, got {interval}")
         if not isinstance(rerotate, bool):
             raise TypeError(f"rerotate must be True or False, got {rerotate!r}")
-        if not isinstance(model, PreTrainedModel):
-            raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+        model = unwrap_model(model)
         modules = compressed_layers(model)
         if isinstance(self.policy.allocation, HeadProfile):
             self.policy = replace(self.policy, allocation=self.policy.allocation.bind(model))
@@ -244,7 +245,7 @@ class CompressedCache(Cache):
                 f"each row several times, call cache.batch_repeat_interleave(times) first"
             )
 
-    def save(self, model: PreTrainedModel, path: str | Path) -> Path:
+    def save(self, model: nn.Module, path: str | Path) -> Path:
         """Write the cache to a safetensors file, from which another process can continue.
 
         Args:
@@ -263,10 +264,10 @@ class CompressedCache(Cache):
         """
         from suffice.kv.cache.serialization import save_cache
 
-        return save_cache(self.layers, self.settings, model, path)
+        return save_cache(self.layers, self.settings, unwrap_model(model), path)
 
     @staticmethod
-    def load(path: str | Path, model: PreTrainedModel, policy: Policy | None = None) -> CompressedCache:
+    def load(path: str | Path, model: nn.Module, policy: Policy | None = None) -> CompressedCache:
         """Read a cache that `save` has written.
 
         Args:
@@ -282,6 +283,7 @@ class CompressedCache(Cache):
         """
         from suffice.kv.cache.serialization import read_cache
 
+        model = unwrap_model(model)
         saved = read_cache(path, model, policy)
         cache = CompressedCache(model, saved.policy, saved.budget, **saved.options)
         saved.restore(cache.layers, model.device)

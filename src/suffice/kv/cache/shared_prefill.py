@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from suffice.kv.attention.call import AttentionCall, run_attention
@@ -21,7 +20,7 @@ from suffice.kv.cache.source_layer import SourceLayer
 
 
 def prefill(
-    model: PreTrainedModel,
+    model: nn.Module,
     inputs: dict[str, Tensor],
     caches: Sequence[CompressedCache],
     *,

@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.eval.generation import check_chunk_size, check_prompt_length, fill_cache, greedy_generate
 from suffice.kv.eval.prompt import tokenize_prompt
+from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY
 
@@ -56,7 +57,7 @@ class Answer:
 
 
 def answer(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     document: str,
     question: str | None = None,
@@ -104,6 +105,7 @@ def answer(
         'The parrot is called Otto.'
 
     """
+    model = unwrap_model(model)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     check_chunk_size(chunk_size)

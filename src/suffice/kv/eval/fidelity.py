@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from suffice.kv.budget.allocation import Allocation
@@ -17,6 +17,7 @@ from suffice.kv.cache.shared_prefill import prefill
 from suffice.kv.eval.generation import check_prompt_length, greedy_generate
 from suffice.kv.eval.prompt import PromptTokens
 from suffice.kv.eval.tasks.example import Example
+from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import get_policy
 
@@ -43,7 +44,7 @@ class CacheConfig:
     budget: float = 0.25
     allocation: str | Allocation | None = None
 
-    def build(self, model: PreTrainedModel, *, measure_capacity: bool = False) -> CompressedCache:
+    def build(self, model: nn.Module, *, measure_capacity: bool = False) -> CompressedCache:
         """Return an empty cache with this configuration.
 
         Raises:
@@ -63,7 +64,7 @@ class CacheConfig:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     example: Example,
     configs: Sequence[CacheConfig],
@@ -120,6 +121,7 @@ def evaluate(
         >>> row["kl"], row["score"]                                                   # doctest: +SKIP
 
     """
+    model = unwrap_model(model)
     if mode not in example.modes:
         raise ValueError(f"mode must be one of {', '.join(example.modes)} for task {example.task!r}, got {mode!r}")
     if greedy_tokens < 0:

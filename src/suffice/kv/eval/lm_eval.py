@@ -12,22 +12,43 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.eval.fidelity import CacheConfig
 from suffice.kv.hf.loading import load_model
+from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY
+from suffice.study.run_kind import check_names
 
 try:
     # The harness is an optional dependency, which the type checker may not find.
     from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
+        get_rolling_token_windows,
+        make_disjoint_window,
+    )
 except ImportError as error:
     raise ImportError("the LM Evaluation Harness is not installed: pip install 'suffice[lm-eval]'") from error
+
+# Options of the harness's model `hf` that have an effect on a model that is loaded already.
+_OPTIONS = (
+    "peft",
+    "max_length",
+    "truncation",
+    "add_bos_token",
+    "prefix_token_id",
+    "think_end_token",
+    "enable_thinking",
+    "chat_template_args",
+    "batch_size",
+    "max_batch_size",
+)
+_ROLLING_CHUNK = 256  # tokens between evictions while a whole text is scored
 
 Request = tuple[Any, list[int], list[int]]
 """The harness's own key of a request, and the token ids of its context and of its continuation."""
@@ -36,59 +57,95 @@ Request = tuple[Any, list[int], list[int]]
 class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
     """A language model of the harness whose cache is compressed right after the prompt.
 
-    Tasks of the type `generate_until` generate from the compressed cache. Tasks that compare continuations
-    compute the likelihood of each continuation with the compressed cache. The prompt includes the question, so the
-    question is seen before eviction ("aware"). At a budget of 1.0, the results equal those of the harness's own model
-    `hf`.
+    Tasks of the type `generate_until` generate from the compressed cache; tasks that compare continuations score each
+    of them from it. The prompt includes the question, so eviction is "aware" of it. Tasks that score whole texts
+    (`loglikelihood_rolling`, perplexity) read them in chunks of 256 tokens: the tokens of a chunk are predicted from
+    what the cache kept of the chunks before, and then the cache evicts down to the budget. At a budget of 1.0, all
+    results equal those of the harness's own model `hf`.
 
     Args:
-        pretrained: a model id, a local folder, or a model; None loads the default model.
+        pretrained: a model id, a local folder, or a model, also a `PeftModel`; None is the default model.
         policy: which entries to keep.
         budget: number of tokens of each prompt to keep, or a fraction.
         allocation: how the budget is split over heads; None uses the policy's own allocation.
-        tokenizer: the tokenizer, if `pretrained` is a model.
+        tokenizer: a tokenizer, or the id or folder of one; None loads that of `pretrained`, which must then be a name.
         device: device of a model that is loaded; by default the first CUDA device, or the CPU if there is none.
         dtype: dtype of a model that is loaded: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
-        attn_implementation: `"sdpa"`, `"eager"` or another one of `load_model`, for a model that is loaded.
-        options: further arguments of the harness's model `hf`, such as `batch_size` (for tasks that generate).
+        attn_implementation: `"sdpa"` or `"eager"`, for a model that is loaded.
+        options: further arguments of the harness's model `hf`: `peft` (id or folder of an adapter), `max_length`,
+            `truncation`, `add_bos_token`, `prefix_token_id`, `think_end_token`, `enable_thinking`,
+            `chat_template_args`, `batch_size` and `max_batch_size`. The batch size is that of tasks that generate;
+            `"auto"` finds the largest one for which the longest prompt fits into memory.
 
     Raises:
-        TypeError, ValueError: `load_model` or `CompressedCache` rejects an argument, or a model has no tokenizer.
+        TypeError, ValueError: `load_model` or `CompressedCache` rejects an argument, a model has no tokenizer, or an
+            option would not have an effect.
 
     """
 
     def __init__(
         self,
-        pretrained: str | PreTrainedModel | None = None,
+        pretrained: str | nn.Module | None = None,
         *,
         policy: str | Policy = DEFAULT_POLICY,
         budget: float = 0.25,
         allocation: str | Allocation | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
         device: str | None = None,
         dtype: str = "auto",
         attn_implementation: str = "sdpa",
         **options: Any,
     ) -> None:
-        if isinstance(pretrained, PreTrainedModel):
+        # The harness would ignore other options of a model that is loaded already.
+        check_names(options, _OPTIONS, "options")
+        if isinstance(tokenizer, str):
+            auto_tokenizer: Any = AutoTokenizer
+            tokenizer = auto_tokenizer.from_pretrained(tokenizer)
+        if isinstance(pretrained, nn.Module):
             if tokenizer is None:
                 raise ValueError("tokenizer must be given if pretrained is a model, got None")
-            model = pretrained
+            model = unwrap_model(pretrained)
         else:
-            # The harness's command line requests CUDA by default, even if there is no CUDA device.
+            # The harness's command line asks for CUDA by default, also where there is none.
             has_cuda = torch.cuda.is_available()
             if not device or (device.startswith("cuda") and not has_cuda):
                 device = "cuda:0" if has_cuda else "cpu"
-            model, tokenizer = load_model(
+            model, own_tokenizer = load_model(
                 pretrained, device=device, dtype=dtype, attn_implementation=attn_implementation
             )
-        self._config = CacheConfig(policy, budget, allocation)
-        # Report invalid arguments now, not after the first prompt.
-        self._config.build(model)
+            tokenizer = tokenizer or own_tokenizer
+        if options.get("peft"):
+            model = _load_adapter(model, options["peft"])
+        # The harness has an attribute `_config` of its own.
+        self._cache_config = CacheConfig(policy, budget, allocation)
+        # Wrong arguments are reported now, not after the first prompt.
+        self._cache_config.build(model)
+        self._num_prompts = self._longest_prompt = 1
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", **options)
 
     def _new_cache(self) -> CompressedCache:
-        return self._config.build(self.model)
+        return self._cache_config.build(self.model)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Generate an answer to each request; see `HFLM.generate_until`."""
+        if self.batch_size == "auto":
+            prompts = [len(self.tok_encode(request.args[0])) for request in requests]
+            self._longest_prompt = min(max(prompts, default=1), self.max_length)
+            self._num_prompts = max(len(prompts), 1)
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+        """Return the largest batch size for which a prefill of the longest prompt fits into memory."""
+        from accelerate.utils import find_executable_batch_size
+
+        def prefill(batch_size: int) -> int:
+            input_ids = torch.ones(batch_size, self._longest_prompt, dtype=torch.long, device=self.device)
+            with torch.no_grad():
+                self.model(input_ids, past_key_values=self._new_cache(), use_cache=True, logits_to_keep=1)
+            return batch_size
+
+        largest = min(self.max_batch_size, self._num_prompts)
+        return find_executable_batch_size(prefill, starting_batch_size=largest)()
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         return super()._model_generate(context, max_length, stop, past_key_values=self._new_cache(), **options)
@@ -96,7 +153,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
-        """Score continuations. Those of the same context are scored with copies of one compressed cache."""
+        """Score continuations. Those with the same context are read from copies of one compressed cache."""
         by_context: dict[tuple[int, ...], list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
@@ -130,16 +187,48 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
         return float(log_likelihood), bool((log_probs.argmax(-1) == gold).all())
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Reject tasks that score a whole text, which has no prompt to compress.
+        """Return the log-likelihood of each text.
 
-        Raises:
-            ValueError: always.
-
+        As in the harness, a text that is longer than the context window is split into windows, each with one token of
+        context. Each window is read in chunks into a cache of its own, which evicts after each chunk.
         """
-        raise ValueError(
-            "tasks must generate text or compare continuations, got a task that uses loglikelihood_rolling, which "
-            "scores a whole text without a prompt to compress"
-        )
+        totals: list[float] = []
+        for request in requests:
+            (text,) = request.args
+            windows: Any = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            totals.append(sum(self._score_window(*make_disjoint_window(window)) for window in windows))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
+        return totals
+
+    def _score_window(self, context: list[int], continuation: list[int]) -> float:
+        """Return the log-likelihood of a continuation that is read in chunks, with evictions between them."""
+        config = self._cache_config
+        cache = CompressedCache(self.model, config.policy, config.budget, allocation=config.allocation, evict="always")
+        ids = torch.tensor([[*context, *continuation]], device=self.device)
+        inputs = ids[:, :-1]
+        log_likelihood = 0.0
+        for start in range(0, inputs.shape[1], _ROLLING_CHUNK):
+            chunk = inputs[:, start : start + _ROLLING_CHUNK]
+            with torch.no_grad():
+                logits = self.model(chunk, past_key_values=cache, use_cache=True).logits[0]
+            following = ids[0, start + 1 : start + 1 + len(logits)]
+            scores = logits.float().log_softmax(-1).gather(-1, following[:, None])[:, 0]
+            log_likelihood += float(scores[max(0, len(context) - 1 - start) :].sum())
+        return log_likelihood
+
+
+def _load_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    try:
+        import peft  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ImportError(f"peft={adapter!r} needs the package peft: pip install peft") from None
+    wrapped: Any = peft.PeftModel.from_pretrained(model, adapter)  # pyright: ignore
+    return unwrap_model(wrapped)
 
 
 register_model("suffice")(CompressedLM)

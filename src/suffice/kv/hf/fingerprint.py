@@ -59,6 +59,8 @@ def _digest(model: PreTrainedModel, sharded: bool, exact: bool) -> str:
     }
     digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
     decoder = find_decoder(model)
+    if adapters := _adapters(decoder):
+        digest.update(json.dumps(adapters, sort_keys=True, default=str).encode())
     prefix = next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
     shapes: list[str] = []
     samples: list[Tensor] = []
@@ -76,6 +78,16 @@ def _digest(model: PreTrainedModel, sharded: bool, exact: bool) -> str:
         digest.update(shape.encode())
         digest.update(sample)
     return digest.hexdigest()[:16]
+
+
+def _adapters(decoder: nn.Module) -> list[Any]:
+    """Return which PEFT adapters are active in each module, and their scales. They are not part of the weights."""
+    found: list[Any] = []
+    for name, module in decoder.named_modules():
+        active = getattr(module, "active_adapters", None)
+        if isinstance(active, (list, tuple)):
+            found.append([name, active, getattr(module, "disable_adapters", None), getattr(module, "scaling", None)])
+    return found
 
 
 def _sample(weight: Tensor, exact: bool) -> Tensor:
