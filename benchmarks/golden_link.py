@@ -219,7 +219,7 @@ def settings(mix: str = "even", **more: Any) -> TrainConfig:
 def train(model: Any, graph: Graph, parts: Split, mix: str = "even", **more: Any) -> dict[str, Any]:
     """Train in place and return what each epoch gave; `file` is a checkpoint, `stop` ends the first epoch."""
     file, stop = more.pop("file", None), more.pop("stop", None)
-    return epochs_of(fit(model, graph, parts, settings(mix, **more), checkpoint=file, progress=stop))
+    return epochs_of(fit(model, graph, parts, settings(mix, **more), checkpoint=file, on_epoch=stop))
 
 
 def train_balanced(model: Any, graph: Graph, parts: Split, **more: Any) -> list[Any]:

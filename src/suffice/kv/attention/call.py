@@ -32,6 +32,16 @@ class Padding:
     has_holes: tuple[bool, ...]
     ends_padded: tuple[bool, ...]
 
+    def leaves_holes(self, has_tokens: Sequence[bool]) -> bool:
+        """Return whether a masked token follows another token of its row.
+
+        Args:
+            has_tokens: for each row, whether it has earlier tokens that are not masked.
+
+        """
+        counts = zip(self.has_holes, self.num_padded, has_tokens, strict=True)
+        return any(hole or (count > 0 and tokens) for hole, count, tokens in counts)
+
     @classmethod
     def from_mask(cls, valid: Tensor) -> Padding | None:
         """Read the padding from a mask, bool [batch, new]; return None if no token is padding."""
@@ -42,29 +52,21 @@ class Padding:
         return cls(valid, tuple(rows[0]), tuple(map(bool, rows[1])), tuple(map(bool, rows[2])))
 
 
-def check_left_padding(padding: Padding | None, earlier: Sequence[int], num_seen: int) -> None:
-    """Raise an error unless all padding is on the left.
+def check_right_padding(padding: Padding | None) -> None:
+    """Raise an error if a row of a prompt is padded on the right.
 
     Args:
-        padding: padding of the new tokens; None if there is none.
-        earlier: number of earlier padding tokens of each row; empty before the first call.
-        num_seen: number of earlier tokens of the model's input, including padding.
+        padding: masked tokens of the prompt; None if there are none.
 
     Raises:
-        ValueError: a row has padding after its first token.
+        ValueError: the last token of a row is masked.
 
     """
-    if padding is None:
-        return
-    if any(hole and end for hole, end in zip(padding.has_holes, padding.ends_padded, strict=True)):
+    if padding is not None and any(padding.ends_padded):
         raise ValueError(
             "attention_mask must pad on the left, got a row whose last token is masked. "
             "Set tokenizer.padding_side = 'left'"
         )
-    if any(padding.has_holes):
-        raise ValueError("attention_mask must pad on the left, got masked tokens inside a prompt")
-    if num_seen and any(before < num_seen and new for before, new in zip(earlier, padding.num_padded, strict=True)):
-        raise ValueError("attention_mask must pad on the left, got masked tokens after the first token of a row")
 
 
 @dataclass(frozen=True)

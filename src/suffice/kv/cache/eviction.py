@@ -204,7 +204,7 @@ def copy_entries(selection: SelectedEntries, state: LayerState, settings: CacheS
     config = settings.storage
     if selection.kept is None:
         return state.storage or config.store_all(selection.entries, padded=any(state.num_padding))
-    reused = None if config.per_head or settings.rerotate else state.storage
+    reused = None if config.per_head or settings.rerotate or state.has_holes else state.storage
     if reused is not None and reused.can_compact_in_place(selection.kept, selection.counts):
         return None
     return config.store_kept(selection.entries, selection.kept, selection.counts)
@@ -269,22 +269,14 @@ def commit_eviction(
     state = replace(state, storage=storage, rows=rows, num_appended=0, capacity=selection.capacity)
     if selection.kept is None:
         return state
-    queries = state.queries
+    queries = state.queries.right_aligned() if state.has_holes else state.queries
     if settings.policy.weights.num_queries_needed is None:
         # The rows that have evicted do not need them any more.
-        queries = newest_queries(queries, max(row.num_appended for row in rows))
+        queries = queries.newest(max(row.num_appended for row in rows))
     return replace(
         state,
         has_evicted=state.has_evicted or not plan.keeps_all,
         weight_state=selection.state or WeightState(),
         queries=queries,
+        has_holes=False,
     )
-
-
-def newest_queries(queries: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
-    """Return copies of the newest `count` queries of each row; queries are [batch, num_heads, any, head_dim]."""
-    if count == 0 or not queries:
-        return ()
-    joined = torch.cat(tuple(queries), dim=2)
-    # Copied, because a slice would keep all queries in memory.
-    return (joined[:, :, -count:].clone() if joined.shape[2] > count else joined,)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from suffice.gpu import KernelFallbackError, async_tensor
-from suffice.kv.attention.call import AttentionCall, check_left_padding, run_attention
+from suffice.kv.attention.call import AttentionCall, check_right_padding, run_attention
 from suffice.kv.attention.hook import attach_observer
 from suffice.kv.attention.options import check_dropout
 from suffice.kv.backend.torch_backend import TORCH_BACKEND, TorchBackend
@@ -30,9 +30,10 @@ from suffice.kv.cache.eviction import (
     validate_eviction,
 )
 from suffice.kv.cache.global_budget import GlobalBudget
+from suffice.kv.cache.recent_queries import RecentQueries
 from suffice.kv.cache.report import HeadReport
 from suffice.kv.cache.settings import CacheSettings
-from suffice.kv.cache.state import LayerState, RowState
+from suffice.kv.cache.state import LayerState
 from suffice.kv.hf.offload import materialized_weight
 from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.hf.tensor_parallel import Sharding
@@ -113,6 +114,7 @@ class CompressedLayer(DynamicLayer):
         self.is_initialized = False
         self.awaits_attention = False  # between `update` and the attention call that follows it
         self._plan: EvictionPlan | None = None  # for the current attention call
+        self._new_positions = torch.empty(0)  # of the tokens of the current attention call, [batch, new]
 
     # ---- New tokens -------------------------------------------------------------------------------------------------
 
@@ -166,25 +168,23 @@ class CompressedLayer(DynamicLayer):
         self.awaits_attention = False
         check_dropout(call.options)
         padding = call.padding
-        check_left_padding(padding, self.state.num_padding, self.state.num_seen)
+        if self.storage is None:
+            check_right_padding(padding)
         batch, _, num_new, _ = call.key.shape
-        rows = self.state.rows or (RowState(),) * batch
-        if padding is not None:
-            added = zip(rows, padding.num_padded, strict=True)
-            rows = tuple(replace(row, num_padding=row.num_padding + count) for row, count in added)
+        state = self.state.append_tokens(num_new, padding, batch)
         self._plan = plan_eviction(
             self.settings,
-            rows,
-            num_input_tokens=self.state.num_seen + num_new,
-            num_appended=self.state.num_appended + num_new,
+            state.rows,
+            num_input_tokens=state.num_seen,
+            num_appended=state.num_appended,
             num_new=num_new,
             is_first=self.storage is None,
         )
         if self.order == 0 and self._looks_like_a_second_chunk(num_new):
             warnings.warn(_CHUNKS_ARE_KEPT, stacklevel=2)
-        state = self.state.append_tokens(num_new, rows)
+        self._new_positions = state.new_positions(num_new, padding, self.device)
         if self.storage is not None:
-            self.storage.append(call.key, call.value, self._positions(state, num_new), padded=padding is not None)
+            self.storage.append(call.key, call.value, self._new_positions, padded=padding is not None)
         self.state = state  # counts the new tokens after they are stored
         self.is_initialized = True
 
@@ -198,7 +198,10 @@ class CompressedLayer(DynamicLayer):
         """Evict entries after the attention of a call has been computed, if an eviction is planned."""
         with torch.no_grad():
             if self.settings.evict_always:
-                self._remember_queries(call.query)
+                needed = self.settings.policy.weights.num_queries_needed
+                needed = None if needed is None else max(1, needed)
+                queries = self.state.queries.append(call.query, self._new_positions, needed)
+                self.state = replace(self.state, queries=queries)
             if self._plan is not None:
                 self._evict(self._plan, call, attention)
             if self.storage is not None:
@@ -208,40 +211,6 @@ class CompressedLayer(DynamicLayer):
 
     def end_pass(self) -> None:
         """Free what was needed for one forward pass only."""
-
-    def _positions(self, state: LayerState, num_new: int) -> Tensor:
-        """Return the indices of the newest tokens within the text of each row, [batch, new]; negative on padding."""
-        num_seen, padding = state.num_seen, state.num_padding
-        indices = torch.arange(num_seen - num_new, num_seen, device=self.device)
-        if not any(padding):
-            return indices.expand(len(padding), -1)
-        return indices - async_tensor(padding, indices.device)[:, None]
-
-    def _query_positions(self, num_queries: int) -> Tensor:
-        """Return the positions of the remembered queries, [batch, queries]; negative for those that do not count."""
-        positions = self._positions(self.state, num_queries)
-        if self.settings.policy.weights.num_queries_needed is not None:
-            return positions
-        counts = [row.num_appended + self.state.num_appended for row in self.state.rows]
-        if min(counts) >= num_queries:
-            return positions
-        # Rows evict at different times. A row needs only the queries since its own last eviction.
-        age = torch.arange(num_queries - 1, -1, -1, device=positions.device)
-        return positions.masked_fill(age >= async_tensor(counts, positions.device)[:, None], -1)
-
-    def _remember_queries(self, query: Tensor) -> None:
-        """Keep the newest queries, as many as the weights of the policy need."""
-        needed = self.settings.policy.weights.num_queries_needed
-        queries = [*self.state.queries]
-        if needed is None:  # all since the last eviction, which drops them
-            queries.append(query)
-        else:
-            needed = max(1, needed)
-            # Copied, because a slice would keep all queries of a long call in memory.
-            queries.append(query[:, :, -needed:].clone() if query.shape[2] > needed else query)
-            while sum(x.shape[2] for x in queries[1:]) >= needed:
-                queries.pop(0)
-        self.state = replace(self.state, queries=tuple(queries))
 
     # ---- Eviction ---------------------------------------------------------------------------------------------------
 
@@ -261,9 +230,27 @@ class CompressedLayer(DynamicLayer):
             self.global_budget.register(self.order, self.storage)
 
     def _entries(self, call: AttentionCall) -> Entries:
-        if self.storage is not None:
-            return self.storage.entries
-        return Entries(call.key, call.value, self._positions(self.state, call.key.shape[2])[:, None])
+        """Return all entries of the layer; those of masked tokens come first, or are left out."""
+        if self.storage is None:
+            entries = Entries(call.key, call.value, self._new_positions[:, None])
+        else:
+            entries = self.storage.entries
+        return entries.right_aligned() if self.state.has_holes else entries
+
+    def _queries(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """Return the queries for the weights, [batch, num_heads, queries, head_dim], and their positions."""
+        state = self.state
+        remembered = state.queries if len(state.queries) else RecentQueries((call.query,), (self._new_positions,))
+        queries, positions = remembered.join()
+        num_queries = queries.shape[2]
+        counts = [row.num_appended + state.num_appended for row in state.rows]
+        if self.settings.policy.weights.num_queries_needed is None and min(counts) < num_queries:
+            # Rows evict at different times. A row needs only the queries since its own last eviction.
+            age = torch.arange(num_queries - 1, -1, -1, device=positions.device)
+            positions = positions.masked_fill(age >= async_tensor(counts, positions.device)[:, None], -1)
+        if state.has_holes:
+            queries, positions = RecentQueries((queries,), (positions,)).right_aligned().join()
+        return queries, positions
 
     def _select_and_validate(
         self,
@@ -283,18 +270,17 @@ class CompressedLayer(DynamicLayer):
     def _stats(
         self, plan: EvictionPlan, entries: Entries, call: AttentionCall, attention: Tensor | None
     ) -> AttentionStats:
-        queries = torch.cat(self.state.queries, dim=2) if self.state.queries else call.query
-        is_first = self.storage is None
-        sharding = self._sharding(entries.keys.shape[1])
-        has_padding = any(self.state.num_padding)
-        if is_first:
-            valid = entries.positions[:, 0] >= 0 if has_padding else None
+        queries, query_positions = self._queries(call)
+        sharding, has_holes = self._sharding(entries.keys.shape[1]), self.state.has_holes
+        if self.storage is None and not has_holes:
+            valid = entries.positions[:, 0] >= 0 if any(self.state.num_padding) else None
             positions = EntryPositions(valid=valid, num_seen=plan.num_seen)
         else:
-            newest = self._query_positions(queries.shape[2])
             positions = EntryPositions(
-                entries=entries.positions, queries=newest, rope=entries.rope_positions, num_seen=plan.num_seen
+                entries=entries.positions, queries=query_positions, rope=entries.rope_positions, num_seen=plan.num_seen
             )
+        # With sinks, some models return the weights before the sinks are taken into account.
+        has_weights = call.sink_logits is None and not has_holes and queries.shape[2] == call.query.shape[2]
         projection = getattr(call.module, "o_proj", None)
         return AttentionStats(
             queries,
@@ -304,8 +290,7 @@ class CompressedLayer(DynamicLayer):
             scaling=call.scaling,
             softcap=call.softcap,
             sink_logits=call.sink_logits,
-            # With sinks, some models return the weights before the sinks are taken into account.
-            attention=attention if call.sink_logits is None and queries.shape[2] == call.query.shape[2] else None,
+            attention=attention if has_weights else None,
             output_weight=None if projection is None else functools.partial(materialized_weight, projection, "weight"),
             rotary=self._rotary,
             state=replace(self.state.weight_state, attention_received=entries.columns.get("attention_received")),

@@ -23,6 +23,7 @@ from suffice.kv.budget.allocation import Allocation
 from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.linear_states import has_linear_states, restore_states, save_states
+from suffice.kv.cache.recent_queries import RecentQueries
 from suffice.kv.cache.settings import STORAGES, CacheSettings
 from suffice.kv.cache.state import LayerState, RowState
 from suffice.kv.hf.fingerprint import fingerprint
@@ -197,8 +198,8 @@ def _compressed_state(layer: CompressedLayer) -> tuple[dict[str, Tensor], dict[s
     tensors = {f"{_STORAGE_PREFIX}{name}": x for name, x in state.storage.state_dict().items()}
     if state.capacity is not None:
         tensors["capacity"] = state.capacity
-    if state.queries:
-        tensors["queries"] = torch.cat(state.queries, dim=2)
+    if len(state.queries):
+        tensors["queries"], tensors["query_positions"] = state.queries.join()
     for half_life, moments in state.weight_state.query_moments.items():
         names = moments.__dataclass_fields__
         tensors |= {f"{_MOMENTS_PREFIX}{half_life}/{name}": getattr(moments, name) for name in names}
@@ -207,6 +208,7 @@ def _compressed_state(layer: CompressedLayer) -> tuple[dict[str, Tensor], dict[s
         "num_seen": state.num_seen,
         "num_appended": state.num_appended,
         "has_evicted": state.has_evicted,
+        "has_holes": state.has_holes,
         "rows": [astuple(row) for row in state.rows],
     }
     return tensors, record
@@ -229,7 +231,10 @@ def _restore_compressed(layer: CompressedLayer, tensors: dict[str, Tensor], reco
         num_appended=record["num_appended"],
         has_evicted=record["has_evicted"],
         capacity=tensors.get("capacity"),
-        queries=(tensors["queries"],) if "queries" in tensors else (),
+        queries=RecentQueries((tensors["queries"],), (tensors["query_positions"],))
+        if "queries" in tensors
+        else RecentQueries(),
+        has_holes=record["has_holes"],
         weight_state=WeightState(
             query_moments={
                 float(half_life): QueryMoments(*(moments[f"{half_life}/{name}"] for name in names))

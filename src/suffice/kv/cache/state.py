@@ -7,6 +7,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from suffice.gpu import async_tensor
+from suffice.kv.attention.call import Padding
+from suffice.kv.cache.recent_queries import RecentQueries
 from suffice.kv.policy.weight_state import WeightState
 from suffice.kv.storage.base import Storage
 
@@ -41,8 +44,10 @@ class LayerState:
         has_evicted: whether entries were evicted.
         capacity: share of the capacity that the kept entries carry, [batch, num_key_value_heads]; None if it was not
             measured.
-        queries: the newest queries that the weights of the policy need, each [batch, num_heads, any, head_dim]. If
-            they need all since the last eviction, each row needs as many as it has tokens since its own.
+        queries: the newest queries that the weights of the policy need. If they need all since the last eviction, each
+            row needs as many as it has tokens since its own.
+        has_holes: whether masked tokens follow other tokens in the storage. They are then moved to the front before the
+            next eviction.
         weight_state: state of stateful weights.
 
     """
@@ -53,7 +58,8 @@ class LayerState:
     num_appended: int = 0
     has_evicted: bool = False
     capacity: Tensor | None = None
-    queries: tuple[Tensor, ...] = ()
+    queries: RecentQueries = field(default_factory=RecentQueries)
+    has_holes: bool = False
     weight_state: WeightState = field(default_factory=WeightState)
 
     @property
@@ -90,18 +96,51 @@ class LayerState:
             )
             for row in self.rows
         )
-        queries = (torch.cat(self.queries, dim=2)[:, :, :-count],) if self.queries else ()
-        return replace(self, num_seen=self.num_seen - count, num_appended=num_appended, rows=rows, queries=queries)
+        num_seen, queries = self.num_seen - count, self.queries.drop_last(count)
+        return replace(self, num_seen=num_seen, num_appended=num_appended, rows=rows, queries=queries)
 
-    def append_tokens(self, num_new: int, rows: tuple[RowState, ...]) -> LayerState:
+    def append_tokens(self, num_new: int, padding: Padding | None, batch_size: int) -> LayerState:
         """Return the state after new tokens, without their keys and values.
 
         Args:
             num_new: number of new tokens.
-            rows: state of each row, including the padding of the new tokens.
+            padding: which of them are masked; None if none is.
+            batch_size: number of rows.
 
         """
-        return replace(self, rows=rows, num_seen=self.num_seen + num_new, num_appended=self.num_appended + num_new)
+        rows, has_holes = self.rows or (RowState(),) * batch_size, self.has_holes
+        if padding is not None:
+            has_tokens = [row.num_padding < self.num_seen for row in rows]
+            has_holes = has_holes or padding.leaves_holes(has_tokens)
+            added = zip(rows, padding.num_padded, strict=True)
+            rows = tuple(replace(row, num_padding=row.num_padding + count) for row, count in added)
+        num_seen, num_appended = self.num_seen + num_new, self.num_appended + num_new
+        return replace(self, rows=rows, num_seen=num_seen, num_appended=num_appended, has_holes=has_holes)
+
+    def new_positions(self, num_new: int, padding: Padding | None, device: torch.device) -> Tensor:
+        """Return the positions of the newest tokens, which `append_tokens` has counted.
+
+        Args:
+            num_new: number of newest tokens.
+            padding: which of them are masked; None if none is.
+            device: device of the result.
+
+        Returns:
+            Index of each token among the tokens of its row that are not masked, long [batch, new]; negative for masked
+            tokens.
+
+        """
+        indices = torch.arange(self.num_seen - num_new, self.num_seen, device=device)
+        num_padding = self.num_padding
+        if not any(num_padding):
+            return indices.expand(len(num_padding), -1)
+        if padding is not None and any(padding.has_holes):
+            counts = zip(num_padding, padding.num_padded, strict=True)
+            before = [self.num_seen - num_new - total + new for total, new in counts]
+            positions = async_tensor(before, device)[:, None] + padding.valid.cumsum(-1) - 1
+            return positions.masked_fill(~padding.valid, -1)
+        positions = indices - async_tensor(num_padding, device)[:, None]
+        return positions if padding is None else positions.masked_fill(~padding.valid, -1)
 
     def select_rows(self, index: Tensor) -> LayerState:
         """Return the state of some rows of the batch. The storage is changed in place.
@@ -117,6 +156,6 @@ class LayerState:
             self,
             rows=tuple(self.rows[row] for row in index.tolist()),
             capacity=None if self.capacity is None else self.capacity.index_select(0, index.to(self.capacity.device)),
-            queries=tuple(query.index_select(0, index.to(query.device)) for query in self.queries),
+            queries=self.queries.select_rows(index),
             weight_state=self.weight_state.select_rows(index),
         )

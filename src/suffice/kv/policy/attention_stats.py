@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from suffice.gpu import async_tensor
 from suffice.kv.attention.softmax import cap_logits, softmax_with_sinks
 from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.hf.tensor_parallel import Sharding
@@ -206,6 +207,8 @@ class AttentionStats:
     @functools.cached_property
     def num_seen(self) -> Tensor:
         """Number of tokens that each row has seen, long [batch]."""
+        if self._given.num_seen is not None:
+            return async_tensor(list(self._given.num_seen), self.device)
         return self.query_positions[:, -1] + 1
 
     @functools.cached_property

@@ -39,6 +39,18 @@ class Entries:
     rope_positions: Tensor | None = None
     columns: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
+    def right_aligned(self) -> Entries:
+        """Return copies in which the slots without an entry come first in every head."""
+        shape = self.keys.shape[:3]
+        index = (self.positions >= 0).long().sort(dim=-1, stable=True).indices.expand(shape)
+        return Entries(
+            gather_vectors(self.keys, index),
+            gather_vectors(self.values, index),
+            self.positions.expand(shape).gather(2, index),
+            None if self.rope_positions is None else self.rope_positions.gather(2, index),
+            {name: x.gather(2, index) for name, x in self.columns.items()},
+        )
+
 
 class Storage(ABC):
     """Keys and values of the kept entries of one layer, and the attention over them.

@@ -1,0 +1,75 @@
+"""The newest queries of a layer, which weights need at the next eviction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RecentQueries:
+    """The newest queries of a layer and their positions, in parts that are joined only when they are needed.
+
+    Args:
+        parts: queries, oldest first, each [batch, num_heads, any, head_dim].
+        positions: positions of the queries of each part, long [batch, any]; negative for masked tokens.
+
+    """
+
+    parts: tuple[Tensor, ...] = ()
+    positions: tuple[Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(part.shape[2] for part in self.parts)
+
+    def append(self, queries: Tensor, positions: Tensor, needed: int | None) -> RecentQueries:
+        """Add newer queries, and drop parts that are not among the newest `needed` queries; None drops none."""
+        parts, all_positions = [*self.parts], [*self.positions]
+        if needed is not None and queries.shape[2] > needed:
+            # Copied, because a slice would keep all queries of a long call in memory.
+            queries, positions = queries[:, :, -needed:].clone(), positions[:, -needed:].clone()
+        parts.append(queries)
+        all_positions.append(positions)
+        while needed is not None and sum(part.shape[2] for part in parts[1:]) >= needed:
+            parts.pop(0)
+            all_positions.pop(0)
+        return RecentQueries(tuple(parts), tuple(all_positions))
+
+    def join(self) -> tuple[Tensor, Tensor]:
+        """Return the queries [batch, num_heads, queries, head_dim] and their positions [batch, queries]."""
+        return torch.cat(self.parts, dim=2), torch.cat(self.positions, dim=1)
+
+    def right_aligned(self) -> RecentQueries:
+        """Return copies in which the queries of masked tokens come first in every row."""
+        if not self.parts:
+            return self
+        queries, positions = self.join()
+        index = (positions >= 0).long().sort(dim=-1, stable=True).indices
+        queries = queries.take_along_dim(index[:, None, :, None], dim=2)
+        return RecentQueries((queries,), (positions.gather(1, index),))
+
+    def newest(self, count: int) -> RecentQueries:
+        """Return copies of the newest `count` queries of each row."""
+        if count == 0 or not self.parts:
+            return RecentQueries()
+        queries, positions = self.join()
+        if queries.shape[2] > count:
+            # Copied, because a slice would keep all queries in memory.
+            queries, positions = queries[:, :, -count:].clone(), positions[:, -count:].clone()
+        return RecentQueries((queries,), (positions,))
+
+    def drop_last(self, count: int) -> RecentQueries:
+        """Return the queries without the newest `count`."""
+        if not self.parts:
+            return self
+        queries, positions = self.join()
+        return RecentQueries((queries[:, :, :-count],), (positions[:, :-count],))
+
+    def select_rows(self, index: Tensor) -> RecentQueries:
+        """Select rows of the batch, as `torch.index_select` does: the new row j is the old row index[j]."""
+        parts, positions = (
+            tuple(x.index_select(0, index.to(x.device)) for x in tensors) for tensors in (self.parts, self.positions)
+        )
+        return RecentQueries(parts, positions)

@@ -1,0 +1,103 @@
+"""Masked tokens after other tokens of a row: questions of unequal length, and turns of a batched chat."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from suffice.kv import CompressedCache
+from tests.kv.tiny import build, left_padded, prompt
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def _extend(mask, new):
+    return torch.cat((mask, new), dim=1)
+
+
+def _read(model, cache, ids, mask):
+    """Read the newest tokens with the positions that `generate` gives them; return the logits of the last one."""
+    positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    return model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]
+
+
+def _kept(cache, layer, row, head):
+    positions = cache.kept_positions(layer)[row, head]
+    return positions[positions >= 0].tolist()
+
+
+OPTIONS = [
+    {"budget": 1.0},
+    {"budget": 20},
+    {"policy": "capkv", "budget": 20},
+    {"policy": "capkv", "budget": 20, "rerotate": True},
+    {"policy": "h2o", "budget": 20, "evict": "always", "interval": 3},
+    {"budget": 20, "evict": "always", "interval": 3},
+    {"policy": "capkv", "budget": 20, "evict": "always", "interval": 3},
+    {"budget": 20, "allocation": "marginal", "evict": "always", "interval": 3},
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_questions_of_unequal_length_about_one_document_equal_single_questions(family, options):
+    # Windows of the stock cache count masked tokens too, so they are long enough here to cover the whole text.
+    model, tokens = build(family, **({"sliding_window": 200} if family == "gemma3" else {})), prompt(95)
+    document, questions = tokens[:, :40], [tokens[:, 40:52], tokens[:, 52:59], tokens[:, 59:61]]
+    steps = tokens[:, 70:80]
+    cache = CompressedCache(model, **options)
+    model(document, past_key_values=cache)
+    singles = [cache.copy() for _ in questions]
+    cache.batch_repeat_interleave(len(questions))
+    batch = left_padded(questions)
+    mask = _extend(torch.ones(3, 40, dtype=torch.long), batch["attention_mask"])
+    got = [_read(model, cache, batch["input_ids"], mask)]
+    for step in range(steps.shape[1]):
+        mask = _extend(mask, torch.ones(3, 1, dtype=torch.long))
+        got.append(_read(model, cache, steps[:, step : step + 1].expand(3, -1), mask))
+    for row, (single, question) in enumerate(zip(singles, questions, strict=True)):
+        expected = [model(question, past_key_values=single).logits[:, -1]]
+        expected += [model(steps[:, step : step + 1], past_key_values=single).logits[:, -1] for step in range(10)]
+        for layer in (layer.index for layer in cache.compressed_layers):
+            for head in range(2):
+                assert _kept(cache, layer, row, head) == _kept(single, layer, 0, head)
+        for own, wanted in zip(got, expected, strict=True):
+            torch.testing.assert_close(own[row], wanted[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("evict", ["prefill", "always"])
+@pytest.mark.parametrize("policy", ["capkv-profile", "capkv", "snapkv", "h2o"])
+def test_masked_tokens_inside_a_prompt_count_for_nothing(policy, evict):
+    """The row with holes keeps what the same text keeps without the masked tokens."""
+    model, tokens = build("llama"), prompt(80)
+    options = {"policy": policy, "budget": 20, "evict": evict, "interval": 3}
+    mask = torch.ones(1, 60, dtype=torch.long)
+    mask[0, :5] = mask[0, 20:27] = mask[0, 40] = 0
+    holes, dense = CompressedCache(model, **options), CompressedCache(model, **options)
+    got = _read(model, holes, tokens[:, :60], mask)
+    wanted = model(tokens[:, :60][mask.bool()][None], past_key_values=dense).logits[:, -1]
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    for step in range(12):
+        mask = _extend(mask, torch.ones(1, 1, dtype=torch.long))
+        got = _read(model, holes, tokens[:, 60 + step : 61 + step], mask)
+        wanted = model(tokens[:, 60 + step : 61 + step], past_key_values=dense).logits[:, -1]
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    for layer in range(3):
+        for head in range(2):
+            assert _kept(holes, layer, 0, head) == _kept(dense, layer, 0, head)
+
+
+def test_holes_equal_those_of_the_stock_cache_at_full_budget():
+    model, tokens = build("llama"), prompt(90)
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[0, 10:15] = mask[1, :20] = mask[1, 50:53] = 0
+    caches = CompressedCache(model, budget=1.0), DynamicCache(config=model.config)
+    ids = tokens[:, :60].expand(2, -1)
+    got, wanted = (_read(model, cache, ids, mask) for cache in caches)
+    torch.testing.assert_close(got, wanted)
+    mask = _extend(mask, torch.tensor([[1, 1, 0, 0, 1], [0, 1, 1, 1, 1]]))
+    got, wanted = (_read(model, cache, tokens[:, 60:65].expand(2, -1), mask) for cache in caches)
+    torch.testing.assert_close(got, wanted)
