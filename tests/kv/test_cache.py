@@ -84,13 +84,6 @@ def test_right_padding_is_rejected(model):
     assert cache.get_seq_length() == 0
 
 
-def test_masked_tokens_inside_a_prompt_are_rejected(model):
-    mask = torch.ones(1, 20, dtype=torch.long)
-    mask[0, 7] = 0
-    with pytest.raises(ValueError, match="attention_mask must pad on the left, got masked tokens inside a prompt"):
-        model(prompt(20), attention_mask=mask, past_key_values=CompressedCache(model))
-
-
 @pytest.mark.parametrize("other", ["llama", "qwen2"])
 @pytest.mark.parametrize("has_own_cache", [False, True])
 def test_cache_of_another_model_is_rejected(model, other, has_own_cache):

@@ -101,3 +101,50 @@ def test_holes_equal_those_of_the_stock_cache_at_full_budget():
     mask = _extend(mask, torch.tensor([[1, 1, 0, 0, 1], [0, 1, 1, 1, 1]]))
     got, wanted = (_read(model, cache, tokens[:, 60:65].expand(2, -1), mask) for cache in caches)
     torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:-1], ids=str)
+def test_turns_of_a_batched_chat_mask_the_padding_of_rows_that_were_finished(options):
+    """`generate` appends padding to finished rows, which the next turn masks."""
+    model, tokens = build("llama"), prompt(95)
+    documents, questions = [tokens[:, :40], tokens[:, 40:70]], [tokens[:, 70:77], tokens[:, 77:82]]
+    answers, padding = tokens[:, 82:86], torch.full((1, 2), 1)
+    cache = CompressedCache(model, **options)
+    batch = left_padded(documents)
+    mask = batch["attention_mask"]
+    _read(model, cache, batch["input_ids"], mask)
+    shorter = torch.cat((answers[:, :2], padding), dim=1)  # the second row stops after two tokens
+    mask = _extend(mask, torch.ones(2, 4, dtype=torch.long))
+    _read(model, cache, torch.cat((answers, shorter)), mask)
+    mask[1, -2:] = 0
+    batch = left_padded(questions)
+    mask = _extend(mask, batch["attention_mask"])
+    if options.get("evict") == "always":
+        with pytest.raises(ValueError, match="attention_mask must mask earlier tokens only at the end of a row"):
+            _read(model, cache, batch["input_ids"], mask)
+        return
+    got = _read(model, cache, batch["input_ids"], mask)
+    for row in range(2):
+        single = CompressedCache(model, **options)
+        model(documents[row], past_key_values=single)
+        model(answers[:, : 4 - 2 * row], past_key_values=single)
+        expected = model(questions[row], past_key_values=single).logits[:, -1]
+        torch.testing.assert_close(got[row], expected[0], rtol=1e-4, atol=1e-4)
+        for head in range(2):
+            assert _kept(cache, 1, row, head) == _kept(single, 1, 0, head)
+
+
+def test_masks_over_earlier_tokens_are_checked():
+    model, ids = build("llama"), prompt(60)
+    cache = CompressedCache(model, "capkv", 20)
+    mask = torch.ones(1, 40, dtype=torch.long)
+    mask[0, :3] = 0
+    _read(model, cache, ids[:, :40], mask)
+    before = cache.copy()
+    message = "attention_mask must mask earlier tokens only at the end of a row, .* got 1 other earlier tokens"
+    with pytest.raises(ValueError, match=message):
+        _read(model, cache, ids[:, 40:45], _extend(mask.clone().index_fill_(1, torch.tensor(20), 0), mask[:, -5:]))
+    with pytest.raises(ValueError, match="attention_mask must mask all tokens that it masked before, got 38"):
+        _read(model, cache, ids[:, 40:45], _extend(mask.clone().index_fill_(1, torch.tensor(2), 1), mask[:, -5:]))
+    full = _extend(mask, mask[:, -5:])
+    assert torch.equal(*(_read(model, each, ids[:, 40:45], full) for each in (cache, before)))

@@ -162,8 +162,9 @@ class CompressedCache(Cache):
         """Prepare for a forward pass of the model; see `suffice.kv.attention.forward_pass.PassObserver`.
 
         Raises:
-            ValueError: the cache belongs to another model, an earlier forward pass failed, or keys that are rotated
-                stand at other positions than their index, or would leave the context window.
+            ValueError: the cache belongs to another model, an earlier forward pass failed, the mask of earlier tokens
+                has changed in a way that is not supported, or keys that are rotated stand at other positions than
+                their index, or would leave the context window.
 
         """
         if not self._hook.belongs_to(decoder):
@@ -176,6 +177,18 @@ class CompressedCache(Cache):
             num_held = max(0 if storage is None else storage.max_length for storage in storages)
             check_window(inputs, num_held, self._window)
         self._pass.begin(self.layers)
+        self._mask_earlier(inputs.get("attention_mask"))
+
+    def _mask_earlier(self, mask: Any) -> None:
+        """Mask earlier tokens that a new turn masks. Passes over one token are not checked, to not wait for a GPU."""
+        state = self.compressed_layers[0].state
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != len(state.rows):
+            return
+        if mask.shape[1] - state.num_seen < 2:
+            return
+        earlier = EarlierMask.from_mask(mask[:, : state.num_seen].bool())
+        for layer in self.compressed_layers:
+            layer.state = layer.state.mask_earlier(earlier)
 
     def end_pass(self, *, failed: bool) -> None:
         """Finish a forward pass of the model; remove what it has stored if it failed."""

@@ -50,6 +50,11 @@ class RecentQueries:
         queries = queries.take_along_dim(index[:, None, :, None], dim=2)
         return RecentQueries((queries,), (positions.gather(1, index),))
 
+    def mask_positions(self, limits: Tensor) -> RecentQueries:
+        """Mask the queries of each row whose position is at least a limit, long [batch]."""
+        positions = tuple(x.masked_fill(x >= limits.to(x.device)[:, None], -1) for x in self.positions)
+        return RecentQueries(self.parts, positions)
+
     def newest(self, count: int) -> RecentQueries:
         """Return copies of the newest `count` queries of each row."""
         if count == 0 or not self.parts:

@@ -33,6 +33,26 @@ class RowState:
 
 
 @dataclass(frozen=True)
+class EarlierMask:
+    """What an attention mask says of the tokens that a cache has seen.
+
+    Args:
+        num_valid: for each row, the number of tokens that are not masked.
+        num_trailing: for each row, the number of masked tokens at the end.
+
+    """
+
+    num_valid: list[int]
+    num_trailing: list[int]
+
+    @classmethod
+    def from_mask(cls, valid: Tensor) -> EarlierMask:
+        """Read a mask over all earlier tokens, bool [batch, earlier], False on masked tokens."""
+        trailing = (valid.flip(-1).cumsum(-1) == 0).sum(-1)
+        return cls(*torch.stack((valid.sum(-1), trailing)).tolist())
+
+
+@dataclass(frozen=True)
 class LayerState:
     """State of a layer. The object does not change, but its storage does: new tokens are appended to it in place.
 
@@ -116,6 +136,39 @@ class LayerState:
             rows = tuple(replace(row, num_padding=row.num_padding + count) for row, count in added)
         num_seen, num_appended = self.num_seen + num_new, self.num_appended + num_new
         return replace(self, rows=rows, num_seen=num_seen, num_appended=num_appended, has_holes=has_holes)
+
+    def mask_earlier(self, mask: EarlierMask) -> LayerState:
+        """Return the state after tokens at the end of rows are masked that were not masked before.
+
+        In a batched chat, such tokens are the padding that `generate` appends to finished rows. The storage is changed
+        in place.
+
+        Raises:
+            ValueError: other earlier tokens are masked, or tokens that were masked are not masked any more.
+
+        """
+        held = [self.num_seen - row.num_padding for row in self.rows]
+        if held == mask.num_valid or self.storage is None:
+            return self
+        counts = [have - now for have, now in zip(held, mask.num_valid, strict=True)]
+        if min(counts) < 0:
+            row = counts.index(min(counts))
+            raise ValueError(
+                f"attention_mask must mask all tokens that it masked before, got {mask.num_valid[row]} earlier tokens "
+                f"of row {row} that are not masked instead of {held[row]}"
+            )
+        at_end = all(count <= trailing for count, trailing in zip(counts, mask.num_trailing, strict=True))
+        if not at_end or max(mask.num_trailing) > self.num_appended:
+            raise ValueError(
+                "attention_mask must mask earlier tokens only at the end of a row, and only those since the last "
+                f"eviction, got {max(counts)} other earlier tokens that are masked"
+            )
+        limits = async_tensor(mask.num_valid, self.storage.positions.device)
+        self.storage.mask_positions(limits)
+        rows = tuple(
+            replace(row, num_padding=row.num_padding + count) for row, count in zip(self.rows, counts, strict=True)
+        )
+        return replace(self, rows=rows, queries=self.queries.mask_positions(limits), has_holes=True)
 
     def new_positions(self, num_new: int, padding: Padding | None, device: torch.device) -> Tensor:
         """Return the positions of the newest tokens, which `append_tokens` has counted.

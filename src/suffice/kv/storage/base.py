@@ -180,6 +180,10 @@ class Storage(ABC):
         """Remove the newest entries of every row and head."""
 
     @abstractmethod
+    def mask_positions(self, limits: Tensor) -> None:
+        """Turn the entries of each row whose position is at least a limit, long [batch], into empty slots."""
+
+    @abstractmethod
     def copy(self) -> Storage:
         """Return a storage of the same entries. Changes to one do not affect the other."""
 

@@ -356,6 +356,11 @@ class RaggedStorage(Storage):
         kept = (entries.positions >= 0) & (slots < len(slots) - count)
         self._replace_entries(RaggedStorage.gather(entries, slots.where(kept, -1)).packed, None)
 
+    def mask_positions(self, limits: Tensor) -> None:
+        """Turn the tail's entries of each row whose position is at least a limit, long [batch], into empty slots."""
+        self.tail_positions = self.tail_positions.masked_fill(self.tail_positions >= limits[:, None], -1)
+        self.tail_is_full = False
+
     def copy(self) -> RaggedStorage:
         """Return a storage that shares the tensors."""
         self._spare.is_shared = True

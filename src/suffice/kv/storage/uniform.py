@@ -167,6 +167,12 @@ class AlignedStorage(Storage):
         self._spare.release(count)
         self._is_full = None
 
+    def mask_positions(self, limits: Tensor) -> None:
+        """Turn the entries of each row whose position is at least a limit, long [batch], into empty slots."""
+        masked = self._parts["positions"] >= limits[:, None, None]
+        self._parts["positions"] = self._parts["positions"].masked_fill(masked, -1)
+        self._is_full = None
+
     def copy(self) -> Self:
         """Return a storage that shares the tensors."""
         self._spare.is_shared = True
