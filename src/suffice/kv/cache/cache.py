@@ -22,6 +22,7 @@ from suffice.kv.cache.positions import check_position_ids, check_window
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.settings import CacheSettings, StorageConfig
 from suffice.kv.cache.source_layer import SourceLayer
+from suffice.kv.cache.state import EarlierMask
 from suffice.kv.hf.layers import HYBRID_LAYER, compressed_layers, find_decoder, source_layers, stock_layers
 from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.rotary import RotaryEmbedding
