@@ -5,6 +5,8 @@ On a GPU, a Triton kernel computes the attention of single tokens (`suffice.kv.k
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -67,27 +69,50 @@ def attend_by_head(
     # is faster with one vector for each query.
     as_matrix = new == 1 and (query.is_cuda or query.dtype in (torch.float32, torch.float64))
     shape = (1, num_key_value_groups, head_dim) if as_matrix else (num_key_value_groups, new, head_dim)
-    queries = query.reshape(batch * num_key_value_heads, 1, *shape)
-    keys, values = entries.buffers
-    sinks = None
-    if sink_logits is not None:
-        sinks = sink_logits.view(num_key_value_heads, shape[0], -1, 1)
-    bias, outputs = None, []
-    for number, (start, count) in enumerate(entries.spans):
-        if readable is not None and number % num_key_value_heads == 0:
-            row = number // num_key_value_heads
-            bias = torch.nn.functional.pad(readable[row], (max(entries.lengths[row]), 0), value=True)
-        key, value = (x[start : start + count].expand(1, shape[0], -1, -1) for x in (keys, values))
-        head_bias = None if bias is None else bias[:, bias.shape[1] - count :]
+    sinks = None if sink_logits is None else sink_logits.view(num_key_value_heads, shape[0], -1, 1)
+    # Rows whose heads have the same lengths are computed together.
+    num_rows = batch if all(lengths == entries.lengths[0] for lengths in entries.lengths) else 1
+    queries = query.reshape(-1, num_rows, num_key_value_heads, *shape).transpose(1, 2).flatten(0, 1).unbind()
+    outputs: list[Tensor] = []
+    bias = None
+    for number, (key, value) in enumerate(_split_heads(entries, num_rows, shape[0])):
+        row, head = divmod(number, num_key_value_heads)
+        if readable is not None and head == 0:
+            valid = readable if num_rows == batch else readable[row, None]
+            bias = torch.nn.functional.pad(valid, (max(entries.lengths[row]), 0), value=True)[:, None]
+        head_bias = None if bias is None else bias[..., bias.shape[-1] - key.shape[2] :]
         if softcap is None and sinks is None:
             output = scaled_dot_product_attention(queries[number], key, value, attn_mask=head_bias, scale=scaling)
         else:
-            head_sinks = None if sinks is None else sinks[number % num_key_value_heads]
+            head_sinks = None if sinks is None else sinks[head]
             output = attend_with_sinks(
                 queries[number], key, value, head_bias, scaling=scaling, softcap=softcap, sink_logits=head_sinks
             )
         outputs.append(output)
-    return torch.cat(outputs).view(batch, heads, new, -1).transpose(1, 2)
+    output = torch.cat(outputs) if num_rows == 1 else torch.stack(outputs, dim=1)
+    return output.view(batch, heads, new, -1).transpose(1, 2)
+
+
+def _split_heads(entries: RaggedEntries, num_rows: int, copies: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return keys and values of each head as views [num_rows, copies, entries, dim].
+
+    Args:
+        entries: the entries.
+        num_rows: the number of rows, to get each head of all rows, which must have equal lengths; 1 to get the heads of
+            each row, one row after the other.
+        copies: number of times that a head is repeated, without a copy in memory.
+
+    """
+    spans, num_slots = entries.spans, len(entries.buffers[0]) // num_rows
+    sizes: list[int] = []  # of the entries and of the spare slots of each head, in turn
+    for (start, count), (following, _) in itertools.pairwise((*spans[: len(spans) // num_rows], (num_slots, 0))):
+        sizes += [count, following - start - count]
+
+    def split(buffer: Tensor) -> tuple[Tensor, ...]:
+        by_row = buffer.view(num_rows, 1, num_slots, buffer.shape[-1])
+        return by_row.expand(-1, copies, -1, -1).split(sizes, dim=2)[::2]
+
+    return zip(*map(split, entries.buffers), strict=True)
 
 
 def _readable_tail(query: Tensor, entries: RaggedEntries, mask: Tensor | None) -> Tensor | None:
