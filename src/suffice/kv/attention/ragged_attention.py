@@ -55,7 +55,7 @@ def attend_by_head(
         sink_logits: logit of the attention sink of each query head, [heads]; None for no sinks.
 
     Returns:
-        [batch, new, heads, value_dim].
+        [batch, new, heads, value_dim], contiguous, because models may call `view` on it.
 
     """
     batch, heads, new, head_dim = query.shape
@@ -90,7 +90,7 @@ def attend_by_head(
             )
         outputs.append(output)
     output = torch.cat(outputs) if num_rows == 1 else torch.stack(outputs, dim=1)
-    return output.view(batch, heads, new, -1).transpose(1, 2)
+    return output.view(batch, heads, new, -1).transpose(1, 2).contiguous()
 
 
 def _split_heads(entries: RaggedEntries, num_rows: int, copies: int) -> Iterator[tuple[Tensor, Tensor]]:
