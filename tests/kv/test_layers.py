@@ -271,3 +271,86 @@ def test_profile_counts_the_attention_of_every_layer_that_reads_the_keys():
     largest = torch.stack([attentions[layer][0, :, 40:, :40].amax(1) for layer in layers]).amax(0)
     expected = largest.unflatten(0, (profile.num_heads[-1], -1)).amax(1).mean(-1)
     torch.testing.assert_close(torch.tensor(profile.attention[-1]), expected, atol=1e-5, rtol=1e-4)
+
+
+_LATENTS = ("deepseek_v3", "glm4_moe_lite", "kimi_linear")
+latents = pytest.mark.skipif(not has_layers_of_many_kinds(), reason="early versions cache the keys of all heads")
+
+
+@latents
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "longcat_flash"])
+def test_latents_are_scored_as_one_head_with_the_attention_of_all_heads(family):
+    """Scores of H2O against the attention weights that transformers' own eager attention returns."""
+    model = build_family(family)
+    model.set_attn_implementation("eager")
+    ids = prompt(30)
+    with torch.no_grad():
+        attentions = model(ids, output_attentions=True).attentions
+    cache = CompressedCache(model, "h2o", 12, sinks=0, window=0)
+    step(model, ids, cache)
+    kept = [layer.storage.positions[0].tolist() for layer in cache.compressed_layers]
+    assert len(attentions) == len(kept)
+    for attention, positions in zip(attentions, kept, strict=True):
+        received = attention[0].sum((0, 1))
+        assert positions == [sorted(received.topk(12).indices.tolist())]
+
+
+@latents
+@pytest.mark.parametrize("family", _LATENTS)
+@pytest.mark.parametrize("policy", ["criticalkv", "capkv-profile"])
+def test_caches_of_latents_are_copied_saved_shared_and_batched(family, policy, tmp_path):
+    model = build_family(family)
+    ids, more = prompt(40), prompt(4, seed=3)
+    cache = CompressedCache(model, policy, 0.5, measure_capacity=False)
+    step(model, ids, cache)
+    assert {storage.num_kept.shape[1] for storage in (layer.storage for layer in cache.compressed_layers)} == {1}
+    saved = cache.save(model, tmp_path / "cache.safetensors")
+    batch = BatchedCaches([cache.copy(), cache.copy()])
+    first = cache.copy()
+    expected = [step(model, token, first) for token in more.split(1, 1)]
+    shared = [CompressedCache(model, policy, 0.5, measure_capacity=False) for _ in range(2)]
+    prefill(model, {"input_ids": ids}, shared)
+    for other in (cache, CompressedCache.load(saved, model), *shared):
+        for token, logits in zip(more.split(1, 1), expected, strict=True):
+            torch.testing.assert_close(step(model, token, other), logits)
+    for token, logits in zip(more.split(1, 1), expected, strict=True):
+        torch.testing.assert_close(step(model, token.expand(2, -1), batch), logits.expand(2, -1, -1))
+
+
+@latents
+def test_output_weights_map_latents_to_the_output():
+    """The product with a latent equals the output projection of the values of all heads, one head at a time."""
+    model = build_family("deepseek_v3")
+    cache = CompressedCache(model, "capkv", 0.5)
+    layer, module = cache.compressed_layers[0], model.model.layers[0].self_attn
+    c, r = torch.randn(1, 1, 5, module.kv_lora_rank), torch.randn(1, 1, 5, module.qk_rope_head_dim)
+    layer._latents = c, r
+    weight = layer.output_weight()().unflatten(1, (module.num_heads, -1))
+    _, values = module.expand_kv(c, r)
+    for head in range(module.num_heads):
+        only = torch.zeros_like(values)
+        only[:, head] = values[:, head]
+        expected = module.o_proj(only.transpose(1, 2).flatten(2))
+        torch.testing.assert_close(c[:, 0] @ weight[:, head].T, expected, atol=1e-4, rtol=1e-4)
+
+
+@latents
+def test_settings_that_latents_do_not_support_are_refused():
+    model = build_family("deepseek_v3")
+    with pytest.raises(ValueError, match="allocation must give each layer a budget of its own for DeepseekV3ForCausal"):
+        CompressedCache(model, "capkv", allocation="marginal")
+    with pytest.raises(ValueError, match="rerotate must be False for DeepseekV3ForCausalLM"):
+        CompressedCache(model, "capkv", rerotate=True)
+
+
+@latents
+def test_profile_of_latents_is_the_largest_attention_of_all_heads():
+    model = build_family("deepseek_v3")
+    model.set_attn_implementation("eager")
+    profile = calibrate(model, tokens=40, seed=3)
+    ids = torch.randint(model.config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        attentions = model(torch.cat((ids, ids), 1), output_attentions=True).attentions
+    for numbers, attention in zip(profile.attention, attentions, strict=True):
+        expected = attention[0, :, 40:, :40].amax((0, 1)).mean()
+        torch.testing.assert_close(torch.tensor(numbers), expected[None], atol=1e-5, rtol=1e-4)

@@ -47,8 +47,21 @@ def attach_observer(keys: Tensor, observer: AttentionObserver) -> Tensor:
     return view
 
 
-def _find_observer(keys: Tensor) -> AttentionObserver | None:
-    reference = getattr(keys, "_suffice_observer", None)
+_expected: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionObserver]] = weakref.WeakKeyDictionary()
+
+
+def expect_call(module: nn.Module, observer: AttentionObserver) -> None:
+    """Have an observer compute the next attention call of a module, whatever its keys are."""
+    _expected[module] = weakref.ref(observer)
+
+
+def forget_call(module: nn.Module) -> None:
+    """Undo `expect_call`."""
+    _expected.pop(module, None)
+
+
+def _find_observer(keys: Tensor, module: nn.Module) -> AttentionObserver | None:
+    reference = getattr(keys, "_suffice_observer", None) or _expected.pop(module, None)
     return None if reference is None else reference()
 
 
@@ -63,7 +76,7 @@ def _attention_function(implementation: str) -> Callable[..., tuple[Tensor, Tens
     ) -> tuple[Tensor, Tensor | None]:
         scaling = options.get("scaling")
         call = AttentionCall(module, query, key, value, attention_mask, scaling, options, implementation)
-        observer = _find_observer(key)
+        observer = _find_observer(key, module)
         return run_attention(call) if observer is None else observer.attend(call)
 
     return attention

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from suffice.kv.attention.call import AttentionCall, run_attention
-from suffice.kv.attention.hook import AttentionHook, attach_observer
+from suffice.kv.attention.hook import AttentionHook, attach_observer, expect_call
 from suffice.kv.budget.profile import Profile, find_profile, write_profile
 from suffice.kv.hf.fingerprint import fingerprint
-from suffice.kv.hf.layers import compressed_layers, find_decoder
+from suffice.kv.hf.layers import caches_latents, compressed_layers, find_decoder
 from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.hf.tokenization import tokenize, tokenize_continuation
@@ -73,7 +73,10 @@ def calibrate(
     first, instruction, source = _text_tokens(model, tokenizer, text, tokens, seed)
     ids = torch.cat((first, instruction, first), dim=1).to(model.device)
     hook = AttentionHook(find_decoder(model))
-    measurements = {index: _Measurement(first.shape[1]) for index in measured_layers}
+    measurements = {
+        index: _Measurement(first.shape[1], share_entries=caches_latents(module))
+        for index, module in measured_layers.items()
+    }
     network: Any = model
     training = model.training
     model.eval()
@@ -129,11 +132,12 @@ class _Measurement:
 
     Args:
         num_first: number of first entries whose attention is measured.
+        share_entries: whether all heads share their entries, so that they count as one head.
 
     """
 
-    def __init__(self, num_first: int) -> None:
-        self._num_first = num_first
+    def __init__(self, num_first: int, *, share_entries: bool = False) -> None:
+        self._num_first, self._share_entries = num_first, share_entries
         self._largest: Tensor | None = None
 
     @property
@@ -155,6 +159,8 @@ class _Measurement:
         # Later layers may be computed for the last tokens only.
         if call.query.shape[2] == call.key.shape[2]:
             largest = _largest_attention(stats, self._num_first)
+            if self._share_entries:
+                largest = largest.amax(1, keepdim=True)
             self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
         return output, weights
 
@@ -171,13 +177,18 @@ class _MeasuringCache(DynamicCache):
     def __init__(self, model: PreTrainedModel, measurements: Mapping[int, _Measurement]) -> None:
         super().__init__(config=model.config)
         self._measurements = measurements
+        self._modules = compressed_layers(model)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Add keys and values to a layer, or pass the attention call that follows to its measurement."""
         if layer_idx in self._measurements:
-            return attach_observer(key_states, self._measurements[layer_idx]), value_states
+            measurement, module = self._measurements[layer_idx], self._modules[layer_idx]
+            if caches_latents(module):
+                expect_call(module, measurement)
+                return key_states, value_states
+            return attach_observer(key_states, measurement), value_states
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from suffice.kv.attention.call import AttentionCall
-from suffice.kv.attention.hook import attach_observer
 from suffice.kv.attention.masks import additive_mask
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.group import CacheGroup
@@ -97,7 +96,7 @@ class _BatchedCompressedLayer(_BatchedLayer):
         self._check_rows(key_states)
         for row, layer in enumerate(self._layers):
             layer.update(key_states[row : row + 1], value_states[row : row + 1])
-        return attach_observer(key_states, self), value_states
+        return self._layers[0].observe_call(key_states, self), value_states
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         outputs, weights = zip(

@@ -17,13 +17,21 @@ from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.budget.protection import Protection
 from suffice.kv.cache.forward_pass import ForwardPass
 from suffice.kv.cache.global_budget import GlobalBudget
+from suffice.kv.cache.latent_layer import LatentLayer
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.positions import check_position_ids, check_window
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.settings import CacheSettings, StorageConfig
 from suffice.kv.cache.source_layer import SourceLayer
 from suffice.kv.cache.state import EarlierMask
-from suffice.kv.hf.layers import HYBRID_LAYER, compressed_layers, find_decoder, source_layers, stock_layers
+from suffice.kv.hf.layers import (
+    HYBRID_LAYER,
+    caches_latents,
+    compressed_layers,
+    find_decoder,
+    source_layers,
+    stock_layers,
+)
 from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.hf.rotary_probe import probe_positions
@@ -121,6 +129,7 @@ class CompressedCache(Cache):
             self.policy = replace(self.policy, allocation=self.policy.allocation.bind(model))
         is_global = self.policy.allocation.is_global
         compressed = list(modules)
+        has_latents = any(map(caches_latents, modules.values()))
         rotaries = _find_rotary_embeddings(model, compressed, self.policy, rerotate=rerotate)
         used = [rotary for rotary in rotaries.values() if isinstance(rotary, RotaryEmbedding)]
         self._window = context_window(model) if rerotate else None
@@ -135,10 +144,14 @@ class CompressedCache(Cache):
             rerotate=rerotate,
             measure_capacity=measure_capacity and evict == "prefill" and not is_global,
             num_layers=len(compressed),
-            storage=StorageConfig(self.policy.allocation.per_head, _check_quantization(quantized, self.policy)),
+            storage=StorageConfig(
+                self.policy.allocation.per_head and not has_latents, _check_quantization(quantized, self.policy)
+            ),
             sharding=Sharding.from_model(model),
             max_entries=max_entries,
         )
+        if has_latents:
+            _check_latents(model, self.policy)
         global_budget = GlobalBudget(len(compressed)) if is_global else None
         self._hook = AttentionHook(find_decoder(model))
         layers, sources = stock_layers(model), source_layers(model)
@@ -383,6 +396,8 @@ def _compressed_layer(stock: Any, *, has_readers: bool, **arguments: Any) -> Com
     """Return the compressed layer that takes the place of a layer of the model's own cache."""
     if has_readers:
         return SourceLayer(**arguments)
+    if caches_latents(arguments["module"]):
+        return LatentLayer(**arguments)
     if type(stock) is not HYBRID_LAYER:
         return CompressedLayer(**arguments)
     # Early versions of transformers do not have the base class of this layer.
@@ -423,6 +438,18 @@ def _find_rotary_embeddings(
         if found is not None and policy.weights.needs_rotary and not found.rotates_queries:
             raise ValueError(f"{refused}: in layer {layer}, queries are not rotated as keys are")
     return {layer: encoding.rotary.get(layer) for layer in layers}
+
+
+def _check_latents(model: PreTrainedModel, policy: Policy) -> None:
+    """Raise an error if a cache of latents, which all heads share, does not support a setting."""
+    name = type(model).__name__
+    if policy.allocation.is_global:
+        raise ValueError(
+            f"allocation must give each layer a budget of its own for {name}, which caches latents that all heads "
+            f"share, got {policy.allocation}. Use 'profile' or 'equal'"
+        )
+    if Sharding.from_model(model) is not None:
+        raise ValueError(f"{name} must not be tensor-parallel, because its heads share cached latents, got one that is")
 
 
 def _check_quantization(quantized: str | Quantization | None, policy: Policy) -> Quantization | None:

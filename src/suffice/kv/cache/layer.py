@@ -6,7 +6,7 @@ import copy
 import functools
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from suffice.gpu import KernelFallbackError, async_tensor
 from suffice.kv.attention.call import AttentionCall, check_right_padding, run_attention
-from suffice.kv.attention.hook import attach_observer
+from suffice.kv.attention.hook import AttentionObserver, attach_observer
 from suffice.kv.attention.options import check_dropout
 from suffice.kv.backend.torch_backend import TORCH_BACKEND, TorchBackend
 from suffice.kv.backend.triton_backend import choose_backend
@@ -134,7 +134,11 @@ class CompressedLayer(DynamicLayer):
                 f"keys of the model must have the dtype of the cache, {self.dtype}, got {key_states.dtype}. Make a new "
                 "CompressedCache after the model's dtype has changed"
             )
-        return attach_observer(key_states, self), value_states
+        return self.observe_call(key_states, self), value_states
+
+    def observe_call(self, keys: Tensor, observer: AttentionObserver) -> Tensor:
+        """Return the keys for the attention call that follows, which the observer computes."""
+        return attach_observer(keys, observer)
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         """Compute an attention call over all entries and evict; see `AttentionObserver.attend`."""
@@ -271,7 +275,8 @@ class CompressedLayer(DynamicLayer):
         self, plan: EvictionPlan, entries: Entries, call: AttentionCall, attention: Tensor | None
     ) -> AttentionStats:
         queries, query_positions = self._queries(call)
-        sharding, has_holes = self._sharding(entries.keys.shape[1]), self.state.has_holes
+        scored_queries, keys, values = self.scored_tensors(queries, entries)
+        sharding, has_holes = self._sharding(keys.shape[1]), self.state.has_holes
         if self.storage is None and not has_holes:
             valid = entries.positions[:, 0] >= 0 if any(self.state.num_padding) else None
             positions = EntryPositions(valid=valid, num_seen=plan.num_seen)
@@ -281,17 +286,16 @@ class CompressedLayer(DynamicLayer):
             )
         # With sinks, some models return the weights before the sinks are taken into account.
         has_weights = call.sink_logits is None and not has_holes and queries.shape[2] == call.query.shape[2]
-        projection = getattr(call.module, "o_proj", None)
         return AttentionStats(
-            queries,
-            entries.keys,
-            entries.values,
+            scored_queries,
+            keys,
+            values,
             positions=positions,
             scaling=call.scaling,
             softcap=call.softcap,
             sink_logits=call.sink_logits,
             attention=attention if has_weights else None,
-            output_weight=None if projection is None else functools.partial(materialized_weight, projection, "weight"),
+            output_weight=self.output_weight(),
             rotary=self._rotary,
             state=replace(self.state.weight_state, attention_received=entries.columns.get("attention_received")),
             context=LayerContext(self.order, self.settings.num_layers, self.settings.max_entries, sharding),
@@ -300,6 +304,15 @@ class CompressedLayer(DynamicLayer):
             # With `evict_always`, caches cannot share statistics, which depend on the state of each cache.
             memo=None if self.settings.evict_always else call.memo,
         )
+
+    def scored_tensors(self, queries: Tensor, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries, keys and values by which entries are scored."""
+        return queries, entries.keys, entries.values
+
+    def output_weight(self) -> Callable[[], Tensor | None] | None:
+        """Return a function that loads the weight of the output projection, [hidden, heads * value_dim]."""
+        projection = getattr(self._module(), "o_proj", None)
+        return None if projection is None else functools.partial(materialized_weight, projection, "weight")
 
     def _sharding(self, num_heads: int) -> Sharding | None:
         sharding = self.settings.sharding

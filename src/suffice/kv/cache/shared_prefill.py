@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from suffice.kv.attention.call import AttentionCall, run_attention
-from suffice.kv.attention.hook import attach_observer
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.group import CacheGroup
 from suffice.kv.cache.layer import CompressedLayer
@@ -97,7 +96,7 @@ class _SharedCompressedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         for layer in self._layers:
             layer.update(key_states, value_states)
-        return attach_observer(key_states, self), value_states
+        return self._layers[0].observe_call(key_states, self), value_states
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         if isinstance(self._layers[0], SourceLayer) and not self._layers[0].owns(call):

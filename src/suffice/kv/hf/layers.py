@@ -103,7 +103,7 @@ def _check_module(module: nn.Module, model: str) -> None:
             f"model must call transformers' attention interface (`ALL_ATTENTION_FUNCTIONS`), got {model}, whose {kind} "
             "computes attention itself. Without the call, a cache does not see the queries. Use a newer architecture"
         )
-    if use is CacheUse.CHANGED:
+    if use is CacheUse.CHANGED and not caches_latents(module):
         raise ValueError(
             f"model must pass the keys and values of its cache to its attention as they are, got {model}, whose {kind} "
             "changes them in between. Use another architecture"
@@ -127,6 +127,11 @@ def attention_modules(decoder: nn.Module) -> dict[int, nn.Module]:
         if shared and index not in modules:
             modules[index] = shared[0]
     return modules
+
+
+def caches_latents(module: nn.Module) -> bool:
+    """Return whether an attention module caches a latent for each token, of which it makes the keys of all heads."""
+    return cache_use(module) is CacheUse.CHANGED and hasattr(module, "expand_kv")
 
 
 def _calls_attention(module: nn.Module) -> bool:

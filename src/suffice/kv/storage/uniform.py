@@ -103,6 +103,17 @@ class AlignedStorage(Storage):
 
     def attend(self, call: AttentionCall, backend: TorchBackend) -> tuple[Tensor, Tensor | None]:
         """Compute the attention of new tokens over all entries, with the model's own implementation."""
+        return self.attend_to(call, self.keys, self.values)
+
+    def attend_to(self, call: AttentionCall, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Compute the attention of new tokens, with keys and values that a model makes of the entries.
+
+        Args:
+            call: the attention call.
+            keys: [batch, any heads, width, head_dim].
+            values: [batch, any heads, width, value_dim].
+
+        """
         # FlashAttention would apply a window to the indices of the entries.
         options = {**call.options, "sliding_window": None} if call.options.get("sliding_window") else call.options
         format_ = mask_format(call.implementation)
@@ -113,7 +124,7 @@ class AlignedStorage(Storage):
             mask = None if mask is None else additive_mask(mask, call.query.dtype)
         else:
             mask = self._extend_mask(call)
-        return run_attention(replace(call, key=self.keys, value=self.values, mask=mask, options=options))
+        return run_attention(replace(call, key=keys, value=values, mask=mask, options=options))
 
     def _extend_mask(self, call: AttentionCall) -> Tensor | None:
         """Extend a dense mask over the new tokens to all entries, [batch, 1, new, width]; None if nothing is masked."""
