@@ -1,19 +1,22 @@
 """Rotary embeddings: keys that are rotated to other positions equal the keys that the model computes there."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache
 
 from suffice.kv import CompressedCache, Policy
-from suffice.kv.hf.layers import find_decoder
+from suffice.kv.hf.layers import find_decoder, stock_layers
 from suffice.kv.hf.rotary import Frequencies, RotaryEmbedding
 from suffice.kv.hf.rotary_probe import probe_positions
 from suffice.kv.policy.directions import Key
 from suffice.kv.policy.weights import Uniform, Weights
 from tests.kv import families
 from tests.kv.families import NOT_BUILDABLE
+from tests.kv.support_page import VERSION
 from tests.kv.tiny import build, prompt, tiny
 
 # Families with different position embeddings. None: keys are not rotated, but sliding layers may be.
@@ -66,6 +69,16 @@ def stock_keys(model, ids, positions):
     return cache.new_keys
 
 
+def build_supported(family):
+    """Build a model of a family, or skip the test if caches do not support it in this version of transformers."""
+    model = families.build(family)
+    try:
+        stock_layers(model)
+    except ValueError as error:
+        pytest.skip(str(error))
+    return model
+
+
 def assert_keys_are_rotated_as_by_the_model(model, tolerance):
     encoding = probe_positions(model)
     assert encoding.error is None
@@ -87,13 +100,18 @@ def assert_keys_are_rotated_as_by_the_model(model, tolerance):
 
 @pytest.mark.parametrize("family", available(*FAMILIES))
 def test_rotated_keys_equal_the_keys_of_the_model_at_other_positions(family):
-    assert_keys_are_rotated_as_by_the_model(families.build(family), 1e-4)
+    assert_keys_are_rotated_as_by_the_model(build_supported(family), 1e-4)
 
 
 @pytest.mark.families
 @pytest.mark.parametrize("family", [name for name in families.families() if name not in {*FAMILIES, *NOT_BUILDABLE}])
 def test_every_other_family_is_rotated_as_by_the_model_or_refused(family):
-    model = families.build(family)
+    try:
+        model = families.build(family)
+    except Exception as error:
+        if transformers.__version__ == VERSION:
+            raise
+        pytest.skip(f"cannot be built with this version of transformers: {error}")
     try:
         CompressedCache(model, "capkv", 20)
     except ValueError:
@@ -185,10 +203,10 @@ def test_model_is_run_once_and_left_as_it_was():
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "jamba", "nemotron_h"])
+@pytest.mark.parametrize("family", available("gpt2", "opt", "jamba", "nemotron_h"))
 def test_rerotation_is_rejected_without_rotary_embeddings(family):
     """Positions are added to the hidden states, or there are none: nothing can be rotated."""
-    model = families.build(family)
+    model = build_supported(family)
     with pytest.raises(ValueError, match=r"rerotate must be False for \w+, got True: the model has no rotary"):
         CompressedCache(model, "capkv", 20, rerotate=True)
     # Keys are not rotated, so that they are their own rotation back.
@@ -289,13 +307,15 @@ def image_prompt(model):
     image = torch.full((64,), config.image_token_id)
     ids = torch.cat((text[:29], torch.tensor([config.vision_start_token_id]), image, text[28:]))[None]
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    return {
+    inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "pixel_values": torch.randn(256, patch, generator=torch.Generator().manual_seed(0)),
         "image_grid_thw": torch.tensor([[1, 16, 16]]),
         "mm_token_type_ids": (ids == config.image_token_id).int(),
     }
+    accepted = inspect.signature(model.forward).parameters  # older versions find images by their token alone
+    return {name: value for name, value in inputs.items() if name in accepted}
 
 
 def generate(model, inputs, cache, new=4):
