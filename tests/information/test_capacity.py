@@ -557,3 +557,25 @@ def test_deletion_cost_is_exact_and_finite(dtype: torch.dtype):
 def test_deletion_cost_rejects_invalid_leverage(scores: Tensor, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         deletion_cost(scores)
+
+
+@pytest.mark.parametrize(
+    ("ridge", "relative"), [(1e-4, True), (1e-6, True), (1e-8, True), (1e-4, False), (1e-6, False)]
+)
+@pytest.mark.parametrize(("count", "size", "rank"), [(200, 64, 4), (2000, 128, 1), (10, 128, 10)])
+def test_float32_is_precise_for_small_ridges_and_sets_of_low_rank(count, size, rank, ridge, relative):
+    """Rounding errors of a Gram matrix in float32 would count as signal in the directions without signal."""
+    generator = torch.Generator().manual_seed(count)
+    vectors = torch.randn(count, rank, generator=generator) @ torch.randn(rank, size, generator=generator)
+    weights = torch.rand(count, generator=generator)
+    options = {"ridge": ridge, "relative": relative}
+    exact = vectors.double(), weights.double()
+    got, expected = (capacity(*inputs, **options) for inputs in ((vectors, weights), exact))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
+    got, expected = (effective_dimension(*inputs, **options) for inputs in ((vectors, weights), exact))
+    assert float(got) <= rank + 1e-3
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=0)
+    got, expected = (leverage_scores(*inputs, **options) for inputs in ((vectors, weights), exact))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-6)

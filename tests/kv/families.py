@@ -70,7 +70,8 @@ for _size, _names in (
         4,
         "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
         "swa_num_attention_heads num_experts n_routed_experts num_local_experts moe_num_experts "
-        "linear_num_value_heads num_query_tokens mm_tokens_per_image resampler_n_latents cross_num_attention_heads zero_expert_num",
+        "linear_num_value_heads num_query_tokens mm_tokens_per_image resampler_n_latents cross_num_attention_heads "
+        "zero_expert_num",
     ),
     (
         2,
