@@ -45,7 +45,7 @@ from suffice.information.validation import (
 from suffice.information.weighted_set import CHUNK_SIZE, WeightedSet, scale_rows
 
 MIN_FLOAT32_RIDGE = 1e-4
-"""Ratio of σ² to the mean eigenvalue of G above which a Gram matrix in float32 is precise enough.
+"""Ratio of σ² to the mean eigenvalue of G from which a Gram matrix in float32 is precise enough.
 
 For sets of low rank, its rounding errors change results by about 1e-3 at this ratio, and by 1e-5 at a ratio of 1e-2.
 """
@@ -167,7 +167,7 @@ def prepare_set(
     if dtype != torch.float64:
         trace = items.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         limit = MIN_FLOAT32_RIDGE * trace / items.gram.shape[-1]
-        is_small = ridge <= MIN_FLOAT32_RIDGE if relative else bool((noise <= limit).any())
+        is_small = ridge < MIN_FLOAT32_RIDGE if relative else bool((noise < limit).any())
         if is_small:
             items = WeightedSet.from_vectors(vectors, weights, valid, relative, torch.float64)
             noise = noise_variance(items.gram, ridge, relative)

@@ -61,7 +61,7 @@ class TorchFactor:
         factor = self._factor
         index = kept.clamp_min(0)
         weights = self._weights.gather(2, index).masked_fill(kept < 0, 0)
-        if self._ridge <= MIN_FLOAT32_RIDGE:
+        if self._ridge < MIN_FLOAT32_RIDGE:
             weights = weights.double()
         vectors = self._vectors.gather(2, index[..., None].expand(-1, -1, -1, self._vectors.shape[-1]))
         # The factor and its noise variance are in scaled units.
