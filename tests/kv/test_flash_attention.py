@@ -122,6 +122,18 @@ def test_window_of_the_configuration_does_not_hide_kept_entries(package):
     torch.testing.assert_close(results[1], results[0], atol=2e-4, rtol=1e-4)
 
 
+def test_positions_of_later_tokens_do_not_divide_them_into_packed_texts(package):
+    """transformers takes positions that do not increase for texts that follow each other, which are not in a cache."""
+    results = []
+    for model in (build("llama", "eager"), with_flash(build("llama"), "flash_attention_2")):
+        cache = CompressedCache(model, "capkv", 0.5)
+        read(model, cache, prompt(30))
+        with torch.no_grad():
+            positions = torch.tensor([[30, 31, 31, 33]])
+            results.append(model(prompt(4), past_key_values=cache, position_ids=positions).logits)
+    torch.testing.assert_close(results[1], results[0], atol=2e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
 def test_caches_that_share_a_pass(package, name):
     """One prefill fills two caches; one pass continues from both of them."""
