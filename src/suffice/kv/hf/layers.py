@@ -9,6 +9,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from suffice.kv.attention.options import check_attention_options
 from suffice.kv.hf.attention_source import CacheUse, cache_use
 
 # A layer with full attention and the state of linear attention. Early versions of transformers do not have it.
@@ -52,7 +53,8 @@ def compressed_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     These are the layers with full attention.
 
     Raises:
-        ValueError: the model has no such layers, or the attention of one does not show its queries to the cache.
+        ValueError: the model has no such layers, or the attention of one does not show its queries to the cache or has
+            an unsupported option.
 
     """
     name = type(model).__name__
@@ -108,6 +110,7 @@ def _check_module(module: nn.Module, model: str) -> None:
             f"model must pass the keys and values of its cache to its attention as they are, got {model}, whose {kind} "
             "changes them in between. Use another architecture"
         )
+    check_attention_options(module)
 
 
 def attention_modules(decoder: nn.Module) -> dict[int, nn.Module]:
