@@ -100,7 +100,7 @@ def test_generation_continues_from_a_quantized_cache(backend, settings):
         model(
             prompt(3),
             past_key_values=other,
-            attention_mask=torch.ones(1, 55),
+            attention_mask=torch.cat((torch.zeros(1, 31), torch.ones(1, 24)), 1).long(),  # 31 tokens are padding
             position_ids=torch.tensor([[20, 21, 22]]),
         )
     for kept, layer in zip(before, quantized.compressed_layers, strict=True):
