@@ -59,10 +59,13 @@ def check_right_padding(padding: Padding | None) -> None:
         padding: masked tokens of the prompt; None if there are none.
 
     Raises:
-        ValueError: the last token of a row is masked.
+        ValueError: the last token of a row is masked, but an earlier one is not.
 
     """
-    if padding is not None and any(padding.ends_padded):
+    if padding is None:
+        return
+    # The first chunk of a short row of a left-padded batch may hold padding only.
+    if any(hole and end for hole, end in zip(padding.has_holes, padding.ends_padded, strict=True)):
         raise ValueError(
             "attention_mask must pad on the left, got a row whose last token is masked. "
             "Set tokenizer.padding_side = 'left'"
