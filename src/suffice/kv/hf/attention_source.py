@@ -12,6 +12,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from enum import Enum
+from typing import TypeGuard
 
 from torch import nn
 
@@ -21,6 +22,7 @@ class CacheUse(Enum):
 
     DIRECT = "passes them to transformers' attention interface"
     CHANGED = "changes them before it passes them to transformers' attention interface"
+    READ = "passes them to transformers' attention interface, and computes something else from them"
     BYPASSED = "does not call transformers' attention interface"
     UNKNOWN = "has no source code that can be read"
 
@@ -56,7 +58,16 @@ def _cache_use(module_class: type[nn.Module]) -> CacheUse:
         passed = {argument.id for argument in call.args[2:4] if isinstance(argument, ast.Name)}
         if len(passed) < 2 or not passed <= updated - changed:
             return CacheUse.CHANGED
+    if any(_computes_from(node, updated) and node.lineno > first_update for node in ast.walk(function)):
+        return CacheUse.READ
     return CacheUse.DIRECT
+
+
+def _computes_from(node: ast.AST, names: set[str]) -> TypeGuard[ast.Attribute]:
+    """Return whether a node is the start of a method call such as `key_states.transpose(1, 2)`."""
+    if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+        return False
+    return node.value.id in names and node.attr not in ("shape", "size", "dtype", "device", "contiguous", "to")
 
 
 def _is_attention_call(node: ast.Call) -> bool:

@@ -53,8 +53,7 @@ def compressed_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     These are the layers with full attention.
 
     Raises:
-        ValueError: the model has no such layers, or the attention of one does not show its queries to the cache or has
-            an unsupported option.
+        ValueError: the model has no such layers, or the attention of one does not show its queries to the cache.
 
     """
     name = type(model).__name__
@@ -109,6 +108,11 @@ def _check_module(module: nn.Module, model: str) -> None:
         raise ValueError(
             f"model must pass the keys and values of its cache to its attention as they are, got {model}, whose {kind} "
             "changes them in between. Use another architecture"
+        )
+    if use is CacheUse.READ:
+        raise ValueError(
+            f"model must read the keys and values of its cache in its attention only, got {model}, whose {kind} "
+            "computes something else from them, for example a mask over all tokens. Use another architecture"
         )
     check_attention_options(module)
 
