@@ -44,6 +44,12 @@ from suffice.information.validation import (
 )
 from suffice.information.weighted_set import CHUNK_SIZE, WeightedSet, scale_rows
 
+MIN_FLOAT32_RIDGE = 1e-4
+"""Ratio of σ² to the mean eigenvalue of G from which a Gram matrix in float32 is precise enough.
+
+For sets of low rank, its rounding errors change results by about 1e-3 at this ratio, and by 1e-5 at a ratio of 1e-2.
+"""
+
 
 def noise_variance(gram: Tensor, ridge: float = 0.1, relative: bool = True) -> Tensor:
     """Return the noise variance σ² of Eq. (6).
@@ -88,23 +94,24 @@ class CholeskyFactor:
     """
 
     cholesky: Tensor  # [..., d, d], lower triangular, float64: in float32, adding a small σ² to G would not change it
-    noise: Tensor  # [...], σ², in the dtype of the results
+    noise: Tensor  # [...], σ²
     vector_scale: Tensor  # [...]
     weight_scale: Tensor  # [...]
+    dtype: torch.dtype  # of the results
 
     @property
     def capacity(self) -> Tensor:
         """Capacity of the whole set in nats, [...]; Eq. (2)."""
         pivots = self.cholesky.diagonal(dim1=-2, dim2=-1)  # [..., d]
         total = (pivots / self.noise.double().sqrt().unsqueeze(-1)).log().sum(-1)
-        return total.clamp(min=0).to(self.noise.dtype)
+        return total.clamp(min=0).to(self.dtype)
 
     @property
     def effective_dimension(self) -> Tensor:
         """Effective dimension of the set, [...], from 0 to d; Eq. (5)."""
         inverse = triangular_inverse(self.cholesky) * self.noise.double().sqrt()[..., None, None]
         size = self.cholesky.shape[-1]
-        return (size - inverse.square().sum((-2, -1))).clamp(min=0).to(self.noise.dtype)
+        return (size - inverse.square().sum((-2, -1))).clamp(min=0).to(self.dtype)
 
     def leverage(self, vectors: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the leverage scores w uᵀA⁻¹u of items inside or outside the set; Eq. (3).
@@ -125,7 +132,7 @@ class CholeskyFactor:
         expected = (*self.noise.shape, vectors.shape[-2], self.cholesky.shape[-1])
         if vectors.shape != expected:
             raise ValueError(f"vectors must have shape {expected}, got {tuple(vectors.shape)}")
-        dtype = self.noise.dtype
+        dtype = self.dtype
         if weights is None and bool(((self.vector_scale == 1) & (self.weight_scale == 1)).all()):
             rows = vectors.to(dtype)
         else:
@@ -138,6 +145,39 @@ class CholeskyFactor:
                 f"got leverage scores that are NaN or infinite in {dtype}"
             )
         return scores
+
+
+def prepare_set(
+    vectors: Tensor, weights: Tensor | None, valid: Tensor | None, ridge: float, relative: bool
+) -> tuple[WeightedSet, Tensor, torch.dtype]:
+    """Return a weighted set, its noise variance σ² [...], and the dtype of results for these inputs.
+
+    The set and σ² are float64 where σ² is so small that the rounding errors of a Gram matrix in float32 would change
+    the results: they would count as signal in directions in which the set has none.
+
+    Raises:
+        TypeError: an input has the wrong type or dtype.
+        ValueError: shapes do not match, an input is NaN, infinite or negative, or the Gram matrix overflows.
+
+    """
+    check_ridge(ridge)
+    items = WeightedSet.from_vectors(vectors, weights, valid, relative)
+    noise = noise_variance(items.gram, ridge, relative)
+    dtype = items.gram.dtype
+    if dtype != torch.float64:
+        trace = items.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        limit = MIN_FLOAT32_RIDGE * trace / items.gram.shape[-1]
+        is_small = ridge < MIN_FLOAT32_RIDGE if relative else bool((noise < limit).any())
+        if is_small:
+            items = WeightedSet.from_vectors(vectors, weights, valid, relative, torch.float64)
+            noise = noise_variance(items.gram, ridge, relative)
+    return items, noise, dtype
+
+
+def _make_factor(items: WeightedSet, gram: Tensor, noise: Tensor, dtype: torch.dtype) -> CholeskyFactor:
+    """Return the factor of a Gram matrix of scaled rows, whose methods return results in `dtype`."""
+    scales = items.vector_scale.to(dtype), items.weight_scale.to(dtype)
+    return CholeskyFactor(factorize_gram(gram, noise), noise, *scales, dtype)
 
 
 def factorize(
@@ -159,10 +199,8 @@ def factorize(
         (tensor(1.), tensor([0.5000, 0.5000]))
 
     """
-    check_ridge(ridge)
-    items = WeightedSet.from_vectors(vectors, weights, valid, relative)
-    noise = noise_variance(items.gram, ridge, relative)
-    return CholeskyFactor(factorize_gram(items.gram, noise), noise, items.vector_scale, items.weight_scale)
+    items, noise, dtype = prepare_set(vectors, weights, valid, ridge, relative)
+    return _make_factor(items, items.gram, noise, dtype)
 
 
 def capacity(
@@ -205,15 +243,13 @@ def capacity(
         tensor(1.3313)
 
     """
-    check_ridge(ridge)
-    items = WeightedSet.from_vectors(vectors, weights, valid, relative)
-    noise = noise_variance(items.gram, ridge, relative)
+    items, noise, dtype = prepare_set(vectors, weights, valid, ridge, relative)
     gram = items.gram
     if subset is not None:
         shape = items.weights.shape
         rows = items.rows * check_subset(subset, shape, items.weights.device).unsqueeze(-1)
         gram = matmul(rows.mT, rows)
-    return CholeskyFactor(factorize_gram(gram, noise), noise, items.vector_scale, items.weight_scale).capacity
+    return _make_factor(items, gram, noise, dtype).capacity
 
 
 def leverage_scores(
@@ -246,9 +282,8 @@ def leverage_scores(
         tensor([0.4651, 0.4651, 0.8696])
 
     """
-    check_ridge(ridge)
-    items = WeightedSet.from_vectors(vectors, weights, valid, relative)
-    return row_leverage(items.rows, items.gram, noise_variance(items.gram, ridge, relative))
+    items, noise, dtype = prepare_set(vectors, weights, valid, ridge, relative)
+    return row_leverage(items.rows, items.gram, noise).to(dtype).clamp(max=_below_one(dtype))
 
 
 def effective_dimension(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from suffice.information.capacity import noise_variance, row_leverage
+from suffice.information.capacity import noise_variance, prepare_set, row_leverage
 from suffice.information.linalg import matmul, working_dtype
 from suffice.information.validation import check_count, check_floating, check_mask, check_ridge, check_vectors
 from suffice.information.weighted_set import WeightedSet
@@ -90,12 +90,10 @@ def select_by_leverage(
         tensor([0, 2])
 
     """
-    check_ridge(ridge)
     check_count("rounds", rounds)
     vectors = check_vectors(vectors)
     candidates, protected = _check_candidates(vectors.shape[:-1], vectors.device, budget, valid, protected)
-    items = WeightedSet.from_vectors(vectors, weights, valid, relative)
-    noise = noise_variance(items.gram, ridge, relative)
+    items, noise, _ = prepare_set(vectors, weights, valid, ridge, relative)
     rows, gram, kept = items.rows, items.gram, candidates
     total = candidates.sum(-1, keepdim=True)  # [..., 1]
     for step in range(1, rounds + 1):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
-from suffice.kv.attention.masks import dense_mask
+from suffice.kv.attention.masks import additive_mask, dense_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,14 @@ class AttentionCall:
         Some models compute a layer for the last tokens only, whose queries read the keys of all new tokens.
         """
         new = self.query.shape[2]
-        mask = None if self.mask is None else self.mask[..., -new:]
+        mask = self.mask
+        if isinstance(mask, Tensor):
+            mask = mask[..., -new:]
+        elif mask is not None:
+            # A block mask has no columns. The rows are those of the last tokens already.
+            readable = dense_mask(mask, self.key.shape[2])
+            assert readable is not None
+            mask = additive_mask(readable[..., -new:, -new:], self.query.dtype)
         return replace(self, key=self.key[:, :, -new:], value=self.value[:, :, -new:], mask=mask)
 
 

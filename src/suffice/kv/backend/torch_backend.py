@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from suffice.information import CholeskyFactor, factorize, gram_matrix, psd_cholesky
+from suffice.information.capacity import MIN_FLOAT32_RIDGE
 from suffice.kv.attention.ragged_attention import RaggedEntries, attend_by_head
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.directions import Directions
@@ -27,7 +28,7 @@ class TorchFactor:
     def __init__(
         self, log_weights: Tensor, directions: Directions, stats: AttentionStats, ridge: float, relative: bool
     ) -> None:
-        self._log_weights = log_weights
+        self._log_weights, self._ridge = log_weights, ridge
         self._weights = linear_weights(log_weights)
         self._vectors = directions.vectors(stats)
         self._factor: CholeskyFactor = factorize(self._vectors, self._weights, ridge=ridge, relative=relative)
@@ -60,12 +61,14 @@ class TorchFactor:
         factor = self._factor
         index = kept.clamp_min(0)
         weights = self._weights.gather(2, index).masked_fill(kept < 0, 0)
+        if self._ridge < MIN_FLOAT32_RIDGE:
+            weights = weights.double()
         vectors = self._vectors.gather(2, index[..., None].expand(-1, -1, -1, self._vectors.shape[-1]))
         # The factor and its noise variance are in scaled units.
         vectors = vectors / factor.vector_scale[..., None, None]
         ratio = gram_matrix(vectors, weights / factor.weight_scale[..., None]) / factor.noise[..., None, None]
-        identity = torch.eye(ratio.shape[-1], device=ratio.device)
-        kept_capacity = psd_cholesky(identity + ratio).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        identity = torch.eye(ratio.shape[-1], dtype=ratio.dtype, device=ratio.device)
+        kept_capacity = psd_cholesky(identity + ratio).diagonal(dim1=-2, dim2=-1).log().sum(-1).to(factor.dtype)
         # If the capacity of a head is 0, none is lost.
         return torch.where(factor.capacity > 0, kept_capacity / factor.capacity, torch.ones_like(kept_capacity))
 

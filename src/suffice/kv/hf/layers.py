@@ -53,7 +53,8 @@ def compressed_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     These are the layers with full attention.
 
     Raises:
-        ValueError: the model has no such layers, or the attention of one does not show its queries to the cache.
+        ValueError: the model has no such layers, or the attention of one does not show its queries to the cache or has
+            an unsupported option.
 
     """
     name = type(model).__name__

@@ -30,6 +30,10 @@ from suffice.kv.storage.base import (
 
 _POSITIONS = ("positions", "rope_positions")
 
+_PACKED = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_INDEX_OPTIONS = frozenset(("sliding_window", *_PACKED))
+"""Options that FlashAttention applies to the indices of entries: a window, and the ends of texts that are packed."""
+
 
 class AlignedStorage(Storage):
     """Base class of storages whose heads all have the same length. Entries are right-aligned in each row.
@@ -114,11 +118,11 @@ class AlignedStorage(Storage):
             values: [batch, any heads, width, value_dim].
 
         """
-        # FlashAttention would apply a window to the indices of the entries.
-        options = {**call.options, "sliding_window": None} if call.options.get("sliding_window") else call.options
+        options = call.options
         format_ = mask_format(call.implementation)
         if format_ is MaskFormat.PADDING:
             mask = None if self.is_full else self.valid
+            options = {name: option for name, option in options.items() if name not in _INDEX_OPTIONS}
         elif format_ is MaskFormat.BLOCK:
             mask = self._extend_mask(replace(call, mask=call.dense_mask))
             mask = None if mask is None else additive_mask(mask, call.query.dtype)
