@@ -15,8 +15,8 @@ from suffice.kv.cache.batched import BatchedCaches
 from suffice.kv.cache.shared_prefill import prefill
 from tests.kv.families import build as build_family
 from tests.kv.families import model_classes, randomize, tiny_config
-from tests.kv.family_cases import Case
-from tests.kv.family_checks import CHECKS
+from tests.kv.family_cases import Case, MaskedOracle
+from tests.kv.family_checks import CHECKS, kept_positions
 from tests.kv.tiny import VOCABULARY, answer, left_padded, prompt
 
 _SHARED: dict[str, Any] = {
@@ -184,6 +184,11 @@ def test_failed_pass_of_a_model_with_linear_states_makes_the_cache_refuse():
         ("jetmoe", "must pass the keys and values of its cache .*, whose JetMoeAttention changes them in between"),
         ("mamba", "must (have a KV cache|use the DynamicCache of transformers), got MambaForCausalLM"),
         ("xlnet", "must use the DynamicCache of transformers, got XLNetLMHeadModel, which makes a cache of its own"),
+        pytest.param(
+            "deepseek_v32",
+            "must have layers with full attention or a sliding window, got DeepseekV32ForCausalLM, whose cache consists",
+            marks=pytest.mark.skipif(not has_layers_of_many_kinds(), reason="transformers does not have it"),
+        ),
         pytest.param(
             "diffllama",
             "must pass the keys and values of its cache .*, whose DiffLlamaAttention changes them in between",
@@ -354,3 +359,80 @@ def test_profile_of_latents_is_the_largest_attention_of_all_heads():
     for numbers, attention in zip(profile.attention, attentions, strict=True):
         expected = attention[0, :, 40:, :40].amax((0, 1)).mean()
         torch.testing.assert_close(torch.tensor(numbers), expected[None], atol=1e-5, rtol=1e-4)
+
+
+_SLIDING = ("mistral", "moshi", "recurrent_gemma")
+
+
+@pytest.mark.parametrize("family", _SLIDING)
+@pytest.mark.parametrize("name", ["full", "half", "equal", "always", "padding", "window"])
+def test_layers_of_models_with_sliding_windows_only_are_compressed(family, name):
+    """Against the stock model with the evicted entries masked, for prompts longer and shorter than the window."""
+    if family == "recurrent_gemma" and not has_layers_of_many_kinds():
+        pytest.skip("it makes a cache of its own")
+    CHECKS[name](Case(family, build_family(family)))
+
+
+@pytest.mark.parametrize("policy", ["capkv", "capkv-profile", "h2o"])
+@pytest.mark.parametrize("evict", ["prefill", "always"])
+def test_entries_that_left_the_window_are_dropped(policy, evict):
+    """Every token is compared with a full cache, whose mask has the window and hides what is not kept."""
+    model = build_family("mistral")  # a window of 16 tokens
+    ids = torch.cat((prompt(40), prompt(50, seed=1)), 1)
+    cache = CompressedCache(model, policy, 8, evict=evict, interval=3)
+    step(model, ids[:, :40], cache)
+    oracle = MaskedOracle(Case("mistral", model))
+    oracle.forward(ids[:, :40], {})
+    for position, token in enumerate(ids[:, 40:].split(1, 1), 40):
+        kept = kept_positions(cache)
+        logits = step(model, token, cache)
+        torch.testing.assert_close(logits, oracle.forward(token, kept), atol=1e-3, rtol=1e-3)
+        for layer in cache.compressed_layers:
+            positions = layer.storage.positions
+            assert positions.max() == position
+            assert positions[positions >= 0].min() > position - 16
+    assert max(head.tokens_kept for head in cache.report().heads) <= 16
+    assert cache.report().bytes_full == 15 * 2 * cache.compressed_layers[0].storage.bytes_per_entry * 4
+
+
+def test_text_that_fits_into_the_window_is_compressed_as_with_full_attention():
+    windowed, full = (build_family("mistral", window=window) for window in (64, 10_000))
+    for policy in ("capkv", "snapkv", "capkv-profile"):
+        kept = []
+        for model in (windowed, full):
+            cache = CompressedCache(model, policy, 0.5)
+            step(model, prompt(40), cache)
+            kept.append([layer.storage.positions for layer in cache.compressed_layers])
+        assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+
+
+def test_caches_of_sliding_windows_are_copied_saved_shared_and_batched(tmp_path):
+    model = build_family("mistral")
+    ids, more = prompt(40), prompt(20, seed=3)
+    cache = CompressedCache(model, "capkv-profile", 0.5, measure_capacity=False)
+    step(model, ids, cache)
+    saved = cache.save(model, tmp_path / "cache.safetensors")
+    batch, first = BatchedCaches([cache.copy(), cache.copy()]), cache.copy()
+    expected = [step(model, piece, first) for piece in more.split([1, 4, 1, 14], 1)]
+    shared = [CompressedCache(model, "capkv-profile", 0.5, measure_capacity=False) for _ in range(2)]
+    prefill(model, {"input_ids": ids}, shared)
+    for other in (cache, CompressedCache.load(saved, model), *shared):
+        for piece, logits in zip(more.split([1, 4, 1, 14], 1), expected, strict=True):
+            torch.testing.assert_close(step(model, piece, other), logits)
+    for piece, logits in zip(more.split([1, 4, 1, 14], 1), expected, strict=True):
+        torch.testing.assert_close(step(model, piece.expand(2, -1), batch), logits.expand(2, -1, -1))
+
+
+def test_settings_that_sliding_windows_do_not_support_are_refused():
+    model = build_family("mistral")
+    with pytest.raises(ValueError, match="allocation must give each layer a budget of its own for MistralForCausalLM"):
+        CompressedCache(model, "capkv", allocation="marginal")
+    with pytest.raises(ValueError, match="rerotate must be False for MistralForCausalLM"):
+        CompressedCache(model, "capkv", rerotate=True)
+    with pytest.raises(ValueError, match="quantized must be None for MistralForCausalLM"):
+        CompressedCache(model, "capkv", quantized="quanto")
+    cache = CompressedCache(model, "capkv")
+    step(model, prompt(20), cache)
+    with pytest.raises(ValueError, match="crop must be called while the text is shorter than the window of 16 tokens"):
+        cache.crop(-1)
+    assert not cache.is_croppable

@@ -156,15 +156,15 @@ class AttentionCall:
         return replace(self, key=self.key[:, :, -new:], value=self.value[:, :, -new:], mask=mask)
 
 
-def attach_padding(mask: Any, valid: Tensor) -> None:
+def attach_padding(mask: Any, valid: Tensor | None) -> None:
     """Attach the padding of the new tokens to a mask. All layers get the same mask, so the padding is read only once.
 
     Args:
         mask: the mask that the model passes to its attention function.
-        valid: bool [batch, new], False on padding.
+        valid: bool [batch, new], False on padding; None if there is none.
 
     """
-    mask._suffice_padding = Padding.from_mask(valid)
+    mask._suffice_padding = None if valid is None else Padding.from_mask(valid)
 
 
 def run_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:

@@ -85,10 +85,13 @@ def _attention_function(implementation: str) -> Callable[..., tuple[Tensor, Tens
 def _mask_function(implementation: str) -> Callable[..., Any]:
     def make_mask_with_padding(*arguments: Any, attention_mask: Tensor | None = None, **options: Any) -> Any:
         mask = ALL_MASK_ATTENTION_FUNCTIONS[implementation](*arguments, attention_mask=attention_mask, **options)
-        if mask is not None and attention_mask is not None:
-            # The padding cannot be read from the mask itself if all queries of a row are padding.
-            first = int(options["kv_offset"])
-            attach_padding(mask, attention_mask[:, first : first + int(options["kv_length"])].bool())
+        if mask is not None:
+            # The padding cannot be read from the mask itself if all queries of a row are padding, or if a window hides
+            # the first tokens from the last one.
+            first, valid = int(options["kv_offset"]), attention_mask
+            if valid is not None:
+                valid = valid[:, first : first + int(options["kv_length"])].bool()
+            attach_padding(mask, valid)
         return mask
 
     return make_mask_with_padding

@@ -22,6 +22,7 @@ from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.positions import check_position_ids, check_window
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.settings import CacheSettings, StorageConfig
+from suffice.kv.cache.sliding_layer import SlidingLayer
 from suffice.kv.cache.source_layer import SourceLayer
 from suffice.kv.cache.state import EarlierMask
 from suffice.kv.hf.layers import (
@@ -29,6 +30,7 @@ from suffice.kv.hf.layers import (
     caches_latents,
     compressed_layers,
     find_decoder,
+    sliding_window,
     source_layers,
     stock_layers,
 )
@@ -55,7 +57,8 @@ class CompressedCache(Cache):
     The first forward pass over the cache is the prefill. Each layer evicts right after its own attention over the whole
     prompt, so at most one layer holds all entries at a time. Later tokens, such as a question about a compressed
     document and its answer, are appended and all kept. With `evict="always"`, evictions continue, so that the budget
-    also limits prompts that are read in chunks, and generated tokens. Layers with a sliding window are not compressed.
+    also limits prompts that are read in chunks, and generated tokens. In a model that has layers with full attention,
+    those with a sliding window are not compressed.
 
     Args:
         model: the transformers model, or a `PeftModel`, a compiled or a data-parallel model that contains it. While a
@@ -130,6 +133,10 @@ class CompressedCache(Cache):
         is_global = self.policy.allocation.is_global
         compressed = list(modules)
         has_latents = any(map(caches_latents, modules.values()))
+        stock = stock_layers(model)
+        window = sliding_window(stock[compressed[0]], model)
+        if window is not None:
+            _check_sliding(model, self.policy, quantized, rerotate=rerotate)
         rotaries = _find_rotary_embeddings(model, compressed, self.policy, rerotate=rerotate)
         used = [rotary for rotary in rotaries.values() if isinstance(rotary, RotaryEmbedding)]
         self._window = context_window(model) if rerotate else None
@@ -145,7 +152,8 @@ class CompressedCache(Cache):
             measure_capacity=measure_capacity and evict == "prefill" and not is_global,
             num_layers=len(compressed),
             storage=StorageConfig(
-                self.policy.allocation.per_head and not has_latents, _check_quantization(quantized, self.policy)
+                window is not None or (self.policy.allocation.per_head and not has_latents),
+                _check_quantization(quantized, self.policy),
             ),
             sharding=Sharding.from_model(model),
             max_entries=max_entries,
@@ -154,7 +162,7 @@ class CompressedCache(Cache):
             _check_latents(model, self.policy)
         global_budget = GlobalBudget(len(compressed)) if is_global else None
         self._hook = AttentionHook(find_decoder(model))
-        layers, sources = stock_layers(model), source_layers(model)
+        layers, sources = stock, source_layers(model)
         for order, index in enumerate(compressed):
             layers[index] = _compressed_layer(
                 layers[index],
@@ -166,6 +174,7 @@ class CompressedCache(Cache):
                 global_budget=global_budget,
                 rotaries_to_clear=used if index == compressed[-1] else (),
                 has_readers=index in sources,
+                window=window,
             )
         super().__init__(layers=layers)
         self._rotates = bool(used)
@@ -392,10 +401,12 @@ class CompressedCache(Cache):
         return f"CompressedCache(policy={self.policy.name!r}, budget={self.budget}, {self.report()})"
 
 
-def _compressed_layer(stock: Any, *, has_readers: bool, **arguments: Any) -> CompressedLayer:
+def _compressed_layer(stock: Any, *, has_readers: bool, window: int | None, **arguments: Any) -> CompressedLayer:
     """Return the compressed layer that takes the place of a layer of the model's own cache."""
     if has_readers:
         return SourceLayer(**arguments)
+    if window is not None:
+        return SlidingLayer(window, **arguments)
     if caches_latents(arguments["module"]):
         return LatentLayer(**arguments)
     if type(stock) is not HYBRID_LAYER:
@@ -450,6 +461,20 @@ def _check_latents(model: PreTrainedModel, policy: Policy) -> None:
         )
     if Sharding.from_model(model) is not None:
         raise ValueError(f"{name} must not be tensor-parallel, because its heads share cached latents, got one that is")
+
+
+def _check_sliding(model: PreTrainedModel, policy: Policy, quantized: object, *, rerotate: bool) -> None:
+    """Raise an error if a setting is not supported for layers with a sliding window."""
+    where = f"for {type(model).__name__}, all of whose layers have a sliding window"
+    if policy.allocation.is_global:
+        raise ValueError(
+            f"allocation must give each layer a budget of its own {where}, got {policy.allocation}. Use 'profile' or "
+            "'equal'"
+        )
+    if quantized is not None:
+        raise ValueError(f"quantized must be None {where}, got {quantized!r}")
+    if rerotate:
+        raise ValueError(f"rerotate must be False {where}, got True: keys must keep their distances")
 
 
 def _check_quantization(quantized: str | Quantization | None, policy: Policy) -> Quantization | None:

@@ -84,6 +84,7 @@ def plan_eviction(
     num_appended: int,
     num_new: int,
     is_first: bool,
+    max_readable: int | None = None,
 ) -> EvictionPlan | None:
     """Return which rows evict after an attention call; None if no row does.
 
@@ -94,6 +95,7 @@ def plan_eviction(
         num_appended: number of tokens since the last eviction, including the new tokens.
         num_new: number of new tokens.
         is_first: whether the layer is empty.
+        max_readable: number of tokens that the next token can read. Earlier ones count as not seen. None for no limit.
 
     Raises:
         ValueError: the protected entries do not fit into the budget of a row.
@@ -102,6 +104,8 @@ def plan_eviction(
     if not (is_first or settings.evict_always):
         return None
     num_seen = [max(0, num_input_tokens - row.num_padding) for row in rows]
+    if max_readable is not None:
+        num_seen = [min(seen, max_readable) for seen in num_seen]
     limit = math.inf if settings.max_entries is None else settings.max_entries
     allowed = [int(min(num_allowed(settings.budget, seen), limit)) for seen in num_seen]
     if is_first or num_new > 1:

@@ -150,6 +150,11 @@ class CompressedLayer(DynamicLayer):
         self.post_attention(call, attention)
         return output, attention
 
+    @property
+    def max_readable(self) -> int | None:
+        """Number of entries that the next token can read; None if it can read all."""
+        return None
+
     def owns(self, call: AttentionCall) -> bool:
         """Return whether an attention call is of the attention module of this layer."""
         return call.module is self._module()
@@ -183,6 +188,7 @@ class CompressedLayer(DynamicLayer):
             num_appended=state.num_appended,
             num_new=num_new,
             is_first=self.storage is None,
+            max_readable=self.max_readable,
         )
         if self.order == 0 and self._looks_like_a_second_chunk(num_new):
             warnings.warn(_CHUNKS_ARE_KEPT, stacklevel=2)
@@ -277,7 +283,7 @@ class CompressedLayer(DynamicLayer):
         queries, query_positions = self._queries(call)
         scored_queries, keys, values = self.scored_tensors(queries, entries)
         sharding, has_holes = self._sharding(keys.shape[1]), self.state.has_holes
-        if self.storage is None and not has_holes:
+        if self.storage is None and not has_holes and keys.shape[2] == self.state.num_seen:
             valid = entries.positions[:, 0] >= 0 if any(self.state.num_padding) else None
             positions = EntryPositions(valid=valid, num_seen=plan.num_seen)
         else:

@@ -42,7 +42,7 @@ class CacheReport:
         policy: name of the policy.
         heads: one report for each compressed layer and KV head.
         batch: number of rows of the batch.
-        bytes_full: bytes that the same cache would hold without eviction, including sliding-window layers.
+        bytes_full: bytes that the same cache would hold without eviction, including layers that are not compressed.
         bytes_kept: bytes of all keys and values that the cache holds.
         bytes_index: bytes of positions, columns and spare slots.
         capacity_retained: share of the capacity that the kept entries carry, averaged over layers, heads and rows; None

@@ -92,6 +92,7 @@ class _SharedCompressedLayer(DynamicLayer):
     def __init__(self, layers: tuple[CompressedLayer, ...], seconds: list[float], share_statistics: bool) -> None:
         super().__init__()
         self._layers, self._seconds, self._share_statistics = layers, seconds, share_statistics
+        self.is_sliding = layers[0].is_sliding
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         for layer in self._layers:

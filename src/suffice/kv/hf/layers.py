@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, cache_utils
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from suffice.kv.attention.options import check_attention_options
 from suffice.kv.hf.attention_source import CacheUse, cache_use
@@ -50,7 +50,7 @@ def stock_layers(model: PreTrainedModel) -> list[Any]:
 def compressed_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Return the attention modules of the layers that a cache compresses, by layer index.
 
-    These are the layers with full attention.
+    These are the layers with full attention or, in a model that has none, those with a sliding window.
 
     Raises:
         ValueError: the model has no such layers, or the attention of one does not show its queries to the cache or has
@@ -70,9 +70,13 @@ def compressed_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
         for index, layer in enumerate(layers)
         if type(layer) in (DynamicLayer, HYBRID_LAYER) and not _is_cross_attention(modules.get(index))
     ]
+    indices = indices or [index for index, layer in enumerate(layers) if sliding_window(layer, model) is not None]
     if not indices:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
-        raise ValueError(f"model must have layers with full attention, got {name}, whose cache consists of {kinds}")
+        raise ValueError(
+            f"model must have layers with full attention or a sliding window, got {name}, whose cache consists of "
+            f"{kinds}"
+        )
     for index in indices:
         if index not in modules:
             raise ValueError(
@@ -82,6 +86,14 @@ def compressed_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
             )
         _check_module(modules[index], name)
     return {index: modules[index] for index in indices}
+
+
+def sliding_window(layer: Any, model: PreTrainedModel) -> int | None:
+    """Return how many tokens a token reads in a layer of the model's own cache; None if it has no sliding window."""
+    config: Any = model.config.get_text_config(decoder=True)
+    # Layers that read chunks of a fixed size have the same class, but the chunks do not slide.
+    is_chunked = getattr(config, "attention_chunk_size", None) is not None
+    return None if type(layer) is not DynamicSlidingWindowLayer or is_chunked else layer.sliding_window
 
 
 def source_layers(model: PreTrainedModel) -> list[int]:

@@ -188,6 +188,12 @@ class AlignedStorage(Storage):
         self._parts["positions"] = self._parts["positions"].masked_fill(masked, -1)
         self._is_full = None
 
+    def keep_last(self, count: int) -> None:
+        """Keep the newest entries of every row and head, at most `count`, and remove all others."""
+        if count < self.width:
+            self._parts = {name: self._stored(name)[:, :, -count:] for name in self._parts}
+            self.width, self._spare, self._is_full = count, SpareSlots(count), None
+
     def copy(self) -> Self:
         """Return a storage that shares the tensors."""
         self._spare.is_shared = True
