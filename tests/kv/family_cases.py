@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
+from suffice.kv import CompressedCache
 from tests.kv.families import VOCABULARY, WINDOW, build
 
 LENGTH = 40  # tokens of the prompt
@@ -42,6 +44,9 @@ class Case:
 
     family: str
     model: PreTrainedModel = field(repr=False)
+    _cross_attention: weakref.WeakKeyDictionary[Any, Any] = field(
+        default_factory=weakref.WeakKeyDictionary, init=False, repr=False
+    )
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -84,6 +89,7 @@ class Case:
     def generate(self, ids: Tensor, mask: Tensor | None = None, cache: Any = None) -> tuple[Tensor, Tensor]:
         """Return `NEW` greedily generated tokens, [rows, new], and their logits, [rows, new, vocabulary]."""
         mask = torch.ones_like(ids) if mask is None else mask
+        cache = self._with_cross_attention(cache)
         with torch.no_grad():
             out = self.model.generate(
                 **self.text_inputs(ids, mask),
@@ -101,11 +107,20 @@ class Case:
             )
         return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)
 
+    def _with_cross_attention(self, cache: Any) -> Any:
+        """Return a compressed cache together with the cache of the cross-attention, if the model has an encoder."""
+        if not self.is_encoder_decoder or not isinstance(cache, CompressedCache):
+            return cache
+        if cache not in self._cross_attention:
+            self._cross_attention[cache] = DynamicCache()
+        return EncoderDecoderCache(cache, self._cross_attention[cache])
+
     def forward(self, ids: Tensor, cache: Any) -> Any:
         """Continue from a cache with more tokens; return the output of the model."""
         inputs = {"decoder_input_ids" if self.is_encoder_decoder else "input_ids": ids}
+        own = self._with_cross_attention(cache)
         with torch.no_grad():
-            out = self.model(**inputs, **self.other_inputs(len(ids)), past_key_values=cache, use_cache=True)
+            out = self.model(**inputs, **self.other_inputs(len(ids)), past_key_values=own, use_cache=True)
         if cache is None and getattr(out, "past_key_values", None) is None:
             # The model returns no cache of its own, but may fill one that it gets.
             cache = DynamicCache(config=self.model.config)

@@ -186,7 +186,7 @@ def test_failed_pass_of_a_model_with_linear_states_makes_the_cache_refuse():
         ("xlnet", "must use the DynamicCache of transformers, got XLNetLMHeadModel, which makes a cache of its own"),
         pytest.param(
             "deepseek_v32",
-            "must have layers with full attention or a sliding window, got DeepseekV32ForCausalLM, whose cache consists",
+            "must have layers with full attention or a sliding window, got DeepseekV32ForCausalLM, whose cache",
             marks=pytest.mark.skipif(not has_layers_of_many_kinds(), reason="transformers does not have it"),
         ),
         pytest.param(
@@ -436,3 +436,19 @@ def test_settings_that_sliding_windows_do_not_support_are_refused():
     with pytest.raises(ValueError, match="crop must be called while the text is shorter than the window of 16 tokens"):
         cache.crop(-1)
     assert not cache.is_croppable
+
+
+@pytest.mark.parametrize("family", ["m2m_100", "pegasus_x", "florence2"])
+@pytest.mark.parametrize("name", ["full", "half", "equal", "always", "padding"])
+def test_self_attention_of_decoders_with_an_encoder_is_compressed(family, name):
+    """Against the stock model with the evicted entries masked; cross-attention reads all of the encoder."""
+    CHECKS[name](Case(family, build_family(family)))
+
+
+def test_cache_of_an_encoder_decoder_model_must_come_with_one_for_cross_attention():
+    model = build_family("m2m_100")
+    inputs = {"input_ids": prompt(20), "decoder_input_ids": prompt(10)}
+    cache = CompressedCache(model, "capkv")
+    with pytest.raises(ValueError, match=r"past_key_values must be EncoderDecoderCache\(CompressedCache"):
+        model(**inputs, past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == 0

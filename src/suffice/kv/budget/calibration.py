@@ -45,7 +45,8 @@ def calibrate(
     The model reads a text followed by the same text, in one forward pass. For each token of the first copy and each KV
     head, take the largest attention that the token receives from any query of the second copy and any query head of
     the GQA group. The number of the head is the mean over the tokens. KVzip (2505.23416) scores the tokens of each
-    input by the same attention; here it is measured once for a model.
+    input by the same attention; here it is measured once for a model. The decoder of an encoder-decoder model runs
+    alone.
 
     Args:
         model: the model to measure.
@@ -77,12 +78,17 @@ def calibrate(
         index: _Measurement(first.shape[1], share_entries=caches_latents(module))
         for index, module in measured_layers.items()
     }
+    cache = _MeasuringCache(model, measurements)
     network: Any = model
+    decoder: Any = find_decoder(model)
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            network(ids, past_key_values=_MeasuringCache(model, measurements), use_cache=True, logits_to_keep=1)
+            if model.config.is_encoder_decoder:
+                decoder(ids, past_key_values=cache, use_cache=True)  # without an input for the encoder
+            else:
+                network(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     finally:
         model.train(training)
         del hook  # restores the attention function of the model

@@ -178,6 +178,7 @@ class CompressedCache(Cache):
             )
         super().__init__(layers=layers)
         self._rotates = bool(used)
+        self._needs_cross_attention_cache = bool(model.config.is_encoder_decoder)
         self._updated: CompressedLayer | None = None  # the layer whose attention call follows
         self._pass = ForwardPass()
 
@@ -192,6 +193,11 @@ class CompressedCache(Cache):
         """
         if not self._hook.belongs_to(decoder):
             raise ValueError(_WRONG_MODEL)
+        if self._needs_cross_attention_cache and inputs.get("past_key_values") is self:
+            raise ValueError(
+                "past_key_values must be EncoderDecoderCache(CompressedCache(model, ...), DynamicCache()) for an "
+                "encoder-decoder model, got a CompressedCache. It compresses the self-attention of the decoder only"
+            )
         if self._rotates:
             needed_by = "rerotate=True" if self.settings.rerotate else f"policy {self.policy.name!r}"
             check_position_ids(inputs, self.compressed_layers[0].state, needed_by)

@@ -21,6 +21,9 @@ LINEAR_LAYER: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", Cache
 def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
     """Return the transformer that the cache is passed to."""
     decoder: Any = model.get_decoder()
+    if decoder is not model and getattr(getattr(decoder, "config", None), "is_encoder_decoder", False):
+        inner: Any = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
+        decoder = inner if isinstance(inner, PreTrainedModel) else decoder
     # Some models have another module under the name of the decoder, such as the last projection.
     base: Any = model.base_model
     return decoder if isinstance(decoder, PreTrainedModel) else base
