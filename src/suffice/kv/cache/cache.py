@@ -17,16 +17,13 @@ from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.budget.protection import Protection
 from suffice.kv.cache.forward_pass import ForwardPass
 from suffice.kv.cache.global_budget import GlobalBudget
-from suffice.kv.cache.latent_layer import LatentLayer
 from suffice.kv.cache.layer import CompressedLayer
+from suffice.kv.cache.layer_kinds import check_latents, check_sliding, make_layer
 from suffice.kv.cache.positions import check_position_ids, check_window
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.settings import CacheSettings, StorageConfig
-from suffice.kv.cache.sliding_layer import SlidingLayer
-from suffice.kv.cache.source_layer import SourceLayer
 from suffice.kv.cache.state import EarlierMask
 from suffice.kv.hf.layers import (
-    HYBRID_LAYER,
     caches_latents,
     compressed_layers,
     find_decoder,
@@ -136,7 +133,7 @@ class CompressedCache(Cache):
         stock = stock_layers(model)
         window = sliding_window(stock[compressed[0]], model)
         if window is not None:
-            _check_sliding(model, self.policy, quantized, rerotate=rerotate)
+            check_sliding(model, self.policy, quantized, rerotate=rerotate)
         rotaries = _find_rotary_embeddings(model, compressed, self.policy, rerotate=rerotate)
         used = [rotary for rotary in rotaries.values() if isinstance(rotary, RotaryEmbedding)]
         self._window = context_window(model) if rerotate else None
@@ -159,12 +156,12 @@ class CompressedCache(Cache):
             max_entries=max_entries,
         )
         if has_latents:
-            _check_latents(model, self.policy)
+            check_latents(model, self.policy)
         global_budget = GlobalBudget(len(compressed)) if is_global else None
         self._hook = AttentionHook(find_decoder(model))
         layers, sources = stock, source_layers(model)
         for order, index in enumerate(compressed):
-            layers[index] = _compressed_layer(
+            layers[index] = make_layer(
                 layers[index],
                 settings=self.settings,
                 module=modules[index],
@@ -407,22 +404,6 @@ class CompressedCache(Cache):
         return f"CompressedCache(policy={self.policy.name!r}, budget={self.budget}, {self.report()})"
 
 
-def _compressed_layer(stock: Any, *, has_readers: bool, window: int | None, **arguments: Any) -> CompressedLayer:
-    """Return the compressed layer that takes the place of a layer of the model's own cache."""
-    if has_readers:
-        return SourceLayer(**arguments)
-    if window is not None:
-        return SlidingLayer(window, **arguments)
-    if caches_latents(arguments["module"]):
-        return LatentLayer(**arguments)
-    if type(stock) is not HYBRID_LAYER:
-        return CompressedLayer(**arguments)
-    # Early versions of transformers do not have the base class of this layer.
-    from suffice.kv.cache.hybrid_layer import HybridCompressedLayer
-
-    return HybridCompressedLayer(stock.number_of_states, **arguments)
-
-
 def _find_rotary_embeddings(
     model: PreTrainedModel, layers: Sequence[int], policy: Policy, *, rerotate: bool
 ) -> dict[int, RotaryEmbedding | str | None]:
@@ -455,32 +436,6 @@ def _find_rotary_embeddings(
         if found is not None and policy.weights.needs_rotary and not found.rotates_queries:
             raise ValueError(f"{refused}: in layer {layer}, queries are not rotated as keys are")
     return {layer: encoding.rotary.get(layer) for layer in layers}
-
-
-def _check_latents(model: PreTrainedModel, policy: Policy) -> None:
-    """Raise an error if a cache of latents, which all heads share, does not support a setting."""
-    name = type(model).__name__
-    if policy.allocation.is_global:
-        raise ValueError(
-            f"allocation must give each layer a budget of its own for {name}, which caches latents that all heads "
-            f"share, got {policy.allocation}. Use 'profile' or 'equal'"
-        )
-    if Sharding.from_model(model) is not None:
-        raise ValueError(f"{name} must not be tensor-parallel, because its heads share cached latents, got one that is")
-
-
-def _check_sliding(model: PreTrainedModel, policy: Policy, quantized: object, *, rerotate: bool) -> None:
-    """Raise an error if a setting is not supported for layers with a sliding window."""
-    where = f"for {type(model).__name__}, all of whose layers have a sliding window"
-    if policy.allocation.is_global:
-        raise ValueError(
-            f"allocation must give each layer a budget of its own {where}, got {policy.allocation}. Use 'profile' or "
-            "'equal'"
-        )
-    if quantized is not None:
-        raise ValueError(f"quantized must be None {where}, got {quantized!r}")
-    if rerotate:
-        raise ValueError(f"rerotate must be False {where}, got True: keys must keep their distances")
 
 
 def _check_quantization(quantized: str | Quantization | None, policy: Policy) -> Quantization | None:

@@ -1,0 +1,75 @@
+"""The kinds of compressed layers: which one takes the place of a layer of the model, and what it does not support."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from suffice.kv.cache.latent_layer import LatentLayer
+from suffice.kv.cache.layer import CompressedLayer
+from suffice.kv.cache.sliding_layer import SlidingLayer
+from suffice.kv.cache.source_layer import SourceLayer
+from suffice.kv.hf.layers import HYBRID_LAYER, caches_latents
+from suffice.kv.hf.tensor_parallel import Sharding
+from suffice.kv.policy.policy import Policy
+
+
+def make_layer(stock: Any, *, has_readers: bool, window: int | None, **arguments: Any) -> CompressedLayer:
+    """Return the compressed layer that takes the place of a layer of the model's own cache.
+
+    Args:
+        stock: the layer of the model's own cache.
+        has_readers: whether later layers read its keys and values.
+        window: length of its sliding window in tokens; None if it has full attention.
+        arguments: see `CompressedLayer`.
+
+    """
+    if has_readers:
+        return SourceLayer(**arguments)
+    if window is not None:
+        return SlidingLayer(window, **arguments)
+    if caches_latents(arguments["module"]):
+        return LatentLayer(**arguments)
+    if type(stock) is not HYBRID_LAYER:
+        return CompressedLayer(**arguments)
+    # Early versions of transformers do not have the base class of this layer.
+    from suffice.kv.cache.hybrid_layer import HybridCompressedLayer
+
+    return HybridCompressedLayer(stock.number_of_states, **arguments)
+
+
+def check_latents(model: PreTrainedModel, policy: Policy) -> None:
+    """Raise an error if a cache of latents, which all heads share, does not support a setting.
+
+    Raises:
+        ValueError: the setting is not supported.
+
+    """
+    name = type(model).__name__
+    if policy.allocation.is_global:
+        raise ValueError(
+            f"allocation must give each layer a budget of its own for {name}, which caches latents that all heads "
+            f"share, got {policy.allocation}. Use 'profile' or 'equal'"
+        )
+    if Sharding.from_model(model) is not None:
+        raise ValueError(f"{name} must not be tensor-parallel, because its heads share cached latents, got one that is")
+
+
+def check_sliding(model: PreTrainedModel, policy: Policy, quantized: object, *, rerotate: bool) -> None:
+    """Raise an error if a setting is not supported for layers with a sliding window.
+
+    Raises:
+        ValueError: the setting is not supported.
+
+    """
+    where = f"for {type(model).__name__}, all of whose layers have a sliding window"
+    if policy.allocation.is_global:
+        raise ValueError(
+            f"allocation must give each layer a budget of its own {where}, got {policy.allocation}. Use 'profile' or "
+            "'equal'"
+        )
+    if quantized is not None:
+        raise ValueError(f"quantized must be None {where}, got {quantized!r}")
+    if rerotate:
+        raise ValueError(f"rerotate must be False {where}, got True: keys must keep their distances")
