@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -79,7 +80,9 @@ def _attention_function(implementation: str) -> Callable[..., tuple[Tensor, Tens
         observer = _find_observer(key, module)
         return run_attention(call) if observer is None else observer.attend(call)
 
-    return attention
+    # `torch.compile` would divide the code of a cache into dozens of graphs, and compile many of them again.
+    not_compiled: Any = torch.compiler.disable(attention)
+    return not_compiled
 
 
 def _mask_function(implementation: str) -> Callable[..., Any]:

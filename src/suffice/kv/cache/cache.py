@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
@@ -228,7 +229,8 @@ class CompressedCache(Cache):
         """Note that the current forward pass changes layers from now on."""
         self._pass.has_stored = True
 
-    def update(
+    @torch.compiler.disable  # see `_attention_function` in `hook.py`
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Add new keys and values to a layer and return what its attention reads."""
