@@ -1,4 +1,4 @@
-"""Files of the user: read texts, and check the names of files to write."""
+"""The user's files: read texts, and check the names of files to write."""
 
 from __future__ import annotations
 

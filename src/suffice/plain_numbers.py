@@ -8,7 +8,8 @@ from numbers import Integral, Real
 def plain_number(value: object) -> object:
     """Return an integral number as an int, another real number as a float, and any other value unchanged.
 
-    Arguments may be numbers of NumPy, which are neither an `int` nor JSON. A bool is not a number here.
+    Users may pass NumPy numbers as arguments. Most of them are not an `int` or a `float`, and JSON cannot represent
+    them. A bool is returned unchanged.
 
     Example:
         >>> import numpy as np

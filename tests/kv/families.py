@@ -22,7 +22,7 @@ LAYERS = 4
 WINDOW = 16  # of layers with sliding-window attention
 _HIDDEN = 64
 _HEAD_DIM = 16
-_STD = 0.2  # of weights: attention is then neither uniform nor on one token
+_STD = 0.2  # standard deviation of weights, with which attention is neither uniform nor concentrated on one token
 _MAPPINGS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
@@ -44,7 +44,7 @@ NOT_BUILDABLE: dict[str, str] = {
 
 # ---- Rules -----------------------------------------------------------------------------------------------------------
 
-# Largest values of integers in a configuration, by name.
+# For each name of an integer in a configuration, the largest value to use.
 _SIZES: dict[str, int] = {}
 for _size, _names in (
     (
@@ -128,9 +128,10 @@ def _mrope(*section: int) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(section)}
 
 
-# Changes to the small configuration of a model type, also where it is part of another. Each says what the rules miss.
+# Changes to the small configuration of a model type, also if it is part of another configuration. They are needed where
+# the rules do not give a valid model.
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
-    # Default values that make no model.
+    # Configurations whose default values do not give a valid model.
     "bamba": {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -212,7 +213,7 @@ def model_classes() -> dict[str, str]:
 
 
 def _takes(class_name: str, family: str) -> bool:
-    """Whether a model class takes the configuration of the whole family, and not only that of its text model."""
+    """Return whether a model class takes the configuration of the whole family, not only that of its text model."""
     expected = getattr(transformers, class_name).config_class
     return expected is None or expected is CONFIG_MAPPING[family]
 
@@ -273,7 +274,7 @@ def _shrink_entry(name: str, value: Any, depth: int, layers: list[int]) -> Any:
             return _shrink_rope(value)
         return shrink(value) if name.endswith("_config") or "model_type" in value else value
     if name == "is_decoder":
-        return True  # otherwise models such as BERT read later tokens, and have no cache
+        return True  # otherwise, models such as BERT attend to later tokens and have no cache
     if isinstance(value, int) and not isinstance(value, bool):
         if name in _DEPTHS:
             return len(layers) if value == depth else min(value, LAYERS)

@@ -1,4 +1,4 @@
-"""A tiny model of a family with its inputs, and the oracle that its compressed cache must equal."""
+"""A tiny model of a family with its inputs, and the oracle whose results its compressed cache must reproduce."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class Case:
 
 
 def _token_ids(config: dict[str, Any]) -> Iterator[int]:
-    """Yield all tokens that a configuration gives a meaning."""
+    """Yield all token ids to which a configuration gives a special meaning."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _token_ids(value)
@@ -149,7 +149,7 @@ def _hidden_size(model: PreTrainedModel) -> int:
 
 @functools.lru_cache(maxsize=2)
 def get_case(family: str, window: int = WINDOW) -> Case:
-    """Return the case of a family; the last ones are kept."""
+    """Return the case of a family. The two most recent cases are cached."""
     return Case(family, build(family, window=window))
 
 
@@ -169,17 +169,17 @@ class MaskedOracle:
     def __init__(self, case: Case) -> None:
         self._case = case
         self._cache: Any = None
-        self._num_seen = 0  # tokens, with those of the current call
+        self._num_seen = 0  # number of tokens, including those of the current call
         self._kept: Mapping[int, Tensor] = {}
-        self._kept_of_keys: dict[int, Tensor] = {}  # by the address of keys that several modules read
+        self._kept_of_keys: dict[int, Tensor] = {}  # by the address of the keys, which several modules may read
 
     def forward(self, ids: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
         """Return the logits of new tokens, which read the kept entries and one another.
 
         Args:
             ids: the new tokens, [rows, new].
-            kept: positions that are readable, [rows, num_key_value_heads, any], by the id of the attention module;
-                modules that are not in it read all entries.
+            kept: positions of kept entries, [rows, num_key_value_heads, any], by the id of the attention module. Other
+                modules read all entries.
 
         """
         self._kept, self._kept_of_keys = kept, {}

@@ -4,14 +4,15 @@
     python -m tests.kv.family_checks llama gemma2 -v       # some families, with the traceback of each failure
     python -m tests.kv.family_checks --json out/families.json
 
-Each check compares the compressed cache with the model's own cache. The checks are the functions of `CHECKS`. A status
-is one of
+Most checks compare the compressed cache with the model's own cache. `CHECKS` lists them. The status of a check is one
+of
 
 * passed
 * refused: a ValueError when the cache was made
-* failed: another error, or one that came later
-* wrong: no error, but another result
-* stock: the model does not run here with its own cache and text alone
+* failed: another error, or an error after the cache was made
+* wrong: no error, but a wrong result
+* stock: the model does not run with its own cache if its only input is text
+* not built: the model could not be made
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ TOLERANCE = 1e-4  # relative to the largest logit; rounding errors are 1e-6, a m
 
 
 class WrongResultError(AssertionError):
-    """The compressed cache gave another result than the model's own cache."""
+    """The result of the compressed cache differs from the expected result."""
 
 
 class RefusedError(ValueError):
@@ -102,7 +103,7 @@ def num_readable(cache: CompressedCache) -> int:
 
 
 def check_counts(cache: CompressedCache, least: int, most: int) -> None:
-    """Raise an error unless heads keep `least` to `most` entries on average, and equally many if they have to."""
+    """Check that heads keep `least` to `most` entries on average, and equal numbers if the allocation requires it."""
     counts = [head.tokens_kept for head in cache.report().heads]
     average = sum(counts) / max(1, len(counts))
     if not least <= average <= most:
@@ -144,7 +145,7 @@ def check_half_budget(case: Case, policy: str = POLICIES[0]) -> None:
 
 
 def check_equal_heads(case: Case) -> None:
-    """The same with the policy `capkv`, whose heads keep the same number of entries."""
+    """The check `half` with the policy `capkv`, whose heads keep equal numbers of entries."""
     check_half_budget(case, POLICIES[1])
 
 
@@ -188,7 +189,7 @@ def _states(layer: Any) -> dict[str, Tensor]:
 
 
 def check_padding(case: Case) -> None:
-    """Rows of a left-padded batch equal single runs, where they do with the model's own cache."""
+    """Rows of a left-padded batch equal single runs, for models whose own cache has this property."""
     prompts = [case.prompt(30, seed=1), case.prompt(LENGTH, seed=2)]
     ids, mask = torch.zeros(2, LENGTH, dtype=torch.long), torch.zeros(2, LENGTH, dtype=torch.long)
     for row, own in enumerate(prompts):
@@ -205,9 +206,9 @@ def check_padding(case: Case) -> None:
 
 
 def _stock_rows_are_independent(case: Case, ids: Tensor, mask: Tensor, prompts: list[Tensor]) -> bool:
-    """Return whether rows of a padded batch have the same logits and the same keys as alone, with the stock cache.
+    """Return whether rows of a padded batch have the logits and keys of single runs, with the model's own cache.
 
-    Some models do not count positions without padding: their logits are the same, but their keys are rotated.
+    Some models count padding in positions: their logits are the same, but their keys are rotated by other angles.
     """
     cache = None if case.is_encoder_decoder else DynamicCache(config=case.model.config)
     _, together = case.generate(ids, mask, cache)
@@ -279,7 +280,7 @@ def _run_check(name: str, case: Case) -> dict[str, str]:
 
 
 def run_stock(case: Case) -> dict[str, str] | None:
-    """Run a model with its own cache, in pieces and in `generate`; return the error, or None if there is none."""
+    """Run a model with its own cache, in pieces and with `generate`; return the error, or None if there is none."""
     try:
         cache = None
         for piece in case.prompt().split([LENGTH - 8, 4, 4], 1):
@@ -315,7 +316,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="model types; all if none is given")
     parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS))
-    parser.add_argument("--json", type=Path, help="write the results to this file, added to those that it holds")
+    parser.add_argument("--json", type=Path, help="add the results to those in this file")
     parser.add_argument("-v", "--verbose", action="store_true", help="print tracebacks")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")

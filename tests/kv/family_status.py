@@ -1,4 +1,4 @@
-"""What is expected of each family of models: supported, refused with which error, or not tested and why."""
+"""The expected status of each family of models: supported, refused with an error, or not tested for a reason."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Refusal:
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
-        "its attention adds a bias to the logits, or reads something else than queries, keys, values and a mask",
+        "its attention adds a bias to the logits, or reads something other than queries, keys, values and a mask",
         "must have attention that depends on queries, keys, values and a mask only",
         (
             *("inkling2", "inkling2_text", "inkling_mm_model", "inkling_text", "longt5", "minimax_m3_vl"),
@@ -61,7 +61,7 @@ _AUDIO = "it takes audio only"
 _IMAGE = "it needs an image"
 _INSIDE = "its `generate` runs the language model inside it: make a cache of `model.language_model`"
 
-# Families that do not run here with text alone and the model's own cache: the reason, and a pattern of the error.
+# Families that do not run with their own cache if text is the only input: the reason, and a pattern of the error.
 NOT_RUNNABLE: dict[str, tuple[str, str]] = {
     "blip-2": (_INSIDE, "missing 1 required positional argument: 'pixel_values'"),
     "blt": ("transformers cannot make a cache for its configuration", "has no attribute 'num_hidden_layers'"),
@@ -83,7 +83,7 @@ NOT_RUNNABLE: dict[str, tuple[str, str]] = {
     "voxtral_realtime": (_AUDIO, "exactly one of input_features or encoder_inputs_embeds"),
 }
 
-# Families that do not work yet. A family that works must be removed.
+# Families that do not work yet. Remove a family from this list when it works.
 KNOWN_FAILURES: tuple[str, ...] = (
     *("bart", "deepseek_v2", "deepseek_v3", "falcon", "gemma3n_text", "kimi_k25", "mistral", "whisper"),
 )

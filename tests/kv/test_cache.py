@@ -97,7 +97,9 @@ def test_change_of_the_attention_implementation_is_rejected():
 def test_unsupported_attention_implementation_is_rejected():
     model = build("llama")
     model.config._attn_implementation = "paged|eager"
-    message = "attn_implementation of the model must be 'sdpa', .* with the masks of one of these, got 'paged|eager'"
+    message = (
+        "attn_implementation of the model must be 'sdpa', .* with the mask function of one of these, got 'paged|eager'"
+    )
     with pytest.raises(ValueError, match=message):
         CompressedCache(model)
 

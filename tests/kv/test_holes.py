@@ -141,7 +141,7 @@ def test_masks_over_earlier_tokens_are_checked():
     mask[0, :3] = 0
     _read(model, cache, ids[:, :40], mask)
     before = cache.copy()
-    message = "attention_mask must mask earlier tokens only at the end of a row, .* got 1 other earlier tokens"
+    message = "attention_mask must mask earlier tokens only at the end of a row, .* 1 earlier tokens are newly masked"
     with pytest.raises(ValueError, match=message):
         _read(model, cache, ids[:, 40:45], _extend(mask.clone().index_fill_(1, torch.tensor(20), 0), mask[:, -5:]))
     with pytest.raises(ValueError, match="attention_mask must mask all tokens that it masked before, got 38"):

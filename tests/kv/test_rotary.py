@@ -121,7 +121,7 @@ def test_every_other_family_is_rotated_as_by_the_model_or_refused(family):
     except ValueError as error:
         reason = str(error).partition(", got True: ")[2]
         has_frequencies = any(name.endswith("inv_freq") for name, _ in find_decoder(model).named_buffers())
-        expected = REFUSED.get(family, "the model has no rotary embedding, so that keys cannot move to other positions")
+        expected = REFUSED.get(family, "the model has no rotary embedding, so keys cannot be moved to other positions")
         assert reason.startswith(expected)
         assert has_frequencies <= (family in REFUSED)
     else:
@@ -327,7 +327,8 @@ def test_images_with_positions_on_several_axes_are_rejected_before_any_layer_run
     rerotated = CompressedCache(model, "streaming-llm", 24, sinks=20, window=4, rerotate=True)
     unrotated = CompressedCache(model, "expected-attention", 24)
     for cache, needed_by in ((rerotated, "rerotate=True"), (unrotated, "policy 'expected-attention'")):
-        with pytest.raises(ValueError, match=f"position_ids must count .* because {needed_by} rotates keys .* Images"):
+        message = f"position_ids must be consecutive .* because {needed_by} rotates keys .* to images"
+        with pytest.raises(ValueError, match=message):
             generate(model, image_prompt(model), cache)
         assert cache.get_seq_length() == 0
         ids = torch.arange(3, 43)[None]
@@ -354,7 +355,7 @@ def test_padding_may_count_as_positions_or_not():
             assert torch.equal(cache.kept_positions(0), single.kept_positions(0))
         for wrong in (torch.arange(40)[None] * 2, torch.arange(40)[None] + 5):
             cache = CompressedCache(model, "expected-attention", 16)
-            with pytest.raises(ValueError, match="position_ids must count the tokens of each row one by one"):
+            with pytest.raises(ValueError, match="position_ids must be consecutive numbers in each row"):
                 model(ids, attention_mask=mask, position_ids=wrong, past_key_values=cache)
 
 

@@ -61,7 +61,7 @@ class _LazyCommands(TyperGroup):
         return imported
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command. Typer would end it without a message at Ctrl-C."""
+        """Run a command, and print a message on Ctrl-C, which Typer would not do."""
         with report_interrupt():
             return super().invoke(ctx)
 

@@ -45,7 +45,7 @@ from suffice.information.validation import (
 from suffice.information.weighted_set import CHUNK_SIZE, WeightedSet, scale_rows
 
 MIN_FLOAT32_RIDGE = 1e-4
-"""Ratio of σ² to the mean eigenvalue of G from which a Gram matrix in float32 is precise enough.
+"""Smallest ratio of σ² to the mean eigenvalue of G for which a Gram matrix in float32 is precise enough.
 
 For sets of low rank, its rounding errors change results by about 1e-3 at this ratio, and by 1e-5 at a ratio of 1e-2.
 """

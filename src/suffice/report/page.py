@@ -75,7 +75,7 @@ class Page:
 
         Args:
             path: the file; its folder is created if it is missing. Markdown is written if the file ends in `.md`, with
-                the figures as SVG files in a folder beside it; HTML if it ends in `.html`.
+                the figures as SVG files in a folder beside it; HTML if it ends in `.html` or `.htm`.
 
         Raises:
             ValueError: the file has another suffix.

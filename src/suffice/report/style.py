@@ -113,7 +113,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         path: the file, whose suffix determines the format; its folder is created if it is missing.
 
     Raises:
-        ValueError: the suffix is not that of a format.
+        ValueError: the suffix is not that of a supported format.
 
     """
     check_suffix(path, FIGURE_SUFFIXES)

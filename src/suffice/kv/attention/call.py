@@ -140,16 +140,16 @@ class AttentionCall:
         return self.mask._suffice_padding
 
     def last_keys(self) -> AttentionCall:
-        """Return the call with as many new keys as queries, the last ones.
+        """Return the call with the keys and values of the last new tokens only, one for each query.
 
-        Some models compute a layer for the last tokens only, whose queries read the keys of all new tokens.
+        Some models compute a layer for the last tokens only, with the keys of all new tokens.
         """
         new = self.query.shape[2]
         mask = self.mask
         if isinstance(mask, Tensor):
-            mask = mask[..., -new:]
+            mask = mask[..., -new:]  # its rows are already those of the last tokens
         elif mask is not None:
-            # A block mask has no columns. The rows are those of the last tokens already.
+            # A block mask cannot be sliced, so it is converted to a dense mask over all new tokens.
             readable = dense_mask(mask, self.key.shape[2])
             assert readable is not None
             mask = additive_mask(readable[..., -new:, -new:], self.query.dtype)
@@ -185,10 +185,10 @@ def run_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 
 
 class _ModuleView:
-    """An attention module with the name of its own implementation in its configuration.
+    """A view of an attention module whose configuration contains the name of the model's own implementation.
 
-    FlashAttention loads the package that this name stands for. The configuration itself has another name while a cache
-    exists.
+    FlashAttention loads the package with this name. While a cache exists, the configuration itself contains the name of
+    Suffice's attention function.
     """
 
     def __init__(self, module: nn.Module, implementation: str) -> None:

@@ -29,7 +29,7 @@ class PassObserver(Protocol):
 
 
 def observe_passes(decoder: nn.Module) -> None:
-    """From now on, tell every `PassObserver` among the arguments of a module when its forward pass begins and ends."""
+    """Tell every `PassObserver` among the arguments of a module when a forward pass of the module begins and ends."""
     if decoder not in _observed:
         _observed.add(decoder)
         begin: Any = _begin_pass

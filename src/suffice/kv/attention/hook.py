@@ -22,7 +22,8 @@ from suffice.kv.attention.forward_pass import observe_passes, stop_observing
 from suffice.kv.attention.implementation import PREFIX, restore_implementation, select_hook, selected_implementation
 from suffice.kv.attention.masks import mask_format
 
-# Caches are made and deleted in several threads, and deleted ones are finalized at any time: the lock is reentrant.
+# Caches may be made and deleted in several threads. The lock is reentrant, because the garbage collector may finalize a
+# deleted cache at any time, also in a thread that holds the lock.
 _lock = threading.RLock()
 _num_hooks: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
@@ -52,7 +53,7 @@ _expected: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionObserver]] 
 
 
 def expect_call(module: nn.Module, observer: AttentionObserver) -> None:
-    """Have an observer compute the next attention call of a module, whatever its keys are."""
+    """Have an observer compute the next attention call of a module, regardless of its keys."""
     _expected[module] = weakref.ref(observer)
 
 
@@ -123,9 +124,9 @@ class AttentionHook:
         original = selected.removeprefix(PREFIX)
         if mask_format(original) is None:
             raise ValueError(
-                "attn_implementation of the model must be 'sdpa', 'eager', 'flex_attention', FlashAttention or another "
-                f"one with the masks of one of these, got {selected!r}. Call model.set_attn_implementation('sdpa') "
-                "first"
+                "attn_implementation of the model must be 'sdpa', 'eager', 'flex_attention', FlashAttention or an "
+                f"implementation with the mask function of one of these, got {selected!r}. Call "
+                "model.set_attn_implementation('sdpa') first"
             )
         hooked = PREFIX + original
         if hooked not in ALL_ATTENTION_FUNCTIONS:

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-PREFIX = "suffice_"  # of the names of Suffice's attention functions; the name of the model's own implementation follows
+# Prefix of the names of Suffice's attention functions. The name of the model's own implementation follows.
+PREFIX = "suffice_"
 
 _ATTRIBUTE = "_attn_implementation_internal"
 
@@ -20,7 +21,7 @@ def select_hook(decoder: PreTrainedModel, implementation: str) -> None:
     """Select Suffice's attention function in place of an implementation, in all parts of a model that use it.
 
     `set_attn_implementation` is not used, because it tries to load a package for every name that contains "flash".
-    The name is written past the configuration's own setter, which may refuse names that it does not know.
+    The name is written to the private attribute, because the setter of the configuration may refuse unknown names.
 
     Models that cannot change their implementation are left as they are.
 

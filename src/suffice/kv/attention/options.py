@@ -14,9 +14,9 @@ SUPPORTED_OPTIONS = frozenset(
     (
         # Tensors of the call itself.
         *("module", "query", "key", "value", "attention_mask"),
-        # Applied by the model's own implementation and over heads of unequal length.
+        # Supported by the model's own implementation and by the attention over heads of unequal length.
         *("scaling", "softcap", "s_aux"),
-        # They say what the mask says already. Packed sequences have no cache.
+        # The mask contains the same information. Packed sequences have no cache.
         *("is_causal", "sliding_window", "position_ids"),
         *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
         # No effect on the output in evaluation mode; see `check_dropout`.
@@ -27,10 +27,10 @@ SUPPORTED_OPTIONS = frozenset(
 
 
 def check_attention_options(module: nn.Module) -> None:
-    """Raise an error if an attention module passes an option to its attention function that eviction would change.
+    """Raise an error if an attention module passes an option to its attention function that does not allow eviction.
 
-    For example, a bias for each distance between two tokens is a tensor over all tokens, evicted ones included. The
-    options are read from the source code of the module. They are not checked if it is not available.
+    For example, a bias for each distance between two tokens is a tensor over all tokens, including evicted ones. The
+    options are read from the source code of the module. If it is not available, they are not checked.
 
     Args:
         module: the attention module of a layer.
@@ -43,7 +43,7 @@ def check_attention_options(module: nn.Module) -> None:
         if attribute is None or getattr(module, attribute, None) is not None:
             raise ValueError(
                 f"model must have attention that depends on queries, keys, values and a mask only, got "
-                f"{type(module).__name__}, which passes {name} to its attention function, so that its entries cannot "
+                f"{type(module).__name__}, which passes {name} to its attention function. Entries of this model cannot "
                 "be evicted"
             )
 

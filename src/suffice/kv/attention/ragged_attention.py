@@ -98,13 +98,13 @@ def _split_heads(entries: RaggedEntries, num_rows: int, copies: int) -> Iterator
 
     Args:
         entries: the entries.
-        num_rows: the number of rows, to get each head of all rows, which must have equal lengths; 1 to get the heads of
-            each row, one row after the other.
-        copies: number of times that a head is repeated, without a copy in memory.
+        num_rows: the number of rows, if every row has the same lengths: each view then holds one head of all rows. 1
+            for one view for each row and head, one row after the other.
+        copies: number of times that each head is repeated. The copies share memory.
 
     """
     spans, num_slots = entries.spans, len(entries.buffers[0]) // num_rows
-    sizes: list[int] = []  # of the entries and of the spare slots of each head, in turn
+    sizes: list[int] = []  # for each head, the number of its entries and then of its spare slots
     for (start, count), (following, _) in itertools.pairwise((*spans[: len(spans) // num_rows], (num_slots, 0))):
         sizes += [count, following - start - count]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _MAX_LOGITS = 1 << 24
-"""Number of logits that are in memory at a time."""
+"""Largest number of logits in memory at a time."""
 
 
 def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
@@ -22,8 +22,8 @@ def softmax_with_sinks(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
         sink_logits: logits of the sinks, broadcastable to [..., queries, 1]; None for no sinks.
 
     Returns:
-        Weights, shaped like `logits`. Those of a query sum to less than 1 if there are sinks. They are 0 if the query
-        may read no entry.
+        Weights, shaped like `logits`. The weights of a query sum to 1, or to less if there are sinks. They are 0 if the
+        query may read no entry.
 
     """
     largest = logits.amax(-1, keepdim=True)
@@ -54,7 +54,8 @@ def attend_with_sinks(
         query: [..., queries, head_dim].
         key: [..., entries, head_dim].
         value: [..., entries, value_dim].
-        mask: bool, broadcastable to [..., queries, entries], which entries each query may read; None if all.
+        mask: bool, broadcastable to [..., queries, entries], True where a query may read an entry; None if each query
+            may read all entries.
         scaling: factor on the query-key product.
         softcap: soft cap of the logits; None for no soft cap.
         sink_logits: logits of the sinks, [..., 1 or queries, 1]; None for no sinks.

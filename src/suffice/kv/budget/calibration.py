@@ -60,7 +60,7 @@ def calibrate(
 
     Raises:
         ValueError: a text is given without a tokenizer, has fewer than 32 tokens or does not fit twice into the
-            context window; or the model's attention is not finite.
+            context window; the model is not supported; or its attention is not finite.
 
     Example:
         >>> from suffice.kv import CompressedCache, calibrate  # doctest: +SKIP
@@ -134,7 +134,7 @@ def get_profile(model: PreTrainedModel) -> Profile:
 
 
 class _Measurement:
-    """Measures the attention to the keys of a layer: of one call, or of several if later layers read them too.
+    """Measures the attention to the keys of a layer, in one call or, if later layers read the keys too, in several.
 
     Args:
         num_first: number of first entries whose attention is measured.
@@ -162,7 +162,7 @@ class _Measurement:
             softcap=call.softcap,
             sink_logits=call.sink_logits,
         )
-        # Later layers may be computed for the last tokens only.
+        # Some models compute later layers for the last tokens only. Such calls are not measured.
         if call.query.shape[2] == call.key.shape[2]:
             largest = _largest_attention(stats, self._num_first)
             if self._share_entries:
@@ -188,7 +188,7 @@ class _MeasuringCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add keys and values to a layer, or pass the attention call that follows to its measurement."""
+        """Add keys and values to a layer, or have its measurement compute the attention call that follows."""
         if layer_idx in self._measurements:
             measurement, module = self._measurements[layer_idx], self._modules[layer_idx]
             if caches_latents(module):

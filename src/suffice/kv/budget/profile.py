@@ -10,7 +10,7 @@ from pathlib import Path
 
 from suffice.folders import cache_folder
 
-# Increase it when the content of the files or the fingerprint of models changes.
+# Version of the files. Increase it when their content or the fingerprint of models changes.
 _FORMAT = 2
 
 

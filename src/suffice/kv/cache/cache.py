@@ -55,8 +55,8 @@ class CompressedCache(Cache):
     The first forward pass over the cache is the prefill. Each layer evicts right after its own attention over the whole
     prompt, so at most one layer holds all entries at a time. Later tokens, such as a question about a compressed
     document and its answer, are appended and all kept. With `evict="always"`, evictions continue, so that the budget
-    also limits prompts that are read in chunks, and generated tokens. In a model that has layers with full attention,
-    those with a sliding window are not compressed.
+    also limits prompts that are read in chunks, and generated tokens. Layers with a sliding window are
+    compressed only if the model has no layers with full attention.
 
     Args:
         model: the transformers model, or a `PeftModel`, a compiled or a data-parallel model that contains it. While a
@@ -75,8 +75,9 @@ class CompressedCache(Cache):
         interval: with `evict="always"`, number of generated tokens between evictions. A head then holds at most
             budget + interval entries during generation, on average. The paper's value is 512.
         rerotate: rotate the kept keys to the positions right before the next token, so that a text that is read in
-            chunks may be longer than the model's context window. No head then keeps more than half of that window, and
-            `interval` is at most that long. If False, kept keys are not changed. It requires a rotary embedding.
+            chunks may be longer than the model's context window. This requires a rotary embedding. No head then keeps
+            more entries than half of that window, and `interval` is limited to the same number. If False, kept keys are
+            not changed.
         measure_capacity: measure the share of the capacity that the kept entries carry, under the default policy's
             objective, so that policies can be compared. This costs about as much as scoring. It is ignored with
             `evict="always"`, and with an allocation that shares one budget between layers.
@@ -144,7 +145,7 @@ class CompressedCache(Cache):
             budget=budget,
             protection=protection,
             evict_always=evict == "always",
-            # Generated tokens must not leave the window before an eviction is due.
+            # Evict before generated tokens fill the rest of the context window.
             interval=num_tokens if max_entries is None else min(num_tokens, max_entries),
             rerotate=rerotate,
             measure_capacity=measure_capacity and evict == "prefill" and not is_global,
@@ -185,8 +186,8 @@ class CompressedCache(Cache):
 
         Raises:
             ValueError: the cache belongs to another model, an earlier forward pass failed, the mask of earlier tokens
-                has changed in a way that is not supported, or keys that are rotated stand at other positions than
-                their index, or would leave the context window.
+                has changed in a way that is not supported, or, if keys are rotated, their positions are not consecutive
+                or exceed the context window.
 
         """
         if not self._hook.belongs_to(decoder):
@@ -207,7 +208,7 @@ class CompressedCache(Cache):
         self._mask_earlier(inputs.get("attention_mask"))
 
     def _mask_earlier(self, mask: Any) -> None:
-        """Mask earlier tokens that a new turn masks. Passes over one token are not checked, to not wait for a GPU."""
+        """Mask earlier tokens that a new turn masks. Passes over one token skip this to avoid a synchronization."""
         state = self.compressed_layers[0].state
         if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != len(state.rows):
             return
@@ -218,15 +219,15 @@ class CompressedCache(Cache):
             layer.state = layer.state.mask_earlier(earlier)
 
     def end_pass(self, *, failed: bool) -> None:
-        """Finish a forward pass of the model; remove what it has stored if it failed."""
+        """Finish a forward pass of the model. If it failed, remove the tokens that it has stored."""
         self._pass.end(self.layers, failed=failed)
         for layer in self.compressed_layers:
             layer.end_pass()
-        # Where Gemma 3n puts the keys that several layers read, in early versions of transformers.
+        # In early versions of transformers, Gemma 3n stores the keys that several layers read in this attribute.
         self.__dict__.pop("shared_layers", None)
 
     def will_store(self) -> None:
-        """Note that the current forward pass changes layers from now on."""
+        """Record that the current forward pass begins to change layers."""
         self._pass.has_stored = True
 
     @torch.compiler.disable  # see `_attention_function` in `hook.py`
@@ -331,7 +332,7 @@ class CompressedCache(Cache):
         return cache
 
     def __copy__(self) -> CompressedCache:
-        """Return `copy()`, because two caches cannot share their layers."""
+        """Return `copy()`. A shallow copy would share its layers with this cache."""
         return self.copy()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
@@ -352,7 +353,7 @@ class CompressedCache(Cache):
 
     @property
     def compressed_layers(self) -> list[CompressedLayer]:
-        """The layers that evict: those with full attention."""
+        """The layers that evict: those with full attention or, if there are none, those with a sliding window."""
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     def kept_positions(self, layer: int) -> Tensor:
@@ -361,8 +362,8 @@ class CompressedCache(Cache):
         With eager attention, `output_attentions=True` returns weights over kept entries, [batch, heads, new, width] for
         each layer. After a pass without an eviction, query head h reads the entries of KV head
         h // num_key_value_groups, whose positions are `kept_positions(layer)[:, h // num_key_value_groups]`. The
-        weights of empty slots are 0. A pass that evicts returns weights over the entries before the eviction: the first
-        pass over all tokens of the prompt.
+        weights of empty slots are 0. A pass that evicts returns weights over the entries before the eviction; for the
+        first pass, these are the tokens of the prompt.
 
         Args:
             layer: index of the layer in the model.
@@ -409,7 +410,7 @@ class CompressedCache(Cache):
 def _find_rotary_embeddings(
     model: PreTrainedModel, layers: Sequence[int], policy: Policy, *, rerotate: bool
 ) -> dict[int, RotaryEmbedding | str | None]:
-    """Return the rotary embedding of each layer, as `CompressedLayer` takes it. It is only found out if it is needed.
+    """Return the rotary embedding of each layer, as `CompressedLayer` takes it. It is measured only if it is needed.
 
     Raises:
         ValueError: keys cannot be rotated as `rerotate` or the policy requires.
@@ -425,9 +426,9 @@ def _find_rotary_embeddings(
     if encoding.error is not None:
         raise ValueError(f"{refused}: {encoding.error}")
     if rerotate and not encoding.is_rotary:
-        raise ValueError(f"{refused}: the model has no rotary embedding, so that keys cannot move to other positions")
+        raise ValueError(f"{refused}: the model has no rotary embedding, so keys cannot be moved to other positions")
     for layer in layers:
-        found = encoding.rotary.get(layer, "it was not run") if encoding.is_rotary else None
+        found = encoding.rotary.get(layer, "no keys were recorded") if encoding.is_rotary else None
         if isinstance(found, str):
             raise ValueError(f"{refused}: in layer {layer}, {found}")
         if found is not None and rerotate and found.frequencies.depends_on_length:

@@ -95,7 +95,8 @@ def plan_eviction(
         num_appended: number of tokens since the last eviction, including the new tokens.
         num_new: number of new tokens.
         is_first: whether the layer is empty.
-        max_readable: number of tokens that the next token can read. Earlier ones count as not seen. None for no limit.
+        max_readable: number of tokens that the next token can read. Earlier tokens do not count towards the budget.
+            None for no limit.
 
     Raises:
         ValueError: the protected entries do not fit into the budget of a row.
@@ -186,9 +187,10 @@ def select_entries(
 
 
 def _rows_that_evict(plan: EvictionPlan, settings: CacheSettings) -> list[bool]:
-    """Return which rows choose entries to keep. Rows that may keep all their entries do not, with two exceptions.
+    """Return which rows select entries.
 
-    Stateful weights and a budget that all layers share are updated even when nothing is evicted.
+    A row that may keep all its entries selects none, unless the policy has stateful weights or a budget that all layers
+    share: these are updated even when nothing is evicted.
     """
     policy = settings.policy
     must_update = settings.evict_always and (policy.weights.is_stateful or policy.allocation.is_global)
@@ -275,7 +277,7 @@ def commit_eviction(
         return state
     queries = state.queries.right_aligned() if state.has_holes else state.queries
     if settings.policy.weights.num_queries_needed is None:
-        # The rows that have evicted do not need them any more.
+        # The rows that have evicted no longer need older queries.
         queries = queries.newest(max(row.num_appended for row in rows))
     return replace(
         state,

@@ -1,4 +1,4 @@
-"""One forward pass over a cache. If it fails, what it has stored is removed, or the cache refuses further passes."""
+"""One forward pass over a cache. If it fails, its tokens are removed again, or the cache refuses further passes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class ForwardPass:
 
         """
         if self.is_open:
-            # The earlier pass was interrupted, and did not end.
+            # The earlier pass was interrupted before `end` was called.
             self.end(layers, failed=True)
             if not self._is_damaged:
                 raise ValueError(
                     "past_key_values must hold the tokens of complete forward passes, got a CompressedCache whose last "
-                    "forward pass was interrupted. What that pass has stored is removed now: call the model again"
+                    "forward pass was interrupted. Its tokens have been removed: call the model again"
                 )
         if self._is_damaged:
             raise ValueError(
@@ -51,7 +51,7 @@ class ForwardPass:
         self.is_open, self.has_stored = True, False
 
     def end(self, layers: Sequence[Any], *, failed: bool) -> None:
-        """End the pass. If it failed, remove what it has stored."""
+        """End the pass. If it failed, remove the tokens that it has stored, if this is possible."""
         if not self.is_open:
             return
         self.is_open = False
@@ -74,7 +74,7 @@ def _remember(layer: Any) -> Any:
 
 
 def _num_seen(layer: Any) -> int | None:
-    """Return the number of tokens that a layer of transformers has seen; None if it has seen some but counts none."""
+    """Return the number of tokens that a layer of transformers has seen; None if it has states but no count."""
     if hasattr(layer, "has_previous_state"):
         states = layer.has_previous_state
         return None if any(states.values() if isinstance(states, dict) else [states]) else 0

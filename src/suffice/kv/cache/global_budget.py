@@ -114,7 +114,8 @@ class GlobalBudget:
     def _num_heads(self, layer: int, num_own: int) -> int:
         """Return the number of KV heads of all layers on this process.
 
-        Layers without entries count as many heads as the largest of the others, so that no entry is dropped too early.
+        Layers without entries are assumed to have as many heads as the largest known layer, so that no entry is dropped
+        too early.
 
         Args:
             layer: index of a layer.

@@ -39,7 +39,7 @@ class CacheGroup(Cache, ABC):
     def _group_layer(self, layers: tuple[Any, ...]) -> Any:
         first = layers[0]
         if not has_linear_states(first):
-            # A layer that counts no tokens stores nothing.
+            # A layer without `get_seq_length` stores nothing.
             return self.make_layer(layers) if hasattr(first, "get_seq_length") else first
         group_layer = copy.copy(first)
         if isinstance(group_layer, CompressedLayer):

@@ -36,7 +36,10 @@ class LatentLayer(CompressedLayer):
         self._latents: tuple[Tensor, Tensor] | None = None  # of the new tokens
 
     def observe_call(self, keys: Tensor, observer: Any) -> Tensor:
-        """Have an observer compute the attention call that follows. The model makes other keys of the latents."""
+        """Have an observer compute the next attention call of the module.
+
+        The observer is not attached to the keys, because the model computes other keys from the latents.
+        """
         expect_call(self._attention_module, observer)
         return keys
 
@@ -66,7 +69,7 @@ class LatentLayer(CompressedLayer):
         super().post_attention(self._with_latents(call), attention)
 
     def end_pass(self) -> None:
-        """Free what was needed for one forward pass only."""
+        """Free the data of one forward pass."""
         forget_call(self._attention_module)
         self._latents = None
 
@@ -80,7 +83,10 @@ class LatentLayer(CompressedLayer):
         )
 
     def output_weight(self) -> Callable[[], Tensor | None] | None:
-        """Return a function that maps the latents of each head to the output, [hidden, heads * latent_dim]."""
+        """Return a function that computes the weight of the map from the latents of all heads to the output.
+
+        The weight is [hidden, heads * latent_dim].
+        """
         module: Any = self._attention_module
 
         def absorbed_weight() -> Tensor | None:
@@ -128,7 +134,7 @@ def absorb_queries(module: nn.Module, queries: Tensor, latents: Tensor, rotated:
 
 
 def _expanded_bases(module: Any, latents: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the keys of the unit vectors of latents and rotated keys, and the values of those of latents.
+    """Return the matrices of the linear map `expand_kv`: [A; B], and the map from latents to values.
 
     Returns:
         [heads, latent_dim + rotary_dim, head_dim] and [heads, latent_dim, value_dim].

@@ -56,11 +56,11 @@ class CompressedLayer(DynamicLayer):
     Args:
         settings: settings of the cache.
         module: the attention module of the layer.
-        rotary: its rotary embedding; None if its keys are not rotated; a text that says why it is not known otherwise.
+        rotary: its rotary embedding; None if its keys are not rotated; a str with the reason if it is not known.
         index: index of the layer in the model.
         order: index of the layer among the compressed layers.
         global_budget: shared by all layers; None if each layer has its own budget.
-        rotaries_to_clear: rotary embeddings that no later layer uses in a forward pass.
+        rotaries_to_clear: rotary embeddings whose cached results are freed after the attention of this layer.
 
     """
 
@@ -156,7 +156,7 @@ class CompressedLayer(DynamicLayer):
         return None
 
     def owns(self, call: AttentionCall) -> bool:
-        """Return whether an attention call is of the attention module of this layer."""
+        """Return whether an attention call comes from the attention module of this layer."""
         return call.module is self._module()
 
     def pre_attention(self, call: AttentionCall) -> None:
@@ -220,7 +220,7 @@ class CompressedLayer(DynamicLayer):
             rotary.clear_cache()
 
     def end_pass(self) -> None:
-        """Free what was needed for one forward pass only."""
+        """Free the data of one forward pass."""
 
     # ---- Eviction ---------------------------------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ class CompressedLayer(DynamicLayer):
             self.global_budget.register(self.order, self.storage)
 
     def _entries(self, call: AttentionCall) -> Entries:
-        """Return all entries of the layer; those of masked tokens come first, or are left out."""
+        """Return all entries of the layer. If masked tokens follow other tokens, their slots are moved to the front."""
         if self.storage is None:
             entries = Entries(call.key, call.value, self._new_positions[:, None])
         else:
@@ -353,7 +353,7 @@ class CompressedLayer(DynamicLayer):
                 number of tokens to keep.
 
         Raises:
-            ValueError: a head no longer has the entries of all tokens to remove: it has evicted some.
+            ValueError: a head has evicted the entry of a token to remove.
 
         """
         num_seen = self.state.num_seen

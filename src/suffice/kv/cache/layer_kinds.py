@@ -72,4 +72,4 @@ def check_sliding(model: PreTrainedModel, policy: Policy, quantized: object, *, 
     if quantized is not None:
         raise ValueError(f"quantized must be None {where}, got {quantized!r}")
     if rerotate:
-        raise ValueError(f"rerotate must be False {where}, got True: keys must keep their distances")
+        raise ValueError(f"rerotate must be False {where}, got True: the window refers to the original positions")

@@ -27,16 +27,16 @@ def num_new_tokens(inputs: Mapping[str, Any]) -> int:
 def check_position_ids(inputs: Mapping[str, Any], state: LayerState, needed_by: str) -> None:
     """Check that the positions of a row's tokens are consecutive numbers, on all axes.
 
-    Models with several axes of positions give the tokens of an image other positions, and with them all later tokens.
-    Padding may count or not: only differences of positions matter.
+    Models with several axes of positions give other positions to the tokens of an image, and therefore also to all
+    later tokens. The positions may count padding or not, because only differences of positions matter.
 
     Args:
         inputs: keyword arguments of the decoder.
         state: state of a layer before the forward pass.
-        needed_by: the argument of the cache that needs these positions, for the error.
+        needed_by: the argument of the cache that needs consecutive positions, for the error message.
 
     Raises:
-        ValueError: a token stands at another position.
+        ValueError: the positions of a row are not consecutive.
 
     """
     given, mask = inputs.get("position_ids"), inputs.get("attention_mask")
@@ -53,8 +53,8 @@ def check_position_ids(inputs: Mapping[str, Any], state: LayerState, needed_by: 
     fits = [(given == expected) | ~is_token for expected in (without_padding, with_padding)]
     if not any(bool(fit.all()) for fit in fits):
         raise ValueError(
-            f"position_ids must count the tokens of each row one by one, because {needed_by} rotates keys to other "
-            "positions, got others. Images have such positions in models with several position axes"
+            f"position_ids must be consecutive numbers in each row, because {needed_by} rotates keys or queries, got "
+            "other numbers. Models with several position axes give such positions to images"
         )
 
 

@@ -19,9 +19,9 @@ from suffice.kv.storage.uniform import AlignedStorage
 class SlidingLayer(CompressedLayer):
     """A layer whose tokens read the last `window` tokens, including themselves.
 
-    A fraction as budget refers to the entries that the next token can read, at most window − 1. They are scored as a
-    text of their own. Entries that the next token cannot read are dropped before it is stored, so that a single new
-    token may read all entries.
+    A budget that is a fraction refers to the entries that the next token can read, at most window − 1. Policies score
+    these entries as if they were the whole text. Entries that the next token cannot read are dropped before it is
+    stored, so that a single new token may read all entries.
 
     Args:
         window: length of the window in tokens, at least 2.
@@ -65,7 +65,7 @@ class SlidingLayer(CompressedLayer):
     def post_attention(self, call: AttentionCall, attention: Tensor | None) -> None:
         """Evict entries after the attention of a call has been computed, if an eviction is planned."""
         if self.storage is None and call.query.shape[2] >= self.window:
-            # Later tokens read only the last of the first tokens.
+            # Later tokens can read only the last window − 1 of these tokens.
             last = slice(1 - self.window, None)
             call = replace(call, query=call.query[:, :, last], key=call.key[:, :, last], value=call.value[:, :, last])
             self._new_positions, attention = self._new_positions[:, last], None
@@ -118,7 +118,7 @@ class SlidingLayer(CompressedLayer):
         """Remove the newest tokens; see `CompressedLayer.crop`.
 
         Raises:
-            ValueError: the text is longer than the window.
+            ValueError: the text is at least as long as the window.
 
         """
         if self.state.num_seen >= self.window:

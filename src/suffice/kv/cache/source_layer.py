@@ -44,5 +44,5 @@ class SourceLayer(CompressedLayer):
         self._readable = self.storage if self.storage is None or self._plan is None else self.storage.copy()
 
     def end_pass(self) -> None:
-        """Free what later layers have read in a forward pass."""
+        """Free the entries that later layers have read in a forward pass."""
         self._readable = None

@@ -34,7 +34,7 @@ class RowState:
 
 @dataclass(frozen=True)
 class EarlierMask:
-    """What an attention mask says of the tokens that a cache has seen.
+    """Summary of an attention mask over the tokens that a cache has seen.
 
     Args:
         num_valid: for each row, the number of tokens that are not masked.
@@ -64,10 +64,10 @@ class LayerState:
         has_evicted: whether entries were evicted.
         capacity: share of the capacity that the kept entries carry, [batch, num_key_value_heads]; None if it was not
             measured.
-        queries: the newest queries that the weights of the policy need. If they need all since the last eviction, each
-            row needs as many as it has tokens since its own.
-        has_holes: whether masked tokens follow other tokens in the storage. They are then moved to the front before the
-            next eviction.
+        queries: the newest queries that the weights of the policy need. If the weights need all queries since the last
+            eviction, each row needs those since its own last eviction.
+        has_holes: whether masked tokens follow other tokens in the storage. If so, their slots are moved to the front
+            before the next eviction.
         weight_state: state of stateful weights.
 
     """
@@ -89,7 +89,7 @@ class LayerState:
 
     @property
     def num_droppable(self) -> int:
-        """Number of newest tokens that `drop_last` can remove: those of which every head still has the entry."""
+        """Number of newest tokens that `drop_last` can remove: every head still has their entries."""
         if not self.has_evicted:
             return self.num_seen
         return self.num_appended + min((row.window for row in self.rows), default=0)
@@ -105,7 +105,7 @@ class LayerState:
             return self
         self.storage.drop_last(count)
         num_appended = max(0, self.num_appended - count)
-        # What was dropped beyond the appended tokens is missing in the entries that the last eviction kept.
+        # Tokens beyond the appended ones were among the entries that the last eviction kept.
         missing = count - (self.num_appended - num_appended)
         rows = tuple(
             replace(
@@ -124,7 +124,7 @@ class LayerState:
 
         Args:
             num_new: number of new tokens.
-            padding: which of them are masked; None if none is.
+            padding: masked tokens among them; None if there are none.
             batch_size: number of rows.
 
         """
@@ -138,13 +138,13 @@ class LayerState:
         return replace(self, rows=rows, num_seen=num_seen, num_appended=num_appended, has_holes=has_holes)
 
     def mask_earlier(self, mask: EarlierMask) -> LayerState:
-        """Return the state after tokens at the end of rows are masked that were not masked before.
+        """Return the state after tokens at the end of rows have been masked.
 
         In a batched chat, such tokens are the padding that `generate` appends to finished rows. The storage is changed
         in place.
 
         Raises:
-            ValueError: other earlier tokens are masked, or tokens that were masked are not masked any more.
+            ValueError: other earlier tokens are masked, or tokens that were masked before are no longer masked.
 
         """
         held = [self.num_seen - row.num_padding for row in self.rows]
@@ -161,7 +161,7 @@ class LayerState:
         if not at_end or max(mask.num_trailing) > self.num_appended:
             raise ValueError(
                 "attention_mask must mask earlier tokens only at the end of a row, and only those since the last "
-                f"eviction, got {max(counts)} other earlier tokens that are masked"
+                f"eviction, got a row in which {max(counts)} earlier tokens are newly masked"
             )
         limits = async_tensor(mask.num_valid, self.storage.positions.device)
         self.storage.mask_positions(limits)
@@ -175,7 +175,7 @@ class LayerState:
 
         Args:
             num_new: number of newest tokens.
-            padding: which of them are masked; None if none is.
+            padding: masked tokens among them; None if there are none.
             device: device of the result.
 
         Returns:

@@ -35,7 +35,7 @@ try:
 except ImportError as error:
     raise ImportError("the LM Evaluation Harness is not installed: pip install 'suffice[lm-eval]'") from error
 
-# Options of the harness's model `hf` that have an effect on a model that is loaded already.
+# Options of the harness's model `hf` that also have an effect if the model has already been loaded.
 _OPTIONS = (
     "peft",
     "max_length",
@@ -60,7 +60,8 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
     Tasks of the type `generate_until` generate from the compressed cache; tasks that compare continuations score each
     of them from it. The prompt includes the question, so eviction is "aware" of it. Tasks that score whole texts
     (`loglikelihood_rolling`, perplexity) read them in chunks of 256 tokens: the tokens of a chunk are predicted from
-    what the cache kept of the chunks before, and then the cache evicts down to the budget. At a budget of 1.0, all
+    the chunk itself and from the entries that the cache kept of earlier chunks, and then the cache evicts down to the
+    budget. At a budget of 1.0, all
     results equal those of the harness's own model `hf`.
 
     Args:
@@ -71,11 +72,11 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
         tokenizer: a tokenizer, or the id or folder of one; None loads that of `pretrained`, which must then be a name.
         device: device of a model that is loaded; by default the first CUDA device, or the CPU if there is none.
         dtype: dtype of a model that is loaded: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
-        attn_implementation: `"sdpa"` or `"eager"`, for a model that is loaded.
+        attn_implementation: see `load_model`; for a model that is loaded.
         options: further arguments of the harness's model `hf`: `peft` (id or folder of an adapter), `max_length`,
             `truncation`, `add_bos_token`, `prefix_token_id`, `think_end_token`, `enable_thinking`,
-            `chat_template_args`, `batch_size` and `max_batch_size`. The batch size is that of tasks that generate;
-            `"auto"` finds the largest one for which the longest prompt fits into memory.
+            `chat_template_args`, `batch_size` and `max_batch_size`. The batch size is used by tasks that generate;
+            `"auto"` finds the largest one at which the longest prompt fits into memory.
 
     Raises:
         TypeError, ValueError: `load_model` or `CompressedCache` rejects an argument, a model has no tokenizer, or an
@@ -96,7 +97,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
         attn_implementation: str = "sdpa",
         **options: Any,
     ) -> None:
-        # The harness would ignore other options of a model that is loaded already.
+        # The harness ignores other options if the model has already been loaded.
         check_names(options, _OPTIONS, "options")
         if isinstance(tokenizer, str):
             auto_tokenizer: Any = AutoTokenizer
@@ -118,7 +119,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
             model = _load_adapter(model, options["peft"])
         # The harness has an attribute `_config` of its own.
         self._cache_config = CacheConfig(policy, budget, allocation)
-        # Wrong arguments are reported now, not after the first prompt.
+        # Report wrong arguments before the first prompt.
         self._cache_config.build(model)
         self._num_prompts = self._longest_prompt = 1
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", **options)

@@ -60,7 +60,8 @@ def tokenize_prompt(
         content = document if question is None else f"{document}\n\n{question}"
         message = [{"role": "user", "content": content}]
         text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-        # A template may strip the message. Its own words may contain the document, but come before the message.
+        # A template may strip the message. Its own text before the message may contain the same words, so search from
+        # the end.
         start = text.rfind(content.strip())
         if start < 0:
             raise ValueError(

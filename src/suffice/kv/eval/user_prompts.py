@@ -141,7 +141,7 @@ def _json_items(text: str, path: Path) -> Iterator[tuple[str, Any]]:
         items: Any = _parse_json(text, f"prompts {str(path)!r}", "a JSON array of prompts")
         yield from ((f"item {number} of prompts {str(path)!r}", item) for number, item in enumerate(items, 1))
         return
-    # Not `splitlines`, which also splits at characters that may stand in a JSON string, such as U+2028.
+    # `splitlines` would also split at characters such as U+2028, which JSON strings may contain.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             place = f"line {number} of prompts {str(path)!r}"

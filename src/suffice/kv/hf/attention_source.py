@@ -1,7 +1,7 @@
 """What the attention modules of a model do with their cache, read from their source code.
 
-Nothing else tells before the first forward pass: a model class may claim to support every attention implementation and
-still compute the attention of some layers itself.
+Before the first forward pass, this can only be read from the source code: a model class may claim to support every
+attention implementation, and still compute the attention of some layers itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class CacheUse(Enum):
     CHANGED = "changes them before it passes them to transformers' attention interface"
     READ = "passes them to transformers' attention interface, and computes something else from them"
     BYPASSED = "does not call transformers' attention interface"
-    UNKNOWN = "has no source code that can be read"
+    UNKNOWN = "has no source code, or no call of `Cache.update` in it"
 
 
 def cache_use(module: nn.Module) -> CacheUse:
@@ -64,7 +64,7 @@ def _cache_use(module_class: type[nn.Module]) -> CacheUse:
 
 
 def _computes_from(node: ast.AST, names: set[str]) -> TypeGuard[ast.Attribute]:
-    """Return whether a node is the start of a method call such as `key_states.transpose(1, 2)`."""
+    """Return whether a node computes something from a name, such as `key_states.transpose(1, 2)`."""
     if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
         return False
     return node.value.id in names and node.attr not in ("shape", "size", "dtype", "device", "contiguous", "to")

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 # Entries of the configuration that depend on how the model was loaded.
 _LOADING_OPTIONS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "quantization_config")
 _SAMPLE_SIZE = 64
-# A bfloat16 has 7 bits of mantissa. Without the last 6, the remaining bits of a positive number are the index of a
-# range: from a power of two to 1.5 times it, or from there to the next power of two.
+# A bfloat16 has 7 bits of mantissa. If the last 6 are dropped, the remaining bits of a positive number are the index of
+# a range: from a power of two to 1.5 times this power, or from there to the next power of two.
 _DROPPED_BITS = 6
 
 # Results for sharded or offloaded models, where gathering the weights is expensive.
@@ -37,10 +37,11 @@ def fingerprint(model: PreTrainedModel, *, exact: bool = False) -> str:
 
     Args:
         model: the model.
-        exact: cover the values of the sampled elements, so that every change of them changes the result, also another
-            dtype. By default, their signs are covered, and for each weight the magnitude of the largest one, up to a
-            factor of 1.5: loading the model in another dtype then does not change the result, except for rare cases
-            where float16 rounds a float32 weight onto the boundary between two magnitudes.
+        exact: cover the values of the sampled elements. Every change of a value, including a change of the dtype, then
+            changes the result. By default, the digest covers the signs of the elements and, for each weight, the
+            magnitude of the largest one up to a factor of 1.5. Loading the model in another dtype then does not change
+            the result, except in rare cases where float16 rounds a float32 weight onto the boundary between two
+            magnitudes.
 
     """
     sharded = Sharding.from_model(model) is not None
@@ -81,7 +82,7 @@ def _digest(model: PreTrainedModel, sharded: bool, exact: bool) -> str:
 
 
 def _adapters(decoder: nn.Module) -> list[Any]:
-    """Return which PEFT adapters are active in each module, and their scales. They are not part of the weights."""
+    """Return which PEFT adapters are active in each module, and their scales, which the weights do not show."""
     found: list[Any] = []
     for name, module in decoder.named_modules():
         active = getattr(module, "active_adapters", None)
@@ -91,7 +92,7 @@ def _adapters(decoder: nn.Module) -> list[Any]:
 
 
 def _sample(weight: Tensor, exact: bool) -> Tensor:
-    """Return what a fingerprint covers of the elements of a weight, int32 [any]; nothing if the weight is not here."""
+    """Return the data of a weight that a fingerprint covers, int32 [any]; empty if the weight is on the meta device."""
     if weight.device.type == "meta" or not weight.numel():
         return torch.empty(0, dtype=torch.int32)
     if weight.is_complex():

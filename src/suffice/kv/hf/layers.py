@@ -24,7 +24,7 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
     if decoder is not model and getattr(getattr(decoder, "config", None), "is_encoder_decoder", False):
         inner: Any = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
         decoder = inner if isinstance(inner, PreTrainedModel) else decoder
-    # Some models have another module under the name of the decoder, such as the last projection.
+    # `get_decoder` of some models returns another module, such as the last projection.
     base: Any = model.base_model
     return decoder if isinstance(decoder, PreTrainedModel) else base
 
@@ -56,7 +56,7 @@ def compressed_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     These are the layers with full attention or, in a model that has none, those with a sliding window.
 
     Raises:
-        ValueError: the model has no such layers, or the attention of one does not show its queries to the cache or has
+        ValueError: the model has no such layers, or a cache cannot see the queries of one, or the attention of one has
             an unsupported option.
 
     """
@@ -64,8 +64,8 @@ def compressed_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     layers = stock_layers(model)
     if not any(isinstance(layer, CacheLayerMixin) for layer in layers):
         raise ValueError(
-            f"model must have a KV cache, got {name}, whose layers keep states of a fixed size. There is nothing to "
-            "compress"
+            f"model must have a KV cache, got {name}, whose layers keep states of a fixed size. These cannot be "
+            "compressed"
         )
     modules = attention_modules(find_decoder(model))
     indices = [
@@ -107,13 +107,13 @@ def source_layers(model: PreTrainedModel) -> list[int]:
         for index in attention_modules(find_decoder(model))
         if index >= len(layers) or not isinstance(layers[index], CacheLayerMixin | LINEAR_LAYER)
     ]
-    # They read the last layer of their kind before them.
+    # The readers read the last compressed layer before them.
     before = [index for index in compressed_layers(model) if readers and index < min(readers)]
     return before[-1:]
 
 
 def _check_module(module: nn.Module, model: str) -> None:
-    """Raise an error if an attention module does not show to the cache what it reads."""
+    """Raise an error if an attention module uses its keys and values in a way that a cache cannot see."""
     use, kind = cache_use(module), type(module).__name__
     if use is CacheUse.BYPASSED:
         raise ValueError(
@@ -141,9 +141,9 @@ def attention_modules(decoder: nn.Module) -> dict[int, nn.Module]:
     for module in candidates:
         index: Any = getattr(module, "layer_idx", None)
         if isinstance(index, int):
-            # In the decoder of an encoder-decoder model, cross-attention follows with the same index.
+            # In the decoder of an encoder-decoder model, the cross-attention comes later and has the same index.
             modules.setdefault(index, module)
-    # A module that several layers share has the index of none of them, or of the first.
+    # A module that several layers share has no index, or only that of the first layer.
     layers: Any = getattr(decoder, "layers", ())
     for index, layer in enumerate(layers):
         shared = [module for module in layer.modules() if _calls_attention(module)]
@@ -153,7 +153,7 @@ def attention_modules(decoder: nn.Module) -> dict[int, nn.Module]:
 
 
 def caches_latents(module: nn.Module) -> bool:
-    """Return whether an attention module caches a latent for each token, of which it makes the keys of all heads."""
+    """Return whether an attention module caches one latent per token and computes the keys of all heads from it."""
     return cache_use(module) is CacheUse.CHANGED and hasattr(module, "expand_kv")
 
 

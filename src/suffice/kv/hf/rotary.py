@@ -56,7 +56,8 @@ class RotaryEmbedding:
     Args:
         frequencies: the frequency θ of each pair.
         first: the dimensions a of the pairs.
-        second: the dimensions b, in the same order. Both together are a range of dimensions; others are not rotated.
+        second: the dimensions b, in the same order. `first` and `second` together cover a contiguous range of
+            dimensions; the others are not rotated.
         key_scale: factors by which the model multiplies the dimensions of rotated keys, [head_dim], for example the
             weight of a norm after the rotary embedding; None if there are none.
         rotates_queries: whether queries are rotated as well, without factors.
@@ -90,11 +91,11 @@ class RotaryEmbedding:
         return cls(frequencies, slice(0, pairs), slice(pairs, 2 * pairs))
 
     def with_factors(self, key_scale: Tensor) -> RotaryEmbedding:
-        """Return an embedding whose keys have factors."""
+        """Return a copy that multiplies rotated keys by factors; see `key_scale`."""
         return RotaryEmbedding(self.frequencies, self.first, self.second, key_scale=key_scale)
 
     def without_queries(self) -> RotaryEmbedding:
-        """Return an embedding that does not rotate queries."""
+        """Return a copy that does not rotate queries."""
         return RotaryEmbedding(
             self.frequencies, self.first, self.second, key_scale=self.key_scale, rotates_queries=False
         )
@@ -107,7 +108,7 @@ class RotaryEmbedding:
 
         Args:
             x: [batch, heads, entries, head_dim].
-            positions: long [batch, 1 or heads, entries]; also differences of positions.
+            positions: positions or differences of positions, long [batch, 1 or heads, entries].
 
         Returns:
             Float32, shaped like `x`.
@@ -163,7 +164,7 @@ class RotaryEmbedding:
         return result
 
     def _rotated_part(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the dimensions that are rotated, float32, and the same after a rotation by 90 degrees."""
+        """Return the rotated dimensions of x as float32, and the same dimensions after a rotation by 90 degrees."""
         x = x.float()
         turned = torch.empty_like(x)
         turned[..., self.first], turned[..., self.second] = -x[..., self.second], x[..., self.first]

@@ -1,9 +1,9 @@
 """Find out how a model rotates the keys of each layer, by running it on single tokens at different positions.
 
-A sequence of one token attends only to itself, so that its hidden states depend on the token but not on its position,
-unless positions are added to the hidden states. The keys of one token at several positions are then rotations of each
-other. The rotation of a layer is the one, among the frequencies that the model holds and the usual ways to pair
-dimensions, that reproduces these keys.
+A sequence of one token attends only to itself. Unless positions are added to the hidden states, these depend on the
+token but not on its position, and the keys of one token at several positions are rotations of each other. Candidates
+for the rotation of a layer are made from the frequencies that the model holds and the usual ways to pair dimensions.
+The candidate that reproduces the measured keys is used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ _NUM_TOKENS = 3
 # Largest relative error of a dimension of the keys. In half precision, models round cosines, sines and keys.
 _TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
-_SMALLEST_SCALE = 1e-3  # of a dimension, relative to all: smaller dimensions may have larger relative errors
+# Smallest scale of a dimension, relative to the scale of all dimensions, for which errors are relative. Smaller
+# dimensions may have larger relative errors.
+_SMALLEST_SCALE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ class PositionEncoding:
 
     Args:
         is_rotary: whether the model rotates keys in at least one layer.
-        rotary: for each layer, its rotary embedding; None if its keys do not depend on the positions; a text that says
-            how they do if this is not a known rotary embedding. Empty if the model is not rotary.
-        error: why it could not be found out; None if it could.
+        rotary: for each layer, its rotary embedding; None if its keys do not depend on the positions; a str with the
+            reason if the rotary embedding is not known. Empty if the model is not rotary.
+        error: why the measurement failed; None if it succeeded.
 
     """
 
@@ -50,12 +52,12 @@ class PositionEncoding:
     error: str | None = None
 
 
-# Running the model takes about as long as generating a token.
+# Results by decoder, because a measurement takes about as long as generating a token.
 _encodings: weakref.WeakKeyDictionary[nn.Module, PositionEncoding] = weakref.WeakKeyDictionary()
 
 
 def probe_positions(model: PreTrainedModel) -> PositionEncoding:
-    """Return how the positions of tokens enter the keys of a model. It is found out once for each model.
+    """Return how the positions of tokens enter the keys of a model. The result is cached for each model.
 
     If the model is tensor-parallel, all processes must call this function.
     """
@@ -110,7 +112,7 @@ def _measure(model: PreTrainedModel, decoder: Any) -> PositionEncoding:
     hook = AttentionHook(decoder)
     try:
         recordings = _record(model, decoder, positions)
-    except Exception as error:  # of any kind, from the code of any model
+    except Exception as error:  # the code of a model may raise any exception
         reason = f"its decoder failed on single tokens ({type(error).__name__}: {error})"
         return PositionEncoding(is_rotary=False, rotary={}, error=reason)
     finally:
@@ -187,13 +189,13 @@ def _candidates(frequencies: Sequence[Frequencies], head_dims: Iterable[int]) ->
 def _fit_layer(
     recording: _Recording, positions: Tensor, candidates: Sequence[RotaryEmbedding], module: nn.Module | None
 ) -> RotaryEmbedding | str | None:
-    """Return the rotary embedding of a layer; None if its keys do not depend on positions, a text if it is unknown."""
+    """Return the rotary embedding of a layer; None if its keys do not depend on positions; the reason if not known."""
     tolerance = _TOLERANCES.get(recording.keys.dtype, max(_TOLERANCES.values()))
     keys, values = _by_position(recording.keys), _by_position(recording.values)
     if keys is None or values is None:
         return "the model caches tensors that are not [batch, heads, tokens, dimensions]"
     if not _error(values[:1], values) <= tolerance:
-        return "what the model caches as values depends on the positions"
+        return "the tensors that the model caches as values depend on the positions"
     if _error(keys[:1], keys) <= tolerance:
         return None
     best = _best_fit(keys, positions, candidates, tolerance)
@@ -253,8 +255,8 @@ def _by_position(x: Tensor) -> Tensor | None:
 def _error(expected: Tensor, measured: Tensor) -> float:
     """Return the largest relative error of a dimension, over all positions and heads.
 
-    Each dimension has its own scale, because the keys of trained models have a few dimensions that are much larger than
-    all others, and these are often hardly rotated.
+    Errors are relative to the scale of each dimension, because the keys of trained models have a few dimensions that
+    are much larger than all others and often rotate very slowly.
 
     Args:
         expected: [1 or positions, heads, 1, dim].

@@ -25,8 +25,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_token
 def tokenize_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Return the token ids of a text that follows other text, long [1, tokens].
 
-    Tokenizers such as those of SentencePiece put a space before every text that they encode. Within a prompt, it
-    would be a token that is not in the text.
+    Some tokenizers, such as those of SentencePiece, put a space before every text that they encode. In the middle of a
+    prompt, this space would be a token that is not in the text.
     """
     ids = tokenize(tokenizer, text)
     if not text or not _adds_space(tokenizer):
@@ -34,7 +34,7 @@ def tokenize_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> Tens
     for lead in _LEADS:
         before = tokenize(tokenizer, lead)
         both = tokenize(tokenizer, lead + text)
-        # Otherwise the first token of the text contains the lead.
+        # If this is False, the lead and the first characters of the text form one token.
         if torch.equal(both[:, : before.shape[1]], before):
             return both[:, before.shape[1] :]
     return ids

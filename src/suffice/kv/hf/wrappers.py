@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 def unwrap_model(model: object) -> PreTrainedModel:
     """Return the transformers model inside a PEFT model, a compiled model or a data-parallel one.
 
-    Wrappers change the modules of this model or call it, so that a cache for it is used by the wrapper too.
+    Wrappers change the modules of this model or call it, so a cache that is made for it also works with the wrapper.
 
     Args:
         model: a transformers model, or a wrapper: a `peft.PeftModel`, the result of `torch.compile`, or a module that

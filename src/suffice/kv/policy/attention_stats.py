@@ -100,8 +100,8 @@ class AttentionStats:
         attention: attention weights [batch, heads, queries, entries], if the model returned them.
         output_weight: weight of the attention's output projection, [hidden, heads * value_dim], or a function that
             loads it. None if the attention has none.
-        rotary: the rotary embedding of the layer; None if its keys and queries are not rotated; a text that says why
-            it is not known otherwise.
+        rotary: the rotary embedding of the layer; None if its keys and queries are not rotated; a str with the reason
+            if it is not known.
         state: state that stateful weights returned at the last eviction.
         context: position of the layer among the compressed layers, and the limits of its heads.
         checks: records conditions that must hold, so that the caller can check all of them later. None checks each
@@ -327,7 +327,7 @@ class AttentionStats:
         readers = self._readers(query_range)
         if readers is None:
             return self._softmax(logits)
-        # The softmax of a query that reads no entry would be NaN.
+        # Avoid NaN, the softmax of a query that reads no entry.
         readers = readers[:, :, None, :, None]
         return self._softmax(logits.masked_fill_(~readers, 0.0)) * readers
 

@@ -14,8 +14,8 @@ _QUERIES_PER_BLOCK = 4
 def sampled_attention(stats: AttentionStats, count: int, min_distance: int) -> Tensor:
     """Return the mean attention from evenly spaced queries to entries at least `min_distance` tokens before them.
 
-    The attention of a query is normalized over those entries: nearer entries and attention sinks do not count. A soft
-    cap of the model is applied. Queries without such an entry are left out of the mean.
+    The attention of a query is normalized over those entries, without nearer entries and attention sinks. The soft cap
+    of the model is applied. Queries without such an entry are left out of the mean.
 
     Args:
         stats: statistics of the attention call.

@@ -70,7 +70,13 @@ class QueryMoments:
         return (self.square - self.mean.square()).clamp_min(0)
 
     def replace_rows(self, other: QueryMoments | None, rows: Tensor) -> QueryMoments:
-        """Return these moments, with those of `other` where `rows`, bool [batch], is True; no queries if it is None."""
+        """Return these moments with those of some rows replaced.
+
+        Args:
+            other: the new moments; None stands for moments of no queries.
+            rows: bool [batch], True for the rows to replace.
+
+        """
 
         def replace(own: Tensor, name: str) -> Tensor:
             new = torch.zeros_like(own) if other is None else getattr(other, name)

@@ -243,7 +243,7 @@ class SpareSlots:
         return True
 
     def release(self, count: int) -> None:
-        """Free the last claimed slots again, unless a copy may use them."""
+        """Free the last claimed slots again, unless a copy of the storage may use them."""
         if not self.is_shared:
             self.first_free -= min(count, self.first_free)
 

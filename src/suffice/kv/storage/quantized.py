@@ -15,8 +15,8 @@ from suffice.kv.storage.quantized_entries import Fp8Entries, LayerEntries, Quant
 from suffice.kv.storage.uniform import AlignedStorage
 
 _FP8 = "fp8"
-# By backend: the class in transformers, the package that it requires, and the axis along which it groups dimensions of
-# one entry. Along other axes, entries and rows would share scales.
+# For each backend: the class in transformers, the package that it requires, and the axis for which a group consists of
+# dimensions of one entry. With another axis, entries and rows would share scales.
 _LAYERS = {"quanto": ("QuantoQuantizedLayer", "optimum-quanto", 0), "hqq": ("HQQQuantizedLayer", "hqq", 1)}
 _BACKENDS = (*_LAYERS, _FP8)
 
@@ -27,8 +27,8 @@ class Quantization:
 
     Args:
         backend: `"quanto"` and `"hqq"` store low-bit integers with a scale and a shift for each group of
-            dimensions, in the quantized cache layers of transformers; `"fp8"` stores 8-bit floating-point numbers
-            with a power of two for each key and for each value.
+            dimensions, in the quantized cache layers of transformers; `"fp8"` stores 8-bit floating-point numbers,
+            with a power of two as scale for each key and for each value.
         bits: number of bits of an integer, as far as the backend supports it; not used by `"fp8"`.
         group_size: number of dimensions that share a scale. None means the largest power of two that divides the head
             dimension, at most 64.

@@ -1,4 +1,4 @@
-"""Quantized keys and values, in which no row depends on the other rows of the batch."""
+"""Quantized keys and values. Each row of a batch is quantized independently of the other rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-# Keys and values are scaled into [−256, 256], the largest power of two that float8_e4m3fn represents.
+# Keys and values are scaled into [−256, 256]. 256 is the largest power of two that float8_e4m3fn represents.
 _FP8 = torch.float8_e4m3fn
 _FP8_EXPONENT = 8
 _FP8_MAX = torch.finfo(_FP8).max
@@ -49,9 +49,9 @@ class QuantizedEntries(ABC):
 
 
 class Fp8Entries(QuantizedEntries):
-    """8-bit floating-point numbers, with a power of two for each key and for each value of a head.
+    """8-bit floating-point numbers, with a power of two as scale for each key and for each value of a head.
 
-    No entry depends on another one, and entries that are quantized a second time do not change.
+    Entries are quantized independently of each other. Quantizing them a second time does not change them.
 
     Args:
         keys: [batch, num_key_value_heads, width, head_dim].
@@ -95,8 +95,8 @@ class Fp8Entries(QuantizedEntries):
 class LayerEntries(QuantizedEntries):
     """Quantized cache layers of transformers, one for each row of the batch.
 
-    Some backends share scales between rows, or iterate until the mean error over all rows is small enough. With a
-    layer for each row, a row of a batch is stored as the row alone would be.
+    Some backends share scales between rows, or iterate until the mean error over all rows is small enough. With one
+    layer for each row, the result for a row does not depend on the other rows.
 
     Args:
         keys: [batch, num_key_value_heads, width, head_dim].
@@ -130,7 +130,7 @@ class LayerEntries(QuantizedEntries):
         self._layers = [copy.copy(self._layers[row]) for row in index.tolist()]
 
     def drop_last(self, count: int) -> None:
-        """Remove the newest entries; a layer is quantized again only if they are more than its unquantized ones."""
+        """Remove the newest entries. A layer is quantized again only if some of these entries are quantized."""
         self._layers = [self._shortened(layer, count) for layer in self._layers]
 
     def copy(self) -> Self:
@@ -158,8 +158,8 @@ def _to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the bytes of 8-bit numbers [..., dim], and for each vector the exponent of its scale, int8 [..., 1]."""
     x = x.float()
     mantissas, exponents = torch.frexp(x.abs().amax(-1, keepdim=True))
-    # The largest number is at most 2 to this power. Equality is included, so that rounding up to a power of two does
-    # not change the scale when the vector is quantized again.
+    # The largest number is at most 2 to this power, and may be equal to it. A number that is rounded up to a power of
+    # two therefore does not change the scale when the vector is quantized again.
     exponents = (exponents - (mantissas == 0.5).int()).clamp(_MIN_EXPONENT, _MAX_EXPONENT)
     scaled = torch.ldexp(x, _FP8_EXPONENT - exponents).clamp(-_FP8_MAX, _FP8_MAX)
     return scaled.to(_FP8).view(torch.uint8), exponents.to(torch.int8)

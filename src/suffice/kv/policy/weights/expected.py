@@ -1,6 +1,6 @@
 """Weights from an estimate of future queries: their mean, or a Gaussian distribution.
 
-These are the published formulas, also for models whose attention has a soft cap or sinks: both are left out.
+These are the published formulas. They ignore a soft cap and attention sinks of the model.
 """
 
 from __future__ import annotations
