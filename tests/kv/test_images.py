@@ -91,7 +91,7 @@ def _stock(family: str) -> DynamicCache:
 
 
 @pytest.mark.parametrize("family", IMAGE_TOKENS)
-@pytest.mark.parametrize("policy", ["capkv-profile", "capkv"])
+@pytest.mark.parametrize("policy", ["capkv-profile"])
 def test_full_budget_equals_the_stock_cache(family, policy):
     inputs = _inputs(family)
     expected = _generate(family, inputs, _stock(family))
@@ -104,9 +104,7 @@ def test_full_budget_equals_the_stock_cache(family, policy):
 
 
 @pytest.mark.parametrize("family", IMAGE_TOKENS)
-@pytest.mark.parametrize(
-    "options", [{}, {"policy": "capkv"}, {"policy": "streaming-llm"}, {"evict": "always"}], ids=str
-)
+@pytest.mark.parametrize("options", [{"policy": "capkv"}, {"evict": "always"}], ids=str)
 def test_half_budget_keeps_half_of_text_and_image(family, options):
     inputs = _inputs(family)
     cache = CompressedCache(_model(family), budget=0.5, **options)

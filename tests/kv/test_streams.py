@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from suffice.kv import CompressedCache, policies
+from suffice.kv import DEFAULT_POLICY, CompressedCache, policies
 from tests.kv.tiny import build, left_padded, prompt, tiny
 
 NAMES = [name for name in policies() if name != "full"]
@@ -27,7 +27,7 @@ def _read(cache, model, ids, chunk_size):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("chunk_size", [1, 4, 16])
+@pytest.mark.parametrize("chunk_size", [4, 16])
 def test_chunks_may_be_shorter_than_what_a_policy_looks_back_on(name, chunk_size):
     """Some remembered queries are then older than every entry that a head has kept, and read nothing."""
     model, ids = tiny("llama"), _long_prompt(170)
@@ -50,7 +50,7 @@ def test_queries_that_read_no_entry_do_not_change_which_entries_are_kept(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("budget", [1, 2, 4, 7])
+@pytest.mark.parametrize("budget", [1, 4])
 @pytest.mark.parametrize("evict", ["prefill", "always"])
 def test_budgets_of_few_tokens_are_kept(name, budget, evict):
     model = tiny("llama")
@@ -61,14 +61,13 @@ def test_budgets_of_few_tokens_are_kept(name, budget, evict):
     assert cache.report().tokens_kept == (budget if evict == "always" else budget + 12)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("budget", [20, 0.3])
+@pytest.mark.parametrize(("name", "budget"), [*((name, 0.3) for name in NAMES), (DEFAULT_POLICY, 20), ("capkv", 20)])
 def test_rows_of_a_padded_stream_equal_single_rows(name, budget):
     """Rows of unequal length evict at different steps, and keep what they would keep alone."""
     model = build("llama", vocab_size=300)
     # No token occurs twice in a row, because equal keys would tie.
     tokens = torch.randperm(290, generator=torch.Generator().manual_seed(0))[None] + 5
-    steps = tokens[:, :40]
+    steps = tokens[:, :25]
     prompts = [tokens[:, 50:185], tokens[:, 60:141], tokens[:, 170:270]]
     options = {"policy": name, "budget": budget, "evict": "always", "interval": 7}
     batch = left_padded(prompts)
