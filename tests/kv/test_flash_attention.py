@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from suffice.kv import BatchedCaches, CompressedCache
 from suffice.kv.attention.masks import MaskFormat, mask_format
@@ -119,6 +119,25 @@ def test_window_of_the_configuration_does_not_hide_kept_entries(package):
         cache = CompressedCache(model, "capkv", 24)
         read(model, cache, prompt(30))
         results.append(torch.stack([read(model, cache, prompt(1, seed=step)) for step in range(12)]))
+    torch.testing.assert_close(results[1], results[0], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("policy", ["capkv-profile", "capkv"])
+def test_windows_of_several_new_tokens_apply_the_soft_cap_and_sinks(package, family, policy):
+    """All layers have a window, which ends within the new tokens."""
+    results = []
+    for name in ("eager", NAME.get(family, "flash_attention_2")):
+        torch.manual_seed(0)
+        config = test_softcap_and_sinks.CONFIGS[family]()
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        for layer in model.model.layers:
+            if hasattr(layer.self_attn, "sinks"):
+                torch.nn.init.normal_(layer.self_attn.sinks, 1.0, 2.0)
+        model = model if name == "eager" else with_flash(model, name)
+        cache = CompressedCache(model, policy, 0.75)
+        results.append(torch.stack([read(model, cache, prompt(new, seed=new)) for new in (30, 7, 1, 20)]))
     torch.testing.assert_close(results[1], results[0], atol=2e-4, rtol=1e-4)
 
 

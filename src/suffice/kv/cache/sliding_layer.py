@@ -11,6 +11,7 @@ from torch import Tensor
 from suffice.gpu import async_tensor
 from suffice.kv.attention.call import AttentionCall, run_attention
 from suffice.kv.attention.masks import additive_mask
+from suffice.kv.attention.softmax import attend_with_sinks
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.storage.ragged import RaggedStorage
 from suffice.kv.storage.uniform import AlignedStorage
@@ -80,9 +81,21 @@ class SlidingLayer(CompressedLayer):
         positions, queries = entries.positions[:, :, None], self._new_positions[:, None, :, None]
         in_window = (positions >= 0) & (positions <= queries) & (positions > queries - self.window)
         # What the queries of padding read does not matter, but they must read something.
-        readable = (in_window | (queries < 0)).expand(-1, entries.keys.shape[1], -1, -1)
-        readable = readable.repeat_interleave(call.query.shape[1] // entries.keys.shape[1], 1)
+        heads = entries.keys.shape[1]
+        readable = (in_window | (queries < 0)).expand(-1, heads, -1, -1)
         is_eager = call.implementation == "eager"
+        if not is_eager and (call.softcap is not None or call.sink_logits is not None):  # sdpa supports neither
+            output = attend_with_sinks(
+                call.query.unflatten(1, (heads, -1)),
+                entries.keys[:, :, None],
+                entries.values[:, :, None],
+                readable[:, :, None],
+                scaling=call.scaling or call.query.shape[-1] ** -0.5,
+                softcap=call.softcap,
+                sink_logits=None if call.sink_logits is None else call.sink_logits.view(heads, -1, 1, 1),
+            )
+            return output.flatten(1, 2).transpose(1, 2).contiguous(), None
+        readable = readable.repeat_interleave(call.query.shape[1] // heads, 1)
         return run_attention(
             replace(
                 call,
