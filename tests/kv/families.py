@@ -23,12 +23,12 @@ WINDOW = 16  # of layers with sliding-window attention
 _HIDDEN = 64
 _HEAD_DIM = 16
 _STD = 0.2  # standard deviation of weights, with which attention is neither uniform nor concentrated on one token
-_MAPPINGS = (
+_MAPPINGS = (  # a family that is in several has the class of the first
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
 )
 
 # Families that cannot be built here.

@@ -8,16 +8,17 @@ import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from suffice.kv import CompressedCache
+from suffice.kv.hf.layers import find_decoder
 from tests.kv.families import VOCABULARY, WINDOW, build
 
 LENGTH = 40  # tokens of the prompt
@@ -36,6 +37,14 @@ class EncoderOutput(ModelOutput):
     attentions: Any = None
     attention_mask: Any = None
     router_logits: Any = None
+
+
+class Generated(NamedTuple):
+    """Generated tokens, [rows, new], their logits, [rows, new, vocabulary], and the cache."""
+
+    tokens: Tensor
+    logits: Tensor
+    cache: Any
 
 
 @dataclass
@@ -86,12 +95,15 @@ class Case:
             return {"decoder_input_ids": ids, "decoder_attention_mask": mask}
         return {"input_ids": ids, "attention_mask": mask}
 
-    def generate(self, ids: Tensor, mask: Tensor | None = None, cache: Any = None) -> tuple[Tensor, Tensor]:
-        """Return `NEW` greedily generated tokens, [rows, new], and their logits, [rows, new, vocabulary]."""
+    def generate(self, ids: Tensor, mask: Tensor | None = None, cache: Any = None) -> Generated:
+        """Generate `NEW` tokens greedily."""
         mask = torch.ones_like(ids) if mask is None else mask
         cache = self._with_cross_attention(cache)
         with torch.no_grad():
-            out = self.model.generate(
+            # Speech models have a `generate` of their own that needs audio.
+            generate = GenerationMixin.generate if self.is_encoder_decoder else type(self.model).generate
+            out = generate(
+                self.model,
                 **self.text_inputs(ids, mask),
                 **self.other_inputs(len(ids)),
                 **({"decoder_start_token_id": 1} if self.is_encoder_decoder else {}),
@@ -105,7 +117,7 @@ class Case:
                 return_dict_in_generate=True,
                 use_cache=True,
             )
-        return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)
+        return Generated(out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1), out.past_key_values)
 
     def _with_cross_attention(self, cache: Any) -> Any:
         """Return a compressed cache together with the cache of the cross-attention, if the model has an encoder."""
@@ -215,7 +227,7 @@ class MaskedOracle:
 
 @contextlib.contextmanager
 def _masked_attention_of(model: PreTrainedModel) -> Iterator[None]:
-    decoder = model.get_decoder()
+    decoder = find_decoder(model)
     selected = decoder.config._attn_implementation
     name = f"masked_{selected}"
     if name not in ALL_ATTENTION_FUNCTIONS:

@@ -2,7 +2,7 @@
 
     python -m tests.kv.family_checks                       # all families (about 10 minutes), a summary by error
     python -m tests.kv.family_checks llama gemma2 -v       # some families, with the traceback of each failure
-    python -m tests.kv.family_checks --json out/families.json
+    python -m tests.kv.family_checks --results out/support    # one file for each family, for support_page.py
 
 Most checks compare the compressed cache with the model's own cache. `CHECKS` lists them. The status of a check is one
 of
@@ -33,7 +33,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import DynamicCache
 
 from suffice.kv import CompressedCache
 from tests.kv.families import WINDOW, families
@@ -123,12 +122,12 @@ def check_construction(case: Case) -> None:
 
 def check_full_budget(case: Case) -> None:
     """With the full budget, generated tokens and logits equal those of the model's own cache."""
-    tokens, logits = case.generate(case.prompt())
+    expected = case.generate(case.prompt())
     for policy in POLICIES:
-        got, own = case.generate(case.prompt(), cache=make_cache(case, policy, 1.0))
-        if not torch.equal(got, tokens):
+        got = case.generate(case.prompt(), cache=make_cache(case, policy, 1.0))
+        if not torch.equal(got.tokens, expected.tokens):
             raise WrongResultError(f"{policy}: generated tokens differ")
-        check_close(own, logits, f"{policy}: logits")
+        check_close(got.logits, expected.logits, f"{policy}: logits")
 
 
 def check_half_budget(case: Case, policy: str = POLICIES[0]) -> None:
@@ -197,12 +196,12 @@ def check_padding(case: Case) -> None:
     if not _stock_rows_are_independent(case, ids, mask, prompts):
         return
     for policy in POLICIES:
-        tokens, logits = case.generate(ids, mask, make_cache(case, policy))
+        together = case.generate(ids, mask, make_cache(case, policy))
         for row, own in enumerate(prompts):
-            got, single = case.generate(own, cache=make_cache(case, policy))
-            if not torch.equal(got[0], tokens[row]):
+            alone = case.generate(own, cache=make_cache(case, policy))
+            if not torch.equal(alone.tokens[0], together.tokens[row]):
                 raise WrongResultError(f"{policy}: tokens of row {row} differ from the single run")
-            check_close(logits[row], single[0], f"{policy}: logits of row {row}")
+            check_close(together.logits[row], alone.logits[0], f"{policy}: logits of row {row}")
 
 
 def _stock_rows_are_independent(case: Case, ids: Tensor, mask: Tensor, prompts: list[Tensor]) -> bool:
@@ -210,21 +209,22 @@ def _stock_rows_are_independent(case: Case, ids: Tensor, mask: Tensor, prompts: 
 
     Some models count padding in positions: their logits are the same, but their keys are rotated by other angles.
     """
-    cache = None if case.is_encoder_decoder else DynamicCache(config=case.model.config)
-    _, together = case.generate(ids, mask, cache)
+    together = case.generate(ids, mask)
     for row, own in enumerate(prompts):
-        single = None if cache is None else DynamicCache(config=case.model.config)
-        _, alone = case.generate(own, cache=single)
-        pairs = [(together[row], alone[0])]
-        if cache is not None and single is not None:
-            pairs += [
-                (layer.keys[row, :, -own.shape[1] :], other.keys[0, :, -own.shape[1] :])
-                for layer, other in zip(cache.layers, single.layers, strict=True)
-                if isinstance(getattr(layer, "keys", None), Tensor) and layer.keys.shape[2] >= own.shape[1]
-            ]
+        alone = case.generate(own)
+        pairs = [(together.logits[row], alone.logits[0])]
+        for layer, single in zip(_layers(together.cache), _layers(alone.cache), strict=True):
+            keys, single_keys = getattr(layer, "keys", None), getattr(single, "keys", None)
+            if isinstance(keys, Tensor) and isinstance(single_keys, Tensor) and keys.shape[2] >= own.shape[1]:
+                pairs.append((keys[row, :, -own.shape[1] :], single_keys[0, :, -own.shape[1] :]))
         if any(float((a - b).abs().max()) > TOLERANCE * float(b.abs().max()) for a, b in pairs):
             return False
     return True
+
+
+def _layers(cache: Any) -> list[Any]:
+    """Return the layers of a cache; of the self-attention, if there is more than one kind."""
+    return list(getattr(getattr(cache, "self_attention_cache", cache), "layers", ()))
 
 
 def check_long_window(case: Case) -> None:
@@ -308,6 +308,12 @@ def _result(status: str, error: Exception) -> dict[str, str]:
     return {"status": status, "error": text[:400], "traceback": "".join(traceback.format_exception(error))}
 
 
+def write_results(folder: Path, family: str, results: Results) -> None:
+    """Write the results of a family to a file in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{family}.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
 # ---- Command ---------------------------------------------------------------------------------------------------------
 
 
@@ -316,17 +322,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="model types; all if none is given")
     parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS))
-    parser.add_argument("--json", type=Path, help="add the results to those in this file")
+    parser.add_argument("--results", type=Path, help="folder for the results, one file for each family")
     parser.add_argument("-v", "--verbose", action="store_true", help="print tracebacks")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     matrix: dict[str, Results] = {}
-    if options.json and options.json.exists():
-        matrix = json.loads(options.json.read_text(encoding="utf-8"))
-    ran = options.families or families()
-    for family in ran:
+    for family in options.families or families():
         start = time.time()
         with _time_limit(300):
             matrix[family] = run_checks(family, options.checks)
@@ -335,10 +338,9 @@ def main() -> None:
                 print(name, result["traceback"], file=sys.stderr)
         states = " ".join(f"{name}:{result['status']}" for name, result in matrix[family].items())
         print(f"{family:24} {time.time() - start:5.1f} s  {states}  {_first_error(matrix[family])}", flush=True)
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(matrix, indent=1, sort_keys=True), encoding="utf-8")
-    _print_summary({family: matrix[family] for family in ran})
+        if options.results:
+            write_results(options.results, family, matrix[family])
+    _print_summary(matrix)
 
 
 @contextlib.contextmanager

@@ -43,17 +43,65 @@ class Refusal:
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
-        "its attention adds a bias to the logits, or reads something other than queries, keys, values and a mask",
-        "must have attention that depends on queries, keys, values and a mask only",
+        "it has no attention, and so no KV cache",
+        "must have a KV cache, got",
+        ("falcon_mamba", "mamba", "mamba2"),
+    ),
+    Refusal(
+        "its attention does not go through the attention interface of transformers",
+        "must call transformers' attention interface",
         (
-            *("inkling2", "inkling2_text", "inkling_mm_model", "inkling_text", "longt5", "minimax_m3_vl"),
-            *("minimax_m3_vl_text", "mt5", "t5", "umt5"),
+            *("big_bird", "blip", "bloom", "codegen", "cpmant", "falcon", "fsmt", "git", "gpt_neox_japanese"),
+            *("gptj", "led", "megatron-bert", "mpt", "mvp", "prophetnet", "rembert", "roformer", "speecht5"),
+            *("trocr", "xglm"),
         ),
     ),
     Refusal(
-        "it has no attention, and so no KV cache",
-        "must have layers with full attention",
-        ("falcon_mamba", "mamba", "mamba2"),
+        "some layers share one attention module, or have none that calls the attention interface of transformers",
+        "must have an attention module in each layer of its cache",
+        ("gpt_neo", "hrm_text", "openai-gpt", "xlm"),
+    ),
+    Refusal(
+        "transformers cannot make a cache from its configuration",
+        "must have a configuration from which a DynamicCache can be made",
+        ("blt", "pi0"),
+    ),
+    Refusal(
+        "it makes a cache of its own kind",
+        "must use the DynamicCache of transformers",
+        ("minimax", "reformer", "rwkv", "xlnet", "xlstm"),
+    ),
+    Refusal(
+        "its attention changes keys or values after they come from the cache",
+        "must pass the keys and values of its cache to its attention as they are",
+        ("diffllama", "idefics", "jetmoe", "moonshine", "t5gemma2"),
+    ),
+    Refusal(
+        "it computes a mask from the values in the cache",
+        "must read the keys and values of its cache in its attention only",
+        ("doge",),
+    ),
+    Refusal(
+        "its attention adds a bias to the logits, or reads something other than queries, keys, values and a mask",
+        "must have attention that depends on queries, keys, values and a mask only",
+        (
+            *("dots3_note", "dots3_note_text", "inkling2", "inkling2_text", "inkling_mm_model", "inkling_text"),
+            *("longt5", "minimax_m3_vl", "minimax_m3_vl_text", "mt5", "pix2struct", "pop2piano"),
+            *("switch_transformers", "t5", "udop", "umt5"),
+        ),
+    ),
+    Refusal(
+        "an indexer selects the entries that its layers read",
+        "whose cache consists of DynamicIndexedLayer",
+        (
+            *("axk2", "deepseek_v32", "glm5_next", "glm_moe_dsa", "hy_v4", "mistral_large4", "qwen4_exp"),
+            *("qwen4_exp_text",),
+        ),
+    ),
+    Refusal(
+        "its layers keep compressed or reference states instead of keys and values",
+        "whose cache consists of (DeepseekV4|UnlimitedOcr)",
+        ("deepseek_v4", "unlimited_ocr"),
     ),
 )
 
@@ -64,19 +112,14 @@ _INSIDE = "its `generate` runs the language model inside it: make a cache of `mo
 # Families that do not run with their own cache if text is the only input: the reason, and a pattern of the error.
 NOT_RUNNABLE: dict[str, tuple[str, str]] = {
     "blip-2": (_INSIDE, "missing 1 required positional argument: 'pixel_values'"),
-    "blt": ("transformers cannot make a cache for its configuration", "has no attribute 'num_hidden_layers'"),
     "dia": (_AUDIO, "shape '.*' is invalid"),
     "diffusion_gemma": ("it generates blocks of tokens by diffusion", "stack"),
-    "idefics": (_IMAGE, "Exactly 1 of pixel_values, image_encoder_embeddings"),
     "instructblip": (_INSIDE, "missing 2 required positional arguments: 'pixel_values'"),
     "instructblipvideo": (_INSIDE, "missing 2 required positional arguments: 'pixel_values'"),
     "kosmos-2": (_IMAGE, "You have to specify either `pixel_values` or `image_embeds`"),
     "kyutai_speech_to_text": (_AUDIO, "The size of tensor a"),
     "musicgen": (_AUDIO, "shape '.*' is invalid"),
     "musicgen_melody": (_AUDIO, "shape '.*' is invalid"),
-    "pi0": (_IMAGE, "no attribute 'num_hidden_layers'"),
-    "pop2piano": (_AUDIO, "missing 1 required positional argument: 'input_features'"),
-    "prophetnet": ("with a cache, it reads one token at a time", "only supported for `decoder_input_ids` of length 1"),
     "qwen2_5_omni": ("only its thinker has a cache: see qwen2_5_omni_thinker", "_forward_unimplemented"),
     "qwen3_omni_moe": ("only its thinker has a cache: see qwen3_omni_moe_thinker", "_forward_unimplemented"),
     "vibevoice": ("it needs the package diffusers", "requires `diffusers`"),
@@ -84,9 +127,8 @@ NOT_RUNNABLE: dict[str, tuple[str, str]] = {
 }
 
 # Families that do not work yet. Remove a family from this list when it works.
-KNOWN_FAILURES: tuple[str, ...] = (
-    *("bart", "deepseek_v2", "deepseek_v3", "falcon", "gemma3n_text", "kimi_k25", "mistral", "whisper"),
-)
+KNOWN_FAILURES: tuple[str, ...] = ("canary", "cohere_asr", "moonshine_streaming", "t5gemma")
+KNOWN_FAILURES_OLDEST = ("gemma2", "t5")  # with transformers before 5.23
 
 
 def refusal_of(family: str) -> Refusal | None:

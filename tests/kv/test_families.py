@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -17,11 +16,19 @@ from suffice.kv import CompressedCache
 from tests.kv import support_page
 from tests.kv.families import NOT_BUILDABLE, families, model_classes
 from tests.kv.family_cases import MaskedOracle, get_case
-from tests.kv.family_checks import LENGTH, TOLERANCE, compare_with_oracle, kept_positions, run_checks
-from tests.kv.family_status import FAST, KNOWN_FAILURES, NOT_RUNNABLE, REFUSALS, refusal_of
+from tests.kv.family_checks import LENGTH, TOLERANCE, compare_with_oracle, kept_positions, run_checks, write_results
+from tests.kv.family_status import (
+    FAST,
+    KNOWN_FAILURES,
+    KNOWN_FAILURES_OLDEST,
+    NOT_RUNNABLE,
+    REFUSALS,
+    Refusal,
+    refusal_of,
+)
 
 RESULTS = os.environ.get("SUFFICE_SUPPORT")  # folder for the results, from which the support page is made
-IS_NEWEST = transformers.__version__ == support_page.VERSION
+IS_NEWEST = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 
 
 @pytest.mark.parametrize(
@@ -31,16 +38,22 @@ IS_NEWEST = transformers.__version__ == support_page.VERSION
 def test_family(family):
     results = run_checks(family)
     if RESULTS:
-        Path(RESULTS).mkdir(parents=True, exist_ok=True)
-        (Path(RESULTS) / f"{family}.json").write_text(json.dumps(results), encoding="utf-8")
+        write_results(Path(RESULTS), family, results)
     bad = {name: result["error"] for name, result in results.items() if result["status"] != "passed"}
     refusal = refusal_of(family)
-    if family in KNOWN_FAILURES:
-        assert bad, f"{family} works: remove it from KNOWN_FAILURES"
-        pytest.xfail(str(bad))
+    statuses = {result["status"] for result in results.values()}
+    if not IS_NEWEST and statuses & {"stock", "not built"}:
+        pytest.skip(f"transformers {transformers.__version__}: {results['full']['error']}")
+    if not IS_NEWEST and results["construction"]["status"] == "refused":
+        # Models of other versions may be of another kind: many hybrids had a cache of their own.
+        refusal = Refusal("", "|".join(one.pattern for one in REFUSALS), ())
+    if family in KNOWN_FAILURES or (family in KNOWN_FAILURES_OLDEST and not IS_NEWEST):
+        assert bad or not IS_NEWEST, f"{family} works: remove it from KNOWN_FAILURES"
+        if bad:
+            pytest.xfail(str(bad))
     if refusal is not None:
         assert results["construction"]["status"] == "refused", results["construction"]
-        assert {result["status"] for result in results.values()} <= {"passed", "refused", "stock"}, bad
+        assert statuses <= {"passed", "refused", "stock"}, bad
         for result in results.values():
             if result["status"] == "refused":
                 assert re.search(refusal.pattern, result["error"]), result["error"]
@@ -82,8 +95,7 @@ def test_oracle_equals_the_cache_after_several_evictions():
     compare_with_oracle(case, cache, case.prompt(50).split([20, 20, *[1] * 10], 1))
 
 
-@pytest.mark.skip(reason="the page is made when all kinds of models are settled")
-@pytest.mark.skipif(not IS_NEWEST, reason="the page was made with the newest transformers")
+@pytest.mark.skipif(not IS_NEWEST, reason="the page is made with the newest transformers")
 def test_support_page_agrees_with_what_is_expected():
     rows = support_page.read_rows()
     assert set(rows) == set(model_classes())
