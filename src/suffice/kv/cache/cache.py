@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
 from suffice.kv.attention.hook import AttentionHook
 from suffice.kv.budget.allocation import Allocation
@@ -20,9 +20,9 @@ from suffice.kv.cache.forward_pass import ForwardPass
 from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.layer_kinds import check_latents, check_sliding, make_layer
-from suffice.kv.cache.positions import check_position_ids, check_window
+from suffice.kv.cache.positions import check_position_ids, check_window, find_rotary_embeddings, max_rerotated_entries
 from suffice.kv.cache.report import CacheReport
-from suffice.kv.cache.settings import CacheSettings, StorageConfig
+from suffice.kv.cache.settings import CacheSettings, StorageConfig, check_quantization
 from suffice.kv.cache.state import EarlierMask
 from suffice.kv.hf.layers import (
     caches_latents,
@@ -34,7 +34,6 @@ from suffice.kv.hf.layers import (
 )
 from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.rotary import RotaryEmbedding
-from suffice.kv.hf.rotary_probe import probe_positions
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
@@ -136,10 +135,10 @@ class CompressedCache(Cache):
         window = sliding_window(stock[compressed[0]], model)
         if window is not None:
             check_sliding(model, self.policy, quantized, rerotate=rerotate)
-        rotaries = _find_rotary_embeddings(model, compressed, self.policy, rerotate=rerotate)
+        rotaries = find_rotary_embeddings(model, compressed, self.policy, rerotate=rerotate)
         used = [rotary for rotary in rotaries.values() if isinstance(rotary, RotaryEmbedding)]
         self._window = context_window(model) if rerotate else None
-        max_entries = None if self._window is None else _max_rerotated_entries(self._window, budget)
+        max_entries = None if self._window is None else max_rerotated_entries(self._window, budget)
         self.settings = CacheSettings(
             policy=self.policy,
             budget=budget,
@@ -152,7 +151,7 @@ class CompressedCache(Cache):
             num_layers=len(compressed),
             storage=StorageConfig(
                 window is not None or (self.policy.allocation.per_head and not has_latents),
-                _check_quantization(quantized, self.policy),
+                check_quantization(quantized, self.policy),
             ),
             sharding=Sharding.from_model(model),
             max_entries=max_entries,
@@ -405,63 +404,3 @@ class CompressedCache(Cache):
 
     def __repr__(self) -> str:
         return f"CompressedCache(policy={self.policy.name!r}, budget={self.budget}, {self.report()})"
-
-
-def _find_rotary_embeddings(
-    model: PreTrainedModel, layers: Sequence[int], policy: Policy, *, rerotate: bool
-) -> dict[int, RotaryEmbedding | str | None]:
-    """Return the rotary embedding of each layer, as `CompressedLayer` takes it. It is measured only if it is needed.
-
-    Raises:
-        ValueError: keys cannot be rotated as `rerotate` or the policy requires.
-
-    """
-    if not rerotate and not policy.needs_rotary:
-        return dict.fromkeys(layers, "`needs_rotary` of weights or directions that use it must return True")
-    if rerotate:
-        refused = f"rerotate must be False for {type(model).__name__}, got True"
-    else:
-        refused = f"policy must not rotate keys or queries back for {type(model).__name__}, got {policy.name!r}"
-    encoding = probe_positions(model)
-    if encoding.error is not None:
-        raise ValueError(f"{refused}: {encoding.error}")
-    if rerotate and not encoding.is_rotary:
-        raise ValueError(f"{refused}: the model has no rotary embedding, so keys cannot be moved to other positions")
-    for layer in layers:
-        found = encoding.rotary.get(layer, "no keys were recorded") if encoding.is_rotary else None
-        if isinstance(found, str):
-            raise ValueError(f"{refused}: in layer {layer}, {found}")
-        if found is not None and rerotate and found.frequencies.depends_on_length:
-            raise ValueError(
-                "rerotate must be False for a model whose rotary embedding changes its frequencies with the length of "
-                "the text, got True"
-            )
-        if found is not None and policy.weights.needs_rotary and not found.rotates_queries:
-            raise ValueError(f"{refused}: in layer {layer}, queries are not rotated as keys are")
-    return {layer: encoding.rotary.get(layer) for layer in layers}
-
-
-def _check_quantization(quantized: str | Quantization | None, policy: Policy) -> Quantization | None:
-    if quantized is None:
-        return None
-    if not isinstance(quantized, (str, Quantization)):
-        raise TypeError(f"quantized must be a name, a Quantization or None, got {quantized!r}")
-    if policy.allocation.per_head:
-        raise ValueError(
-            f"quantized must be None for heads of unequal length (allocation {policy.allocation}), got {quantized!r}. "
-            "Use allocation='equal' or 'pyramid'; the best policy is then 'capkv'"
-        )
-    quantization = Quantization(quantized) if isinstance(quantized, str) else quantized
-    quantization.check()
-    return quantization
-
-
-def _max_rerotated_entries(window: int, budget: float) -> int:
-    """Return how many rerotated entries a head may keep: half of the context window. New tokens need the rest."""
-    largest = window // 2
-    if isinstance(budget, int) and budget > largest:
-        raise ValueError(
-            f"budget must be at most {largest} tokens with rerotate=True, half of the model's context window, got "
-            f"{budget!r}"
-        )
-    return largest

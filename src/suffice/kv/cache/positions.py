@@ -1,14 +1,18 @@
-"""Checks of the positions of a forward pass, before any layer runs."""
+"""Rotary embeddings of a cache, and checks of the positions of a forward pass before any layer runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from suffice.kv.cache.state import LayerState
+from suffice.kv.hf.rotary import RotaryEmbedding
+from suffice.kv.hf.rotary_probe import probe_positions
+from suffice.kv.policy.policy import Policy
 
 
 def num_new_tokens(inputs: Mapping[str, Any]) -> int:
@@ -77,3 +81,48 @@ def check_window(inputs: Mapping[str, Any], num_held: int, window: int) -> None:
             f"window has {window} and a head holds {num_held} entries, got {new}. Read the text in chunks of at most "
             f"{window // 2} tokens with evict='always'"
         )
+
+
+def find_rotary_embeddings(
+    model: PreTrainedModel, layers: Sequence[int], policy: Policy, *, rerotate: bool
+) -> dict[int, RotaryEmbedding | str | None]:
+    """Return the rotary embedding of each layer, as `CompressedLayer` takes it. It is measured only if it is needed.
+
+    Raises:
+        ValueError: keys cannot be rotated as `rerotate` or the policy requires.
+
+    """
+    if not rerotate and not policy.needs_rotary:
+        return dict.fromkeys(layers, "`needs_rotary` of weights or directions that use it must return True")
+    if rerotate:
+        refused = f"rerotate must be False for {type(model).__name__}, got True"
+    else:
+        refused = f"policy must not rotate keys or queries back for {type(model).__name__}, got {policy.name!r}"
+    encoding = probe_positions(model)
+    if encoding.error is not None:
+        raise ValueError(f"{refused}: {encoding.error}")
+    if rerotate and not encoding.is_rotary:
+        raise ValueError(f"{refused}: the model has no rotary embedding, so keys cannot be moved to other positions")
+    for layer in layers:
+        found = encoding.rotary.get(layer, "no keys were recorded") if encoding.is_rotary else None
+        if isinstance(found, str):
+            raise ValueError(f"{refused}: in layer {layer}, {found}")
+        if found is not None and rerotate and found.frequencies.depends_on_length:
+            raise ValueError(
+                "rerotate must be False for a model whose rotary embedding changes its frequencies with the length of "
+                "the text, got True"
+            )
+        if found is not None and policy.weights.needs_rotary and not found.rotates_queries:
+            raise ValueError(f"{refused}: in layer {layer}, queries are not rotated as keys are")
+    return {layer: encoding.rotary.get(layer) for layer in layers}
+
+
+def max_rerotated_entries(window: int, budget: float) -> int:
+    """Return how many rerotated entries a head may keep: half of the context window. New tokens need the rest."""
+    largest = window // 2
+    if isinstance(budget, int) and budget > largest:
+        raise ValueError(
+            f"budget must be at most {largest} tokens with rerotate=True, half of the model's context window, got "
+            f"{budget!r}"
+        )
+    return largest

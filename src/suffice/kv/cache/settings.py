@@ -79,3 +79,26 @@ class CacheSettings:
     storage: StorageConfig
     sharding: Sharding | None = None
     max_entries: int | None = None
+
+
+def check_quantization(quantized: str | Quantization | None, policy: Policy) -> Quantization | None:
+    """Check how entries are to be quantized, which may be a name; None if they are not.
+
+    Raises:
+        TypeError: the argument has the wrong type.
+        ValueError: the name is not known, or heads may keep different numbers of entries.
+        ImportError: a package that is needed is not installed.
+
+    """
+    if quantized is None:
+        return None
+    if not isinstance(quantized, (str, Quantization)):
+        raise TypeError(f"quantized must be a name, a Quantization or None, got {quantized!r}")
+    if policy.allocation.per_head:
+        raise ValueError(
+            f"quantized must be None for heads of unequal length (allocation {policy.allocation}), got {quantized!r}. "
+            "Use allocation='equal' or 'pyramid'; the best policy is then 'capkv'"
+        )
+    quantization = Quantization(quantized) if isinstance(quantized, str) else quantized
+    quantization.check()
+    return quantization
