@@ -87,7 +87,7 @@ class Case:
         if not self.is_encoder_decoder:
             return {}
         states = torch.randn(1, 24, _hidden_size(self.model), generator=torch.Generator().manual_seed(1))
-        return {"encoder_outputs": EncoderOutput(last_hidden_state=states.expand(rows, -1, -1))}
+        return {"encoder_outputs": EncoderOutput(last_hidden_state=states.repeat(rows, 1, 1))}
 
     def text_inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         """Return tokens and their mask under the names of the model."""

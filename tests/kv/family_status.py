@@ -74,7 +74,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "its attention changes keys or values after they come from the cache",
         "must pass the keys and values of its cache to its attention as they are",
-        ("diffllama", "idefics", "jetmoe", "moonshine", "t5gemma2"),
+        ("diffllama", "idefics", "jetmoe", "moonshine", "moonshine_streaming", "t5gemma2"),
     ),
     Refusal(
         "it computes a mask from the values in the cache",
@@ -103,6 +103,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "whose cache consists of (DeepseekV4|UnlimitedOcr)",
         ("deepseek_v4", "unlimited_ocr"),
     ),
+    Refusal(
+        "its decoder needs the output of the encoder, so that no head profile can be measured",
+        "must run on tokens alone, so that its head profile can be measured",
+        ("canary", "cohere_asr", "t5gemma"),
+    ),
 )
 
 _AUDIO = "it takes audio only"
@@ -127,7 +132,7 @@ NOT_RUNNABLE: dict[str, tuple[str, str]] = {
 }
 
 # Families that do not work yet. Remove a family from this list when it works.
-KNOWN_FAILURES: tuple[str, ...] = ("canary", "cohere_asr", "moonshine_streaming", "t5gemma")
+KNOWN_FAILURES: tuple[str, ...] = ()
 KNOWN_FAILURES_OLDEST = ("gemma2", "t5")  # with transformers before 5.23
 
 

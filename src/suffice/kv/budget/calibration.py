@@ -60,7 +60,8 @@ def calibrate(
 
     Raises:
         ValueError: a text is given without a tokenizer, has fewer than 32 tokens or does not fit twice into the
-            context window; the model is not supported; or its attention is not finite.
+            context window; the model is not supported or does not run on tokens alone; or its attention is not
+            finite.
 
     Example:
         >>> from suffice.kv import CompressedCache, calibrate  # doctest: +SKIP
@@ -89,6 +90,11 @@ def calibrate(
                 decoder(ids, past_key_values=cache, use_cache=True)  # without an input for the encoder
             else:
                 network(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"model must run on tokens alone, so that its head profile can be measured, got {type(model).__name__}, "
+            f"which raises {type(error).__name__}: {error}. Use allocation='equal'; the best policy is then 'capkv'"
+        ) from error
     finally:
         model.train(training)
         del hook  # restores the attention function of the model
