@@ -121,6 +121,98 @@ def test_an_interrupted_pass_is_undone_at_the_next_pass():
     assert torch.equal(got, wanted)
 
 
+def test_copies_of_a_damaged_cache_are_refused(tmp_path):
+    model = build("llama")
+    cache = CompressedCache(model, "capkv", 20, evict="always")
+    model(prompt(40), past_key_values=cache)
+    handle = _fail_in_layer(model, 1)
+    with pytest.raises(PassError):
+        model(prompt(9, seed=1), past_key_values=cache)
+    handle.remove()
+    for use in (cache.copy, lambda: cache.save(model, tmp_path / "cache"), lambda: cache.crop(-1)):
+        with pytest.raises(ValueError, match="past_key_values must hold the tokens of complete forward passes"):
+            use()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.copy(),
+        lambda cache: cache.crop(-1),
+        lambda cache: cache.crop(39),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: cache.batch_select_indices(torch.tensor([0])),
+        lambda cache: cache.reorder_cache(torch.tensor([0])),
+    ],
+)
+def test_an_interrupted_pass_is_undone_before_the_cache_is_changed(change):
+    model = build("llama")
+    cache = CompressedCache(model, "capkv", 20)
+    model(prompt(40), past_key_values=cache)
+    expected = cache.copy()
+    handle = _fail_in_layer(model, 1, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(prompt(9, seed=1), past_key_values=cache)
+    handle.remove()
+    caches = [change(each) or each for each in (cache, expected)]
+    rest = prompt(5, seed=3).expand(len(caches[1].layers[0].state.rows), -1)
+    assert _describe(caches[0]) == _describe(caches[1])
+    got, wanted = (model(rest, past_key_values=each).logits for each in caches)
+    assert torch.equal(got, wanted)
+
+
+def test_earlier_tokens_that_a_failed_pass_has_masked_stay_masked():
+    model = build("llama")
+    cache = CompressedCache(model, "capkv", 20)
+    model(prompt(40), past_key_values=cache)
+    model(prompt(3, seed=1), past_key_values=cache)
+    mask = torch.ones(1, 47, dtype=torch.long)
+    mask[0, 41:43] = 0
+    inputs = {"attention_mask": mask, "position_ids": mask.cumsum(1)[:, -4:] - 1}
+    expected = cache.copy()
+    wanted = model(prompt(4, seed=2), past_key_values=expected, **inputs).logits
+    handle = _fail_in_layer(model, 1)
+    with pytest.raises(PassError):
+        model(prompt(4, seed=2), past_key_values=cache, **inputs)
+    handle.remove()
+    with pytest.raises(ValueError, match="attention_mask must mask all tokens that it masked before"):
+        model(prompt(4, seed=2), past_key_values=cache, attention_mask=torch.ones_like(mask))
+    assert torch.equal(model(prompt(4, seed=2), past_key_values=cache, **inputs).logits, wanted)
+
+
+def test_a_crop_that_one_layer_refuses_changes_no_layer():
+    types = ["full_attention", "sliding_attention"] * 2
+    model = build("gemma3", layer_types=types)
+    cache = CompressedCache(model, "capkv", 20)
+    model(prompt(40), past_key_values=cache)
+    model(prompt(3, seed=1), past_key_values=cache)
+    before = _describe(cache)
+    with pytest.raises((RuntimeError, ValueError)):
+        cache.crop(-2)
+    assert _describe(cache) == before
+
+
+def test_a_cache_is_reused_for_another_batch_after_reset():
+    model = build("llama")
+    options = {"policy": "capkv", "budget": 20, "allocation": "marginal"}
+    cache, fresh = CompressedCache(model, **options), CompressedCache(model, **options)
+    model(prompt(60), past_key_values=cache)
+    cache.reset()
+    for each in (cache, fresh):
+        model(prompt(40, seed=5, rows=2), past_key_values=each)
+    assert _describe(cache) == _describe(fresh)
+
+
+def test_a_group_of_caches_refuses_the_same_cache_twice():
+    model = build("llama")
+    cache = CompressedCache(model, "capkv", 20)
+    with pytest.raises(ValueError, match="caches must be different"):
+        prefill(model, {"input_ids": prompt(40)}, [cache, cache])
+    model(prompt(40), past_key_values=cache)
+    with pytest.raises(ValueError, match="caches must be different"):
+        BatchedCaches([cache, cache])
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_wrong_number_of_rows_is_refused_before_anything_is_stored(family):
     model = build(family)

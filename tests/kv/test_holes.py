@@ -134,6 +134,69 @@ def test_turns_of_a_batched_chat_mask_the_padding_of_rows_that_were_finished(opt
             assert _kept(cache, 1, row, head) == _kept(single, 1, 0, head)
 
 
+@pytest.mark.parametrize("evict", ["prefill", "always"])
+def test_masked_tokens_can_be_removed_again(evict):
+    model, tokens = build("llama"), prompt(90)
+    cache = CompressedCache(model, "capkv", 20, evict=evict)
+    batch = left_padded([tokens[:, :40], tokens[:, 40:73]])
+    mask = batch["attention_mask"]
+    _read(model, cache, batch["input_ids"], mask)
+    expected = cache.copy()
+    new = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    longer = mask
+    for step in range(4):
+        longer = _extend(longer, new[:, step : step + 1])
+        ids = tokens[:, 73 + step : 74 + step].expand(2, -1)
+        _read(model, cache, ids, longer)
+        if step < 2:
+            _read(model, expected, ids, longer)
+    cache.crop(-2)
+    mask = _extend(longer[:, :-2], torch.ones(2, 5, dtype=torch.long))
+    got, wanted = (_read(model, each, tokens[:, 80:85].expand(2, -1), mask) for each in (cache, expected))
+    assert torch.equal(got, wanted)
+    assert torch.equal(cache.kept_positions(1), expected.kept_positions(1))
+
+
+def test_tokens_before_masked_ones_cannot_be_removed_after_an_eviction():
+    model, tokens = build("llama"), prompt(90)
+    cache, mask = CompressedCache(model, "capkv", 20, evict="always"), torch.ones(1, 44, dtype=torch.long)
+    _read(model, cache, tokens[:, :40], mask[:, :40])
+    mask[0, -1] = 0
+    _read(model, cache, tokens[:, 40:44], mask)
+    with pytest.raises(ValueError, match="crop must remove at most 0 tokens"):
+        cache.crop(-2)
+
+
+@pytest.mark.parametrize("policy", ["capkv", "snapkv", "tova", "h2o"])
+def test_masked_generated_tokens_do_not_count_towards_the_interval(policy):
+    model, tokens = build("llama"), prompt(90)
+    batch, single = (CompressedCache(model, policy, 20, evict="always", interval=3) for _ in range(2))
+    mask = torch.ones(2, 40, dtype=torch.long)
+    _read(model, batch, tokens[:, :40].expand(2, -1), mask)
+    model(tokens[:, :40], past_key_values=single)
+    for step in range(10):
+        is_token = int(step not in (0, 2, 3))
+        mask, ids = _extend(mask, torch.tensor([[1], [is_token]])), tokens[:, 40 + step : 41 + step]
+        _read(model, batch, ids.expand(2, -1), mask)
+        if is_token:
+            model(ids, past_key_values=single)
+        assert _kept(batch, 1, 1, 0) == _kept(single, 1, 0, 0)
+
+
+@pytest.mark.parametrize("policy", ["tova", "snapkv"])
+def test_masked_last_tokens_of_a_chunk_take_no_place_among_the_newest_queries(policy):
+    model, tokens = build("llama"), prompt(90)
+    batch, single = (CompressedCache(model, policy, 20, evict="always") for _ in range(2))
+    mask = torch.ones(2, 40, dtype=torch.long)
+    _read(model, batch, tokens[:, :40].expand(2, -1), mask)
+    model(tokens[:, :40], past_key_values=single)
+    mask = _extend(mask, torch.tensor([[1] * 8, [1] * 6 + [0] * 2]))
+    _read(model, batch, tokens[:, 40:48].expand(2, -1), mask)
+    model(tokens[:, 40:46], past_key_values=single)
+    for head in range(2):
+        assert _kept(batch, 1, 1, head) == _kept(single, 1, 0, head)
+
+
 def test_masks_over_earlier_tokens_are_checked():
     model, ids = build("llama"), prompt(60)
     cache = CompressedCache(model, "capkv", 20)

@@ -27,8 +27,8 @@ class BatchedCaches(CacheGroup):
         caches: caches with a batch of one, without padding, all of the same model.
 
     Raises:
-        ValueError: there is no cache, the caches have seen different numbers of tokens, or a cache has several rows or
-            padding.
+        ValueError: there is no cache, a cache occurs twice, the caches have seen different numbers of tokens, or a
+            cache has several rows or padding.
 
     Example:
         >>> rows = BatchedCaches([cache.copy() for cache in caches])      # doctest: +SKIP
@@ -39,6 +39,8 @@ class BatchedCaches(CacheGroup):
     def __init__(self, caches: Sequence[CompressedCache]) -> None:
         if not caches:
             raise ValueError("caches must hold at least one CompressedCache, got none")
+        if len(set(map(id, caches))) < len(caches):
+            raise ValueError("caches must be different, got the same CompressedCache twice. Pass a copy() for each row")
         num_seen = [cache.get_seq_length() for cache in caches]
         if len(set(num_seen)) > 1:
             raise ValueError(f"caches must have seen the same number of tokens, got {num_seen}")

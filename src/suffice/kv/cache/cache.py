@@ -203,8 +203,9 @@ class CompressedCache(Cache):
             storages = [layer.storage for layer in self.compressed_layers]
             num_held = max(0 if storage is None else storage.max_length for storage in storages)
             check_window(inputs, num_held, self._window)
+        self._pass.check_earlier(self.layers)
+        self._mask_earlier(inputs.get("attention_mask"))  # these tokens stay masked if the pass fails
         self._pass.begin(self.layers)
-        self._mask_earlier(inputs.get("attention_mask"))
 
     def _mask_earlier(self, mask: Any) -> None:
         """Mask earlier tokens that a new turn masks. Passes over one token skip this to avoid a synchronization."""
@@ -260,7 +261,12 @@ class CompressedCache(Cache):
         """Return an independent cache with the same entries; it shares the stored tensors, so it costs almost nothing.
 
         Use copies to ask several questions about one compressed document.
+
+        Raises:
+            ValueError: a forward pass failed, and what it has stored cannot be removed.
+
         """
+        self._pass.settle(self.layers)
         other = object.__new__(type(self))
         vars(other).update(vars(self))
         is_global = self.policy.allocation.is_global
@@ -277,6 +283,36 @@ class CompressedCache(Cache):
         """Remove all tokens."""
         super().reset()
         self._pass = ForwardPass()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens from all layers; see `CompressedLayer.crop`.
+
+        Raises:
+            ValueError: a layer no longer has the entries of all tokens to remove. No layer is changed.
+
+        """
+        self._pass.settle(self.layers)
+        for layer in self.compressed_layers:
+            layer.check_crop(tokens_to_remove)
+        # Other layers first: those that cannot restore what they held raise an error.
+        layers: list[Any] = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
+        for layer in (*layers, *self.compressed_layers):
+            layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Reorder the rows of the batch, as beam search does."""
+        self._pass.settle(self.layers)
+        super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        self._pass.settle(self.layers)
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows of the batch."""
+        self._pass.settle(self.layers)
+        super().batch_select_indices(indices)
 
     def _check_rows(self, num_rows: int) -> None:
         held = len(self.compressed_layers[0].state.rows)
@@ -299,12 +335,14 @@ class CompressedCache(Cache):
             The path of the file.
 
         Raises:
-            ValueError: the cache belongs to another model, has seen no tokens, or is quantized.
+            ValueError: the cache belongs to another model, has seen no tokens, or is quantized; or a forward pass
+                failed, and what it has stored cannot be removed.
             OSError: the file cannot be written.
 
         """
         from suffice.kv.cache.serialization import save_cache
 
+        self._pass.settle(self.layers)
         return save_cache(self.layers, self.settings, unwrap_model(model), path)
 
     @staticmethod

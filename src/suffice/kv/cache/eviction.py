@@ -113,7 +113,8 @@ def plan_eviction(
         is_due = [True] * len(rows)
     else:
         is_due = [
-            row.num_kept + num_appended - limit >= settings.interval for row, limit in zip(rows, allowed, strict=True)
+            row.num_kept + num_appended - row.num_masked - limit >= settings.interval
+            for row, limit in zip(rows, allowed, strict=True)
         ]
     windows = [
         _num_last_kept(settings, limit, seen) if due else 0
@@ -264,9 +265,11 @@ def commit_eviction(
     rows = tuple(
         replace(
             row,
-            num_kept=min(limit, row.num_kept + state.num_appended),
-            window=window if due else row.window + state.num_appended,
+            num_kept=min(limit, row.num_kept + state.num_appended - row.num_masked),
+            # Without holes, the last entries are those of the last tokens.
+            window=0 if state.has_holes else window if due else row.window + state.num_appended,
             num_appended=0 if evicts else row.num_appended + state.num_appended,
+            num_masked=0,
         )
         for row, limit, window, due, evicts in zip(
             state.rows, plan.allowed, plan.windows, plan.is_due, _rows_that_evict(plan, settings), strict=True

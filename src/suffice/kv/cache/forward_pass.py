@@ -26,27 +26,38 @@ class ForwardPass:
         self._before: tuple[Any, ...] = ()
         self._is_damaged = False  # an earlier pass failed, and what it stored could not be removed
 
-    def begin(self, layers: Sequence[Any]) -> None:
-        """Remember the state of all layers.
+    def settle(self, layers: Sequence[Any]) -> bool:
+        """End an earlier pass that was interrupted and did not end. Return whether there was one.
 
         Raises:
-            ValueError: an earlier pass failed or was interrupted after it had stored tokens.
+            ValueError: an earlier pass failed, and what it has stored cannot be removed.
 
         """
-        if self.is_open:
-            # The earlier pass was interrupted before `end` was called.
-            self.end(layers, failed=True)
-            if not self._is_damaged:
-                raise ValueError(
-                    "past_key_values must hold the tokens of complete forward passes, got a CompressedCache whose last "
-                    "forward pass was interrupted. Its tokens have been removed: call the model again"
-                )
+        was_interrupted = self.is_open
+        self.end(layers, failed=True)
         if self._is_damaged:
             raise ValueError(
                 "past_key_values must hold the tokens of complete forward passes, got a CompressedCache whose last "
                 "forward pass failed after layers had evicted entries or updated their states. Make a new "
                 "CompressedCache, or continue from a copy() that was made before"
             )
+        return was_interrupted
+
+    def check_earlier(self, layers: Sequence[Any]) -> None:
+        """Check that all earlier passes are complete, before a new one.
+
+        Raises:
+            ValueError: an earlier pass failed or was interrupted after it had stored tokens.
+
+        """
+        if self.settle(layers):
+            raise ValueError(
+                "past_key_values must hold the tokens of complete forward passes, got a CompressedCache whose last "
+                "forward pass was interrupted. Its tokens have been removed: call the model again"
+            )
+
+    def begin(self, layers: Sequence[Any]) -> None:
+        """Remember the state of all layers."""
         self._before = tuple(map(_remember, layers))
         self.is_open, self.has_stored = True, False
 

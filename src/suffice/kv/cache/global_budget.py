@@ -130,6 +130,10 @@ class GlobalBudget:
         for index, mask in selection.kept_in_other_layers.items():
             self._storages[index].keep_packed(mask)
 
+    def forget(self, layer: int) -> None:
+        """Remove the entries of a layer from those that compete for the budget."""
+        self._storages.pop(layer, None)
+
     def register(self, layer: int, storage: Storage | None) -> None:
         """Add the stored entries of a layer to those that compete for the budget, if they have priorities."""
         if storage is not None and "priority" in storage.columns:

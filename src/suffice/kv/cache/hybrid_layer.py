@@ -32,7 +32,7 @@ class HybridCompressedLayer(CompressedLayer, LinearAttentionAndFullAttentionLaye
         """False, because earlier states are not kept."""
         return False
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def check_crop(self, tokens_to_remove: int) -> int:
         """Raise an error, because earlier states are not kept."""
         raise ValueError(
             f"crop must not be called for a model with states of linear attention, got {tokens_to_remove} tokens to "

@@ -111,6 +111,8 @@ class CompressedLayer(DynamicLayer):
     def reset(self) -> None:
         """Remove all tokens."""
         self.state = LayerState()
+        if self.global_budget is not None:
+            self.global_budget.forget(self.order)
         self.is_initialized = False
         self.awaits_attention = False  # between `update` and the attention call that follows it
         self._plan: EvictionPlan | None = None  # for the current attention call
@@ -210,7 +212,10 @@ class CompressedLayer(DynamicLayer):
             if self.settings.evict_always:
                 needed = self.settings.policy.weights.num_queries_needed
                 needed = None if needed is None else max(1, needed)
-                queries = self.state.queries.append(call.query, self._new_positions, needed)
+                queries = self.state.queries
+                if needed is not None and self.state.has_holes:
+                    needed = queries.append(call.query, self._new_positions, None).num_slots(needed)
+                queries = queries.append(call.query, self._new_positions, needed)
                 self.state = replace(self.state, queries=queries)
             if self._plan is not None:
                 self._evict(self._plan, call, attention)
@@ -356,6 +361,10 @@ class CompressedLayer(DynamicLayer):
             ValueError: a head has evicted the entry of a token to remove.
 
         """
+        self.state = self.state.drop_last(self.check_crop(tokens_to_remove))
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """Return how many tokens `crop` removes, without removing them; raise an error if it cannot."""
         num_seen = self.state.num_seen
         count = num_seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
         if count > self.state.num_droppable:
@@ -363,7 +372,7 @@ class CompressedLayer(DynamicLayer):
                 f"crop must remove at most {self.state.num_droppable} tokens from a CompressedCache, whose heads have "
                 f"evicted entries of earlier tokens, got {count}. Evicted entries cannot be restored"
             )
-        self.state = self.state.drop_last(count)
+        return count
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows of the batch, as beam search does."""

@@ -37,6 +37,12 @@ class RecentQueries:
             all_positions.pop(0)
         return RecentQueries(tuple(parts), tuple(all_positions))
 
+    def num_slots(self, needed: int) -> int:
+        """Return how many of the newest queries include `needed` that are not masked, in each row that has so many."""
+        is_token = torch.cat(self.positions, dim=1) >= 0
+        has_fewer = is_token.flip(-1).cumsum(-1) < needed
+        return min(int(has_fewer.sum(-1).max()) + 1, is_token.shape[1])
+
     def join(self) -> tuple[Tensor, Tensor]:
         """Return the queries [batch, num_heads, queries, head_dim] and their positions [batch, queries]."""
         return torch.cat(self.parts, dim=2), torch.cat(self.positions, dim=1)

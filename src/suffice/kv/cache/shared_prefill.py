@@ -38,11 +38,13 @@ def prefill(
         An object with the `logits` of the last token, and the `seconds` that each cache took to score and evict.
 
     Raises:
-        ValueError: there is no cache, or a cache has already seen tokens.
+        ValueError: there is no cache, a cache occurs twice, or a cache has already seen tokens.
 
     """
     if not caches:
         raise ValueError("caches must hold at least one empty CompressedCache, got none")
+    if len(set(map(id, caches))) < len(caches):
+        raise ValueError("caches must be different, got the same CompressedCache twice")
     for number, cache in enumerate(caches):
         if cache.get_seq_length():
             raise ValueError(f"caches[{number}] must be empty, got one that has seen {cache.get_seq_length()} tokens")

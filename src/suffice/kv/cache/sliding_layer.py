@@ -127,8 +127,8 @@ class SlidingLayer(CompressedLayer):
         """Whether new tokens can be removed again, as assisted decoding does."""
         return super().is_croppable and self.state.num_seen < self.window
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens; see `CompressedLayer.crop`.
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """Return how many tokens `crop` removes; see `CompressedLayer.check_crop`.
 
         Raises:
             ValueError: the text is at least as long as the window.
@@ -139,7 +139,7 @@ class SlidingLayer(CompressedLayer):
                 f"crop must be called while the text is shorter than the window of {self.window} tokens, got a cache "
                 f"of {self.state.num_seen} tokens: entries that left the window cannot be restored"
             )
-        super().crop(tokens_to_remove)
+        return super().check_crop(tokens_to_remove)
 
     @property
     def bytes_full(self) -> int:

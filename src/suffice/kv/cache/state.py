@@ -21,8 +21,10 @@ class RowState:
     Args:
         num_padding: number of left-padding tokens.
         num_kept: number of entries kept by the last eviction, averaged over heads and layers; 0 before it.
-        window: number of last tokens that every head kept in the last eviction; 0 before it.
+        window: number of last tokens that every head kept in the last eviction; 0 before it, or if there were masked
+            tokens between them.
         num_appended: number of tokens between the last eviction of this row and the last eviction of any row.
+        num_masked: number of masked tokens since the last eviction of any row.
 
     """
 
@@ -30,6 +32,11 @@ class RowState:
     num_kept: int = 0
     window: int = 0
     num_appended: int = 0
+    num_masked: int = 0
+
+    def mask_tokens(self, count: int) -> RowState:
+        """Return the state after more tokens since the last eviction are masked."""
+        return replace(self, num_padding=self.num_padding + count, num_masked=self.num_masked + count)
 
 
 @dataclass(frozen=True)
@@ -103,18 +110,23 @@ class LayerState:
         """
         if self.storage is None or count <= 0:
             return self
+        num_masked = [0] * len(self.rows)
+        if any(self.num_padding):
+            appended = min(count, self.num_appended if self.has_evicted else self.num_seen)
+            newest = self.storage.positions[:, 0, self.storage.max_length - appended :]
+            num_masked = (newest < 0).sum(-1).tolist()
         self.storage.drop_last(count)
         num_appended = max(0, self.num_appended - count)
         # Tokens beyond the appended ones were among the entries that the last eviction kept.
         missing = count - (self.num_appended - num_appended)
         rows = tuple(
             replace(
-                row,
+                row.mask_tokens(-masked),
                 num_kept=max(0, row.num_kept - missing),
                 window=max(0, row.window - missing),
                 num_appended=max(0, row.num_appended - missing),
             )
-            for row in self.rows
+            for row, masked in zip(self.rows, num_masked, strict=True)
         )
         num_seen, queries = self.num_seen - count, self.queries.drop_last(count)
         return replace(self, num_seen=num_seen, num_appended=num_appended, rows=rows, queries=queries)
@@ -133,7 +145,7 @@ class LayerState:
             has_tokens = [row.num_padding < self.num_seen for row in rows]
             has_holes = has_holes or padding.leaves_holes(has_tokens)
             added = zip(rows, padding.num_padded, strict=True)
-            rows = tuple(replace(row, num_padding=row.num_padding + count) for row, count in added)
+            rows = tuple(row.mask_tokens(count) for row, count in added)
         num_seen, num_appended = self.num_seen + num_new, self.num_appended + num_new
         return replace(self, rows=rows, num_seen=num_seen, num_appended=num_appended, has_holes=has_holes)
 
@@ -165,9 +177,7 @@ class LayerState:
             )
         limits = async_tensor(mask.num_valid, self.storage.positions.device)
         self.storage.mask_positions(limits)
-        rows = tuple(
-            replace(row, num_padding=row.num_padding + count) for row, count in zip(self.rows, counts, strict=True)
-        )
+        rows = tuple(row.mask_tokens(count) for row, count in zip(self.rows, counts, strict=True))
         return replace(self, rows=rows, queries=self.queries.mask_positions(limits), has_holes=True)
 
     def new_positions(self, num_new: int, padding: Padding | None, device: torch.device) -> Tensor:
