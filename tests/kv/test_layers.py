@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -100,6 +101,20 @@ def step(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
     """Return the logits of new tokens that continue from a cache."""
     with torch.no_grad():
         return model(ids, past_key_values=cache, use_cache=True).logits
+
+
+@hybrids
+@pytest.mark.parametrize("family", _HYBRIDS)
+def test_rows_are_repeated_and_selected_in_all_layers(family):
+    model, ids = build_family(family), prompt(40)
+    cache, single = (CompressedCache(model, "capkv", 12) for _ in range(2))
+    step(model, ids, cache)
+    step(model, ids, single)
+    cache.batch_repeat_interleave(3)
+    cache.batch_select_indices(torch.tensor([0, 2]))
+    got = step(model, ids[:, :4].expand(2, -1), cache)
+    wanted = step(model, ids[:, :4], single)
+    torch.testing.assert_close(got, wanted.expand(2, -1, -1), rtol=1e-4, atol=1e-4)
 
 
 @hybrids
@@ -346,6 +361,34 @@ def test_settings_that_latents_do_not_support_are_refused():
         CompressedCache(model, "capkv", allocation="marginal")
     with pytest.raises(ValueError, match="rerotate must be False for DeepseekV3ForCausalLM"):
         CompressedCache(model, "capkv", rerotate=True)
+
+
+@latents
+def test_latents_of_several_threads_stay_apart(monkeypatch):
+    model = build_family("deepseek_v3")
+    prompts = [prompt(30 + 5 * number) for number in range(3)]
+    expected = [step(model, ids, CompressedCache(model, "capkv", 12)) for ids in prompts]
+    # All threads give their latents to a layer before one of them computes its attention.
+    barrier, kind = threading.Barrier(len(prompts), timeout=10), type(model.model.layers[0].self_attn)
+    expand = kind.expand_kv
+
+    def expand_together(module, latents, rotated):
+        barrier.wait()
+        return expand(module, latents, rotated)
+
+    monkeypatch.setattr(kind, "expand_kv", expand_together)
+    got = {}
+
+    def read(number):
+        got[number] = step(model, prompts[number], CompressedCache(model, "streaming-llm", 12))
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, logits in enumerate(expected):
+        torch.testing.assert_close(got[number], logits)
 
 
 @latents

@@ -49,21 +49,29 @@ def attach_observer(keys: Tensor, observer: AttentionObserver) -> Tensor:
     return view
 
 
-_expected: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionObserver]] = weakref.WeakKeyDictionary()
+class _ExpectedCalls(threading.local):
+    """The observer of the next attention call of a module, in each thread: several threads may run one model."""
+
+    def __init__(self) -> None:
+        self.observers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionObserver]]
+        self.observers = weakref.WeakKeyDictionary()
+
+
+_expected = _ExpectedCalls()
 
 
 def expect_call(module: nn.Module, observer: AttentionObserver) -> None:
     """Have an observer compute the next attention call of a module, regardless of its keys."""
-    _expected[module] = weakref.ref(observer)
+    _expected.observers[module] = weakref.ref(observer)
 
 
 def forget_call(module: nn.Module) -> None:
     """Undo `expect_call`."""
-    _expected.pop(module, None)
+    _expected.observers.pop(module, None)
 
 
 def _find_observer(keys: Tensor, module: nn.Module) -> AttentionObserver | None:
-    reference = getattr(keys, "_suffice_observer", None) or _expected.pop(module, None)
+    reference = getattr(keys, "_suffice_observer", None) or _expected.observers.pop(module, None)
     return None if reference is None else reference()
 
 

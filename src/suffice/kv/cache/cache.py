@@ -306,13 +306,25 @@ class CompressedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
-        self._pass.settle(self.layers)
-        super().batch_repeat_interleave(repeats)
+        self._change_rows("batch_repeat_interleave", repeats, self._rows().repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows of the batch."""
+        rows = self._rows()
+        self._change_rows("batch_select_indices", indices, rows[indices.cpu()] if len(rows) else rows)
+
+    def _rows(self) -> Tensor:
+        return torch.arange(len(self.compressed_layers[0].state.rows))
+
+    def _change_rows(self, method: str, argument: Any, rows: Tensor) -> None:
+        """Call a method of all layers; those with linear attention only, which lack it, get the index of each row."""
         self._pass.settle(self.layers)
-        super().batch_select_indices(indices)
+        layers: list[Any] = self.layers
+        for layer in layers:
+            if hasattr(layer, method):
+                getattr(layer, method)(argument)
+            else:
+                layer.reorder_cache(rows)
 
     def _check_rows(self, num_rows: int) -> None:
         held = len(self.compressed_layers[0].state.rows)
