@@ -183,6 +183,26 @@ def test_masked_generated_tokens_do_not_count_towards_the_interval(policy):
         assert _kept(batch, 1, 1, 0) == _kept(single, 1, 0, 0)
 
 
+def test_queries_count_once_in_rows_that_evict_at_different_steps_with_masked_tokens():
+    model, tokens = build("llama"), prompt(95)
+    batch, single = (CompressedCache(model, "h2o", 12, evict="always", interval=4) for _ in range(2))
+    mask = torch.ones(2, 40, dtype=torch.long)
+    _read(model, batch, tokens[:, :40].expand(2, -1), mask)
+    model(tokens[:, :40], past_key_values=single)
+    for step in range(40):
+        is_token = int(step % 7 not in (0, 3, 5))
+        mask, ids = _extend(mask, torch.tensor([[1], [is_token]])), tokens[:, 40 + step : 41 + step]
+        _read(model, batch, ids.expand(2, -1), mask)
+        if is_token:
+            model(ids, past_key_values=single)
+        storages = batch.layers[1].storage, single.layers[1].storage
+        received, expected = (
+            storage.columns["attention_received"][row][storage.positions[row] >= 0]
+            for storage, row in zip(storages, (1, 0), strict=True)
+        )
+        torch.testing.assert_close(received, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("policy", ["tova", "snapkv"])
 def test_masked_last_tokens_of_a_chunk_take_no_place_among_the_newest_queries(policy):
     model, tokens = build("llama"), prompt(90)

@@ -262,13 +262,15 @@ def commit_eviction(
         storage = state.storage
         if storage is not None and selection.kept is not None:
             storage.compact_in_place(selection.entries, selection.kept)
+    # Where masked tokens are moved to the front, the newest tokens of a row are those that are not masked.
+    moves_masked = state.has_holes and selection.kept is not None
     rows = tuple(
         replace(
             row,
             num_kept=min(limit, row.num_kept + state.num_appended - row.num_masked),
             # Without holes, the last entries are those of the last tokens.
             window=0 if state.has_holes else window if due else row.window + state.num_appended,
-            num_appended=0 if evicts else row.num_appended + state.num_appended,
+            num_appended=0 if evicts else row.num_appended + state.num_appended - moves_masked * row.num_masked,
             num_masked=0,
         )
         for row, limit, window, due, evicts in zip(
