@@ -133,7 +133,7 @@ NOT_RUNNABLE: dict[str, tuple[str, str]] = {
 
 # Families that do not work yet. Remove a family from this list when it works.
 KNOWN_FAILURES: tuple[str, ...] = ()
-KNOWN_FAILURES_OLDEST = ("gemma2",)  # with transformers before 5.23
+KNOWN_FAILURES_OLDEST: tuple[str, ...] = ()  # with transformers before 5.23
 
 
 def refusal_of(family: str) -> Refusal | None:

@@ -19,8 +19,7 @@ def read(forward, cache):
     return torch.stack(logits), graphs
 
 
-@pytest.mark.parametrize("policy", ["capkv-profile", "capkv"])
-@pytest.mark.parametrize("evict", ["prefill", "always"])
+@pytest.mark.parametrize(("policy", "evict"), [("capkv-profile", "prefill"), ("capkv", "always")])
 def test_compiled_model_gives_the_same_logits_with_few_graphs(policy, evict):
     model = build("llama")
     torch.compiler.reset()

@@ -49,7 +49,7 @@ def test_queries_that_read_no_entry_do_not_change_which_entries_are_kept(name):
         assert int(positions[..., -1].min()) == 59
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["capkv-profile", "capkv", "snapkv", "h2o", "tova", "streaming-llm"])
 @pytest.mark.parametrize("budget", [1, 4])
 @pytest.mark.parametrize("evict", ["prefill", "always"])
 def test_budgets_of_few_tokens_are_kept(name, budget, evict):

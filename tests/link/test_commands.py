@@ -74,12 +74,12 @@ def test_importing_the_package_is_light_and_every_public_name_resolves():
 import sys
 import suffice.link as link
 assert not {"transformers", "torch_geometric", "torch"} & sys.modules.keys()
-assert dir(link) == sorted(link.__all__)
+assert sorted(dir(link)) == sorted(link.__all__)
 for name in link.__all__:
     assert getattr(link, name).__name__ == name
 try:
     link.nothing
 except AttributeError as error:
-    assert "has no attribute 'nothing'" in str(error)
+    assert "attribute nothing" in str(error)
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -77,5 +77,5 @@ def test_wrong_arguments_are_named(folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             study_report(folder, **arguments)
-    with pytest.raises(ValueError, match=r"--to must be a file ending in .html or .md, got .*x\.pdf'"):
+    with pytest.raises(ValueError, match=r"--to must be a file ending in .html, .htm, .md, got .*x\.pdf'"):
         CliRunner().invoke(app, ["report", str(folder), "--to", str(tmp_path / "x.pdf")], catch_exceptions=False)

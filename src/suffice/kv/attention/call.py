@@ -117,7 +117,7 @@ class AttentionCall:
     @property
     def softcap(self) -> float | None:
         """Soft cap c of the logits, which become c tanh(logit / c) before they are masked; None for no soft cap."""
-        return self.options.get("softcap")
+        return None if self.implementation == "sdpa" else self.options.get("softcap")  # torch's function ignores it
 
     @property
     def sink_logits(self) -> Tensor | None:
@@ -126,7 +126,7 @@ class AttentionCall:
         A sink adds one exponential to the denominator of the softmax. It has no key and no value, and its logit is
         not scaled or capped.
         """
-        return self.options.get("s_aux")
+        return None if self.implementation == "sdpa" else self.options.get("s_aux")
 
     @property
     def padding(self) -> Padding | None:
