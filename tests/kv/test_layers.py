@@ -182,8 +182,12 @@ def test_failed_pass_of_a_model_with_linear_states_makes_the_cache_refuse():
     del model.model.layers[-1].feed_forward.forward
     with pytest.raises(ValueError, match="whose last forward pass failed"):
         step(model, prompt(1), cache)
-    with pytest.raises(ValueError, match="crop must not be called"):
+    with pytest.raises(ValueError, match="whose last forward pass failed"):
         cache.crop(-1)
+    complete = CompressedCache(model, "capkv", 0.5)
+    step(model, prompt(20), complete)
+    with pytest.raises(ValueError, match="crop must not be called"):
+        complete.crop(-1)
 
 
 @pytest.mark.parametrize(
