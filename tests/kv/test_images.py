@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,7 +72,8 @@ def _inputs(family: str, seed: int = 0, before: int = 30, after: int = 12) -> di
     if family in HAS_GRID:
         inputs["pixel_values"] = torch.randn(16, 3 * 2 * 8 * 8, generator=generator)
         inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]])
-        inputs["mm_token_type_ids"] = is_image
+        if "mm_token_type_ids" in inspect.signature(model.forward).parameters:  # not in early versions
+            inputs["mm_token_type_ids"] = is_image
     else:
         pixels = torch.randn(1, 3, 32, 32, generator=generator)
         inputs["pixel_values"] = pixels[None] if family in ("smolvlm", "idefics3") else pixels

@@ -125,7 +125,12 @@ def shared_scales(monkeypatch):
 
 
 ROWS = [prompt(40), prompt(9, seed=2), prompt(33, seed=5)]
-any_backend = pytest.mark.parametrize("quantized", ["fp8", Quantization("quanto", residual_length=4)])
+# Early versions quantize all entries again at other steps, which depend on how many tokens come at a time.
+_quanto = pytest.param(
+    Quantization("quanto", residual_length=4),
+    marks=pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="needs a newer transformers"),
+)
+any_backend = pytest.mark.parametrize("quantized", ["fp8", _quanto])
 
 
 @any_backend

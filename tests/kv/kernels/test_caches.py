@@ -37,7 +37,10 @@ def assert_same_cache(cache, expected):
     ],
 )
 def test_cache_with_kernels_equals_cache_without(monkeypatch, policy, options):
-    model, inputs = build("qwen3", num_hidden_layers=2), left_padded([prompt(24), prompt(15)])
+    model, inputs = (
+        build("qwen3", num_hidden_layers=2, layer_types=["full_attention"] * 2),
+        left_padded([prompt(24), prompt(15)]),
+    )
     moves, move_to_front = [], compaction.move_to_front
     monkeypatch.setattr(compaction, "move_to_front", lambda *arguments: moves.append(move_to_front(*arguments)))
     cache, expected = (CompressedCache(model, policy, 12, **options) for _ in range(2))
@@ -52,7 +55,7 @@ def test_cache_with_kernels_equals_cache_without(monkeypatch, policy, options):
 @pytest.mark.parametrize("share_statistics", [False, True])
 def test_layers_with_values_of_zero_are_scored_by_torch(share_statistics):
     """Kernels are not precise enough for them, which is only known when all conditions of a layer are checked."""
-    model, inputs = build("qwen3", num_hidden_layers=2), {"input_ids": prompt(24)}
+    model, inputs = build("qwen3", num_hidden_layers=2, layer_types=["full_attention"] * 2), {"input_ids": prompt(24)}
     model.model.layers[1].self_attn.v_proj.weight.data.zero_()
     caches, expected = ([CompressedCache(model, "capkv", budget) for budget in (0.4, 12)] for _ in range(2))
     with disable_kernels():
