@@ -58,8 +58,8 @@ from suffice.kv.policy import capacity_share as measuring  # isort: skip
 from suffice.kv.policy import directions, estimators, weights  # isort: skip
 from suffice.kv.policy import registry as named  # isort: skip
 from suffice.kv.policy.attention_stats import AttentionStats  # isort: skip
-from suffice.kv.policy.attention_stats import EntryPositions  # isort: skip
-from suffice.kv.policy.attention_stats import LayerContext  # isort: skip
+from suffice.kv.policy.layer_context import EntryPositions  # isort: skip
+from suffice.kv.policy.layer_context import LayerContext  # isort: skip
 from suffice.kv.policy.selection import Greedy, Rounds, TopK, TwoStage  # isort: skip
 from suffice.kv.policy.weight_state import WeightState  # isort: skip
 from suffice.kv.storage import quantized, uniform  # isort: skip

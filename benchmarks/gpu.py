@@ -42,7 +42,8 @@ from suffice.gpu import disable_kernels
 from suffice.kv import DEFAULT_POLICY, get_policy
 from suffice.kv.backend.triton_backend import choose_backend
 from suffice.kv.kernels import usable
-from suffice.kv.policy.attention_stats import AttentionStats, DeferredChecks
+from suffice.kv.policy.attention_stats import AttentionStats
+from suffice.kv.policy.deferred_checks import DeferredChecks
 from suffice.kv.storage.ragged import PackedEntries, RaggedStorage, Tail
 
 HEADS, KV_HEADS = 32, 8

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from suffice.kv import DEFAULT_POLICY, get_policy
 from suffice.kv.backend.triton_backend import fused_log_weights
-from suffice.kv.policy.attention_stats import AttentionStats, EntryPositions
+from suffice.kv.policy.attention_stats import AttentionStats
+from suffice.kv.policy.layer_context import EntryPositions
 from suffice.kv.storage.ragged import PackedEntries, RaggedStorage, Tail
 
 if TYPE_CHECKING:

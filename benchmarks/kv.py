@@ -27,7 +27,8 @@ from machine import machine
 from suffice.kv import CompressedCache, get_policy, load_model
 from suffice.kv.attention.call import AttentionCall
 from suffice.kv.cache.layer import CompressedLayer
-from suffice.kv.policy.attention_stats import AttentionStats, LayerContext
+from suffice.kv.policy.attention_stats import AttentionStats
+from suffice.kv.policy.layer_context import LayerContext
 
 try:
     import kvpress

@@ -15,7 +15,7 @@ from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.budget.profile import Profile, read_profile, write_profile
 from suffice.kv.budget.profile_from_weights import profile_from_weights
 from suffice.kv.hf.fingerprint import fingerprint
-from suffice.kv.policy.attention_stats import LayerContext
+from suffice.kv.policy.layer_context import LayerContext
 from tests.kv.tiny import FAMILIES, VOCABULARY, build, prompt, tiny
 
 

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from suffice.kv import CompressedCache, Policy, get_policy, policies
-from suffice.kv.policy.attention_stats import AttentionStats, EntryPositions
+from suffice.kv.policy.attention_stats import AttentionStats
+from suffice.kv.policy.layer_context import EntryPositions
 from suffice.kv.policy.registry import allocations
 from suffice.kv.policy.weight_state import QueryMoments
 from suffice.kv.policy.weights import ExpectedAttention, MeanQuery

@@ -19,9 +19,10 @@ from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.budget.profile import Profile
 from suffice.kv.budget.protection import Protection, num_allowed
 from suffice.kv.hf.rotary import Frequencies, RotaryEmbedding
-from suffice.kv.policy.attention_stats import AttentionStats, EntryPositions, LayerContext
+from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.directions import Constant, OutputValue, Value
 from suffice.kv.policy.estimators import Leverage, Objective, Trace
+from suffice.kv.policy.layer_context import EntryPositions, LayerContext
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import get_policy
 from suffice.kv.policy.sampled_attention import sampled_attention

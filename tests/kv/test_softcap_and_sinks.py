@@ -18,7 +18,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from suffice.kv import CompressedCache
 from suffice.kv.budget.calibration import calibrate
-from suffice.kv.policy.attention_stats import AttentionStats, EntryPositions
+from suffice.kv.policy.attention_stats import AttentionStats
+from suffice.kv.policy.layer_context import EntryPositions
 from suffice.kv.policy.sampled_attention import sampled_attention
 from suffice.kv.policy.weights import AccumulatedAttention, WindowAttention
 from tests.kv.tiny import VOCABULARY, answer, left_padded, prompt

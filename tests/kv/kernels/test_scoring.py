@@ -10,9 +10,11 @@ from suffice.gpu import KernelFallbackError, disable_kernels, kernels_enabled, l
 from suffice.kv import get_policy
 from suffice.kv.backend.torch_backend import TORCH_BACKEND, TorchFactor
 from suffice.kv.backend.triton_backend import TRITON_BACKEND, choose_backend, fused_log_weights
-from suffice.kv.policy.attention_stats import AttentionStats, DeferredChecks, EntryPositions
+from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.capacity_share import capacity_share
+from suffice.kv.policy.deferred_checks import DeferredChecks
 from suffice.kv.policy.directions import Value
+from suffice.kv.policy.layer_context import EntryPositions
 from suffice.kv.policy.weights import KeySalience, WindowAttention
 
 pytest.importorskip("triton")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from suffice.gpu import async_tensor
 from suffice.kv.hf.tensor_parallel import topk_masks
-from suffice.kv.policy.attention_stats import LayerContext
+from suffice.kv.policy.layer_context import LayerContext
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ from suffice.kv.cache.state import LayerState
 from suffice.kv.hf.offload import materialized_weight
 from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.hf.tensor_parallel import Sharding
-from suffice.kv.policy.attention_stats import AttentionStats, DeferredChecks, EntryPositions, LayerContext
+from suffice.kv.policy.attention_stats import AttentionStats
+from suffice.kv.policy.deferred_checks import DeferredChecks
+from suffice.kv.policy.layer_context import EntryPositions, LayerContext
 from suffice.kv.storage.base import Entries, Storage
 
 _CHUNKS_ARE_KEPT = (

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -14,73 +13,11 @@ from torch import Tensor
 from suffice.gpu import async_tensor
 from suffice.kv.attention.softmax import cap_logits, softmax_with_sinks
 from suffice.kv.hf.rotary import RotaryEmbedding
-from suffice.kv.hf.tensor_parallel import Sharding
+from suffice.kv.policy.deferred_checks import DeferredChecks
+from suffice.kv.policy.layer_context import EntryPositions, LayerContext
 from suffice.kv.policy.weight_state import QueryMoments, WeightState
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class EntryPositions:
-    """Where the entries and queries of an attention call stand in their texts.
-
-    Without arguments, the entries are all tokens seen so far, without padding, and the queries are the last of them.
-    A position is the index of a token within the text of its own row; it is negative where there is no token.
-
-    Args:
-        valid: bool [batch, entries], False on left padding. None if there is no padding, or if `entries` is given.
-        entries: long [batch, 1 or num_key_value_heads, entries], positions of the entries. None if the entries are
-            all tokens seen so far.
-        queries: long [batch, queries], positions of the queries. Required together with `entries`.
-        rope: long, shaped like `entries`: the positions by which the keys were rotated, if they differ from `entries`.
-        num_seen: number of tokens that each row has seen, if it is known without reading it from the device.
-
-    """
-
-    valid: Tensor | None = None
-    entries: Tensor | None = None
-    queries: Tensor | None = None
-    rope: Tensor | None = None
-    num_seen: Sequence[int] | None = None
-
-
-@dataclass(frozen=True)
-class LayerContext:
-    """Position of a layer among the compressed layers, and the limits that hold for its heads.
-
-    Args:
-        layer: index of the layer among the layers whose cache is compressed.
-        num_layers: number of compressed layers.
-        max_entries: largest number of entries that a head may keep; None for no limit.
-        sharding: how the KV heads of the layer are split over processes; None if all of them are here.
-
-    """
-
-    layer: int = 0
-    num_layers: int = 1
-    max_entries: int | None = None
-    sharding: Sharding | None = None
-
-
-class DeferredChecks:
-    """Collects conditions and their errors; `raise_if_failed` reads all conditions with one synchronization."""
-
-    def __init__(self) -> None:
-        self._pending: list[tuple[Tensor, Exception]] = []
-
-    def require(self, condition: Tensor, error: Exception) -> None:
-        """Record a condition (bool tensor without dimensions) and the error to raise if it does not hold."""
-        self._pending.append((condition, error))
-
-    def raise_if_failed(self) -> None:
-        """Raise the error of the first recorded condition that does not hold, and forget all of them."""
-        pending, self._pending = self._pending, []
-        if not pending:
-            return
-        holds = torch.stack([condition for condition, _ in pending]).tolist()
-        for condition_holds, (_, error) in zip(holds, pending, strict=True):
-            if not condition_holds:
-                raise error
 
 
 class AttentionStats:
