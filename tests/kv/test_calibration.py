@@ -16,6 +16,7 @@ from suffice.kv.budget.profile import Profile, read_profile, write_profile
 from suffice.kv.budget.profile_from_weights import profile_from_weights
 from suffice.kv.hf.fingerprint import fingerprint
 from suffice.kv.policy.layer_context import LayerContext
+from tests.kv import families
 from tests.kv.tiny import FAMILIES, VOCABULARY, build, prompt, tiny
 
 
@@ -275,6 +276,20 @@ def test_models_that_cannot_be_measured_are_rejected():
     model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"model must have finite attention .*, got NaN or infinite values"):
         CompressedCache(model)
+    music = families.build("musicgen")  # its tokens come in one row for each codebook
+    with pytest.raises(ValueError, match=r"model must run on tokens alone.*got MusicgenForCausalLM.*RuntimeError"):
+        CompressedCache(music)
+    CompressedCache(music, "capkv")
+
+
+def test_lack_of_memory_is_not_reported_as_an_unsupported_model(monkeypatch):
+    def run_out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    model = build("llama", seed=7)
+    monkeypatch.setattr(model, "forward", run_out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        calibrate(model, tokens=32)
 
 
 def test_profile_that_cannot_be_stored_is_used_all_the_same(caplog, tmp_path):

@@ -59,6 +59,7 @@ def test_family(family):
                 assert re.search(refusal.pattern, result["error"]), result["error"]
     elif family in NOT_RUNNABLE:
         assert re.search(NOT_RUNNABLE[family][1], results["full"]["error"]), results["full"]["error"]
+        assert results["construction"]["status"] != "failed", results["construction"]
     else:
         assert not bad
 

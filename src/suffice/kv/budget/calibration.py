@@ -90,7 +90,9 @@ def calibrate(
                 decoder(ids, past_key_values=cache, use_cache=True)  # without an input for the encoder
             else:
                 network(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"model must run on tokens alone, so that its head profile can be measured, got {type(model).__name__}, "
             f"which raises {type(error).__name__}: {error}. Use allocation='equal'; the best policy is then 'capkv'"
