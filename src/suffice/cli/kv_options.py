@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar
 import typer
 
 from suffice.cli.options import split_commas
-from suffice.kv.hf.default_model import DEFAULT_MODEL
 from suffice.kv.hf.loading import ModelSource
+from suffice.kv.hf.packaged_models import DEFAULT_MODEL
 from suffice.kv.policy.registry import DEFAULT_POLICY
 
 
@@ -19,7 +19,7 @@ class ModelOptions:
 
     panel: ClassVar[str] = "Model"
 
-    model: Annotated[str, typer.Option(help="Hugging Face model id, or local folder.")] = DEFAULT_MODEL
+    model: Annotated[str, typer.Option(help="Hugging Face model id, local folder, or gemma3-270m.")] = DEFAULT_MODEL
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda:0.")] = "cpu"
     dtype: Annotated[str, typer.Option(help="Dtype of the weights: auto, float32, bfloat16 or float16.")] = "auto"
     attn: Annotated[str, typer.Option(help="Attention implementation, such as sdpa, eager or flash_attention_2.")] = (

@@ -197,7 +197,7 @@ def compare(
         answer: also generate an answer from each cache and score it.
         greedy_tokens: also compare this many greedily generated tokens; 0 skips this.
         measure_capacity: also measure the share of the capacity that is kept.
-        model: a Hugging Face model id, a local folder, or a `ModelSource`; None loads the default model.
+        model: a name that `load_model` accepts, or a `ModelSource`; None loads the default model.
         run: folder for finished samples, and number of worker processes.
 
     Raises:

@@ -65,7 +65,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
     results equal those of the harness's own model `hf`.
 
     Args:
-        pretrained: a model id, a local folder, or a model, also a `PeftModel`; None is the default model.
+        pretrained: a name that `load_model` accepts, or a model, also a `PeftModel`; None is the default model.
         policy: which entries to keep.
         budget: number of tokens of each prompt to keep, or a fraction.
         allocation: how the budget is split over heads; None uses the policy's own allocation.

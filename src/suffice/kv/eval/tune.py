@@ -175,7 +175,7 @@ def tune(
         mode: `"aware"` evicts after the question is seen, `"agnostic"` before it.
         confidence: confidence of the result, above 0.5 and below 1.
         max_new_tokens: maximum length of the full cache's answers.
-        model: a Hugging Face model id, a local folder, or a `ModelSource`; None loads the default model.
+        model: a name that `load_model` accepts, or a `ModelSource`; None loads the default model.
         run: folder for finished measurements, and number of worker processes. A copy of the prompts is written to
             the folder.
 

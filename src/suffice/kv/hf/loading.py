@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from suffice.kv.hf.default_model import DEFAULT_MODEL, default_model_folder, no_progress_bars
+from suffice.kv.hf.packaged_models import DEFAULT_MODEL, PACKAGED_MODELS, no_progress_bars, packaged_model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +29,7 @@ class ModelSource:
     """Which model to load, and how.
 
     Args:
-        name: a Hugging Face model id or a local folder; None is the default model.
+        name: a Hugging Face model id, a local folder or `"gemma3-270m"`; None is the default model.
         device: a torch device, such as `"cpu"` or `"cuda:0"`.
         dtype: `"auto"` (the dtype of the stored weights), `"float32"`, `"bfloat16"` or `"float16"`.
         attn_implementation: see `load_model`.
@@ -70,7 +70,9 @@ def load_model(
     """Load a causal language model in evaluation mode, and its tokenizer.
 
     Args:
-        model: a Hugging Face model id or a local folder; None loads the default model.
+        model: a Hugging Face model id, a local folder, or the name of a model that comes from the Python package index:
+            `"SmolLM2-135M-Instruct"` or `"gemma3-270m"`, both in float32. A folder of such a name is `"./gemma3-270m"`.
+            None loads the default model, `"SmolLM2-135M-Instruct"`.
         device: a torch device, such as `"cpu"` or `"cuda:0"`.
         dtype: `"auto"` (the dtype of the stored weights), `"float32"`, `"bfloat16"` or `"float16"`.
         attn_implementation: `"sdpa"`, `"eager"`, `"flex_attention"`, or a FlashAttention that is installed, such as
@@ -79,7 +81,7 @@ def load_model(
 
     Raises:
         ValueError: the dtype, the attention implementation, the device or the model is not known.
-        DefaultModelError: the default model could not be downloaded.
+        PackagedModelError: a model from the package index could not be downloaded or converted.
 
     Example:
         >>> model, tokenizer = load_model(dtype="float32")  # doctest: +SKIP
@@ -97,12 +99,13 @@ def load_model(
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device must be one that torch can use here, got {device!r}: {error}") from None
-    source = str(default_model_folder(on_progress)) if model in (None, DEFAULT_MODEL) else str(model)
+    name = DEFAULT_MODEL if model is None else str(model)
+    source = str(packaged_model_folder(name, on_progress)) if name in PACKAGED_MODELS else name
 
     # Imported here, because transformers takes seconds to import, and the checks above should fail fast.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    on_progress(f"loading {model or DEFAULT_MODEL}")
+    on_progress(f"loading {name}")
     try:
         with no_progress_bars():
             tokenizer: Any = AutoTokenizer.from_pretrained(source)
