@@ -5,11 +5,13 @@ import torch
 from hypothesis import settings
 
 from suffice.folders import cache_folder
+from tests.interpreter import speed_up_interpreter
 
 # Tests never ask a hub, and give the same examples every time.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Kernels run through Triton's interpreter, which is chosen when Triton is imported.
 os.environ["TRITON_INTERPRET"] = "1"
+speed_up_interpreter()
 settings.register_profile("suffice", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("suffice")
 torch.set_num_threads(1)

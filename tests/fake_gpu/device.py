@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests.interpreter import speed_up_interpreter
+
 aten = torch.ops.aten
 DEVICE = "cuda:0"
 _BETWEEN_DEVICES = {aten.copy_.default, aten._to_copy.default}
@@ -163,6 +165,7 @@ torch.cuda.get_rng_state = lambda device=None: torch.zeros(1, dtype=torch.uint8)
 torch.cuda.set_rng_state = lambda new_state, device=None: None
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    speed_up_interpreter()
     # The modules of kernels import these names later, when the first kernel is needed.
     import suffice.gpu
 
