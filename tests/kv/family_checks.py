@@ -33,8 +33,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
 
-from suffice.kv import CompressedCache
+from suffice.kv import CompressedCache, CrossAttentionCache
 from tests.kv.families import WINDOW, families
 from tests.kv.family_cases import LENGTH, Case, MaskedOracle, get_case
 
@@ -227,6 +228,28 @@ def _layers(cache: Any) -> list[Any]:
     return list(getattr(getattr(cache, "self_attention_cache", cache), "layers", ()))
 
 
+def check_cross_attention(case: Case) -> None:
+    """With the full budget for the cross-attention, results equal the stock cache; with half of it, half are kept.
+
+    Models whose cross-attention cannot be compressed are refused when the cache is made.
+    """
+    if not case.is_encoder_decoder:
+        return
+    try:
+        full, half = CrossAttentionCache(case.model, budget=1.0), CrossAttentionCache(case.model, budget=0.5)
+    except ValueError:
+        return
+    expected = case.generate(case.prompt())
+    got = case.generate(case.prompt(), cache=EncoderDecoderCache(DynamicCache(), full))
+    if not torch.equal(got.tokens, expected.tokens):
+        raise WrongResultError("generated tokens differ")
+    check_close(got.logits, expected.logits, "logits")
+    case.generate(case.prompt(), cache=EncoderDecoderCache(DynamicCache(), half))
+    counts = [(head.tokens_kept, head.tokens_seen) for head in half.report().heads]
+    if any(2 * kept != seen for kept, seen in counts):
+        raise WrongResultError(f"entries of the encoder are kept as {counts} instead of half")
+
+
 def check_long_window(case: Case) -> None:
     """Full and half budget, for a model whose sliding windows are longer than the prompt."""
     if case.has_windows:
@@ -245,6 +268,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "untouched": check_untouched,
     "padding": check_padding,
     "window": check_long_window,
+    "cross": check_cross_attention,
 }
 
 # ---- Results ---------------------------------------------------------------------------------------------------------

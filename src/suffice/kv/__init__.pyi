@@ -1,6 +1,7 @@
 from .budget.calibration import calibrate as calibrate
 from .cache.batched import BatchedCaches as BatchedCaches
 from .cache.cache import CompressedCache as CompressedCache
+from .cache.cross_attention import CrossAttentionCache as CrossAttentionCache
 from .cache.report import CacheReport as CacheReport
 from .cache.shared_prefill import prefill as prefill
 from .eval.answer import answer as answer

@@ -176,7 +176,7 @@ class CompressedCache(Cache):
             )
         super().__init__(layers=layers)
         self._rotates = bool(used)
-        self._needs_cross_attention_cache = bool(model.config.is_encoder_decoder)
+        self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self._updated: CompressedLayer | None = None  # the layer whose attention call follows
         self._pass = ForwardPass()
 
@@ -191,10 +191,12 @@ class CompressedCache(Cache):
         """
         if not self._hook.belongs_to(decoder):
             raise ValueError(_WRONG_MODEL)
-        if self._needs_cross_attention_cache and inputs.get("past_key_values") is self:
+        has_cross_attention = self._is_encoder_decoder or inputs.get("encoder_hidden_states") is not None
+        if has_cross_attention and inputs.get("past_key_values") is self:
             raise ValueError(
-                "past_key_values must be EncoderDecoderCache(CompressedCache(model, ...), DynamicCache()) for an "
-                "encoder-decoder model, got a CompressedCache. It compresses the self-attention of the decoder only"
+                "past_key_values must be EncoderDecoderCache(CompressedCache(model, ...), CrossAttentionCache(model)) "
+                "for a decoder with cross-attention, got a CompressedCache, which holds the self-attention only. With "
+                "DynamicCache() as the second cache, the cross-attention is not compressed"
             )
         if self._rotates:
             needed_by = "rerotate=True" if self.settings.rerotate else f"policy {self.policy.name!r}"
@@ -433,24 +435,13 @@ class CompressedCache(Cache):
 
     def report(self) -> CacheReport:
         """Return a report of the tokens, bytes and capacity that are kept, in total and by layer and head."""
-        heads = tuple(head for layer in self.compressed_layers for head in layer.head_reports())
-        shares = [share for head in heads if (share := head.capacity_retained) is not None]
         bytes_uncompressed = sum(
             part.nbytes
             for layer in self.layers
             for part in (getattr(layer, "keys", None), getattr(layer, "values", None))
             if not isinstance(layer, CompressedLayer) and part is not None
         )
-        storages = [layer.storage for layer in self.compressed_layers if layer.storage is not None]
-        return CacheReport(
-            policy=self.policy.name,
-            heads=heads,
-            batch=storages[0].num_kept.shape[0] if storages else 0,
-            bytes_full=bytes_uncompressed + sum(layer.bytes_full for layer in self.compressed_layers),
-            bytes_kept=bytes_uncompressed + sum(storage.nbytes for storage in storages),
-            bytes_index=sum(storage.nbytes_index for storage in storages),
-            capacity_retained=sum(shares) / len(shares) if shares else None,
-        )
+        return CacheReport.from_layers(self.policy.name, self.compressed_layers, bytes_uncompressed)
 
     def __repr__(self) -> str:
         return f"CompressedCache(policy={self.policy.name!r}, budget={self.budget}, {self.report()})"

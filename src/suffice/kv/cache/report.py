@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from suffice.kv.storage.base import Storage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,9 +37,27 @@ class HeadReport:
     capacity_retained: float | None
 
 
+class ReportedLayer(Protocol):
+    """A compressed layer, of which a report is made."""
+
+    @property
+    def storage(self) -> Storage | None:
+        """Keys and values of the entries; None before the first token."""
+        ...
+
+    @property
+    def bytes_full(self) -> int:
+        """Bytes that the layer would hold without eviction."""
+        ...
+
+    def head_reports(self) -> list[HeadReport]:
+        """Return one report for each KV head."""
+        ...
+
+
 @dataclass(frozen=True)
 class CacheReport:
-    """What a `CompressedCache` holds.
+    """What a `CompressedCache` or a `CrossAttentionCache` holds.
 
     Args:
         policy: name of the policy.
@@ -57,6 +78,29 @@ class CacheReport:
     bytes_kept: int
     bytes_index: int
     capacity_retained: float | None
+
+    @classmethod
+    def from_layers(cls, policy: str, layers: Sequence[ReportedLayer], bytes_uncompressed: int = 0) -> CacheReport:
+        """Return the report of a cache.
+
+        Args:
+            policy: name of the policy.
+            layers: the compressed layers.
+            bytes_uncompressed: bytes of the keys and values of all other layers.
+
+        """
+        heads = tuple(head for layer in layers for head in layer.head_reports())
+        shares = [share for head in heads if (share := head.capacity_retained) is not None]
+        storages = [layer.storage for layer in layers if layer.storage is not None]
+        return cls(
+            policy=policy,
+            heads=heads,
+            batch=storages[0].num_kept.shape[0] if storages else 0,
+            bytes_full=bytes_uncompressed + sum(layer.bytes_full for layer in layers),
+            bytes_kept=bytes_uncompressed + sum(storage.nbytes for storage in storages),
+            bytes_index=sum(storage.nbytes_index for storage in storages),
+            capacity_retained=sum(shares) / len(shares) if shares else None,
+        )
 
     @property
     def tokens_seen(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import transformers
@@ -91,6 +92,29 @@ def compressed_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     return {index: modules[index] for index in indices}
 
 
+def cross_attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Return the modules of the decoder that read the output of an encoder, by layer index.
+
+    Raises:
+        ValueError: the model has no such modules, or a cache cannot see the queries of one, or the attention of one has
+            an unsupported option.
+
+    """
+    decoder, name = find_decoder(model), type(model).__name__
+    own = attention_modules(decoder)
+    found: dict[int, nn.Module] = {}
+    for module in decoder.modules():
+        index: Any = getattr(module, "layer_idx", None)
+        # The self-attention of a layer comes first and has the same index.
+        if isinstance(index, int) and module is not own.get(index) and _reads_encoder(module):
+            found.setdefault(index, module)
+    if not found:
+        raise ValueError(f"model must have a decoder with cross-attention to the output of an encoder, got {name}")
+    for module in found.values():
+        _check_module(module, name)
+    return found
+
+
 def sliding_window(layer: Any, model: PreTrainedModel) -> int | None:
     """Return how many tokens a token reads in a layer of the model's own cache; None if it has no sliding window."""
     config: Any = model.config.get_text_config(decoder=True)
@@ -159,6 +183,14 @@ def caches_latents(module: nn.Module) -> bool:
 
 def _calls_attention(module: nn.Module) -> bool:
     return cache_use(module) in (CacheUse.DIRECT, CacheUse.CHANGED)
+
+
+def _reads_encoder(module: nn.Module) -> bool:
+    """Return whether an attention module accepts the output of an encoder."""
+    accepted = inspect.signature(module.forward).parameters
+    return "Attention" in type(module).__name__ and not accepted.keys().isdisjoint(
+        ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+    )
 
 
 def _is_cross_attention(module: nn.Module | None) -> bool:
