@@ -3,8 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 BENCH := .venv-bench
+BITS := .venv-bits
 
-.PHONY: demo test test-oldest test-families test-families-oldest lint format bench-kv bench-link bench-gpu evidence bench-evidence-peers bench-study docs test-ray clean
+.PHONY: demo test test-oldest test-families test-families-oldest lint format bench-kv bench-link bench-gpu evidence bench-evidence-peers bench-bits bench-study docs test-ray clean
 
 demo: $(VENV)/.ready
 	$(BIN)/suffice demo --report out/demo.html
@@ -72,6 +73,11 @@ evidence: $(VENV)/.ready
 bench-evidence-peers: $(BENCH)/.ready
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BENCH)/bin/python -W ignore benchmarks/evidence_peers.py --samples 4
 
+# Measure how close quantized caches stay, 3 samples, beside the quantized caches of transformers. Finished samples are
+# kept in out/bits.
+bench-bits: $(BITS)/.ready
+	$(BITS)/bin/python -W ignore benchmarks/bits.py --samples 3
+
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
@@ -87,5 +93,10 @@ $(BENCH)/.ready: pyproject.toml constraints-oldest.txt
 	$(BENCH)/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[kv]" kvpress==0.5.5 scipy
 	touch $@
 
+$(BITS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BITS)
+	$(BITS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[kv]" optimum-quanto==0.2.7 hqq==0.2.8.post1
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(BENCH) out
+	rm -rf $(VENV) $(OLDEST) $(BENCH) $(BITS) out

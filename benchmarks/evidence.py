@@ -41,9 +41,9 @@ PAGE = Path("docs/results/evidence.md")
 END = "<!-- end -->"
 
 
-def write_haystack(folder: Path, dtype: str) -> str:
-    """Write Python's help texts without the part that the head profile was measured on; return the file's path."""
-    _, tokenizer = load_cached(ModelSource(dtype=dtype))
+def write_haystack(folder: Path, source: ModelSource) -> str:
+    """Write Python's help texts without the part that a model's head profile is measured on; return the file's path."""
+    _, tokenizer = load_cached(source)
     measured = tokenizer(python_manual(), add_special_tokens=False, verbose=False).input_ids[:700]
     path = folder / "haystack.txt"
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def main() -> None:
         tokens=options.tokens,
         samples=options.samples,
         seed=options.seed,
-        haystack=write_haystack(options.folder, options.dtype),
+        haystack=write_haystack(options.folder, ModelSource(dtype=options.dtype)),
         answer=False,
         model=ModelSource(dtype=options.dtype),
         run=RunOptions(

@@ -333,7 +333,7 @@ def main() -> None:
     if unknown := peers.unknown_presses():
         print(f"presses of this kvpress that are neither measured nor left out for a reason: {', '.join(unknown)}")
     torch.set_num_threads(1)
-    haystack = write_haystack(options.folder, "float32")
+    haystack = write_haystack(options.folder, ModelSource(dtype="float32"))
     settings = {"tokens": options.tokens, "haystack": haystack, "budgets": options.budgets, "dtype": "float32"}
     stored = json.loads(NUMBERS.read_text(encoding="utf-8")) if NUMBERS.exists() else {}
     check = stored.get("check", {})

@@ -31,6 +31,7 @@ from suffice.kv.budget.profile_from_weights import profile_from_weights
 from suffice.kv.eval.compare import DEFAULT_TASKS
 from suffice.kv.eval.fidelity import CacheConfig, evaluate
 from suffice.kv.eval.tasks import make_example
+from suffice.kv.hf.loading import ModelSource
 from suffice.study.results import mean_interval
 
 BUDGETS = (0.5, 0.25, 0.1)
@@ -62,7 +63,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Return the KL of each sample, by allocation and condition."""
     torch.set_num_threads(1)
     model, tokenizer = load_model(dtype="float32")
-    haystack = Path(write_haystack(options.folder, "float32")).read_text(encoding="utf-8")
+    haystack = Path(write_haystack(options.folder, ModelSource(dtype="float32"))).read_text(encoding="utf-8")
     by_name = allocations(model, tokenizer)
     configs = [CacheConfig(DEFAULT_POLICY, budget, allocation) for allocation in by_name.values() for budget in BUDGETS]
     names = [(name, budget) for name in by_name for budget in BUDGETS]

@@ -1,0 +1,316 @@
+"""How close quantized caches stay to the full cache, by bits and by entries, beside other ways to quantize.
+
+The samples are those of benchmarks/evidence.py: the continuation of a text, and questions that are seen after eviction
+(agnostic) or before it (aware). The measure is the KL divergence from the full cache's next-token distribution, in nats
+per token of the right continuation or answer. All caches of a sample are made from the same prompt, so differences are
+paired by sample. Keys and values of the layers that a cache compresses are quantized; others are left as they are.
+
+`bytes` are the stored bytes of these layers, relative to all entries in 16 bits. The models run in float32 here, so
+whatever is stored in full precision (the first 4 and the last 32 entries, means, scales) counts as 16 bits. Packed
+numbers and the positions of entries count as they are.
+
+    python benchmarks/bits.py --samples 2 --entries 1 0.36 --bits 4      # a few minutes
+    make bench-bits                                                      # with the packages of all peers
+    python benchmarks/bits.py --samples 20 --write
+
+Each model is measured in a process of its own. Finished samples are kept in the folder, and a second call continues.
+`--write` puts the tables into docs/results/kv-bits.md and the numbers into docs/results/kv-bits.json. The last line of
+the output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from evidence import FIRST_SEED, TOKENS, write_haystack
+from machine import machine
+from quantized_peers import PEERS
+from suffice.kv import DEFAULT_POLICY, CompressedCache
+from suffice.kv.cache.shared_prefill import prefill
+from suffice.kv.eval.fidelity import teacher_forced_metrics
+from suffice.kv.eval.run_kinds import text_digest
+from suffice.kv.eval.run_options import RunOptions, run_samples
+from suffice.kv.eval.samples import load_cached
+from suffice.kv.eval.tasks import make_example
+from suffice.kv.hf.layers import compressed_layers
+from suffice.kv.hf.loading import ModelSource
+from suffice.kv.hf.packaged_models import PACKAGED_MODELS
+from suffice.study import PlannedRun, RunContext, RunKind
+from suffice.study.results import Group, Interval, group_records
+
+MODES = {"text": ("text", "continuation"), "agnostic": ("multikey", "agnostic"), "aware": ("multikey", "aware")}
+FULL_BITS = 16  # not quantized
+PAGE, NUMBERS = Path("docs/results/kv-bits.md"), Path("docs/results/kv-bits.json")
+START, END = "<!-- written by benchmarks/bits.py -->", "<!-- end -->"
+
+
+def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the names of the mode and of the peers; add the digest of the haystack."""
+    if settings["mode"] not in MODES:
+        raise ValueError(f"modes must be among {', '.join(MODES)}, got {settings['mode']!r}")
+    for name in settings["peers"]:
+        if name not in PEERS or not PEERS[name].is_installed:
+            known = ", ".join(name for name, peer in PEERS.items() if peer.is_installed)
+            raise ValueError(f"peers must be among {known}, which are installed here, got {name!r}")
+    return {**settings, "digest": text_digest(settings["haystack"])}
+
+
+KIND = RunKind(
+    name="kv.bits",
+    function="bits:measure",
+    check="bits:check_settings",
+    settings={
+        "model": "",
+        "mode": "text",
+        "tokens": TOKENS,
+        "haystack": None,
+        "policies": [DEFAULT_POLICY],
+        "entries": [1.0],
+        "bits": [4],
+        "peers": [],
+    },
+    description="Measure how close quantized caches stay to the full cache on one example.",
+)
+
+
+def measure(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict[str, Any]:
+    """Measure every cache and every peer on one example."""
+    model, tokenizer = load_cached(ModelSource(settings["model"], dtype="float32"))
+    task, mode = MODES[settings["mode"]]
+    haystack = Path(settings["haystack"]).read_text(encoding="utf-8")
+    example = make_example(task, tokenizer, tokens=settings["tokens"], seed=seed, haystack=haystack)
+    prompt, gold = example.prompt(tokenizer), example.answer_ids(tokenizer)
+    # The last token of the prompt is fed later, because it predicts the first token of the answer.
+    prefilled = prompt.document if mode == "agnostic" else prompt.input_ids[:, :-1]
+    rest = torch.cat((prompt.input_ids[:, prefilled.shape[1] :], gold), dim=1)
+    context.log(f"{settings['model']}, {settings['mode']}, sample {seed}")
+
+    network: Any = model
+    full = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        network(prefilled, past_key_values=full, logits_to_keep=1)
+
+    def log_probs(cache: Any) -> Tensor:
+        with torch.no_grad():
+            logits = network(rest, past_key_values=cache, logits_to_keep=gold.shape[1] + 1).logits
+        return logits[0, :-1].float().log_softmax(-1)
+
+    reference = log_probs(copy.deepcopy(full))
+    layers = [full.layers[index] for index in compressed_layers(model)]
+    full_bytes = sum(2 * part.numel() for layer in layers for part in (layer.keys, layer.values))
+    rows: list[dict[str, Any]] = []
+
+    def add_row(method: str, entries: float, bits: int, cache: Any, num_bytes: float) -> None:
+        values = {**teacher_forced_metrics(reference, log_probs(cache), gold[0]), "bytes": num_bytes / full_bytes}
+        rows.append({"settings": {"method": method, "entries": entries, "bits": bits}, "values": values})
+
+    bits_with_full = [FULL_BITS, *settings["bits"]]
+    names = [
+        (policy, entries, bits)
+        for policy in settings["policies"]
+        for entries in settings["entries"]
+        for bits in bits_with_full
+    ]
+    caches = [make_cache(model, *name) for name in names]
+    if caches:
+        prefill(model, {"input_ids": prefilled}, caches, share_statistics=True)
+    for name, cache in zip(names, caches, strict=True):
+        add_row(*name, cache, stored_bytes(cache))
+    for method in settings["peers"]:
+        for bits in peer_bits(method, settings["bits"]):
+            add_row(method, 1.0, bits, *quantized_copy(model, full, method, bits))
+    return {"rows": rows, "tokens": prompt.input_ids.shape[1]}
+
+
+def make_cache(model: Any, policy: str, entries: float, bits: int) -> CompressedCache:
+    """Return an empty cache."""
+    options: dict[str, Any] = {} if bits == FULL_BITS else {"bits": bits}
+    return CompressedCache(model, policy, float(entries), measure_capacity=False, **options)
+
+
+def stored_bytes(cache: CompressedCache) -> int:
+    """Return the bytes of the compressed layers, with at most 16 bits for each floating-point number."""
+    storages = [layer.storage for layer in cache.compressed_layers]
+    assert sum(part.nbytes for storage in storages for part in storage.buffers) == sum(s.nbytes for s in storages)
+    return sum(
+        sum(part.numel() * min(part.element_size(), 2 if part.is_floating_point() else 8) for part in storage.buffers)
+        + storage.nbytes_index
+        for storage in storages
+    )
+
+
+def peer_bits(method: str, bits: Sequence[int]) -> list[int]:
+    """Return the numbers of bits with which a peer is measured: those that it supports, or its only one."""
+    supported = PEERS[method].bits
+    return list(supported) if len(supported) == 1 else [number for number in bits if number in supported]
+
+
+def quantized_copy(model: Any, full: Any, method: str, bits: int) -> tuple[Any, float]:
+    """Return a copy of a full cache whose layers hold what a peer reads back, and the bytes that the peer stores."""
+    cache, num_bytes = copy.deepcopy(full), 0.0
+    for index in compressed_layers(model):
+        layer = cache.layers[index]
+        quantized = PEERS[method].quantize(layer.keys, layer.values, bits)
+        layer.keys, layer.values = quantized.keys, quantized.values
+        num_bytes += quantized.num_bytes
+    return cache, num_bytes
+
+
+def run(options: argparse.Namespace, model: str) -> list[Group]:
+    """Measure the missing samples of a model, and return the values of all."""
+    folder = options.folder / model.replace("/", "--")
+    haystack = folder / "haystack.txt"
+    shared = {
+        "model": model,
+        "tokens": options.tokens,
+        "haystack": str(haystack) if haystack.exists() else write_haystack(folder, ModelSource(model, dtype="float32")),
+        "policies": options.policies,
+        "entries": options.entries,
+        "bits": options.bits,
+        "peers": options.peers,
+    }
+    seeds = range(options.seed, options.seed + options.samples)
+    plan = [PlannedRun(KIND.complete({**shared, "mode": mode}), seed) for seed in seeds for mode in options.modes]
+    run_options = RunOptions(folder, on_progress=lambda progress, line: print(line, flush=True) if line else None)
+    # Each set of samples has a name of its own, so that a short run does not replace a longer study.
+    return group_records(run_samples(folder, KIND, plan, f"bits-{options.seed}-{options.samples}", run_options))
+
+
+def run_in_processes(models: Sequence[str], threads: int) -> None:
+    """Measure each model in a process of its own, with the arguments of this process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    arguments = [argument for argument in sys.argv[1:] if argument != "--write"]
+    command = [sys.executable, "-W", "ignore", __file__, *arguments, "--models"]
+    processes = [subprocess.Popen([*command, model], env=environment) for model in models]
+    exit_codes = [process.wait() for process in processes]
+    if any(exit_codes):
+        sys.exit("a model could not be measured; finished samples are kept, and the same command continues")
+
+
+def find_group(groups: Sequence[Group], mode: str, method: str, entries: float, bits: int) -> Group | None:
+    wanted = {"mode": mode, "method": method, "entries": entries, "bits": bits}
+    return next((group for group in groups if wanted.items() <= dict(group.settings).items()), None)
+
+
+def row_names(groups: Sequence[Group]) -> list[tuple[str, float, int]]:
+    """Return method, entries and bits of all rows of a model's table."""
+    return list(dict.fromkeys((g.settings["method"], g.settings["entries"], g.settings["bits"]) for g in groups))
+
+
+def table(groups: Sequence[Group], modes: Sequence[str]) -> list[str]:
+    """Return the lines of a model's table. A star marks peers that differ significantly from the default policy."""
+    lines = [f"| cache | entries | bits | bytes | {' | '.join(modes)} |", "|---" * (4 + len(modes)) + "|"]
+    for method, entries, bits in row_names(groups):
+        cells: list[str] = []
+        shares: list[float] = []
+        for mode in modes:
+            group = find_group(groups, mode, method, entries, bits)
+            assert group is not None
+            shares.append(group.interval("bytes").mean)
+            star = ""
+            base = find_group(groups, mode, DEFAULT_POLICY, entries, bits)
+            if method in PEERS and base is not None and (difference := group.difference(base, "kl")):
+                star = "*" if difference.interval.low > 0 or difference.interval.high < 0 else ""
+            cells.append(kl_text(group.interval("kl")) + star)
+        share = sum(shares) / len(shares)
+        lines.append(f"| {method} | {entries:.0%} | {bits} | {share:.1%} | {' | '.join(cells)} |")
+    return lines
+
+
+def kl_text(interval: Interval) -> str:
+    if not interval.has_bounds:
+        return f"{interval.mean:.4f}"
+    return f"{interval.mean:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+
+
+def markdown(groups_by_model: Mapping[str, Sequence[Group]], options: argparse.Namespace) -> str:
+    """Return a table for each model."""
+    lines = [f"{options.samples} samples per cell, seeds {options.seed} to {options.seed + options.samples - 1}.", ""]
+    for model, groups in groups_by_model.items():
+        lines += [f"### {model}", "", *table(groups, options.modes), ""]
+    return "\n".join(lines)
+
+
+def numbers(groups_by_model: Mapping[str, Sequence[Group]], options: argparse.Namespace) -> dict[str, Any]:
+    """Return the content of the JSON file."""
+    rows: list[dict[str, Any]] = []
+    for model, groups in groups_by_model.items():
+        for group in groups:
+            names = {name: group.settings[name] for name in ("mode", "method", "entries", "bits")}
+            row = {"model": model, **names, "kl": rounded(asdict(group.interval("kl")))}
+            row |= rounded({name: group.interval(name).mean for name in ("top1", "bytes")})
+            whole = find_group(groups, names["mode"], names["method"], names["entries"], FULL_BITS)
+            if whole is not None and whole is not group and (difference := group.difference(whole, "kl")):
+                row["kl_minus_16_bits"] = rounded(asdict(difference.interval))
+            rows.append(row)
+    return {
+        "samples_per_cell": options.samples,
+        "first_seed": options.seed,
+        "tokens": options.tokens,
+        "machine": machine(),
+        "transformers": transformers.__version__,
+        "rows": rows,
+    }
+
+
+def rounded(numbers_by_name: Mapping[str, float]) -> dict[str, float | None]:
+    """Return four digits of each number; None for NaN, the bounds of a single sample."""
+    return {name: None if math.isnan(number) else float(f"{number:.4g}") for name, number in numbers_by_name.items()}
+
+
+def write(text: str, content: Mapping[str, Any]) -> None:
+    """Write the tables into their section of the page, and the numbers into the JSON file, one row on each line."""
+    before, _, after = PAGE.read_text(encoding="utf-8").partition(START)
+    PAGE.write_text(f"{before}{START}\n\n{text}\n{END}{after.partition(END)[2]}", encoding="utf-8")
+    rows = ",\n".join(json.dumps(row) for row in content["rows"])
+    head = json.dumps({name: value for name, value in content.items() if name != "rows"}, indent=1)
+    NUMBERS.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n]\n}}\n', encoding="utf-8")
+
+
+def main() -> None:
+    installed = [name for name, peer in PEERS.items() if peer.is_installed]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(PACKAGED_MODELS))
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=FIRST_SEED)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--policies", nargs="*", default=[DEFAULT_POLICY, "capkv"])
+    parser.add_argument("--entries", type=float, nargs="+", default=[1.0, 0.5, 0.36, 0.25, 0.18], help="fractions")
+    parser.add_argument("--bits", type=int, nargs="*", default=[8, 4, 3, 2], help="rows without quantization are added")
+    parser.add_argument("--peers", nargs="*", default=installed, help="default: those whose packages are installed")
+    parser.add_argument("--modes", nargs="+", default=list(MODES))
+    parser.add_argument("--threads", type=int, default=1, help="threads of each model's process")
+    parser.add_argument("--folder", type=Path, default=Path("out/bits"))
+    parser.add_argument("--write", action="store_true", help="write the results into docs/")
+    options = parser.parse_args()
+    if options.samples < 1:
+        sys.exit(f"samples must be at least 1, got {options.samples}")
+    if not all(0 < entries <= 1 for entries in options.entries):
+        sys.exit(f"entries must be fractions above 0 and at most 1, got {options.entries}")
+    torch.set_num_threads(options.threads)
+    if len(options.models) > 1:
+        run_in_processes(options.models, options.threads)
+    groups_by_model = {model: run(options, model) for model in options.models}
+    text, content = markdown(groups_by_model, options), numbers(groups_by_model, options)
+    print(text)
+    if options.write:
+        write(text, content)
+    print(json.dumps(content))
+
+
+if __name__ == "__main__":
+    main()
