@@ -7,6 +7,8 @@ import json
 
 import pytest
 import torch
+from transformers import MusicgenForCausalLM
+from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
 
 from suffice.kv import CompressedCache
 from suffice.kv.budget.allocation import BudgetRequest
@@ -16,7 +18,6 @@ from suffice.kv.budget.profile import Profile, read_profile, write_profile
 from suffice.kv.budget.profile_from_weights import profile_from_weights
 from suffice.kv.hf.fingerprint import fingerprint
 from suffice.kv.policy.layer_context import LayerContext
-from tests.kv import families
 from tests.kv.tiny import FAMILIES, VOCABULARY, build, prompt, tiny
 
 
@@ -276,7 +277,10 @@ def test_models_that_cannot_be_measured_are_rejected():
     model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"model must have finite attention .*, got NaN or infinite values"):
         CompressedCache(model)
-    music = families.build("musicgen")  # its tokens come in one row for each codebook
+    config = MusicgenDecoderConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, bos_token_id=0
+    )
+    music = MusicgenForCausalLM(config).eval()  # its tokens come in one row for each codebook
     with pytest.raises(ValueError, match=r"model must run on tokens alone.*got MusicgenForCausalLM.*RuntimeError"):
         CompressedCache(music)
     CompressedCache(music, "capkv")

@@ -255,7 +255,7 @@ def test_commands_take_the_name_of_a_packaged_model(models, monkeypatch, tmp_pat
 def test_a_folder_of_that_name_is_reached_by_its_path(models, monkeypatch, tmp_path):
     (tmp_path / "gemma3-270m").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"tokenizer|model"):
+    with pytest.raises(ValueError, match=r"got './gemma3-270m': it has no config\.json"):
         load_model("./gemma3-270m")
     assert not models.exists()
 

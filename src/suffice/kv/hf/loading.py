@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,6 +102,11 @@ def load_model(
         raise ValueError(f"device must be one that torch can use here, got {device!r}: {error}") from None
     name = DEFAULT_MODEL if model is None else str(model)
     source = str(packaged_model_folder(name, on_progress)) if name in PACKAGED_MODELS else name
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
+        raise ValueError(
+            f"model must be a folder with a model or a known model id, got {model!r}: it has no config.json"
+        )
 
     # Imported here, because transformers takes seconds to import, and the checks above should fail fast.
     from transformers import AutoModelForCausalLM, AutoTokenizer
