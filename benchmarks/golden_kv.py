@@ -62,7 +62,7 @@ from suffice.kv.policy.layer_context import EntryPositions  # isort: skip
 from suffice.kv.policy.layer_context import LayerContext  # isort: skip
 from suffice.kv.policy.selection import Greedy, Rounds, TopK, TwoStage  # isort: skip
 from suffice.kv.policy.weight_state import WeightState  # isort: skip
-from suffice.kv.storage import quantized, uniform  # isort: skip
+from suffice.kv.storage import uniform  # isort: skip
 
 RENAMED: dict[str, str] = {"adakv": "pooled"}  # new name of a policy, allocation or task: its name in the file
 NEW = {old: new for new, old in RENAMED.items()}
@@ -70,7 +70,6 @@ DEFAULT = RENAMED.get(DEFAULT_POLICY, DEFAULT_POLICY)
 # Of what is passed on by keyword: the name here, and the new one, as {"interval": "every"}.
 KEYWORDS: dict[str, dict[str, str]] = {
     "cache": {}, "answer": {"chunk": "chunk_size"}, "closeness": {}, "tuned": {}, "information": {},
-    "quantized": {"group": "group_size", "residual": "residual_length"},
 }  # fmt: skip
 INFORMATION = {"gram": information.gram_matrix} | {
     name: getattr(information, name)
@@ -218,9 +217,7 @@ def capacity_share(given: Any, kept: Tensor) -> Tensor:
 
 
 def make_cache(model: Any, policy: Any = DEFAULT, budget: float = 0.25, **options: Any) -> Any:
-    """Take sinks, window, allocation, evict, interval, positions, measure_capacity, quantized (a dict: its numbers)."""
-    if isinstance(options.get("quantized"), dict):
-        options["quantized"] = quantized.Quantization(**words("quantized", options["quantized"]))
+    """Take sinks, window, allocation, evict, interval, positions, measure_capacity, bits."""
     if isinstance(options.get("allocation"), str):
         options["allocation"] = NEW.get(options["allocation"], options["allocation"])
     policy = NEW.get(policy, policy) if isinstance(policy, str) else policy
@@ -736,12 +733,11 @@ def scenes() -> dict[str, dict[str, Any]]:
     for name, selection in selection_parts().items():
         parts = weight_parts()["sum"], direction_parts()["output-value"], estimator_parts()["leverage-root"]
         found[f"selection-{name}"] = {"policy": compose(*parts, selection), "budget": 0.4, "batch": True}
-    for backend in ("fp8", "quanto", "hqq"):
-        found[f"quantized-{backend}"] = {"policy": "keydiff", "budget": 12, "quantized": backend, "batch": True}
-    small = {"backend": "quanto", "bits": 2, "group": 4, "residual": 3}
-    found["quantized-always"] = {"policy": "keydiff", "quantized": "fp8", **always}
-    found["quantized-pyramid"] = {"policy": "capkv", "budget": 12, "quantized": "fp8", "allocation": "pyramid"}
-    found["quantized-numbers"] = {"policy": "capkv", "budget": 12, "quantized": small}
+    for bits in (8, 4, 3, 2):
+        found[f"bits-{bits}"] = {"policy": "keydiff", "budget": 12, "bits": bits, "batch": True}
+    found["bits-always"] = {"policy": "keydiff", "bits": 4, **always}
+    found["bits-heads"] = {"budget": 0.5, "bits": 4}
+    found["bits-pair"] = {"policy": "capkv", "budget": 12, "bits": (8, 3), "allocation": "pyramid"}
     return found
 
 

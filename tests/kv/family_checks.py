@@ -44,6 +44,7 @@ LONG_WINDOW = 8 * WINDOW  # longer than the prompt
 BUDGET = 0.5
 POLICIES = ("capkv-profile", "capkv")  # heads of unequal length, and of equal length
 TOLERANCE = 1e-4  # relative to the largest logit; rounding errors are 1e-6, a missing entry changes about 1e-3
+BITS_TOLERANCE = 0.05  # of 8 bits, relative to the largest logit, in small random models
 
 
 class WrongResultError(AssertionError):
@@ -259,6 +260,23 @@ def check_long_window(case: Case) -> None:
             check_half_budget(longer, policy)
 
 
+def check_bits(case: Case) -> None:
+    """With 8 bits for each number, logits are close to those with all bits, and entries were quantized."""
+    pieces = case.prompt(LENGTH + 70).split([LENGTH, 68, 1, 1], 1)
+    for policy in POLICIES:
+        plain, quantized = make_cache(case, policy, 1.0), make_cache(case, policy, 1.0, bits=8)
+        errors: list[Tensor] = []
+        for piece in pieces:
+            expected, got = (case.forward(piece, cache).logits for cache in (plain, quantized))
+            errors.append(((got - expected).abs().amax(-1) / expected.abs().max().clamp_min(1e-9)).flatten())
+        # In a mixture of experts, a rounding error can send a token to another expert, which changes all its logits.
+        error = float(torch.cat(errors).median())
+        if error > BITS_TOLERANCE:
+            raise WrongResultError(f"{policy}: logits of most tokens differ by {error:.2g} of the largest")
+        if not any(head.value_error for head in quantized.report().heads) and num_readable(quantized) == LENGTH:
+            raise WrongResultError(f"{policy}: nothing was quantized")
+
+
 CHECKS: dict[str, Callable[[Case], None]] = {
     "construction": check_construction,
     "full": check_full_budget,
@@ -269,6 +287,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "padding": check_padding,
     "window": check_long_window,
     "cross": check_cross_attention,
+    "bits": check_bits,
 }
 
 # ---- Results ---------------------------------------------------------------------------------------------------------

@@ -476,8 +476,6 @@ def test_settings_that_sliding_windows_do_not_support_are_refused():
         CompressedCache(model, "capkv", allocation="marginal")
     with pytest.raises(ValueError, match="rerotate must be False for MistralForCausalLM"):
         CompressedCache(model, "capkv", rerotate=True)
-    with pytest.raises(ValueError, match="quantized must be None for MistralForCausalLM"):
-        CompressedCache(model, "capkv", quantized="quanto")
     cache = CompressedCache(model, "capkv")
     step(model, prompt(20), cache)
     with pytest.raises(ValueError, match="crop must be called while the text is shorter than the window of 16 tokens"):

@@ -1,266 +1,280 @@
-"""Caches whose kept entries are quantized."""
-
-from __future__ import annotations
-
-import importlib.util
+"""Caches whose older entries are quantized."""
 
 import pytest
 import torch
-from transformers import cache_utils
 
 from suffice.kv import CompressedCache
-from suffice.kv.storage.quantized import Quantization, QuantizedStorage
-from tests.kv.tiny import answer, build, left_padded, prompt, tiny
+from suffice.kv.storage.quantized import NUM_SINKS, Quantization
+from tests.kv.test_quantized_attention import text
+from tests.kv.tiny import build, left_padded, tiny
 
-AVAILABLE = {
-    "fp8": True,
-    "quanto": importlib.util.find_spec("optimum") is not None
-    and importlib.util.find_spec("optimum.quanto") is not None,
-    "hqq": importlib.util.find_spec("hqq") is not None,
-}
-BITS = {"fp8": 8, "quanto": 4, "hqq": 4}
-# Largest error of a number, relative to the largest of the 16 numbers that share a scale.
-ERROR = {"fp8": 0.04, "quanto": 0.08, "hqq": 0.15}
-backends = pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param(name, marks=pytest.mark.skipif(not available, reason=f"needs {name}"))
-        for name, available in AVAILABLE.items()
-    ],
-)
+WINDOW = Quantization().window
+POLICIES = [
+    {"policy": "capkv"},
+    {"policy": "capkv-profile"},
+    {"policy": "keydiff"},
+    {"policy": "capkv", "allocation": "marginal"},
+    {"policy": "capkv", "allocation": "pyramid"},
+    {"policy": "h2o", "allocation": "adakv"},
+]
+some_policies = pytest.mark.parametrize("options", [POLICIES[1], POLICIES[3], POLICIES[5]], ids=str)
+every_policy = pytest.mark.parametrize("options", POLICIES, ids=str)
 
 
-def caches(backend, **settings):
-    """Return a model, an empty cache of it, and the same cache quantized."""
-    model = tiny("qwen3")  # its heads have 16 dimensions
-    return model, *(
-        CompressedCache(model, "keydiff", 12, quantized=quantized, **settings) for quantized in (None, backend)
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def pair(model, bits=8, **options):
+    """Return a cache without and one with quantized entries."""
+    return tuple(CompressedCache(model, bits=own, **{"budget": 60, **options}) for own in (None, bits))
+
+
+def read(model, cache, ids):
+    return model(ids, past_key_values=cache).logits[:, -1]
+
+
+def fill(model, cache, rows=(110, 75)):
+    return model(**left_padded([text(size, seed) for seed, size in enumerate(rows)]), past_key_values=cache)
+
+
+def generate(model, cache, steps, rows=2, first=0):
+    """Read single tokens, the same in every cache; return the logits."""
+    return torch.stack([read(model, cache, text(1, 50 + first + step, rows=rows)) for step in range(steps)])
+
+
+def quantized_vectors(cache):
+    """Return the stored bytes of each quantized entry, by layer, row, head and position."""
+    found = {}
+    for layer in cache.compressed_layers:
+        entries = layer.storage.quantized
+        tensors = torch.cat((entries.keys.codes, entries.keys.scales, entries.values.codes, entries.values.scales), 1)
+        vectors, positions = iter(tensors.numpy()), iter(entries.positions.tolist())
+        for row, lengths in enumerate(entries.lengths):
+            for head, length in enumerate(lengths):
+                for _ in range(length):
+                    found[layer.index, row, head, next(positions)] = next(vectors).tobytes()
+        assert next(vectors, None) is None
+    return found
+
+
+def stored(cache):
+    """Return key and value of each entry, by layer, row, head and position."""
+    found = {}
+    for layer in cache.compressed_layers:
+        entries = layer.storage.entries
+        for row, head, slot in (entries.positions >= 0).nonzero().tolist():
+            name = layer.index, row, head, int(entries.positions[row, head, slot])
+            assert name not in found
+            found[name] = torch.cat((entries.keys[row, head, slot], entries.values[row, head, slot]))
+    return found
+
+
+def distance(got, wanted):
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def assert_equal_stored(got, wanted):
+    got, wanted = stored(got), stored(wanted)
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+# ---- Values ----------------------------------------------------------------------------------------------------------
+
+
+@every_policy
+@pytest.mark.parametrize("budget", [0.3, 60, 1.0])
+def test_kept_entries_equal_those_of_the_plain_cache_up_to_rounding(options, budget):
+    model = tiny("llama")
+    plain, cache = pair(model, budget=budget, **options)
+    assert torch.equal(fill(model, cache).logits, fill(model, plain).logits)  # quantized after the attention
+    wanted, got, codes = stored(plain), stored(cache), quantized_vectors(cache)
+    assert got.keys() == wanted.keys()
+    # With a global budget, later layers make earlier ones drop entries after these are quantized.
+    window = 0 if options.get("allocation") == "marginal" else WINDOW
+    for name, vector in wanted.items():
+        if name in codes:
+            assert 0 < distance(got[name], vector) < 0.03
+            newer = [other for other in wanted if other[:3] == name[:3] and other[3] > name[3]]
+            assert name[3] >= NUM_SINKS
+            assert len(newer) >= window
+        else:
+            assert torch.equal(got[name], vector)
+    if budget == 1.0:
+        assert len(codes) == len(wanted) - 2 * 2 * 3 * (NUM_SINKS + WINDOW)
+
+
+@every_policy
+@pytest.mark.parametrize("evict", ["prefill", "always"])
+def test_logits_with_8_bits_stay_near_those_of_the_plain_cache(options, evict):
+    model = tiny("llama")
+    caches = pair(model, budget=60, evict=evict, interval=6, **options)
+    wanted, got = (
+        [fill(model, cache).logits[:, -1], read(model, cache, text(40, 3, rows=2)), *generate(model, cache, 12)]
+        for cache in caches
     )
+    # Evictions that are scored with quantized keys may keep a few other entries.
+    errors = [distance(*logits) for logits in zip(got, wanted, strict=True)]
+    assert max(errors[:2]) < 0.1
+    assert max(errors) < (0.1 if evict == "prefill" else 0.6)
+    kept, other = (set(stored(cache)) for cache in caches)
+    assert len(kept & other) >= (len(kept) if evict == "prefill" else 0.9 * len(kept))
 
 
-def batch():
-    return left_padded([prompt(40), prompt(9, seed=2)])  # the row shorter than the budget has empty slots
+def test_more_bits_are_more_exact():
+    model, results = tiny("llama"), []
+    for bits in (2, 3, 4, 8, None):
+        cache = CompressedCache(model, "capkv", 60, bits=bits)
+        fill(model, cache)
+        results.append(generate(model, cache, 5))
+    errors = [distance(got, results[-1]) for got in results[:-1]]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.05
 
 
-def fill(model, cache):
-    with torch.no_grad():
-        return model(**batch(), past_key_values=cache).logits[:, -1]
-
-
-@backends
-@pytest.mark.parametrize("allocation", ["equal", "pyramid"])
-def test_quantized_entries_equal_the_kept_entries_up_to_rounding(backend, allocation):
-    model, plain, quantized = caches(backend, allocation=allocation)
-    torch.testing.assert_close(
-        fill(model, quantized), fill(model, plain)
-    )  # the prefill attends to entries that are not quantized yet
-    for own, other in zip(plain.compressed_layers, quantized.compressed_layers, strict=True):
-        assert isinstance(other.storage, QuantizedStorage)
-        assert torch.equal(own.storage.positions, other.storage.positions)
-        for name in ("keys", "values"):
-            exact, found = getattr(own.storage, name), getattr(other.storage, name)
-            assert found.shape == exact.shape
-            assert found.dtype == exact.dtype
-            assert bool(((found - exact).abs() <= ERROR[backend] * 2 * exact.abs().amax()).all())
-            assert not torch.equal(found, exact)
-
-
-@backends
-def test_reported_bytes_are_those_of_the_quantized_entries(backend):
-    model, plain, quantized = caches(backend)
-    fill(model, plain)
-    fill(model, quantized)
-    full, kept = plain.report(), quantized.report()
-    assert kept.bytes_full == full.bytes_full
-    numbers = full.bytes_kept // 4  # float32
-    # For 16 dimensions: an exponent of one byte, or a scale and a shift in float32.
-    scales = numbers // 16 * (1 if backend == "fp8" else 2 * 4)
-    assert numbers * BITS[backend] // 8 + scales <= kept.bytes_kept <= numbers * BITS[backend] // 8 + scales + 64
-    assert kept.bytes_index == full.bytes_index
-
-
-@backends
-@pytest.mark.parametrize("settings", [{}, {"evict": "always", "interval": 3}])
-def test_generation_continues_from_a_quantized_cache(backend, settings):
-    """Copies are independent, and dequantized entries are freed after each attention call."""
-    model, plain, quantized = caches(backend, **settings)
-    tokens = answer(model, batch(), quantized, new=12)
-    answer(model, batch(), plain, new=12)
-    assert [head.tokens_kept for head in quantized.report().heads] == [
-        head.tokens_kept for head in plain.report().heads
-    ]
-    assert tokens.shape == (2, 12)
-    for layer in quantized.compressed_layers:
-        assert layer.storage._dequantized is None
-        assert bool(torch.isfinite(layer.storage.keys).all())
-    other = quantized.copy()
-    before = [layer.storage.keys for layer in quantized.compressed_layers]
-    other.batch_select_indices(torch.tensor([1]))
-    with torch.no_grad():
-        model(
-            prompt(3),
-            past_key_values=other,
-            attention_mask=torch.cat((torch.zeros(1, 31), torch.ones(1, 24)), 1).long(),  # 31 tokens are padding
-            position_ids=torch.tensor([[20, 21, 22]]),
-        )
-    for kept, layer in zip(before, quantized.compressed_layers, strict=True):
-        assert torch.equal(kept, layer.storage.keys)
-
-
-class SharedScaleLayer(cache_utils.QuantizedLayer):
-    """A quantized layer whose scale is shared by all rows that it holds."""
-
-    def _quantize(self, tensor, axis):
-        scale = tensor.abs().amax() / 7
-        return (tensor / scale).round(), scale
-
-    def _dequantize(self, qtensor):
-        return qtensor[0] * qtensor[1]
-
-
-@pytest.fixture
-def shared_scales(monkeypatch):
-    """The backend "quanto" is installed, and shares scales between rows."""
-    monkeypatch.setattr(cache_utils, "QuantoQuantizedLayer", SharedScaleLayer)
-
-
-ROWS = [prompt(40), prompt(9, seed=2), prompt(33, seed=5)]
-# Early versions quantize all entries again at other steps, which depend on how many tokens come at a time.
-_quanto = pytest.param(
-    Quantization("quanto", residual_length=4),
-    marks=pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="needs a newer transformers"),
-)
-any_backend = pytest.mark.parametrize("quantized", ["fp8", _quanto])
-
-
-@any_backend
-@pytest.mark.usefixtures("shared_scales")
-@pytest.mark.parametrize("settings", [{}, {"evict": "always", "interval": 5}])
-def test_row_of_a_batch_equals_the_row_alone(quantized, settings):
-    model = tiny("qwen3")
-    # Integers are quantized again when entries are evicted, which happens later for a row below the budget alone.
-    rows = ROWS[::2] if settings and quantized != "fp8" else ROWS
-    batched = CompressedCache(model, "keydiff", 12, quantized=quantized, **settings)
-    tokens = answer(model, left_padded(rows), batched, new=9)
-    for row, ids in enumerate(rows):
-        alone = CompressedCache(model, "keydiff", 12, quantized=quantized, **settings)
-        assert torch.equal(answer(model, {"input_ids": ids}, alone, new=9)[0], tokens[row])
-        for own, other in zip(alone.compressed_layers, batched.compressed_layers, strict=True):
-            width = own.storage.width
-            assert torch.equal(own.storage.positions[0], other.storage.positions[row, :, -width:])
-            for name in ("keys", "values"):
-                # Rounding in the matrix products of the model may move a number to the next level.
-                mine, theirs = getattr(own.storage, name)[0], getattr(other.storage, name)[row, :, -width:]
-                assert float((mine - theirs).abs().max()) <= 0.15 * float(mine.abs().max())
-                assert float(((mine - theirs).abs() > 1e-4).float().mean()) < 0.01
-
-
-@any_backend
-@pytest.mark.usefixtures("shared_scales")
-def test_beam_search_equals_that_of_the_row_alone(quantized):
-    model = tiny("qwen3")
-    options = {"max_new_tokens": 9, "num_beams": 3, "do_sample": False}
-
-    def search(inputs):
-        cache = CompressedCache(model, "keydiff", 12, quantized=quantized)
-        with torch.no_grad():
-            out = model.generate(**inputs, **options, past_key_values=cache)
-        return out[:, inputs["input_ids"].shape[1] :]
-
-    found = search(left_padded(ROWS))
-    for row, ids in enumerate(ROWS):
-        assert torch.equal(search({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0], found[row])
-
-
-@any_backend
-@pytest.mark.usefixtures("shared_scales")
-def test_selecting_rows_and_removing_new_entries_changes_no_number(quantized):
-    model = tiny("qwen3")
-    cache = CompressedCache(model, "keydiff", 12, quantized=quantized)
+@every_policy
+@pytest.mark.parametrize("evict", ["prefill", "always"])
+def test_quantized_entries_are_never_changed(options, evict):
+    model = tiny("llama")
+    cache = CompressedCache(model, budget=60, evict=evict, interval=5, bits=4, **options)
     fill(model, cache)
-    storage = cache.compressed_layers[0].storage
-    before = storage.keys, storage.values
-    new = torch.randn(2, 2, 3, 16)
-    storage.append(new, 2 * new, torch.tensor([[40, 41, 42], [9, 10, 11]]))
-    storage.end_attention()
-    longer = storage.keys, storage.values
-    storage.drop_last(3)
-    for old, found in zip(before, (storage.keys, storage.values), strict=True):
-        assert torch.equal(old, found)
-    storage.append(new, 2 * new, torch.tensor([[40, 41, 42], [9, 10, 11]]))
-    other = storage.copy()
-    other.select_rows(torch.tensor([1, 0, 1]))
-    for old, found in zip(longer, (other.keys, other.values), strict=True):
-        assert torch.equal(old[[1, 0, 1]], found)
-    for old, found in zip(longer, (storage.keys, storage.values), strict=True):
-        assert torch.equal(old, found)
+    known = quantized_vectors(cache)
+    for step, size in enumerate([1] * 12 + [30, 1, 50] + [1] * 6):
+        read(model, cache, text(size, step, rows=2))
+        own = quantized_vectors(cache)
+        assert all(known.get(name, own[name]) == own[name] for name in own)
+        if evict == "prefill":
+            assert own.keys() >= known.keys()
+        known |= own
+        counts = torch.stack([layer.storage.exact.num_kept for layer in cache.compressed_layers])
+        assert int(counts.max()) < NUM_SINKS + WINDOW + 32
+    assert len(own) > 50
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_fp8_rounds_each_vector_on_its_own(dtype):
-    """The numbers next to a vector do not change it, and a second quantization does not change it either."""
-    generator = torch.Generator().manual_seed(0)
-    scales = 10.0 ** torch.linspace(-4, 4, 40)[:, None]
-    keys = (torch.randn(2, 3, 40, 16, generator=generator) * scales).clamp(-6e4, 6e4).to(dtype)
-    values = (torch.randn(2, 3, 40, 8, generator=generator) / scales).clamp(-6e4, 6e4).to(dtype)
-    entries = Quantization("fp8").quantize(keys, values)
-    found = entries.dequantize()
-    for exact, rounded in zip((keys, values), found, strict=True):
-        assert rounded.dtype == dtype
-        largest = exact.float().abs().amax(-1, keepdim=True)
-        # 3 bits of mantissa for numbers of at least 2^-14 of the largest one.
-        error = (exact.float() - rounded.float()).abs()
-        assert bool((error <= exact.float().abs().clamp_min(largest * 2**-13) / 16).all())
-    again = Quantization("fp8").quantize(*found).dequantize()
-    one_by_one = Quantization("fp8").quantize(keys[:, :, :0], values[:, :, :0])
-    for token in range(40):
-        appended = one_by_one.append(keys[:, :, token : token + 1], values[:, :, token : token + 1])
-    for index in (0, 1):
-        assert torch.equal(found[index], again[index])
-        assert torch.equal(found[index], appended[index])
+def test_means_stay_those_of_the_first_quantized_entries():
+    model = tiny("llama")
+    cache = CompressedCache(model, "capkv", 60, evict="always", interval=5, bits=4)
+    fill(model, cache)
+    before = [layer.storage.quantized.means.clone() for layer in cache.compressed_layers]
+    generate(model, cache, 80)
+    for means, layer in zip(before, cache.compressed_layers, strict=True):
+        assert torch.equal(means, layer.storage.quantized.means)
 
 
-def test_fp8_represents_the_smallest_and_the_largest_numbers():
-    x = torch.tensor([[0.0, 0.0], [1e-38, -1e-38], [3.4e38, 1.0], [256.0, -255.0]])[None, None]
-    found, _ = Quantization("fp8").quantize(x, x).dequantize()
-    assert bool(torch.isfinite(found).all())
-    torch.testing.assert_close(found[0, 0, 2:, 0], x[0, 0, 2:, 0], rtol=0.13, atol=0)
-    assert float(found[0, 0, :2].abs().max()) <= 1e-30
+# ---- Rows and copies -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="needs a newer transformers")
-def test_fp8_is_at_least_as_exact_as_the_layer_of_transformers():
-    """Its scale is that of all entries of all rows, so the small numbers of other rows are lost."""
-    keys = torch.randn(2, 2, 30, 16, generator=torch.Generator().manual_seed(1))
-    keys[1] *= 1e-5
-    stock = cache_utils.Fp8QuantizedLayer()
-    stock.update(keys, keys)
-    reference = stock.update(keys[:, :, :0], keys[:, :, :0])[0]
-    found = Quantization("fp8").quantize(keys, keys).dequantize()[0]
-    errors = [((x - keys).square().mean((1, 2, 3)) / keys.square().mean((1, 2, 3))) for x in (reference, found)]
-    assert float(errors[1][0]) <= 1.1 * float(errors[0][0])
-    assert float(errors[1][1]) < 0.01 < float(errors[0][1])
+@some_policies
+@pytest.mark.parametrize("evict", ["prefill", "always"])
+def test_copies_are_independent(options, evict):
+    model = tiny("llama")
+    cache = CompressedCache(model, budget=60, evict=evict, interval=5, bits=4, **options)
+    fill(model, cache)
+    generate(model, cache, 3)
+    other, reference = cache.copy(), cache.copy()
+    before = stored(reference)
+    assert_equal_stored(other, cache)
+    wanted = [generate(model, cache.copy(), 34) for _ in range(2)]
+    assert torch.equal(*wanted)
+    generate(model, other, 45, first=100)
+    read(model, cache, text(40, 5, rows=2))
+    other.crop(-30) if evict == "prefill" else other.batch_select_indices(torch.tensor([1]))
+    after = stored(reference)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(generate(model, reference, 34), wanted[0])
 
 
-def test_invalid_settings_are_rejected(tmp_path):
-    model = build("llama")
-    with pytest.raises(ValueError, match="quantized must be one of 'quanto', 'hqq', 'fp8' or None, got 'int4'"):
-        CompressedCache(model, "capkv", quantized="int4")
-    with pytest.raises(TypeError, match="quantized must be a name, a Quantization or None, got 4"):
-        CompressedCache(model, quantized=4)
-    with pytest.raises(ValueError, match="residual_length must be at least 1, got 0"):
-        Quantization(residual_length=0)
-    message = (
-        r"quantized must be None for heads of unequal length .*, got 'quanto'. Use allocation='equal' or 'pyramid'"
-    )
-    with pytest.raises(ValueError, match=message):
-        CompressedCache(model, allocation="adakv", quantized="quanto")
-    for backend, available in AVAILABLE.items():
-        if not available:
-            with pytest.raises(ImportError, match=f"quantized='{backend}' needs .*. Install it, or choose"):
-                CompressedCache(model, "capkv", quantized=backend)
-            continue
-        cache = CompressedCache(model, "keydiff", 12, quantized=backend)
-        answer(model, {"input_ids": prompt(20)}, cache)
-        with pytest.raises(ValueError, match="quantized must be None for a cache that is saved, got a quantized cache"):
-            cache.save(model, tmp_path / "x")
+@some_policies
+def test_rows_are_selected_and_repeated(options):
+    model = tiny("llama")
+    cache = CompressedCache(model, budget=60, bits=4, **options)
+    fill(model, cache, (110, 75, 90))
+    before, codes = stored(cache), quantized_vectors(cache)
+    for change, rows in (
+        (lambda own: own.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda own: own.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
+        (lambda own: own.reorder_cache(torch.tensor([1, 1, 0])), [1, 1, 0]),
+    ):
+        own = cache.copy()
+        change(own)
+        for found, known in ((stored(own), before), (quantized_vectors(own), codes)):
+            assert len(found) == sum(name[1] == row for row in rows for name in known)
+            for (layer, row, head, position), vector in found.items():
+                expected = known[layer, rows[row], head, position]
+                assert vector == expected if isinstance(vector, bytes) else torch.equal(vector, expected)
+        generate(model, own, 40, rows=len(rows))
+        for (layer, row, head, position), vector in quantized_vectors(own).items():
+            assert codes.get((layer, rows[row], head, position), vector) == vector
+    assert quantized_vectors(cache) == codes
+
+
+@some_policies
+def test_beam_search_continues_from_quantized_entries(options):
+    model = tiny("llama")
+    inputs = left_padded([text(110), text(75, 1)])
+    settings = {"max_new_tokens": 45, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    results = []
+    for cache in pair(model, budget=1.0, **options):
+        out = model.generate(
+            **inputs, **settings, past_key_values=cache, output_scores=True, return_dict_in_generate=True
+        )
+        results.append(out.sequences_scores)
+    assert out.sequences.shape == (4, 155)
+    torch.testing.assert_close(results[1], results[0], atol=0.1, rtol=0.1)
+
+
+# ---- Removing tokens -------------------------------------------------------------------------------------------------
+
+
+@some_policies
+@pytest.mark.parametrize("count", [1, 8, 41])
+def test_removed_tokens_leave_all_earlier_entries_as_they_are(options, count):
+    """The chunk of 41 tokens makes a block of older entries quantized, some of its own among them."""
+    model = tiny("llama")
+    cache = CompressedCache(model, budget=60, bits=4, **options)
+    fill(model, cache)
+    generate(model, cache, 6)
+    read(model, cache, text(41, 8, rows=2))
+    before = stored(cache)
+    last = {row: max(name[3] for name in before if name[1] == row) for row in (0, 1)}
+    cache.crop(-count)
+    after = stored(cache)
+    assert after.keys() == {name for name in before if name[3] <= last[name[1]] - count}
+    assert all(torch.equal(after[name], before[name]) for name in after)
+    copy = cache.copy()
+    generate(model, cache, 40)
+    assert len(stored(cache)) == len(after) + 40 * 2 * 2 * 3
+    assert cache.report().bytes_kept > 0
+    assert all(torch.equal(vector, after[name]) for name, vector in stored(copy).items())
+
+
+def test_tokens_before_the_last_eviction_can_be_removed_while_every_head_has_them():
+    model = tiny("llama")
+    plain, cache = pair(model, policy="capkv", budget=60)
+    for each in (plain, cache):
+        fill(model, each)
+        generate(model, each, 3)
+        assert each.layers[0].state.num_droppable > 3
+        each.crop(-each.layers[0].state.num_droppable)
+    assert stored(plain).keys() == stored(cache).keys()
+    assert plain.layers[0].state.rows == cache.layers[0].state.rows
+    assert distance(generate(model, cache, 40), generate(model, plain, 40)) < 0.1
+
+
+@pytest.mark.parametrize("policy", ["capkv", "capkv-profile"])
+@pytest.mark.parametrize("lookup", [False, True])
+def test_assisted_decoding(policy, lookup):
+    """Tokens are proposed by a second model, or looked up in the prompt."""
+    model, ids = tiny("llama"), text(110)
+    cache, plain = (CompressedCache(model, policy, 1.0, bits=8) for _ in range(2))
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 50, "do_sample": False, "eos_token_id": 1}
+    options = {"prompt_lookup_num_tokens": 3} if lookup else {"assistant_model": build("llama", seed=3)}
+    out = model.generate(ids, **settings, **options, past_key_values=cache)
+    assert cache.get_seq_length() == out.shape[1] - 1
+    # Rejected tokens make entries quantized earlier, so that a few tokens may differ.
+    logits = [read(model, plain, ids), *(read(model, plain, new) for new in out[:, 110:-1].split(1, dim=1))]
+    assert float((torch.cat(logits).argmax(-1) == out[0, 110:]).float().mean()) > 0.85

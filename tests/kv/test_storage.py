@@ -286,3 +286,18 @@ def test_prefill_and_decoding_may_run_in_different_gradient_modes(allocation):
         found.append(torch.cat(logits, 1).detach().clone())
     assert torch.equal(found[0], found[1])
     torch.testing.assert_close(found[0], found[2])
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_removed_entries_of_a_full_storage_are_not_overwritten(heads):
+    """Several caches may store the same tensors, which are those of the model."""
+    keys, values = torch.randn(1, heads, 9, 4), torch.randn(1, heads, 9, 4)
+    entries = Entries(keys.clone(), values.clone(), torch.arange(9).expand(1, 1, 9))
+    storage, other = (UniformStorage.from_all(entries, padded=False) for _ in range(2))
+    storage.drop_last(3)
+    new = torch.randn(1, heads, 1, 4)
+    storage.append(new, -new, torch.tensor([[6]]))
+    assert storage.positions.tolist() == [[list(range(7))] * heads]
+    assert torch.equal(storage.keys, torch.cat((keys[:, :, :6], new), dim=2))
+    assert torch.equal(other.keys, keys)
+    assert torch.equal(other.values, values)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from suffice.information import CholeskyFactor, factorize, gram_matrix, psd_cholesky
 from suffice.information.capacity import MIN_FLOAT32_RIDGE
+from suffice.kv.attention.quantized_attention import ExactEntries, QuantizedHeads, attend_quantized
 from suffice.kv.attention.ragged_attention import RaggedEntries, attend_by_head
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.directions import Directions
@@ -113,6 +114,34 @@ class TorchBackend:
 
         """
         return attend_by_head(query, entries, mask, scaling, softcap, sink_logits)
+
+    def quantized_attention(
+        self,
+        query: Tensor,
+        quantized: QuantizedHeads,
+        exact: ExactEntries,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Return the attention of new tokens over quantized and exact entries.
+
+        Args:
+            query: [batch, heads, new, head_dim].
+            quantized: quantized entries, which every new token may read.
+            exact: the other entries, including those of the new tokens.
+            mask: bool [batch or 1, 1, new, new], which new tokens each new token may read; None if it may read all
+                before it.
+            scaling: factor on the query-key product.
+            softcap: soft cap of the logits; None for no soft cap.
+            sink_logits: logit of the attention sink of each query head, [heads]; None for no sinks.
+
+        Returns:
+            [batch, new, heads, value_dim].
+
+        """
+        return attend_quantized(query, quantized, exact, mask, scaling, softcap, sink_logits)
 
 
 TORCH_BACKEND = TorchBackend()

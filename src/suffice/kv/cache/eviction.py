@@ -24,7 +24,8 @@ from suffice.kv.cache.state import LayerState, RowState
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.capacity_share import capacity_share
 from suffice.kv.policy.weight_state import WeightState
-from suffice.kv.storage.base import Entries, Storage, all_finite
+from suffice.kv.storage.base import Entries, Storage, all_finite, right_aligned_order
+from suffice.kv.storage.quantized import QuantizedStorage
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,16 @@ def _rows_that_evict(plan: EvictionPlan, settings: CacheSettings) -> list[bool]:
     ]
 
 
-def copy_entries(selection: SelectedEntries, state: LayerState, settings: CacheSettings) -> Storage | None:
+def copy_entries(
+    selection: SelectedEntries, state: LayerState, settings: CacheSettings, query_sizes: Tensor | None
+) -> Storage | None:
     """Copy the selected entries to a new storage, without changing the layer.
+
+    Args:
+        selection: the selected entries.
+        state: state of the layer.
+        settings: settings of the cache.
+        query_sizes: root mean square of the queries, if entries are quantized; see `QuantizedStorage.gather`.
 
     Returns:
         The new storage; None if `commit_eviction` can compact the entries in place.
@@ -210,11 +219,18 @@ def copy_entries(selection: SelectedEntries, state: LayerState, settings: CacheS
     """
     config = settings.storage
     if selection.kept is None:
-        return state.storage or config.store_all(selection.entries, padded=any(state.num_padding))
+        return state.storage or config.store_all(selection.entries, query_sizes, padded=any(state.num_padding))
+    if isinstance(state.storage, QuantizedStorage):
+        kept, columns = selection.kept, selection.entries.columns
+        if state.has_holes:  # the selection refers to entries whose empty slots were moved to the front
+            order = right_aligned_order(state.storage.positions)
+            kept = order.gather(2, kept.clamp_min(0)).where(kept >= 0, -1)
+            columns = {name: torch.empty_like(x).scatter_(2, order, x) for name, x in columns.items()}
+        return state.storage.keep(kept, columns)
     reused = None if config.per_head or settings.rerotate or state.has_holes else state.storage
     if reused is not None and reused.can_compact_in_place(selection.kept, selection.counts):
         return None
-    return config.store_kept(selection.entries, selection.kept, selection.counts)
+    return config.store_kept(selection.entries, selection.kept, selection.counts, query_sizes)
 
 
 def validate_eviction(stats: AttentionStats, entries: Entries, storage: Storage | None, layer_index: int) -> None:
@@ -231,9 +247,9 @@ def validate_eviction(stats: AttentionStats, entries: Entries, storage: Storage 
         KernelFallbackError: a kernel could not compute a result.
 
     """
-    checked = (entries.keys, entries.values) if storage is None else storage.buffers
+    is_finite = all_finite((entries.keys, entries.values)) if storage is None else storage.is_finite
     error = f"keys and values of layer {layer_index} must be finite, got NaN or infinite values: nothing was cached"
-    stats.require(all_finite(checked), ValueError(error))
+    stats.require(is_finite, ValueError(error))
     stats.raise_if_failed()
 
 
@@ -256,9 +272,7 @@ def commit_eviction(
         settings: settings of the cache.
 
     """
-    if storage is not None:
-        storage = settings.storage.quantize(storage)
-    else:
+    if storage is None:
         storage = state.storage
         if storage is not None and selection.kept is not None:
             storage.compact_in_place(selection.entries, selection.kept)

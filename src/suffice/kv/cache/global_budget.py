@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from suffice.kv.policy.estimators import Objective, score_entries
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.selection import LOWEST_SCORE, NAN_SCORES, LayerBudget
 from suffice.kv.storage.base import Entries, Storage
-from suffice.kv.storage.ragged import RaggedStorage
 
 
 @dataclass(frozen=True)
@@ -26,13 +24,13 @@ class GlobalSelection:
     Args:
         kept: indices of the kept entries of the layer, long [batch, num_key_value_heads, width], ascending. A head that
             keeps fewer than `width` entries starts with −1.
-        kept_in_other_layers: by index of the layer, for layers that drop entries: bool [packed], True where an entry is
-            kept.
+        kept_in_other_layers: by index of the layer, for layers that drop entries: for each row, which entries of
+            `Storage.row_priorities` are kept, bool [entries].
 
     """
 
     kept: Tensor
-    kept_in_other_layers: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    kept_in_other_layers: dict[int, list[Tensor]] = field(default_factory=dict[int, list[Tensor]])
 
 
 class GlobalBudget:
@@ -49,7 +47,7 @@ class GlobalBudget:
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
-        self._storages: dict[int, RaggedStorage] = {}
+        self._storages: dict[int, Storage] = {}
 
     def priorities(self, policy: Policy, objective: Objective, budget: LayerBudget, request: BudgetRequest) -> Tensor:
         """Return the priority of each entry of a layer.
@@ -85,17 +83,14 @@ class GlobalBudget:
         """
         is_kept = torch.zeros_like(layer_priorities, dtype=torch.bool)
         others = {index: storage for index, storage in self._storages.items() if index != layer}
-        masks = {index: torch.ones_like(s.columns["priority"], dtype=torch.bool) for index, s in others.items()}
+        masks: dict[int, list[Tensor]] = {index: [] for index in others}
         num_heads = self._num_heads(layer, layer_priorities.shape[1])
         if sharding is not None:
             num_heads *= sharding.num_key_value_heads // layer_priorities.shape[1]
         device = layer_priorities.device
         # Layers may be on different devices. Priorities are compared on the device of this layer.
         rows = [
-            [
-                layer_priorities[row].flatten(),
-                *(s.columns["priority"][s.row_slice(row)].to(device) for s in others.values()),
-            ]
+            [layer_priorities[row].flatten(), *(s.row_priorities(row).to(device) for s in others.values())]
             for row in range(len(allowed))
         ]
         joined = [torch.cat(parts) for parts in rows]
@@ -106,10 +101,10 @@ class GlobalBudget:
             own, *rest = (highest[row] | unknown[row]).split([part.numel() for part in parts])
             is_kept[row] = own.view_as(is_kept[row])
             for (index, storage), kept in zip(others.items(), rest, strict=True):
-                masks[index][storage.row_slice(row)] = kept.to(masks[index].device)
+                masks[index].append(kept.to(storage.positions.device))
         entry = torch.arange(layer_priorities.shape[-1], device=device).where(is_kept, -1)
         kept = entry.sort(-1).values[..., -int(is_kept.sum(-1).max()) :]
-        return GlobalSelection(kept, {index: mask for index, mask in masks.items() if not bool(mask.all())})
+        return GlobalSelection(kept, {index: rows for index, rows in masks.items() if not bool(torch.cat(rows).all())})
 
     def _num_heads(self, layer: int, num_own: int) -> int:
         """Return the number of KV heads of all layers on this process.
@@ -122,13 +117,13 @@ class GlobalBudget:
             num_own: its number of heads.
 
         """
-        known = [num_own, *(len(s.lengths[0]) for index, s in self._storages.items() if index != layer)]
+        known = [num_own, *(s.num_heads for index, s in self._storages.items() if index != layer)]
         return sum(known) + (self.num_layers - len(known)) * max(known)
 
     def drop_from_other_layers(self, selection: GlobalSelection) -> None:
         """Drop the entries of other layers that are not kept."""
-        for index, mask in selection.kept_in_other_layers.items():
-            self._storages[index].keep_packed(mask)
+        for index, masks in selection.kept_in_other_layers.items():
+            self._storages[index].keep_by_row(masks)
 
     def forget(self, layer: int) -> None:
         """Remove the entries of a layer from those that compete for the budget."""
@@ -137,8 +132,7 @@ class GlobalBudget:
     def register(self, layer: int, storage: Storage | None) -> None:
         """Add the stored entries of a layer to those that compete for the budget, if they have priorities."""
         if storage is not None and "priority" in storage.columns:
-            # Only a storage for heads of unequal length has priorities.
-            self._storages[layer] = cast(RaggedStorage, storage)
+            self._storages[layer] = storage
 
 
 def update_priorities(new: Tensor, entries: Entries, is_due: Sequence[bool]) -> Tensor:

@@ -20,6 +20,7 @@ from suffice.kv.attention.hook import expect_call, forget_call
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.hf.offload import materialized_weight
 from suffice.kv.storage.base import Entries
+from suffice.kv.storage.quantized import QuantizedStorage
 from suffice.kv.storage.uniform import AlignedStorage
 
 
@@ -54,8 +55,9 @@ class LatentLayer(CompressedLayer):
         if self.storage is None:
             output, attention = run_attention(call)
         else:
-            assert isinstance(self.storage, AlignedStorage)
-            keys, values = self._expand(self.storage.keys, self.storage.values)
+            assert isinstance(self.storage, (AlignedStorage, QuantizedStorage))
+            entries = self.storage.entries
+            keys, values = self._expand(entries.keys, entries.values)
             output, attention = self.storage.attend_to(call, keys, values)
         self.post_attention(call, attention)
         return output, attention
@@ -72,6 +74,9 @@ class LatentLayer(CompressedLayer):
         """Free the data of one forward pass."""
         forget_call(self._attention_module)
         self._latents = None
+
+    def query_sizes(self, call: AttentionCall) -> None:
+        """Return None: queries multiply keys that are computed from the stored latents."""
 
     def scored_tensors(self, queries: Tensor, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values of the one KV head that has the attention of all heads."""

@@ -221,10 +221,14 @@ class CompressedLayer(DynamicLayer):
                 self.state = replace(self.state, queries=queries)
             if self._plan is not None:
                 self._evict(self._plan, call, attention)
-            if self.storage is not None:
-                self.storage.end_attention()
+            self.end_attention()
         for rotary in self._rotaries_to_clear:
             rotary.clear_cache()
+
+    def end_attention(self) -> None:
+        """Let the storage quantize new entries, after the attention of a pass has read them."""
+        if self.storage is not None:
+            self.storage.end_attention()
 
     def end_pass(self) -> None:
         """Free the data of one forward pass."""
@@ -280,7 +284,9 @@ class CompressedLayer(DynamicLayer):
         """Select the entries to keep, copy them (see `copy_entries`), and validate both, without changing the layer."""
         stats = self._stats(plan, entries, call, attention)
         selection = select_entries(plan, self.settings, entries, stats, backend, self.global_budget)
-        storage = copy_entries(selection, self.state, self.settings)
+        is_quantized = self.settings.storage.bits is not None
+        query_sizes = self.query_sizes(call) if is_quantized and self.storage is None else None
+        storage = copy_entries(selection, self.state, self.settings, query_sizes)
         validate_eviction(stats, entries, storage, self.index)
         return selection, storage
 
@@ -317,6 +323,19 @@ class CompressedLayer(DynamicLayer):
             # With `evict_always`, caches cannot share statistics, which depend on the state of each cache.
             memo=None if self.settings.evict_always else call.memo,
         )
+
+    def query_sizes(self, call: AttentionCall) -> Tensor | None:
+        """Return the root mean square of the queries, [batch, num_key_value_heads, head_dim].
+
+        None if the queries do not multiply the stored keys.
+        """
+        queries, is_token = call.query, (self._new_positions >= 0)[:, None, :, None]
+        if call.padding is not None:
+            queries = queries.masked_fill(~is_token, 0)
+        counts = is_token.sum(2).clamp_min(1)
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(queries, dim=2, dtype=dtype).square() / counts
+        return squares.unflatten(1, (call.key.shape[1], -1)).mean(2).sqrt()
 
     def scored_tensors(self, queries: Tensor, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
         """Return the queries, keys and values by which entries are scored."""
@@ -426,6 +445,7 @@ class CompressedLayer(DynamicLayer):
         nbytes = self.storage.nbytes_by_head
         capacity = self.state.capacity
         shares = [None] * heads if capacity is None else capacity.mean(0).tolist()
+        errors = [error or (None, None) for error in self.storage.quantization_errors]
         return [
             HeadReport(
                 layer=self.index,
@@ -435,6 +455,9 @@ class CompressedLayer(DynamicLayer):
                 bytes_full=self.bytes_full // heads,
                 bytes_kept=nbytes[head],
                 capacity_retained=shares[head],
+                bits=self.storage.bits,
+                key_error=errors[head][0],
+                value_error=errors[head][1],
             )
             for head in range(heads)
         ]

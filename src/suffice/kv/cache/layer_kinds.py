@@ -56,7 +56,7 @@ def check_latents(model: PreTrainedModel, policy: Policy) -> None:
         raise ValueError(f"{name} must not be tensor-parallel, because its heads share cached latents, got one that is")
 
 
-def check_sliding(model: PreTrainedModel, policy: Policy, quantized: object, *, rerotate: bool) -> None:
+def check_sliding(model: PreTrainedModel, policy: Policy, *, rerotate: bool) -> None:
     """Raise an error if a setting is not supported for layers with a sliding window.
 
     Raises:
@@ -69,7 +69,5 @@ def check_sliding(model: PreTrainedModel, policy: Policy, quantized: object, *, 
             f"allocation must give each layer a budget of its own {where}, got {policy.allocation}. Use 'profile' or "
             "'equal'"
         )
-    if quantized is not None:
-        raise ValueError(f"quantized must be None {where}, got {quantized!r}")
     if rerotate:
         raise ValueError(f"rerotate must be False {where}, got True: the window refers to the original positions")

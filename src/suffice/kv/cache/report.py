@@ -25,6 +25,11 @@ class HeadReport:
         bytes_full: bytes that the head would hold without eviction, including padding.
         bytes_kept: bytes of the keys and values that it holds.
         capacity_retained: share of the capacity that the kept entries carry; None if it was not measured.
+        bits: number of bits of each number of quantized keys and values; None if entries are not quantized.
+        key_error: relative error of quantized keys: root of the sum of the squared errors over that of the squared
+            lengths, after the mean key of the head is subtracted. It covers all entries that were quantized, including
+            those that were evicted later. None if no entry was quantized.
+        value_error: the same for values, from which no mean is subtracted.
 
     """
 
@@ -35,6 +40,9 @@ class HeadReport:
     bytes_full: int
     bytes_kept: int
     capacity_retained: float | None
+    bits: tuple[int, int] | None = None
+    key_error: float | None = None
+    value_error: float | None = None
 
 
 class ReportedLayer(Protocol):
@@ -121,12 +129,15 @@ class CacheReport:
         from rich.table import Table
 
         table = Table(title=f"KV cache, policy {self.policy}: {self}")
-        for column in ("layer", "tokens seen", "tokens kept", "MB kept", "MB full", "capacity kept"):
+        is_quantized = any(head.bits is not None for head in self.heads)
+        columns = ("layer", "tokens seen", "tokens kept", "MB kept", "MB full", "capacity kept")
+        for column in (*columns, "bits", "key error", "value error") if is_quantized else columns:
             table.add_column(column, justify="right")
         for layer in sorted({head.layer for head in self.heads}):
             heads = [head for head in self.heads if head.layer == layer]
             shares = [head.capacity_retained for head in heads if head.capacity_retained is not None]
             kept = sorted({head.tokens_kept for head in heads})
+            quantization = _describe_quantization(heads) if is_quantized else ()
             table.add_row(
                 str(layer),
                 str(heads[0].tokens_seen),
@@ -134,6 +145,7 @@ class CacheReport:
                 f"{sum(head.bytes_kept for head in heads) / 1e6:.2f}",
                 f"{sum(head.bytes_full for head in heads) / 1e6:.2f}",
                 f"{sum(shares) / len(shares):.1%}" if shares else "-",
+                *quantization,
             )
         return table
 
@@ -155,3 +167,15 @@ class CacheReport:
             f"{self.tokens_kept:.0f} of {self.tokens_seen} tokens, "
             f"{self.bytes_kept / 1e6:.1f} of {self.bytes_full / 1e6:.1f} MB{share}"
         )
+
+
+def _describe_quantization(heads: Sequence[HeadReport]) -> tuple[str, str, str]:
+    """Return the bits of a layer's heads and their largest relative errors of keys and of values."""
+    bits = heads[0].bits
+    key_errors = [head.key_error for head in heads if head.key_error is not None]
+    value_errors = [head.value_error for head in heads if head.value_error is not None]
+    return (
+        "-" if bits is None else f"{bits[0]}" if bits[0] == bits[1] else f"{bits[0]}, {bits[1]}",
+        f"{max(key_errors):.1%}" if key_errors else "-",
+        f"{max(value_errors):.1%}" if value_errors else "-",
+    )

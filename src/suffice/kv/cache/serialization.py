@@ -102,6 +102,7 @@ def save_cache(layers: Sequence[Any], settings: CacheSettings, model: PreTrained
             "interval": settings.interval,
             "rerotate": settings.rerotate,
             "measure_capacity": settings.measure_capacity,
+            "bits": settings.storage.bits,
         },
         "layers": layer_states,
     }

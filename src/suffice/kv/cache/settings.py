@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from suffice.kv.budget.protection import Protection
@@ -32,21 +33,34 @@ class StorageConfig:
     per_head: bool = False
     quantization: Quantization | None = None
 
-    def store_all(self, entries: Entries, *, padded: bool) -> Storage:
-        """Store all entries without copying them. `padded` means that some slots may be empty."""
-        return UniformStorage.from_all(entries, padded=padded)
+    @property
+    def bits(self) -> tuple[int, int] | None:
+        """Number of bits of keys and of values; None if they are not quantized."""
+        return None if self.quantization is None else (self.quantization.key_bits, self.quantization.value_bits)
 
-    def store_kept(self, entries: Entries, kept: Tensor, counts: Tensor | None) -> Storage:
-        """Copy the kept entries into a new storage; see `UniformStorage.gather` for the arguments."""
+    def store_all(self, entries: Entries, query_sizes: Tensor | None = None, *, padded: bool) -> Storage:
+        """Store all entries, without copying them if they are not quantized.
+
+        Args:
+            entries: all entries.
+            query_sizes: see `QuantizedStorage.gather`.
+            padded: whether some slots may be empty.
+
+        """
+        if self.quantization is None:
+            return UniformStorage.from_all(entries, padded=padded)
+        slots = torch.arange(entries.keys.shape[2], device=entries.keys.device).expand(entries.keys.shape[:3])
+        kept = slots.where(entries.positions >= 0, -1)
+        return QuantizedStorage.gather(entries, kept, self.quantization, query_sizes)
+
+    def store_kept(
+        self, entries: Entries, kept: Tensor, counts: Tensor | None, query_sizes: Tensor | None = None
+    ) -> Storage:
+        """Copy the kept entries into a new storage; see `gather` of the storages for the arguments."""
+        if self.quantization is not None:
+            return QuantizedStorage.gather(entries, kept, self.quantization, query_sizes)
         storage = RaggedStorage if self.per_head else UniformStorage
         return storage.gather(entries, kept, counts)
-
-    def quantize(self, storage: Storage) -> Storage:
-        """Return a storage with quantized entries if this configuration asks for it, otherwise the storage itself."""
-        if self.quantization is None or not isinstance(storage, UniformStorage):
-            return storage
-        entries = Entries(storage.keys, storage.values, storage.positions, storage.rope_positions, storage.columns)
-        return QuantizedStorage(entries, self.quantization)
 
 
 @dataclass(frozen=True)
@@ -79,26 +93,3 @@ class CacheSettings:
     storage: StorageConfig
     sharding: Sharding | None = None
     max_entries: int | None = None
-
-
-def check_quantization(quantized: str | Quantization | None, policy: Policy) -> Quantization | None:
-    """Check how entries are to be quantized, which may be a name; None if they are not.
-
-    Raises:
-        TypeError: the argument has the wrong type.
-        ValueError: the name is not known, or heads may keep different numbers of entries.
-        ImportError: a package that is needed is not installed.
-
-    """
-    if quantized is None:
-        return None
-    if not isinstance(quantized, (str, Quantization)):
-        raise TypeError(f"quantized must be a name, a Quantization or None, got {quantized!r}")
-    if policy.allocation.per_head:
-        raise ValueError(
-            f"quantized must be None for heads of unequal length (allocation {policy.allocation}), got {quantized!r}. "
-            "Use allocation='equal' or 'pyramid'; the best policy is then 'capkv'"
-        )
-    quantization = Quantization(quantized) if isinstance(quantized, str) else quantized
-    quantization.check()
-    return quantization

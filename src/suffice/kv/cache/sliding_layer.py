@@ -13,7 +13,6 @@ from suffice.kv.attention.call import AttentionCall, run_attention
 from suffice.kv.attention.masks import additive_mask
 from suffice.kv.attention.softmax import attend_with_sinks
 from suffice.kv.cache.layer import CompressedLayer
-from suffice.kv.storage.ragged import RaggedStorage
 from suffice.kv.storage.uniform import AlignedStorage
 
 
@@ -115,12 +114,11 @@ class SlidingLayer(CompressedLayer):
         if isinstance(storage, AlignedStorage):
             storage.keep_last(self.window - 1)  # nothing was evicted: all heads hold the same tokens
             return
-        entries = storage.entries
-        positions = entries.positions
+        positions = storage.positions
         kept = (positions >= 0) & (positions > async_tensor(limits, positions.device)[:, None, None])
         slots = torch.arange(positions.shape[2], device=positions.device)
         self._oldest = int(torch.where(kept, positions, state.num_seen).min()) if positions.numel() else None
-        self.state = replace(state, storage=RaggedStorage.gather(entries, slots.where(kept, -1)))
+        self.state = replace(state, storage=storage.keep(slots.where(kept, -1)))
 
     @property
     def is_croppable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -43,6 +43,10 @@ class SourceLayer(CompressedLayer):
         # A copy keeps its entries when this layer evicts.
         self._readable = self.storage if self.storage is None or self._plan is None else self.storage.copy()
 
+    def end_attention(self) -> None:
+        """Do nothing: later layers read the entries too."""
+
     def end_pass(self) -> None:
         """Free the entries that later layers have read in a forward pass."""
         self._readable = None
+        super().end_attention()

@@ -113,8 +113,7 @@ class LayerState:
         num_masked = [0] * len(self.rows)
         if any(self.num_padding):
             appended = min(count, self.num_appended if self.has_evicted else self.num_seen)
-            newest = self.storage.positions[:, 0, self.storage.max_length - appended :]
-            num_masked = (newest < 0).sum(-1).tolist()
+            num_masked = self.storage.num_masked(appended)
         self.storage.drop_last(count)
         num_appended = max(0, self.num_appended - count)
         # Tokens beyond the appended ones were among the entries that the last eviction kept.

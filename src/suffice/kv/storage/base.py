@@ -42,7 +42,7 @@ class Entries:
     def right_aligned(self) -> Entries:
         """Return copies in which the slots without an entry come first in every head."""
         shape = self.keys.shape[:3]
-        index = (self.positions >= 0).long().sort(dim=-1, stable=True).indices.expand(shape)
+        index = right_aligned_order(self.positions).expand(shape)
         return Entries(
             gather_vectors(self.keys, index),
             gather_vectors(self.values, index),
@@ -50,6 +50,11 @@ class Entries:
             None if self.rope_positions is None else self.rope_positions.gather(2, index),
             {name: x.gather(2, index) for name, x in self.columns.items()},
         )
+
+
+def right_aligned_order(positions: Tensor) -> Tensor:
+    """Return the order of slots in which those without an entry come first, long, shaped like `positions`."""
+    return (positions >= 0).long().sort(dim=-1, stable=True).indices
 
 
 class Storage(ABC):
@@ -85,6 +90,26 @@ class Storage(ABC):
     @abstractmethod
     def num_kept(self) -> Tensor:
         """Number of entries of each row and head, long [batch, num_key_value_heads]."""
+
+    @property
+    def num_heads(self) -> int:
+        """Number of KV heads."""
+        return self.num_kept.shape[1]
+
+    @property
+    def bits(self) -> tuple[int, int] | None:
+        """Number of bits of each number of quantized keys and values; None if entries are not quantized."""
+        return None
+
+    @property
+    def quantization_errors(self) -> list[tuple[float, float] | None]:
+        """Relative error of the quantized keys and values of each head; None if none was quantized."""
+        return [None] * self.num_heads
+
+    @property
+    def is_finite(self) -> Tensor:
+        """Whether all stored keys and values are finite, bool without dimensions."""
+        return all_finite(self.buffers)
 
     @property
     @abstractmethod
@@ -170,6 +195,47 @@ class Storage(ABC):
 
         """
         raise NotImplementedError(f"{type(self).__name__} does not compact in place")
+
+    @abstractmethod
+    def keep(self, kept: Tensor, columns: Mapping[str, Tensor] | None = None) -> Storage:
+        """Return a storage of some entries, without changing this one.
+
+        Args:
+            kept: indices of the kept entries in `entries`, long [batch, num_key_value_heads, width], ascending; −1 in
+                empty slots.
+            columns: new columns of `entries`; None to keep those that are stored.
+
+        """
+
+    def row_priorities(self, row: int) -> Tensor:
+        """Return the priorities of the entries of a row that compete for a global budget, float32 [entries].
+
+        Raises:
+            NotImplementedError: the heads have the same length, so that they cannot have a global budget.
+
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no priorities")
+
+    def keep_by_row(self, masks: list[Tensor]) -> None:
+        """Keep the entries of `row_priorities` for which a mask is True, and drop the others.
+
+        Args:
+            masks: for each row, bool, shaped like the result of `row_priorities`.
+
+        Raises:
+            NotImplementedError: the heads have the same length, so that they cannot have a global budget.
+
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no priorities")
+
+    def num_masked(self, count: int) -> list[int]:
+        """Return how many of the newest tokens of each row are masked.
+
+        Args:
+            count: number of newest tokens; at least the first head must still have the entries of all of them.
+
+        """
+        return (self.positions[:, 0, self.max_length - count :] < 0).sum(-1).tolist()
 
     @abstractmethod
     def select_rows(self, index: Tensor) -> None:
@@ -299,6 +365,21 @@ def index_vectors(x: Tensor, flat: Tensor) -> Tensor:
     Most models store values as [batch, entries, heads, dim] in memory. They are indexed in that order, without a copy.
     """
     return (x.transpose(1, 2) if _has_entries_before_heads(x) else x).flatten(0, 2).index_select(0, flat)
+
+
+def last_slots(counts: Tensor, width: int, device: torch.device) -> Tensor:
+    """Return the flat indices of the last `counts[i]` slots of each row i, long [sum of counts].
+
+    Args:
+        counts: long [rows], on the CPU.
+        width: number of slots of every row.
+        device: device of the result. There is no synchronization with it.
+
+    """
+    total = int(counts.sum())
+    shift = torch.arange(1, len(counts) + 1) * width - counts.cumsum(0)
+    shift, counts = (x.to(device, non_blocking=True) for x in (shift, counts))
+    return torch.arange(total, device=device) + shift.repeat_interleave(counts, output_size=total)
 
 
 def gather_index_columns(entries: Entries, index: Tensor, empty: Tensor | None = None) -> dict[str, Tensor]:

@@ -1,189 +1,459 @@
-"""Storage for heads of equal length whose keys and values are quantized."""
+"""Storage whose older entries are quantized, for heads of equal or unequal length."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
+import torch
 from torch import Tensor
-from transformers import cache_utils
-from typing_extensions import Self
 
-from suffice.kv.storage.base import Entries, Storage
-from suffice.kv.storage.quantized_entries import Fp8Entries, LayerEntries, QuantizedEntries
-from suffice.kv.storage.uniform import AlignedStorage
+from suffice.kv.attention.call import AttentionCall
+from suffice.kv.attention.quantized_attention import ExactEntries
+from suffice.kv.backend.torch_backend import TorchBackend
+from suffice.kv.storage.attention_weights import weights_over_entries
+from suffice.kv.storage.base import Entries, Storage, all_finite, pack_columns, unpack_columns
+from suffice.kv.storage.bit_packing import SUPPORTED_BITS
+from suffice.kv.storage.quantized_entries import QuantizationError, QuantizedEntries
+from suffice.kv.storage.uniform import UniformStorage, attend_with_model
+from suffice.kv.storage.vector_format import QuantizedVectors, VectorFormat
+from suffice.plain_numbers import plain_number
 
-_FP8 = "fp8"
-# For each backend: the class in transformers, the package that it requires, and the axis for which a group consists of
-# dimensions of one entry. With another axis, entries and rows would share scales.
-_LAYERS = {"quanto": ("QuantoQuantizedLayer", "optimum-quanto", 0), "hqq": ("HQQQuantizedLayer", "hqq", 1)}
-_BACKENDS = (*_LAYERS, _FP8)
+NUM_SINKS = 4
+"""Number of first tokens of a text whose entries are never quantized, because many queries attend to them."""
+BLOCK_SIZE = 32
+"""Number of new tokens after which entries that have left the window are quantized."""
+_QUANTIZED_PREFIX = "quantized."
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How kept entries are quantized.
+    """How entries are quantized.
 
     Args:
-        backend: `"quanto"` and `"hqq"` store low-bit integers with a scale and a shift for each group of
-            dimensions, in the quantized cache layers of transformers; `"fp8"` stores 8-bit floating-point numbers,
-            with a power of two as scale for each key and for each value.
-        bits: number of bits of an integer, as far as the backend supports it; not used by `"fp8"`.
-        group_size: number of dimensions that share a scale. None means the largest power of two that divides the head
-            dimension, at most 64.
-        residual_length: number of new tokens that stay in full precision before they are quantized too; not used by
-            `"fp8"`.
+        key_bits: number of bits of a number in a key: 2, 3, 4 or 8.
+        value_bits: number of bits of a number in a value: 2, 3, 4 or 8.
+        window: number of newest entries of each head that are not quantized.
 
     Raises:
-        ValueError: `backend` is unknown, or `residual_length` is below 1.
+        ValueError: a number of bits is not supported, or `window` is negative.
 
     """
 
-    backend: str = "quanto"
-    bits: int = 4
-    group_size: int | None = None
-    residual_length: int = 128
+    key_bits: int = 4
+    value_bits: int = 4
+    window: int = 32
 
     def __post_init__(self) -> None:
-        if self.backend not in _BACKENDS:
-            names = ", ".join(map(repr, _BACKENDS))
-            raise ValueError(f"quantized must be one of {names} or None, got {self.backend!r}")
-        if self.residual_length < 1:
-            raise ValueError(f"residual_length must be at least 1, got {self.residual_length}")
-
-    def check(self) -> None:
-        """Raise an error unless the backend is installed and accepts the arguments.
-
-        Raises:
-            ImportError: the backend needs a package that is not installed.
-            ValueError: the backend does not accept the arguments.
-
-        """
-        if self.backend != _FP8:
-            self._make_layer(64)
-
-    def quantize(self, keys: Tensor, values: Tensor) -> QuantizedEntries:
-        """Return quantized keys and values, [batch, num_key_value_heads, width, dim]."""
-        if self.backend == _FP8:
-            return Fp8Entries(keys, values)
-        head_dim = keys.shape[-1]
-        return LayerEntries(keys, values, lambda: self._make_layer(head_dim))
-
-    def _make_layer(self, head_dim: int) -> Any:
-        """Return a new, empty quantized layer of transformers for heads of this dimension."""
-        name, package, axis = _LAYERS[self.backend]
-        try:
-            return getattr(cache_utils, name)(
-                nbits=self.bits,
-                axis_key=axis,
-                axis_value=axis,
-                q_group_size=self.group_size or min(64, head_dim & -head_dim),
-                residual_length=self.residual_length,
-            )
-        except ImportError:
-            raise ImportError(
-                f"quantized={self.backend!r} needs {package}. Install it, or choose another backend"
-            ) from None
+        for bits in (self.key_bits, self.value_bits):
+            if bits not in SUPPORTED_BITS:
+                raise ValueError(f"bits must be 2, 3, 4 or 8, got {bits!r}")
+        if self.window < 0:
+            raise ValueError(f"window of a quantization must be at least 0, got {self.window}")
 
 
-class QuantizedStorage(AlignedStorage):
-    """Quantized keys and values of heads of equal length; positions and columns are not quantized.
+def parse_bits(bits: object) -> Quantization | None:
+    """Check the argument `bits` of a cache: a number, a pair (bits of keys, bits of values), or None.
 
-    All entries exist in full precision only between `append` and `end_attention`, while the attention of one layer
-    reads them.
+    Raises:
+        TypeError: the argument has the wrong type.
+        ValueError: a number of bits is not supported.
+
+    """
+    if bits is None:
+        return None
+    pair = [plain_number(x) for x in (bits if isinstance(bits, (tuple, list)) else (bits, bits))]
+    numbers = [x for x in pair if isinstance(x, int) and not isinstance(x, bool)]
+    if len(numbers) != 2 or len(pair) != 2:
+        raise TypeError(f"bits must be a number of bits, a pair (bits of keys, bits of values) or None, got {bits!r}")
+    return Quantization(*numbers)
+
+
+class QuantizedStorage(Storage):
+    """Keys and values of which the older ones are quantized.
+
+    The first tokens of a text (`NUM_SINKS`) and the newest entries of each head stay in the model's dtype, as exact
+    entries. New tokens are exact too, until `BLOCK_SIZE` entries of a head have left the window. A quantized entry is
+    never quantized again: evictions drop it or move its integers.
 
     Args:
-        entries: the entries to store. All positions are int32 [batch, num_key_value_heads, width].
-        quantization: how to quantize.
-        is_full: whether no row has empty slots; None if it is not known.
+        quantized: the quantized entries.
+        exact: the exact entries, in ascending order of positions, with empty slots anywhere. All positions are int32
+            [batch, num_key_value_heads, width].
+        window: number of newest entries of each head that stay exact.
 
     """
 
     kind: ClassVar[str] = "quantized"
 
-    def __init__(self, entries: Entries, quantization: Quantization, *, is_full: bool | None = None) -> None:
-        index = {"positions": entries.positions, **entries.columns}
-        if entries.rope_positions is not None:
-            index["rope_positions"] = entries.rope_positions
-        super().__init__(index, is_full)
-        self.quantization = quantization
-        self._bytes_per_entry = sum(x.shape[-1] * x.element_size() for x in (entries.keys, entries.values))
-        self._quantized = quantization.quantize(entries.keys, entries.values)
-        self._dequantized: tuple[Tensor, Tensor] | None = None
+    def __init__(self, quantized: QuantizedEntries, exact: Entries, window: int) -> None:
+        self.window = window
+        self._replace_entries(quantized, exact)
+        # Positions of the tokens since the last eviction, int32 [batch, tokens]; −1 on padding.
+        self._new_positions = exact.positions.new_empty((len(exact.positions), 0))
 
-    def _dequantize(self) -> tuple[Tensor, Tensor]:
-        """Return keys and values in the model's dtype."""
-        return self._quantized.dequantize() if self._dequantized is None else self._dequantized
+    def _replace_entries(self, quantized: QuantizedEntries, exact: Entries) -> None:
+        self.quantized = quantized
+        self._exact = UniformStorage(exact)
+        self._num_sorted = self._exact.width  # later slots hold new tokens, one after the other
+
+    @classmethod
+    def gather(
+        cls, entries: Entries, kept: Tensor, quantization: Quantization, query_sizes: Tensor | None = None
+    ) -> QuantizedStorage:
+        """Copy the kept entries, so that the memory of all entries can be freed.
+
+        Args:
+            entries: all entries, in the model's dtype.
+            kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending; −1 in empty slots.
+            quantization: how to quantize.
+            query_sizes: root mean square of the queries of each head, [batch, num_key_value_heads, head_dim]; None if
+                all dimensions of queries have about the same size.
+
+        """
+        bits = quantization.key_bits, quantization.value_bits
+        empty = QuantizedEntries.empty(entries, bits, query_sizes)
+        exact, old = _split(entries, kept, quantization.window)
+        return cls(empty.append(entries, old), _gather_exact(entries, exact), quantization.window)
 
     @property
-    def keys(self) -> Tensor:
-        """Keys [batch, num_key_value_heads, width, head_dim], dequantized."""
-        return self._dequantize()[0]
+    def exact(self) -> UniformStorage:
+        """The exact entries. Any slot may be empty."""
+        return self._exact
 
     @property
-    def values(self) -> Tensor:
-        """Values [batch, num_key_value_heads, width, value_dim], dequantized."""
-        return self._dequantize()[1]
+    def bits(self) -> tuple[int, int]:
+        """Number of bits of keys and of values."""
+        return self.quantized.key_format.bits, self.quantized.value_format.bits
+
+    @property
+    def quantization_errors(self) -> list[tuple[float, float] | None]:
+        """Relative error of keys and of values of each head; None for a head without quantized entries."""
+        return self.quantized.error.relative()
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
-        """All tensors in which keys and values are stored, including scales and shifts."""
-        return self._quantized.tensors
+        """Exact keys and values, and the integers, scales and means of quantized ones."""
+        return *self._exact.buffers, *self.quantized.tensors
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """Additional numbers of each entry by name, float32 [batch, num_key_value_heads, width]."""
+        return self.entries_index.columns
+
+    @property
+    def is_finite(self) -> Tensor:
+        """Whether all keys and values are finite, bool without dimensions. Integers stand for finite numbers only."""
+        return all_finite(self._exact.buffers)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the quantized keys and values, including scales and shifts."""
+        """Bytes of the stored keys and values, with scales and means."""
         return sum(x.nbytes for x in self.buffers)
 
     @property
+    def nbytes_by_head(self) -> list[int]:
+        """Bytes of the keys and values of each head, over all rows."""
+        heads = self.num_heads
+        shared = sum(x.nbytes for x in (*self._exact.buffers, self.quantized.means, self.quantized.scales)) // heads
+        return [shared + count * self.quantized.bytes_per_entry for count in self.quantized.counts.sum(0).tolist()]
+
+    @property
     def nbytes_index(self) -> int:
-        """Bytes of positions, columns and their spare slots."""
-        return sum(part.nbytes for part in self._parts.values())
+        """Bytes of positions, columns and spare slots."""
+        return self._exact.nbytes_index + self.quantized.nbytes_index + self._new_positions.nbytes
 
     @property
     def bytes_per_entry(self) -> int:
-        """Bytes of one key and value before quantization."""
-        return self._bytes_per_entry
+        """Bytes of one key and value in the model's dtype."""
+        return self._exact.bytes_per_entry
+
+    @property
+    def num_heads(self) -> int:
+        """Number of KV heads."""
+        return self._exact.positions.shape[1]
+
+    @property
+    def num_kept(self) -> Tensor:
+        """Number of entries of each row and head, long [batch, num_key_value_heads]."""
+        return self._exact.num_kept + self.quantized.counts.to(self._exact.positions.device)
+
+    @property
+    def max_length(self) -> int:
+        """Number of slots of the row and head with the most entries, including padding."""
+        return self.quantized.width + self._exact.width
+
+    @property
+    def positions(self) -> Tensor:
+        """Index of each entry within its row's text, int32 [batch, num_key_value_heads, width]; −1 in empty slots."""
+        return self._in_order(self._joined_positions())
+
+    @property
+    def entries_index(self) -> Entries:
+        """Positions and columns of all entries, without keys and values."""
+        positions = self._joined_positions()
+        exact = self._exact.columns
+        columns = {
+            name: self._in_order(torch.cat((self.quantized.align(x, 0), exact[name]), dim=2), positions)
+            for name, x in self.quantized.columns.items()
+        }
+        nothing = self._exact.keys[:, :, :0]
+        return Entries(nothing, nothing, self._in_order(positions).long(), columns=columns)
+
+    @property
+    def entries(self) -> Entries:
+        """All entries in copies in the model's dtype. Those before the new tokens are right-aligned."""
+        quantized, exact, positions = self.quantized.dequantize(), self._exact, self._joined_positions()
+        index = self.entries_index
+        return replace(
+            index,
+            keys=self._in_order(torch.cat((quantized.keys, exact.keys), dim=2), positions),
+            values=self._in_order(torch.cat((quantized.values, exact.values), dim=2), positions),
+        )
+
+    def _joined_positions(self) -> Tensor:
+        """Return the positions of the quantized entries, right-aligned, and of the exact ones."""
+        return torch.cat((self.quantized.align(self.quantized.positions, -1), self._exact.positions), dim=2)
+
+    def _order(self, positions: Tensor) -> Tensor:
+        """Return the order of the entries before the new tokens: empty slots first, then by position."""
+        return positions[:, :, : self.quantized.width + self._num_sorted].sort(dim=-1, stable=True).indices
+
+    def _in_order(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Sort items of quantized and exact entries, [batch, num_key_value_heads, width, …], as `entries` does."""
+        order = self._order(x if positions is None else positions)
+        width = order.shape[2]
+        index = order.view(*order.shape, *(1,) * (x.dim() - 3)).expand(-1, -1, -1, *x.shape[3:])
+        return torch.cat((x[:, :, :width].gather(2, index), x[:, :, width:]), dim=2)
+
+    def _out_of_order(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Split items of `entries`, [batch, num_key_value_heads, width], into those of quantized and of exact entries.
+
+        Returns:
+            [quantized entries] and [batch, num_key_value_heads, exact slots].
+
+        """
+        order = self._order(self._joined_positions())
+        width = order.shape[2]
+        joined = torch.cat((torch.empty_like(x[:, :, :width]).scatter_(2, order, x[:, :, :width]), x[:, :, width:]), 2)
+        return self.quantized.pack(joined[:, :, : self.quantized.width]), joined[:, :, self.quantized.width :]
+
+    # ---- New tokens -------------------------------------------------------------------------------------------------
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, *, padded: bool = False) -> None:
         """Add the entries of new tokens; see `Storage.append`."""
-        self._dequantized = self._quantized.append(keys, values)
-        self._append_parts({}, positions, padded)
+        self._exact.append(keys, values, positions, padded=padded)
+        new = positions.clamp_min(-1).to(torch.int32)
+        self._new_positions = torch.cat((self._new_positions, new), dim=1)
+
+    def attend(self, call: AttentionCall, backend: TorchBackend) -> tuple[Tensor, Tensor | None]:
+        """Compute the attention of new tokens over all entries of each head; see `Storage.attend`."""
+        scaling = call.scaling or call.query.shape[-1] ** -0.5
+        exact = self._exact
+        output = backend.quantized_attention(
+            call.query,
+            self.quantized,
+            ExactEntries(exact.keys, exact.values, exact.positions),
+            call.dense_mask,
+            scaling,
+            call.softcap,
+            call.sink_logits,
+        )
+        return output, weights_over_entries(call, self.entries, scaling) if call.needs_weights else None
+
+    def attend_to(self, call: AttentionCall, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Compute the attention of new tokens, with keys and values that a model makes of the entries of one head."""
+        return attend_with_model(call, keys, values, self.positions[:, 0] >= 0)
 
     def end_attention(self) -> None:
-        """Free the dequantized entries."""
-        self._dequantized = None
+        """Quantize the entries that have left the window, if they are enough for a block.
+
+        Raises:
+            ValueError: a key or value is NaN or infinite. Nothing is changed.
+
+        """
+        if self._exact.width < NUM_SINKS + self.window + BLOCK_SIZE:
+            return
+        entries = self._exact.entries
+        slots = torch.arange(self._exact.width, device=entries.positions.device)
+        exact, old = _split(entries, slots.where(entries.positions >= 0, -1), self.window)
+        self._replace_entries(self.quantized.append(entries, old), _gather_exact(entries, exact))
+
+    # ---- Changes ----------------------------------------------------------------------------------------------------
+
+    def keep(self, kept: Tensor, columns: Mapping[str, Tensor] | None = None) -> QuantizedStorage:
+        """Return a storage of some entries. Quantized entries stay as they are.
+
+        Args:
+            kept: indices of the kept entries in `entries`, long [batch, num_key_value_heads, width]; −1 in empty slots.
+            columns: new columns of `entries`; None to keep those that are stored.
+
+        """
+        index = self.entries_index
+        mask = torch.zeros(*index.positions.shape[:2], index.positions.shape[2] + 1, dtype=torch.bool)
+        mask = mask.to(kept.device).scatter_(2, kept.where(kept >= 0, index.positions.shape[2]), True)[:, :, :-1]
+        parts = {name: self._out_of_order(x) for name, x in (index.columns if columns is None else columns).items()}
+        quantized = replace(self.quantized, columns={name: part[0] for name, part in parts.items()})
+        exact = replace(self._exact.entries, columns={name: part[1] for name, part in parts.items()})
+        keeps_quantized, keeps_exact = self._out_of_order(mask)
+        return QuantizedStorage(quantized.keep(keeps_quantized), _select_exact(exact, keeps_exact), self.window)
+
+    def row_priorities(self, row: int) -> Tensor:
+        """Return the priorities of all entries of a row, float32 [entries]; see `Storage.row_priorities`."""
+        exact = self._exact
+        priorities = exact.columns["priority"][row].masked_fill(exact.positions[row] < 0, -torch.inf)
+        return torch.cat((self.quantized.columns["priority"][self._rows[row]], priorities.flatten()))
+
+    def keep_by_row(self, masks: list[Tensor]) -> None:
+        """Keep the entries of `row_priorities` for which a mask is True, and drop the others."""
+        sizes = [part.stop - part.start for part in self._rows]
+        quantized = torch.cat([mask[:size] for mask, size in zip(masks, sizes, strict=True)])
+        exact = torch.stack([mask[size:] for mask, size in zip(masks, sizes, strict=True)])
+        exact = exact.view(self._exact.positions.shape) & (self._exact.positions >= 0)
+        self._replace_entries(self.quantized.keep(quantized), _select_exact(self._exact.entries, exact))
+
+    @property
+    def _rows(self) -> list[slice]:
+        """The range of the quantized entries of each row."""
+        ends = [0, *self.quantized.counts.sum(1).cumsum(0).tolist()]
+        return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
     def select_rows(self, index: Tensor) -> None:
         """Select rows of the batch, as `torch.index_select` does: the new row j is the old row index[j]."""
-        index = index.to(self.positions.device)
-        super().select_rows(index)
-        self._quantized.select_rows(index)
-        self._dequantized = None
+        self.quantized = self.quantized.select_rows(index.tolist())
+        self._exact.select_rows(index)
+        self._new_positions = self._new_positions.index_select(0, index.to(self._new_positions.device))
+
+    def num_masked(self, count: int) -> list[int]:
+        """Return how many of the newest tokens of each row are masked; see `Storage.num_masked`."""
+        new = self._new_positions[:, self._new_positions.shape[1] - min(count, self._new_positions.shape[1]) :]
+        num_masked = (new < 0).sum(-1)
+        if count > self._new_positions.shape[1]:
+            num_earlier = self.num_kept[:, 0] - (self._new_positions >= 0).sum(-1)
+            num_masked = num_masked + (count - self._new_positions.shape[1] - num_earlier).clamp_min(0)
+        return num_masked.tolist()
 
     def drop_last(self, count: int) -> None:
-        """Remove the newest entries of every row and head."""
-        super().drop_last(count)
-        self._quantized.drop_last(count)
-        self._dequantized = None
+        """Remove the newest entries. Every head must still have them."""
+        if count <= self._exact.width - self._num_sorted:
+            self._exact.drop_last(count)
+        else:
+            num_dropped = count - torch.tensor(self.num_masked(count), device=self._new_positions.device)
+            limits = self.positions.amax((1, 2)) + 1 - num_dropped
+            self._drop_from(limits)
+        self._new_positions = self._new_positions[:, : max(0, self._new_positions.shape[1] - count)]
 
-    def copy(self) -> Self:
-        """Return a storage that shares the tensors. Neither storage writes to them."""
-        other = super().copy()
-        other._quantized = self._quantized.copy()
+    def _drop_from(self, limits: Tensor) -> None:
+        """Drop the entries of each row whose position is at least a limit, long [batch]."""
+        positions = self._exact.positions
+        is_before = (positions >= 0) & (positions < limits[:, None, None])
+        self._replace_entries(self._quantized_before(limits), _select_exact(self._exact.entries, is_before))
+
+    def _quantized_before(self, limits: Tensor) -> QuantizedEntries:
+        num_entries = self.quantized.counts.sum(1).to(limits.device)
+        mask = self.quantized.positions < limits.repeat_interleave(num_entries)
+        return self.quantized if bool(mask.all()) else self.quantized.keep(mask)
+
+    def mask_positions(self, limits: Tensor) -> None:
+        """Turn the entries of each row whose position is at least a limit, long [batch], into empty slots."""
+        self.quantized = self._quantized_before(limits)
+        self._exact.mask_positions(limits)
+        self._new_positions = self._new_positions.masked_fill(self._new_positions >= limits[:, None], -1)
+
+    def copy(self) -> QuantizedStorage:
+        """Return a storage that shares the tensors."""
+        other = copy.copy(self)
+        other._exact = self._exact.copy()
         return other
 
+    # ---- Files ------------------------------------------------------------------------------------------------------
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Raise: quantized entries are not saved.
-
-        Raises:
-            ValueError: always.
-
-        """
-        raise ValueError("quantized must be None for a cache that is saved, got a quantized cache")
+        """Return exact and quantized entries, and how to quantize further ones."""
+        quantized, exact = self.quantized, self._exact
+        tensors = {
+            "key_codes": quantized.keys.codes,
+            "key_scales": quantized.keys.scales,
+            "value_codes": quantized.values.codes,
+            "value_scales": quantized.values.scales,
+            "means": quantized.means,
+            "scales": quantized.scales,
+            "error": quantized.error.stack(),
+            "positions": quantized.positions,
+            "lengths": quantized.counts,
+            "format": torch.tensor([quantized.key_format.bits, quantized.value_format.bits, self.window]),
+            **pack_columns(quantized.columns, None),
+        }
+        return {
+            "keys": exact.keys,
+            "values": exact.values,
+            "positions": exact.positions,
+            "num_sorted": torch.tensor(self._num_sorted),
+            "new_positions": self._new_positions,
+            **pack_columns(exact.columns, None),
+            **{f"{_QUANTIZED_PREFIX}{name}": x for name, x in tensors.items()},
+        }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Storage:
-        """Raise: quantized entries are not saved."""
-        raise ValueError(f"storage of a saved cache must be 'uniform' or 'ragged', got {cls.kind!r}")
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> QuantizedStorage:
+        """Build a storage from the result of `state_dict`."""
+        stored = {
+            name.removeprefix(_QUANTIZED_PREFIX): x for name, x in state.items() if name.startswith(_QUANTIZED_PREFIX)
+        }
+        key_bits, value_bits, window = stored["format"].tolist()
+        exact = Entries(state["keys"], state["values"], state["positions"], columns=unpack_columns(state))
+        quantized = QuantizedEntries(
+            VectorFormat(exact.keys.shape[-1], key_bits),
+            VectorFormat(exact.values.shape[-1], value_bits),
+            QuantizedVectors(stored["key_codes"], stored["key_scales"]),
+            QuantizedVectors(stored["value_codes"], stored["value_scales"]),
+            stored["positions"],
+            stored["lengths"].tolist(),
+            stored["means"],
+            stored["scales"],
+            QuantizationError(*stored["error"]),
+            unpack_columns(stored),
+        )
+        storage = cls(quantized, exact, window)
+        storage._num_sorted = int(state["num_sorted"])
+        storage._new_positions = state["new_positions"]
+        return storage
+
+
+def _split(entries: Entries, kept: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Divide kept entries into those that stay exact and those that are quantized.
+
+    Args:
+        entries: all entries.
+        kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending; −1 in empty slots.
+        window: number of newest entries of each head that stay exact.
+
+    Returns:
+        Indices of the entries that stay exact, [batch, num_key_value_heads, at most NUM_SINKS + window], and of those
+        that are quantized, shaped like `kept`; both ascending, and −1 in empty slots.
+
+    """
+    positions = entries.positions.expand(-1, kept.shape[1], -1).gather(2, kept.clamp_min(0))
+    is_kept = kept >= 0
+    rank_from_end = is_kept.flip(-1).cumsum(-1).flip(-1)
+    is_exact = is_kept & ((rank_from_end <= window) | (positions < NUM_SINKS))
+    num_exact = min(kept.shape[2], NUM_SINKS + window)
+    exact = kept.where(is_exact, -1).sort(dim=-1).values[..., kept.shape[2] - num_exact :]
+    return exact, kept.where(is_kept & ~is_exact, -1)
+
+
+def _gather_exact(entries: Entries, index: Tensor) -> Entries:
+    """Copy entries by their index, long [batch, num_key_value_heads, width]; −1 makes an empty slot."""
+    stored = UniformStorage.gather(entries, index)
+    return replace(stored.entries, positions=stored.positions)
+
+
+def _select_exact(entries: Entries, mask: Tensor) -> Entries:
+    """Copy the entries for which a mask is True, bool [batch, num_key_value_heads, width], right-aligned."""
+    width = int(mask.sum(-1).max()) if mask.numel() else 0
+    slots = torch.arange(mask.shape[2], device=mask.device)
+    index = slots.where(mask, -1).sort(dim=-1).values
+    return _gather_exact(entries, index[..., mask.shape[2] - width :])

@@ -1,191 +1,317 @@
-"""Quantized keys and values. Each row of a batch is quantized independently of the other rows."""
+"""Quantized entries of heads of any length, one head after the other."""
 
 from __future__ import annotations
 
-import copy
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, cast
+import itertools
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
-# Keys and values are scaled into [−256, 256]. 256 is the largest power of two that float8_e4m3fn represents.
-_FP8 = torch.float8_e4m3fn
-_FP8_EXPONENT = 8
-_FP8_MAX = torch.finfo(_FP8).max
-# Limits of the scales, within which neither the scales nor their inverses overflow in float32.
-_MIN_EXPONENT, _MAX_EXPONENT = -100, 127
+from suffice.kv.storage.base import Entries, flat_index, index_vectors, last_slots
+from suffice.kv.storage.vector_format import QuantizedVectors, VectorFormat
 
 
-class QuantizedEntries(ABC):
-    """Quantized keys and values of one layer. Copies share tensors, which are never overwritten."""
-
-    @abstractmethod
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new entries, and return all keys and values [batch, num_key_value_heads, width, dim], dequantized."""
-
-    @abstractmethod
-    def dequantize(self) -> tuple[Tensor, Tensor]:
-        """Return all keys and values [batch, num_key_value_heads, width, dim]."""
-
-    @property
-    @abstractmethod
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors that are stored, including scales and shifts."""
-
-    @abstractmethod
-    def select_rows(self, index: Tensor) -> None:
-        """Select rows of the batch, as `torch.index_select` does, without quantizing them again."""
-
-    @abstractmethod
-    def drop_last(self, count: int) -> None:
-        """Remove the newest entries of every row and head."""
-
-    @abstractmethod
-    def copy(self) -> Self:
-        """Return independent entries that share the tensors."""
-
-
-class Fp8Entries(QuantizedEntries):
-    """8-bit floating-point numbers, with a power of two as scale for each key and for each value of a head.
-
-    Entries are quantized independently of each other. Quantizing them a second time does not change them.
+@dataclass(frozen=True)
+class QuantizationError:
+    """Sums over all entries that were ever quantized, float32 [batch, num_key_value_heads] each.
 
     Args:
-        keys: [batch, num_key_value_heads, width, head_dim].
-        values: [batch, num_key_value_heads, width, value_dim].
+        key_error: squared distance between the keys and their quantized form.
+        key_size: squared length of the keys, from which the mean key of the head is subtracted.
+        value_error: squared distance between the values and their quantized form.
+        value_size: squared length of the values.
 
     """
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self._dtypes = keys.dtype, values.dtype
-        self._parts = (*_to_fp8(keys), *_to_fp8(values))
+    key_error: Tensor
+    key_size: Tensor
+    value_error: Tensor
+    value_size: Tensor
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new entries; see `QuantizedEntries.append`."""
-        new = (*_to_fp8(keys), *_to_fp8(values))
-        self._parts = tuple(torch.cat(pair, dim=2) for pair in zip(self._parts, new, strict=True))
-        return self.dequantize()
+    @classmethod
+    def zeros(cls, like: Tensor) -> QuantizationError:
+        """Return sums of 0, shaped like a tensor [batch, num_key_value_heads]."""
+        return cls(*(torch.zeros_like(like, dtype=torch.float32) for _ in range(4)))
 
-    def dequantize(self) -> tuple[Tensor, Tensor]:
-        """Return all keys and values."""
-        keys, key_exponents, values, value_exponents = self._parts
-        return _from_fp8(keys, key_exponents, self._dtypes[0]), _from_fp8(values, value_exponents, self._dtypes[1])
+    def relative(self) -> list[tuple[float, float] | None]:
+        """Return the relative error of keys and of values of each head, over all rows; None if none was quantized."""
+        key_error, key_size, value_error, value_size = self.stack().sum(1)
+        errors = torch.stack((key_error / key_size, value_error / value_size)).sqrt().T.tolist()
+        return [(keys, values) if keys == keys else None for keys, values in errors]
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The 8-bit numbers and the exponents."""
-        return self._parts
-
-    def select_rows(self, index: Tensor) -> None:
-        """Select rows of the batch."""
-        self._parts = tuple(part.index_select(0, index) for part in self._parts)
-
-    def drop_last(self, count: int) -> None:
-        """Remove the newest entries of every row and head."""
-        self._parts = tuple(part[:, :, :-count].clone() for part in self._parts)
-
-    def copy(self) -> Self:
-        """Return independent entries that share the tensors."""
-        return copy.copy(self)
+    def stack(self) -> Tensor:
+        """Return all sums as one tensor, [4, batch, num_key_value_heads]."""
+        return torch.stack((self.key_error, self.key_size, self.value_error, self.value_size))
 
 
-class LayerEntries(QuantizedEntries):
-    """Quantized cache layers of transformers, one for each row of the batch.
+@dataclass(frozen=True)
+class QuantizedEntries:
+    """Quantized entries of all rows and heads, one head after the other. The tensors are never changed.
 
-    Some backends share scales between rows, or iterate until the mean error over all rows is small enough. With one
-    layer for each row, the result for a row does not depend on the other rows.
+    Before the keys of a head are quantized, its mean key μ is subtracted, and each dimension i is multiplied by a scale
+    t_i: the key k is stored as (k − μ) t, rotated. Queries are divided by t. The error of a logit is the sum of the
+    products of a query's numbers with the errors of the key; it is smallest for t_i = √(size of the queries' numbers /
+    size of the keys' numbers), because quantization gives all stored dimensions the same error. This matters for models
+    some of whose dimensions have large keys and small queries. Mean and scales are computed from the first entries of
+    the head that are quantized, and stay the same for later entries.
 
     Args:
-        keys: [batch, num_key_value_heads, width, head_dim].
-        values: [batch, num_key_value_heads, width, value_dim].
-        make_layer: returns a new, empty quantized layer of transformers.
+        key_format: how keys are quantized.
+        value_format: how values are quantized.
+        keys: quantized keys without the mean.
+        values: quantized values.
+        positions: index of each entry within the text of its row, int32 [entries].
+        lengths: number of entries of each row and head.
+        means: mean key of each row and head, in the model's dtype, [batch, num_key_value_heads, head_dim].
+        scales: scale t of each dimension, shaped and typed like `means`; for heads without quantized entries so far,
+            the size of the numbers of their queries.
+        error: sums of the squared errors.
+        columns: additional numbers of each entry by name, float32 [entries].
 
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, make_layer: Callable[[], Any]) -> None:
-        self._make_layer = make_layer
-        self._no_entries = keys[:1, :, :0].clone(), values[:1, :, :0].clone()
-        self._layers = [self._new_layer(*row) for row in zip(keys.split(1), values.split(1), strict=True)]
+    key_format: VectorFormat
+    value_format: VectorFormat
+    keys: QuantizedVectors
+    values: QuantizedVectors
+    positions: Tensor
+    lengths: list[list[int]]
+    means: Tensor
+    scales: Tensor
+    error: QuantizationError
+    columns: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new entries; see `QuantizedEntries.append`."""
-        new = zip(self._layers, keys.split(1), values.split(1), strict=True)
-        return _join([layer.update(*row) for layer, *row in new])
+    @classmethod
+    def empty(cls, entries: Entries, bits: tuple[int, int], query_sizes: Tensor | None = None) -> QuantizedEntries:
+        """Return no entries.
 
-    def dequantize(self) -> tuple[Tensor, Tensor]:
-        """Return all keys and values."""
-        # An update without new tokens returns all entries.
-        return _join([layer.update(*self._no_entries) for layer in self._layers])
+        Args:
+            entries: entries with the number of rows and heads, the dimensions, the dtype and the columns.
+            bits: number of bits of keys and of values.
+            query_sizes: root mean square of the queries of each head, [batch, num_key_value_heads, head_dim]; None if
+                all dimensions of queries have about the same size.
+
+        """
+        batch, heads, _, head_dim = entries.keys.shape
+        device = entries.keys.device
+        key_format, value_format = VectorFormat(head_dim, bits[0]), VectorFormat(entries.values.shape[-1], bits[1])
+        means = entries.keys.new_zeros(batch, heads, head_dim)
+        return cls(
+            key_format,
+            value_format,
+            key_format.empty(device),
+            value_format.empty(device),
+            torch.empty(0, dtype=torch.int32, device=device),
+            [[0] * heads for _ in range(batch)],
+            means,
+            torch.ones_like(means) if query_sizes is None else query_sizes.to(means.dtype),
+            QuantizationError.zeros(means[..., 0]),
+            {name: torch.empty(0, device=device) for name in entries.columns},
+        )
+
+    @property
+    def counts(self) -> Tensor:
+        """Number of entries of each row and head, long [batch, num_key_value_heads] on the CPU."""
+        return torch.tensor(self.lengths)
+
+    @property
+    def width(self) -> int:
+        """Number of entries of the row and head with the most entries."""
+        return max(itertools.chain(*self.lengths))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors of the layers."""
-        return tuple(x for layer in self._layers for x in _plain_tensors(vars(layer)))
+        """The tensors that hold keys and values."""
+        return self.keys.codes, self.keys.scales, self.values.codes, self.values.scales, self.means, self.scales
 
-    def select_rows(self, index: Tensor) -> None:
-        """Select rows of the batch."""
-        self._layers = [copy.copy(self._layers[row]) for row in index.tolist()]
+    @property
+    def bytes_per_entry(self) -> int:
+        """Bytes of one quantized key and value."""
+        return self.key_format.bytes_per_vector + self.value_format.bytes_per_vector
 
-    def drop_last(self, count: int) -> None:
-        """Remove the newest entries. A layer is quantized again only if some of these entries are quantized."""
-        self._layers = [self._shortened(layer, count) for layer in self._layers]
+    @property
+    def nbytes_index(self) -> int:
+        """Bytes of positions and columns."""
+        return sum(x.nbytes for x in (self.positions, *self.columns.values()))
 
-    def copy(self) -> Self:
-        """Return independent entries that share the tensors."""
-        other = copy.copy(self)
-        other._layers = [copy.copy(layer) for layer in self._layers]
-        return other
+    def append(self, entries: Entries, index: Tensor) -> QuantizedEntries:
+        """Return these entries and more, which are quantized.
 
-    def _new_layer(self, keys: Tensor, values: Tensor) -> Any:
-        layer = self._make_layer()
-        layer.update(keys, values)
-        return layer
+        Args:
+            entries: entries in the model's dtype.
+            index: indices of the entries to quantize, long [batch, num_key_value_heads, width]; −1 for none.
 
-    def _shortened(self, layer: Any, count: int) -> Any:
-        if layer.keys.dim() == 4 and layer.keys.shape[2] >= count:
-            shorter = copy.copy(layer)
-            shorter.keys, shorter.values = (x[:, :, :-count].clone() for x in (layer.keys, layer.values))
-            shorter.cumulative_length -= count
-            return shorter
-        keys, values = layer.update(*self._no_entries)
-        return self._new_layer(keys[:, :, :-count], values[:, :, :-count])
+        Raises:
+            ValueError: a key or value is NaN or infinite.
+
+        """
+        slots = (index >= 0).flatten().nonzero().squeeze(-1)
+        new_counts = (index >= 0).sum(-1).cpu()
+        if not len(slots):
+            return self
+        device = index.device
+        head = torch.arange(new_counts.numel(), device=device).repeat_interleave(new_counts.flatten().to(device))
+
+        def select(x: Tensor) -> Tensor:
+            return x.expand(-1, index.shape[1], -1).gather(2, index.clamp_min(0)).flatten().index_select(0, slots)
+
+        keys, values = (
+            index_vectors(x, flat_index(x, index.clamp_min(0)).flatten().index_select(0, slots))
+            for x in (entries.keys, entries.values)
+        )
+        means, scales = self._statistics_with(keys, head, new_counts)
+        keys = keys.float() - means.float().flatten(0, 1).index_select(0, head)
+        keys *= scales.float().flatten(0, 1).index_select(0, head)
+        (new_keys, key_error), (new_values, value_error) = (
+            self.key_format.quantize(keys),
+            self.value_format.quantize(values),
+        )
+        sums = self._sums_by_head((key_error, keys, value_error, values), head)
+        if not bool(sums.isfinite().all() & scales.isfinite().all() & (scales > 0).all()):
+            raise ValueError(
+                "keys and values must be finite and below 1e7, got larger, infinite or NaN numbers: "
+                "nothing was quantized"
+            )
+        merge = _Merge(self.counts, new_counts, device)
+        return replace(
+            self,
+            keys=QuantizedVectors(merge(self.keys.codes, new_keys.codes), merge(self.keys.scales, new_keys.scales)),
+            values=QuantizedVectors(
+                merge(self.values.codes, new_values.codes), merge(self.values.scales, new_values.scales)
+            ),
+            positions=merge(self.positions, select(entries.positions).to(torch.int32)),
+            lengths=(self.counts + new_counts).tolist(),
+            means=means,
+            scales=scales,
+            error=QuantizationError(*(self.error.stack() + sums)),
+            columns={name: merge(x, select(entries.columns[name])) for name, x in self.columns.items()},
+        )
+
+    def _statistics_with(self, keys: Tensor, head: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean keys and scales, computed from new keys for the heads that have no entries yet."""
+        shape, device = self.means.shape, keys.device
+        is_new = ((self.counts == 0) & (counts > 0)).to(device)[..., None]
+        if not bool(is_new.any()):
+            return self.means, self.scales
+        counts = counts.clamp_min(1).to(device)[..., None]
+
+        def mean_by_head(x: Tensor) -> Tensor:
+            return (
+                torch.zeros(shape.numel() // shape[-1], shape[-1], device=device).index_add_(0, head, x).view(shape)
+                / counts
+            )
+
+        means = torch.where(is_new, mean_by_head(keys.float()).to(self.means.dtype), self.means)
+        centered = keys.float() - means.float().flatten(0, 1).index_select(0, head)
+        key_sizes = _without_small_sizes(mean_by_head(centered.square()).sqrt())
+        query_sizes = _without_small_sizes(self.scales.float())
+        scales = (query_sizes / key_sizes).sqrt()
+        return means, torch.where(is_new, scales.to(self.scales.dtype), self.scales)
+
+    def _sums_by_head(self, parts: tuple[Tensor, Tensor, Tensor, Tensor], head: Tensor) -> Tensor:
+        """Return sums by head, float32 [4, batch, num_key_value_heads]; of vectors, sums of squared lengths."""
+        sums: list[Tensor] = []
+        for part in parts:
+            numbers = part if part.dim() == 1 else part.float().square().sum(-1)
+            sums.append(numbers.new_zeros(self.means.shape[:2].numel()).index_add_(0, head, numbers))
+        return torch.stack(sums).view(4, *self.means.shape[:2])
+
+    def keep(self, mask: Tensor) -> QuantizedEntries:
+        """Return the entries for which a mask is True, bool [entries]."""
+        heads = mask.split(list(itertools.chain(*self.lengths)))
+        counts = torch.stack([part.sum() for part in heads]).view(self.counts.shape)
+        index = mask.nonzero().squeeze(-1)
+        return self._index(index, counts.tolist())
+
+    def select_rows(self, rows: list[int]) -> QuantizedEntries:
+        """Return rows of the batch: the new row j is the old row rows[j]."""
+        ends = list(itertools.accumulate(map(sum, self.lengths)))
+        device = self.positions.device
+        parts = [torch.arange(ends[row] - sum(self.lengths[row]), ends[row], device=device) for row in rows]
+        index = torch.tensor(rows, device=device)
+        selected = self._index(torch.cat(parts), [list(self.lengths[row]) for row in rows])
+        error = QuantizationError(*self.error.stack().index_select(1, index))
+        means, scales = self.means.index_select(0, index), self.scales.index_select(0, index)
+        return replace(selected, means=means, scales=scales, error=error)
+
+    def _index(self, index: Tensor, lengths: list[list[int]]) -> QuantizedEntries:
+        def select(x: Tensor) -> Tensor:
+            return x.index_select(0, index)
+
+        return replace(
+            self,
+            keys=self.keys.map(select),
+            values=self.values.map(select),
+            positions=select(self.positions),
+            lengths=lengths,
+            columns={name: select(x) for name, x in self.columns.items()},
+        )
+
+    def decode_keys(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Return rotated and scaled keys without the mean, [entries, padded dim]."""
+        return self.key_format.dequantize(self.keys.map(lambda x: x[part]), dtype)
+
+    def decode_values(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Return rotated values, [entries, padded dim]."""
+        return self.value_format.dequantize(self.values.map(lambda x: x[part]), dtype)
+
+    def dequantize(self) -> Entries:
+        """Return all entries in the model's dtype, right-aligned: [batch, num_key_value_heads, width, …]."""
+        dtype = torch.promote_types(self.means.dtype, torch.float32)
+        everything = slice(None)
+        keys = self.align(self._rotate_back(self.decode_keys(everything, dtype), self.key_format), 0)
+        values = self.align(self._rotate_back(self.decode_values(everything, dtype), self.value_format), 0)
+        positions = self.align(self.positions, -1)
+        means, scales = self.means.to(dtype)[:, :, None], self.scales.to(dtype)[:, :, None]
+        return Entries(
+            (keys / scales + means).to(self.means.dtype).masked_fill_(positions[..., None] < 0, 0),
+            values.to(self.means.dtype),
+            positions,
+            columns={name: self.align(x, 0) for name, x in self.columns.items()},
+        )
+
+    @staticmethod
+    def _rotate_back(vectors: Tensor, format_: VectorFormat) -> Tensor:
+        return vectors @ format_.rotation(vectors).mT
+
+    def align(self, x: Tensor, fill: float) -> Tensor:
+        """Return one item per entry, [entries, …], right-aligned by head: [batch, num_key_value_heads, width, …]."""
+        counts = self.counts
+        slots = last_slots(counts.flatten(), self.width, x.device)
+        aligned = x.new_full((counts.numel() * self.width, *x.shape[1:]), fill).index_copy_(0, slots, x)
+        return aligned.unflatten(0, (*counts.shape, self.width))
+
+    def pack(self, aligned: Tensor) -> Tensor:
+        """Return the inverse of `align`: [entries, …] from [batch, num_key_value_heads, width, …]."""
+        slots = last_slots(self.counts.flatten(), self.width, aligned.device)
+        return aligned.flatten(0, 2).index_select(0, slots)
 
 
-def _to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the bytes of 8-bit numbers [..., dim], and for each vector the exponent of its scale, int8 [..., 1]."""
-    x = x.float()
-    mantissas, exponents = torch.frexp(x.abs().amax(-1, keepdim=True))
-    # The largest number is at most 2 to this power, and may be equal to it. A number that is rounded up to a power of
-    # two therefore does not change the scale when the vector is quantized again.
-    exponents = (exponents - (mantissas == 0.5).int()).clamp(_MIN_EXPONENT, _MAX_EXPONENT)
-    scaled = torch.ldexp(x, _FP8_EXPONENT - exponents).clamp(-_FP8_MAX, _FP8_MAX)
-    return scaled.to(_FP8).view(torch.uint8), exponents.to(torch.int8)
+def _without_small_sizes(sizes: Tensor) -> Tensor:
+    """Replace sizes of dimensions, [..., dim], that are below a tenth of the head's root mean square."""
+    floor = sizes.square().mean(-1, keepdim=True).sqrt() / 10
+    sizes = torch.maximum(sizes, floor)
+    return torch.where(sizes > 0, sizes, torch.ones_like(sizes))
 
 
-def _from_fp8(numbers: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.ldexp(numbers.view(_FP8).float(), exponents.int() - _FP8_EXPONENT).to(dtype)
+class _Merge:
+    """Joins items of two sets of entries, both sorted by head, so that the result is sorted by head.
 
+    Args:
+        first_counts: number of entries of each head in the first set, on the CPU.
+        second_counts: number of entries of each head in the second set, on the CPU.
+        device: device of the entries.
 
-def _join(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(rows) == 1:
-        return rows[0]
-    keys, values = zip(*rows, strict=True)
-    return torch.cat(keys), torch.cat(values)
+    """
 
+    def __init__(self, first_counts: Tensor, second_counts: Tensor, device: torch.device) -> None:
+        first, second = first_counts.flatten(), second_counts.flatten()
+        shift_of_first = (second.cumsum(0) - second).repeat_interleave(first)
+        shift_of_second = first.cumsum(0).repeat_interleave(second)
+        self._first = (torch.arange(len(shift_of_first)) + shift_of_first).to(device)
+        self._second = (torch.arange(len(shift_of_second)) + shift_of_second).to(device)
 
-def _plain_tensors(value: object) -> list[Tensor]:
-    """Return all plain tensors in a nested container or in a tensor subclass."""
-    if isinstance(value, dict):
-        return [x for part in cast(dict[Any, Any], value).values() for x in _plain_tensors(part)]
-    if isinstance(value, (tuple, list)):
-        return [x for part in cast(list[Any], value) for x in _plain_tensors(part)]
-    if not isinstance(value, Tensor):
-        return []
-    if hasattr(value, "__tensor_flatten__") and type(value) is not torch.nn.Parameter:
-        subclass: Any = value
-        names: list[str] = subclass.__tensor_flatten__()[0]
-        return [x for name in names for x in _plain_tensors(getattr(value, name))]
-    return [value]
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        joined = first.new_empty(len(first) + len(second), *first.shape[1:])
+        return joined.index_copy_(0, self._first, first).index_copy_(0, self._second, second)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from suffice.gpu import async_tensor
 from suffice.kv.attention.call import AttentionCall
-from suffice.kv.attention.softmax import attention_weights
 from suffice.kv.backend.torch_backend import TorchBackend
+from suffice.kv.storage.attention_weights import weights_over_entries
 from suffice.kv.storage.base import (
     NEW_COLUMN_VALUES,
     Entries,
@@ -23,6 +23,7 @@ from suffice.kv.storage.base import (
     can_write_in_place,
     flat_index,
     index_vectors,
+    last_slots,
     num_spare_slots,
     pack_columns,
     unpack_columns,
@@ -125,7 +126,7 @@ class RaggedStorage(Storage):
             counts = (kept >= 0).sum(-1).cpu()
             slots = (kept >= 0).flatten().nonzero().squeeze(-1)
         else:
-            slots = _last_slots(counts.flatten(), kept.shape[2], kept.device)
+            slots = last_slots(counts.flatten(), kept.shape[2], kept.device)
         index = kept.clamp_min(0)
 
         def pack(x: Tensor) -> Tensor:
@@ -248,7 +249,7 @@ class RaggedStorage(Storage):
         """Return a function that right-aligns packed entries and appends a tail."""
         counts = torch.tensor(self.lengths)
         width = int(counts.max())
-        slots = _last_slots(counts.flatten(), width, self.tail_positions.device)
+        slots = last_slots(counts.flatten(), width, self.tail_positions.device)
 
         def align(packed: Tensor, tail: Tensor, fill: float) -> Tensor:
             flat = packed.new_full((counts.numel() * width, *packed.shape[1:]), fill).index_copy_(0, slots, packed)
@@ -296,41 +297,32 @@ class RaggedStorage(Storage):
         """Compute the attention of new tokens over all entries of each head; see `Storage.attend`."""
         scaling = call.scaling or call.query.shape[-1] ** -0.5
         output = backend.ragged_attention(call.query, self, call.dense_mask, scaling, call.softcap, call.sink_logits)
-        return output, self._attention_weights(call, scaling) if call.needs_weights else None
-
-    def _attention_weights(self, call: AttentionCall, scaling: float) -> Tensor:
-        """Return the weights of new tokens over the right-aligned entries, [batch, heads, new, width]; 0 if empty."""
-        entries, new = self.entries, call.query.shape[2]
-        heads = entries.keys.shape[1]
-        mask = call.dense_mask
-        if mask is None:
-            mask = torch.ones(1, 1, new, new, dtype=torch.bool, device=call.query.device).tril_()
-        readable = (entries.positions >= 0)[:, :, None].repeat(1, 1, new, 1)
-        readable[..., -new:] &= mask
-        weights = attention_weights(
-            call.query.unflatten(1, (heads, -1)),
-            entries.keys[:, :, None],
-            readable[:, :, None],
-            scaling=scaling,
-            softcap=call.softcap,
-            sink_logits=None if call.sink_logits is None else call.sink_logits.view(heads, -1, 1, 1),
-        )
-        return weights.flatten(1, 2).to(call.query.dtype)
+        return output, weights_over_entries(call, self.entries, scaling) if call.needs_weights else None
 
     def end_attention(self) -> None:
         """Do nothing: the attention needs no temporary tensors."""
 
-    def row_slice(self, row: int) -> slice:
-        """Return the range of the packed entries of a row."""
-        first = sum(sum(heads) for heads in self.lengths[:row])
-        return slice(first, first + sum(self.lengths[row]))
+    @property
+    def num_heads(self) -> int:
+        """Number of KV heads."""
+        return len(self.lengths[0])
 
-    def keep_packed(self, mask: Tensor) -> None:
-        """Keep the packed entries where `mask` is True, bool [packed], and drop the others."""
+    def keep(self, kept: Tensor, columns: Mapping[str, Tensor] | None = None) -> RaggedStorage:
+        """Return a storage of some entries; see `Storage.keep`."""
+        entries = self.entries
+        return RaggedStorage.gather(entries if columns is None else replace(entries, columns=dict(columns)), kept)
+
+    def row_priorities(self, row: int) -> Tensor:
+        """Return the priorities of the packed entries of a row, float32 [entries]; see `Storage.row_priorities`."""
+        first = sum(sum(heads) for heads in self.lengths[:row])
+        return self._columns["priority"][first : first + sum(self.lengths[row])]
+
+    def keep_by_row(self, masks: list[Tensor]) -> None:
+        """Keep the packed entries for which a mask is True, and drop the others; see `Storage.keep_by_row`."""
+        mask = torch.cat(masks)
         sizes = list(itertools.chain(*self.lengths))
         counts = [int(part.sum()) for part in mask.split(sizes)]
-        heads = len(self.lengths[0])
-        lengths = [counts[start : start + heads] for start in range(0, len(counts), heads)]
+        lengths = [counts[start : start + self.num_heads] for start in range(0, len(counts), self.num_heads)]
         self._replace_entries(self.packed.map(lambda x: x[mask], lengths), self.tail)
 
     def select_rows(self, index: Tensor) -> None:
@@ -403,18 +395,3 @@ class RaggedStorage(Storage):
             unpack_columns(state),
         )
         return cls(packed, Tail(state["tail_keys"], state["tail_values"], state["tail_positions"]))
-
-
-def _last_slots(counts: Tensor, width: int, device: torch.device) -> Tensor:
-    """Return the flat indices of the last `counts[i]` slots of each row i, long [sum of counts].
-
-    Args:
-        counts: long [rows], on the CPU.
-        width: number of slots of every row.
-        device: device of the result. There is no synchronization with it.
-
-    """
-    total = int(counts.sum())
-    shift = torch.arange(1, len(counts) + 1) * width - counts.cumsum(0)
-    shift, counts = (x.to(device, non_blocking=True) for x in (shift, counts))
-    return torch.arange(total, device=device) + shift.repeat_interleave(counts, output_size=total)

@@ -118,32 +118,7 @@ class AlignedStorage(Storage):
             values: [batch, any heads, width, value_dim].
 
         """
-        options = call.options
-        format_ = mask_format(call.implementation)
-        if format_ is MaskFormat.PADDING:
-            mask = None if self.is_full else self.valid
-            options = {name: option for name, option in options.items() if name not in _INDEX_OPTIONS}
-        elif format_ is MaskFormat.BLOCK:
-            mask = self._extend_mask(replace(call, mask=call.dense_mask))
-            mask = None if mask is None else additive_mask(mask, call.query.dtype)
-        else:
-            mask = self._extend_mask(call)
-        return run_attention(replace(call, key=keys, value=values, mask=mask, options=options))
-
-    def _extend_mask(self, call: AttentionCall) -> Tensor | None:
-        """Extend a dense mask over the new tokens to all entries, [batch, 1, new, width]; None if nothing is masked."""
-        new = call.query.shape[2]
-        earlier = self.valid[:, : self.width - new]
-        mask = call.mask
-        if mask is None:
-            if new == 1 and self.is_full:
-                return None
-            mask = torch.ones(new, new, dtype=torch.bool, device=call.query.device).tril_()[None, None]
-        mask = mask[..., -new:].expand(earlier.shape[0], -1, -1, -1)
-        earlier = earlier[:, None, None].expand(-1, mask.shape[1], new, -1)
-        if mask.dtype != torch.bool:
-            earlier = additive_mask(earlier, mask.dtype)
-        return torch.cat((earlier, mask), dim=-1)
+        return attend_with_model(call, keys, values, None if self.is_full else self.valid)
 
     def _append_parts(self, new_parts: dict[str, Tensor], positions: Tensor, padded: bool) -> None:
         """Append new tokens: their positions [batch, new], and their keys and values if this class stores them."""
@@ -188,6 +163,11 @@ class AlignedStorage(Storage):
         self._parts["positions"] = self._parts["positions"].masked_fill(masked, -1)
         self._is_full = None
 
+    @property
+    def num_heads(self) -> int:
+        """Number of KV heads."""
+        return self.positions.shape[1]
+
     def keep_last(self, count: int) -> None:
         """Keep the newest entries of every row and head, at most `count`, and remove all others."""
         if count < self.width:
@@ -225,7 +205,9 @@ class UniformStorage(AlignedStorage):
     def from_all(cls, entries: Entries, *, padded: bool = True) -> UniformStorage:
         """Store all entries without copying them. `padded` means that some slots may be empty."""
         positions = entries.positions.clamp_min(-1).to(torch.int32).expand(entries.keys.shape[:3])
-        return cls(replace(entries, positions=positions), is_full=None if padded else True)
+        stored = cls(replace(entries, positions=positions), is_full=None if padded else True)
+        stored._spare.is_shared = True  # other caches may store the tensors too, and positions of heads share memory
+        return stored
 
     @classmethod
     def gather(cls, entries: Entries, kept: Tensor, counts: Tensor | None = None) -> UniformStorage:
@@ -294,6 +276,11 @@ class UniformStorage(AlignedStorage):
     def end_attention(self) -> None:
         """Do nothing: the attention needs no temporary tensors."""
 
+    def keep(self, kept: Tensor, columns: Mapping[str, Tensor] | None = None) -> UniformStorage:
+        """Return a storage of some entries; see `Storage.keep`."""
+        entries = self.entries
+        return UniformStorage.gather(entries if columns is None else replace(entries, columns=dict(columns)), kept)
+
     def compact_in_place(self, entries: Entries, kept: Tensor) -> None:
         """Move the kept entries to the front of the buffers; see `Storage.compact_in_place`."""
         from suffice.kv.kernels.compaction import move_to_front
@@ -316,3 +303,47 @@ class UniformStorage(AlignedStorage):
         """Build a storage from the result of `state_dict`."""
         columns = unpack_columns(state)
         return cls(Entries(state["keys"], state["values"], state["positions"], state.get("rope_positions"), columns))
+
+
+def attend_with_model(
+    call: AttentionCall, keys: Tensor, values: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the attention of new tokens over all entries, with the model's own implementation.
+
+    Args:
+        call: the attention call.
+        keys: keys of all entries, of which those of the new tokens are the last ones, [batch, heads, width, head_dim].
+        values: [batch, heads, width, value_dim].
+        valid: bool [batch, width], False in empty slots, which are the same for every head; None if there are none.
+
+    """
+    options = call.options
+    format_ = mask_format(call.implementation)
+    if format_ is MaskFormat.PADDING:
+        mask = valid
+        options = {name: option for name, option in options.items() if name not in _INDEX_OPTIONS}
+    elif format_ is MaskFormat.BLOCK:
+        mask = _extend_mask(replace(call, mask=call.dense_mask), keys.shape[2], valid)
+        mask = None if mask is None else additive_mask(mask, call.query.dtype)
+    else:
+        mask = _extend_mask(call, keys.shape[2], valid)
+    return run_attention(replace(call, key=keys, value=values, mask=mask, options=options))
+
+
+def _extend_mask(call: AttentionCall, width: int, valid: Tensor | None) -> Tensor | None:
+    """Extend a dense mask over the new tokens to all entries, [batch, 1, new, width]; None if nothing is masked."""
+    batch, _, new, _ = call.query.shape
+    mask = call.mask
+    if mask is None:
+        if new == 1 and valid is None:
+            return None
+        mask = torch.ones(new, new, dtype=torch.bool, device=call.query.device).tril_()[None, None]
+    if valid is None:
+        earlier = torch.ones(batch, width - new, dtype=torch.bool, device=call.query.device)
+    else:
+        earlier = valid[:, : width - new]
+    mask = mask[..., -new:].expand(batch, -1, -1, -1)
+    earlier = earlier[:, None, None].expand(-1, mask.shape[1], new, -1)
+    if mask.dtype != torch.bool:
+        earlier = additive_mask(earlier, mask.dtype)
+    return torch.cat((earlier, mask), dim=-1)

@@ -1,0 +1,297 @@
+"""Attention over quantized entries of heads of any length together with exact entries, in plain torch.
+
+The queries are divided by the scales of the quantized keys and rotated as these are, and the output of quantized values
+is rotated back. The entries are dequantized block by block, so that no layer is ever dequantized as a whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from suffice.kv.attention.softmax import cap_logits, softmax_with_sinks
+
+# Numbers that are dequantized at a time. A block should stay in the processor's cache.
+_BLOCK_NUMBERS = 1 << 17
+# Largest number of logits in memory at a time.
+_MAX_LOGITS = 1 << 22
+# Logit of entries that a query may not read. It is finite, so that a query that may read none does not get NaN.
+_NOT_READABLE = -1e30
+
+
+class QuantizedFormat(Protocol):
+    """How vectors are quantized; see `suffice.kv.storage.vector_format`."""
+
+    @property
+    def padded_dim(self) -> int:
+        """Number of dimensions of a rotated vector."""
+        ...
+
+    def rotation(self, like: Tensor) -> Tensor:
+        """Return the orthogonal transform of vectors, [dim, padded_dim]."""
+        ...
+
+
+class QuantizedHeads(Protocol):
+    """Quantized entries of all rows and heads, one head after the other; see `suffice.kv.storage.quantized_entries`."""
+
+    @property
+    def key_format(self) -> QuantizedFormat:
+        """How keys are quantized."""
+        ...
+
+    @property
+    def value_format(self) -> QuantizedFormat:
+        """How values are quantized."""
+        ...
+
+    @property
+    def lengths(self) -> list[list[int]]:
+        """Number of entries of each row and head."""
+        ...
+
+    @property
+    def means(self) -> Tensor:
+        """Mean key of each row and head, which was subtracted, [batch, num_key_value_heads, head_dim]."""
+        ...
+
+    @property
+    def scales(self) -> Tensor:
+        """Scale by which each dimension of the keys was multiplied, [batch, num_key_value_heads, head_dim]."""
+        ...
+
+    def decode_keys(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Return rotated and scaled keys without the mean, [entries, padded_dim]."""
+        ...
+
+    def decode_values(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Return rotated values, [entries, padded_dim]."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExactEntries:
+    """Entries of all rows and heads that are not quantized. Any slot may be empty.
+
+    Args:
+        keys: [batch, num_key_value_heads, width, head_dim].
+        values: [batch, num_key_value_heads, width, value_dim].
+        positions: [batch, num_key_value_heads, width]; negative in empty slots.
+
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+    def readable(self, mask: Tensor | None, num_new: int) -> Tensor:
+        """Return which entries each new token may read, bool [batch, num_key_value_heads, new, width].
+
+        Args:
+            mask: bool [batch or 1, 1, new, new], which new tokens each new token may read; None if it may read all
+                before it.
+            num_new: number of new tokens, whose entries are the last ones.
+
+        """
+        is_entry = (self.positions >= 0)[:, :, None]
+        if num_new == 1:
+            return is_entry
+        if mask is None:
+            mask = torch.ones(1, 1, num_new, num_new, dtype=torch.bool, device=self.positions.device).tril_()
+        readable = is_entry.repeat(1, 1, num_new, 1)
+        readable[..., -num_new:] &= mask
+        return readable
+
+
+def attend_quantized(
+    query: Tensor,
+    quantized: QuantizedHeads,
+    exact: ExactEntries,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Compute scaled dot-product attention over quantized and exact entries, in float32 (float64 for float64 queries).
+
+    Args:
+        query: queries of the new tokens, [batch, heads, new, head_dim].
+        quantized: quantized entries, which every new token may read.
+        exact: the other entries, including those of the new tokens.
+        mask: bool [batch or 1, 1, new, new], which new tokens each new token may read; None if it may read all before
+            it.
+        scaling: factor on the query-key product.
+        softcap: soft cap of the logits; None for no soft cap.
+        sink_logits: logit of the attention sink of each query head, [heads]; None for no sinks.
+
+    Returns:
+        [batch, new, heads, value_dim], contiguous, because models may call `view` on it.
+
+    """
+    batch, heads, new, _ = query.shape
+    num_heads = exact.keys.shape[1]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    queries = query.to(dtype).unflatten(1, (num_heads, -1)) * scaling
+    readable = exact.readable(mask, new)
+    sinks = None if sink_logits is None else sink_logits.to(dtype).view(num_heads, -1, 1, 1)
+    width = max(itertools.chain(*quantized.lengths)) + exact.keys.shape[2]
+    block = max(1, _MAX_LOGITS // max(1, batch * heads * width))
+    attention = _Attention(quantized, exact, softcap, sinks)
+    outputs = [
+        attention(queries[:, :, :, start : start + block], readable[:, :, start : start + block])
+        for start in range(0, new, block)
+    ]
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
+    return output.flatten(1, 2).transpose(1, 2).to(query.dtype).contiguous()
+
+
+class _Attention:
+    """The attention over some entries, for blocks of queries.
+
+    Args:
+        quantized: quantized entries.
+        exact: the other entries.
+        softcap: soft cap of the logits; None for no soft cap.
+        sinks: logits of the attention sinks, [num_key_value_heads, groups, 1, 1]; None for no sinks.
+
+    """
+
+    def __init__(
+        self, quantized: QuantizedHeads, exact: ExactEntries, softcap: float | None, sinks: Tensor | None
+    ) -> None:
+        self._quantized, self._exact = quantized, exact
+        self._softcap, self._sinks = softcap, sinks
+        self._lengths = tuple(itertools.chain(*quantized.lengths))
+        self._width = max(self._lengths)  # the first logits are those of quantized entries
+
+    def __call__(self, queries: Tensor, readable: Tensor) -> Tensor:
+        """Compute the attention.
+
+        Args:
+            queries: scaled queries, [batch, num_key_value_heads, groups, queries, head_dim].
+            readable: which exact entries each query may read, bool [batch, num_key_value_heads, queries, exact].
+
+        Returns:
+            [batch, num_key_value_heads, groups, queries, value_dim].
+
+        """
+        flat = queries.flatten(2, 3).flatten(0, 1)  # [batch * num_key_value_heads, groups * queries, head_dim]
+        keys, values = (x.to(flat.dtype).flatten(0, 1) for x in (self._exact.keys, self._exact.values))
+        logits = torch.cat((self._quantized_logits(flat), flat @ keys.mT), dim=-1)
+        logits = cap_logits(logits.view(*queries.shape[:-1], -1), self._softcap)
+        logits[..., self._width :].masked_fill_(~readable[:, :, None], _NOT_READABLE)
+        if min(self._lengths) < self._width:
+            lengths = torch.tensor(self._lengths, device=logits.device).view(*queries.shape[:2], 1, 1, 1)
+            is_empty = torch.arange(self._width, device=logits.device) >= lengths
+            logits[..., : self._width].masked_fill_(is_empty, _NOT_READABLE)
+        weights = logits.softmax(-1) if self._sinks is None else softmax_with_sinks(logits, self._sinks)
+        weights = weights.flatten(2, 3).flatten(0, 1)
+        output = self._quantized_output(weights) + weights[..., self._width :] @ values
+        return output.view(*queries.shape[:-1], -1)
+
+    def _quantized_logits(self, queries: Tensor) -> Tensor:
+        """Return the logits of quantized entries, [batch * num_key_value_heads, queries, width].
+
+        The logits of empty slots may be any number.
+        """
+        logits = queries.new_empty(*queries.shape[:2], self._width)
+        format_ = self._quantized.key_format
+        statistics = map(_for_autograd, (self._quantized.means, self._quantized.scales))
+        means, scales = (x.to(queries.dtype).flatten(0, 1) for x in statistics)
+        rotated = (queries / scales[:, None]) @ format_.rotation(queries)
+        of_mean = queries @ means[..., None]
+        for block in self._blocks(format_):
+            keys = self._quantized.decode_keys(block.entries, queries.dtype)
+            for part in block.parts:
+                part_logits = torch.baddbmm(of_mean[part.heads], rotated[part.heads], part.of(keys).mT)
+                logits[part.heads, :, part.columns] = part_logits
+        return logits
+
+    def _quantized_output(self, weights: Tensor) -> Tensor:
+        """Return the weighted sum of the quantized values, [batch * num_key_value_heads, queries, value_dim]."""
+        format_ = self._quantized.value_format
+        rotated = weights.new_zeros(*weights.shape[:2], format_.padded_dim)
+        for block in self._blocks(format_):
+            values = self._quantized.decode_values(block.entries, weights.dtype)
+            for part in block.parts:
+                rotated[part.heads].baddbmm_(weights[part.heads, :, part.columns], part.of(values))
+        return rotated @ format_.rotation(weights).mT
+
+    def _blocks(self, format_: QuantizedFormat) -> tuple[_Block, ...]:
+        return divide_entries(self._lengths, max(1, _BLOCK_NUMBERS // format_.padded_dim))
+
+
+def _for_autograd(x: Tensor) -> Tensor:
+    """Return a tensor that autograd can save: a copy of one that was made in inference mode, if that has ended."""
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Entries of one head in a block, or all entries of several heads of equal length.
+
+    Args:
+        heads: range of the heads.
+        start: index of the first entry within the block.
+        columns: range of the entries within each head.
+
+    """
+
+    heads: slice
+    start: int
+    columns: slice
+
+    def of(self, block: Tensor) -> Tensor:
+        """Return the vectors of the part, [heads, entries, dim], from those of the block, [entries, dim]."""
+        num_heads, length = self.heads.stop - self.heads.start, self.columns.stop - self.columns.start
+        return block[self.start : self.start + num_heads * length].view(num_heads, length, -1)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Entries that are dequantized together.
+
+    Args:
+        entries: range of the entries among those of all heads.
+        parts: the entries by head.
+
+    """
+
+    entries: slice
+    parts: tuple[_Part, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def divide_entries(lengths: tuple[int, ...], size: int) -> tuple[_Block, ...]:
+    """Divide the entries of all heads into blocks. Only heads with more than `size` entries are divided.
+
+    Args:
+        lengths: number of entries of each head.
+        size: largest number of entries of a block.
+
+    """
+    blocks: list[_Block] = []
+    start, parts, used = 0, [], 0
+    for head, length in enumerate(lengths):
+        if parts and used + length > size:
+            blocks.append(_Block(slice(start, start + used), tuple(parts)))
+            start, parts, used = start + used, [], 0
+        for first in range(0, length, size):
+            count = min(size, length - first)
+            earlier = parts[-1] if parts else None
+            if earlier is not None and earlier.columns == slice(0, length) and earlier.heads.stop == head:
+                parts[-1] = _Part(slice(earlier.heads.start, head + 1), earlier.start, earlier.columns)
+            else:
+                parts.append(_Part(slice(head, head + 1), used, slice(first, first + count)))
+            used += count
+            if first + count < length:
+                blocks.append(_Block(slice(start, start + used), tuple(parts)))
+                start, parts, used = start + used, [], 0
+    if parts:
+        blocks.append(_Block(slice(start, start + used), tuple(parts)))
+    return tuple(blocks)

@@ -1,0 +1,69 @@
+"""Integers of 2, 3, 4 or 8 bits, packed into bytes without unused bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SUPPORTED_BITS = (2, 3, 4, 8)
+
+
+def num_bytes(dim: int, bits: int) -> int:
+    """Return the number of bytes of `dim` packed integers; `dim` is a multiple of 8."""
+    return dim * bits // 8
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack integers of `bits` bits into bytes.
+
+    A vector is divided into equal sections, whose integers share bytes: with 4 bits, byte i holds the integers i (low
+    bits) and dim/2 + i (high bits); with 2 bits, it holds i, dim/4 + i, dim/2 + i and 3 dim/4 + i. With 3 bits, there
+    are eight sections. The first six share bytes in pairs, as bits 0 to 2 and 3 to 5 of three blocks of dim/8 bytes.
+    The two highest bits of these blocks hold the other two sections: their six bits, in order of the blocks.
+
+    Args:
+        codes: uint8 [..., dim], each below 2^bits. dim is a multiple of 8.
+        bits: one of `SUPPORTED_BITS`.
+
+    Returns:
+        uint8 [..., dim * bits / 8].
+
+    """
+    if bits == 8:
+        return codes
+    if bits == 4:
+        low, high = codes.chunk(2, dim=-1)
+        return low | (high << 4)
+    if bits == 2:
+        first, second, third, fourth = codes.chunk(4, dim=-1)
+        return first | (second << 2) | (third << 4) | (fourth << 6)
+    *pairs, seventh, eighth = codes.chunk(8, dim=-1)
+    top = (seventh & 3, (seventh >> 2) | ((eighth & 1) << 1), eighth >> 1)
+    low, middle = torch.cat(pairs[:3], dim=-1), torch.cat(pairs[3:], dim=-1)
+    return low | (middle << 3) | (torch.cat(top, dim=-1) << 6)
+
+
+def unpack_bits(packed: Tensor, bits: int, out: Tensor) -> Tensor:
+    """Write the integers of `pack_bits` to a tensor of any dtype, [..., dim], and return it."""
+    dim = out.shape[-1]
+    if bits == 8:
+        return out.copy_(packed)
+    if bits == 4:
+        low, high = out.chunk(2, dim=-1)
+        low.copy_(packed & 15)
+        high.copy_(packed >> 4)
+    elif bits == 2:
+        first, second, third, fourth = out.chunk(4, dim=-1)
+        first.copy_(packed & 3)
+        second.copy_((packed >> 2) & 3)
+        third.copy_((packed >> 4) & 3)
+        fourth.copy_(packed >> 6)
+    else:
+        low, middle, top = out.split((3 * dim // 8, 3 * dim // 8, dim // 4), dim=-1)
+        low.copy_(packed & 7)
+        middle.copy_((packed >> 3) & 7)
+        first, second, third = (packed >> 6).chunk(3, dim=-1)
+        seventh, eighth = top.chunk(2, dim=-1)
+        seventh.copy_(first | ((second & 1) << 2))
+        eighth.copy_((second >> 1) | (third << 1))
+    return out

@@ -1,0 +1,156 @@
+"""The format of quantized vectors: integers of a few bits with one scale for each group of dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from suffice.kv.storage.bit_packing import num_bytes, pack_bits, unpack_bits
+from suffice.kv.storage.rotation import padded_dim, rotation
+
+GROUP_SIZE = 32
+"""Number of dimensions that share a scale, if it divides the number of dimensions."""
+# A scale is 2 to the power (byte − 160) / 4: from 2^−40 to 2^23.75, in steps of 19 %.
+_STEPS, _OFFSET, _MAX_EXPONENT = 4, 160, 255
+# Number of scales that are tried for each group. Smaller scales than the one that represents all numbers clip the
+# largest ones, but represent the others more accurately; with fewer bits, more clipping is best.
+_NUM_SCALES = {2: 5, 3: 3, 4: 2, 8: 1}
+# Number of vectors that are quantized at a time, which limits the temporary memory.
+_BLOCK = 1 << 14
+
+
+@dataclass(frozen=True)
+class QuantizedVectors:
+    """Quantized vectors.
+
+    Args:
+        codes: packed integers, uint8 [vectors, bytes].
+        scales: logarithm of the scale of each group, uint8 [vectors, groups].
+
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedVectors:
+        """Apply a function to both tensors."""
+        return QuantizedVectors(function(self.codes), function(self.scales))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of integers and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+
+@dataclass(frozen=True)
+class VectorFormat:
+    """Quantizes vectors: rotates them, divides them into groups of dimensions, and rounds each group to integers.
+
+    With b bits, the integers c from 0 to 2^b − 1 stand for the numbers s (c − (2^b − 1) / 2), where s is the scale of
+    the group. The scale is that with the smallest squared error among a few candidates.
+
+    Args:
+        dim: number of dimensions of a vector.
+        bits: number of bits of an integer: 2, 3, 4 or 8.
+
+    """
+
+    dim: int
+    bits: int
+
+    @property
+    def padded_dim(self) -> int:
+        """Number of dimensions after padding."""
+        return padded_dim(self.dim)
+
+    @property
+    def group_size(self) -> int:
+        """Number of dimensions of a group: a divisor of the dimensions, close to `GROUP_SIZE`."""
+        size = self.padded_dim
+        divisors = [x for x in range(8, size + 1, 8) if size % x == 0]
+        return min(divisors, key=lambda x: max(x / GROUP_SIZE, GROUP_SIZE / x))
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups of a vector."""
+        return self.padded_dim // self.group_size
+
+    @property
+    def bytes_per_vector(self) -> int:
+        """Bytes of the integers and scales of a vector."""
+        return num_bytes(self.padded_dim, self.bits) + self.num_groups
+
+    @property
+    def middle(self) -> float:
+        """The number in the middle of all integers, which stands for 0."""
+        return (2**self.bits - 1) / 2
+
+    def rotation(self, like: Tensor) -> Tensor:
+        """Return the orthogonal transform [dim, padded_dim], in the dtype and on the device of a tensor."""
+        return rotation(self.dim, like.dtype, like.device)
+
+    def empty(self, device: torch.device) -> QuantizedVectors:
+        """Return no vectors."""
+        codes = torch.empty(0, num_bytes(self.padded_dim, self.bits), dtype=torch.uint8, device=device)
+        return QuantizedVectors(codes, torch.empty(0, self.num_groups, dtype=torch.uint8, device=device))
+
+    def quantize(self, vectors: Tensor) -> tuple[QuantizedVectors, Tensor]:
+        """Quantize vectors.
+
+        Args:
+            vectors: [vectors, dim].
+
+        Returns:
+            The quantized vectors, and the squared error of each, float32 [vectors]; NaN or infinite if the vector is
+            not finite or too large for the scales.
+
+        """
+        parts = [self._quantize_block(block) for block in vectors.split(_BLOCK)] if len(vectors) else []
+        if not parts:
+            return self.empty(vectors.device), vectors.new_zeros(0, dtype=torch.float32)
+        codes, scales, errors = (torch.cat(part) for part in zip(*parts, strict=True))
+        return QuantizedVectors(codes, scales), errors
+
+    def _quantize_block(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = vectors.float()
+        x = (x @ self.rotation(x)).unflatten(-1, (self.num_groups, self.group_size))
+        largest = x.abs().amax(-1)
+        no_clipping = (largest / self.middle).log2().mul_(_STEPS).ceil_().add_(_OFFSET)
+        best: tuple[Tensor, Tensor, Tensor] | None = None
+        for step in range(_NUM_SCALES[self.bits]):
+            exponents = (no_clipping - step).clamp_(0, _MAX_EXPONENT)
+            scale = _scales(exponents)[..., None]
+            codes = (x / scale).add_(self.middle).round_().clamp_(0, 2 * self.middle)
+            errors = torch.add(x, (codes - self.middle).mul_(scale), alpha=-1).square_().sum(-1)
+            if best is None:
+                best = codes, exponents, errors
+                continue
+            is_better = errors < best[2]
+            best = (
+                torch.where(is_better[..., None], codes, best[0]),
+                torch.where(is_better, exponents, best[1]),
+                torch.where(is_better, errors, best[2]),
+            )
+        assert best is not None
+        codes, exponents, errors = best
+        too_large = no_clipping > _MAX_EXPONENT
+        total = errors.masked_fill(too_large, torch.inf).sum(-1)
+        return pack_bits(codes.flatten(-2).to(torch.uint8), self.bits), exponents.to(torch.uint8), total
+
+    def dequantize(self, vectors: QuantizedVectors, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the rotated vectors, [vectors, padded_dim]. Multiply by `rotation` transposed to rotate them back."""
+        x = torch.empty(len(vectors.codes), self.padded_dim, dtype=dtype, device=vectors.codes.device)
+        unpack_bits(vectors.codes, self.bits, x).sub_(self.middle)
+        groups = x.view(-1, self.num_groups, self.group_size)
+        groups.mul_(_scales(vectors.scales)[..., None])
+        return x
+
+
+def _scales(exponents: Tensor) -> Tensor:
+    return (exponents * (1 / _STEPS)).sub_(_OFFSET / _STEPS).exp2_()
