@@ -76,7 +76,7 @@ def test_kernel_implementations_return_no_weights():
 
 def test_weights_are_computed_only_if_they_are_wanted(monkeypatch):
     model, cache = build("llama", "eager"), None
-    monkeypatch.setattr("suffice.kv.storage.ragged.attention_weights", None)
+    monkeypatch.setattr("suffice.kv.storage.attention_weights.attention_weights", None)
     cache = CompressedCache(model, "capkv-profile", 0.5)
     with torch.no_grad():
         model(prompt(30), past_key_values=cache)

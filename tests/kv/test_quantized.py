@@ -119,7 +119,7 @@ def test_logits_with_8_bits_stay_near_those_of_the_plain_cache(options, evict):
     # Evictions that are scored with quantized keys may keep a few other entries.
     errors = [distance(*logits) for logits in zip(got, wanted, strict=True)]
     assert max(errors[:2]) < 0.1
-    assert max(errors) < (0.1 if evict == "prefill" else 0.6)
+    assert max(errors) < (0.2 if evict == "prefill" else 0.6)
     kept, other = (set(stored(cache)) for cache in caches)
     assert len(kept & other) >= (len(kept) if evict == "prefill" else 0.9 * len(kept))
 

@@ -168,7 +168,10 @@ class QuantizedEntries:
             self.value_format.quantize(values),
         )
         sums = self._sums_by_head((key_error, keys, value_error, values), head)
-        if not bool(sums.isfinite().all() & scales.isfinite().all() & (scales > 0).all()):
+        # The scales of heads without entries are not used yet. They are 0 for rows that consist of padding so far.
+        is_used = (self.counts + new_counts > 0).to(device)[..., None]
+        is_valid = (scales.isfinite() & (scales > 0)) | ~is_used
+        if not bool(sums.isfinite().all() & is_valid.all()):
             raise ValueError(
                 "keys and values must be finite and below 1e7, got larger, infinite or NaN numbers: "
                 "nothing was quantized"
