@@ -46,8 +46,6 @@ from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.deferred_checks import DeferredChecks
 from suffice.kv.storage.ragged import PackedEntries, RaggedStorage, Tail
 
-HEADS, KV_HEADS = 32, 8
-
 
 @dataclass
 class Run:
@@ -64,6 +62,16 @@ class Run:
     def seconds_left(self) -> float:
         """Seconds until the time limit."""
         return self.seconds - (time.perf_counter() - self.start)
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads."""
+        return 4 * self.kv_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return 2 if self.small else 8
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,9 +94,10 @@ class Run:
             self.skip(name, "no time left")
             return None
         try:
-            function()
+            if not self.small:
+                function()  # compiles kernels
             if self.device.type != "cuda":
-                return statistics.median(_wall_time(function) for _ in range(2))
+                return _wall_time(function)
             flush = torch.empty(64 * 2**20, dtype=torch.int32, device=self.device)
             times = []
             for _ in range(1 if self.small else repeats):
@@ -156,8 +165,8 @@ def score(run: Run, bandwidth: float) -> None:
     for dim in (64,) if run.small else (128, 64):
         for tokens in sizes:
             for batch in (1, 2) if run.small else (1, 4, 16):
-                keys, values = (run.random_tensor(batch, KV_HEADS, tokens, dim, seed=seed) for seed in (1, 2))
-                queries = run.random_tensor(batch, HEADS, min(tokens, 512), dim, seed=3)
+                keys, values = (run.random_tensor(batch, run.kv_heads, tokens, dim, seed=seed) for seed in (1, 2))
+                queries = run.random_tensor(batch, run.heads, min(tokens, 512), dim, seed=3)
                 name = f"score {tokens} x {batch}, dim {dim}"
                 ours = partial(own_scores, queries, keys, values)
                 row: dict[str, Any] = {"tokens": tokens, "batch": batch, "dim": dim}
@@ -180,8 +189,8 @@ def score(run: Run, bandwidth: float) -> None:
 def compact(run: Run, bandwidth: float) -> None:
     """Time in-place compaction and a gather into a new buffer."""
     tokens, batch, dim = (256, 1, 64) if run.small else (32768, 4, 128)
-    keys = run.random_tensor(batch, KV_HEADS, tokens, dim)
-    kept = torch.randperm(tokens, device=run.device)[: tokens // 4].sort().values.expand(batch, KV_HEADS, -1)
+    keys = run.random_tensor(batch, run.kv_heads, tokens, dim)
+    kept = torch.randperm(tokens, device=run.device)[: tokens // 4].sort().values.expand(batch, run.kv_heads, -1)
     index = kept[..., None].expand(-1, -1, -1, dim)
     row: dict[str, Any] = {"gather": run.time("gather", lambda: keys.gather(2, index))}
     if usable(keys):
@@ -220,18 +229,18 @@ def decoding(run: Run, bandwidth: float) -> None:
 
 
 def _measure_decoding(run: Run, dim: int, tokens: int, batch: int, skewed: bool, bandwidth: float) -> dict[str, Any]:
-    lengths = [[tokens] * KV_HEADS] * batch
+    lengths = [[tokens] * run.kv_heads] * batch
     if skewed:  # like head profiles: most heads are short, a few are several times as long as the mean
-        shares = torch.tensor([4.0, 1.5, 0.8, 0.6, 0.4, 0.3, 0.2, 0.2])
+        shares = torch.tensor([4.0, 1.5, 0.8, 0.6, 0.4, 0.3, 0.2, 0.2])[: run.kv_heads]
         lengths = [(shares * tokens).long().tolist()] * batch
     packed, width = batch * sum(lengths[0]), max(lengths[0])
     row: dict[str, Any] = {"tokens": tokens, "batch": batch, "dim": dim, "skewed": skewed, "ours": None, "sdpa": None}
     name = f"decoding {tokens} x {batch}, dim {dim}, {'skewed' if skewed else 'equal'}"
-    query = run.random_tensor(batch, HEADS, 1, dim)
+    query = run.random_tensor(batch, run.heads, 1, dim)
     try:
         keys, values = (run.random_tensor(packed, dim, seed=seed) for seed in (1, 2))
         positions = torch.zeros(packed, dtype=torch.int32, device=run.device)
-        tail = run.random_tensor(batch, KV_HEADS, 1, dim)
+        tail = run.random_tensor(batch, run.kv_heads, 1, dim)
         tail_positions = torch.zeros(batch, 1, dtype=torch.int32, device=run.device)
         storage = RaggedStorage(PackedEntries(keys, values, positions, lengths), Tail(tail, tail, tail_positions))
         backend = choose_backend(query, *storage.buffers)
@@ -240,10 +249,10 @@ def _measure_decoding(run: Run, dim: int, tokens: int, batch: int, skewed: bool,
         if row["ours"]:
             row["of_copy"] = (keys.nbytes + values.nbytes) / row["ours"] / bandwidth
         del storage, keys, values
-        keys, values = (run.random_tensor(batch, KV_HEADS, width, dim, seed=seed) for seed in (1, 2))
+        keys, values = (run.random_tensor(batch, run.kv_heads, width, dim, seed=seed) for seed in (1, 2))
         mask = None
         if skewed:
-            ends = torch.tensor(lengths, device=run.device).repeat_interleave(HEADS // KV_HEADS, dim=1)
+            ends = torch.tensor(lengths, device=run.device).repeat_interleave(run.heads // run.kv_heads, dim=1)
             mask = (torch.arange(width, device=run.device) < ends[..., None])[:, :, None]
         with torch.no_grad():
             row["sdpa"] = run.time(

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from gpu import Run
 
 LAYERS = 32
-_STEPS = 8
-"""Number of timed decoding steps."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def _measure_all(run: Run) -> None:
     for tokens, reserve in ((128, 0),) if run.small else ((32768, 150), (131072, 190)):
         ids = torch.randint(model.config.vocab_size, (1, tokens), device=run.device)
         # Compile kernels and reserve memory before anything is timed.
-        for make in (*caches(model).values(),)[:3]:
+        for make in (*caches(model).values(),)[: 1 if run.small else 3]:
             _prefill(run, model, make(), ids[:, :2048])
         for name, make in caches(model).items():
             label = f"{tokens} tokens, {name}"
@@ -141,7 +139,7 @@ def _measure_cache(run: Run, model: Any, make: Any, ids: Tensor) -> dict[str, An
     row["cache_gib"] = (_allocated_bytes(run) - before) / 2**30
     decoding: dict[int, tuple[float, float]] = {}
     decoding[1] = _decode(run, model, base, 1)
-    batch = 4 if run.small else int(0.97 * _free_bytes(run) / max(_allocated_bytes(run) - before, 1)) + 1
+    batch = 2 if run.small else int(0.97 * _free_bytes(run) / max(_allocated_bytes(run) - before, 1)) + 1
     while batch > 1:
         try:
             decoding[batch] = _decode(run, model, base, batch)
@@ -164,10 +162,11 @@ def _decode(run: Run, model: Any, base: Any, batch: int) -> tuple[float, float]:
     model(ids, past_key_values=cache, use_cache=True)
     _synchronize(run)
     start = time.perf_counter()
-    for _ in range(_STEPS):
+    num_steps = 2 if run.small else 8
+    for _ in range(num_steps):
         model(ids, past_key_values=cache, use_cache=True)
     _synchronize(run)
-    return _STEPS * batch / (time.perf_counter() - start), _peak_gib(run)
+    return num_steps * batch / (time.perf_counter() - start), _peak_gib(run)
 
 
 def _release_memory(run: Run) -> None:

@@ -70,7 +70,7 @@ def reports_agree(one, other):
 
 
 def record_waits(model, name, options):
-    """Return where a new cache, a prefill, five decoding steps and a padded prefill wait, and the number of layers."""
+    """Return where a new cache, a prefill and five decoding steps wait, and the number of layers."""
     waits = {}
     WAITS.clear()
     cache = CompressedCache(model, name, 0.4, **options)
@@ -81,10 +81,6 @@ def record_waits(model, name, options):
             for ids in inputs:
                 model(ids.to(DEVICE), past_key_values=cache)
             waits[stage] = list(WAITS)
-        WAITS.clear()
-        padded = {key: x.to(DEVICE) for key, x in left_padded([prompt(17), prompt(29)]).items()}
-        model(**padded, past_key_values=CompressedCache(model, name, 0.4, **options))
-        waits["padded prefill"] = list(WAITS)
     return waits | {"layers": len(cache.compressed_layers)}
 
 
