@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from suffice.kv import CompressedCache
-from suffice.kv.storage.quantized import NUM_SINKS, Quantization
+from suffice.kv.storage.quantization import Quantization
+from suffice.kv.storage.quantized import NUM_SINKS
 from tests.kv.test_quantized_attention import text
 from tests.kv.tiny import build, left_padded, tiny
 

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from suffice.kv import CompressedCache
-from suffice.kv.storage.quantized import Quantization, QuantizedStorage
+from suffice.kv.storage.quantization import Quantization
+from suffice.kv.storage.quantized import QuantizedStorage
 from tests.kv import families
 from tests.kv.test_failures import PassError, _describe, _fail_in_layer
 from tests.kv.test_holes import _extend, _kept, _read

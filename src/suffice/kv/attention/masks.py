@@ -73,6 +73,27 @@ def dense_mask(mask: Any, num_new: int) -> Tensor | None:
     return mask._suffice_dense
 
 
+def readable_entries(positions: Tensor, mask: Tensor | None, num_new: int) -> Tensor:
+    """Return which entries each new token may read, bool [batch, num_key_value_heads, num_new, width].
+
+    Args:
+        positions: positions of entries, of which those of the new tokens are the last ones, negative in empty slots and
+            for masked tokens; [batch, num_key_value_heads, width].
+        mask: bool [batch or 1, 1, num_new, num_new], which new tokens each new token may read; None if it may read all
+            before it. A single new token may read all entries.
+        num_new: number of new tokens.
+
+    """
+    is_entry = (positions >= 0)[:, :, None]
+    if num_new == 1:
+        return is_entry
+    if mask is None:
+        mask = torch.ones(1, 1, num_new, num_new, dtype=torch.bool, device=positions.device).tril_()
+    readable = is_entry.repeat(1, 1, num_new, 1)
+    readable[..., -num_new:] &= mask
+    return readable
+
+
 def additive_mask(readable: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a bool mask as numbers to add to the logits: 0 where it is True, the lowest number elsewhere."""
     return torch.zeros_like(readable, dtype=dtype).masked_fill_(~readable, torch.finfo(dtype).min)

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from suffice.kv.attention.masks import readable_entries
 from suffice.kv.attention.softmax import cap_logits, softmax_with_sinks
 
 # Numbers that are dequantized at a time. A block should stay in the processor's cache.
@@ -89,24 +90,6 @@ class ExactEntries:
     values: Tensor
     positions: Tensor
 
-    def readable(self, mask: Tensor | None, num_new: int) -> Tensor:
-        """Return which entries each new token may read, bool [batch, num_key_value_heads, new, width].
-
-        Args:
-            mask: bool [batch or 1, 1, new, new], which new tokens each new token may read; None if it may read all
-                before it.
-            num_new: number of new tokens, whose entries are the last ones.
-
-        """
-        is_entry = (self.positions >= 0)[:, :, None]
-        if num_new == 1:
-            return is_entry
-        if mask is None:
-            mask = torch.ones(1, 1, num_new, num_new, dtype=torch.bool, device=self.positions.device).tril_()
-        readable = is_entry.repeat(1, 1, num_new, 1)
-        readable[..., -num_new:] &= mask
-        return readable
-
 
 def attend_quantized(
     query: Tensor,
@@ -137,7 +120,7 @@ def attend_quantized(
     num_heads = exact.keys.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
     queries = query.to(dtype).unflatten(1, (num_heads, -1)) * scaling
-    readable = exact.readable(mask, new)
+    readable = readable_entries(exact.positions, mask, new)
     sinks = None if sink_logits is None else sink_logits.to(dtype).view(num_heads, -1, 1, 1)
     width = max(itertools.chain(*quantized.lengths)) + exact.keys.shape[2]
     block = max(1, _MAX_LOGITS // max(1, batch * heads * width))

@@ -98,21 +98,7 @@ class TorchBackend:
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
     ) -> Tensor:
-        """Return the attention of new tokens over heads of unequal length.
-
-        Args:
-            query: [batch, heads, new, head_dim].
-            entries: the entries that the queries read, including those of the new tokens.
-            mask: bool [batch, 1, new, new], which new tokens each new token may read; None if it may read all
-                before it.
-            scaling: factor on the query-key product.
-            softcap: soft cap of the logits; None for no soft cap.
-            sink_logits: logit of the attention sink of each query head, [heads]; None for no sinks.
-
-        Returns:
-            [batch, new, heads, value_dim].
-
-        """
+        """Return the attention of new tokens over heads of unequal length; see `attend_by_head` for the arguments."""
         return attend_by_head(query, entries, mask, scaling, softcap, sink_logits)
 
     def quantized_attention(
@@ -125,22 +111,7 @@ class TorchBackend:
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
     ) -> Tensor:
-        """Return the attention of new tokens over quantized and exact entries.
-
-        Args:
-            query: [batch, heads, new, head_dim].
-            quantized: quantized entries, which every new token may read.
-            exact: the other entries, including those of the new tokens.
-            mask: bool [batch or 1, 1, new, new], which new tokens each new token may read; None if it may read all
-                before it.
-            scaling: factor on the query-key product.
-            softcap: soft cap of the logits; None for no soft cap.
-            sink_logits: logit of the attention sink of each query head, [heads]; None for no sinks.
-
-        Returns:
-            [batch, new, heads, value_dim].
-
-        """
+        """Return the attention over quantized and exact entries; see `attend_quantized` for the arguments."""
         return attend_quantized(query, quantized, exact, mask, scaling, softcap, sink_logits)
 
 

@@ -38,7 +38,7 @@ from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY, get_allocation, get_policy
-from suffice.kv.storage.quantized import parse_bits
+from suffice.kv.storage.quantization import parse_bits
 from suffice.plain_numbers import plain_number
 
 _WRONG_MODEL = (

@@ -15,6 +15,7 @@ from suffice.kv.policy.estimators import Objective, score_entries
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.selection import LOWEST_SCORE, NAN_SCORES, LayerBudget
 from suffice.kv.storage.base import Entries, Storage
+from suffice.kv.storage.per_head import PerHeadStorage
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class GlobalSelection:
         kept: indices of the kept entries of the layer, long [batch, num_key_value_heads, width], ascending. A head that
             keeps fewer than `width` entries starts with −1.
         kept_in_other_layers: by index of the layer, for layers that drop entries: for each row, which entries of
-            `Storage.row_priorities` are kept, bool [entries].
+            `PerHeadStorage.row_priorities` are kept, bool [entries].
 
     """
 
@@ -47,7 +48,7 @@ class GlobalBudget:
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
-        self._storages: dict[int, Storage] = {}
+        self._storages: dict[int, PerHeadStorage] = {}
 
     def priorities(self, policy: Policy, objective: Objective, budget: LayerBudget, request: BudgetRequest) -> Tensor:
         """Return the priority of each entry of a layer.
@@ -131,7 +132,7 @@ class GlobalBudget:
 
     def register(self, layer: int, storage: Storage | None) -> None:
         """Add the stored entries of a layer to those that compete for the budget, if they have priorities."""
-        if storage is not None and "priority" in storage.columns:
+        if isinstance(storage, PerHeadStorage) and "priority" in storage.columns:
             self._storages[layer] = storage
 
 

@@ -11,7 +11,8 @@ from suffice.kv.budget.protection import Protection
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.policy import Policy
 from suffice.kv.storage.base import Entries, Storage
-from suffice.kv.storage.quantized import Quantization, QuantizedStorage
+from suffice.kv.storage.quantization import Quantization
+from suffice.kv.storage.quantized import QuantizedStorage
 from suffice.kv.storage.ragged import RaggedStorage
 from suffice.kv.storage.uniform import UniformStorage
 
@@ -36,7 +37,7 @@ class StorageConfig:
     @property
     def bits(self) -> tuple[int, int] | None:
         """Number of bits of keys and of values; None if they are not quantized."""
-        return None if self.quantization is None else (self.quantization.key_bits, self.quantization.value_bits)
+        return None if self.quantization is None else self.quantization.bits
 
     def store_all(self, entries: Entries, query_sizes: Tensor | None = None, *, padded: bool) -> Storage:
         """Store all entries, without copying them if they are not quantized.

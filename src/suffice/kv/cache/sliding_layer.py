@@ -13,6 +13,7 @@ from suffice.kv.attention.call import AttentionCall, run_attention
 from suffice.kv.attention.masks import additive_mask
 from suffice.kv.attention.softmax import attend_with_sinks
 from suffice.kv.cache.layer import CompressedLayer
+from suffice.kv.storage.per_head import PerHeadStorage
 from suffice.kv.storage.uniform import AlignedStorage
 
 
@@ -114,6 +115,7 @@ class SlidingLayer(CompressedLayer):
         if isinstance(storage, AlignedStorage):
             storage.keep_last(self.window - 1)  # nothing was evicted: all heads hold the same tokens
             return
+        assert isinstance(storage, PerHeadStorage)
         positions = storage.positions
         kept = (positions >= 0) & (positions > async_tensor(limits, positions.device)[:, None, None])
         slots = torch.arange(positions.shape[2], device=positions.device)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from suffice.kv.attention.call import AttentionCall
+from suffice.kv.attention.masks import readable_entries
 from suffice.kv.attention.softmax import attention_weights
 from suffice.kv.storage.base import Entries
 
@@ -20,11 +20,7 @@ def weights_over_entries(call: AttentionCall, entries: Entries, scaling: float) 
 
     """
     new, heads = call.query.shape[2], entries.keys.shape[1]
-    mask = call.dense_mask
-    if mask is None:
-        mask = torch.ones(1, 1, new, new, dtype=torch.bool, device=call.query.device).tril_()
-    readable = (entries.positions >= 0)[:, :, None].repeat(1, 1, new, 1)
-    readable[..., -new:] &= mask
+    readable = readable_entries(entries.positions, call.dense_mask, new)
     weights = attention_weights(
         call.query.unflatten(1, (heads, -1)),
         entries.keys[:, :, None],

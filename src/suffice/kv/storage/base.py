@@ -196,38 +196,6 @@ class Storage(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not compact in place")
 
-    @abstractmethod
-    def keep(self, kept: Tensor, columns: Mapping[str, Tensor] | None = None) -> Storage:
-        """Return a storage of some entries, without changing this one.
-
-        Args:
-            kept: indices of the kept entries in `entries`, long [batch, num_key_value_heads, width], ascending; −1 in
-                empty slots.
-            columns: new columns of `entries`; None to keep those that are stored.
-
-        """
-
-    def row_priorities(self, row: int) -> Tensor:
-        """Return the priorities of the entries of a row that compete for a global budget, float32 [entries].
-
-        Raises:
-            NotImplementedError: the heads have the same length, so that they cannot have a global budget.
-
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no priorities")
-
-    def keep_by_row(self, masks: list[Tensor]) -> None:
-        """Keep the entries of `row_priorities` for which a mask is True, and drop the others.
-
-        Args:
-            masks: for each row, bool, shaped like the result of `row_priorities`.
-
-        Raises:
-            NotImplementedError: the heads have the same length, so that they cannot have a global budget.
-
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no priorities")
-
     def num_masked(self, count: int) -> list[int]:
         """Return how many of the newest tokens of each row are masked.
 

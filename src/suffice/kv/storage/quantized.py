@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -15,12 +15,12 @@ from suffice.kv.attention.call import AttentionCall
 from suffice.kv.attention.quantized_attention import ExactEntries
 from suffice.kv.backend.torch_backend import TorchBackend
 from suffice.kv.storage.attention_weights import weights_over_entries
-from suffice.kv.storage.base import Entries, Storage, all_finite, pack_columns, unpack_columns
-from suffice.kv.storage.bit_packing import SUPPORTED_BITS
-from suffice.kv.storage.quantized_entries import QuantizationError, QuantizedEntries
+from suffice.kv.storage.base import Entries, all_finite, pack_columns, unpack_columns
+from suffice.kv.storage.per_head import PerHeadStorage
+from suffice.kv.storage.quantization import Quantization
+from suffice.kv.storage.quantized_entries import QuantizedEntries
 from suffice.kv.storage.uniform import UniformStorage, attend_with_model
 from suffice.kv.storage.vector_format import QuantizedVectors, VectorFormat
-from suffice.plain_numbers import plain_number
 
 NUM_SINKS = 4
 """Number of first tokens of a text whose entries are never quantized, because many queries attend to them."""
@@ -29,50 +29,7 @@ BLOCK_SIZE = 32
 _QUANTIZED_PREFIX = "quantized."
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """How entries are quantized.
-
-    Args:
-        key_bits: number of bits of a number in a key: 2, 3, 4 or 8.
-        value_bits: number of bits of a number in a value: 2, 3, 4 or 8.
-        window: number of newest entries of each head that are not quantized.
-
-    Raises:
-        ValueError: a number of bits is not supported, or `window` is negative.
-
-    """
-
-    key_bits: int = 4
-    value_bits: int = 4
-    window: int = 32
-
-    def __post_init__(self) -> None:
-        for bits in (self.key_bits, self.value_bits):
-            if bits not in SUPPORTED_BITS:
-                raise ValueError(f"bits must be 2, 3, 4 or 8, got {bits!r}")
-        if self.window < 0:
-            raise ValueError(f"window of a quantization must be at least 0, got {self.window}")
-
-
-def parse_bits(bits: object) -> Quantization | None:
-    """Check the argument `bits` of a cache: a number, a pair (bits of keys, bits of values), or None.
-
-    Raises:
-        TypeError: the argument has the wrong type.
-        ValueError: a number of bits is not supported.
-
-    """
-    if bits is None:
-        return None
-    pair = [plain_number(x) for x in (bits if isinstance(bits, (tuple, list)) else (bits, bits))]
-    numbers = [x for x in pair if isinstance(x, int) and not isinstance(x, bool)]
-    if len(numbers) != 2 or len(pair) != 2:
-        raise TypeError(f"bits must be a number of bits, a pair (bits of keys, bits of values) or None, got {bits!r}")
-    return Quantization(*numbers)
-
-
-class QuantizedStorage(Storage):
+class QuantizedStorage(PerHeadStorage):
     """Keys and values of which the older ones are quantized.
 
     The first tokens of a text (`NUM_SINKS`) and the newest entries of each head stay in the model's dtype, as exact
@@ -114,8 +71,7 @@ class QuantizedStorage(Storage):
                 all dimensions of queries have about the same size.
 
         """
-        bits = quantization.key_bits, quantization.value_bits
-        empty = QuantizedEntries.empty(entries, bits, query_sizes)
+        empty = QuantizedEntries.empty(entries, quantization.bits, query_sizes)
         exact, old = _split(entries, kept, quantization.window)
         return cls(empty.append(entries, old), _gather_exact(entries, exact), quantization.window)
 
@@ -132,7 +88,7 @@ class QuantizedStorage(Storage):
     @property
     def quantization_errors(self) -> list[tuple[float, float] | None]:
         """Relative error of keys and of values of each head; None for a head without quantized entries."""
-        return self.quantized.error.relative()
+        return self.quantized.relative_errors
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -142,7 +98,7 @@ class QuantizedStorage(Storage):
     @property
     def columns(self) -> dict[str, Tensor]:
         """Additional numbers of each entry by name, float32 [batch, num_key_value_heads, width]."""
-        return self.entries_index.columns
+        return self._columns_in_order(self._order(self._joined_positions()))
 
     @property
     def is_finite(self) -> Tensor:
@@ -189,56 +145,52 @@ class QuantizedStorage(Storage):
     @property
     def positions(self) -> Tensor:
         """Index of each entry within its row's text, int32 [batch, num_key_value_heads, width]; −1 in empty slots."""
-        return self._in_order(self._joined_positions())
-
-    @property
-    def entries_index(self) -> Entries:
-        """Positions and columns of all entries, without keys and values."""
         positions = self._joined_positions()
-        exact = self._exact.columns
-        columns = {
-            name: self._in_order(torch.cat((self.quantized.align(x, 0), exact[name]), dim=2), positions)
-            for name, x in self.quantized.columns.items()
-        }
-        nothing = self._exact.keys[:, :, :0]
-        return Entries(nothing, nothing, self._in_order(positions).long(), columns=columns)
+        return _in_order(positions, self._order(positions))
 
     @property
     def entries(self) -> Entries:
         """All entries in copies in the model's dtype. Those before the new tokens are right-aligned."""
-        quantized, exact, positions = self.quantized.dequantize(), self._exact, self._joined_positions()
-        index = self.entries_index
-        return replace(
-            index,
-            keys=self._in_order(torch.cat((quantized.keys, exact.keys), dim=2), positions),
-            values=self._in_order(torch.cat((quantized.values, exact.values), dim=2), positions),
+        quantized, exact = self.quantized.dequantize(), self._exact
+        positions = self._joined_positions()
+        order = self._order(positions)
+        keys, values = (
+            _in_order(torch.cat(parts, dim=2), order)
+            for parts in ((quantized.keys, exact.keys), (quantized.values, exact.values))
         )
+        return Entries(keys, values, _in_order(positions, order).long(), columns=self._columns_in_order(order))
+
+    def _columns_in_order(self, order: Tensor) -> dict[str, Tensor]:
+        exact = self._exact.columns
+        return {
+            name: _in_order(torch.cat((self.quantized.align(x, 0), exact[name]), dim=2), order)
+            for name, x in self.quantized.columns.items()
+        }
 
     def _joined_positions(self) -> Tensor:
         """Return the positions of the quantized entries, right-aligned, and of the exact ones."""
         return torch.cat((self.quantized.align(self.quantized.positions, -1), self._exact.positions), dim=2)
 
     def _order(self, positions: Tensor) -> Tensor:
-        """Return the order of the entries before the new tokens: empty slots first, then by position."""
+        """Return the order of the entries before the new tokens: empty slots first, then by position.
+
+        Args:
+            positions: result of `_joined_positions`.
+
+        """
         return positions[:, :, : self.quantized.width + self._num_sorted].sort(dim=-1, stable=True).indices
 
-    def _in_order(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Sort items of quantized and exact entries, [batch, num_key_value_heads, width, …], as `entries` does."""
-        order = self._order(x if positions is None else positions)
-        width = order.shape[2]
-        index = order.view(*order.shape, *(1,) * (x.dim() - 3)).expand(-1, -1, -1, *x.shape[3:])
-        return torch.cat((x[:, :, :width].gather(2, index), x[:, :, width:]), dim=2)
-
-    def _out_of_order(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _split_entries(self, x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         """Split items of `entries`, [batch, num_key_value_heads, width], into those of quantized and of exact entries.
 
         Returns:
             [quantized entries] and [batch, num_key_value_heads, exact slots].
 
         """
-        order = self._order(self._joined_positions())
         width = order.shape[2]
-        joined = torch.cat((torch.empty_like(x[:, :, :width]).scatter_(2, order, x[:, :, :width]), x[:, :, width:]), 2)
+        joined = torch.cat(
+            (torch.empty_like(order, dtype=x.dtype).scatter_(2, order, x[:, :, :width]), x[:, :, width:]), 2
+        )
         return self.quantized.pack(joined[:, :, : self.quantized.width]), joined[:, :, self.quantized.width :]
 
     # ---- New tokens -------------------------------------------------------------------------------------------------
@@ -272,7 +224,7 @@ class QuantizedStorage(Storage):
         """Quantize the entries that have left the window, if they are enough for a block.
 
         Raises:
-            ValueError: a key or value is NaN or infinite. Nothing is changed.
+            ValueError: a key or value is NaN, infinite, or too large for the scales. Nothing is changed.
 
         """
         if self._exact.width < NUM_SINKS + self.window + BLOCK_SIZE:
@@ -292,17 +244,19 @@ class QuantizedStorage(Storage):
             columns: new columns of `entries`; None to keep those that are stored.
 
         """
-        index = self.entries_index
-        mask = torch.zeros(*index.positions.shape[:2], index.positions.shape[2] + 1, dtype=torch.bool)
-        mask = mask.to(kept.device).scatter_(2, kept.where(kept >= 0, index.positions.shape[2]), True)[:, :, :-1]
-        parts = {name: self._out_of_order(x) for name, x in (index.columns if columns is None else columns).items()}
+        positions = self._joined_positions()
+        order, width = self._order(positions), positions.shape[2]
+        mask = torch.zeros(*positions.shape[:2], width + 1, dtype=torch.bool, device=kept.device)
+        mask = mask.scatter_(2, kept.where(kept >= 0, width), True)[:, :, :-1]
+        columns = self._columns_in_order(order) if columns is None else columns
+        parts = {name: self._split_entries(x, order) for name, x in columns.items()}
         quantized = replace(self.quantized, columns={name: part[0] for name, part in parts.items()})
         exact = replace(self._exact.entries, columns={name: part[1] for name, part in parts.items()})
-        keeps_quantized, keeps_exact = self._out_of_order(mask)
+        keeps_quantized, keeps_exact = self._split_entries(mask, order)
         return QuantizedStorage(quantized.keep(keeps_quantized), _select_exact(exact, keeps_exact), self.window)
 
     def row_priorities(self, row: int) -> Tensor:
-        """Return the priorities of all entries of a row, float32 [entries]; see `Storage.row_priorities`."""
+        """Return the priorities of all entries of a row, float32 [entries]; see `PerHeadStorage.row_priorities`."""
         exact = self._exact
         priorities = exact.columns["priority"][row].masked_fill(exact.positions[row] < 0, -torch.inf)
         return torch.cat((self.quantized.columns["priority"][self._rows[row]], priorities.flatten()))
@@ -381,7 +335,7 @@ class QuantizedStorage(Storage):
             "value_scales": quantized.values.scales,
             "means": quantized.means,
             "scales": quantized.scales,
-            "error": quantized.error.stack(),
+            "error": quantized.error_sums,
             "positions": quantized.positions,
             "lengths": quantized.counts,
             "format": torch.tensor([quantized.key_format.bits, quantized.value_format.bits, self.window]),
@@ -414,7 +368,7 @@ class QuantizedStorage(Storage):
             stored["lengths"].tolist(),
             stored["means"],
             stored["scales"],
-            QuantizationError(*stored["error"]),
+            stored["error"],
             unpack_columns(stored),
         )
         storage = cls(quantized, exact, window)
@@ -443,6 +397,13 @@ def _split(entries: Entries, kept: Tensor, window: int) -> tuple[Tensor, Tensor]
     num_exact = min(kept.shape[2], NUM_SINKS + window)
     exact = kept.where(is_exact, -1).sort(dim=-1).values[..., kept.shape[2] - num_exact :]
     return exact, kept.where(is_kept & ~is_exact, -1)
+
+
+def _in_order(x: Tensor, order: Tensor) -> Tensor:
+    """Sort the items of quantized and exact entries, [batch, num_key_value_heads, width, …]; new tokens stay behind."""
+    width = order.shape[2]
+    index = order.view(*order.shape, *(1,) * (x.dim() - 3)).expand(-1, -1, -1, *x.shape[3:])
+    return torch.cat((x[:, :, :width].gather(2, index), x[:, :, width:]), dim=2)
 
 
 def _gather_exact(entries: Entries, index: Tensor) -> Entries:

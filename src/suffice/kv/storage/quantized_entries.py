@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,39 +11,6 @@ from torch import Tensor
 
 from suffice.kv.storage.base import Entries, flat_index, index_vectors, last_slots
 from suffice.kv.storage.vector_format import QuantizedVectors, VectorFormat
-
-
-@dataclass(frozen=True)
-class QuantizationError:
-    """Sums over all entries that were ever quantized, float32 [batch, num_key_value_heads] each.
-
-    Args:
-        key_error: squared distance between the keys and their quantized form.
-        key_size: squared length of the keys, from which the mean key of the head is subtracted.
-        value_error: squared distance between the values and their quantized form.
-        value_size: squared length of the values.
-
-    """
-
-    key_error: Tensor
-    key_size: Tensor
-    value_error: Tensor
-    value_size: Tensor
-
-    @classmethod
-    def zeros(cls, like: Tensor) -> QuantizationError:
-        """Return sums of 0, shaped like a tensor [batch, num_key_value_heads]."""
-        return cls(*(torch.zeros_like(like, dtype=torch.float32) for _ in range(4)))
-
-    def relative(self) -> list[tuple[float, float] | None]:
-        """Return the relative error of keys and of values of each head, over all rows; None if none was quantized."""
-        key_error, key_size, value_error, value_size = self.stack().sum(1)
-        errors = torch.stack((key_error / key_size, value_error / value_size)).sqrt().T.tolist()
-        return [(keys, values) if keys == keys else None for keys, values in errors]
-
-    def stack(self) -> Tensor:
-        """Return all sums as one tensor, [4, batch, num_key_value_heads]."""
-        return torch.stack((self.key_error, self.key_size, self.value_error, self.value_size))
 
 
 @dataclass(frozen=True)
@@ -66,7 +34,8 @@ class QuantizedEntries:
         means: mean key of each row and head, in the model's dtype, [batch, num_key_value_heads, head_dim].
         scales: scale t of each dimension, shaped and typed like `means`; for heads without quantized entries so far,
             the size of the numbers of their queries.
-        error: sums of the squared errors.
+        error_sums: sums over all entries that were ever quantized, float32 [4, batch, num_key_value_heads]: squared
+            errors of the stored keys, their squared lengths, and the same of the values.
         columns: additional numbers of each entry by name, float32 [entries].
 
     """
@@ -79,7 +48,7 @@ class QuantizedEntries:
     lengths: list[list[int]]
     means: Tensor
     scales: Tensor
-    error: QuantizationError
+    error_sums: Tensor
     columns: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @classmethod
@@ -106,7 +75,7 @@ class QuantizedEntries:
             [[0] * heads for _ in range(batch)],
             means,
             torch.ones_like(means) if query_sizes is None else query_sizes.to(means.dtype),
-            QuantizationError.zeros(means[..., 0]),
+            torch.zeros(4, batch, heads, device=device),
             {name: torch.empty(0, device=device) for name in entries.columns},
         )
 
@@ -135,6 +104,13 @@ class QuantizedEntries:
         """Bytes of positions and columns."""
         return sum(x.nbytes for x in (self.positions, *self.columns.values()))
 
+    @property
+    def relative_errors(self) -> list[tuple[float, float] | None]:
+        """Relative error of keys and of values of each head, over all rows; None if none was quantized."""
+        key_error, key_size, value_error, value_size = self.error_sums.sum(1)
+        errors = torch.stack((key_error / key_size, value_error / value_size)).sqrt().T.tolist()
+        return [None if math.isnan(keys) else (keys, values) for keys, values in errors]
+
     def append(self, entries: Entries, index: Tensor) -> QuantizedEntries:
         """Return these entries and more, which are quantized.
 
@@ -143,7 +119,7 @@ class QuantizedEntries:
             index: indices of the entries to quantize, long [batch, num_key_value_heads, width]; −1 for none.
 
         Raises:
-            ValueError: a key or value is NaN or infinite.
+            ValueError: a key or value is NaN, infinite, or too large for the scales.
 
         """
         slots = (index >= 0).flatten().nonzero().squeeze(-1)
@@ -187,7 +163,7 @@ class QuantizedEntries:
             lengths=(self.counts + new_counts).tolist(),
             means=means,
             scales=scales,
-            error=QuantizationError(*(self.error.stack() + sums)),
+            error_sums=self.error_sums + sums,
             columns={name: merge(x, select(entries.columns[name])) for name, x in self.columns.items()},
         )
 
@@ -200,10 +176,8 @@ class QuantizedEntries:
         counts = counts.clamp_min(1).to(device)[..., None]
 
         def mean_by_head(x: Tensor) -> Tensor:
-            return (
-                torch.zeros(shape.numel() // shape[-1], shape[-1], device=device).index_add_(0, head, x).view(shape)
-                / counts
-            )
+            sums = torch.zeros(shape[0] * shape[1], shape[2], device=device)
+            return sums.index_add_(0, head, x).view(shape) / counts
 
         means = torch.where(is_new, mean_by_head(keys.float()).to(self.means.dtype), self.means)
         centered = keys.float() - means.float().flatten(0, 1).index_select(0, head)
@@ -234,9 +208,8 @@ class QuantizedEntries:
         parts = [torch.arange(ends[row] - sum(self.lengths[row]), ends[row], device=device) for row in rows]
         index = torch.tensor(rows, device=device)
         selected = self._index(torch.cat(parts), [list(self.lengths[row]) for row in rows])
-        error = QuantizationError(*self.error.stack().index_select(1, index))
         means, scales = self.means.index_select(0, index), self.scales.index_select(0, index)
-        return replace(selected, means=means, scales=scales, error=error)
+        return replace(selected, means=means, scales=scales, error_sums=self.error_sums.index_select(1, index))
 
     def _index(self, index: Tensor, lengths: list[list[int]]) -> QuantizedEntries:
         def select(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,6 @@ from suffice.kv.storage.base import (
     NEW_COLUMN_VALUES,
     Entries,
     SpareSlots,
-    Storage,
     can_write_in_place,
     flat_index,
     index_vectors,
@@ -28,6 +27,7 @@ from suffice.kv.storage.base import (
     pack_columns,
     unpack_columns,
 )
+from suffice.kv.storage.per_head import PerHeadStorage
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Tail:
     positions: Tensor
 
 
-class RaggedStorage(Storage):
+class RaggedStorage(PerHeadStorage):
     """Keys and values of heads of unequal length, one head after the other.
 
     Each head has its packed entries, then the entries of the tail (all new tokens since the last eviction), then spare
@@ -307,18 +307,17 @@ class RaggedStorage(Storage):
         """Number of KV heads."""
         return len(self.lengths[0])
 
-    def keep(self, kept: Tensor, columns: Mapping[str, Tensor] | None = None) -> RaggedStorage:
-        """Return a storage of some entries; see `Storage.keep`."""
-        entries = self.entries
-        return RaggedStorage.gather(entries if columns is None else replace(entries, columns=dict(columns)), kept)
+    def keep(self, kept: Tensor) -> RaggedStorage:
+        """Return a storage of some entries; see `PerHeadStorage.keep`."""
+        return RaggedStorage.gather(self.entries, kept)
 
     def row_priorities(self, row: int) -> Tensor:
-        """Return the priorities of the packed entries of a row, float32 [entries]; see `Storage.row_priorities`."""
+        """Return the priorities of the packed entries of a row; see `PerHeadStorage.row_priorities`."""
         first = sum(sum(heads) for heads in self.lengths[:row])
         return self._columns["priority"][first : first + sum(self.lengths[row])]
 
     def keep_by_row(self, masks: list[Tensor]) -> None:
-        """Keep the packed entries for which a mask is True, and drop the others; see `Storage.keep_by_row`."""
+        """Keep the packed entries for which a mask is True; see `PerHeadStorage.keep_by_row`."""
         mask = torch.cat(masks)
         sizes = list(itertools.chain(*self.lengths))
         counts = [int(part.sum()) for part in mask.split(sizes)]

@@ -17,6 +17,7 @@ def padded_dim(dim: int) -> int:
     return -(-dim // DIM_MULTIPLE) * DIM_MULTIPLE
 
 
+@functools.lru_cache(maxsize=32)
 def rotation(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an orthogonal matrix R without dominant entries; vectors x are transformed to x R.
 
@@ -32,11 +33,6 @@ def rotation(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         [dim, padded_dim(dim)]; its rows are orthonormal.
 
     """
-    return _rotation(dim, dtype, device)
-
-
-@functools.lru_cache(maxsize=32)
-def _rotation(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     size = padded_dim(dim)
     power = size & -size
     hadamard = torch.ones(1, 1, dtype=torch.float64)

@@ -276,11 +276,6 @@ class UniformStorage(AlignedStorage):
     def end_attention(self) -> None:
         """Do nothing: the attention needs no temporary tensors."""
 
-    def keep(self, kept: Tensor, columns: Mapping[str, Tensor] | None = None) -> UniformStorage:
-        """Return a storage of some entries; see `Storage.keep`."""
-        entries = self.entries
-        return UniformStorage.gather(entries if columns is None else replace(entries, columns=dict(columns)), kept)
-
     def compact_in_place(self, entries: Entries, kept: Tensor) -> None:
         """Move the kept entries to the front of the buffers; see `Storage.compact_in_place`."""
         from suffice.kv.kernels.compaction import move_to_front

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -69,14 +70,14 @@ class VectorFormat:
         """Number of dimensions after padding."""
         return padded_dim(self.dim)
 
-    @property
+    @cached_property
     def group_size(self) -> int:
         """Number of dimensions of a group: a divisor of the dimensions, close to `GROUP_SIZE`."""
         size = self.padded_dim
         divisors = [x for x in range(8, size + 1, 8) if size % x == 0]
         return min(divisors, key=lambda x: max(x / GROUP_SIZE, GROUP_SIZE / x))
 
-    @property
+    @cached_property
     def num_groups(self) -> int:
         """Number of groups of a vector."""
         return self.padded_dim // self.group_size

@@ -1,0 +1,56 @@
+"""How entries are quantized: the numbers of bits, and which entries stay in the model's dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from suffice.kv.storage.bit_packing import SUPPORTED_BITS
+from suffice.plain_numbers import plain_number
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How entries are quantized.
+
+    Args:
+        key_bits: number of bits of a number in a key: 2, 3, 4 or 8.
+        value_bits: number of bits of a number in a value: 2, 3, 4 or 8.
+        window: number of newest entries of each head that are not quantized.
+
+    Raises:
+        ValueError: a number of bits is not supported, or `window` is negative.
+
+    """
+
+    key_bits: int = 4
+    value_bits: int = 4
+    window: int = 32
+
+    def __post_init__(self) -> None:
+        for bits in self.bits:
+            if bits not in SUPPORTED_BITS:
+                raise ValueError(f"bits must be 2, 3, 4 or 8, got {bits!r}")
+        if self.window < 0:
+            raise ValueError(f"window of a quantization must be at least 0, got {self.window}")
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Number of bits of keys and of values."""
+        return self.key_bits, self.value_bits
+
+
+def parse_bits(bits: object) -> Quantization | None:
+    """Check the argument `bits` of a cache: a number, a pair (bits of keys, bits of values), or None.
+
+    Raises:
+        TypeError: the argument has the wrong type.
+        ValueError: a number of bits is not supported.
+
+    """
+    if bits is None:
+        return None
+    pair = [plain_number(x) for x in (bits if isinstance(bits, (tuple, list)) else (bits, bits))]
+    numbers = [x for x in pair if isinstance(x, int) and not isinstance(x, bool)]
+    if len(numbers) != 2 or len(pair) != 2:
+        raise TypeError(f"bits must be a number of bits, a pair (bits of keys, bits of values) or None, got {bits!r}")
+    return Quantization(*numbers)
