@@ -44,7 +44,8 @@ LONG_WINDOW = 8 * WINDOW  # longer than the prompt
 BUDGET = 0.5
 POLICIES = ("capkv-profile", "capkv")  # heads of unequal length, and of equal length
 TOLERANCE = 1e-4  # relative to the largest logit; rounding errors are 1e-6, a missing entry changes about 1e-3
-BITS_TOLERANCE = 0.05  # of 8 bits, relative to the largest logit, in small random models
+# Errors of the logits with 8 bits, relative to the largest logit: for half of the tokens, and for nine tenths of them.
+BITS_TOLERANCES = {0.5: 0.025, 0.9: 0.1}
 
 
 class WrongResultError(AssertionError):
@@ -269,10 +270,14 @@ def check_bits(case: Case) -> None:
         for piece in pieces:
             expected, got = (case.forward(piece, cache).logits for cache in (plain, quantized))
             errors.append(((got - expected).abs().amax(-1) / expected.abs().max().clamp_min(1e-9)).flatten())
-        # In a mixture of experts, a rounding error can send a token to another expert, which changes all its logits.
-        error = float(torch.cat(errors).median())
-        if error > BITS_TOLERANCE:
-            raise WrongResultError(f"{policy}: logits of most tokens differ by {error:.2g} of the largest")
+        # A few tokens may differ much more: a rounding error can send a token to another expert, and can decide between
+        # entries that get almost the same attention in a random model.
+        for share, tolerance in BITS_TOLERANCES.items():
+            error = float(torch.cat(errors).quantile(share))
+            if error > tolerance:
+                raise WrongResultError(
+                    f"{policy}: {share:.0%} of the logits differ by up to {error:.2g} of the largest"
+                )
         if not any(head.value_error for head in quantized.report().heads) and num_readable(quantized) == LENGTH:
             raise WrongResultError(f"{policy}: nothing was quantized")
 

@@ -121,6 +121,7 @@ def test_logits_with_8_bits_stay_near_those_of_the_plain_cache(options, evict):
     errors = [distance(*logits) for logits in zip(got, wanted, strict=True)]
     assert max(errors[:2]) < 0.1
     assert max(errors) < (0.2 if evict == "prefill" else 0.6)
+    assert evict == "always" or sum(errors) / len(errors) < 0.05
     kept, other = (set(stored(cache)) for cache in caches)
     assert len(kept & other) >= (len(kept) if evict == "prefill" else 0.9 * len(kept))
 
