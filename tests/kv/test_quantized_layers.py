@@ -235,9 +235,9 @@ def test_families_with_other_layers(family, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"bits": 5}, ValueError, "bits must be 2, 3, 4 or 8, got 5"),
-        ({"bits": 0}, ValueError, "bits must be 2, 3, 4 or 8, got 0"),
-        ({"bits": (4, 5)}, ValueError, "bits must be 2, 3, 4 or 8, got 5"),
+        ({"bits": 6}, ValueError, "bits must be 2, 3, 4, 5 or 8, got 6"),
+        ({"bits": 0}, ValueError, "bits must be 2, 3, 4, 5 or 8, got 0"),
+        ({"bits": (4, 6)}, ValueError, "bits must be 2, 3, 4, 5 or 8, got 6"),
         ({"bits": "4"}, TypeError, "bits must be a number of bits, a pair .* or None, got '4'"),
         ({"bits": True}, TypeError, "bits must be a number of bits, a pair .* or None, got True"),
         ({"bits": 4.0}, TypeError, "bits must be a number of bits, a pair .* or None, got 4.0"),

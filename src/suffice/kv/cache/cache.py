@@ -80,7 +80,7 @@ class CompressedCache(Cache):
         measure_capacity: measure the share of the capacity that the kept entries carry, under the default policy's
             objective, so that policies can be compared. This costs about as much as scoring. It is ignored with
             `evict="always"`, and with an allocation that shares one budget between layers.
-        bits: number of bits of each stored number: 2, 3, 4 or 8, or a pair (bits of keys, bits of values). 4 bits cost
+        bits: number of bits of each stored number: 2, 3, 4, 5 or 8, or a pair (bits of keys, bits of values). 4 bits cost
             little fidelity and take 27 % of the bytes of 16 bits. None stores the model's dtype. The first 4 tokens and
             the newest 32 entries of each head, and up to 32 new tokens, stay in the model's dtype.
 

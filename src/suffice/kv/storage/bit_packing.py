@@ -1,11 +1,11 @@
-"""Integers of 2, 3, 4 or 8 bits, packed into bytes without unused bits."""
+"""Integers of 2, 3, 4, 5 or 8 bits, packed into bytes without unused bits."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-SUPPORTED_BITS = (2, 3, 4, 8)
+SUPPORTED_BITS = (2, 3, 4, 5, 8)
 
 
 def num_bytes(dim: int, bits: int) -> int:
@@ -19,7 +19,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     A vector is divided into equal sections, whose integers share bytes: with 4 bits, byte i holds the integers i (low
     bits) and dim/2 + i (high bits); with 2 bits, it holds i, dim/4 + i, dim/2 + i and 3 dim/4 + i. With 3 bits, there
     are eight sections. The first six share bytes in pairs, as bits 0 to 2 and 3 to 5 of three blocks of dim/8 bytes.
-    The two highest bits of these blocks hold the other two sections: their six bits, in order of the blocks.
+    The two highest bits of these blocks hold the other two sections: their six bits, in order of the blocks. With 5 bits,
+    the four low bits of all integers come first, packed like integers of 4 bits. The highest bits follow, in eight
+    sections: bit i of a byte belongs to section i.
 
     Args:
         codes: uint8 [..., dim], each below 2^bits. dim is a multiple of 8.
@@ -34,6 +36,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 4:
         low, high = codes.chunk(2, dim=-1)
         return low | (high << 4)
+    if bits == 5:
+        sections = (codes >> 4).unflatten(-1, (8, -1))
+        highest = (sections << _section_index(codes.device)).sum(-2, dtype=torch.uint8)
+        return torch.cat((pack_bits(codes & 15, 4), highest), dim=-1)
     if bits == 2:
         first, second, third, fourth = codes.chunk(4, dim=-1)
         return first | (second << 2) | (third << 4) | (fourth << 6)
@@ -52,6 +58,11 @@ def unpack_bits(packed: Tensor, bits: int, out: Tensor) -> Tensor:
         low, high = out.chunk(2, dim=-1)
         low.copy_(packed & 15)
         high.copy_(packed >> 4)
+    elif bits == 5:
+        low, highest = packed.split((dim // 2, dim // 8), dim=-1)
+        integers = torch.cat((low & 15, low >> 4), dim=-1)
+        highest_bits = (highest[..., None, :] >> _section_index(packed.device)) & 1
+        out.copy_(integers | (highest_bits << 4).flatten(-2))
     elif bits == 2:
         first, second, third, fourth = out.chunk(4, dim=-1)
         first.copy_(packed & 3)
@@ -67,3 +78,8 @@ def unpack_bits(packed: Tensor, bits: int, out: Tensor) -> Tensor:
         seventh.copy_(first | ((second & 1) << 2))
         eighth.copy_((second >> 1) | (third << 1))
     return out
+
+
+def _section_index(device: torch.device) -> Tensor:
+    """Return the indices of eight sections, uint8 [8, 1]."""
+    return torch.arange(8, dtype=torch.uint8, device=device)[:, None]

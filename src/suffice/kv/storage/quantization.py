@@ -13,8 +13,8 @@ class Quantization:
     """How entries are quantized.
 
     Args:
-        key_bits: number of bits of a number in a key: 2, 3, 4 or 8.
-        value_bits: number of bits of a number in a value: 2, 3, 4 or 8.
+        key_bits: number of bits of a number in a key: 2, 3, 4, 5 or 8.
+        value_bits: number of bits of a number in a value: 2, 3, 4, 5 or 8.
         window: number of newest entries of each head that are not quantized.
 
     Raises:
@@ -29,7 +29,7 @@ class Quantization:
     def __post_init__(self) -> None:
         for bits in self.bits:
             if bits not in SUPPORTED_BITS:
-                raise ValueError(f"bits must be 2, 3, 4 or 8, got {bits!r}")
+                raise ValueError(f"bits must be 2, 3, 4, 5 or 8, got {bits!r}")
         if self.window < 0:
             raise ValueError(f"window of a quantization must be at least 0, got {self.window}")
 

@@ -18,7 +18,7 @@ GROUP_SIZE = 32
 _STEPS, _OFFSET, _MAX_EXPONENT = 4, 160, 255
 # Number of scales that are tried for each group. Smaller scales than the one that represents all numbers clip the
 # largest ones, but represent the others more accurately; with fewer bits, more clipping is best.
-_NUM_SCALES = {2: 5, 3: 3, 4: 2, 8: 1}
+_NUM_SCALES = {2: 5, 3: 3, 4: 2, 5: 2, 8: 1}
 # Number of vectors that are quantized at a time, which limits the temporary memory.
 _BLOCK = 1 << 14
 
@@ -58,7 +58,7 @@ class VectorFormat:
 
     Args:
         dim: number of dimensions of a vector.
-        bits: number of bits of an integer: 2, 3, 4 or 8.
+        bits: number of bits of an integer: 2, 3, 4, 5 or 8.
 
     """
 
