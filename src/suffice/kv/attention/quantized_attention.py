@@ -29,12 +29,36 @@ class QuantizedFormat(Protocol):
     """How vectors are quantized; see `suffice.kv.storage.vector_format`."""
 
     @property
+    def bits(self) -> int:
+        """Number of bits of an integer."""
+        ...
+
+    @functools.cached_property
+    def group_size(self) -> int:
+        """Number of dimensions that share a scale."""
+        ...
+
+    @property
     def padded_dim(self) -> int:
         """Number of dimensions of a rotated vector."""
         ...
 
     def rotation(self, like: Tensor) -> Tensor:
         """Return the orthogonal transform of vectors, [dim, padded_dim]."""
+        ...
+
+
+class PackedVectors(Protocol):
+    """Packed integers and scales of vectors; see `suffice.kv.storage.vector_format`."""
+
+    @property
+    def codes(self) -> Tensor:
+        """Packed integers, uint8 [vectors, bytes]."""
+        ...
+
+    @property
+    def scales(self) -> Tensor:
+        """Logarithm of the scale of each group, uint8 [vectors, groups]."""
         ...
 
 
@@ -49,6 +73,16 @@ class QuantizedHeads(Protocol):
     @property
     def value_format(self) -> QuantizedFormat:
         """How values are quantized."""
+        ...
+
+    @property
+    def keys(self) -> PackedVectors:
+        """Quantized keys without the mean."""
+        ...
+
+    @property
+    def values(self) -> PackedVectors:
+        """Quantized values."""
         ...
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from suffice.gpu import KernelFallbackError, can_use_kernels
+from suffice.kv.attention.quantized_attention import ExactEntries, QuantizedHeads
 from suffice.kv.attention.ragged_attention import RaggedEntries
 from suffice.kv.backend.torch_backend import TORCH_BACKEND, TorchBackend, TorchFactor, linear_weights
 from suffice.kv.kernels import supports
@@ -22,6 +23,7 @@ from suffice.kv.policy.weights.base import Weights
 
 _MAX_ROWS = 128  # largest number of window or sampled queries × num_key_value_groups that one program can hold
 _MIN_RIDGE = 1e-3
+_MAX_QUANTIZED_DIM = 256
 
 
 def choose_backend(*tensors: Tensor) -> TorchBackend:
@@ -72,6 +74,28 @@ class TritonBackend(TorchBackend):
             with contextlib.suppress(KernelFallbackError):
                 return _decode(query, entries, scaling, softcap, sink_logits)
         return super().ragged_attention(query, entries, mask, scaling, softcap, sink_logits)
+
+    def quantized_attention(
+        self,
+        query: Tensor,
+        quantized: QuantizedHeads,
+        exact: ExactEntries,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Return the attention over quantized and exact entries; see `TorchBackend.quantized_attention`."""
+        if query.shape[2] == 1 and supports(query, exact.keys, exact.values, max_dim=_MAX_QUANTIZED_DIM):
+            # A single new token may read all entries, so that its mask is not needed.
+            from suffice.kv.kernels.quantized_decoding import decode_quantized
+
+            with contextlib.suppress(KernelFallbackError):
+                output = decode_quantized(
+                    query[:, :, 0], quantized, exact, scaling=scaling, softcap=softcap, sink_logits=sink_logits
+                )
+                return output[:, None]
+        return super().quantized_attention(query, quantized, exact, mask, scaling, softcap, sink_logits)
 
 
 TRITON_BACKEND = TritonBackend()

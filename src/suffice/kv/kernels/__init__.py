@@ -9,6 +9,7 @@ Each operation has an equivalent in plain PyTorch, which computes the same resul
   the Cholesky factor of I + G/σ², and `leverage` computes vᵀA⁻¹v.
 * `compaction`: moves the kept entries to the front of their buffer.
 * `decoding`: attention of one new token over heads of unequal length.
+* `quantized_decoding`: the same over quantized entries.
 * `grid`, `blocks`, `dot`: shared by the kernels.
 
 The modules of this package import Triton. Import them only after `usable` has returned True.
@@ -24,13 +25,13 @@ from suffice.gpu import can_use_kernels
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def supports(*tensors: Tensor) -> bool:
+def supports(*tensors: Tensor, max_dim: int = 128) -> bool:
     """Return whether the kernels support the dtype and the last dimension of these tensors [..., dim].
 
-    The dtype must be float32, bfloat16 or float16, the same for all, and the last dimension from 16 to 128.
+    The dtype must be float32, bfloat16 or float16, the same for all, and the last dimension from 16 to `max_dim`.
     """
     dtype = tensors[0].dtype
-    return dtype in _DTYPES and all(x.dtype == dtype and 16 <= x.shape[-1] <= 128 for x in tensors)
+    return dtype in _DTYPES and all(x.dtype == dtype and 16 <= x.shape[-1] <= max_dim for x in tensors)
 
 
 def usable(*tensors: Tensor) -> bool:

@@ -125,7 +125,6 @@ def decode(
     out = query.new_empty(batch, heads, value_dim)
     partial = torch.empty(num_parts, group, value_dim, dtype=torch.float32, device=query.device)
     maxima, sums = torch.empty(2, num_parts, group, dtype=torch.float32, device=query.device)
-    block_v = block_size(value_dim)
     launch(
         attention_parts_kernel,
         (num_parts,),
@@ -148,14 +147,42 @@ def decode(
         VALUE_DIM=value_dim,
         BLOCK_G=block_size(group),
         BLOCK_D=block_size(dim),
-        BLOCK_V=block_v,
-        BLOCK_N=_BLOCK // 2 if keys.dtype == torch.float32 else _BLOCK,  # limited by the number of registers
+        BLOCK_V=block_size(value_dim),
+        BLOCK_N=entries_per_block(keys),
         num_warps=4,
         num_stages=3,
     )
+    combine_parts(partial, maxima, sums, plan, sink_logits, out)
+    return out
+
+
+def combine_parts(
+    partial: Tensor,
+    maxima: Tensor,
+    sums: Tensor,
+    plan: DecodePlan,
+    sink_logits: Tensor | None,
+    out: Tensor,
+    *,
+    separate_last: bool = False,
+) -> None:
+    """Combine the parts of each query head.
+
+    Args:
+        partial: sums of values, weighted by exponentials, float32 [parts, num_key_value_groups, value_dim].
+        maxima: maximum logits, float32 [parts, num_key_value_groups].
+        sums: sums of exponentials, shaped like `maxima`.
+        plan: division of the entries into parts.
+        sink_logits: logit of the attention sink of each query head, [heads]; None for no sinks.
+        out: receives the output, [batch, heads, value_dim]. With `separate_last`, [2, batch, heads, value_dim]: the
+            shares of all parts but the last of each head, and of the last one.
+        separate_last: whether the last part of each head is kept apart.
+
+    """
+    *_, batch, heads, value_dim = out.shape
     launch(
         combine_parts_kernel,
-        (batch * heads,),
+        (batch * heads, 2 if separate_last else 1),
         partial,
         maxima,
         sums,
@@ -164,13 +191,18 @@ def decode(
         out,
         heads,
         SINKS=sink_logits is not None,
-        GROUP=group,
+        SEPARATE_LAST=separate_last,
+        GROUP=partial.shape[1],
         VALUE_DIM=value_dim,
-        BLOCK_V=block_v,
+        BLOCK_V=block_size(value_dim),
         BLOCK_P=_BLOCK_PARTS,
         num_warps=4,
     )
-    return out
+
+
+def entries_per_block(keys: Tensor) -> int:
+    """Return the number of entries that a program processes at a time, which is limited by the number of registers."""
+    return _BLOCK // (2 if keys.dtype == torch.float32 else 1) // (2 if keys.shape[-1] > 128 else 1)
 
 
 @triton.jit
@@ -184,7 +216,29 @@ def _tanh(x: "Any"):
 
 
 @triton.jit
-def _attend(
+def cap_logits(logits: "Any", softcap: "Any"):
+    """Return c tanh(logits / c) for the soft cap c."""
+    return _tanh(logits / softcap) * softcap
+
+
+@triton.jit
+def update_softmax(running_max: "Any", running_sum: "Any", logits: "Any"):
+    """Add the logits of a block of entries, [queries, entries], to a softmax.
+
+    Returns:
+        The new maximum logit and the new sum of exponentials, the factor of all earlier exponentials, and the
+        exponentials of the block.
+
+    """
+    new_max = tl.maximum(running_max, tl.max(logits, 1))
+    finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    decay = tl.exp(running_max - finite_max)
+    weights = tl.exp(logits - finite_max[:, None])
+    return new_max, running_sum * decay + tl.sum(weights, 1), decay, weights
+
+
+@triton.jit
+def attend_to_entries(
     q: "Any",
     keys: "Any",
     values: "Any",
@@ -224,15 +278,10 @@ def _attend(
         )
         logits = precise_dot(q, k, tl.zeros((BLOCK_G, BLOCK_N), tl.float32)) * scaling
         if SOFTCAP:
-            logits = _tanh(logits / softcap) * softcap
+            logits = cap_logits(logits, softcap)
         logits = tl.where(mask_n[None, :], logits, float("-inf"))
-        new_max = tl.maximum(running_max, tl.max(logits, 1))
-        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        decay = tl.exp(running_max - finite_max)
-        weights = tl.exp(logits - finite_max[:, None])
-        running_sum = running_sum * decay + tl.sum(weights, 1)
+        running_max, running_sum, decay, weights = update_softmax(running_max, running_sum, logits)
         acc = precise_dot(weights.to(v.dtype), v, acc * decay[:, None])
-        running_max = new_max
     return running_max, running_sum, acc
 
 
@@ -278,7 +327,7 @@ def attention_parts_kernel(
         other=0.0,
     )
     if tail_start < 0:
-        maximum, total, acc = _attend(
+        maximum, total, acc = attend_to_entries(
             q,
             keys + first * DIM,
             values + first * VALUE_DIM,
@@ -296,7 +345,7 @@ def attention_parts_kernel(
             BLOCK_N,
         )
     else:
-        maximum, total, acc = _attend(
+        maximum, total, acc = attend_to_entries(
             q,
             keys + first * DIM,
             values + first * VALUE_DIM,
@@ -332,12 +381,17 @@ def combine_parts_kernel(
     out: "Any",
     num_heads: "Any",
     SINKS: tl.constexpr,
+    SEPARATE_LAST: tl.constexpr,
     GROUP: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Combine the parts of one query head. A sink counts as a part with one entry whose value is 0."""
+    """Combine the parts of one query head. A sink counts as a part with one entry whose value is 0.
+
+    With SEPARATE_LAST, a second program of each head writes the share of the last part in the output, and the first
+    one that of all others.
+    """
     head = tl.program_id(0).to(tl.int64)
     first = tl.load(spans + head // GROUP)
     end = tl.load(spans + head // GROUP + 1)
@@ -359,12 +413,17 @@ def combine_parts_kernel(
         weights = tl.exp(part_max - finite_max)
         part_sum = tl.load(sums + index, mask=parts < end, other=0.0)
         running_sum = running_sum * decay + tl.sum(weights * part_sum, 0)
+        is_own = parts < end
+        if SEPARATE_LAST:
+            is_own = tl.where(tl.program_id(1) == 0, parts < end - 1, parts == end - 1)
         part_acc = tl.load(
             partial + index[:, None] * VALUE_DIM + offs_v[None, :],
-            mask=(parts < end)[:, None] & (offs_v < VALUE_DIM)[None, :],
+            mask=is_own[:, None] & (offs_v < VALUE_DIM)[None, :],
             other=0.0,
         )
         acc = acc * decay + tl.sum(part_acc * weights[:, None], 0)
         running_max = new_max
     result = acc / tl.where(running_sum > 0.0, running_sum, 1.0)
+    if SEPARATE_LAST:
+        out += tl.program_id(1) * tl.num_programs(0).to(tl.int64) * VALUE_DIM
     tl.store(out + head * VALUE_DIM + offs_v, result.to(out.dtype.element_ty), mask=offs_v < VALUE_DIM)
