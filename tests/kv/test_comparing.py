@@ -59,7 +59,7 @@ def test_comparison_equals_evaluate_on_each_sample(folder, tmp_path):
     found = small_comparison(folder, run=RunOptions(tmp_path))
     assert found.methods == ["capkv", "capkv/adakv", "h2o", "h2o/adakv"]
     assert found.conditions == [
-        (t, m, b) for t, m in (("text", "continuation"), ("multikey", "agnostic")) for b in (0.5, 40)
+        (t, m, b, None) for t, m in (("text", "continuation"), ("multikey", "agnostic")) for b in (0.5, 40)
     ]
     network, reader = load_model(folder)
     for seed in (0, 1):

@@ -91,12 +91,13 @@ def test_rolling_log_likelihood_at_full_budget_equals_that_of_the_harness_model(
     assert own.loglikelihood_rolling(instances("loglikelihood_rolling", [("",)])) == [0.0]
 
 
-def test_rolling_log_likelihood_reads_chunks_from_what_the_cache_kept(model):
-    own = CompressedLM(model, tokenizer=tokenizer(), policy="h2o", budget=0.3)
+@pytest.mark.parametrize("bits", [None, 2])
+def test_rolling_log_likelihood_reads_chunks_from_what_the_cache_kept(model, bits):
+    own = CompressedLM(model, tokenizer=tokenizer(), policy="h2o", budget=0.3, bits=bits)
     text = TEXTS[1][0]
     ids = torch.tensor([[own.prefix_token_id, *own.tok_encode(text)]])
     assert 512 < ids.shape[1] < 1024
-    cache = CompressedCache(model, "h2o", 0.3, evict="always")
+    cache = CompressedCache(model, "h2o", 0.3, evict="always", bits=bits)
     expected = 0.0
     for start in range(0, ids.shape[1] - 1, 256):
         stop = min(start + 256, ids.shape[1] - 1)
@@ -108,6 +109,20 @@ def test_rolling_log_likelihood_reads_chunks_from_what_the_cache_kept(model):
     assert found == [pytest.approx(expected, rel=1e-5)]
     full = CompressedLM(model, tokenizer=tokenizer(), budget=1.0)
     assert abs(full.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,)]))[0] - expected) > 0.01
+
+
+def test_quantized_entries_are_read(model):
+    """Continuations are scored as by `evaluate` with the same bits."""
+    example = EXAMPLES[0]
+    parts, gold = example.prompt(tokenizer()), example.answer_ids(tokenizer())
+    config = CacheConfig("h2o", 0.5, bits=(4, 2))
+    _, row = evaluate(model, tokenizer(), example, [config], mode="aware", answer=False)
+    own = CompressedLM(model, tokenizer=tokenizer(), policy="h2o", budget=0.5, bits=[4, 2])
+    ((found, _),) = own._loglikelihood_tokens([(None, parts.input_ids[0].tolist(), gold[0].tolist())])
+    assert found == pytest.approx(row["log_likelihood"] * gold.shape[1], rel=1e-4)
+    assert own._new_cache().settings.storage.bits == (4, 2)
+    with pytest.raises(ValueError, match="bits must be 2, 3, 4 or 8, got 7"):
+        CompressedLM(model, tokenizer=tokenizer(), bits=7)
 
 
 def test_the_largest_batch_whose_longest_prompt_fits_is_found(model, monkeypatch):

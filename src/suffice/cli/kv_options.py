@@ -11,6 +11,12 @@ from suffice.cli.options import split_commas
 from suffice.kv.hf.loading import ModelSource
 from suffice.kv.hf.packaged_models import DEFAULT_MODEL
 from suffice.kv.policy.registry import DEFAULT_POLICY
+from suffice.kv.storage.quantization import Bits, shortest_bits
+
+AwareOption = Annotated[
+    bool,
+    typer.Option("--aware/--agnostic", help="Evict after the question is seen (aware), or before it (agnostic)."),
+]
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,9 @@ class CacheOptions:
             "Default: the policy's own."
         ),
     ] = None
+    bits: Annotated[
+        str, typer.Option(help="Bits of the stored numbers: 8, 4, 3 or 2, or two numbers for keys and values (4,2).")
+    ] = "none"
     chunk_size: Annotated[
         int | None, typer.Option(help="Read the prompt in chunks of this many tokens, and evict after each chunk.")
     ] = None
@@ -61,10 +70,22 @@ class CacheOptions:
         ),
     ] = False
 
+    def parsed_bits(self) -> Bits | None:
+        """Return the number of bits, or None if entries are not quantized.
+
+        Raises:
+            ValueError: the option is not a number of bits, or is given with `--rerotate`.
+
+        """
+        bits = parse_bits_option(self.bits)
+        if bits is not None and self.rerotate:
+            raise ValueError(f"--bits must be none with --rerotate, got {self.bits!r}")
+        return bits
+
 
 @dataclass(frozen=True)
 class CacheGridOptions:
-    """All combinations of policies, allocations and budgets."""
+    """All combinations of policies, allocations, budgets and numbers of bits."""
 
     panel: ClassVar[str] = "Caches"
 
@@ -73,10 +94,21 @@ class CacheGridOptions:
         str, typer.Option(help="Allocations, separated by commas; own is the policy's own allocation.")
     ]
     budgets: Annotated[str, typer.Option(help="Budgets, separated by commas: numbers of tokens, or fractions.")]
+    bits: Annotated[
+        str,
+        typer.Option(
+            help="Bits of the stored numbers, separated by spaces: none (the model's dtype), 8, 4, 3 or 2, or two "
+            "numbers for keys and values (4,2)."
+        ),
+    ] = "none"
 
     def parsed_budgets(self) -> list[float]:
         """Return the budgets as numbers."""
         return [parse_budget(text, "--budgets") for text in split_commas(self.budgets)]
+
+    def parsed_bits(self) -> list[Bits | None]:
+        """Return the numbers of bits; None stands for the model's dtype."""
+        return [parse_bits_option(text) for text in self.bits.split()]
 
 
 def parse_budget(text: str, option: str = "--budget") -> float:
@@ -97,4 +129,22 @@ def parse_budget(text: str, option: str = "--budget") -> float:
     except ValueError:
         raise ValueError(
             f"{option} must be a number of tokens (500), a fraction (0.25) or a percentage (25%), got {text!r}"
+        ) from None
+
+
+def parse_bits_option(text: str) -> Bits | None:
+    """Return the number of bits that an option gives: `4`, or `4,2` for keys and values; None for `none`.
+
+    Raises:
+        ValueError: the text is not a number of bits.
+
+    """
+    if text == "none":
+        return None
+    try:
+        numbers = [int(number) for number in text.split(",")]
+        return shortest_bits(numbers[0] if len(numbers) == 1 else numbers)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"--bits must be none, 2, 3, 4 or 8, or two of these numbers for keys and values, such as 4,2, got {text!r}"
         ) from None

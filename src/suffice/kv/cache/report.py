@@ -137,7 +137,7 @@ class CacheReport:
             heads = [head for head in self.heads if head.layer == layer]
             shares = [head.capacity_retained for head in heads if head.capacity_retained is not None]
             kept = sorted({head.tokens_kept for head in heads})
-            quantization = _describe_quantization(heads) if is_quantized else ()
+            quantization = describe_quantization(heads) if is_quantized else ()
             table.add_row(
                 str(layer),
                 str(heads[0].tokens_seen),
@@ -169,7 +169,7 @@ class CacheReport:
         )
 
 
-def _describe_quantization(heads: Sequence[HeadReport]) -> tuple[str, str, str]:
+def describe_quantization(heads: Sequence[HeadReport]) -> tuple[str, str, str]:
     """Return the bits of a layer's heads and their largest relative errors of keys and of values."""
     bits = heads[0].bits
     key_errors = [head.key_error for head in heads if head.key_error is not None]

@@ -18,6 +18,7 @@ from suffice.kv.eval.prompt import tokenize_prompt
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY
+from suffice.kv.storage.quantization import Bits, shortest_bits
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Answer:
         bytes_kept: bytes of this cache.
         capacity_retained: share of the capacity that is kept; None if it was not measured.
         seconds: time for prefill and generation.
+        bits: number of bits of quantized entries, or a pair (bits of keys, bits of values); None if they are not
+            quantized.
         token_shares: text of each prompt token, and the share of compressed layers and heads that kept it.
 
     """
@@ -49,6 +52,7 @@ class Answer:
     bytes_kept: int
     capacity_retained: float | None
     seconds: float
+    bits: Bits | None = None
     token_shares: tuple[tuple[str, float], ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,6 +74,7 @@ def answer(
     chunk_size: int | None = None,
     interval: int | None = None,
     rerotate: bool = False,
+    bits: Bits | None = None,
 ) -> tuple[Answer, CacheReport]:
     """Answer a question about a document from a compressed KV cache, with greedy decoding.
 
@@ -89,6 +94,7 @@ def answer(
             if the prompt is chunked, the interval is 512.
         rerotate: rotate the kept keys to consecutive positions, which also allows prompts longer than the context
             window.
+        bits: number of bits of quantized entries, or a pair (bits of keys, bits of values); None does not quantize.
 
     Returns:
         The answer, and the report of its cache.
@@ -120,6 +126,7 @@ def answer(
         evict="prefill" if chunk_size is None and interval is None else "always",
         interval=512 if interval is None else interval,
         rerotate=rerotate,
+        bits=bits,
     )
     start = time.perf_counter()
     if not aware and prompt.question.shape[1]:
@@ -138,6 +145,7 @@ def answer(
         bytes_kept=report.bytes_kept,
         capacity_retained=report.capacity_retained,
         seconds=seconds,
+        bits=shortest_bits(bits),
         token_shares=_token_shares(tokenizer, cache, prompt.input_ids),
     )
     return result, report

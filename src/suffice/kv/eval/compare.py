@@ -1,4 +1,4 @@
-"""Compare policies, allocations and budgets: which caches stay closest to the full cache on which tasks."""
+"""Compare policies, allocations, budgets and numbers of bits: which caches stay closest to the full cache."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from suffice.kv.eval.run_kinds import COMPARE
 from suffice.kv.eval.run_options import RunOptions, run_samples
 from suffice.kv.hf.loading import ModelSource
 from suffice.kv.policy.registry import DEFAULT_POLICY
+from suffice.kv.storage.quantization import Bits, bits_suffix, shortest_bits
 from suffice.study.results import Group, group_records, summarize
 from suffice.study.spec import PlannedRun
 
 DEFAULT_TASKS = (("text", "continuation"), ("multikey", "agnostic"), ("multikey", "aware"))
-_COLUMNS = ("task", "mode", "policy", "allocation", "budget")
+_COLUMNS = ("task", "mode", "policy", "allocation", "budget", "bits")
 
 
 class Condition(NamedTuple):
-    """A task, a mode of eviction and a budget, under which methods are compared."""
+    """A task, a mode of eviction, a budget and a number of bits, under which methods are compared."""
 
     task: str
     mode: str
     budget: float
+    bits: Bits | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Comparison:
 
     Args:
         settings: what was compared, and the model.
-        groups: the values of all samples for each task, mode, policy, allocation and budget, and for the full cache.
+        groups: the values of all samples for each task, mode, policy, allocation, budget and number of bits, and for
+            the full cache.
 
     """
 
@@ -49,22 +52,37 @@ class Comparison:
 
     @property
     def conditions(self) -> list[Condition]:
-        """All tasks, modes and budgets."""
+        """All tasks, modes, budgets and numbers of bits."""
         return list(dict.fromkeys(_condition(group) for group in self._compressed()))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether entries of some caches are quantized."""
+        return any(condition.bits is not None for condition in self.conditions)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the mean and the 95 % t interval over samples of every metric of every cache."""
-        return summarize(self.groups, _COLUMNS)
+        return summarize(self.groups, _COLUMNS if self.is_quantized else _COLUMNS[:-1])
+
+    def share_of_bytes(self, method: str, condition: Condition | tuple[str, str, float]) -> float:
+        """Return the bytes of a cache as a share of those of the full cache, from the means over samples."""
+        group = self.group(method, condition)
+        return group.interval("bytes_kept").mean / group.interval("bytes_full").mean
 
     def group(self, method: str, condition: Condition | tuple[str, str, float]) -> Group:
         """Return the values of a method under a condition.
+
+        Args:
+            method: name of a method.
+            condition: task, mode, budget and number of bits; without the last one, entries are not quantized.
 
         Raises:
             ValueError: the method was not measured under this condition.
 
         """
+        searched = condition if isinstance(condition, Condition) else Condition(*condition)
         for group in self._compressed():
-            if _method(group) == method and _condition(group) == condition:
+            if _method(group) == method and _condition(group) == searched:
                 return group
         raise ValueError(
             f"method must be one of {', '.join(self.methods)}, and condition one under which it was measured, got "
@@ -89,8 +107,8 @@ class Comparison:
             metric: name of a metric.
 
         Returns:
-            One row for each condition and method: `task`, `mode`, `budget`, `method`, `baseline`, `metric`; `mean`,
-            `low` and `high` of method − baseline (95 % t interval); `samples`.
+            One row for each condition and method: `task`, `mode`, `budget`, `bits`, `method`, `baseline`, `metric`;
+            `mean`, `low` and `high` of method − baseline (95 % t interval); `samples`.
 
         """
         rows: list[dict[str, Any]] = []
@@ -141,7 +159,8 @@ class Comparison:
         lines = [f"Best mean rank: {best}."]
         closer = self.closer_methods(best)
         lines += [
-            f"On {row['task']}, {row['mode']}, budget {row['budget']:g}, {row['method']} is closer by "
+            f"On {row['task']}, {row['mode']}, budget {row['budget']:g}{bits_suffix(row['bits'])}, {row['method']} is "
+            "closer by "
             f"{-row['mean']:.3f} [{-row['high']:.3f}, {-row['low']:.3f}]."
             for row in closer
         ]
@@ -172,6 +191,7 @@ def compare(
     policies: Sequence[str] = (DEFAULT_POLICY, "h2o", "snapkv", "keydiff"),
     allocations: Sequence[str] = (OWN_ALLOCATION,),
     budgets: Sequence[float] = (0.5, 0.25),
+    bits: Sequence[Bits | None] = (None,),
     tasks: Sequence[tuple[str, str]] = DEFAULT_TASKS,
     tokens: int = 900,
     samples: int = 8,
@@ -189,6 +209,8 @@ def compare(
         policies: names of policies.
         allocations: names of allocations, each combined with every policy; `"own"` is the policy's own allocation.
         budgets: numbers of tokens (integers), or fractions.
+        bits: numbers of bits of quantized entries, or pairs (bits of keys, bits of values), each combined with every
+            budget; None stands for entries in the model's dtype.
         tasks: pairs of a task and a mode of eviction, as in `suffice.kv.eval.tasks`.
         tokens: maximum number of tokens in a prompt.
         samples: number of examples of each task.
@@ -221,7 +243,7 @@ def compare(
         "answer": answer,
         "greedy_tokens": greedy_tokens,
         "measure_capacity": measure_capacity,
-        "caches": asdict(CacheGrid(list(policies), list(allocations), list(budgets))),
+        "caches": CacheGrid(list(policies), list(allocations), list(budgets), bits).settings(),
         "model": asdict(ModelSource.from_name(model)),
     }
     by_task = [COMPARE.complete({**settings, "task": task, "mode": mode}) for task, mode in tasks]
@@ -252,4 +274,5 @@ def _method(group: Group) -> str:
 
 
 def _condition(group: Group) -> Condition:
-    return Condition(group.settings["task"], group.settings["mode"], group.settings["budget"])
+    settings = group.settings
+    return Condition(settings["task"], settings["mode"], settings["budget"], shortest_bits(settings.get("bits")))

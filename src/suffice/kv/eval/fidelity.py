@@ -20,6 +20,7 @@ from suffice.kv.eval.tasks.example import Example
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import get_policy
+from suffice.kv.storage.quantization import Bits, shortest_bits
 
 # Maximum number of logits that one forward pass over several caches computes, to limit its memory.
 _MAX_LOGITS = 32_000_000
@@ -33,6 +34,7 @@ class CacheConfig:
         policy: name of a policy, or a `Policy`.
         budget: number of tokens to keep per row, or a fraction of the tokens seen.
         allocation: how the budget is split over heads; None uses the policy's own allocation.
+        bits: number of bits of quantized entries, or a pair (bits of keys, bits of values); None does not quantize.
 
     Example:
         >>> CacheConfig("h2o", 0.5).names
@@ -43,17 +45,21 @@ class CacheConfig:
     policy: str | Policy
     budget: float = 0.25
     allocation: str | Allocation | None = None
+    bits: Bits | None = None
 
-    def build(self, model: nn.Module, *, measure_capacity: bool = False) -> CompressedCache:
-        """Return an empty cache with this configuration.
+    def build(self, model: nn.Module, **options: Any) -> CompressedCache:
+        """Return an empty cache with this configuration, which does not measure the capacity by default.
+
+        Args:
+            model: the model of the cache.
+            options: further arguments of `CompressedCache`.
 
         Raises:
             TypeError, ValueError: `CompressedCache` rejects the configuration.
 
         """
-        return CompressedCache(
-            model, self.policy, self.budget, allocation=self.allocation, measure_capacity=measure_capacity
-        )
+        options = {"measure_capacity": False, **options}
+        return CompressedCache(model, self.policy, self.budget, allocation=self.allocation, bits=self.bits, **options)
 
     @property
     def names(self) -> tuple[str, str]:
@@ -95,7 +101,7 @@ def evaluate(
     Returns:
         One dict of plain values for the full cache, then one for each configuration:
 
-        * `task`, `mode`, `seed`, `policy`, `allocation`, `budget`
+        * `task`, `mode`, `seed`, `policy`, `allocation`, `budget`, `bits` (None if entries are not quantized)
         * `tokens`: number of tokens in the prompt; `gold_tokens`: number of tokens in the right answer
         * `kl`: KL(full ‖ compressed) of the next-token distributions, in nats per token
         * `log_likelihood`: log-likelihood of the right answer, in nats per token; `log_likelihood_change`: difference
@@ -153,6 +159,7 @@ def evaluate(
                 "policy": policy,
                 "allocation": allocation,
                 "budget": caches[index].budget,
+                "bits": shortest_bits(config.bits),
                 "tokens": prompt.input_ids.shape[1],
                 "gold_tokens": gold.shape[1],
                 **measured[index],

@@ -22,6 +22,7 @@ from suffice.kv.hf.loading import load_model
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY
+from suffice.kv.storage.quantization import Bits
 from suffice.study.run_kind import check_names
 
 try:
@@ -69,6 +70,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
         policy: which entries to keep.
         budget: number of tokens of each prompt to keep, or a fraction.
         allocation: how the budget is split over heads; None uses the policy's own allocation.
+        bits: number of bits of quantized entries, or a pair (bits of keys, bits of values); None does not quantize.
         tokenizer: a tokenizer, or the id or folder of one; None loads that of `pretrained`, which must then be a name.
         device: device of a model that is loaded; by default the first CUDA device, or the CPU if there is none.
         dtype: dtype of a model that is loaded: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
@@ -91,6 +93,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
         policy: str | Policy = DEFAULT_POLICY,
         budget: float = 0.25,
         allocation: str | Allocation | None = None,
+        bits: Bits | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         device: str | None = None,
         dtype: str = "auto",
@@ -118,7 +121,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
         if options.get("peft"):
             model = _load_adapter(model, options["peft"])
         # The harness has an attribute `_config` of its own.
-        self._cache_config = CacheConfig(policy, budget, allocation)
+        self._cache_config = CacheConfig(policy, budget, allocation, bits)
         # Report wrong arguments before the first prompt.
         self._cache_config.build(model)
         self._num_prompts = self._longest_prompt = 1
@@ -208,8 +211,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
 
     def _score_window(self, context: list[int], continuation: list[int]) -> float:
         """Return the log-likelihood of a continuation that is read in chunks, with evictions between them."""
-        config = self._cache_config
-        cache = CompressedCache(self.model, config.policy, config.budget, allocation=config.allocation, evict="always")
+        cache = self._cache_config.build(self.model, evict="always")
         ids = torch.tensor([[*context, *continuation]], device=self.device)
         inputs = ids[:, :-1]
         log_likelihood = 0.0

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from suffice.kv.cache.report import CacheReport
+from suffice.kv.cache.report import CacheReport, describe_quantization
 from suffice.kv.eval.answer import Answer
 from suffice.kv.eval.compare import Comparison, Condition
+from suffice.kv.storage.quantization import Bits, bits_suffix, format_bits
 from suffice.report import Figure, KeptText, LinePoint, Page, Table, Text, line_plot
 from suffice.study.results import group_records
 from suffice.study.run_key import canonical_json
@@ -18,10 +19,13 @@ from suffice.study.store import Record
 
 def answer_page(answer: Answer, report: CacheReport, command: str) -> Page:
     """Return the page of an answer: its text, the prompt tokens that were kept, and the entries kept by each head."""
-    page = Page(title="An answer from a compressed cache", summary=str(report), command=command)
+    page = Page(
+        title="An answer from a compressed cache", summary=f"{report}{bits_suffix(answer.bits)}", command=command
+    )
     page.add("Answer", Text(answer.answer or "(empty)"))
     texts, shares = zip(*answer.token_shares, strict=True)
-    caption = f"The prompt under {answer.policy}, budget {answer.budget:g}. Darker tokens were kept by more heads."
+    settings = f"{answer.policy}, budget {answer.budget:g}{bits_suffix(answer.bits)}"
+    caption = f"The prompt under {settings}. Darker tokens were kept by more heads."
     page.add("Tokens of the prompt that were kept", KeptText(texts, shares, caption))
     layers = sorted({head.layer for head in report.heads})
     heads = sorted({head.head for head in report.heads})
@@ -40,7 +44,24 @@ def answer_page(answer: Answer, report: CacheReport, command: str) -> Page:
             numbers=numbers,
         ),
     )
+    page.add("Bytes kept by layer", _bytes_by_layer(report))
     return page
+
+
+def _bytes_by_layer(report: CacheReport) -> Table:
+    """Return a table of the bytes of each layer and, if entries are quantized, of their bits and errors."""
+    is_quantized = any(head.bits is not None for head in report.heads)
+    rows: list[list[str]] = []
+    for layer in sorted({head.layer for head in report.heads}):
+        heads = [head for head in report.heads if head.layer == layer]
+        kept, full = sum(head.bytes_kept for head in heads), sum(head.bytes_full for head in heads)
+        row = [str(layer), f"{kept:,}", f"{full:,}", f"{kept / full:.1%}"]
+        rows.append([*row, *describe_quantization(heads)] if is_quantized else row)
+    headers = ["layer", "bytes kept", "bytes of a full cache", "share"]
+    if not is_quantized:
+        return Table(headers, rows)
+    caption = "Bits of keys and values, and the largest relative errors of the quantized keys and values of a head."
+    return Table([*headers, "bits", "key error", "value error"], rows, caption)
 
 
 def comparison_page(comparison: Comparison, command: str) -> Page:
@@ -84,6 +105,7 @@ def add_records(page: Page, records: Sequence[Record], folder: Path) -> None:
 def add_comparison(page: Page, comparison: Comparison) -> None:
     """Add the sections of a comparison to a page."""
     _add_kl(page, comparison)
+    _add_bytes(page, comparison)
     for task, mode in dict.fromkeys((condition.task, condition.mode) for condition in comparison.conditions):
         page.add(
             f"Fidelity against bytes: {task}, {mode}",
@@ -99,7 +121,7 @@ def add_comparison(page: Page, comparison: Comparison) -> None:
 
 
 def plot_trade_off(comparison: Comparison, task: str | None = None, mode: str | None = None) -> MatplotlibFigure:
-    """Draw KL against the share of bytes kept, one line for each method.
+    """Draw KL against the share of bytes kept, one line for each method and number of bits.
 
     Args:
         comparison: the result of `compare`.
@@ -108,19 +130,17 @@ def plot_trade_off(comparison: Comparison, task: str | None = None, mode: str | 
 
     """
     if task is None or mode is None:
-        task, mode, _ = comparison.conditions[0]
+        task, mode = comparison.conditions[0][:2]
     conditions = [condition for condition in comparison.conditions if condition[:2] == (task, mode)]
     series: dict[str, list[LinePoint]] = {}
     for method in comparison.methods:
-        points: list[LinePoint] = []
         for condition in conditions:
-            group = comparison.group(method, condition)
-            share = group.interval("bytes_kept").mean / group.interval("bytes_full").mean
-            kl = group.interval("kl")
-            points.append(LinePoint(share, kl.mean, kl.low, kl.high))
-        series[method] = sorted(points, key=lambda point: point.x)
+            kl = comparison.group(method, condition).interval("kl")
+            point = LinePoint(comparison.share_of_bytes(method, condition), kl.mean, kl.low, kl.high)
+            name = method if condition.bits is None else f"{method}/{format_bits(condition.bits)} bits"
+            series.setdefault(name, []).append(point)
     return line_plot(
-        series,
+        {name: sorted(points, key=lambda point: point.x) for name, points in series.items()},
         x_label="bytes of the cache kept",
         y_label="KL to the full cache, nats per token",
         title=f"{task}, {mode}",
@@ -142,6 +162,16 @@ def _add_kl(page: Page, comparison: Comparison) -> None:
     page.add("KL to the full cache", Table(headers, rows, caption))
 
 
+def _add_bytes(page: Page, comparison: Comparison) -> None:
+    conditions = comparison.conditions
+    rows = [
+        [method, *(f"{comparison.share_of_bytes(method, condition):.1%}" for condition in conditions)]
+        for method in comparison.mean_ranks()
+    ]
+    caption = "Share of the bytes of the full cache, with scales and means of quantized entries."
+    page.add("Bytes kept", Table(["method", *map(_condition_text, conditions)], rows, caption))
+
+
 def _add_scores(page: Page, comparison: Comparison) -> None:
     best = next(iter(comparison.mean_ranks()))
     scored = [condition for condition in comparison.conditions if "score" in comparison.group(best, condition).values]
@@ -160,7 +190,7 @@ def _add_scores(page: Page, comparison: Comparison) -> None:
 
 def _add_capacity(page: Page, comparison: Comparison) -> None:
     rows = [
-        [row["task"], row["mode"], _budget_text(row["budget"]), f"{row['spearman']:+.2f}"]
+        [row["task"], row["mode"], _budget_text(row["budget"], row["bits"]), f"{row['spearman']:+.2f}"]
         for row in comparison.capacity_correlations()
     ]
     if rows:
@@ -175,7 +205,7 @@ def _add_differences(page: Page, comparison: Comparison) -> None:
             f"{row['method']} − {row['baseline']}",
             row["task"],
             row["mode"],
-            _budget_text(row["budget"]),
+            _budget_text(row["budget"], row["bits"]),
             f"{row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]",
         ]
         for row in comparison.differences(best)
@@ -186,8 +216,8 @@ def _add_differences(page: Page, comparison: Comparison) -> None:
 
 
 def _condition_text(condition: Condition) -> str:
-    return f"{condition.task} {condition.mode} {_budget_text(condition.budget)}"
+    return f"{condition.task} {condition.mode} {_budget_text(condition.budget, condition.bits)}"
 
 
-def _budget_text(budget: float) -> str:
-    return f"{budget:.0%}" if isinstance(budget, float) else str(budget)
+def _budget_text(budget: float, bits: Bits | None) -> str:
+    return (f"{budget:.0%}" if isinstance(budget, float) else str(budget)) + bits_suffix(bits)

@@ -14,7 +14,12 @@ from suffice.kv.policy.registry import DEFAULT_POLICY
 from suffice.study.run_kind import RunKind
 
 # Defaults of the fields of `CacheGrid` and of `ModelSource`.
-_CACHES: dict[str, Any] = {"policies": [DEFAULT_POLICY], "allocations": [OWN_ALLOCATION], "budgets": [0.25]}
+_CACHES: dict[str, Any] = {
+    "policies": [DEFAULT_POLICY],
+    "allocations": [OWN_ALLOCATION],
+    "budgets": [0.25],
+    "bits": [None],
+}
 _MODEL: dict[str, Any] = {"name": None, "device": "cpu", "dtype": "auto", "attn_implementation": "sdpa"}
 
 
@@ -27,7 +32,8 @@ def check_compare(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     from suffice.kv.eval.tasks import TASKS, task_modes
 
-    CacheGrid(**settings["caches"]).check()
+    caches = CacheGrid(**settings["caches"])
+    caches.check()
     task, mode = settings["task"], settings["mode"]
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -44,7 +50,7 @@ def check_compare(settings: Mapping[str, Any]) -> dict[str, Any]:
             f"haystack must be None for task {task!r}, which makes its own text, got {haystack!r}. Tasks with a "
             f"haystack: {', '.join(with_haystack)}"
         )
-    return {**settings, "digest": text_digest(haystack)}
+    return {**settings, "caches": caches.settings(), "digest": text_digest(haystack)}
 
 
 def check_tune(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,10 +60,11 @@ def check_tune(settings: Mapping[str, Any]) -> dict[str, Any]:
         TypeError, ValueError: a setting is out of range.
 
     """
-    CacheGrid(**settings["caches"]).check()
+    caches = CacheGrid(**settings["caches"])
+    caches.check()
     if settings["max_new_tokens"] < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {settings['max_new_tokens']}")
-    return dict(settings)
+    return {**settings, "caches": caches.settings()}
 
 
 def text_digest(path: str | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from suffice.files import read_text
-from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid
+from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid, GridCache
 from suffice.kv.eval.fidelity import CacheConfig, evaluate
 from suffice.kv.eval.tasks import make_example
 from suffice.kv.eval.user_prompts import answer_with_full_cache, read_user_prompts
@@ -42,8 +42,10 @@ def load_cached(source: ModelSource) -> tuple[PreTrainedModel, PreTrainedTokeniz
 def cache_configs(grid: CacheGrid) -> list[CacheConfig]:
     """Return the configuration of every cache in a grid."""
     return [
-        CacheConfig(policy, budget, None if allocation == OWN_ALLOCATION else allocation)
-        for policy, allocation, budget in grid.combinations()
+        CacheConfig(
+            cache.policy, cache.budget, None if cache.allocation == OWN_ALLOCATION else cache.allocation, cache.bits
+        )
+        for cache in grid.caches()
     ]
 
 
@@ -114,11 +116,11 @@ def compare_on_prompt(settings: Mapping[str, Any], seed: int, context: RunContex
 
 
 def _result_rows(rows: Sequence[Mapping[str, Any]], grid: CacheGrid) -> list[dict[str, Any]]:
-    names = [("full", OWN_ALLOCATION, 1.0), *grid.combinations()]
+    caches = [GridCache("full", OWN_ALLOCATION, 1.0), *grid.caches()]
     return [
         {
-            "settings": {"policy": policy, "allocation": allocation, "budget": budget},
+            "settings": cache.settings(),
             "values": {name: row[name] for name in METRICS if row[name] is not None},
         }
-        for (policy, allocation, budget), row in zip(names, rows, strict=True)
+        for cache, row in zip(caches, rows, strict=True)
     ]

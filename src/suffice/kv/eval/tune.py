@@ -1,4 +1,4 @@
-"""Find the smallest budget that stays close enough to the full cache on a user's own prompts."""
+"""Find the smallest cache that stays close enough to the full cache on a user's own prompts."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from suffice.kv.eval.run_options import RunOptions, run_samples
 from suffice.kv.eval.user_prompts import UserPrompt, write_user_prompts
 from suffice.kv.hf.loading import ModelSource
 from suffice.kv.policy.registry import DEFAULT_POLICY
+from suffice.kv.storage.quantization import Bits, bits_suffix, shortest_bits
 from suffice.study.results import Group, group_records, mean_bound
 from suffice.study.spec import PlannedRun
 
@@ -25,7 +26,7 @@ DEFAULT_BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 
 @dataclass(frozen=True)
 class Trial:
-    """The result of one policy, allocation and budget on the user's prompts.
+    """The result of one policy, allocation, budget and number of bits on the user's prompts.
 
     Args:
         policy: name of the policy.
@@ -36,6 +37,7 @@ class Trial:
         within: share of the prompts that meet the target individually.
         safe: whether the bound meets the target at this budget and at every larger one.
         bytes_kept: mean bytes of the cache after the prefill.
+        bits: number of bits of quantized entries; None if they are not quantized.
 
     """
 
@@ -47,6 +49,12 @@ class Trial:
     within: float
     safe: bool
     bytes_kept: float
+    bits: Bits | None = None
+
+    @property
+    def arm(self) -> tuple[str, str, Bits | None]:
+        """Policy, allocation and number of bits, for which budgets are tested from the largest to the smallest."""
+        return self.policy, self.allocation, self.bits
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,9 @@ class TuningResult:
     Args:
         metric: `"kl"` or `"agreement"`.
         target: the value that the mean of the metric must meet.
-        confidence: confidence level of the bounds, jointly for all policies and allocations.
+        confidence: confidence level of the bounds, jointly for all policies, allocations and numbers of bits.
         num_prompts: number of prompts.
-        trials: all trials; within a policy and allocation, from the largest budget to the smallest.
+        trials: all trials; within a policy, allocation and number of bits, from the largest budget to the smallest.
         settings: settings of the runs.
 
     """
@@ -85,15 +93,11 @@ class TuningResult:
 
     @property
     def next_smaller(self) -> Trial | None:
-        """The trial of the best policy and allocation with the next smaller budget; None if there is none."""
+        """The trial of the best policy, allocation and number of bits with the next smaller budget; None if none."""
         best = self.best
         if best is None:
             return None
-        smaller = [
-            trial
-            for trial in self.trials
-            if (trial.policy, trial.allocation) == (best.policy, best.allocation) and trial.budget < best.budget
-        ]
+        smaller = [trial for trial in self.trials if trial.arm == best.arm and trial.budget < best.budget]
         return max(smaller, key=lambda trial: trial.budget, default=None)
 
     def code(self) -> str:
@@ -102,9 +106,10 @@ class TuningResult:
         if best is None:
             return ""
         allocation = "" if best.allocation == OWN_ALLOCATION else f", allocation={best.allocation!r}"
+        bits = "" if best.bits is None else f", bits={best.bits}"
         return (
             "from suffice.kv import CompressedCache\n\n"
-            f"cache = CompressedCache(model, policy={best.policy!r}, budget={best.budget}{allocation})\n"
+            f"cache = CompressedCache(model, policy={best.policy!r}, budget={best.budget}{allocation}{bits})\n"
             "model.generate(**inputs, past_key_values=cache)\n"
         )
 
@@ -126,7 +131,8 @@ class TuningResult:
         smaller = self.next_smaller
         if smaller is None:
             return f"{text} It is the smallest budget that was tried."
-        return f"{text} Budget {smaller.budget:g} is not safe: mean {smaller.mean:.4f}, bound {smaller.bound:.4f}."
+        size = f"{smaller.budget:g}{bits_suffix(smaller.bits)}"
+        return f"{text} Budget {size} is not safe: mean {smaller.mean:.4f}, bound {smaller.bound:.4f}."
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""
@@ -151,6 +157,7 @@ def tune(
     policies: Sequence[str] = (DEFAULT_POLICY, "h2o", "keydiff"),
     allocations: Sequence[str] = (OWN_ALLOCATION, "profile"),
     budgets: Sequence[float] = DEFAULT_BUDGETS,
+    bits: Sequence[Bits | None] = (None,),
     mode: str = "aware",
     confidence: float = 0.95,
     max_new_tokens: int = 32,
@@ -160,10 +167,10 @@ def tune(
     """Find the smallest budget, with its policy and allocation, that stays close to the full cache on your prompts.
 
     The full cache answers each prompt greedily, and every other cache is measured on that answer. A budget is safe if
-    the one-sided Student's t bound of the mean over prompts meets the target. For each policy and allocation, budgets
-    are tested from the largest to the smallest, and all budgets after the first failure count as not safe. Testing in
-    this fixed order needs no correction for the number of budgets. A Bonferroni correction accounts for the number of
-    policies and allocations.
+    the one-sided Student's t bound of the mean over prompts meets the target. For each policy, allocation and number of
+    bits, budgets are tested from the largest to the smallest, and all budgets after the first failure count as not
+    safe. Testing in this fixed order needs no correction for the number of budgets. A Bonferroni correction accounts
+    for the number of policies, allocations and numbers of bits.
 
     Args:
         prompts: your prompts, at least 2.
@@ -172,6 +179,8 @@ def tune(
         policies: names of policies.
         allocations: names of allocations, each combined with every policy; `"own"` is the policy's own allocation.
         budgets: the budgets to try: fractions, or numbers of tokens.
+        bits: numbers of bits of quantized entries to try, or pairs (bits of keys, bits of values); None stands for
+            entries in the model's dtype.
         mode: `"aware"` evicts after the question is seen, `"agnostic"` before it.
         confidence: confidence of the result, above 0.5 and below 1.
         max_new_tokens: maximum length of the full cache's answers.
@@ -197,7 +206,7 @@ def tune(
     settings = {
         "mode": mode,
         "max_new_tokens": max_new_tokens,
-        "caches": asdict(CacheGrid(list(policies), list(allocations), sorted(budgets, reverse=True))),
+        "caches": CacheGrid(list(policies), list(allocations), sorted(budgets, reverse=True), bits).settings(),
         "model": asdict(ModelSource.from_name(model)),
     }
     TUNE.complete(settings)
@@ -248,14 +257,19 @@ def _store_prompts(prompts: Sequence[UserPrompt], folder: Path) -> str:
 
 
 def _trials(groups: Sequence[Group], metric: str, target: float, error_rate: float) -> list[Trial]:
-    """Return the trials of every policy and allocation. The error rate is divided by their number (Bonferroni)."""
-    arms: dict[tuple[str, str], list[Group]] = {}
+    """Return the trials of every policy, allocation and number of bits.
+
+    The error rate is divided by the number of these combinations (Bonferroni).
+    """
+    arms: dict[tuple[str, str, Bits | None], list[Group]] = {}
     for group in groups:
-        if group.settings["policy"] != "full":
-            arms.setdefault((group.settings["policy"], group.settings["allocation"]), []).append(group)
+        settings = group.settings
+        if settings["policy"] != "full":
+            arm = settings["policy"], settings["allocation"], shortest_bits(settings.get("bits"))
+            arms.setdefault(arm, []).append(group)
     sign = 1 if metric == "kl" else -1
     trials: list[Trial] = []
-    for (policy, allocation), by_budget in arms.items():
+    for (policy, allocation, bits), by_budget in arms.items():
         safe = True
         for group in by_budget:
             values = list(group.values[metric].values())
@@ -271,6 +285,7 @@ def _trials(groups: Sequence[Group], metric: str, target: float, error_rate: flo
                     within=sum(sign * value <= sign * target for value in values) / len(values),
                     safe=safe,
                     bytes_kept=group.interval("bytes_kept").mean,
+                    bits=bits,
                 )
             )
     return trials
@@ -278,4 +293,4 @@ def _trials(groups: Sequence[Group], metric: str, target: float, error_rate: flo
 
 def _describe(trial: Trial) -> str:
     allocation = "" if trial.allocation == OWN_ALLOCATION else f", allocation {trial.allocation},"
-    return f"{trial.policy}{allocation} at budget {trial.budget:g}"
+    return f"{trial.policy}{allocation} at budget {trial.budget:g}{bits_suffix(trial.bits)}"

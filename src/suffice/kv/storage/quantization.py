@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from suffice.kv.storage.bit_packing import SUPPORTED_BITS
 from suffice.plain_numbers import plain_number
+
+Bits: TypeAlias = int | tuple[int, int]
+"""A number of bits of both keys and values, or a pair (bits of keys, bits of values)."""
 
 
 @dataclass(frozen=True)
@@ -54,3 +58,30 @@ def parse_bits(bits: object) -> Quantization | None:
     if len(numbers) != 2 or len(pair) != 2:
         raise TypeError(f"bits must be a number of bits, a pair (bits of keys, bits of values) or None, got {bits!r}")
     return Quantization(*numbers)
+
+
+def shortest_bits(bits: object) -> Bits | None:
+    """Return the argument `bits` of a cache in its shortest form: one number if keys and values have the same.
+
+    Raises:
+        TypeError, ValueError: see `parse_bits`.
+
+    Example:
+        >>> shortest_bits([4, 4]), shortest_bits([4, 2]), shortest_bits(None)
+        (4, (4, 2), None)
+
+    """
+    quantization = parse_bits(bits)
+    if quantization is None:
+        return None
+    return quantization.key_bits if quantization.key_bits == quantization.value_bits else quantization.bits
+
+
+def format_bits(bits: Bits | None) -> str:
+    """Return a number of bits as text for tables: `4`, `4,2` (keys, values), or `none`."""
+    return "none" if bits is None else str(bits) if isinstance(bits, int) else ",".join(map(str, bits))
+
+
+def bits_suffix(bits: Bits | None) -> str:
+    """Return text that follows a budget: `, 4 bits`, or nothing if entries are not quantized."""
+    return "" if bits is None else f", {format_bits(bits)} bits"

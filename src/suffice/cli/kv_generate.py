@@ -1,0 +1,114 @@
+"""`suffice kv generate`: answer a prompt from a compressed cache."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import typer
+
+from suffice.cli.console import command_line, out, print_json, print_text, step_progress
+from suffice.cli.kv_options import AwareOption, CacheOptions, ModelOptions, parse_budget
+from suffice.cli.options import FigureOptions, expand_options
+from suffice.files import read_text
+from suffice.kv.budget.protection import Protection
+from suffice.kv.policy.registry import get_allocation, get_policy
+from suffice.kv.storage.quantization import bits_suffix
+from suffice.report import save_figure
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """The prompt, and a question about it."""
+
+    panel: ClassVar[str] = "Prompt"
+
+    prompt: Annotated[str | None, typer.Option(help="The prompt. Default: standard input.")] = None
+    prompt_file: Annotated[Path | None, typer.Option(help="File that contains the prompt.")] = None
+    question: Annotated[str | None, typer.Option(help="Question about the document in the prompt.")] = None
+    aware: AwareOption = True
+
+    def read(self) -> str:
+        """Return the prompt.
+
+        Raises:
+            ValueError: no prompt or more than one is given, or the prompt or the question is empty.
+
+        """
+        if self.prompt is not None and self.prompt_file is not None:
+            raise ValueError("only one of --prompt and --prompt-file may be given, got both")
+        if self.prompt is not None:
+            text = self.prompt
+        elif self.prompt_file is not None:
+            text = read_text(self.prompt_file, "--prompt-file")
+        elif sys.stdin.isatty():
+            raise ValueError("a prompt must be given: --prompt TEXT, --prompt-file FILE, or text on standard input")
+        else:
+            text = sys.stdin.read().removeprefix("\ufeff")
+        if not text.strip():
+            raise ValueError(f"the prompt must contain text, got {text!r}")
+        if self.question is not None and not self.question.strip():
+            raise ValueError(f"--question must contain text, got {self.question!r}")
+        return text
+
+
+@expand_options
+def generate(
+    prompt: PromptOptions,
+    cache: CacheOptions,
+    model: ModelOptions,
+    output: FigureOptions,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of generated tokens.")] = 128,
+    layers: Annotated[bool, typer.Option("--layers", help="Also show how much each layer kept.")] = False,
+) -> None:
+    """Answer a prompt from a compressed KV cache, by greedy decoding.
+
+    The report and the figure show how many entries each layer and head kept.
+    """
+    # Imported here, because transformers takes seconds to import and other commands do not need it.
+    from suffice.kv.eval.answer import answer
+    from suffice.kv.eval.generation import check_chunk_size
+
+    # Check the options first, because the model takes seconds to load.
+    policy = get_policy(cache.policy)
+    allocation = None if cache.allocation is None else get_allocation(cache.allocation)
+    budget = parse_budget(cache.budget)
+    Protection().check(budget)
+    bits = cache.parsed_bits()
+    check_chunk_size(cache.chunk_size)
+    text = prompt.read()
+    size = f"budget {cache.budget}{bits_suffix(bits)}"
+    with step_progress() as show_step:
+        network, tokenizer = model.source().load(show_step)
+        show_step(f"generating with {policy.name}, {size}")
+        result, report = answer(
+            network,
+            tokenizer,
+            text,
+            prompt.question,
+            policy=policy,
+            budget=budget,
+            allocation=allocation,
+            aware=prompt.aware,
+            max_new_tokens=max_new_tokens,
+            chunk_size=cache.chunk_size,
+            interval=cache.interval,
+            rerotate=cache.rerotate,
+            bits=bits,
+        )
+    # Printed first, so that the answer is not lost if a file cannot be written.
+    if output.as_json:
+        print_json({"model": model.model, **result.to_dict()})
+    else:
+        print_text(result.answer)
+        out.print(f"[dim]{report}, {result.seconds:.1f} s ({result.policy}, {size})[/]", highlight=False)
+        if layers:
+            out.print(report.table())
+    if output.figure is not None:
+        save_figure(report.figure(), output.figure)
+    if output.report is not None:
+        from suffice.kv.eval.report_sections import answer_page
+
+        answer_page(result, report, command_line()).save(output.report)
