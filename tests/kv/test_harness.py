@@ -121,7 +121,7 @@ def test_quantized_entries_are_read(model):
     ((found, _),) = own._loglikelihood_tokens([(None, parts.input_ids[0].tolist(), gold[0].tolist())])
     assert found == pytest.approx(row["log_likelihood"] * gold.shape[1], rel=1e-4)
     assert own._new_cache().settings.storage.bits == (4, 2)
-    with pytest.raises(ValueError, match="bits must be 2, 3, 4 or 8, got 7"):
+    with pytest.raises(ValueError, match="bits must be 2, 3, 4, 5 or 8, got 7"):
         CompressedLM(model, tokenizer=tokenizer(), bits=7)
 
 

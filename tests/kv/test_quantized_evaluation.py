@@ -188,7 +188,7 @@ def test_answers_are_generated_from_the_quantized_cache(loaded):
         ([], "bits must hold at least one value"),
         ([4, 4], "bits must hold at least one value and no duplicates"),
         ([4, (4, 4)], "bits must hold at least one value and no duplicates"),
-        ([5], "bits must be 2, 3, 4 or 8, got 5"),
+        ([6], "bits must be 2, 3, 4, 5 or 8, got 6"),
         ([(4, 2, 3)], r"bits must be a number of bits, a pair .* or None, got \(4, 2, 3\)"),
         (4, r"bits of a grid must be a list, such as \[None, 4, \(4, 2\)\], got 4"),
         ("4", r"bits of a grid must be a list, .*, got '4'"),
@@ -252,7 +252,7 @@ def test_commands_accept_bits(folder, tmp_path):
     assert json.loads(done.stdout.strip().splitlines()[-1])["bits"] == [4, 2]
 
 
-@pytest.mark.parametrize("text", ["5", "4,2,3", "4.0", "four", "", "4;2"])
+@pytest.mark.parametrize("text", ["6", "4,2,3", "4.0", "four", "", "4;2"])
 @pytest.mark.parametrize("command", ["generate", "compare", "tune"])
 def test_commands_check_bits_before_any_work(monkeypatch, command, text, tmp_path):
     def work(*_, **__):
@@ -267,7 +267,7 @@ def test_commands_check_bits_before_any_work(monkeypatch, command, text, tmp_pat
     if not text and command != "generate":
         assert "bits must hold at least one value" in message
     else:
-        assert "--bits must be none, 2, 3, 4 or 8, or two of these numbers" in message
+        assert "--bits must be none, 2, 3, 4, 5 or 8, or two of these numbers" in message
         assert message.endswith(f"got {text!r}")
 
 

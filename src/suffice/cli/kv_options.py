@@ -56,7 +56,7 @@ class CacheOptions:
         ),
     ] = None
     bits: Annotated[
-        str, typer.Option(help="Bits of the stored numbers: 8, 4, 3 or 2, or two numbers for keys and values (4,2).")
+        str, typer.Option(help="Bits of the stored numbers: 8, 5, 4, 3 or 2, or two for keys and values (5,4).")
     ] = "none"
     chunk_size: Annotated[
         int | None, typer.Option(help="Read the prompt in chunks of this many tokens, and evict after each chunk.")
@@ -97,7 +97,7 @@ class CacheGridOptions:
     bits: Annotated[
         str,
         typer.Option(
-            help="Bits of the stored numbers, separated by spaces: none (the model's dtype), 8, 4, 3 or 2, or two "
+            help="Bits of the stored numbers, separated by spaces: none (the model's dtype), 8, 5, 4, 3 or 2, or two "
             "numbers for keys and values (4,2)."
         ),
     ] = "none"
@@ -146,5 +146,6 @@ def parse_bits_option(text: str) -> Bits | None:
         return shortest_bits(numbers[0] if len(numbers) == 1 else numbers)
     except (TypeError, ValueError):
         raise ValueError(
-            f"--bits must be none, 2, 3, 4 or 8, or two of these numbers for keys and values, such as 4,2, got {text!r}"
+            "--bits must be none, 2, 3, 4, 5 or 8, or two of these numbers for keys and values, such as 5,4, got "
+            f"{text!r}"
         ) from None
