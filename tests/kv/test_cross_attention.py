@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from suffice.kv import CompressedCache, CrossAttentionCache, Policy, policies
 from suffice.kv.hf.layers import cross_attention_modules, find_decoder
 from suffice.kv.policy.weights import KeyNorm
+from suffice.kv.storage.uniform import UniformStorage
 from tests.kv import families
 from tests.kv.family_cases import EncoderOutput
 from tests.kv.flash import flash_package, with_flash
@@ -204,6 +206,95 @@ def test_memory_of_evicted_entries_is_freed_and_reported():
     cache.reset()
     assert cache.get_seq_length() == 0
     read(model, EncoderDecoderCache(DynamicCache(), cache), prompt(1), encoded(seed=1))
+
+
+@every_family
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_quantized_entries_are_read_as_they_are_stored(family, implementation, padded):
+    """With 8 bits close to the model's dtype, and with 2 bits equal to the attention over the dequantized entries."""
+    model = build(family, implementation)
+    if padded and family == "whisper":
+        pytest.skip("the decoder takes no mask of the encoder's output")
+    states, mask = encoded(2), padded_mask([LENGTH, 15]) if padded else None
+    pieces = prompt(11, rows=2).split([1, 1, 9], dim=1)
+    logits, kept = {}, {}
+    for bits in (None, 8, 2):
+        cross_attention = CrossAttentionCache(model, "keydiff", budget=0.5, bits=bits)
+        cache = EncoderDecoderCache(DynamicCache(), cross_attention)
+        logits[bits] = [read(model, cache, piece, states, mask) for piece in pieces]
+        kept[bits] = [cross_attention.kept_positions(layer.index) for layer in cross_attention.compressed_layers]
+    for one, other, coarse in zip(kept[None], kept[8], kept[2], strict=True):
+        assert torch.equal(one[one >= 0], other[other >= 0])
+        assert torch.equal(one[one >= 0], coarse[coarse >= 0])
+    assert torch.equal(logits[2][0], logits[None][0])  # the first pass reads all entries before they are quantized
+    for got, expected in zip(logits[8], logits[None], strict=True):
+        torch.testing.assert_close(got, expected, atol=0.03 * float(expected.abs().max()), rtol=0)
+    # The same cache whose storages are replaced by the dequantized entries.
+    cross_attention = CrossAttentionCache(model, "keydiff", budget=0.5, bits=2)
+    cache = EncoderDecoderCache(DynamicCache(), cross_attention)
+    read(model, cache, pieces[0], states, mask)
+    for layer in cross_attention.compressed_layers:
+        entries = layer.storage.entries
+        layer.state = replace(layer.state, storage=UniformStorage(replace(entries, positions=entries.positions.int())))
+    for piece, expected in zip(pieces[1:], logits[2][1:], strict=True):
+        got = read(model, cache, piece, states, mask)
+        torch.testing.assert_close(got, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+
+
+def test_quantized_entries_are_reported_copied_and_searched_with_beams():
+    model, states = build("bart"), encoded()
+    caches = {bits: CrossAttentionCache(model, budget=1.0, bits=bits) for bits in (None, 8, (4, 2))}
+    for cache in caches.values():
+        read(model, EncoderDecoderCache(DynamicCache(), cache), prompt(3), states)
+    reports = {bits: cache.report() for bits, cache in caches.items()}
+    assert reports[(4, 2)].bytes_kept < reports[8].bytes_kept < reports[None].bytes_kept
+    assert {head.bits for head in reports[8].heads} == {(8, 8)}
+    assert all(0 < head.key_error < 0.02 for head in reports[8].heads)
+    for layer in caches[8].compressed_layers:
+        assert layer.storage.exact.positions[0, 0].tolist() == [0, 1, 2, 3]
+        assert caches[8].kept_positions(layer.index)[0, 0].tolist() == list(range(LENGTH))
+        assert reports[8].bytes_kept == sum(
+            x.nbytes for own in caches[8].compressed_layers for x in own.storage.buffers
+        )
+    cache = EncoderDecoderCache(CompressedCache(model, "capkv"), CrossAttentionCache(model, bits=4))
+    read(model, cache, prompt(3), states)
+    other = copy.deepcopy(cache)
+    expected = read(model, cache, prompt(2, seed=1), states)
+    cache.cross_attention_cache.reset()
+    assert torch.equal(read(model, other, prompt(2, seed=1), states), expected)
+    options = {"encoder_outputs": EncoderOutput(last_hidden_state=encoded(2)), "decoder_start_token_id": 1}
+    options |= {"max_new_tokens": 8, "min_new_tokens": 8, "num_beams": 3, "pad_token_id": 0}
+    found = [
+        model.generate(
+            **copy.deepcopy(options),
+            past_key_values=EncoderDecoderCache(
+                CompressedCache(model, "capkv", 1.0), CrossAttentionCache(model, bits=bits)
+            ),
+        )
+        for bits in (None, 8)
+    ]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("bits", "words"), [(6, "bits must be 2, 3, 4, 5 or 8, got 6"), ("4", "bits must be a number of bits, .*, got '4'")]
+)
+def test_bits_that_are_not_supported_are_refused(bits, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        CrossAttentionCache(build("bart"), bits=bits)
+
+
+def test_rows_of_a_padded_batch_share_no_scales():
+    model, states, lengths = build("bart"), encoded(3), [15, LENGTH, 9]
+    cache = EncoderDecoderCache(DynamicCache(), CrossAttentionCache(model, budget=0.9, bits=4))
+    pieces = prompt(6, rows=3).split([1, 5], dim=1)
+    together = [read(model, cache, piece, states, padded_mask(lengths)) for piece in pieces]
+    for row, length in enumerate(lengths):
+        own = EncoderDecoderCache(DynamicCache(), CrossAttentionCache(model, budget=0.9, bits=4))
+        for piece, logits in zip(pieces, together, strict=True):
+            alone = read(model, own, piece[row, None], states[row, None, :length])
+            torch.testing.assert_close(logits[row, None], alone, atol=1e-3, rtol=1e-3)
 
 
 def test_copies_are_independent():

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from suffice.kv.attention.call import AttentionCall, run_attention
 from suffice.kv.attention.hook import AttentionHook, attach_observer
 from suffice.kv.attention.masks import MaskFormat, additive_mask, mask_format
+from suffice.kv.backend.triton_backend import choose_backend
 from suffice.kv.budget.allocation import Equal
 from suffice.kv.budget.protection import Protection
 from suffice.kv.cache.eviction import plan_eviction
@@ -35,7 +36,9 @@ from suffice.kv.policy.estimators import Leverage
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import get_policy
 from suffice.kv.policy.weights import Uniform
-from suffice.kv.storage.base import Entries
+from suffice.kv.storage.base import Entries, Storage
+from suffice.kv.storage.quantization import Bits, parse_bits
+from suffice.kv.storage.quantized import QuantizedStorage
 from suffice.kv.storage.uniform import UniformStorage
 
 # The capacity of the values, if all entries are equally likely to be read.
@@ -66,7 +69,7 @@ class CrossAttentionLayer(CompressedLayer):
 
         None before the first forward pass.
         """
-        held = self._complete or self.storage
+        held = self._complete or _readable_storage(self.storage)
         return None if held is None else attach_observer(held.keys, self)
 
     @keys.setter
@@ -76,7 +79,7 @@ class CrossAttentionLayer(CompressedLayer):
     @property
     def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Values [batch, num_key_value_heads, entries, value_dim]; None before the first forward pass."""
-        held = self._complete or self.storage
+        held = self._complete or _readable_storage(self.storage)
         return None if held is None else held.values
 
     @values.setter
@@ -150,9 +153,15 @@ class CrossAttentionLayer(CompressedLayer):
         batch, _, num_queries, _ = call.query.shape
         return call.query, torch.full((batch, num_queries), self.state.num_seen, device=self.device)
 
+    def query_sizes(self, call: AttentionCall) -> Tensor | None:
+        """Return None: the first queries do not tell how large those of later tokens are."""
+
     def _attend_to_kept(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         """Compute an attention call, whose mask is over all entries, over the kept entries."""
         storage = self.storage
+        if isinstance(storage, QuantizedStorage):
+            every_entry = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=call.query.device)
+            return storage.attend(replace(call, mask=every_entry), choose_backend(call.query, call.key, call.value))
         assert isinstance(storage, UniformStorage)
         mask = None
         if not storage.is_full or call.mask is not None:
@@ -161,6 +170,11 @@ class CrossAttentionLayer(CompressedLayer):
                 mask = mask[:, None, None].expand(-1, 1, call.query.shape[2], -1)
                 mask = mask if call.implementation == "sdpa" else additive_mask(mask, call.query.dtype)
         return run_attention(replace(call, key=storage.keys, value=storage.values, mask=mask))
+
+
+def _readable_storage(storage: Storage | None) -> Storage | None:
+    """Return the storage whose keys and values the attention call gets, without dequantizing any."""
+    return storage.exact if isinstance(storage, QuantizedStorage) else storage
 
 
 class CrossAttentionCache(Cache):
@@ -176,6 +190,9 @@ class CrossAttentionCache(Cache):
             `key-leverage`. None selects entries by the log-determinant capacity of the values.
         budget: number of entries to keep in each row and head (an int), or the fraction of the encoder's output
             without padding (a float in (0, 1]).
+        bits: number of bits of each stored number, or a pair (bits of keys, bits of values); see `CompressedCache`.
+            The first 4 entries of the encoder's output stay in the model's dtype. All others are quantized after the
+            first forward pass: the encoder's output does not grow, so no entries are the newest ones.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -189,11 +206,21 @@ class CrossAttentionCache(Cache):
 
     """
 
-    def __init__(self, model: nn.Module, policy: str | Policy | None = None, budget: float = 0.5) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: str | Policy | None = None,
+        budget: float = 0.5,
+        *,
+        bits: Bits | None = None,
+    ) -> None:
         self.policy = DEFAULT_CROSS_ATTENTION_POLICY if policy is None else get_policy(policy)
         protection = Protection(sinks=0, window=0)
         self.budget = protection.check(budget)
         _check_policy(self.policy)
+        quantization = parse_bits(bits)
+        if quantization is not None:
+            quantization = replace(quantization, window=0)
         model = unwrap_model(model)
         modules = cross_attention_modules(model)
         settings = CacheSettings(
@@ -205,7 +232,7 @@ class CrossAttentionCache(Cache):
             rerotate=False,
             measure_capacity=False,  # it depends on queries
             num_layers=len(modules),
-            storage=StorageConfig(),
+            storage=StorageConfig(quantization=quantization),
             sharding=Sharding.from_model(model),
         )
         self._hook = AttentionHook(find_decoder(model))
