@@ -63,6 +63,8 @@ def test_caches_with_kernels_equal_those_on_the_cpu(library):
         "quadratic_form_kernel",
         "attention_parts_kernel",
     } <= set(default["launched"])
+    (quantized,) = (line for line in lines if line["case"] == ["quantized entries"])
+    assert {"packing_kernel", "quantized_parts_kernel", "combine_parts_kernel"} <= set(quantized["launched"])
     # All conditions of a layer are checked together after the prefill, and decoding checks none.
     assert len(default["waits"]["new cache"]) == 1
     assert waits_per_layer(default, "prefill") == 1

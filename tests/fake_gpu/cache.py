@@ -136,6 +136,21 @@ def continue_caches(folder):
     return {"equal": all(torch.allclose(one, other, atol=1e-4) for one, other in pairs)}
 
 
+def quantize_entries():
+    """Quantized caches give the same on both devices. Prompts are longer than the window that is not quantized."""
+    results, model = {}, build("qwen3")
+    ids = torch.cat((prompt(60), prompt(31)), dim=1)
+    for device in ("cpu", DEVICE):
+        model.to(device)
+        LAUNCHED.clear()
+        cache = CompressedCache(model, "capkv", 70, allocation="adakv", bits=(5, 4))
+        with torch.no_grad():
+            parts = ids.to(device).split((85, 1, 1, 4), dim=1)
+            logits = [model(part, past_key_values=cache).logits[:, -1].cpu() for part in parts]
+        results[device] = torch.cat(logits)
+    return {"equal": torch.allclose(*results.values(), atol=1e-4), "launched": sorted(set(LAUNCHED))}
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -148,5 +163,6 @@ if __name__ == "__main__":
                 raise
     print(json.dumps({"case": ["values of zero"], **score_zero_values()}))
     print(json.dumps({"case": ["keys that are not finite"], **reject_keys_that_are_not_finite()}))
+    print(json.dumps({"case": ["quantized entries"], **quantize_entries()}))
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps({"case": ["copies, a saved cache, beams"], **continue_caches(Path(folder))}))

@@ -12,6 +12,7 @@ from suffice.kv.attention.ragged_attention import RaggedEntries, attend_by_head
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.directions import Directions
 from suffice.kv.policy.weights.base import Weights
+from suffice.kv.storage.vector_format import QuantizedVectors, VectorFormat
 
 
 class TorchFactor:
@@ -113,6 +114,10 @@ class TorchBackend:
     ) -> Tensor:
         """Return the attention over quantized and exact entries; see `attend_quantized` for the arguments."""
         return attend_quantized(query, quantized, exact, mask, scaling, softcap, sink_logits)
+
+    def quantize(self, vectors: Tensor, format_: VectorFormat) -> tuple[QuantizedVectors, Tensor]:
+        """Return quantized vectors and their squared errors; see `VectorFormat.quantize`."""
+        return format_.quantize(vectors)
 
 
 TORCH_BACKEND = TorchBackend()

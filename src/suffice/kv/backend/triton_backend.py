@@ -20,6 +20,7 @@ from suffice.kv.policy.directions import Directions, Value
 from suffice.kv.policy.sampled_attention import sampled_query_indices
 from suffice.kv.policy.weights import ExpectedAttention, KeySalience, SampledAttention, Sum, WindowAttention
 from suffice.kv.policy.weights.base import Weights
+from suffice.kv.storage.vector_format import QuantizedVectors, VectorFormat
 
 _MAX_ROWS = 128  # largest number of window or sampled queries × num_key_value_groups that one program can hold
 _MIN_RIDGE = 1e-3
@@ -96,6 +97,22 @@ class TritonBackend(TorchBackend):
                 )
                 return output[:, None]
         return super().quantized_attention(query, quantized, exact, mask, scaling, softcap, sink_logits)
+
+    def quantize(self, vectors: Tensor, format_: VectorFormat) -> tuple[QuantizedVectors, Tensor]:
+        """Return quantized vectors and their squared errors; see `VectorFormat.quantize`."""
+        if len(vectors) and format_.padded_dim <= _MAX_QUANTIZED_DIM:
+            from suffice.kv.kernels.packing import quantize_rotated
+
+            vectors = vectors.float()
+            with contextlib.suppress(KernelFallbackError):
+                codes, scales, errors = quantize_rotated(
+                    vectors @ format_.rotation(vectors),
+                    bits=format_.bits,
+                    group_size=format_.group_size,
+                    num_scales=format_.num_scales,
+                )
+                return QuantizedVectors(codes, scales), errors
+        return super().quantize(vectors, format_)
 
 
 TRITON_BACKEND = TritonBackend()

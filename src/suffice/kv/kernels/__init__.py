@@ -10,6 +10,7 @@ Each operation has an equivalent in plain PyTorch, which computes the same resul
 * `compaction`: moves the kept entries to the front of their buffer.
 * `decoding`: attention of one new token over heads of unequal length.
 * `quantized_decoding`: the same over quantized entries.
+* `packing`: quantizes rotated keys and values.
 * `grid`, `blocks`, `dot`: shared by the kernels.
 
 The modules of this package import Triton. Import them only after `usable` has returned True.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from suffice.kv.backend.triton_backend import choose_backend
 from suffice.kv.storage.base import Entries, flat_index, index_vectors, last_slots
 from suffice.kv.storage.vector_format import QuantizedVectors, VectorFormat
 
@@ -139,9 +140,10 @@ class QuantizedEntries:
         means, scales = self._statistics_with(keys, head, new_counts)
         keys = keys.float() - means.float().flatten(0, 1).index_select(0, head)
         keys *= scales.float().flatten(0, 1).index_select(0, head)
+        backend = choose_backend(keys, values)
         (new_keys, key_error), (new_values, value_error) = (
-            self.key_format.quantize(keys),
-            self.value_format.quantize(values),
+            backend.quantize(keys, self.key_format),
+            backend.quantize(values, self.value_format),
         )
         sums = self._sums_by_head((key_error, keys, value_error, values), head)
         # The scales of heads without entries are not used yet. They are 0 for rows that consist of padding so far.

@@ -92,6 +92,11 @@ class VectorFormat:
         """The number in the middle of all integers, which stands for 0."""
         return (2**self.bits - 1) / 2
 
+    @property
+    def num_scales(self) -> int:
+        """Number of scales that are tried for each group."""
+        return _NUM_SCALES[self.bits]
+
     def rotation(self, like: Tensor) -> Tensor:
         """Return the orthogonal transform [dim, padded_dim], in the dtype and on the device of a tensor."""
         return rotation(self.dim, like.dtype, like.device)
@@ -124,7 +129,7 @@ class VectorFormat:
         largest = x.abs().amax(-1)
         no_clipping = (largest / self.middle).log2().mul_(_STEPS).ceil_().add_(_OFFSET)
         best: tuple[Tensor, Tensor, Tensor] | None = None
-        for step in range(_NUM_SCALES[self.bits]):
+        for step in range(self.num_scales):
             exponents = (no_clipping - step).clamp_(0, _MAX_EXPONENT)
             scale = _scales(exponents)[..., None]
             codes = (x / scale).add_(self.middle).round_().clamp_(0, 2 * self.middle)
