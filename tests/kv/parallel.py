@@ -38,6 +38,9 @@ CASES = [
     ("capkv", "marginal"),
     ("h2o", "marginal"),
 ]
+# With quantized entries, and a budget that exceeds the entries that stay exact: heads of unequal and of equal length.
+QUANTIZED_CASES = [("capkv", "profile"), ("h2o", "equal")]
+QUANTIZED_BUDGET, BITS = 44, 4
 
 
 def inputs() -> dict[str, torch.Tensor]:
@@ -45,12 +48,16 @@ def inputs() -> dict[str, torch.Tensor]:
     return left_padded([prompt(61), prompt(45, seed=2)])
 
 
-def run(model: PreTrainedModel, policy: str, allocation: str) -> dict[str, Any]:
-    """Generate an answer; return its tokens and the positions that the local heads keep."""
+def run(model: PreTrainedModel, policy: str, allocation: str, bits: int | None = None) -> dict[str, Any]:
+    """Generate an answer; return its tokens, and kept positions and quantization errors of the local heads."""
     # Policies that rotate keys back need the rotary embedding in any case.
     rerotate = policy in ("expected-attention", "key-leverage")
-    cache = CompressedCache(model, policy, BUDGET, allocation=allocation, rerotate=rerotate, **SETTINGS)
-    return {"tokens": answer(model, inputs(), cache, NEW).tolist(), "kept": kept(cache)}
+    budget = BUDGET if bits is None else QUANTIZED_BUDGET
+    cache = CompressedCache(model, policy, budget, allocation=allocation, rerotate=rerotate, bits=bits, **SETTINGS)
+    tokens = answer(model, inputs(), cache, NEW).tolist()
+    heads = cache.report().heads
+    errors = {f"{head.layer}.{head.head}": [head.key_error, head.value_error] for head in heads if head.bits}
+    return {"tokens": tokens, "kept": kept(cache), "errors": errors}
 
 
 def kept(cache: CompressedCache) -> dict[str, Any]:
@@ -124,6 +131,8 @@ def main(path: Path, out: Path) -> None:
         before = counter.calls
         results["cases"][f"{policy}/{allocation}"] = run(model, policy, allocation)
         results["collectives"][f"{policy}/{allocation}"] = counter.calls - before - stock_calls
+    for policy, allocation in QUANTIZED_CASES:
+        results["cases"][f"{policy}/{allocation}/{BITS}"] = run(model, policy, allocation, BITS)
     results["selection"] = check_selection(sharding)
     results["profile"] = calibrate(model, tokens=64).attention
     cache = CompressedCache(model, "capkv", BUDGET, allocation="marginal", **SETTINGS)

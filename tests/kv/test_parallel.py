@@ -17,7 +17,7 @@ from suffice.kv import CompressedCache
 from suffice.kv.budget.calibration import calibrate, get_profile
 from suffice.kv.hf.fingerprint import fingerprint
 from suffice.kv.hf.tensor_parallel import Sharding, local_columns, topk_masks
-from tests.kv.parallel import CASES, SETTINGS, inputs, run
+from tests.kv.parallel import BITS, CASES, QUANTIZED_CASES, SETTINGS, inputs, run
 from tests.kv.tiny import answer, build, left_padded, prompt
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +68,23 @@ def test_two_processes_equal_one(model, processes, policy, allocation):
         case = results["cases"][f"{policy}/{allocation}"]
         assert case["tokens"] == expected["tokens"]
         assert case["kept"] == {name: kept for name, kept in expected["kept"].items() if name.endswith(f".{rank}")}
+
+
+@pytest.mark.parametrize(("policy", "allocation"), QUANTIZED_CASES)
+def test_two_processes_equal_one_with_quantized_entries(model, processes, policy, allocation):
+    """Both quantize their heads as one process does, which decides what later tokens read."""
+    expected = run(model[0], policy, allocation, BITS)
+    lengths = {len(row) for head in expected["kept"].values() for row in head}
+    assert (len(lengths) > 2) == (allocation == "profile")
+    for rank, results in enumerate(processes[0]):
+        case = results["cases"][f"{policy}/{allocation}/{BITS}"]
+        assert case["tokens"] == expected["tokens"]
+        own = {name for name in expected["kept"] if name.endswith(f".{rank}")}
+        assert case["kept"] == {name: expected["kept"][name] for name in own}
+        assert case["errors"].keys() == own
+        for name, errors in case["errors"].items():
+            assert all(0.01 < error < 0.2 for error in errors)
+            assert errors == pytest.approx(expected["errors"][name], rel=1e-3)
 
 
 def test_number_of_collective_operations(processes):
