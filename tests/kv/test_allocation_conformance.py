@@ -117,3 +117,30 @@ def test_batched_prompts_in_chunks_match_single_prompts(name, family, allocation
         torch.testing.assert_close(logits[row : row + 1], expected, atol=2e-4, rtol=1e-3)
     if cache.policy.allocation.per_head and name != "full":
         assert all(isinstance(layer.storage, RaggedStorage) for layer in cache.compressed_layers)
+
+
+@PARAMETERS[0]
+@PARAMETERS[1]
+def test_quantized_heads_of_any_length_keep_the_entries_of_the_cache_without_bits(family, allocation):
+    """One policy stands for all: a storage does not depend on the policy, and `test_conformance.py` runs all."""
+    model, inputs = tiny(family), left_padded([prompt(85), prompt(72)])
+    caches = [CompressedCache(model, "capkv", 60, allocation=allocation, bits=bits) for bits in (None, 8)]
+    for cache in caches:
+        feed(model, cache, inputs["input_ids"], inputs["attention_mask"])
+        check_budget(cache, "capkv", 60, (85, 72))
+    for row in range(2):
+        assert kept_by_head(caches[0], row) == kept_by_head(caches[1], row)
+    for one, other in zip(*(cache.compressed_layers for cache in caches), strict=True):
+        for row in range(2):
+            for head in range(2):
+                exact, restored = (
+                    [
+                        x[row, head][entries.positions[row].expand(2, -1)[head] >= 0]
+                        for x in (entries.keys, entries.values)
+                    ]
+                    for entries in (one.storage.entries, other.storage.entries)
+                )
+                for wanted, got in zip(exact, restored, strict=True):
+                    assert got.shape == wanted.shape
+                    assert (got - wanted).norm() <= 0.02 * wanted.norm()
+    assert caches[1].report().bytes_kept < caches[0].report().bytes_kept
