@@ -5,7 +5,8 @@
 All kernels are compiled for sm_90, which needs no GPU. For the kernels that read the cache, the script finds the loop
 over the tokens in the machine code, and counts the clocks of each part of a multiprocessor for one token: instruction
 issue, pipes of half and of eighth rate, matrix units, and memory. The ceiling is the clocks of the memory divided by
-the largest of them. No run can be better. A real run, in which the parts wait for each other, is worse.
+the largest of them. No run can be better. A real run, in which the parts wait for each other, is worse. Shared memory
+and caches are not counted. For a kernel without such a loop, all instructions of a program are counted.
 
 The kernels are compiled for the default policy and groups of 4 query heads, as in Llama-3-8B. The script needs Triton,
 whose package contains the disassembler. The last line of the output is a JSON object.
@@ -30,14 +31,21 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from suffice.kv.attention.quantized_attention import ExactEntries
 from suffice.kv.kernels.compaction import move_to_front
 from suffice.kv.kernels.decoding import DecodePlan, decode
 from suffice.kv.kernels.leverage import factorize, factorize_subset, quadratic_forms
 from suffice.kv.kernels.mixture import MixtureInputs, MixtureTerms, mixture_log_weights
+from suffice.kv.kernels.packing import quantize_rotated
+from suffice.kv.kernels.quantized_decoding import decode_quantized
+from suffice.kv.storage.base import Entries
+from suffice.kv.storage.quantized_entries import QuantizedEntries
+from suffice.kv.storage.vector_format import VectorFormat
 from suffice.link.sparse.kernels.match_neighbors import match_neighbors
 from suffice.link.sparse.kernels.segment_min import segment_min
 
 WINDOW, SAMPLED = 8, 16  # window and sampled queries of each head in the default policy
+BITS = 4  # of quantized keys and values
 # Numbers of an H100 SXM, from NVIDIA's data sheet and the throughput table of the CUDA programming guide (9.0).
 BANDWIDTH, PROCESSORS, CLOCK = 3.35e12, 132, 1.98e9
 MULTIPLICATIONS = 2048  # 16-bit multiplications of the matrix units, per multiprocessor and clock
@@ -46,6 +54,7 @@ ISSUE_RATE, HALF_RATE, EIGHTH_RATE = 4, 2, 0.5
 HALF_RATE_NAMES = ["FSEL", "FSET", "FMNMX", "ISETP", "FSETP", "SEL", "LOP3", "SHF", "PRMT", "VIADD", "IADD3"]
 HALF_RATE_NAMES += ["PLOP3", "F2FP"]
 EIGHTH_RATE_NAMES = ["MUFU", "F2F", "I2F", "F2I"]
+SCORING = ("key_sums_kernel", "key_scores_kernel", "gram_kernel", "quadratic_form_kernel")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -55,6 +64,11 @@ class Compiled:
 
     kernel: Any
     options: dict[str, Any]
+
+    @property
+    def longest_loop(self) -> bool:
+        """Whether the loop over the tokens is not the shortest one, which reads entries that are not quantized."""
+        return "KEY_BITS" in self.options
 
 
 def compile_all(dim: int, group: int, dtype: torch.dtype) -> dict[str, Compiled]:
@@ -103,6 +117,14 @@ def _launch_all(dim: int, group: int, dtype: torch.dtype) -> None:
     sinks = torch.zeros(2 * group)
     decode(query, entries, entries, positions, plan, scaling=0.1, softcap=50.0, sink_logits=sinks)
     move_to_front(keys, torch.zeros(1, 2, 9, dtype=torch.long))
+    slots = torch.arange(tokens).expand(1, 2, -1)
+    quantized = QuantizedEntries.empty(Entries(keys, keys, slots), (BITS, BITS)).append(
+        Entries(keys, keys, slots), slots
+    )
+    decode_quantized(query, quantized, ExactEntries(keys, keys, slots.int()), scaling=0.1)
+    form = VectorFormat(dim, BITS)
+    vectors = torch.zeros(tokens, form.padded_dim)
+    quantize_rotated(vectors, bits=BITS, group_size=form.group_size, num_scales=form.num_scales)
     numbers = torch.zeros(8, dtype=torch.long)
     match_neighbors(numbers, numbers, numbers, numbers, common=True)
     match_neighbors(numbers, numbers, numbers, numbers, common=False)
@@ -112,12 +134,15 @@ def _launch_all(dim: int, group: int, dtype: torch.dtype) -> None:
 def bytes_read(dim: int, group: int, size: int) -> dict[str, int]:
     """Return the bytes that each kernel reads and writes for one token of a KV head."""
     entry, features = dim * size, 4 * (group + 1)
+    form = VectorFormat(dim, BITS)
     return {
         "key_sums_kernel": entry + features,
         "key_scores_kernel": entry + features + 16,
         "gram_kernel": entry + 4,
         "quadratic_form_kernel": entry + 8,
         "attention_parts_kernel": 2 * entry,
+        "quantized_parts_kernel": 2 * form.bytes_per_vector,
+        "packing_kernel": 4 * form.padded_dim + form.bytes_per_vector + 4,
     }
 
 
@@ -127,7 +152,7 @@ def ceiling(compiled: Compiled, bytes_per_token: int) -> dict[str, float]:
         file.write(compiled.kernel.asm["cubin"])
         file.flush()
         usage = _run_tool("cuobjdump", "-res-usage", file.name)
-        body = _token_loop(_run_tool("nvdisasm", "-c", file.name))
+        body = _token_loop(_run_tool("nvdisasm", "-c", file.name), compiled.longest_loop)
     warps, tokens = compiled.kernel.metadata.num_warps, compiled.options["BLOCK_N"]
     counts = Counter(name.split(".")[0] for name in body)
 
@@ -153,8 +178,11 @@ def _run_tool(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _token_loop(code: str) -> list[str]:
-    """Return the instructions of the loop over the tokens: the smallest loop that uses the matrix units."""
+def _token_loop(code: str, longest: bool) -> list[str]:
+    """Return the instructions of the loop over the tokens: the shortest or longest loop that uses the matrix units.
+
+    If there is none, return all instructions.
+    """
     instructions: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     loops: list[list[str]] = []
@@ -169,7 +197,9 @@ def _token_loop(code: str) -> list[str]:
             body = [instruction for instruction, _ in instructions[labels[target[0]] : number + 1]]
             if any(map(_multiplications, body)):
                 loops.append(body)
-    return min(loops, key=len)
+    if not loops:
+        return [name for name, _ in instructions if name != "NOP"]
+    return (max if longest else min)(loops, key=len)
 
 
 def _multiplications(name: str) -> float:
@@ -210,11 +240,19 @@ def main() -> None:
             clocks = " ".join(f"{row[part]:>11.1f}" for part in parts)
             tail = f"{row['ceiling']:>8.0%} {row['registers']:>9} {row['bytes_spilled']:>7}"
             print(f"{dim:>4} {name:>22} {clocks} {tail}")
-        scoring = [row for name, row in rows.items() if name != "attention_parts_kernel"]
+        scoring = [rows[name] for name in SCORING]
         needed = 4 * dim * dtype.itemsize / (BANDWIDTH / PROCESSORS / CLOCK)
         whole = needed / sum(max(row[part] for part in parts) for row in scoring)
         print(f"{dim:>4} {'scoring':>22} {whole:.0%} of the bound of reading K and V twice")
-        result[str(dim)] = {"kernels": rows, "scoring": whole, "compiled": sorted(kernels)}
+        names = ("attention_parts_kernel", "quantized_parts_kernel")
+        decoding, quantized = (max(rows[name][part] for part in parts) for name in names)
+        print(f"{dim:>4} decoding with {BITS} bits can be {decoding / quantized:.2f} times as fast as with 16 bits")
+        result[str(dim)] = {
+            "kernels": rows,
+            "scoring": whole,
+            "quantized_speedup": decoding / quantized,
+            "compiled": sorted(kernels),
+        }
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))

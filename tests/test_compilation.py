@@ -27,4 +27,4 @@ def test_every_kernel_compiles(tmp_path):
     for name, row in result["kernels"].items():
         assert 0 < row["ceiling"] <= 1, name
         assert row["issue"] > 0, name
-        assert row["matrix"] > 0, name
+        assert (row["matrix"] > 0) == (name != "packing_kernel"), name

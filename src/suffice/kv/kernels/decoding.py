@@ -148,7 +148,7 @@ def decode(
         BLOCK_G=block_size(group),
         BLOCK_D=block_size(dim),
         BLOCK_V=block_size(value_dim),
-        BLOCK_N=entries_per_block(keys),
+        BLOCK_N=_BLOCK // 2 if keys.dtype == torch.float32 else _BLOCK,  # limited by the number of registers
         num_warps=4,
         num_stages=3,
     )
@@ -198,11 +198,6 @@ def combine_parts(
         BLOCK_P=_BLOCK_PARTS,
         num_warps=4,
     )
-
-
-def entries_per_block(keys: Tensor) -> int:
-    """Return the number of entries that a program processes at a time, which is limited by the number of registers."""
-    return _BLOCK // (2 if keys.dtype == torch.float32 else 1) // (2 if keys.shape[-1] > 128 else 1)
 
 
 @triton.jit

@@ -25,11 +25,13 @@ from suffice.kv.kernels.decoding import (
     attend_to_entries,
     cap_logits,
     combine_parts,
-    entries_per_block,
     update_softmax,
 )
 from suffice.kv.kernels.dot import precise_dot
 from suffice.kv.kernels.grid import contiguous_rows
+
+_BLOCK_NUMBERS = 8192
+"""Numbers of the keys that a program processes at a time, which is limited by the number of registers."""
 
 _FLOAT_2_23 = tl.constexpr(0x4B000000)
 """The float32 number 2^23 as an integer."""
@@ -66,6 +68,7 @@ def decode_quantized(
     group = heads // kv_heads
     plan = _make_plan(tuple(itertools.chain(*quantized.lengths)), query.device)
     num_parts = len(plan.items)
+    is_float32 = query.dtype == torch.float32
     key_format, value_format = quantized.key_format, quantized.value_format
     rotated, of_mean = _rotate_queries(query.float().unflatten(1, (kv_heads, group)), quantized)
     partial = torch.empty(num_parts, group, value_format.padded_dim, dtype=torch.float32, device=query.device)
@@ -102,7 +105,8 @@ def decode_quantized(
         BLOCK_G=block_size(group),
         BLOCK_D=block_size(head_dim),
         BLOCK_V=block_size(value_dim),
-        BLOCK_N=entries_per_block(keys),
+        BLOCK_N=_BLOCK_NUMBERS // (2 if is_float32 else 1) // max(64, block_size(max(head_dim, value_dim))),
+        BLOCK_EXACT=16 if is_float32 else 32,
         **_format_constants("KEY", key_format),
         **_format_constants("VALUE", value_format),
         num_warps=4,
@@ -335,6 +339,7 @@ def quantized_parts_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_EXACT: tl.constexpr,
     KEY_BITS: tl.constexpr,
     KEY_PADDED: tl.constexpr,
     KEY_GROUP_SIZE: tl.constexpr,
@@ -415,7 +420,7 @@ def quantized_parts_kernel(
             BLOCK_G,
             BLOCK_D,
             BLOCK_V,
-            BLOCK_N,
+            BLOCK_EXACT,
         )
         offs_v = tl.arange(0, BLOCK_V)
         tl.store(maxima + part * GROUP + offs_g, maximum, mask=mask_g)
