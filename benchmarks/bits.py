@@ -28,7 +28,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from evidence import FIRST_SEED, TOKENS, write_haystack
 from machine import machine
 from quantized_peers import PEERS
 from suffice.kv import DEFAULT_POLICY, CompressedCache
+from suffice.kv.cache.memory import LayerShape
 from suffice.kv.cache.shared_prefill import prefill
 from suffice.kv.eval.fidelity import teacher_forced_metrics
 from suffice.kv.eval.run_kinds import text_digest
@@ -54,6 +55,7 @@ from suffice.study.results import Group, Interval, group_records
 
 MODES = {"text": ("text", "continuation"), "agnostic": ("multikey", "agnostic"), "aware": ("multikey", "aware")}
 FULL_BITS = 16  # not quantized
+CHOSEN = "chosen"  # bits that follow from a limit on the bytes
 PAGE, NUMBERS = Path("docs/results/kv-bits.md"), Path("docs/results/kv-bits.json")
 START, END = "<!-- written by benchmarks/bits.py -->", "<!-- end -->"
 
@@ -81,6 +83,7 @@ KIND = RunKind(
         "policies": [DEFAULT_POLICY],
         "entries": [1.0],
         "bits": [4],
+        "memory": [],
         "peers": [],
     },
     description="Measure how close quantized caches stay to the full cache on one example.",
@@ -114,7 +117,7 @@ def measure(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict
     full_bytes = sum(2 * part.numel() for layer in layers for part in (layer.keys, layer.values))
     rows: list[dict[str, Any]] = []
 
-    def add_row(method: str, entries: float, bits: int, cache: Any, num_bytes: float) -> None:
+    def add_row(method: str, entries: float, bits: int | str, cache: Any, num_bytes: float) -> None:
         values = {**teacher_forced_metrics(reference, log_probs(cache), gold[0]), "bytes": num_bytes / full_bytes}
         rows.append({"settings": {"method": method, "entries": entries, "bits": bits}, "values": values})
 
@@ -130,16 +133,58 @@ def measure(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict
         prefill(model, {"input_ids": prefilled}, caches, share_statistics=True)
     for name, cache in zip(names, caches, strict=True):
         add_row(*name, cache, stored_bytes(cache))
+    limited = [(limit, evict) for limit in settings["memory"] for evict in ("always", "prefill")]
+    caches = [limited_cache(model, layers[0].keys, limit, evict) for limit, evict in limited]
+    if caches:
+        prefill(model, {"input_ids": prefilled}, caches, share_statistics=True)
+    for (limit, evict), cache in zip(limited, caches, strict=True):
+        add_row(f"memory={limit:g}, evict={evict!r}", limit, CHOSEN, cache, stored_bytes(cache))
+        report = cache.report()
+        key_bits, value_bits = cache.compressed_layers[0].storage.bits
+        rows[-1]["values"] |= {
+            "entries_kept": report.tokens_kept / report.tokens_seen,
+            "key_bits": key_bits,
+            "value_bits": value_bits,
+        }
     for method in settings["peers"]:
         for bits in peer_bits(method, settings["bits"]):
             add_row(method, 1.0, bits, *quantized_copy(model, full, method, bits))
     return {"rows": rows, "tokens": prompt.input_ids.shape[1]}
 
 
-def make_cache(model: Any, policy: str, entries: float, bits: int) -> CompressedCache:
+def parse_bits(text: str) -> int | str:
+    """Return a number of bits, or a pair (bits of keys, bits of values) as it is."""
+    return text if "," in text else int(text)
+
+
+def make_cache(model: Any, policy: str, entries: float, bits: int | str) -> CompressedCache:
     """Return an empty cache."""
-    options: dict[str, Any] = {} if bits == FULL_BITS else {"bits": bits}
+    pair = tuple(map(int, bits.split(","))) if isinstance(bits, str) else bits
+    options: dict[str, Any] = {} if bits == FULL_BITS else {"bits": pair}
     return CompressedCache(model, policy, float(entries), measure_capacity=False, **options)
+
+
+def limited_cache(model: Any, keys: Tensor, limit: float, evict: str) -> CompressedCache:
+    """Return an empty cache that keeps as many entries, with as many bits, as one with `memory=limit` in 16 bits.
+
+    Args:
+        model: the model, which runs in float32.
+        keys: keys of the full cache, [1, num_key_value_heads, tokens, head_dim].
+        limit: fraction of the full cache in 16 bits.
+        evict: `"always"` leaves room for new tokens, `"prefill"` does not.
+
+    """
+    _, heads, num_tokens, head_dim = keys.shape
+    query_dim = model.config.num_attention_heads * head_dim
+    memory = CompressedCache(model, memory=limit, evict=evict).settings.memory
+    assert memory is not None
+    shape = LayerShape(heads, head_dim, head_dim, 2, 2 * query_dim, query_dim, 1)
+    plan = memory.plan(shape, num_tokens)
+    cache = CompressedCache(model, budget=min(plan.num_entries, num_tokens), measure_capacity=False)
+    storage = replace(cache.settings.storage, quantization=plan.quantization)
+    for layer in cache.compressed_layers:
+        layer.settings = replace(layer.settings, storage=storage)
+    return cache
 
 
 def stored_bytes(cache: CompressedCache) -> int:
@@ -153,10 +198,10 @@ def stored_bytes(cache: CompressedCache) -> int:
     )
 
 
-def peer_bits(method: str, bits: Sequence[int]) -> list[int]:
+def peer_bits(method: str, bits: Sequence[int | str]) -> list[int]:
     """Return the numbers of bits with which a peer is measured: those that it supports, or its only one."""
     supported = PEERS[method].bits
-    return list(supported) if len(supported) == 1 else [number for number in bits if number in supported]
+    return list(supported) if len(supported) == 1 else [number for number in supported if number in bits]
 
 
 def quantized_copy(model: Any, full: Any, method: str, bits: int) -> tuple[Any, float]:
@@ -181,6 +226,7 @@ def run(options: argparse.Namespace, model: str) -> list[Group]:
         "policies": options.policies,
         "entries": options.entries,
         "bits": options.bits,
+        "memory": options.memory,
         "peers": options.peers,
     }
     seeds = range(options.seed, options.seed + options.samples)
@@ -201,12 +247,12 @@ def run_in_processes(models: Sequence[str], threads: int) -> None:
         sys.exit("a model could not be measured; finished samples are kept, and the same command continues")
 
 
-def find_group(groups: Sequence[Group], mode: str, method: str, entries: float, bits: int) -> Group | None:
+def find_group(groups: Sequence[Group], mode: str, method: str, entries: float, bits: int | str) -> Group | None:
     wanted = {"mode": mode, "method": method, "entries": entries, "bits": bits}
     return next((group for group in groups if wanted.items() <= dict(group.settings).items()), None)
 
 
-def row_names(groups: Sequence[Group]) -> list[tuple[str, float, int]]:
+def row_names(groups: Sequence[Group]) -> list[tuple[str, float, int | str]]:
     """Return method, entries and bits of all rows of a model's table."""
     return list(dict.fromkeys((g.settings["method"], g.settings["entries"], g.settings["bits"]) for g in groups))
 
@@ -227,6 +273,16 @@ def table(groups: Sequence[Group], modes: Sequence[str]) -> list[str]:
                 star = "*" if difference.interval.low > 0 or difference.interval.high < 0 else ""
             cells.append(kl_text(group.interval("kl")) + star)
         share = sum(shares) / len(shares)
+        if bits == CHOSEN:
+            chosen = [find_group(groups, mode, method, entries, bits) for mode in modes]
+            kept, key_bits, value_bits = (
+                sum(group.interval(name).mean for group in chosen if group is not None) / len(modes)
+                for name in ("entries_kept", "key_bits", "value_bits")
+            )
+            lines.append(
+                f"| {method} | {kept:.0%} | {key_bits:.3g}, {value_bits:.3g} | {share:.1%} | {' | '.join(cells)} |"
+            )
+            continue
         lines.append(f"| {method} | {entries:.0%} | {bits} | {share:.1%} | {' | '.join(cells)} |")
     return lines
 
@@ -290,7 +346,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--policies", nargs="*", default=[DEFAULT_POLICY, "capkv"])
     parser.add_argument("--entries", type=float, nargs="+", default=[1.0, 0.5, 0.36, 0.25, 0.18], help="fractions")
-    parser.add_argument("--bits", type=int, nargs="*", default=[8, 4, 3, 2], help="rows without quantization are added")
+    parser.add_argument(
+        "--bits",
+        type=parse_bits,
+        nargs="*",
+        default=[8, "5,4", "5,3", 4, 3, 2],
+        help='numbers of bits, or pairs "keys,values"; rows without quantization are added',
+    )
+    parser.add_argument(
+        "--memory", type=float, nargs="*", default=[0.25, 0.125, 0.1, 0.05], help="fractions of the bytes, with 16 bits"
+    )
     parser.add_argument("--peers", nargs="*", default=installed, help="default: those whose packages are installed")
     parser.add_argument("--modes", nargs="+", default=list(MODES))
     parser.add_argument("--threads", type=int, default=1, help="threads of each model's process")

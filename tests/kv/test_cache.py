@@ -249,7 +249,7 @@ def test_report_states_what_is_kept(model):
     facts = report.to_dict()
     assert facts["tokens_seen"] == 40
     assert len(facts["heads"]) == 6
-    assert facts["bytes_index"] == 3 * 2 * 20 * 4
+    assert facts["bytes_index"] == 3 * 2 * (20 + 1) * 4  # positions, and the capacity of each head
     assert report.table().row_count == 3
     assert len(report.figure().axes) == 4
     with pytest.raises(ValueError, match=r"layer must be a layer with kept entries \(\[0, 1, 2\]\), got 7"):

@@ -154,7 +154,7 @@ def test_numpy_numbers_are_accepted_as_arguments(tmp_path, allocation):
         assert type(cache.budget) is type(budget)
         fill(model, cache)
         assert CompressedCache.load(cache.save(model, tmp_path / "x"), model).settings == plain.settings
-    for wrong in (True, "4", np.float32(4.5), None):
+    for wrong in (True, "4", np.float32(4.5)):
         with pytest.raises(TypeError, match="interval must be an int"):
             CompressedCache(model, "capkv", 12, interval=wrong)
 

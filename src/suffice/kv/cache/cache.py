@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from suffice.kv.cache.forward_pass import ForwardPass
 from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.layer_kinds import check_latents, check_sliding, make_layer
+from suffice.kv.cache.memory import MemoryBudget, check_equal_layers, parse_memory
 from suffice.kv.cache.positions import check_position_ids, check_window, find_rotary_embeddings, max_rerotated_entries
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.settings import CacheSettings, StorageConfig
@@ -38,7 +40,7 @@ from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY, get_allocation, get_policy
-from suffice.kv.storage.quantization import parse_bits
+from suffice.kv.storage.quantization import Quantization, parse_bits
 from suffice.plain_numbers import plain_number
 
 _WRONG_MODEL = (
@@ -46,6 +48,7 @@ _WRONG_MODEL = (
     "model had when the cache was made; got one that the model's attention calls do not reach. Make a new "
     "CompressedCache with this model"
 )
+_DEFAULT_INTERVAL = 512
 
 
 class CompressedCache(Cache):
@@ -63,16 +66,24 @@ class CompressedCache(Cache):
             computes the same results.
         policy: a name (`suffice kv policies` lists them) or a `Policy`.
         budget: number of entries to keep in each row and head, averaged over heads and layers (an int), or the fraction
-            of the tokens seen (a float in (0, 1]).
+            of the tokens seen (a float in (0, 1]). None means a quarter of the tokens, or as many entries as `memory`
+            allows.
+        memory: limit on the bytes of the compressed layers, instead of `budget`: a fraction of what a cache without
+            compression would hold in the model's dtype (a float in (0, 1]), or a number of bytes for all rows (an int,
+            or a text such as "2GiB"). The number of entries and `bits` follow from it. Everything that is stored
+            counts: quantized and other entries, scales, positions, room for new tokens, and the queries that the policy
+            remembers. The limit also holds for later tokens, unless `evict="prefill"` is given.
         sinks: number of first tokens that are always kept; None means 4, or fewer if the budget is below 8.
         window: number of last tokens that are always kept; None means the window that was published with the
             policy, or, if there is none, 15 % of the budget, at least 4 and at most 32.
         allocation: how the budget is split over heads and layers (a name or an `Allocation`); None means as the policy
             says.
         evict: `"prefill"` evicts once, after the first forward pass. `"always"` evicts after every forward pass over
-            several tokens (a chunk of a prompt), and after every `interval` generated tokens.
+            several tokens (a chunk of a prompt), and after every `interval` generated tokens. None means `"always"`
+            with `memory`, and otherwise `"prefill"`.
         interval: with `evict="always"`, number of generated tokens between evictions. A head then holds at most
-            budget + interval entries during generation, on average. The paper's value is 512.
+            budget + interval entries during generation, on average. None means 512, the paper's value, or a number that
+            follows from `memory`.
         rerotate: rotate the kept keys to the positions right before the next token, so that a text that is read in
             chunks may be longer than the model's context window. This requires a rotary embedding. No head then keeps
             more entries than half of that window, and `interval` is limited to the same number. If False, kept keys are
@@ -80,9 +91,10 @@ class CompressedCache(Cache):
         measure_capacity: measure the share of the capacity that the kept entries carry, under the default policy's
             objective, so that policies can be compared. This costs about as much as scoring. It is ignored with
             `evict="always"`, and with an allocation that shares one budget between layers.
-        bits: number of bits of each stored number: 2, 3, 4, 5 or 8, or a pair (bits of keys, bits of values). 4 bits cost
-            little fidelity and take 27 % of the bytes of 16 bits. None stores the model's dtype. The first 4 tokens and
-            the newest 32 entries of each head, and up to 32 new tokens, stay in the model's dtype.
+        bits: number of bits of each stored number: 2, 3, 4, 5 or 8, or a pair (bits of keys, bits of values). 4 bits
+            cost little fidelity and take 27 % of the bytes of 16 bits. None stores the model's dtype, or what follows
+            from `memory`. The first 4 tokens and the newest 32 entries of each head, and up to 32 new tokens, stay in
+            the model's dtype; with `memory`, fewer if it is small.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -99,13 +111,14 @@ class CompressedCache(Cache):
         self,
         model: nn.Module,
         policy: str | Policy = DEFAULT_POLICY,
-        budget: float = 0.25,
+        budget: float | None = None,
         *,
+        memory: float | str | None = None,
         sinks: int | None = None,
         window: int | None = None,
         allocation: str | Allocation | None = None,
-        evict: str = "prefill",
-        interval: int = 512,
+        evict: str | None = None,
+        interval: int | None = None,
         rerotate: bool = False,
         measure_capacity: bool = True,
         bits: int | tuple[int, int] | None = None,
@@ -114,14 +127,14 @@ class CompressedCache(Cache):
         if allocation is not None:
             self.policy = replace(self.policy, allocation=get_allocation(allocation))
         protection = Protection(sinks, window)
-        self.budget = budget = protection.check(budget)
-        if evict not in ("prefill", "always"):
-            raise ValueError(f"evict must be 'prefill' or 'always', got {evict!r}")
-        num_tokens = plain_number(interval)
-        if isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
-            raise TypeError(f"interval must be an int, a number of tokens, got {interval!r}")
-        if num_tokens < 1:
-            raise ValueError(f"interval must be at least 1, got {interval}")
+        limit = None if memory is None else parse_memory(memory)
+        if limit is not None and budget is not None:
+            raise ValueError(f"budget must be None with memory={memory!r}, from which it follows, got {budget!r}")
+        self.budget = budget = None if limit is not None else protection.check(0.25 if budget is None else budget)
+        if evict not in (None, "prefill", "always"):
+            raise ValueError(f"evict must be 'prefill', 'always' or None, got {evict!r}")
+        evict = evict or ("prefill" if limit is None else "always")
+        num_tokens = _check_interval(interval)
         if not isinstance(rerotate, bool):
             raise TypeError(f"rerotate must be True or False, got {rerotate!r}")
         quantization = parse_bits(bits)
@@ -130,6 +143,8 @@ class CompressedCache(Cache):
                 f"bits must be None with rerotate=True, got {bits!r}: each rotation of a quantized key would add an "
                 "error"
             )
+        if limit is not None and rerotate:
+            raise ValueError(f"memory must be None with rerotate=True, which does not quantize, got {memory!r}")
         model = unwrap_model(model)
         modules = compressed_layers(model)
         if isinstance(self.policy.allocation, HeadProfile):
@@ -144,14 +159,22 @@ class CompressedCache(Cache):
         rotaries = find_rotary_embeddings(model, compressed, self.policy, rerotate=rerotate)
         used = [rotary for rotary in rotaries.values() if isinstance(rotary, RotaryEmbedding)]
         self._window = context_window(model) if rerotate else None
-        max_entries = None if self._window is None else max_rerotated_entries(self._window, budget)
+        max_entries = None
+        if self._window is not None and budget is not None:
+            max_entries = max_rerotated_entries(self._window, budget)
+        memory_budget = None
+        if limit is not None:
+            check_equal_layers(modules.values(), self.policy)
+            given_bits = None if quantization is None else quantization.bits
+            memory_budget = MemoryBudget(limit, self.policy, protection, evict == "always", given_bits, num_tokens)
+            quantization = quantization or Quantization()
         self.settings = CacheSettings(
             policy=self.policy,
             budget=budget,
             protection=protection,
             evict_always=evict == "always",
             # Evict before generated tokens fill the rest of the context window.
-            interval=num_tokens if max_entries is None else min(num_tokens, max_entries),
+            interval=min(num_tokens or _DEFAULT_INTERVAL, max_entries or sys.maxsize),
             rerotate=rerotate,
             measure_capacity=measure_capacity and evict == "prefill" and not is_global,
             num_layers=len(compressed),
@@ -161,6 +184,7 @@ class CompressedCache(Cache):
             ),
             sharding=Sharding.from_model(model),
             max_entries=max_entries,
+            memory=memory_budget,
         )
         if has_latents:
             check_latents(model, self.policy)
@@ -450,4 +474,24 @@ class CompressedCache(Cache):
         return CacheReport.from_layers(self.policy.name, self.compressed_layers, bytes_uncompressed)
 
     def __repr__(self) -> str:
-        return f"CompressedCache(policy={self.policy.name!r}, budget={self.budget}, {self.report()})"
+        memory = self.settings.memory
+        limit = f"budget={self.budget}" if memory is None else f"memory={memory.limit}"
+        return f"CompressedCache(policy={self.policy.name!r}, {limit}, {self.report()})"
+
+
+def _check_interval(interval: object) -> int | None:
+    """Return the argument `interval` of a cache.
+
+    Raises:
+        TypeError: it is neither an int nor None.
+        ValueError: it is below 1.
+
+    """
+    number = plain_number(interval)
+    if number is None:
+        return None
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"interval must be an int, a number of tokens, or None, got {interval!r}")
+    if number < 1:
+        raise ValueError(f"interval must be at least 1, got {interval}")
+    return number

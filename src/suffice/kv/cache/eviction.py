@@ -18,8 +18,9 @@ from torch import Tensor
 from suffice.kv.backend.torch_backend import TorchBackend
 from suffice.kv.budget.protection import num_allowed
 from suffice.kv.cache.global_budget import GlobalBudget, GlobalSelection, update_priorities
+from suffice.kv.cache.memory import MemoryPlan
 from suffice.kv.cache.rerotation import rerotate
-from suffice.kv.cache.settings import CacheSettings
+from suffice.kv.cache.settings import CacheSettings, StorageConfig
 from suffice.kv.cache.state import LayerState, RowState
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.capacity_share import capacity_share
@@ -38,6 +39,7 @@ class EvictionPlan:
             `num_seen` for a row that does not evict.
         num_seen: for each row, the number of tokens so far, without padding.
         windows: for each row, the number of last tokens that every head keeps; 0 for a row that does not evict.
+        storage: how the kept entries are stored.
 
     """
 
@@ -45,6 +47,7 @@ class EvictionPlan:
     allowed: tuple[int, ...]
     num_seen: tuple[int, ...]
     windows: tuple[int, ...]
+    storage: StorageConfig
 
     @property
     def keeps_all(self) -> bool:
@@ -86,6 +89,7 @@ def plan_eviction(
     num_new: int,
     is_first: bool,
     max_readable: int | None = None,
+    memory: MemoryPlan | None = None,
 ) -> EvictionPlan | None:
     """Return which rows evict after an attention call; None if no row does.
 
@@ -98,6 +102,7 @@ def plan_eviction(
         is_first: whether the layer is empty.
         max_readable: number of tokens that the next token can read. Earlier tokens do not count towards the budget.
             None for no limit.
+        memory: how the layer uses its memory; None if the settings have a budget in entries.
 
     Raises:
         ValueError: the protected entries do not fit into the budget of a row.
@@ -109,12 +114,18 @@ def plan_eviction(
     if max_readable is not None:
         num_seen = [min(seen, max_readable) for seen in num_seen]
     limit = math.inf if settings.max_entries is None else settings.max_entries
-    allowed = [int(min(num_allowed(settings.budget, seen), limit)) for seen in num_seen]
+    budget = settings.budget if memory is None else memory.num_entries
+    assert budget is not None
+    allowed = [int(min(num_allowed(budget, seen), limit)) for seen in num_seen]
+    interval = settings.interval if memory is None else memory.interval
+    # With limited memory, few queries are remembered, so stateful weights must read them in time.
+    always_due = memory is not None and settings.policy.weights.is_stateful
     if is_first or num_new > 1:
         is_due = [True] * len(rows)
     else:
         is_due = [
-            row.num_kept + num_appended - row.num_masked - limit >= settings.interval
+            row.num_kept + num_appended - row.num_masked - limit >= interval
+            or (always_due and row.num_appended + num_appended >= interval)
             for row, limit in zip(rows, allowed, strict=True)
         ]
     windows = [
@@ -125,7 +136,8 @@ def plan_eviction(
         return None
     # Rows that are not due keep all their entries.
     allowed = [limit if due else seen for limit, seen, due in zip(allowed, num_seen, is_due, strict=True)]
-    return EvictionPlan(tuple(is_due), tuple(allowed), tuple(num_seen), tuple(windows))
+    storage = settings.storage if memory is None else replace(settings.storage, quantization=memory.quantization)
+    return EvictionPlan(tuple(is_due), tuple(allowed), tuple(num_seen), tuple(windows), storage)
 
 
 def _num_last_kept(settings: CacheSettings, limit: int, num_seen: int) -> int:
@@ -203,11 +215,16 @@ def _rows_that_evict(plan: EvictionPlan, settings: CacheSettings) -> list[bool]:
 
 
 def copy_entries(
-    selection: SelectedEntries, state: LayerState, settings: CacheSettings, query_sizes: Tensor | None
+    plan: EvictionPlan,
+    selection: SelectedEntries,
+    state: LayerState,
+    settings: CacheSettings,
+    query_sizes: Tensor | None,
 ) -> Storage | None:
     """Copy the selected entries to a new storage, without changing the layer.
 
     Args:
+        plan: which rows evict, and how the kept entries are stored.
         selection: the selected entries.
         state: state of the layer.
         settings: settings of the cache.
@@ -217,7 +234,7 @@ def copy_entries(
         The new storage; None if `commit_eviction` can compact the entries in place.
 
     """
-    config = settings.storage
+    config = plan.storage
     if selection.kept is None:
         return state.storage or config.store_all(selection.entries, query_sizes, padded=any(state.num_padding))
     if isinstance(state.storage, QuantizedStorage):

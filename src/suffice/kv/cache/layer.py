@@ -30,6 +30,7 @@ from suffice.kv.cache.eviction import (
     validate_eviction,
 )
 from suffice.kv.cache.global_budget import GlobalBudget
+from suffice.kv.cache.memory import LayerShape, MemoryPlan
 from suffice.kv.cache.recent_queries import RecentQueries
 from suffice.kv.cache.report import HeadReport
 from suffice.kv.cache.settings import CacheSettings
@@ -41,6 +42,7 @@ from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.deferred_checks import DeferredChecks
 from suffice.kv.policy.layer_context import EntryPositions, LayerContext
 from suffice.kv.storage.base import Entries, Storage
+from suffice.kv.storage.quantized import QuantizedStorage
 
 _CHUNKS_ARE_KEPT = (
     "the second forward pass over this CompressedCache has as many tokens as the first, so the prompt seems to be read "
@@ -118,6 +120,7 @@ class CompressedLayer(DynamicLayer):
         self.is_initialized = False
         self.awaits_attention = False  # between `update` and the attention call that follows it
         self._plan: EvictionPlan | None = None  # for the current attention call
+        self._memory: MemoryPlan | None = None  # for the current attention call; None if the memory is not limited
         self._new_positions = torch.empty(0)  # of the tokens of the current attention call, [batch, new]
 
     # ---- New tokens -------------------------------------------------------------------------------------------------
@@ -185,6 +188,7 @@ class CompressedLayer(DynamicLayer):
             check_right_padding(padding)
         batch, _, num_new, _ = call.key.shape
         state = self.state.append_tokens(num_new, padding, batch)
+        self._memory = self._plan_memory(call, state.num_seen)
         self._plan = plan_eviction(
             self.settings,
             state.rows,
@@ -193,6 +197,7 @@ class CompressedLayer(DynamicLayer):
             num_new=num_new,
             is_first=self.storage is None,
             max_readable=self.max_readable,
+            memory=self._memory,
         )
         if self.order == 0 and self._looks_like_a_second_chunk(num_new):
             warnings.warn(_CHUNKS_ARE_KEPT, stacklevel=2)
@@ -201,6 +206,29 @@ class CompressedLayer(DynamicLayer):
             self.storage.append(call.key, call.value, self._new_positions, padded=padding is not None)
         self.state = state  # counts the new tokens after they are stored
         self.is_initialized = True
+
+    def _plan_memory(self, call: AttentionCall, num_seen: int) -> MemoryPlan | None:
+        """Return how the layer uses its memory, if that is limited, after the tokens of a call."""
+        memory = self.settings.memory
+        if memory is None or (self.storage is not None and not memory.evict_always):
+            return None
+        stored_bits = None if self.storage is None else self.storage.bits
+        return memory.plan(self._shape(call), min(num_seen, self.max_readable or num_seen), stored_bits)
+
+    def _shape(self, call: AttentionCall) -> LayerShape:
+        batch, heads, _, key_dim = call.key.shape
+        sharding = self._sharding(heads)
+        num_processes = 1 if sharding is None else sharding.world_size
+        query_dim = call.query.shape[1] * call.query.shape[3]
+        return LayerShape(
+            num_heads=heads,
+            key_dim=key_dim,
+            value_dim=call.value.shape[-1],
+            element_size=call.key.element_size(),
+            query_bytes=query_dim * call.query.element_size(),
+            query_dim=query_dim,
+            num_parts=self.settings.num_layers * batch * num_processes,
+        )
 
     def _looks_like_a_second_chunk(self, num_new: int) -> bool:
         """Return whether a prompt seems to be read in chunks of equal size, all of which are kept after the first."""
@@ -214,6 +242,8 @@ class CompressedLayer(DynamicLayer):
             if self.settings.evict_always:
                 needed = self.settings.policy.weights.num_queries_needed
                 needed = None if needed is None else max(1, needed)
+                if self._memory is not None and call.query.shape[2] == 1:
+                    needed = min(needed or self._memory.num_queries, self._memory.num_queries)
                 queries = self.state.queries
                 if needed is not None and self.state.has_holes:
                     needed = queries.append(call.query, self._new_positions, None).num_slots(needed)
@@ -221,9 +251,20 @@ class CompressedLayer(DynamicLayer):
                 self.state = replace(self.state, queries=queries)
             if self._plan is not None:
                 self._evict(self._plan, call, attention)
+            self._limit_memory()
             self.end_attention()
         for rotary in self._rotaries_to_clear:
             rotary.clear_cache()
+
+    def _limit_memory(self) -> None:
+        """Forget queries, and shorten the window of exact entries, as the plan of the memory says."""
+        if self._memory is None:
+            return
+        queries = self.state.queries
+        if len(queries) > 2 * self._memory.num_queries:
+            self.state = replace(self.state, queries=queries.newest(self._memory.num_queries))
+        if isinstance(self.storage, QuantizedStorage):
+            self.storage.quantization = self._memory.quantization
 
     def end_attention(self) -> None:
         """Let the storage quantize new entries, after the attention of a pass has read them."""
@@ -284,9 +325,9 @@ class CompressedLayer(DynamicLayer):
         """Select the entries to keep, copy them (see `copy_entries`), and validate both, without changing the layer."""
         stats = self._stats(plan, entries, call, attention)
         selection = select_entries(plan, self.settings, entries, stats, backend, self.global_budget)
-        is_quantized = self.settings.storage.bits is not None
+        is_quantized = plan.storage.bits is not None
         query_sizes = self.query_sizes(call) if is_quantized and self.storage is None else None
-        storage = copy_entries(selection, self.state, self.settings, query_sizes)
+        storage = copy_entries(plan, selection, self.state, self.settings, query_sizes)
         validate_eviction(stats, entries, storage, self.index)
         return selection, storage
 
@@ -433,6 +474,16 @@ class CompressedLayer(DynamicLayer):
             return 0
         num_tokens = len(self.state.rows) * self.state.num_seen
         return num_tokens * self.num_key_value_heads * self.storage.bytes_per_entry
+
+    @property
+    def bytes_state(self) -> int:
+        """Bytes of what the policy remembers for the next eviction."""
+        return self.state.nbytes
+
+    @property
+    def bytes_limit(self) -> int | None:
+        """Bytes that the layer may hold, with positions and what the policy remembers; None for no limit."""
+        return None if self._memory is None else self._memory.num_bytes * len(self.state.rows)
 
     def head_reports(self) -> list[HeadReport]:
         """Return one report for each KV head; none before the first token."""

@@ -58,6 +58,16 @@ class ReportedLayer(Protocol):
         """Bytes that the layer would hold without eviction."""
         ...
 
+    @property
+    def bytes_state(self) -> int:
+        """Bytes of what the policy remembers for the next eviction."""
+        ...
+
+    @property
+    def bytes_limit(self) -> int | None:
+        """Bytes that the layer may hold; None for no limit."""
+        ...
+
     def head_reports(self) -> list[HeadReport]:
         """Return one report for each KV head."""
         ...
@@ -73,9 +83,10 @@ class CacheReport:
         batch: number of rows of the batch.
         bytes_full: bytes that the same cache would hold without eviction, including layers that are not compressed.
         bytes_kept: bytes of all keys and values that the cache holds.
-        bytes_index: bytes of positions, columns and spare slots.
+        bytes_index: bytes of positions, columns, spare slots, and what the policy remembers for the next eviction.
         capacity_retained: share of the capacity that the kept entries carry, averaged over layers, heads and rows; None
             if it was not measured.
+        bytes_limit: limit on the sum of `bytes_kept` and `bytes_index`; None for no limit.
 
     """
 
@@ -86,6 +97,7 @@ class CacheReport:
     bytes_kept: int
     bytes_index: int
     capacity_retained: float | None
+    bytes_limit: int | None = None
 
     @classmethod
     def from_layers(cls, policy: str, layers: Sequence[ReportedLayer], bytes_uncompressed: int = 0) -> CacheReport:
@@ -100,14 +112,16 @@ class CacheReport:
         heads = tuple(head for layer in layers for head in layer.head_reports())
         shares = [share for head in heads if (share := head.capacity_retained) is not None]
         storages = [layer.storage for layer in layers if layer.storage is not None]
+        limits = [limit for layer in layers if (limit := layer.bytes_limit) is not None]
         return cls(
             policy=policy,
             heads=heads,
             batch=storages[0].num_kept.shape[0] if storages else 0,
             bytes_full=bytes_uncompressed + sum(layer.bytes_full for layer in layers),
             bytes_kept=bytes_uncompressed + sum(storage.nbytes for storage in storages),
-            bytes_index=sum(storage.nbytes_index for storage in storages),
+            bytes_index=sum(storage.nbytes_index for storage in storages) + sum(layer.bytes_state for layer in layers),
             capacity_retained=sum(shares) / len(shares) if shares else None,
+            bytes_limit=bytes_uncompressed + sum(limits) if len(limits) == len(layers) else None,
         )
 
     @property
@@ -163,6 +177,8 @@ class CacheReport:
         if not self.heads:
             return "no tokens seen yet"
         share = "" if self.capacity_retained is None else f", {self.capacity_retained:.1%} of the capacity"
+        if self.bytes_limit is not None:
+            share += f", {(self.bytes_kept + self.bytes_index) / 1e6:.1f} of {self.bytes_limit / 1e6:.1f} MB allowed"
         return (
             f"{self.tokens_kept:.0f} of {self.tokens_seen} tokens, "
             f"{self.bytes_kept / 1e6:.1f} of {self.bytes_full / 1e6:.1f} MB{share}"

@@ -45,7 +45,7 @@ class SavedCache:
 
     Args:
         policy: policy of the cache.
-        budget: budget of the cache.
+        budget: budget of the cache; None if its memory is limited.
         options: further arguments of `CompressedCache`, by name.
         tensors: tensors of all layers. Their names start with the index of the layer.
         layers: for each layer, the part of its state that is not a tensor.
@@ -53,7 +53,7 @@ class SavedCache:
     """
 
     policy: Policy
-    budget: float
+    budget: float | None
     options: dict[str, Any]
     tensors: dict[str, Tensor]
     layers: list[dict[str, Any]]
@@ -99,10 +99,10 @@ def save_cache(layers: Sequence[Any], settings: CacheSettings, model: PreTrained
             "sinks": settings.protection.sinks,
             "window": settings.protection.window,
             "evict": "always" if settings.evict_always else "prefill",
-            "interval": settings.interval,
+            "interval": settings.interval if settings.memory is None else settings.memory.interval,
             "rerotate": settings.rerotate,
             "measure_capacity": settings.measure_capacity,
-            "bits": settings.storage.bits,
+            **_memory_options(settings),
         },
         "layers": layer_states,
     }
@@ -118,6 +118,12 @@ def save_cache(layers: Sequence[Any], settings: CacheSettings, model: PreTrained
         with contextlib.suppress(OSError):
             partial.unlink()
     return target
+
+
+def _memory_options(settings: CacheSettings) -> dict[str, Any]:
+    """Return the arguments `bits` and, if it was given, `memory` of a cache."""
+    memory = settings.memory
+    return {"bits": settings.storage.bits} if memory is None else {"bits": memory.bits, "memory": memory.limit}
 
 
 def read_cache(path: str | Path, model: PreTrainedModel, policy: Policy | None = None) -> SavedCache:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from suffice.kv.budget.protection import Protection
+from suffice.kv.cache.memory import MemoryBudget
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.policy import Policy
 from suffice.kv.storage.base import Entries, Storage
@@ -70,7 +71,8 @@ class CacheSettings:
 
     Args:
         policy: which entries to keep.
-        budget: number of entries to keep in each head, on average, or fraction of the tokens seen.
+        budget: number of entries to keep in each head, on average, or fraction of the tokens seen; None if it follows
+            from `memory`.
         protection: which entries are always kept.
         evict_always: keep evicting after the prefill; False evicts after the first forward pass only.
         interval: with `evict_always`, number of generated tokens between evictions.
@@ -80,11 +82,12 @@ class CacheSettings:
         storage: how the kept entries are stored.
         sharding: how the heads are split over processes; None if they are not.
         max_entries: largest number of entries that a head may keep; None for no limit.
+        memory: limit on the bytes, from which budget, interval and bits follow; None if `budget` is given.
 
     """
 
     policy: Policy
-    budget: float
+    budget: float | None
     protection: Protection
     evict_always: bool
     interval: int
@@ -94,3 +97,4 @@ class CacheSettings:
     storage: StorageConfig
     sharding: Sharding | None = None
     max_entries: int | None = None
+    memory: MemoryBudget | None = None

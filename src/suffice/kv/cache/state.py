@@ -90,6 +90,15 @@ class LayerState:
     weight_state: WeightState = field(default_factory=WeightState)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of queries, moments and capacities, without the storage."""
+        moments = self.weight_state.query_moments.values()
+        tensors = [x for own in moments for x in (own.weight, own.count, own.mean, own.square)]
+        if self.capacity is not None:
+            tensors.append(self.capacity)
+        return sum(x.nbytes for x in (*self.queries.parts, *self.queries.positions, *tensors))
+
+    @property
     def num_padding(self) -> list[int]:
         """Number of left-padding tokens of each row."""
         return [row.num_padding for row in self.rows]

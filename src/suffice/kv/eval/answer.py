@@ -137,7 +137,7 @@ def answer(
     result = Answer(
         answer=str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
         policy=cache.policy.name,
-        budget=cache.budget,
+        budget=budget,
         aware=aware,
         tokens_seen=report.tokens_seen,
         tokens_kept=report.tokens_kept,

@@ -19,9 +19,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     A vector is divided into equal sections, whose integers share bytes: with 4 bits, byte i holds the integers i (low
     bits) and dim/2 + i (high bits); with 2 bits, it holds i, dim/4 + i, dim/2 + i and 3 dim/4 + i. With 3 bits, there
     are eight sections. The first six share bytes in pairs, as bits 0 to 2 and 3 to 5 of three blocks of dim/8 bytes.
-    The two highest bits of these blocks hold the other two sections: their six bits, in order of the blocks. With 5 bits,
-    the four low bits of all integers come first, packed like integers of 4 bits. The highest bits follow, in eight
-    sections: bit i of a byte belongs to section i.
+    The two highest bits of these blocks hold the other two sections: their six bits, in order of the blocks. With 5
+    bits, the four low bits of all integers come first, packed like integers of 4 bits. The highest bits follow, in
+    eight sections: bit i of a byte belongs to section i.
 
     Args:
         codes: uint8 [..., dim], each below 2^bits. dim is a multiple of 8.

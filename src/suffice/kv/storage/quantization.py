@@ -20,15 +20,17 @@ class Quantization:
         key_bits: number of bits of a number in a key: 2, 3, 4, 5 or 8.
         value_bits: number of bits of a number in a value: 2, 3, 4, 5 or 8.
         window: number of newest entries of each head that are not quantized.
+        block: number of new tokens after which entries that have left the window are quantized.
 
     Raises:
-        ValueError: a number of bits is not supported, or `window` is negative.
+        ValueError: a number of bits is not supported, `window` is negative, or `block` is below 1.
 
     """
 
     key_bits: int = 4
     value_bits: int = 4
     window: int = 32
+    block: int = 32
 
     def __post_init__(self) -> None:
         for bits in self.bits:
@@ -36,6 +38,8 @@ class Quantization:
                 raise ValueError(f"bits must be 2, 3, 4, 5 or 8, got {bits!r}")
         if self.window < 0:
             raise ValueError(f"window of a quantization must be at least 0, got {self.window}")
+        if self.block < 1:
+            raise ValueError(f"block of a quantization must be at least 1, got {self.block}")
 
     @property
     def bits(self) -> tuple[int, int]:

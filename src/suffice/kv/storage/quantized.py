@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import ClassVar
 
 import torch
@@ -24,8 +24,6 @@ from suffice.kv.storage.vector_format import QuantizedVectors, VectorFormat
 
 NUM_SINKS = 4
 """Number of first tokens of a text whose entries are never quantized, because many queries attend to them."""
-BLOCK_SIZE = 32
-"""Number of new tokens after which entries that have left the window are quantized."""
 _QUANTIZED_PREFIX = "quantized."
 
 
@@ -33,21 +31,21 @@ class QuantizedStorage(PerHeadStorage):
     """Keys and values of which the older ones are quantized.
 
     The first tokens of a text (`NUM_SINKS`) and the newest entries of each head stay in the model's dtype, as exact
-    entries. New tokens are exact too, until `BLOCK_SIZE` entries of a head have left the window. A quantized entry is
+    entries. New tokens are exact too, until enough entries of a head have left the window. A quantized entry is
     never quantized again: evictions drop it or move its integers.
 
     Args:
         quantized: the quantized entries.
         exact: the exact entries, in ascending order of positions, with empty slots anywhere. All positions are int32
             [batch, num_key_value_heads, width].
-        window: number of newest entries of each head that stay exact.
+        quantization: how to quantize further entries. It may be replaced, but the numbers of bits stay the same.
 
     """
 
     kind: ClassVar[str] = "quantized"
 
-    def __init__(self, quantized: QuantizedEntries, exact: Entries, window: int) -> None:
-        self.window = window
+    def __init__(self, quantized: QuantizedEntries, exact: Entries, quantization: Quantization) -> None:
+        self.quantization = quantization
         self._replace_entries(quantized, exact)
         # Positions of the tokens since the last eviction, int32 [batch, tokens]; −1 on padding.
         self._new_positions = exact.positions.new_empty((len(exact.positions), 0))
@@ -73,7 +71,7 @@ class QuantizedStorage(PerHeadStorage):
         """
         empty = QuantizedEntries.empty(entries, quantization.bits, query_sizes)
         exact, old = _split(entries, kept, quantization.window)
-        return cls(empty.append(entries, old), _gather_exact(entries, exact), quantization.window)
+        return cls(empty.append(entries, old), _gather_exact(entries, exact), quantization)
 
     @property
     def exact(self) -> UniformStorage:
@@ -83,7 +81,7 @@ class QuantizedStorage(PerHeadStorage):
     @property
     def bits(self) -> tuple[int, int]:
         """Number of bits of keys and of values."""
-        return self.quantized.key_format.bits, self.quantized.value_format.bits
+        return self.quantization.bits
 
     @property
     def quantization_errors(self) -> list[tuple[float, float] | None]:
@@ -227,11 +225,12 @@ class QuantizedStorage(PerHeadStorage):
             ValueError: a key or value is NaN, infinite, or too large for the scales. Nothing is changed.
 
         """
-        if self._exact.width < NUM_SINKS + self.window + BLOCK_SIZE:
+        window = self.quantization.window
+        if self._exact.width < NUM_SINKS + window + self.quantization.block:
             return
         entries = self._exact.entries
         slots = torch.arange(self._exact.width, device=entries.positions.device)
-        exact, old = _split(entries, slots.where(entries.positions >= 0, -1), self.window)
+        exact, old = _split(entries, slots.where(entries.positions >= 0, -1), window)
         self._replace_entries(self.quantized.append(entries, old), _gather_exact(entries, exact))
 
     # ---- Changes ----------------------------------------------------------------------------------------------------
@@ -253,7 +252,7 @@ class QuantizedStorage(PerHeadStorage):
         quantized = replace(self.quantized, columns={name: part[0] for name, part in parts.items()})
         exact = replace(self._exact.entries, columns={name: part[1] for name, part in parts.items()})
         keeps_quantized, keeps_exact = self._split_entries(mask, order)
-        return QuantizedStorage(quantized.keep(keeps_quantized), _select_exact(exact, keeps_exact), self.window)
+        return QuantizedStorage(quantized.keep(keeps_quantized), _select_exact(exact, keeps_exact), self.quantization)
 
     def row_priorities(self, row: int) -> Tensor:
         """Return the priorities of all entries of a row, float32 [entries]; see `PerHeadStorage.row_priorities`."""
@@ -338,7 +337,7 @@ class QuantizedStorage(PerHeadStorage):
             "error": quantized.error_sums,
             "positions": quantized.positions,
             "lengths": quantized.counts,
-            "format": torch.tensor([quantized.key_format.bits, quantized.value_format.bits, self.window]),
+            "format": torch.tensor(astuple(self.quantization)),
             **pack_columns(quantized.columns, None),
         }
         return {
@@ -357,11 +356,11 @@ class QuantizedStorage(PerHeadStorage):
         stored = {
             name.removeprefix(_QUANTIZED_PREFIX): x for name, x in state.items() if name.startswith(_QUANTIZED_PREFIX)
         }
-        key_bits, value_bits, window = stored["format"].tolist()
+        quantization = Quantization(*stored["format"].tolist())
         exact = Entries(state["keys"], state["values"], state["positions"], columns=unpack_columns(state))
         quantized = QuantizedEntries(
-            VectorFormat(exact.keys.shape[-1], key_bits),
-            VectorFormat(exact.values.shape[-1], value_bits),
+            VectorFormat(exact.keys.shape[-1], quantization.key_bits),
+            VectorFormat(exact.values.shape[-1], quantization.value_bits),
             QuantizedVectors(stored["key_codes"], stored["key_scales"]),
             QuantizedVectors(stored["value_codes"], stored["value_scales"]),
             stored["positions"],
@@ -371,7 +370,7 @@ class QuantizedStorage(PerHeadStorage):
             stored["error"],
             unpack_columns(stored),
         )
-        storage = cls(quantized, exact, window)
+        storage = cls(quantized, exact, quantization)
         storage._num_sorted = int(state["num_sorted"])
         storage._new_positions = state["new_positions"]
         return storage

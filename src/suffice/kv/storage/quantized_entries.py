@@ -102,8 +102,8 @@ class QuantizedEntries:
 
     @property
     def nbytes_index(self) -> int:
-        """Bytes of positions and columns."""
-        return sum(x.nbytes for x in (self.positions, *self.columns.values()))
+        """Bytes of positions, columns and sums of errors."""
+        return sum(x.nbytes for x in (self.positions, self.error_sums, *self.columns.values()))
 
     @property
     def relative_errors(self) -> list[tuple[float, float] | None]:

@@ -43,6 +43,11 @@ class Weights(ABC):
         return False
 
     @property
+    def half_lives(self) -> frozenset[float]:
+        """Half-lives of the queries' moments that the state contains."""
+        return frozenset()
+
+    @property
     def needs_rotary(self) -> bool:
         """Whether the weight needs the rotary embedding of the model, to rotate queries or keys back."""
         return False
@@ -85,6 +90,11 @@ class CombinedWeights(Weights):
     def is_stateful(self) -> bool:
         """Whether a part depends on queries from before the last eviction."""
         return any(part.is_stateful for part in self.parts)
+
+    @property
+    def half_lives(self) -> frozenset[float]:
+        """Half-lives of all parts."""
+        return frozenset().union(*(part.half_lives for part in self.parts))
 
     @property
     def needs_rotary(self) -> bool:

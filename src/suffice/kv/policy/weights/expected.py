@@ -44,6 +44,11 @@ class QueryEstimateWeights(Weights):
         """True with a half-life: queries before an eviction still count after it."""
         return self.half_life is not None
 
+    @property
+    def half_lives(self) -> frozenset[float]:
+        """The half-life, if there is one."""
+        return frozenset() if self.half_life is None else frozenset((self.half_life,))
+
     def next_state(self, stats: AttentionStats) -> WeightState:
         """Return the moments of all queries so far, if there is a half-life."""
         if self.half_life is None:

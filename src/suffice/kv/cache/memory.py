@@ -1,0 +1,310 @@
+"""A budget in bytes: how many entries of a layer fit into it, and with how many bits they are stored.
+
+The rule, for one layer and one row of the batch with M bytes:
+
+1. If all entries fit in the model's dtype, they are kept as they are.
+2. Otherwise, entries are quantized. If all entries fit with one of the bits of `ALL_ENTRIES`, all are kept, with the
+   most bits that fit.
+3. Otherwise, entries are evicted, and as many are kept as fit. The bits are the first of `SOME_ENTRIES` with which at
+   least a third of the entries fit, or else the last. This rule comes from measurements on two models
+   (docs/results/kv-bits.md): with fewer than a third of the entries, one more entry is worth more than its bits.
+
+Everything that the cache stores is counted: exact and quantized entries, means and scales, positions and other numbers
+of each entry, slots for new tokens until the next eviction, and the queries that the policy needs for it. The bytes of
+exact entries are bounded by those of the largest number that all heads may hold, so the limit is never exceeded.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from suffice.kv.budget.allocation import AdaKV, Equal
+from suffice.kv.budget.protection import Protection
+from suffice.kv.policy.policy import Policy
+from suffice.kv.storage.base import num_spare_slots
+from suffice.kv.storage.quantization import Quantization
+from suffice.kv.storage.quantized import NUM_SINKS
+from suffice.kv.storage.vector_format import VectorFormat
+from suffice.plain_numbers import plain_number
+
+ALL_ENTRIES = ((8, 8), (8, 5), (5, 5), (5, 4))
+"""Bits of keys and values if all entries are kept, best first."""
+SOME_ENTRIES = ((5, 3), (4, 3), (4, 2))
+"""Bits of keys and values if entries are evicted, best first. Errors of keys cost more than those of values."""
+_MIN_SHARE = 1 / 3
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("b", 1000), ("ib", 1024))
+}
+_ACCEPTED = (
+    "memory must be a fraction of the full cache (0 < float <= 1.0), a number of bytes (int, at least 1), or a number "
+    "with a unit such as '2GiB' or '500MB'"
+)
+# Largest shares of the memory for the newest entries in the model's dtype, for those of new tokens, for entries that
+# exceed the limit until the next eviction, and for remembered queries; and the largest numbers of them.
+_WINDOW_SHARE, _BLOCK_SHARE, _INTERVAL_SHARE, _QUERY_SHARE = 1 / 32, 1 / 32, 1 / 32, 1 / 16
+_MAX_WINDOW, _MAX_BLOCK, _MAX_INTERVAL, _MAX_QUERIES = 32, 32, 512, 512
+
+
+def parse_memory(memory: object) -> int | float:
+    """Return the argument `memory` of a cache: a fraction (float), or a number of bytes (int).
+
+    Raises:
+        TypeError: the argument has the wrong type.
+        ValueError: the argument is out of range, or a text that is not a number of bytes.
+
+    """
+    number = plain_number(memory)
+    if isinstance(memory, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", memory)
+        if match is None or match[2].lower() not in _UNITS:
+            raise ValueError(f"{_ACCEPTED}, got {memory!r}")
+        number = int(float(match[1]) * _UNITS[match[2].lower()])
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{_ACCEPTED}, got {memory!r}")
+    if not number > 0 or (isinstance(number, float) and number > 1):
+        raise ValueError(f"{_ACCEPTED}, got {memory!r}")
+    return number
+
+
+def check_equal_layers(modules: Iterable[nn.Module], policy: Policy) -> None:
+    """Raise an error if layers whose entries have different sizes share a budget.
+
+    Raises:
+        ValueError: the parameters of the attention modules have different shapes, and the policy moves budget from one
+            layer to another.
+
+    """
+    if isinstance(policy.allocation, (Equal, AdaKV)):
+        return
+    shapes = {tuple((name, x.shape) for name, x in module.named_parameters()) for module in modules}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"allocation must give each layer a budget of its own with memory=, because entries of this model's layers "
+            f"have different sizes, got {policy.allocation}. Use allocation='equal'"
+        )
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of the tensors of a layer, for one row of the batch.
+
+    Args:
+        num_heads: number of KV heads on this process.
+        key_dim: number of dimensions of a stored key.
+        value_dim: number of dimensions of a stored value.
+        element_size: bytes of a number in the model's dtype.
+        query_bytes: bytes of the queries of one token.
+        query_dim: number of dimensions of the queries of all heads.
+        num_parts: number of parts into which the memory of the whole cache is divided: layers times rows times
+            processes.
+
+    """
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    element_size: int
+    query_bytes: int
+    query_dim: int
+    num_parts: int
+
+    def full_bytes(self, num_tokens: int) -> int:
+        """Return the bytes of all entries in the model's dtype."""
+        return num_tokens * self.num_heads * (self.key_dim + self.value_dim) * self.element_size
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a layer uses its memory.
+
+    Args:
+        num_entries: number of entries that a head may keep at an eviction, on average.
+        quantization: how they are stored.
+        interval: number of generated tokens between evictions.
+        num_queries: number of newest queries that are remembered for the next eviction.
+        num_bytes: bytes that one row of the layer may take.
+
+    """
+
+    num_entries: int
+    quantization: Quantization
+    interval: int
+    num_queries: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """A limit on the bytes of a cache.
+
+    Args:
+        limit: fraction of the bytes of the full cache (float), or bytes of all compressed layers (int).
+        policy: the policy of the cache.
+        protection: which entries are always kept.
+        evict_always: whether evictions continue after the prefill. Otherwise, the limit holds after the prefill only.
+        bits: number of bits of keys and of values; None to choose them.
+        interval: number of generated tokens between evictions; None to choose it.
+
+    """
+
+    limit: int | float
+    policy: Policy
+    protection: Protection
+    evict_always: bool
+    bits: tuple[int, int] | None = None
+    interval: int | None = None
+
+    def bytes_of_layer(self, shape: LayerShape, num_tokens: int) -> int:
+        """Return the bytes that one row of a layer may take after `num_tokens` tokens, including padding."""
+        if isinstance(self.limit, int):
+            return self.limit // shape.num_parts
+        return int(self.limit * shape.full_bytes(num_tokens) + 1e-6)
+
+    def plan(self, shape: LayerShape, num_tokens: int, stored_bits: tuple[int, int] | None = None) -> MemoryPlan:
+        """Divide the memory of one row of a layer.
+
+        Args:
+            shape: sizes of the layer.
+            num_tokens: number of tokens so far that can be read, including padding.
+            stored_bits: bits of the entries that are already stored; None if there are none.
+
+        Raises:
+            ValueError: the memory is too small for the entries that are always kept.
+
+        """
+        division = _Division(self, shape, self.bytes_of_layer(shape, num_tokens), num_tokens)
+        bits = stored_bits or self.bits or division.choose_bits()
+        num_entries = division.num_entries(bits)
+        if division.fits_exactly:
+            return division.plan(max(num_entries, num_tokens), bits, window=num_tokens + division.interval)
+        smallest = num_tokens if self.policy.keep_all else max(self.protection.min_budget, 1)
+        if num_entries < min(smallest, num_tokens):
+            raise ValueError(self._too_small(shape, num_tokens, division.smallest_bytes(smallest, bits)))
+        return division.plan(num_entries, bits, window=division.window)
+
+    def _too_small(self, shape: LayerShape, num_tokens: int, needed: int) -> str:
+        what = "all entries, none of which the policy evicts" if self.policy.keep_all else "the entries that stay"
+        if isinstance(self.limit, int):
+            return f"memory must be at least {needed * shape.num_parts} bytes for {what}, got {self.limit}"
+        share = math.ceil(needed / shape.full_bytes(num_tokens) * 1000) / 1000
+        return (
+            f"memory must be at least {share:g} for {what} of a text of {num_tokens} tokens, got {self.limit:g}. "
+            "Give a larger fraction, or bytes such as memory='1MiB'"
+        )
+
+
+class _Division:
+    """The division of some memory of one row of a layer.
+
+    Args:
+        budget: settings of the cache.
+        shape: sizes of the layer.
+        memory: bytes.
+        num_tokens: number of tokens so far.
+
+    """
+
+    def __init__(self, budget: MemoryBudget, shape: LayerShape, memory: int, num_tokens: int) -> None:
+        self._budget, self._shape, self._memory, self._num_tokens = budget, shape, memory, num_tokens
+        weights = budget.policy.weights
+        keeps_attention = budget.evict_always and weights.is_stateful
+        self._index_bytes = 4 * (1 + keeps_attention + budget.policy.allocation.is_global)
+        self._slot_bytes = (shape.key_dim + shape.value_dim) * shape.element_size + self._index_bytes
+        # Means and scales of keys, sums of errors, and the capacity.
+        self._head_bytes = 2 * shape.key_dim * shape.element_size + 20
+        self._state_bytes = len(weights.half_lives) * (8 * shape.query_dim + 12) if budget.evict_always else 0
+
+        def share(part: float, bytes_per_item: float, maximum: int) -> int:
+            return max(1, min(int(part * memory / bytes_per_item), maximum))
+
+        slot_bytes = shape.num_heads * self._slot_bytes
+        self.window = share(_WINDOW_SHARE, slot_bytes, _MAX_WINDOW)
+        self._block, self.interval, self._num_queries = 1, 0, 0
+        if budget.evict_always:
+            self._block = share(_BLOCK_SHARE, slot_bytes, _MAX_BLOCK)
+            entry_bytes = shape.num_heads * (self._entry_bytes((5, 4)))
+            self.interval = budget.interval or share(_INTERVAL_SHARE, entry_bytes, _MAX_INTERVAL)
+            needed = weights.num_queries_needed
+            needed = _MAX_QUERIES if needed is None else max(1, needed)
+            self._num_queries = share(_QUERY_SHARE, 2 * (shape.query_bytes + 8), needed)
+
+    def _entry_bytes(self, bits: tuple[int, int]) -> int:
+        """Return the bytes of a quantized entry of one head, with its positions and columns."""
+        dims = self._shape.key_dim, self._shape.value_dim
+        return sum(VectorFormat(dim, b).bytes_per_vector for dim, b in zip(dims, bits, strict=True)) + self._index_bytes
+
+    @property
+    def _fixed_bytes(self) -> int:
+        """Bytes of everything but entries."""
+        positions = 4 * (self.interval + self._block + 1) if self._budget.evict_always else 0
+        queries = 2 * self._num_queries * (self._shape.query_bytes + 8)
+        return self._shape.num_heads * self._head_bytes + positions + queries + self._state_bytes
+
+    @property
+    def _num_slots(self) -> int:
+        """Largest number of slots of exact entries in each head."""
+        slots = NUM_SINKS + self.window
+        return _with_spare(slots + self._block) if self._budget.evict_always else slots
+
+    @property
+    def fits_exactly(self) -> bool:
+        """Whether all entries fit in the model's dtype."""
+        slots = _with_spare(self._num_tokens + 1) if self._budget.evict_always else self._num_tokens
+        slot_bytes = self._shape.num_heads * slots * self._slot_bytes
+        return slot_bytes + self._fixed_bytes + 4 * self._num_tokens <= self._memory
+
+    def choose_bits(self) -> tuple[int, int]:
+        """Return the bits of keys and values; see the module's description."""
+        if not self._may_grow_into_limit:
+            for bits in ALL_ENTRIES:
+                if self.num_entries(bits) >= self._num_tokens:
+                    return bits
+        least = _MIN_SHARE * self._num_tokens
+        return next((bits for bits in SOME_ENTRIES if self.num_entries(bits) >= least), SOME_ENTRIES[-1])
+
+    @property
+    def _may_grow_into_limit(self) -> bool:
+        """Whether the share of the entries that fits falls as the text grows."""
+        return isinstance(self._budget.limit, int) and self._budget.evict_always
+
+    def num_entries(self, bits: tuple[int, int]) -> int:
+        """Return how many entries of each head fit, on average; may be negative."""
+        exact = self._shape.num_heads * self._num_slots * self._slot_bytes
+        entry = self._shape.num_heads * self._entry_bytes(bits)
+        quantized = (self._memory - self._fixed_bytes - exact) // entry - self.interval
+        if quantized < 0:
+            return quantized
+        all_kept = quantized + self._num_exact(quantized) >= self._num_tokens
+        if all_kept:  # the positions of all tokens are stored until the first eviction
+            quantized = (self._memory - self._fixed_bytes - exact - 4 * self._num_tokens) // entry - self.interval
+        return quantized + self._num_exact(quantized)
+
+    def _num_exact(self, quantized: int) -> int:
+        """Return how many entries of every head are certainly exact."""
+        protection, policy = self._budget.protection, self._budget.policy
+        num_kept = max(quantized, protection.min_budget)
+        if num_kept >= self._num_tokens:
+            return min(self.window, self._num_tokens)
+        return min(self.window, sum(policy.protected_sizes(num_kept, self._num_tokens, protection)))
+
+    def smallest_bytes(self, num_entries: int, bits: tuple[int, int]) -> int:
+        """Return about how many bytes are needed for a number of entries."""
+        missing = num_entries - self.num_entries(bits)
+        return self._memory + missing * self._shape.num_heads * self._entry_bytes(bits)
+
+    def plan(self, num_entries: int, bits: tuple[int, int], window: int) -> MemoryPlan:
+        """Return the plan with a number of entries."""
+        quantization = Quantization(*bits, window=window, block=self._block)
+        return MemoryPlan(num_entries, quantization, max(1, self.interval), self._num_queries, self._memory)
+
+
+def _with_spare(slots: int) -> int:
+    return slots + num_spare_slots(slots, 1)

@@ -1,0 +1,294 @@
+"""Caches whose bytes are limited: `CompressedCache(model, memory=...)`."""
+
+import dataclasses
+import functools
+import os
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from suffice.kv import CompressedCache
+from suffice.kv.cache.memory import parse_memory
+from suffice.kv.hf.layers import compressed_layers
+from suffice.kv.policy.registry import allocations, policies
+from tests.kv.test_holes import _extend, _read
+from tests.kv.test_quantized import distance, generate, read
+from tests.kv.test_quantized_attention import text
+from tests.kv.tiny import build, left_padded, tiny
+
+NUM_CONFIGURATIONS = int(os.environ.get("SUFFICE_MEMORY_CONFIGURATIONS", "60"))
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+# ---- The limit -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def model_in(family, dtype):
+    return tiny(family) if dtype == torch.float32 else build(family).to(dtype)
+
+
+def tensors_in(x, found):
+    """Collect all tensors that an object refers to, by the memory that they use."""
+    if isinstance(x, torch.Tensor):
+        found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    elif isinstance(x, (list, tuple, set)):
+        for part in x:
+            tensors_in(part, found)
+    elif isinstance(x, dict):
+        tensors_in(list(x.values()), found)
+    elif not isinstance(x, nn.Module) and type(x).__module__.startswith("suffice.kv"):
+        tensors_in(dict(vars(x)), found)
+    return found
+
+
+def held_bytes(cache):
+    """Return the bytes of all tensors that the compressed layers hold between two passes."""
+    found = {}
+    for layer in cache.compressed_layers:
+        state = {field.name: getattr(layer.state, field.name) for field in dataclasses.fields(layer.state)}
+        tensors_in(state, found)
+    return sum(found.values())
+
+
+def full_bytes(cache, model, rows, width, window=None):
+    """Return the bytes of the same layers without compression."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    tokens = rows * (width if window is None else min(width, window - 1))
+    entry = 2 * head_dim * config.num_key_value_heads * model.dtype.itemsize
+    return len(compressed_layers(model)) * tokens * entry
+
+
+def check_limit(cache, model, rows, width, memory):
+    report = cache.report()
+    held = report.bytes_kept + report.bytes_index
+    others = sum(
+        x.nbytes
+        for layer in cache.layers
+        if layer not in cache.compressed_layers
+        for x in (layer.keys, layer.values)
+        if x is not None
+    )
+    limit = memory if isinstance(memory, int) else int(memory * full_bytes(cache, model, rows, width) + 1e-3)
+    assert held - others <= limit
+    assert report.bytes_limit - others <= limit
+    assert held_bytes(cache) <= held - others
+
+
+@pytest.mark.parametrize("seed", range(NUM_CONFIGURATIONS))
+def test_limit_is_never_exceeded(seed):
+    """Random policies, limits, batches, prompts in chunks, generated and masked tokens."""
+    draw = random.Random(seed)
+    model = model_in(draw.choice(["llama", "qwen3", "gemma3"]), draw.choice([torch.float32, torch.bfloat16]))
+    policy = draw.choice(sorted(policies()))
+    rows = [draw.randint(20, 240) for _ in range(draw.choice([1, 1, 2, 3]))]
+    full = full_bytes(None, model, len(rows), max(rows))
+    fraction = min(1.0, 2 ** draw.uniform(-5, 0.3))
+    memory = fraction if draw.random() < 0.6 else max(1, int(fraction * full))
+    options = {
+        "memory": memory,
+        "evict": draw.choice([None, None, "always", "prefill"]),
+        "interval": draw.choice([None, None, 1, 7, 40]),
+        "bits": draw.choice([None, None, 2, 4, (5, 3), 8]),
+        "window": draw.choice([None, None, 0, 10]),
+        "sinks": draw.choice([None, None, 0, 6]),
+    }
+    if draw.random() < 0.3:
+        options["allocation"] = draw.choice(sorted(allocations()))
+    cache = CompressedCache(model, policy, **options)
+    texts = [text(length, seed=seed + row) for row, length in enumerate(rows)]
+    batch = (
+        left_padded(texts) if len(rows) > 1 else {"input_ids": texts[0], "attention_mask": torch.ones_like(texts[0])}
+    )
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    chunk = draw.choice([ids.shape[1], ids.shape[1], 50])
+    if options["evict"] == "prefill":
+        chunk = ids.shape[1]
+    try:
+        for start in range(0, ids.shape[1], chunk):
+            end = min(start + chunk, ids.shape[1])
+            if len(rows) == 1:
+                model(ids[:, start:end], past_key_values=cache)
+            else:
+                _read(model, cache, ids[:, start:end], mask[:, :end])
+            check_limit(cache, model, len(rows), end, memory)
+        if options["evict"] == "prefill":
+            return
+        has_masks = draw.random() < 0.2
+        for step in range(draw.choice([0, 10, 90])):
+            new = torch.randint(2, 97, (len(rows), draw.choice([1, 1, 1, 1, 1, 1, 5])))
+            is_token = torch.ones_like(new)
+            if has_masks and len(rows) > 1 and step % 4 == 1:
+                is_token[0] = 0
+            mask = _extend(mask, is_token)
+            if has_masks:
+                _read(model, cache, new, mask)
+            else:
+                model(new, past_key_values=cache, attention_mask=mask)
+            check_limit(cache, model, len(rows), mask.shape[1], memory)
+    except ValueError as error:
+        assert "memory must be at least" in str(error), error  # noqa: PT017
+
+
+def test_bytes_that_hold_all_entries_quantize_nothing():
+    model, tokens = tiny("llama"), text(150)
+    cache, full = CompressedCache(model, "capkv", memory="1MB"), CompressedCache(model, "full")
+    for cached in (cache, full):
+        model(tokens[:, :100], past_key_values=cached)
+    for step in range(100, 150):
+        got, wanted = (model(tokens[:, step : step + 1], past_key_values=cached).logits for cached in (cache, full))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert cache.report().tokens_kept == 150
+    assert all(head.key_error is None for head in cache.report().heads)
+
+
+def test_growing_text_is_quantized_when_it_no_longer_fits():
+    """A limit in bytes keeps entries as they are, then quantizes older ones, then evicts."""
+    model, tokens = tiny("llama"), text(500)
+    full = full_bytes(None, model, 1, 100)
+    cache = CompressedCache(model, "capkv", memory=int(1.1 * full))
+    phases = []
+    for start in range(0, 500, 50):
+        model(tokens[:, start : start + 50], past_key_values=cache)
+        report = cache.report()
+        phases.append("quantized" if report.heads[0].key_error is not None else "exact")
+        if report.tokens_kept < start + 50:
+            phases[-1] = "evicted"
+    assert phases[0] == "exact"
+    assert phases[-1] == "evicted"
+    assert phases == sorted(phases, key=["exact", "quantized", "evicted"].index)
+
+
+@pytest.mark.parametrize(
+    ("memory", "bits", "share_kept"), [(1.0, (8, 8), 1), (0.4, (5, 4), 1), (0.2, (5, 3), 0.5), (0.06, (4, 2), 0.15)]
+)
+def test_bits_follow_from_the_memory(memory, bits, share_kept):
+    """In bfloat16 with 16-bit numbers, as on a GPU; the heads are as large as those of common models."""
+    model = model_with_large_heads()
+    cache = CompressedCache(model, memory=memory)
+    model(text(1000), past_key_values=cache)
+    report = cache.report()
+    assert report.heads[0].bits == bits
+    assert share_kept <= report.tokens_kept / 1000 <= min(1, 1.5 * share_kept)
+    assert report.bytes_kept + report.bytes_index <= memory * report.bytes_full
+    assert f"of {report.bytes_limit / 1e6:.1f} MB allowed" in str(report)
+
+
+@functools.cache
+def model_with_large_heads():
+    shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    return build("llama", **shape, head_dim=64, max_position_embeddings=2048).to(torch.bfloat16)
+
+
+def test_prompts_alone_may_take_all_of_the_memory():
+    """With evict='prefill', no room is left for new tokens, so more entries are kept."""
+    model = model_with_large_heads()
+    kept = []
+    for evict in ("always", "prefill"):
+        cache = CompressedCache(model, memory=0.15, evict=evict)
+        model(text(500), past_key_values=cache)
+        assert cache.report().bytes_kept + cache.report().bytes_index <= 0.15 * cache.report().bytes_full
+        kept.append(cache.report().tokens_kept)
+    assert kept[1] > 1.1 * kept[0]
+
+
+def test_more_rows_take_the_memory_of_others():
+    """A limit in bytes is that of all rows: after rows are repeated, the next pass evicts."""
+    model, tokens = tiny("llama"), text(300)
+    memory = full_bytes(None, model, 1, 150)
+    cache = CompressedCache(model, "capkv", memory=memory)
+    model(tokens[:, :200], past_key_values=cache)
+    before = cache.report().tokens_kept
+    cache.batch_repeat_interleave(4)
+    model(tokens[:, 200:210].expand(4, -1), past_key_values=cache)
+    check_limit(cache, model, 4, 210, memory)
+    assert cache.report().tokens_kept / 4 < before
+
+
+def test_saved_caches_keep_their_limit(tmp_path):
+    model = tiny("llama")
+    cache = CompressedCache(model, "capkv", memory="60kB", interval=5)
+    model(text(200), past_key_values=cache)
+    loaded = CompressedCache.load(cache.save(model, tmp_path / "x"), model)
+    assert torch.equal(generate(model, loaded, 60, 1), generate(model, cache, 60, 1))
+    check_limit(loaded, model, 1, 259, 60_000)
+    assert "memory=60000" in repr(loaded)
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [(0.1, 0.1), (1.0, 1.0), (7, 7), ("2GiB", 2 << 30), ("1.5 MB", 1_500_000), ("300", 300), ("4kib", 4096)],
+)
+def test_limits_are_fractions_or_bytes(text, wanted):
+    parsed = parse_memory(text)
+    assert (type(parsed), parsed) == (type(wanted), wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"memory": 0.0}, ValueError, "memory must be a fraction .*, got 0.0"),
+        ({"memory": 1.5}, ValueError, "memory must be a fraction .*, got 1.5"),
+        ({"memory": float("nan")}, ValueError, "memory must be a fraction .*, got nan"),
+        ({"memory": -3}, ValueError, "memory must be a fraction .*, got -3"),
+        ({"memory": True}, TypeError, "memory must be a fraction .*, got True"),
+        ({"memory": [1]}, TypeError, r"memory must be a fraction .*, got \[1\]"),
+        ({"memory": "2 gigs"}, ValueError, "memory must be a fraction .*, got '2 gigs'"),
+        ({"memory": "-2GiB"}, ValueError, "memory must be a fraction .*, got '-2GiB'"),
+        ({"memory": 0.1, "budget": 0.5}, ValueError, "budget must be None with memory=0.1, .*, got 0.5"),
+        ({"memory": 0.1, "rerotate": True}, ValueError, "memory must be None with rerotate=True"),
+        ({"memory": 0.1, "bits": 6}, ValueError, "bits must be 2, 3, 4, 5 or 8, got 6"),
+    ],
+)
+def test_invalid_limits_are_rejected(settings, error, message):
+    with pytest.raises(error, match=message):
+        CompressedCache(tiny("llama"), "capkv", **settings)
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        (0.01, r"memory must be at least 0\.\d+ for the entries that stay of a text of 150 tokens, got 0.01"),
+        (2000, r"memory must be at least \d+ bytes for the entries that stay, got 2000"),
+    ],
+)
+def test_too_little_memory_changes_nothing(memory, message):
+    model = tiny("llama")
+    cache = CompressedCache(model, "capkv", memory=memory)
+    with pytest.raises(ValueError, match=message) as error:
+        model(text(150), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    named = str(error.value).split("at least ")[1].split()[0]
+    enough = CompressedCache(model, "capkv", memory=float(named) if "." in named else int(named))
+    model(text(150), past_key_values=enough)
+    assert enough.report().tokens_kept >= 1
+
+
+def test_too_little_memory_for_a_policy_that_evicts_nothing():
+    cache = CompressedCache(tiny("llama"), "full", memory=0.2)
+    with pytest.raises(ValueError, match="for all entries, none of which the policy evicts"):
+        tiny("llama")(text(150), past_key_values=cache)
+
+
+def test_cache_works_after_an_error():
+    """Nine rows are too many for the bytes, but one row still works."""
+    model = tiny("llama")
+    cache = CompressedCache(model, "capkv", memory=full_bytes(None, model, 1, 30))
+    model(text(60), past_key_values=cache)
+    wanted = read(model, cache.copy(), text(5, seed=3))
+    cache.batch_repeat_interleave(9)
+    with pytest.raises(ValueError, match="memory must be at least"):
+        model(text(5, seed=3).expand(9, -1), past_key_values=cache)
+    cache.batch_select_indices(torch.tensor([0]))
+    assert distance(read(model, cache, text(5, seed=3)), wanted) < 1e-5
