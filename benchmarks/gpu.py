@@ -10,7 +10,8 @@ queued behind other work, as scoring runs in a prefill. They are compared with t
   model's dtype, LU decomposition;
 * PyTorch's own attention.
 
-`gpu_model.py` measures a model of Llama-3-8B's shape with random weights end to end, and `gpu_link.py` link prediction.
+`gpu_model.py` measures a model of Llama-3-8B's shape with random weights end to end, `gpu_quantized.py` decoding with
+4 bits, and `gpu_link.py` link prediction.
 Measurements that run out of memory or time are listed as skipped. The last line of the output is a JSON object.
 
 `--small` runs the same code on tiny shapes on any machine, to test this script. Its numbers mean nothing. Without CUDA
@@ -298,17 +299,19 @@ def main() -> None:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = Run(device, options.small, options.seconds)
-    keys = ("score_of_copy_bandwidth", "score_percent_of_prefill_32k", "ragged_of_flash", "largest_batch")
-    run.result = {"machine": describe(device), "small": options.small, **dict.fromkeys(keys)}
+    keys = ("score_of_copy_bandwidth", "score_percent_of_prefill_32k", "ragged_of_flash", "quantized_of_ragged")
+    run.result = {"machine": describe(device), "small": options.small, **dict.fromkeys((*keys, "largest_batch"))}
     gpu_exact.check(run)
     bandwidth = copy_bandwidth(run)
     run.result["copy_gb_per_second"] = bandwidth / 1e9
     compact(run, bandwidth)
     import gpu_model
+    import gpu_quantized
 
     # Measure the model first, because its results are needed even if the time runs out.
     gpu_model.measure(run)
     decoding(run, bandwidth)
+    gpu_quantized.measure(run, bandwidth)
     score(run, bandwidth)
     if importlib.util.find_spec("torch_geometric") is None:
         run.skip("link prediction", "torch-geometric is not installed")

@@ -10,15 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from suffice.kv import DEFAULT_POLICY, get_policy
-from suffice.kv.backend.triton_backend import fused_log_weights
+from suffice.kv.attention.quantized_attention import ExactEntries, attend_quantized
+from suffice.kv.backend.triton_backend import TRITON_BACKEND, fused_log_weights
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.layer_context import EntryPositions
+from suffice.kv.storage.base import Entries
+from suffice.kv.storage.quantized_entries import QuantizedEntries
 from suffice.kv.storage.ragged import PackedEntries, RaggedStorage, Tail
+from suffice.kv.storage.vector_format import VectorFormat
 
 if TYPE_CHECKING:
     from gpu import Run
 
 MAX_ERRORS = {"log weights": 1e-4, "leverage": 1e-3, "capacity": 1e-4, "ragged attention": 1e-2, "compaction": 0.0}
+# Rotated queries and the numbers that integers stand for are rounded to bfloat16, whose error is small beside that of 4
+# bits. Of quantization, the error is the share of bytes that differ from those of plain PyTorch, because of ties.
+MAX_ERRORS |= {"quantized attention": 3e-2, "quantization": 1e-3}
 RIDGE = 0.1
 
 
@@ -169,5 +176,25 @@ def _errors(run: Run, dtype: torch.dtype, dim: int) -> dict[str, float]:
     kept = torch.randperm(tokens, device=run.device)[: tokens // 3].sort().values.expand(2, 2, -1)
     moved = keys.clone()
     move_to_front(moved, kept)
+    errors |= _quantization_errors(keys, values, queries[:, :, -1:])
     errors["compaction"] = float((moved[:, :, : tokens // 3] - keys[:, :, kept[0, 0]]).abs().max())
     return errors
+
+
+def _quantization_errors(keys: Tensor, values: Tensor, query: Tensor) -> dict[str, float]:
+    """Return the errors of quantization to 4 bits and of the attention over quantized entries."""
+    form, vectors = VectorFormat(keys.shape[-1], 4), keys.flatten(0, 2)
+    found, expected = TRITON_BACKEND.quantize(vectors, form)[0], form.quantize(vectors)[0]
+    differing = float((found.codes != expected.codes).float().mean())
+    slots = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
+    entries = Entries(keys, values, slots)
+    # Heads of unequal length, one of them empty. Some of the exact entries are empty slots.
+    lengths = torch.tensor([[keys.shape[2], 3], [keys.shape[2] // 2, 0]], device=keys.device)
+    index = slots.where(slots < lengths[..., None], -1)
+    quantized = QuantizedEntries.empty(entries, (4, 4)).append(entries, index)
+    exact = ExactEntries(keys[:, :, -9:], values[:, :, -9:], slots[:, :, :9].int() - 2)
+    arguments = (quantized, exact, None, keys.shape[-1] ** -0.5)
+    expected_output = attend_quantized(query.double(), *arguments)
+    output = TRITON_BACKEND.quantized_attention(query, *arguments).double()
+    error = float(((output - expected_output).abs() / (1 + expected_output.abs())).max())
+    return {"quantization": differing, "quantized attention": error}

@@ -84,4 +84,5 @@ def test_benchmark_runs_completely(library):
     (result,) = run_script("benchmark", library, "--small", "--seconds", "3600", interpret=True)
     assert result["skipped"] == result["wrong"] == []
     assert all(row["ours"] > 0 for row in result["score"] + result["decoding"])
+    assert len(result["quantized"]) == 2
     assert len(result["end_to_end"]) == 5
