@@ -76,12 +76,12 @@ def kl_table(comparison: Comparison, our_method: str = OUR_METHOD) -> list[str]:
     differences = {
         (row["method"], row["task"], row["mode"], row["budget"]): row for row in comparison.differences(our_method)
     }
-    columns = [f"{_task_text(task, mode)} {budget:.0%}" for task, mode, budget in comparison.conditions]
+    columns = [f"{_task_text(each.task, each.mode)} {each.budget:.0%}" for each in comparison.conditions]
     lines = [f"| policy | {' | '.join(columns)} | mean rank |", "|---" * (len(columns) + 2) + "|"]
     for method, rank in comparison.mean_ranks().items():
         cells: list[str] = []
         for condition in comparison.conditions:
-            row = differences.get((method, *condition))
+            row = differences.get((method, *condition[:3]))
             star = "*" if row and (row["low"] > 0 or row["high"] < 0) else ""
             cells.append(f"{comparison.group(method, condition).interval('kl').mean:.3f}{star}")
         lines.append(f"| {method} | {' | '.join(cells)} | {rank:.1f} |")

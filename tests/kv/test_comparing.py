@@ -59,7 +59,7 @@ def test_comparison_equals_evaluate_on_each_sample(folder, tmp_path):
     found = small_comparison(folder, run=RunOptions(tmp_path))
     assert found.methods == ["capkv", "capkv/adakv", "h2o", "h2o/adakv"]
     assert found.conditions == [
-        (t, m, b, None) for t, m in (("text", "continuation"), ("multikey", "agnostic")) for b in (0.5, 40)
+        (t, m, b, None, None) for t, m in (("text", "continuation"), ("multikey", "agnostic")) for b in (0.5, 40)
     ]
     network, reader = load_model(folder)
     for seed in (0, 1):
@@ -137,7 +137,8 @@ def test_tune_finds_the_smallest_safe_budget(folder, tmp_path):
 def test_budgets_of_numpy_are_plain_numbers():
     grid = CacheGrid(["h2o"], ["own"], np.linspace(0.25, 0.75, 3))
     grid.check()
-    assert json.dumps(grid.combinations()) == '[["h2o", "own", 0.25], ["h2o", "own", 0.5], ["h2o", "own", 0.75]]'
+    caches = [cache[:3] for cache in grid.caches()]
+    assert json.dumps(caches) == '[["h2o", "own", 0.25], ["h2o", "own", 0.5], ["h2o", "own", 0.75]]'
     assert json.dumps(CacheGrid(["h2o"], ["own"], [np.int64(40)]).budgets) == "[40]"
 
 
@@ -347,11 +348,11 @@ def test_commands_print_json_and_write_pages(folder, tmp_path):
 
 def test_an_allocation_that_equals_the_policys_own_is_measured_once():
     policies = ["capkv-profile", "pyramidkv", "capkv"]
-    assert CacheGrid(policies, ["own", "profile"], [0.5]).combinations() == [
+    assert [cache[:3] for cache in CacheGrid(policies, ["own", "profile"], [0.5]).caches()] == [
         ("capkv-profile", "own", 0.5),
         ("pyramidkv", "own", 0.5),
         ("pyramidkv", "profile", 0.5),
         ("capkv", "own", 0.5),
         ("capkv", "profile", 0.5),
     ]
-    assert len(CacheGrid(policies, ["profile"], [0.5]).combinations()) == 3
+    assert len(CacheGrid(policies, ["profile"], [0.5]).caches()) == 3

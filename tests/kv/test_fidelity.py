@@ -214,9 +214,9 @@ def test_the_example_of_the_documentation_runs(capsys):
     page = (Path(__file__).parents[2] / "docs" / "how-to" / "measure-fidelity.md").read_text(encoding="utf-8")
     code = next(code for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "evaluate" in code)
     exec(compile(code, "measure-fidelity.md", "exec"), {})
-    full, equal, profile, h2o = (line.split() for line in capsys.readouterr().out.splitlines())
+    full, equal, profile, quantized = (line.split() for line in capsys.readouterr().out.splitlines())
     assert full[:2] == ["full", "equal"]
     assert profile[:2] == ["capkv", "profile"]
-    assert float(full[2]) == 0
-    assert float(profile[2]) < float(equal[2])
-    assert h2o[0] == "h2o"
+    assert quantized[:3] == ["capkv", "equal", "4"]
+    assert float(full[3]) == 0
+    assert float(profile[3]) < float(equal[3])

@@ -15,13 +15,12 @@ from suffice.cli.kv_tables import comparison_table, trial_table
 from suffice.cli.options import ExecutionOptions, FigureOptions, JsonOption, expand_options, split_commas
 from suffice.cli.study_progress import study_progress
 from suffice.files import check_suffix
-from suffice.kv.eval.tune import DEFAULT_BUDGETS
 from suffice.kv.policy.registry import DEFAULT_POLICY
 from suffice.kv.storage.quantization import format_bits
 from suffice.report import save_figure
 
-_COMPARED_CACHES = CacheGridOptions(f"{DEFAULT_POLICY},h2o,snapkv,keydiff", "own", "50%,25%")
-_TUNED_CACHES = CacheGridOptions(f"{DEFAULT_POLICY},h2o,keydiff", "own,profile", ",".join(map(str, DEFAULT_BUDGETS)))
+_COMPARED_CACHES = CacheGridOptions(f"{DEFAULT_POLICY},h2o,snapkv,keydiff", "own")
+_TUNED_CACHES = CacheGridOptions(f"{DEFAULT_POLICY},h2o,keydiff", "own,profile")
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,7 @@ def compare_caches(
             allocations=split_commas(caches.allocations),
             budgets=caches.parsed_budgets(),
             bits=caches.parsed_bits(),
+            memory=caches.parsed_memory(),
             tasks=tasks.parsed_tasks(),
             tokens=tasks.tokens,
             samples=tasks.samples,
@@ -191,6 +191,7 @@ def tune_budget(
             allocations=split_commas(caches.allocations),
             budgets=caches.parsed_budgets(),
             bits=caches.parsed_bits(),
+            memory=caches.parsed_memory(),
             mode="aware" if prompts.aware else "agnostic",
             confidence=target.confidence,
             max_new_tokens=prompts.max_new_tokens,

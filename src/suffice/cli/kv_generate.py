@@ -10,10 +10,10 @@ from typing import Annotated, ClassVar
 import typer
 
 from suffice.cli.console import command_line, out, print_json, print_text, step_progress
-from suffice.cli.kv_options import AwareOption, CacheOptions, ModelOptions, parse_budget
+from suffice.cli.kv_options import AwareOption, CacheOptions, ModelOptions
 from suffice.cli.options import FigureOptions, expand_options
 from suffice.files import read_text
-from suffice.kv.budget.protection import Protection
+from suffice.kv.cache.memory import format_memory
 from suffice.kv.policy.registry import get_allocation, get_policy
 from suffice.kv.storage.quantization import bits_suffix
 from suffice.report import save_figure
@@ -74,12 +74,12 @@ def generate(
     # Check the options first, because the model takes seconds to load.
     policy = get_policy(cache.policy)
     allocation = None if cache.allocation is None else get_allocation(cache.allocation)
-    budget = parse_budget(cache.budget)
-    Protection().check(budget)
+    budget, memory = cache.parsed_size()
     bits = cache.parsed_bits()
     check_chunk_size(cache.chunk_size)
     text = prompt.read()
-    size = f"budget {cache.budget}{bits_suffix(bits)}"
+    size = f"budget {cache.budget or '25%'}" if memory is None else f"memory {format_memory(memory)}"
+    size += bits_suffix(bits)
     with step_progress() as show_step:
         network, tokenizer = model.source().load(show_step)
         show_step(f"generating with {policy.name}, {size}")
@@ -90,6 +90,7 @@ def generate(
             prompt.question,
             policy=policy,
             budget=budget,
+            memory=memory,
             allocation=allocation,
             aware=prompt.aware,
             max_new_tokens=max_new_tokens,

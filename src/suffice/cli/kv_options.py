@@ -8,6 +8,8 @@ from typing import Annotated, ClassVar
 import typer
 
 from suffice.cli.options import split_commas
+from suffice.kv.budget.protection import Protection
+from suffice.kv.cache.memory import parse_memory
 from suffice.kv.hf.loading import ModelSource
 from suffice.kv.hf.packaged_models import DEFAULT_MODEL
 from suffice.kv.policy.registry import DEFAULT_POLICY
@@ -45,9 +47,19 @@ class CacheOptions:
 
     policy: Annotated[str, typer.Option(help="Eviction policy. `suffice kv policies` lists them.")] = DEFAULT_POLICY
     budget: Annotated[
-        str,
-        typer.Option(help="Entries to keep: a number of tokens (500), or a fraction of the tokens seen (0.25, 25%)."),
-    ] = "25%"
+        str | None,
+        typer.Option(
+            help="Entries to keep: a number of tokens (500), or a fraction of the tokens seen (0.25, 25%). "
+            "Default: 25%, unless --memory is given."
+        ),
+    ] = None
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Limit on the bytes, instead of --budget: a fraction of the full cache (0.1, 10%), or bytes (2GiB). "
+            "The number of entries and their bits follow from it."
+        ),
+    ] = None
     allocation: Annotated[
         str | None,
         typer.Option(
@@ -70,6 +82,24 @@ class CacheOptions:
         ),
     ] = False
 
+    def parsed_size(self) -> tuple[float | None, float | None]:
+        """Return the budget and the limit on the bytes, of which one is None.
+
+        Raises:
+            ValueError: one of them is not accepted, both are given, or `--memory` is given with `--rerotate`.
+
+        """
+        if self.memory is None:
+            budget = parse_budget(self.budget or "25%")
+            Protection().check(budget)
+            return budget, None
+        memory = parse_memory_option(self.memory)
+        if self.budget is not None:
+            raise ValueError(f"only one of --budget and --memory may be given, got {self.budget!r} and {self.memory!r}")
+        if self.rerotate:
+            raise ValueError(f"--memory must not be given with --rerotate, got {self.memory!r}")
+        return None, memory
+
     def parsed_bits(self) -> Bits | None:
         """Return the number of bits, or None if entries are not quantized.
 
@@ -85,7 +115,7 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class CacheGridOptions:
-    """All combinations of policies, allocations, budgets and numbers of bits."""
+    """All combinations of policies, allocations, budgets (or limits on the bytes) and numbers of bits."""
 
     panel: ClassVar[str] = "Caches"
 
@@ -93,7 +123,20 @@ class CacheGridOptions:
     allocations: Annotated[
         str, typer.Option(help="Allocations, separated by commas; own is the policy's own allocation.")
     ]
-    budgets: Annotated[str, typer.Option(help="Budgets, separated by commas: numbers of tokens, or fractions.")]
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            help="Budgets, separated by commas: numbers of tokens, or fractions. Default, unless --memory is given: "
+            "50%,25% (compare), 11 budgets from 90% to 5% (tune)."
+        ),
+    ] = None
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Limits on the bytes, instead of --budgets, separated by spaces: fractions of the full cache "
+            "(0.1, 10%), or bytes (2GiB). The number of entries and their bits follow from them."
+        ),
+    ] = None
     bits: Annotated[
         str,
         typer.Option(
@@ -102,9 +145,24 @@ class CacheGridOptions:
         ),
     ] = "none"
 
-    def parsed_budgets(self) -> list[float]:
-        """Return the budgets as numbers."""
+    def parsed_budgets(self) -> list[float] | None:
+        """Return the budgets as numbers; None if they are not given.
+
+        Raises:
+            ValueError: a text is not a budget, or `--memory` is also given.
+
+        """
+        if self.budgets is None:
+            return None
+        if self.memory is not None:
+            raise ValueError(
+                f"only one of --budgets and --memory may be given, got {self.budgets!r} and {self.memory!r}"
+            )
         return [parse_budget(text, "--budgets") for text in split_commas(self.budgets)]
+
+    def parsed_memory(self) -> list[float] | None:
+        """Return the limits on the bytes: fractions (float), or bytes (int); None if they are not given."""
+        return None if self.memory is None else [parse_memory_option(text) for text in self.memory.split()]
 
     def parsed_bits(self) -> list[Bits | None]:
         """Return the numbers of bits; None stands for the model's dtype."""
@@ -129,6 +187,25 @@ def parse_budget(text: str, option: str = "--budget") -> float:
     except ValueError:
         raise ValueError(
             f"{option} must be a number of tokens (500), a fraction (0.25) or a percentage (25%), got {text!r}"
+        ) from None
+
+
+def parse_memory_option(text: str) -> int | float:
+    """Return a limit on the bytes: `0.1` and `10%` are fractions of the full cache, `2GiB` and `500` are bytes.
+
+    Raises:
+        ValueError: the text is not a limit.
+
+    """
+    try:
+        if text.endswith("%"):
+            return parse_memory(float(text[:-1]) / 100)
+        is_fraction = "." in text and not text[-1].isalpha()
+        return parse_memory(float(text) if is_fraction else text)
+    except ValueError:
+        raise ValueError(
+            "--memory must be a fraction of the full cache (0.1, 10%), or a number of bytes such as 2GiB or 500MB, got "
+            f"{text!r}"
         ) from None
 
 

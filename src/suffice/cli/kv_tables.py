@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from suffice.kv.storage.quantization import format_bits
+from suffice.kv.cache.memory import format_memory
+from suffice.kv.storage.quantization import Bits, format_bits
 
 if TYPE_CHECKING:
     from suffice.kv.budget.profile import Profile
@@ -19,37 +20,46 @@ if TYPE_CHECKING:
 def comparison_table(comparison: Comparison) -> Table:
     """Return a table of the KL divergence of every method and budget on every task, and of the mean ranks.
 
-    If some caches are quantized, it also shows the bits, and the mean share of the full cache's bytes.
+    If bits or limits on the bytes are given, it also shows them, and the mean share of the full cache's bytes.
     """
     # Imported here, because other commands do not need it.
+    from suffice.kv.eval.cache_grid import format_size
     from suffice.kv.eval.compare import Condition
 
     samples = comparison.settings["samples"]
     table = Table(title=f"KL to the full cache, nats per token: mean of {samples} samples ± half of the 95 % interval")
     table.add_column("method", no_wrap=True)
-    extra = ("bits", "bytes") if comparison.is_quantized else ()
-    for column in ("budget", *extra):
+    bits_column = ("bits",) if comparison.is_quantized else ()
+    bytes_column = ("bytes",) if comparison.is_quantized or comparison.has_limits else ()
+    for column in ("memory" if comparison.has_limits else "budget", *bits_column, *bytes_column):
         table.add_column(column, justify="right", no_wrap=True)
     tasks = list(dict.fromkeys((condition.task, condition.mode) for condition in comparison.conditions))
     for task, mode in tasks:
         table.add_column(task if mode == "continuation" else f"{task}\n{mode}", justify="right", no_wrap=True)
     table.add_column("rank", justify="right", no_wrap=True)
-    sizes = list(dict.fromkeys((condition.budget, condition.bits) for condition in comparison.conditions))
+    sizes = list(dict.fromkeys(condition[2:] for condition in comparison.conditions))
     for method, rank in comparison.mean_ranks().items():
-        for budget, bits in sizes:
-            conditions = [Condition(*task, budget, bits) for task in tasks]
+        for size in sizes:
+            budget, bits, memory = size
+            conditions = [Condition(*task, *size) for task in tasks]
             intervals = [comparison.group(method, condition).interval("kl") for condition in conditions]
             cells = [
                 f"{interval.mean:.3f}" + (f" ± {interval.high - interval.mean:.3f}" if samples > 1 else "")
                 for interval in intervals
             ]
-            label = f"{budget:.0%}" if isinstance(budget, float) else str(budget)
-            if comparison.is_quantized:
+            label = format_size(budget, None, None) if memory is None else format_memory(memory)
+            if bytes_column:
                 share = fmean(comparison.share_of_bytes(method, condition) for condition in conditions)
-                cells = [format_bits(bits), f"{share:.1%}", *cells]
-            is_first = (budget, bits) == sizes[0]
+                cells = [f"{share:.1%}", *cells]
+            if bits_column:
+                cells = [_bits_cell(bits, memory), *cells]
+            is_first = size == sizes[0]
             table.add_row(method if is_first else "", label, *cells, f"{rank:.1f}" if is_first else "")
     return table
+
+
+def _bits_cell(bits: Bits | None, memory: float | None) -> str:
+    return "chosen" if bits is None and memory is not None else format_bits(bits)
 
 
 def trial_table(result: TuningResult) -> Table:
@@ -57,15 +67,16 @@ def trial_table(result: TuningResult) -> Table:
     metric = "KL" if result.metric == "kl" else "agreement"
     table = Table(title=f"{result.num_prompts} prompts, target {metric} {result.target:g}")
     is_quantized = any(trial.bits is not None for trial in result.trials)
+    size = "budget" if result.closest.memory is None else "memory"
     extra = ("bits",) if is_quantized else ()
-    for column in ("policy", "allocation", "budget", *extra, f"mean {metric}", "bound", "on target", "MB", "safe"):
+    for column in ("policy", "allocation", size, *extra, f"mean {metric}", "bound", "on target", "MB", "safe"):
         table.add_column(column, justify="left" if column in ("policy", "allocation") else "right", no_wrap=True)
     for trial in result.trials:
         table.add_row(
             trial.policy,
             trial.allocation,
-            f"{trial.budget:g}",
-            *((format_bits(trial.bits),) if is_quantized else ()),
+            f"{trial.budget:g}" if trial.memory is None else format_memory(trial.memory),
+            *((_bits_cell(trial.bits, trial.memory),) if is_quantized else ()),
             f"{trial.mean:.4f}",
             f"{trial.bound:.4f}",
             f"{trial.within:.0%}",

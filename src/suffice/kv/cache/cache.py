@@ -21,7 +21,7 @@ from suffice.kv.cache.forward_pass import ForwardPass
 from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.layer_kinds import check_latents, check_sliding, make_layer
-from suffice.kv.cache.memory import MemoryBudget, check_equal_layers, parse_memory
+from suffice.kv.cache.memory import MemoryBudget, check_equal_layers, parse_limit
 from suffice.kv.cache.positions import check_position_ids, check_window, find_rotary_embeddings, max_rerotated_entries
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.settings import CacheSettings, StorageConfig
@@ -127,9 +127,7 @@ class CompressedCache(Cache):
         if allocation is not None:
             self.policy = replace(self.policy, allocation=get_allocation(allocation))
         protection = Protection(sinks, window)
-        limit = None if memory is None else parse_memory(memory)
-        if limit is not None and budget is not None:
-            raise ValueError(f"budget must be None with memory={memory!r}, from which it follows, got {budget!r}")
+        limit = parse_limit(memory, budget)
         self.budget = budget = None if limit is not None else protection.check(0.25 if budget is None else budget)
         if evict not in (None, "prefill", "always"):
             raise ValueError(f"evict must be 'prefill', 'always' or None, got {evict!r}")

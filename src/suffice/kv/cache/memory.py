@@ -74,6 +74,37 @@ def parse_memory(memory: object) -> int | float:
     return number
 
 
+def parse_limit(memory: object, budget: object) -> int | float | None:
+    """Return the limit on the bytes of a cache that has either a limit or a budget; None for a budget.
+
+    Raises:
+        TypeError, ValueError: `memory` is not accepted (see `parse_memory`), or `budget` is given too.
+
+    """
+    if memory is None:
+        return None
+    limit = parse_memory(memory)
+    if budget is not None:
+        raise ValueError(f"budget must be None with memory={memory!r}, from which it follows, got {budget!r}")
+    return limit
+
+
+def format_memory(memory: float | str) -> str:
+    """Return a limit as text: a percentage, or bytes in the largest unit of which they are a whole number.
+
+    Example:
+        >>> format_memory(0.125), format_memory("2GiB"), format_memory(1_500_000)
+        ('12.5%', '2 GiB', '1500 kB')
+
+    """
+    limit = parse_memory(memory)
+    if isinstance(limit, float):
+        return f"{100 * limit:g}%"
+    names = {size: f"{unit[0].upper()}{unit[1:-1]}B" for unit, size in _UNITS.items() if len(unit) > 1}
+    size = max((size for size in names if limit % size == 0), default=1)
+    return f"{limit // size} {names.get(size, 'B').replace('KB', 'kB')}"
+
+
 def check_equal_layers(modules: Iterable[nn.Module], policy: Policy) -> None:
     """Raise an error if layers whose entries have different sizes share a budget.
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from suffice.kv.storage.base import Storage
+from suffice.kv.storage.quantization import Bits, shortest_bits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -183,6 +184,13 @@ class CacheReport:
             f"{self.tokens_kept:.0f} of {self.tokens_seen} tokens, "
             f"{self.bytes_kept / 1e6:.1f} of {self.bytes_full / 1e6:.1f} MB{share}"
         )
+
+
+def stored_bits(report: CacheReport) -> Bits | None:
+    """Return the bits of the quantized entries of the first compressed layer; None if it has none."""
+    layer = [head for head in report.heads if head.layer == report.heads[0].layer]
+    is_quantized = any(head.key_error is not None for head in layer)
+    return shortest_bits(layer[0].bits) if is_quantized else None
 
 
 def describe_quantization(heads: Sequence[HeadReport]) -> tuple[str, str, str]:

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.cache import CompressedCache
-from suffice.kv.cache.report import CacheReport
+from suffice.kv.cache.memory import parse_memory
+from suffice.kv.cache.report import CacheReport, stored_bits
 from suffice.kv.eval.generation import check_chunk_size, check_prompt_length, fill_cache, greedy_generate
 from suffice.kv.eval.prompt import tokenize_prompt
 from suffice.kv.hf.wrappers import unwrap_model
@@ -28,7 +29,7 @@ class Answer:
     Args:
         answer: the generated text.
         policy: name of the policy.
-        budget: number of tokens, or fraction of the tokens seen.
+        budget: number of tokens, or fraction of the tokens seen; None with `memory`.
         aware: whether the question was seen before eviction.
         tokens_seen: number of tokens fed to the model: the prompt, and the answer without its last token.
         tokens_kept: mean number of entries kept per head.
@@ -36,15 +37,16 @@ class Answer:
         bytes_kept: bytes of this cache.
         capacity_retained: share of the capacity that is kept; None if it was not measured.
         seconds: time for prefill and generation.
-        bits: number of bits of quantized entries, or a pair (bits of keys, bits of values); None if they are not
-            quantized.
+        bits: number of bits of quantized entries, or a pair (bits of keys, bits of values); with `memory`, those of the
+            first layer. None if no entries are quantized.
+        memory: limit on the bytes, as a fraction or a number; None with `budget`.
         token_shares: text of each prompt token, and the share of compressed layers and heads that kept it.
 
     """
 
     answer: str
     policy: str
-    budget: float
+    budget: float | None
     aware: bool
     tokens_seen: int
     tokens_kept: float
@@ -53,6 +55,7 @@ class Answer:
     capacity_retained: float | None
     seconds: float
     bits: Bits | None = None
+    memory: float | None = None
     token_shares: tuple[tuple[str, float], ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,7 +70,8 @@ def answer(
     question: str | None = None,
     *,
     policy: str | Policy = DEFAULT_POLICY,
-    budget: float = 0.25,
+    budget: float | None = None,
+    memory: float | str | None = None,
     allocation: str | Allocation | None = None,
     aware: bool = True,
     max_new_tokens: int = 128,
@@ -84,17 +88,21 @@ def answer(
         document: the text that the question is about.
         question: the question; without one, the document is the whole user message.
         policy: which entries to keep.
-        budget: number of tokens to keep, or a fraction of the tokens seen.
+        budget: number of tokens to keep, or a fraction of the tokens seen; None means a quarter of the tokens, or as
+            many as `memory` allows.
+        memory: limit on the bytes, instead of `budget`: a fraction of those of the full cache, or a number; see
+            `CompressedCache`. It also holds while the answer is generated.
         allocation: how the budget is split over heads and layers; None uses the policy's own allocation.
         aware: True evicts after the question is seen; False evicts after the document, so that the compressed
             document can serve any question.
         max_new_tokens: maximum number of generated tokens.
         chunk_size: feed the prompt in chunks of this many tokens and evict after each; None feeds the whole prompt.
         interval: number of generated tokens between further evictions. If None, all generated tokens are kept, or,
-            if the prompt is chunked, the interval is 512.
+            if the prompt is chunked, the interval is 512. With `memory`, None chooses it.
         rerotate: rotate the kept keys to consecutive positions, which also allows prompts longer than the context
             window.
-        bits: number of bits of quantized entries, or a pair (bits of keys, bits of values); None does not quantize.
+        bits: number of bits of quantized entries, or a pair (bits of keys, bits of values); None does not quantize, or
+            uses the bits that follow from `memory`.
 
     Returns:
         The answer, and the report of its cache.
@@ -122,9 +130,10 @@ def answer(
         model,
         policy,
         budget,
+        memory=memory,
         allocation=allocation,
-        evict="prefill" if chunk_size is None and interval is None else "always",
-        interval=512 if interval is None else interval,
+        evict="prefill" if memory is None and chunk_size is None and interval is None else "always",
+        interval=interval,
         rerotate=rerotate,
         bits=bits,
     )
@@ -137,7 +146,7 @@ def answer(
     result = Answer(
         answer=str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
         policy=cache.policy.name,
-        budget=budget,
+        budget=cache.budget,
         aware=aware,
         tokens_seen=report.tokens_seen,
         tokens_kept=report.tokens_kept,
@@ -145,7 +154,8 @@ def answer(
         bytes_kept=report.bytes_kept,
         capacity_retained=report.capacity_retained,
         seconds=seconds,
-        bits=shortest_bits(bits),
+        bits=shortest_bits(bits) if memory is None else stored_bits(report),
+        memory=None if memory is None else parse_memory(memory),
         token_shares=_token_shares(tokenizer, cache, prompt.input_ids),
     )
     return result, report

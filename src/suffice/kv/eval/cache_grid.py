@@ -1,17 +1,20 @@
-"""Grids of policies, allocations, budgets and numbers of bits."""
+"""Grids of policies, allocations, budgets or limits on the bytes, and numbers of bits."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from suffice.kv.budget.protection import Protection
+from suffice.kv.cache.memory import format_memory, parse_memory
 from suffice.kv.policy.registry import get_allocation, get_policy
-from suffice.kv.storage.quantization import Bits, shortest_bits
+from suffice.kv.storage.quantization import Bits, bits_suffix, shortest_bits
 from suffice.plain_numbers import plain_number
 
+_OPTIONAL = ("bits", "memory")
+_DEFAULT_BUDGETS = (0.25,)
 OWN_ALLOCATION = "own"
 """Name that stands for the policy's own allocation."""
 
@@ -22,51 +25,67 @@ class GridCache(NamedTuple):
     Args:
         policy: name of the policy.
         allocation: name of the allocation, or `"own"`.
-        budget: number of tokens, or fraction of the tokens seen.
-        bits: number of bits of quantized entries; None if they are not quantized.
+        budget: number of tokens, or fraction of the tokens seen; None with `memory`.
+        bits: number of bits of quantized entries; None if they are not quantized, or follow from `memory`.
+        memory: limit on the bytes, as a fraction or a number; None with `budget`.
 
     """
 
     policy: str
     allocation: str
-    budget: float
+    budget: float | None
     bits: Bits | None = None
+    memory: float | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that identify the cache in the results of a run; `bits` only if it is quantized."""
-        settings = self._asdict()
-        if self.bits is None:
-            del settings["bits"]
-        return settings
+        """Return the settings that identify the cache in the results of a run; `bits` and `memory` only if given."""
+        return {name: value for name, value in self._asdict().items() if name not in _OPTIONAL or value is not None}
 
 
 @dataclass(frozen=True)
 class CacheGrid:
-    """All combinations of policies, allocations, budgets and numbers of bits.
+    """All combinations of policies, allocations, budgets (or limits on the bytes) and numbers of bits.
 
     Args:
         policies: names of policies.
         allocations: names of allocations; `"own"` stands for each policy's own allocation.
-        budgets: numbers of tokens, or fractions of the tokens seen.
+        budgets: numbers of tokens, or fractions of the tokens seen; None means `[0.25]`, or none with `memory`.
         bits: numbers of bits of quantized entries, or pairs (bits of keys, bits of values); None stands for the
-            model's dtype.
+            model's dtype, or for the bits that follow from `memory`.
+        memory: limits on the bytes instead of budgets: fractions, or numbers of bytes such as `"2GiB"`.
+
+    Raises:
+        TypeError: `budgets`, `bits` or `memory` is not a list.
+        ValueError: a number of bits or a limit is not accepted, or both `budgets` and `memory` are given.
 
     Example:
-        >>> CacheGrid(["capkv-profile"], ["own", "profile"], [0.5]).combinations()
-        [('capkv-profile', 'own', 0.5)]
+        >>> CacheGrid(["capkv-profile"], ["own", "profile"], [0.5]).caches()
+        [GridCache(policy='capkv-profile', allocation='own', budget=0.5, bits=None, memory=None)]
 
     """
 
     policies: Sequence[str]
     allocations: Sequence[str]
-    budgets: Sequence[float]
+    budgets: Sequence[float] | None = None
     bits: Sequence[Bits | None] = (None,)
+    memory: Sequence[float | str] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budgets", [plain_number(budget) for budget in self.budgets])
-        if isinstance(self.bits, str) or not isinstance(self.bits, Sequence):
-            raise TypeError(f"bits of a grid must be a list, such as [None, 4, (4, 2)], got {self.bits!r}")
+        for name, example in (("budgets", "[0.5, 0.25]"), ("bits", "[None, 4, (4, 2)]"), ("memory", "[0.1, '2GiB']")):
+            values = getattr(self, name)
+            if values is not None and (isinstance(values, str) or not isinstance(values, Iterable)):
+                raise TypeError(f"{name} of a grid must be a list, such as {example}, got {values!r}")
         object.__setattr__(self, "bits", [shortest_bits(bits) for bits in self.bits])
+        if self.memory is not None:
+            object.__setattr__(self, "memory", [parse_memory(limit) for limit in self.memory])
+            if self.budgets is not None:
+                raise ValueError(
+                    f"budgets must be None with memory={self.memory!r}, from which they follow, got "
+                    f"{list(self.budgets)!r}"
+                )
+        else:
+            budgets = _DEFAULT_BUDGETS if self.budgets is None else self.budgets
+            object.__setattr__(self, "budgets", [plain_number(budget) for budget in budgets])
 
     def check(self) -> None:
         """Check all names and budgets.
@@ -75,41 +94,62 @@ class CacheGrid:
             TypeError, ValueError: an axis is empty or has duplicates, a name is unknown, or a budget is out of range.
 
         """
-        axes = {name: getattr(self, name) for name in ("policies", "allocations", "budgets", "bits")}
-        for name, values in axes.items():
-            if not values or len({str(value) for value in values}) < len(values):
+        for name, values in asdict(self).items():
+            if values is not None and (not values or len({str(value) for value in values}) < len(values)):
                 raise ValueError(f"{name} must hold at least one value and no duplicates, got {list(values)!r}")
         for policy in self.policies:
             get_policy(policy)
         for allocation in self.allocations:
             if allocation != OWN_ALLOCATION:
                 get_allocation(allocation)
-        for budget in self.budgets:
+        for budget in self.budgets or ():
             Protection().check(budget)
 
     def settings(self) -> dict[str, Any]:
-        """Return the fields as settings of a run. `bits` is left out if no cache is quantized.
+        """Return the fields as settings of a run. `bits` is left out if none are given, and `memory` or `budgets`.
 
-        Runs that were stored before grids had bits keep their keys this way.
+        Runs that were stored before grids had bits and limits on the bytes keep their keys this way.
         """
-        settings = asdict(self)
+        settings = {name: value for name, value in asdict(self).items() if value is not None}
         if settings["bits"] == [None]:
             del settings["bits"]
         return settings
 
-    def caches(self) -> list[GridCache]:
-        """Return every cache of the grid: each of `combinations()` with every number of bits, which varies fastest."""
-        return [GridCache(*combination, bits) for combination in self.combinations() for bits in self.bits]
+    def largest_first(self) -> CacheGrid:
+        """Return the grid with its budgets, or its limits on the bytes, from the largest to the smallest."""
+        if self.memory is not None:
+            return replace(self, memory=sorted(map(parse_memory, self.memory), reverse=True))
+        return replace(self, budgets=sorted(self.budgets or (), reverse=True))
 
-    def combinations(self) -> list[tuple[str, str, float]]:
-        """Return every (policy, allocation, budget); the budget varies fastest.
+    def caches(self) -> list[GridCache]:
+        """Return every cache of the grid; the number of bits varies fastest, then the budget or the limit.
 
         An allocation that equals the policy's own is left out if the grid also contains `"own"`.
         """
+        sizes = [(budget, None) for budget in self.budgets or ()] + [
+            (None, parse_memory(limit)) for limit in self.memory or ()
+        ]
         return [
-            (policy, allocation, budget)
-            for policy, allocation, budget in itertools.product(self.policies, self.allocations, self.budgets)
+            GridCache(policy, allocation, budget, bits, limit)
+            for policy, allocation in itertools.product(self.policies, self.allocations)
             if allocation == OWN_ALLOCATION
             or OWN_ALLOCATION not in self.allocations
             or get_policy(policy).allocation != get_allocation(allocation)
+            for budget, limit in sizes
+            for bits in self.bits
         ]
+
+
+def describe_size(budget: float | None, bits: Bits | None, memory: float | None) -> str:
+    """Return text such as `budget 0.25, 4 bits` or `memory 10%`."""
+    size = f"budget {budget:g}" if memory is None else f"memory {format_memory(memory)}"
+    return size + bits_suffix(bits)
+
+
+def format_size(budget: float | None, bits: Bits | None, memory: float | None) -> str:
+    """Return a budget, or a limit on the bytes, as text for tables: `25%, 4 bits`, `40` or `2 GiB of memory`."""
+    if memory is not None:
+        size = f"{format_memory(memory)} of memory"
+    else:
+        size = f"{budget:.0%}" if isinstance(budget, float) else str(budget)
+    return size + bits_suffix(bits)

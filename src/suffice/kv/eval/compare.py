@@ -1,4 +1,4 @@
-"""Compare policies, allocations, budgets and numbers of bits: which caches stay closest to the full cache."""
+"""Compare policies, allocations, sizes and numbers of bits: which caches stay closest to the full cache."""
 
 from __future__ import annotations
 
@@ -7,26 +7,31 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid
+from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid, describe_size
 from suffice.kv.eval.run_kinds import COMPARE
 from suffice.kv.eval.run_options import RunOptions, run_samples
 from suffice.kv.hf.loading import ModelSource
 from suffice.kv.policy.registry import DEFAULT_POLICY
-from suffice.kv.storage.quantization import Bits, bits_suffix, shortest_bits
+from suffice.kv.storage.quantization import Bits, shortest_bits
 from suffice.study.results import Group, group_records, summarize
 from suffice.study.spec import PlannedRun
 
 DEFAULT_TASKS = (("text", "continuation"), ("multikey", "agnostic"), ("multikey", "aware"))
-_COLUMNS = ("task", "mode", "policy", "allocation", "budget", "bits")
+_COLUMNS = ("task", "mode", "policy", "allocation", "budget")
+_DEFAULT_BUDGETS = (0.5, 0.25)
 
 
 class Condition(NamedTuple):
-    """A task, a mode of eviction, a budget and a number of bits, under which methods are compared."""
+    """A task, a mode of eviction, a budget or a limit on the bytes, and a number of bits, under which methods compete.
+
+    `budget` is None with `memory`. `bits` is None if entries are not quantized, or if the bits follow from `memory`.
+    """
 
     task: str
     mode: str
-    budget: float
+    budget: float | None
     bits: Bits | None = None
+    memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,7 @@ class Comparison:
 
     Args:
         settings: what was compared, and the model.
-        groups: the values of all samples for each task, mode, policy, allocation, budget and number of bits, and for
-            the full cache.
+        groups: the values of all samples for each task, mode and cache of the grid, and for the full cache.
 
     """
 
@@ -52,17 +56,23 @@ class Comparison:
 
     @property
     def conditions(self) -> list[Condition]:
-        """All tasks, modes, budgets and numbers of bits."""
+        """All tasks, modes, budgets or limits on the bytes, and numbers of bits."""
         return list(dict.fromkeys(_condition(group) for group in self._compressed()))
 
     @property
     def is_quantized(self) -> bool:
-        """Whether entries of some caches are quantized."""
+        """Whether numbers of bits are given for some caches."""
         return any(condition.bits is not None for condition in self.conditions)
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether limits on the bytes are given for some caches."""
+        return any(condition.memory is not None for condition in self.conditions)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the mean and the 95 % t interval over samples of every metric of every cache."""
-        return summarize(self.groups, _COLUMNS if self.is_quantized else _COLUMNS[:-1])
+        optional = {"bits": self.is_quantized, "memory": self.has_limits}
+        return summarize(self.groups, (*_COLUMNS, *(name for name, is_given in optional.items() if is_given)))
 
     def share_of_bytes(self, method: str, condition: Condition | tuple[str, str, float]) -> float:
         """Return the bytes of a cache as a share of those of the full cache, from the means over samples."""
@@ -74,7 +84,7 @@ class Comparison:
 
         Args:
             method: name of a method.
-            condition: task, mode, budget and number of bits; without the last one, entries are not quantized.
+            condition: task, mode and budget, or a `Condition`.
 
         Raises:
             ValueError: the method was not measured under this condition.
@@ -107,8 +117,8 @@ class Comparison:
             metric: name of a metric.
 
         Returns:
-            One row for each condition and method: `task`, `mode`, `budget`, `bits`, `method`, `baseline`, `metric`;
-            `mean`, `low` and `high` of method − baseline (95 % t interval); `samples`.
+            One row for each condition and method: the fields of `Condition`, `method`, `baseline`, `metric`; `mean`,
+            `low` and `high` of method − baseline (95 % t interval); `samples`.
 
         """
         rows: list[dict[str, Any]] = []
@@ -159,9 +169,8 @@ class Comparison:
         lines = [f"Best mean rank: {best}."]
         closer = self.closer_methods(best)
         lines += [
-            f"On {row['task']}, {row['mode']}, budget {row['budget']:g}{bits_suffix(row['bits'])}, {row['method']} is "
-            "closer by "
-            f"{-row['mean']:.3f} [{-row['high']:.3f}, {-row['low']:.3f}]."
+            f"On {row['task']}, {row['mode']}, {describe_size(row['budget'], row['bits'], row['memory'])}, "
+            f"{row['method']} is closer by {-row['mean']:.3f} [{-row['high']:.3f}, {-row['low']:.3f}]."
             for row in closer
         ]
         if not closer:
@@ -190,8 +199,9 @@ def compare(
     *,
     policies: Sequence[str] = (DEFAULT_POLICY, "h2o", "snapkv", "keydiff"),
     allocations: Sequence[str] = (OWN_ALLOCATION,),
-    budgets: Sequence[float] = (0.5, 0.25),
+    budgets: Sequence[float] | None = None,
     bits: Sequence[Bits | None] = (None,),
+    memory: Sequence[float | str] | None = None,
     tasks: Sequence[tuple[str, str]] = DEFAULT_TASKS,
     tokens: int = 900,
     samples: int = 8,
@@ -205,12 +215,16 @@ def compare(
 ) -> Comparison:
     """Compare how close compressed caches stay to the full cache. All caches of a sample share one prefill.
 
+    Caches evict once, after the prefill, also with `memory`; see `evaluate`.
+
     Args:
         policies: names of policies.
         allocations: names of allocations, each combined with every policy; `"own"` is the policy's own allocation.
-        budgets: numbers of tokens (integers), or fractions.
+        budgets: numbers of tokens (integers), or fractions; None means 0.5 and 0.25, or none with `memory`.
         bits: numbers of bits of quantized entries, or pairs (bits of keys, bits of values), each combined with every
-            budget; None stands for entries in the model's dtype.
+            budget; None stands for entries in the model's dtype, or for the bits that follow from `memory`.
+        memory: limits on the bytes instead of budgets: fractions of those of the full cache, or numbers of bytes, such
+            as `"2GiB"`; see `CompressedCache`.
         tasks: pairs of a task and a mode of eviction, as in `suffice.kv.eval.tasks`.
         tokens: maximum number of tokens in a prompt.
         samples: number of examples of each task.
@@ -237,13 +251,15 @@ def compare(
     if not tasks or len(set(tasks)) < len(tasks):
         raise ValueError(f"tasks must hold at least one (task, mode) pair and no duplicates, got {list(tasks)!r}")
     run = run or RunOptions()
+    if budgets is None and memory is None:
+        budgets = _DEFAULT_BUDGETS
     settings = {
         "tokens": tokens,
         "haystack": haystack,
         "answer": answer,
         "greedy_tokens": greedy_tokens,
         "measure_capacity": measure_capacity,
-        "caches": CacheGrid(list(policies), list(allocations), list(budgets), bits).settings(),
+        "caches": CacheGrid(list(policies), list(allocations), budgets, bits, memory).settings(),
         "model": asdict(ModelSource.from_name(model)),
     }
     by_task = [COMPARE.complete({**settings, "task": task, "mode": mode}) for task, mode in tasks]
@@ -275,4 +291,5 @@ def _method(group: Group) -> str:
 
 def _condition(group: Group) -> Condition:
     settings = group.settings
-    return Condition(settings["task"], settings["mode"], settings["budget"], shortest_bits(settings.get("bits")))
+    bits = shortest_bits(settings.get("bits"))
+    return Condition(settings["task"], settings["mode"], settings["budget"], bits, settings.get("memory"))

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.batched import BatchedCaches
 from suffice.kv.cache.cache import CompressedCache
+from suffice.kv.cache.memory import parse_memory
+from suffice.kv.cache.report import stored_bits
 from suffice.kv.cache.shared_prefill import prefill
 from suffice.kv.eval.generation import check_prompt_length, greedy_generate
 from suffice.kv.eval.prompt import PromptTokens
@@ -32,9 +34,12 @@ class CacheConfig:
 
     Args:
         policy: name of a policy, or a `Policy`.
-        budget: number of tokens to keep per row, or a fraction of the tokens seen.
+        budget: number of tokens to keep per row, or a fraction of the tokens seen; None means a quarter of the tokens,
+            or as many as `memory` allows.
         allocation: how the budget is split over heads; None uses the policy's own allocation.
-        bits: number of bits of quantized entries, or a pair (bits of keys, bits of values); None does not quantize.
+        bits: number of bits of quantized entries, or a pair (bits of keys, bits of values); None does not quantize, or
+            uses the bits that follow from `memory`.
+        memory: limit on the bytes, instead of `budget`; see `CompressedCache`.
 
     Example:
         >>> CacheConfig("h2o", 0.5).names
@@ -43,12 +48,15 @@ class CacheConfig:
     """
 
     policy: str | Policy
-    budget: float = 0.25
+    budget: float | None = None
     allocation: str | Allocation | None = None
     bits: Bits | None = None
+    memory: float | str | None = None
 
     def build(self, model: nn.Module, **options: Any) -> CompressedCache:
-        """Return an empty cache with this configuration, which does not measure the capacity by default.
+        """Return an empty cache with this configuration.
+
+        By default, it evicts after the prefill only, also with `memory`, and does not measure the capacity.
 
         Args:
             model: the model of the cache.
@@ -58,8 +66,9 @@ class CacheConfig:
             TypeError, ValueError: `CompressedCache` rejects the configuration.
 
         """
-        options = {"measure_capacity": False, **options}
-        return CompressedCache(model, self.policy, self.budget, allocation=self.allocation, bits=self.bits, **options)
+        options = {"measure_capacity": False, "evict": "prefill", **options}
+        size = {"budget": self.budget, "memory": self.memory, "bits": self.bits}
+        return CompressedCache(model, self.policy, allocation=self.allocation, **size, **options)
 
     @property
     def names(self) -> tuple[str, str]:
@@ -86,6 +95,9 @@ def evaluate(
     Divergence, likelihood and top-1 agreement are measured with teacher forcing: the tokens of the right answer are
     fed to the model, so that the result does not depend on what each cache would have generated.
 
+    Caches evict once, after the prefill (`evict="prefill"`), and keep all later tokens. So `memory` limits the bytes of
+    the compressed prompt, and leaves no room for new tokens.
+
     Args:
         model: the language model.
         tokenizer: its tokenizer.
@@ -101,7 +113,10 @@ def evaluate(
     Returns:
         One dict of plain values for the full cache, then one for each configuration:
 
-        * `task`, `mode`, `seed`, `policy`, `allocation`, `budget`, `bits` (None if entries are not quantized)
+        * `task`, `mode`, `seed`, `policy`, `allocation`
+        * `budget` (None with `memory`), `memory` (a fraction or a number of bytes; None with `budget`)
+        * `bits`: number of bits of quantized entries; with `memory`, those of the first layer. None if no entries are
+            quantized
         * `tokens`: number of tokens in the prompt; `gold_tokens`: number of tokens in the right answer
         * `kl`: KL(full ‖ compressed) of the next-token distributions, in nats per token
         * `log_likelihood`: log-likelihood of the right answer, in nats per token; `log_likelihood_change`: difference
@@ -159,7 +174,8 @@ def evaluate(
                 "policy": policy,
                 "allocation": allocation,
                 "budget": caches[index].budget,
-                "bits": shortest_bits(config.bits),
+                "memory": None if config.memory is None else parse_memory(config.memory),
+                "bits": shortest_bits(config.bits) if config.memory is None else stored_bits(report),
                 "tokens": prompt.input_ids.shape[1],
                 "gold_tokens": gold.shape[1],
                 **measured[index],

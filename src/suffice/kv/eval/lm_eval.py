@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.cache import CompressedCache
+from suffice.kv.cache.memory import parse_limit
 from suffice.kv.eval.fidelity import CacheConfig
 from suffice.kv.hf.loading import load_model
 from suffice.kv.hf.wrappers import unwrap_model
@@ -68,9 +69,14 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
     Args:
         pretrained: a name that `load_model` accepts, or a model, also a `PeftModel`; None is the default model.
         policy: which entries to keep.
-        budget: number of tokens of each prompt to keep, or a fraction.
+        budget: number of tokens of each prompt to keep, or a fraction; None means a quarter of the tokens, or as many
+            as `memory` allows.
         allocation: how the budget is split over heads; None uses the policy's own allocation.
-        bits: number of bits of quantized entries, or a pair (bits of keys, bits of values); None does not quantize.
+        bits: number of bits of quantized entries, or a pair (bits of keys, bits of values); None does not quantize, or
+            uses the bits that follow from `memory`.
+        memory: limit on the bytes of the compressed prompts, instead of `budget`: a fraction of those of the full
+            cache, or a number of bytes for all prompts of a batch; see `CompressedCache`. In tasks that score whole
+            texts, it holds after every chunk.
         tokenizer: a tokenizer, or the id or folder of one; None loads that of `pretrained`, which must then be a name.
         device: device of a model that is loaded; by default the first CUDA device, or the CPU if there is none.
         dtype: dtype of a model that is loaded: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
@@ -91,9 +97,10 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
         pretrained: str | nn.Module | None = None,
         *,
         policy: str | Policy = DEFAULT_POLICY,
-        budget: float = 0.25,
+        budget: float | None = None,
         allocation: str | Allocation | None = None,
         bits: Bits | None = None,
+        memory: float | str | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         device: str | None = None,
         dtype: str = "auto",
@@ -102,6 +109,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
     ) -> None:
         # The harness ignores other options if the model has already been loaded.
         check_names(options, _OPTIONS, "options")
+        parse_limit(memory, budget)
         if isinstance(tokenizer, str):
             auto_tokenizer: Any = AutoTokenizer
             tokenizer = auto_tokenizer.from_pretrained(tokenizer)
@@ -121,7 +129,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
         if options.get("peft"):
             model = _load_adapter(model, options["peft"])
         # The harness has an attribute `_config` of its own.
-        self._cache_config = CacheConfig(policy, budget, allocation, bits)
+        self._cache_config = CacheConfig(policy, budget, allocation, bits, memory)
         # Report wrong arguments before the first prompt.
         self._cache_config.build(model)
         self._num_prompts = self._longest_prompt = 1

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure as MatplotlibFigure
 
 from suffice.kv.cache.report import CacheReport, describe_quantization
 from suffice.kv.eval.answer import Answer
+from suffice.kv.eval.cache_grid import describe_size, format_size
 from suffice.kv.eval.compare import Comparison, Condition
-from suffice.kv.storage.quantization import Bits, bits_suffix, format_bits
+from suffice.kv.storage.quantization import bits_suffix, format_bits
 from suffice.report import Figure, KeptText, LinePoint, Page, Table, Text, line_plot
 from suffice.study.results import group_records
 from suffice.study.run_key import canonical_json
@@ -24,7 +25,7 @@ def answer_page(answer: Answer, report: CacheReport, command: str) -> Page:
     )
     page.add("Answer", Text(answer.answer or "(empty)"))
     texts, shares = zip(*answer.token_shares, strict=True)
-    settings = f"{answer.policy}, budget {answer.budget:g}{bits_suffix(answer.bits)}"
+    settings = f"{answer.policy}, {describe_size(answer.budget, answer.bits, answer.memory)}"
     caption = f"The prompt under {settings}. Darker tokens were kept by more heads."
     page.add("Tokens of the prompt that were kept", KeptText(texts, shares, caption))
     layers = sorted({head.layer for head in report.heads})
@@ -190,7 +191,7 @@ def _add_scores(page: Page, comparison: Comparison) -> None:
 
 def _add_capacity(page: Page, comparison: Comparison) -> None:
     rows = [
-        [row["task"], row["mode"], _budget_text(row["budget"], row["bits"]), f"{row['spearman']:+.2f}"]
+        [row["task"], row["mode"], format_size(row["budget"], row["bits"], row["memory"]), f"{row['spearman']:+.2f}"]
         for row in comparison.capacity_correlations()
     ]
     if rows:
@@ -205,7 +206,7 @@ def _add_differences(page: Page, comparison: Comparison) -> None:
             f"{row['method']} − {row['baseline']}",
             row["task"],
             row["mode"],
-            _budget_text(row["budget"], row["bits"]),
+            format_size(row["budget"], row["bits"], row["memory"]),
             f"{row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]",
         ]
         for row in comparison.differences(best)
@@ -216,8 +217,4 @@ def _add_differences(page: Page, comparison: Comparison) -> None:
 
 
 def _condition_text(condition: Condition) -> str:
-    return f"{condition.task} {condition.mode} {_budget_text(condition.budget, condition.bits)}"
-
-
-def _budget_text(budget: float, bits: Bits | None) -> str:
-    return (f"{budget:.0%}" if isinstance(budget, float) else str(budget)) + bits_suffix(bits)
+    return f"{condition.task} {condition.mode} {format_size(*condition[2:])}"

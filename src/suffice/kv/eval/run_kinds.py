@@ -17,8 +17,9 @@ from suffice.study.run_kind import RunKind
 _CACHES: dict[str, Any] = {
     "policies": [DEFAULT_POLICY],
     "allocations": [OWN_ALLOCATION],
-    "budgets": [0.25],
+    "budgets": None,
     "bits": [None],
+    "memory": None,
 }
 _MODEL: dict[str, Any] = {"name": None, "device": "cpu", "dtype": "auto", "attn_implementation": "sdpa"}
 

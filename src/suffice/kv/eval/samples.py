@@ -43,7 +43,11 @@ def cache_configs(grid: CacheGrid) -> list[CacheConfig]:
     """Return the configuration of every cache in a grid."""
     return [
         CacheConfig(
-            cache.policy, cache.budget, None if cache.allocation == OWN_ALLOCATION else cache.allocation, cache.bits
+            cache.policy,
+            cache.budget,
+            None if cache.allocation == OWN_ALLOCATION else cache.allocation,
+            cache.bits,
+            cache.memory,
         )
         for cache in grid.caches()
     ]

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid
+from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid, describe_size
 from suffice.kv.eval.run_kinds import TUNE
 from suffice.kv.eval.run_options import RunOptions, run_samples
 from suffice.kv.eval.user_prompts import UserPrompt, write_user_prompts
 from suffice.kv.hf.loading import ModelSource
 from suffice.kv.policy.registry import DEFAULT_POLICY
-from suffice.kv.storage.quantization import Bits, bits_suffix, shortest_bits
+from suffice.kv.storage.quantization import Bits, shortest_bits
 from suffice.study.results import Group, group_records, mean_bound
 from suffice.study.spec import PlannedRun
 
@@ -26,35 +26,42 @@ DEFAULT_BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 
 @dataclass(frozen=True)
 class Trial:
-    """The result of one policy, allocation, budget and number of bits on the user's prompts.
+    """The result of one cache on the user's prompts.
 
     Args:
         policy: name of the policy.
         allocation: name of the allocation; `"own"` is the policy's own.
-        budget: number of tokens, or fraction of the tokens seen.
+        budget: number of tokens, or fraction of the tokens seen; None with `memory`.
         mean: mean of the metric over prompts.
         bound: one-sided confidence bound of the mean: an upper bound of KL, a lower bound of agreement.
         within: share of the prompts that meet the target individually.
-        safe: whether the bound meets the target at this budget and at every larger one.
+        safe: whether the bound meets the target at this budget or limit, and at every larger one.
         bytes_kept: mean bytes of the cache after the prefill.
-        bits: number of bits of quantized entries; None if they are not quantized.
+        bits: number of bits of quantized entries; None if they are not quantized, or follow from `memory`.
+        memory: limit on the bytes, as a fraction or a number; None with `budget`.
 
     """
 
     policy: str
     allocation: str
-    budget: float
+    budget: float | None
     mean: float
     bound: float
     within: float
     safe: bool
     bytes_kept: float
     bits: Bits | None = None
+    memory: float | None = None
 
     @property
     def arm(self) -> tuple[str, str, Bits | None]:
         """Policy, allocation and number of bits, for which budgets are tested from the largest to the smallest."""
         return self.policy, self.allocation, self.bits
+
+    @property
+    def size(self) -> float:
+        """The budget, or the limit on the bytes."""
+        return (self.memory if self.budget is None else self.budget) or 0
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,8 @@ class TuningResult:
         target: the value that the mean of the metric must meet.
         confidence: confidence level of the bounds, jointly for all policies, allocations and numbers of bits.
         num_prompts: number of prompts.
-        trials: all trials; within a policy, allocation and number of bits, from the largest budget to the smallest.
+        trials: all trials; within a policy, allocation and number of bits, from the largest budget (or limit) to the
+            smallest.
         settings: settings of the runs.
 
     """
@@ -93,12 +101,12 @@ class TuningResult:
 
     @property
     def next_smaller(self) -> Trial | None:
-        """The trial of the best policy, allocation and number of bits with the next smaller budget; None if none."""
+        """The trial of the best policy, allocation and bits with the next smaller budget or limit; None if none."""
         best = self.best
         if best is None:
             return None
-        smaller = [trial for trial in self.trials if trial.arm == best.arm and trial.budget < best.budget]
-        return max(smaller, key=lambda trial: trial.budget, default=None)
+        smaller = [trial for trial in self.trials if trial.arm == best.arm and trial.size < best.size]
+        return max(smaller, key=lambda trial: trial.size, default=None)
 
     def code(self) -> str:
         """Return the Python code that uses the recommended cache; an empty string if no trial is safe."""
@@ -107,9 +115,11 @@ class TuningResult:
             return ""
         allocation = "" if best.allocation == OWN_ALLOCATION else f", allocation={best.allocation!r}"
         bits = "" if best.bits is None else f", bits={best.bits}"
+        size = f"budget={best.budget}" if best.memory is None else f"memory={best.memory}"
+        evict = "" if best.memory is None else ', evict="prefill"'
         return (
             "from suffice.kv import CompressedCache\n\n"
-            f"cache = CompressedCache(model, policy={best.policy!r}, budget={best.budget}{allocation}{bits})\n"
+            f"cache = CompressedCache(model, policy={best.policy!r}, {size}{allocation}{bits}{evict})\n"
             "model.generate(**inputs, past_key_values=cache)\n"
         )
 
@@ -117,12 +127,13 @@ class TuningResult:
         """Describe the recommended cache, the confidence, and the next smaller budget."""
         goal = f"mean KL ≤ {self.target:g}" if self.metric == "kl" else f"mean agreement ≥ {self.target:g}"
         best = self.best
+        kind = "budget" if self.closest.memory is None else "memory limit"
         if best is None:
             closest = self.closest
             return (
-                f"No budget reaches {goal} at {self.confidence:.0%} confidence on these {self.num_prompts} prompts. "
+                f"No {kind} reaches {goal} at {self.confidence:.0%} confidence on these {self.num_prompts} prompts. "
                 f"Closest: {_describe(closest)} with mean {closest.mean:.4f}, bound {closest.bound:.4f}. Relax the "
-                "target, provide more prompts, or try larger budgets."
+                f"target, provide more prompts, or try larger {kind}s."
             )
         text = (
             f"{_describe(best)} meets {goal} at {self.confidence:.0%} confidence on {self.num_prompts} prompts: mean "
@@ -130,9 +141,9 @@ class TuningResult:
         )
         smaller = self.next_smaller
         if smaller is None:
-            return f"{text} It is the smallest budget that was tried."
-        size = f"{smaller.budget:g}{bits_suffix(smaller.bits)}"
-        return f"{text} Budget {size} is not safe: mean {smaller.mean:.4f}, bound {smaller.bound:.4f}."
+            return f"{text} It is the smallest {kind} that was tried."
+        size = describe_size(smaller.budget, smaller.bits, smaller.memory)
+        return f"{text} {size[0].upper()}{size[1:]} is not safe: mean {smaller.mean:.4f}, bound {smaller.bound:.4f}."
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""
@@ -156,21 +167,24 @@ def tune(
     target_agreement: float | None = None,
     policies: Sequence[str] = (DEFAULT_POLICY, "h2o", "keydiff"),
     allocations: Sequence[str] = (OWN_ALLOCATION, "profile"),
-    budgets: Sequence[float] = DEFAULT_BUDGETS,
+    budgets: Sequence[float] | None = None,
     bits: Sequence[Bits | None] = (None,),
+    memory: Sequence[float | str] | None = None,
     mode: str = "aware",
     confidence: float = 0.95,
     max_new_tokens: int = 32,
     model: str | ModelSource | None = None,
     run: RunOptions | None = None,
 ) -> TuningResult:
-    """Find the smallest budget, with its policy and allocation, that stays close to the full cache on your prompts.
+    """Find the smallest budget or memory, with its policy, that stays close to the full cache on your prompts.
 
     The full cache answers each prompt greedily, and every other cache is measured on that answer. A budget is safe if
     the one-sided Student's t bound of the mean over prompts meets the target. For each policy, allocation and number of
     bits, budgets are tested from the largest to the smallest, and all budgets after the first failure count as not
     safe. Testing in this fixed order needs no correction for the number of budgets. A Bonferroni correction accounts
-    for the number of policies, allocations and numbers of bits.
+    for the number of policies, allocations and numbers of bits. Limits on the bytes are tested in the same order.
+
+    Caches evict once, after the prefill, also with `memory`; see `evaluate`.
 
     Args:
         prompts: your prompts, at least 2.
@@ -178,9 +192,12 @@ def tune(
         target_agreement: minimum mean share of greedy tokens that equal the full cache's at their position, 0 to 1.
         policies: names of policies.
         allocations: names of allocations, each combined with every policy; `"own"` is the policy's own allocation.
-        budgets: the budgets to try: fractions, or numbers of tokens.
+        budgets: the budgets to try: fractions, or numbers of tokens. None means 11 budgets from 0.9 to 0.05, or none
+            with `memory`.
         bits: numbers of bits of quantized entries to try, or pairs (bits of keys, bits of values); None stands for
-            entries in the model's dtype.
+            entries in the model's dtype, or for the bits that follow from `memory`.
+        memory: limits on the bytes to try instead of budgets: fractions of those of the full cache, or numbers of bytes
+            such as `"2GiB"`; see `CompressedCache`.
         mode: `"aware"` evicts after the question is seen, `"agnostic"` before it.
         confidence: confidence of the result, above 0.5 and below 1.
         max_new_tokens: maximum length of the full cache's answers.
@@ -203,10 +220,13 @@ def tune(
         raise ValueError(f"confidence must be above 0.5 and below 1, got {confidence}")
     _check_prompts(prompts, mode)
     run = run or RunOptions()
+    if budgets is None and memory is None:
+        budgets = DEFAULT_BUDGETS
+    caches = CacheGrid(list(policies), list(allocations), budgets, bits, memory)
     settings = {
         "mode": mode,
         "max_new_tokens": max_new_tokens,
-        "caches": CacheGrid(list(policies), list(allocations), sorted(budgets, reverse=True), bits).settings(),
+        "caches": caches.largest_first().settings(),
         "model": asdict(ModelSource.from_name(model)),
     }
     TUNE.complete(settings)
@@ -286,6 +306,7 @@ def _trials(groups: Sequence[Group], metric: str, target: float, error_rate: flo
                     safe=safe,
                     bytes_kept=group.interval("bytes_kept").mean,
                     bits=bits,
+                    memory=group.settings.get("memory"),
                 )
             )
     return trials
@@ -293,4 +314,4 @@ def _trials(groups: Sequence[Group], metric: str, target: float, error_rate: flo
 
 def _describe(trial: Trial) -> str:
     allocation = "" if trial.allocation == OWN_ALLOCATION else f", allocation {trial.allocation},"
-    return f"{trial.policy}{allocation} at budget {trial.budget:g}{bits_suffix(trial.bits)}"
+    return f"{trial.policy}{allocation} at {describe_size(trial.budget, trial.bits, trial.memory)}"
