@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -18,11 +18,28 @@ from suffice.kv.attention.masks import readable_entries
 from suffice.kv.attention.softmax import cap_logits, softmax_with_sinks
 
 # Numbers that are dequantized at a time. A block should stay in the processor's cache.
-_BLOCK_NUMBERS = 1 << 17
+_BLOCK_NUMBERS = 1 << 18
+# Largest number of queries of a head for which products are computed by group of dimensions, and then scaled. For more
+# queries, it is faster to scale the keys and values.
+_MAX_QUERIES_BY_GROUP = 16
 # Largest number of logits in memory at a time.
 _MAX_LOGITS = 1 << 22
 # Logit of entries that a query may not read. It is finite, so that a query that may read none does not get NaN.
 _NOT_READABLE = -1e30
+
+
+class PackedVectors(Protocol):
+    """Packed integers and scales of vectors; see `suffice.kv.storage.vector_format`."""
+
+    @property
+    def codes(self) -> Tensor:
+        """Packed integers, uint8 [vectors, bytes]."""
+        ...
+
+    @property
+    def scales(self) -> Tensor:
+        """Logarithm of the scale of each group, uint8 [vectors, groups]."""
+        ...
 
 
 class QuantizedFormat(Protocol):
@@ -47,18 +64,16 @@ class QuantizedFormat(Protocol):
         """Return the orthogonal transform of vectors, [dim, padded_dim]."""
         ...
 
-
-class PackedVectors(Protocol):
-    """Packed integers and scales of vectors; see `suffice.kv.storage.vector_format`."""
-
-    @property
-    def codes(self) -> Tensor:
-        """Packed integers, uint8 [vectors, bytes]."""
+    def unpack(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the integers of each group, times a factor, [groups, vectors, group_size]."""
         ...
 
-    @property
-    def scales(self) -> Tensor:
-        """Logarithm of the scale of each group, uint8 [vectors, groups]."""
+    def unpack_scales(self, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the scales of each group, divided by the factor, [groups, vectors]."""
+        ...
+
+    def middles(self, like: Tensor) -> Tensor:
+        """Return the number that stands for 0 in each group of the result of `unpack`, [groups]."""
         ...
 
 
@@ -159,11 +174,11 @@ def attend_quantized(
     width = max(itertools.chain(*quantized.lengths)) + exact.keys.shape[2]
     block = max(1, _MAX_LOGITS // max(1, batch * heads * width))
     attention = _Attention(quantized, exact, softcap, sinks)
-    outputs = [
-        attention(queries[:, :, :, start : start + block], readable[:, :, start : start + block])
-        for start in range(0, new, block)
-    ]
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
+    if new <= block:
+        output = attention(queries, readable)
+    else:
+        outputs = map(attention, queries.split(block, dim=3), readable.split(block, dim=2))
+        output = torch.cat(tuple(outputs), dim=3)
     return output.flatten(1, 2).transpose(1, 2).to(query.dtype).contiguous()
 
 
@@ -197,47 +212,95 @@ class _Attention:
             [batch, num_key_value_heads, groups, queries, value_dim].
 
         """
+        shape, width = queries.shape[:-1], self._width
         flat = queries.flatten(2, 3).flatten(0, 1)  # [batch * num_key_value_heads, groups * queries, head_dim]
         keys, values = (x.to(flat.dtype).flatten(0, 1) for x in (self._exact.keys, self._exact.values))
-        logits = torch.cat((self._quantized_logits(flat), flat @ keys.mT), dim=-1)
-        logits = cap_logits(logits.view(*queries.shape[:-1], -1), self._softcap)
-        logits[..., self._width :].masked_fill_(~readable[:, :, None], _NOT_READABLE)
-        if min(self._lengths) < self._width:
-            lengths = torch.tensor(self._lengths, device=logits.device).view(*queries.shape[:2], 1, 1, 1)
-            is_empty = torch.arange(self._width, device=logits.device) >= lengths
-            logits[..., : self._width].masked_fill_(is_empty, _NOT_READABLE)
+        by_group = flat.shape[1] <= _MAX_QUERIES_BY_GROUP
+        logits = flat.new_empty(*flat.shape[:2], width + keys.shape[1])
+        logits[:, :, width:] = flat @ keys.mT
+        if width:
+            write_logits = self._write_logits_by_group if by_group else self._write_logits
+            write_logits(logits, flat)
+        logits = cap_logits(logits.view(*shape, -1), self._softcap)
+        logits[..., width:].masked_fill_(~readable[:, :, None], _NOT_READABLE)
+        if min(self._lengths) < width:
+            lengths = torch.tensor(self._lengths, device=logits.device).view(*shape[:2], 1, 1, 1)
+            is_empty = torch.arange(width, device=logits.device) >= lengths
+            logits[..., :width].masked_fill_(is_empty, _NOT_READABLE)
         weights = logits.softmax(-1) if self._sinks is None else softmax_with_sinks(logits, self._sinks)
-        weights = weights.flatten(2, 3).flatten(0, 1)
-        output = self._quantized_output(weights) + weights[..., self._width :] @ values
-        return output.view(*queries.shape[:-1], -1)
+        weights = weights.view(logits.shape).flatten(2, 3).flatten(0, 1)
+        output = weights[:, :, width:] @ values
+        if width:
+            format_ = self._quantized.value_format
+            rotated = (self._sum_values_by_group if by_group else self._sum_values)(weights)
+            output = output + rotated @ format_.rotation(rotated).mT
+        return output.view(*shape, -1)
 
-    def _quantized_logits(self, queries: Tensor) -> Tensor:
-        """Return the logits of quantized entries, [batch * num_key_value_heads, queries, width].
-
-        The logits of empty slots may be any number.
-        """
-        logits = queries.new_empty(*queries.shape[:2], self._width)
-        format_ = self._quantized.key_format
+    def _rotate_queries(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries for quantized keys, and their products with the mean key."""
         statistics = map(_for_autograd, (self._quantized.means, self._quantized.scales))
-        means, scales = (x.to(queries.dtype).flatten(0, 1) for x in statistics)
-        rotated = (queries / scales[:, None]) @ format_.rotation(queries)
-        of_mean = queries @ means[..., None]
-        for block in self._blocks(format_):
+        means, scales = (x.to(queries.dtype).flatten(0, 1)[:, None] for x in statistics)
+        rotated = (queries / scales) @ self._quantized.key_format.rotation(queries)
+        return rotated, torch.bmm(queries, means.mT)
+
+    def _write_logits(self, logits: Tensor, queries: Tensor) -> None:
+        """Write the logits of quantized entries, [batch * num_key_value_heads, queries, width].
+
+        Empty slots are not written.
+        """
+        rotated, of_mean = self._rotate_queries(queries)
+        for block in self._blocks(self._quantized.key_format):
             keys = self._quantized.decode_keys(block.entries, queries.dtype)
             for part in block.parts:
                 part_logits = torch.baddbmm(of_mean[part.heads], rotated[part.heads], part.of(keys).mT)
                 logits[part.heads, :, part.columns] = part_logits
-        return logits
 
-    def _quantized_output(self, weights: Tensor) -> Tensor:
-        """Return the weighted sum of the quantized values, [batch * num_key_value_heads, queries, value_dim]."""
+    def _sum_values(self, weights: Tensor) -> Tensor:
+        """Return the weighted sums of the rotated values, [batch * num_key_value_heads, queries, padded_dim]."""
         format_ = self._quantized.value_format
-        rotated = weights.new_zeros(*weights.shape[:2], format_.padded_dim)
+        sums = weights.new_zeros(*weights.shape[:2], format_.padded_dim)
         for block in self._blocks(format_):
             values = self._quantized.decode_values(block.entries, weights.dtype)
             for part in block.parts:
-                rotated[part.heads].baddbmm_(weights[part.heads, :, part.columns], part.of(values))
-        return rotated @ format_.rotation(weights).mT
+                sums[part.heads].baddbmm_(weights[part.heads, :, part.columns], part.of(values))
+        return sums
+
+    # With few queries, it is faster to scale the results than to scale the keys and values. In a group of dimensions,
+    # the number of an integer c is s (c - m), where s is the scale and m is the middle of all integers: q·k is the sum
+    # of s (q·c - m Σ q) over all groups, and Σ w v is Σ (w s) c - m Σ (w s) in each group.
+
+    def _write_logits_by_group(self, logits: Tensor, queries: Tensor) -> None:
+        """Write the logits as `_write_logits` does."""
+        keys, format_ = self._quantized.keys, self._quantized.key_format
+        rotated, of_mean = self._rotate_queries(queries)
+        scales = format_.unpack_scales(keys.scales, queries.dtype)
+        by_group = rotated.view(*rotated.shape[:2], len(scales), -1).permute(2, 0, 1, 3).contiguous()
+        of_middle = by_group.sum(-1, keepdim=True) * -format_.middles(queries).view(-1, 1, 1, 1)
+        for block in self._blocks(format_):
+            integers = format_.unpack(keys.codes[block.entries], queries.dtype)
+            for part in block.parts:
+                products = torch.baddbmm(
+                    part.of_heads(of_middle), part.of_heads(by_group), part.of_block(integers).mT
+                ).view(len(scales), -1, *logits.shape[1:2], part.length)
+                products *= part.of_layer(scales)[:, :, None]
+                logits[part.heads, :, part.columns] = products.sum(0)
+        logits[:, :, : self._width] += of_mean
+
+    def _sum_values_by_group(self, weights: Tensor) -> Tensor:
+        """Return the weighted sums as `_sum_values` does."""
+        values, format_ = self._quantized.values, self._quantized.value_format
+        scales = format_.unpack_scales(values.scales, weights.dtype)
+        num_heads, queries, _ = weights.shape
+        middles = -format_.middles(weights).view(-1, 1, 1, 1)
+        sums = weights.new_zeros(len(scales), num_heads, queries, format_.group_size)
+        for block in self._blocks(format_):
+            integers = format_.unpack(values.codes[block.entries], weights.dtype)
+            for part in block.parts:
+                own = weights[part.heads, :, part.columns] * part.of_layer(scales)[:, :, None]
+                of_middle = (own.sum(-1, keepdim=True) * middles).flatten(0, 1)
+                own_sums = torch.baddbmm(of_middle, own.flatten(0, 1), part.of_block(integers))
+                sums[:, part.heads] += own_sums.view(len(scales), -1, *sums.shape[2:])
+        return sums.permute(1, 2, 0, 3).flatten(2)
 
     def _blocks(self, format_: QuantizedFormat) -> tuple[_Block, ...]:
         return divide_entries(self._lengths, max(1, _BLOCK_NUMBERS // format_.padded_dim))
@@ -254,19 +317,47 @@ class _Part:
 
     Args:
         heads: range of the heads.
-        start: index of the first entry within the block.
         columns: range of the entries within each head.
+        start: index of the first entry within the block.
+        block_start: index of the first entry of the block.
 
     """
 
     heads: slice
-    start: int
     columns: slice
+    start: int
+    block_start: int
+
+    @property
+    def num_heads(self) -> int:
+        """Number of heads."""
+        return self.heads.stop - self.heads.start
+
+    @property
+    def length(self) -> int:
+        """Number of entries of each head."""
+        return self.columns.stop - self.columns.start
 
     def of(self, block: Tensor) -> Tensor:
         """Return the vectors of the part, [heads, entries, dim], from those of the block, [entries, dim]."""
-        num_heads, length = self.heads.stop - self.heads.start, self.columns.stop - self.columns.start
-        return block[self.start : self.start + num_heads * length].view(num_heads, length, -1)
+        return block.narrow(0, self.start, self.num_heads * self.length).view(self.num_heads, self.length, -1)
+
+    def of_block(self, block: Tensor) -> Tensor:
+        """Return the numbers of the part, [groups * heads, entries, size], from the block's, [groups, entries, size].
+
+        They are copied only if the part has several heads and the block has other parts.
+        """
+        own = block.narrow(1, self.start, self.num_heads * self.length)
+        return own if self.num_heads == 1 else own.reshape(-1, self.length, block.shape[-1])
+
+    def of_layer(self, scales: Tensor) -> Tensor:
+        """Return the scales of the part, [groups, heads, entries], from those of all entries, [groups, entries]."""
+        own = scales.narrow(1, self.block_start + self.start, self.num_heads * self.length)
+        return own.view(-1, self.num_heads, self.length)
+
+    def of_heads(self, x: Tensor) -> Tensor:
+        """Return the items of the part's heads, [groups * heads, …], from those of all heads, [groups, heads, …]."""
+        return x[:, self.heads].flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -293,22 +384,26 @@ def divide_entries(lengths: tuple[int, ...], size: int) -> tuple[_Block, ...]:
 
     """
     blocks: list[_Block] = []
-    start, parts, used = 0, [], 0
+    start, parts, used = 0, list[_Part](), 0
+
+    def end_block() -> None:
+        nonlocal start, parts, used
+        blocks.append(_Block(slice(start, start + used), tuple(parts)))
+        start, parts, used = start + used, [], 0
+
     for head, length in enumerate(lengths):
         if parts and used + length > size:
-            blocks.append(_Block(slice(start, start + used), tuple(parts)))
-            start, parts, used = start + used, [], 0
+            end_block()
         for first in range(0, length, size):
             count = min(size, length - first)
             earlier = parts[-1] if parts else None
             if earlier is not None and earlier.columns == slice(0, length) and earlier.heads.stop == head:
-                parts[-1] = _Part(slice(earlier.heads.start, head + 1), earlier.start, earlier.columns)
+                parts[-1] = replace(earlier, heads=slice(earlier.heads.start, head + 1))
             else:
-                parts.append(_Part(slice(head, head + 1), used, slice(first, first + count)))
+                parts.append(_Part(slice(head, head + 1), slice(first, first + count), used, start))
             used += count
             if first + count < length:
-                blocks.append(_Block(slice(start, start + used), tuple(parts)))
-                start, parts, used = start + used, [], 0
+                end_block()
     if parts:
-        blocks.append(_Block(slice(start, start + used), tuple(parts)))
+        end_block()
     return tuple(blocks)

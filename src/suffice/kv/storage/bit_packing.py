@@ -51,33 +51,34 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, out: Tensor) -> Tensor:
     """Write the integers of `pack_bits` to a tensor of any dtype, [..., dim], and return it."""
-    dim = out.shape[-1]
-    if bits == 8:
-        return out.copy_(packed)
-    if bits == 4:
-        low, high = out.chunk(2, dim=-1)
-        low.copy_(packed & 15)
-        high.copy_(packed >> 4)
-    elif bits == 5:
-        low, highest = packed.split((dim // 2, dim // 8), dim=-1)
-        integers = torch.cat((low & 15, low >> 4), dim=-1)
-        highest_bits = (highest[..., None, :] >> _section_index(packed.device)) & 1
-        out.copy_(integers | (highest_bits << 4).flatten(-2))
-    elif bits == 2:
-        first, second, third, fourth = out.chunk(4, dim=-1)
-        first.copy_(packed & 3)
-        second.copy_((packed >> 2) & 3)
-        third.copy_((packed >> 4) & 3)
-        fourth.copy_(packed >> 6)
-    else:
-        low, middle, top = out.split((3 * dim // 8, 3 * dim // 8, dim // 4), dim=-1)
-        low.copy_(packed & 7)
-        middle.copy_((packed >> 3) & 7)
-        first, second, third = (packed >> 6).chunk(3, dim=-1)
-        seventh, eighth = top.chunk(2, dim=-1)
-        seventh.copy_(first | ((second & 1) << 2))
-        eighth.copy_((second >> 1) | (third << 1))
+    parts = unpack_parts(packed, bits)
+    for part, integers in zip(out.split([x.shape[-1] for x in parts], dim=-1), parts, strict=True):
+        part.copy_(integers)
     return out
+
+
+def unpack_parts(packed: Tensor, bits: int) -> tuple[Tensor, ...]:
+    """Return the integers of `pack_bits` in parts that follow each other in the last dimension, uint8 [..., any]."""
+    if bits == 8:
+        return (packed,)
+    if bits == 4:
+        return packed & 15, packed >> 4
+    if bits == 5:
+        low, highest = packed.tensor_split((packed.shape[-1] * 4 // 5,), dim=-1)
+        highest_bits = (highest[..., None, :] >> _section_index(packed.device)) & 1
+        return (torch.cat((low & 15, low >> 4), dim=-1) | (highest_bits << 4).flatten(-2),)
+    if bits == 2:
+        return packed & 3, (packed >> 2) & 3, (packed >> 4) & 3, packed >> 6
+    first, second, third = (packed >> 6).chunk(3, dim=-1)
+    seventh, eighth = first | ((second & 1) << 2), (second >> 1) | (third << 1)
+    return packed & 7, (packed >> 3) & 7, seventh, eighth
+
+
+def field_masks(bits: int) -> tuple[int, ...]:
+    """Return the bits of a byte that hold each section of `pack_bits`; () if sections are not ranges of bits."""
+    if 8 % bits:
+        return ()
+    return tuple((2**bits - 1) << shift for shift in range(0, 8, bits))
 
 
 def _section_index(device: torch.device) -> Tensor:

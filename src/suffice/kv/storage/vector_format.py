@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from suffice.kv.storage.bit_packing import num_bytes, pack_bits, unpack_bits
+from suffice.kv.storage.bit_packing import field_masks, num_bytes, pack_bits, unpack_bits, unpack_parts
 from suffice.kv.storage.rotation import padded_dim, rotation
 
 GROUP_SIZE = 32
@@ -156,6 +158,90 @@ class VectorFormat:
         groups = x.view(-1, self.num_groups, self.group_size)
         groups.mul_(_scales(vectors.scales)[..., None])
         return x
+
+    @cached_property
+    def factors(self) -> tuple[int, ...]:
+        """Factor of the integers of each group in the result of `unpack`."""
+        if not self._groups_are_in_fields:
+            return (1,) * self.num_groups
+        per_field = self.num_groups // len(field_masks(self.bits))
+        return tuple(mask & -mask for mask in field_masks(self.bits) for _ in range(per_field))
+
+    @cached_property
+    def _groups_are_in_fields(self) -> bool:
+        """Whether the same bits of all bytes hold whole groups."""
+        num_fields = len(field_masks(self.bits))
+        return num_fields > 0 and self.num_groups % num_fields == 0
+
+    def unpack(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the integers of each group of dimensions, times its factor, as numbers of a dtype.
+
+        Args:
+            codes: packed integers, uint8 [vectors, bytes].
+            dtype: dtype of the result.
+
+        Returns:
+            [num_groups, vectors, group_size], contiguous.
+
+        """
+        num, size = len(codes), self.group_size
+        groups = torch.empty(self.num_groups, num, size, dtype=dtype, device=codes.device)
+        if self._groups_are_in_fields:
+            # The bits are not moved to the lowest ones, which would take more time than the multiplication of a few
+            # other numbers by the factors.
+            masks = _field_masks(self.bits, codes.device)
+            fields = (codes & masks if len(masks) > 1 else codes).view(len(masks), num, -1, size)
+            groups.view(len(masks), -1, num, size).copy_(fields.transpose(1, 2))
+            return groups
+        start = 0
+        for part in unpack_parts(codes, self.bits):
+            end = start + part.shape[-1]
+            for group in range(start // size, -(-end // size)):
+                first, last = max(start, group * size), min(end, (group + 1) * size)
+                groups[group, :, first - group * size : last - group * size] = part[:, first - start : last - start]
+            start = end
+        return groups
+
+    def unpack_scales(self, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the scale of each group, divided by its factor, as numbers of a dtype.
+
+        Args:
+            exponents: logarithms of the scales, uint8 [vectors, num_groups].
+            dtype: dtype of the result.
+
+        Returns:
+            [num_groups, vectors], contiguous.
+
+        """
+        scales = exponents.T.to(torch.float32, memory_format=torch.contiguous_format)
+        return scales.mul_(1 / _STEPS).sub_(_exponents_of_one(self.factors, scales.device)).exp2_().to(dtype)
+
+    def middles(self, like: Tensor) -> Tensor:
+        """Return the number that stands for 0 in each group of the result of `unpack`, [num_groups]."""
+        return _middles(self.factors, self.middle, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _middles(factors: tuple[int, ...], middle: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _constant([x * middle for x in factors], dtype, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _exponents_of_one(factors: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the logarithm of the factor of each group, beside the offset of exponents, [num_groups, 1]."""
+    return _constant([_OFFSET / _STEPS + math.log2(x) for x in factors], torch.float32, device)[:, None]
+
+
+@functools.lru_cache(maxsize=64)
+def _field_masks(bits: int, device: torch.device) -> Tensor:
+    """Return the bits of each field, uint8 [fields, 1, 1]."""
+    return _constant(field_masks(bits), torch.uint8, device)[:, None, None]
+
+
+def _constant(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor that can be used in any mode: one that is made in inference mode could not be used outside."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _scales(exponents: Tensor) -> Tensor:
