@@ -43,10 +43,6 @@ _UNITS = {"": 1, "b": 1} | {
     for power, prefix in enumerate("kmgt", start=1)
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
-_ACCEPTED = (
-    "memory must be a fraction of the full cache (0 < float <= 1.0), a number of bytes (int, at least 1), or a number "
-    "with a unit such as '2GiB' or '500MB'"
-)
 # Largest shares of the memory for the newest entries in the model's dtype, for those of new tokens, for entries that
 # exceed the limit until the next eviction, and for remembered queries; and the largest numbers of them.
 _WINDOW_SHARE, _BLOCK_SHARE, _INTERVAL_SHARE, _QUERY_SHARE = 1 / 32, 1 / 32, 1 / 32, 1 / 16
@@ -65,13 +61,20 @@ def parse_memory(memory: object) -> int | float:
     if isinstance(memory, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", memory)
         if match is None or match[2].lower() not in _UNITS:
-            raise ValueError(f"{_ACCEPTED}, got {memory!r}")
+            raise ValueError(_not_accepted(memory))
         number = int(float(match[1]) * _UNITS[match[2].lower()])
     if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise TypeError(f"{_ACCEPTED}, got {memory!r}")
+        raise TypeError(_not_accepted(memory))
     if not number > 0 or (isinstance(number, float) and number > 1):
-        raise ValueError(f"{_ACCEPTED}, got {memory!r}")
+        raise ValueError(_not_accepted(memory))
     return number
+
+
+def _not_accepted(memory: object) -> str:
+    return (
+        "memory must be a fraction of the full cache (0 < float <= 1.0), a number of bytes (int, at least 1), or a "
+        f"number with a unit such as '2GiB' or '500MB', got {memory!r}"
+    )
 
 
 def parse_limit(memory: object, budget: object) -> int | float | None:
