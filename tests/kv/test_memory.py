@@ -13,9 +13,11 @@ from suffice.kv import CompressedCache
 from suffice.kv.cache.memory import parse_memory
 from suffice.kv.hf.layers import compressed_layers
 from suffice.kv.policy.registry import allocations, policies
+from tests.kv.family_cases import get_case
 from tests.kv.test_holes import _extend, _read
 from tests.kv.test_quantized import distance, generate, read
 from tests.kv.test_quantized_attention import text
+from tests.kv.test_rotary import available
 from tests.kv.tiny import build, left_padded, tiny
 
 NUM_CONFIGURATIONS = int(os.environ.get("SUFFICE_MEMORY_CONFIGURATIONS", "60"))
@@ -221,6 +223,20 @@ def test_saved_caches_keep_their_limit(tmp_path):
     assert torch.equal(generate(model, loaded, 60, 1), generate(model, cache, 60, 1))
     check_limit(loaded, model, 1, 259, 60_000)
     assert "memory=60000" in repr(loaded)
+
+
+@pytest.mark.parametrize("family", available("gpt2", "deepseek_v3", "mistral", "gemma3n_text", "lfm2"))
+def test_limit_holds_for_models_of_other_kinds(family):
+    """Queries, keys and values in one tensor; latents; sliding windows; layers that share entries; convolutions."""
+    case = get_case(family)
+    cache = CompressedCache(case.model, "capkv", memory=0.9)
+    for step in range(20):
+        case.forward(case.prompt(1 if step else 160, seed=step), cache)
+        report, layers = cache.report(), cache.compressed_layers
+        others = report.bytes_limit - sum(layer.bytes_limit for layer in layers)
+        held = report.bytes_kept + report.bytes_index - others
+        assert held <= 0.9 * sum(layer.bytes_full for layer in layers) + len(layers)
+        assert held_bytes(cache) <= held
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------------

@@ -28,10 +28,9 @@ class RecentQueries:
         """Add newer queries, and drop parts that are not among the newest `needed` queries; None drops none."""
         parts, all_positions = [*self.parts], [*self.positions]
         if needed is not None and queries.shape[2] > needed:
-            # Copied, because a slice would keep all queries of a long call in memory.
-            queries, positions = queries[:, :, -needed:].clone(), positions[:, -needed:].clone()
-        parts.append(queries)
-        all_positions.append(positions)
+            queries, positions = queries[:, :, -needed:], positions[:, -needed:]
+        parts.append(_on_its_own(queries))
+        all_positions.append(_on_its_own(positions))
         while needed is not None and sum(part.shape[2] for part in parts[1:]) >= needed:
             parts.pop(0)
             all_positions.pop(0)
@@ -84,3 +83,12 @@ class RecentQueries:
             tuple(x.index_select(0, index.to(x.device)) for x in tensors) for tensors in (self.parts, self.positions)
         )
         return RecentQueries(parts, positions)
+
+
+def _on_its_own(x: Tensor) -> Tensor:
+    """Return a tensor that shares no memory with a larger one, which it would keep from being freed.
+
+    A slice of queries would keep those of all tokens of a call; and some models compute queries, keys and values as one
+    tensor.
+    """
+    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
