@@ -76,6 +76,10 @@ class QuantizedFormat(Protocol):
         """Return the number that stands for 0 in each group of the result of `unpack`, [groups]."""
         ...
 
+    def rotation_and_middles(self, like: Tensor) -> Tensor:
+        """Return `rotation`, and minus the sums of its columns in each group times `middles`, [dim, any]."""
+        ...
+
 
 class QuantizedHeads(Protocol):
     """Quantized entries of all rows and heads, one head after the other; see `suffice.kv.storage.quantized_entries`."""
@@ -132,12 +136,14 @@ class ExactEntries:
         keys: [batch, num_key_value_heads, width, head_dim].
         values: [batch, num_key_value_heads, width, value_dim].
         positions: [batch, num_key_value_heads, width]; negative in empty slots.
+        is_full: whether it is known that no slot is empty.
 
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
+    is_full: bool = False
 
 
 def attend_quantized(
@@ -168,18 +174,18 @@ def attend_quantized(
     batch, heads, new, _ = query.shape
     num_heads = exact.keys.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    queries = query.to(dtype).unflatten(1, (num_heads, -1)) * scaling
-    readable = readable_entries(exact.positions, mask, new)
+    queries = (query.to(dtype) * scaling).view(batch, num_heads, -1, *query.shape[2:])
+    readable = None if exact.is_full and new == 1 else readable_entries(exact.positions, mask, new)
     sinks = None if sink_logits is None else sink_logits.to(dtype).view(num_heads, -1, 1, 1)
     width = max(itertools.chain(*quantized.lengths)) + exact.keys.shape[2]
     block = max(1, _MAX_LOGITS // max(1, batch * heads * width))
     attention = _Attention(quantized, exact, softcap, sinks)
-    if new <= block:
+    if new <= block or readable is None:
         output = attention(queries, readable)
     else:
         outputs = map(attention, queries.split(block, dim=3), readable.split(block, dim=2))
         output = torch.cat(tuple(outputs), dim=3)
-    return output.flatten(1, 2).transpose(1, 2).to(query.dtype).contiguous()
+    return output.view(batch, heads, new, -1).transpose(1, 2).to(query.dtype).contiguous()
 
 
 class _Attention:
@@ -201,54 +207,57 @@ class _Attention:
         self._lengths = tuple(itertools.chain(*quantized.lengths))
         self._width = max(self._lengths)  # the first logits are those of quantized entries
 
-    def __call__(self, queries: Tensor, readable: Tensor) -> Tensor:
+    def __call__(self, queries: Tensor, readable: Tensor | None) -> Tensor:
         """Compute the attention.
 
         Args:
             queries: scaled queries, [batch, num_key_value_heads, groups, queries, head_dim].
-            readable: which exact entries each query may read, bool [batch, num_key_value_heads, queries, exact].
+            readable: which exact entries each query may read, bool [batch, num_key_value_heads, queries, exact]; None
+                for all.
 
         Returns:
             [batch, num_key_value_heads, groups, queries, value_dim].
 
         """
         shape, width = queries.shape[:-1], self._width
-        flat = queries.flatten(2, 3).flatten(0, 1)  # [batch * num_key_value_heads, groups * queries, head_dim]
+        flat = queries.reshape(shape[0] * shape[1], -1, queries.shape[-1])
         keys, values = (x.to(flat.dtype).flatten(0, 1) for x in (self._exact.keys, self._exact.values))
         by_group = flat.shape[1] <= _MAX_QUERIES_BY_GROUP
         logits = flat.new_empty(*flat.shape[:2], width + keys.shape[1])
-        logits[:, :, width:] = flat @ keys.mT
+        logits[:, :, width:] = torch.bmm(flat, keys.mT)
         if width:
             write_logits = self._write_logits_by_group if by_group else self._write_logits
             write_logits(logits, flat)
-        logits = cap_logits(logits.view(*shape, -1), self._softcap)
-        logits[..., width:].masked_fill_(~readable[:, :, None], _NOT_READABLE)
+        logits = cap_logits(logits, self._softcap).view(*shape, -1)
+        if readable is not None:
+            logits[..., width:].masked_fill_(~readable[:, :, None], _NOT_READABLE)
         if min(self._lengths) < width:
-            lengths = torch.tensor(self._lengths, device=logits.device).view(*shape[:2], 1, 1, 1)
+            lengths = _lengths_tensor(self._lengths, logits.device).view(*shape[:2], 1, 1, 1)
             is_empty = torch.arange(width, device=logits.device) >= lengths
             logits[..., :width].masked_fill_(is_empty, _NOT_READABLE)
         weights = logits.softmax(-1) if self._sinks is None else softmax_with_sinks(logits, self._sinks)
-        weights = weights.view(logits.shape).flatten(2, 3).flatten(0, 1)
-        output = weights[:, :, width:] @ values
+        weights = weights.view(*flat.shape[:2], -1)
         if width:
             format_ = self._quantized.value_format
             rotated = (self._sum_values_by_group if by_group else self._sum_values)(weights)
-            output = output + rotated @ format_.rotation(rotated).mT
+            output = torch.baddbmm(rotated @ format_.rotation(rotated).mT, weights[:, :, width:], values)
+        else:
+            output = torch.bmm(weights, values)
         return output.view(*shape, -1)
 
-    def _rotate_queries(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the queries for quantized keys, and their products with the mean key."""
+    def _transform_queries(self, queries: Tensor, transform: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries for quantized keys, multiplied by a matrix, and their products with the mean key."""
         statistics = map(_for_autograd, (self._quantized.means, self._quantized.scales))
         means, scales = (x.to(queries.dtype).flatten(0, 1)[:, None] for x in statistics)
-        rotated = (queries / scales) @ self._quantized.key_format.rotation(queries)
-        return rotated, torch.bmm(queries, means.mT)
+        return (queries / scales) @ transform, torch.bmm(queries, means.mT)
 
     def _write_logits(self, logits: Tensor, queries: Tensor) -> None:
         """Write the logits of quantized entries, [batch * num_key_value_heads, queries, width].
 
         Empty slots are not written.
         """
-        rotated, of_mean = self._rotate_queries(queries)
+        rotation = self._quantized.key_format.rotation(queries)
+        rotated, of_mean = self._transform_queries(queries, rotation)
         for block in self._blocks(self._quantized.key_format):
             keys = self._quantized.decode_keys(block.entries, queries.dtype)
             for part in block.parts:
@@ -272,19 +281,18 @@ class _Attention:
     def _write_logits_by_group(self, logits: Tensor, queries: Tensor) -> None:
         """Write the logits as `_write_logits` does."""
         keys, format_ = self._quantized.keys, self._quantized.key_format
-        rotated, of_mean = self._rotate_queries(queries)
+        transformed, of_mean = self._transform_queries(queries, format_.rotation_and_middles(queries))
         scales = format_.unpack_scales(keys.scales, queries.dtype)
-        by_group = rotated.view(*rotated.shape[:2], len(scales), -1).permute(2, 0, 1, 3).contiguous()
-        of_middle = by_group.sum(-1, keepdim=True) * -format_.middles(queries).view(-1, 1, 1, 1)
+        rotated, of_middle = transformed.tensor_split((format_.padded_dim,), dim=-1)
+        rotated = rotated.unflatten(-1, (len(scales), -1)).permute(2, 0, 1, 3).contiguous()
+        of_middle = of_middle.permute(2, 0, 1)[..., None]
         for block in self._blocks(format_):
             integers = format_.unpack(keys.codes[block.entries], queries.dtype)
             for part in block.parts:
-                products = torch.baddbmm(
-                    part.of_heads(of_middle), part.of_heads(by_group), part.of_block(integers).mT
-                ).view(len(scales), -1, *logits.shape[1:2], part.length)
-                products *= part.of_layer(scales)[:, :, None]
-                logits[part.heads, :, part.columns] = products.sum(0)
-        logits[:, :, : self._width] += of_mean
+                products = torch.baddbmm(part.of_heads(of_middle), part.of_heads(rotated), part.of_block(integers).mT)
+                products = products.view(len(scales), -1, queries.shape[1], part.length)
+                products = products.mul_(part.of_layer(scales)[:, :, None]).sum(0)
+                logits[part.heads, :, part.columns] = products.add_(of_mean[part.heads])
 
     def _sum_values_by_group(self, weights: Tensor) -> Tensor:
         """Return the weighted sums as `_sum_values` does."""
@@ -299,11 +307,17 @@ class _Attention:
                 own = weights[part.heads, :, part.columns] * part.of_layer(scales)[:, :, None]
                 of_middle = (own.sum(-1, keepdim=True) * middles).flatten(0, 1)
                 own_sums = torch.baddbmm(of_middle, own.flatten(0, 1), part.of_block(integers))
-                sums[:, part.heads] += own_sums.view(len(scales), -1, *sums.shape[2:])
+                sums[:, part.heads].add_(own_sums.view(len(scales), -1, *sums.shape[2:]))
         return sums.permute(1, 2, 0, 3).flatten(2)
 
     def _blocks(self, format_: QuantizedFormat) -> tuple[_Block, ...]:
         return divide_entries(self._lengths, max(1, _BLOCK_NUMBERS // format_.padded_dim))
+
+
+@functools.lru_cache(maxsize=1024)
+def _lengths_tensor(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(lengths, device=device)
 
 
 def _for_autograd(x: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ class QuantizedStorage(PerHeadStorage):
     def _replace_entries(self, quantized: QuantizedEntries, exact: Entries) -> None:
         self.quantized = quantized
         self._exact = UniformStorage(exact)
+        self._exact_is_full: bool | None = None  # whether no slot of the exact entries is empty; None if not known
         self._num_sorted = self._exact.width  # later slots hold new tokens, one after the other
 
     @classmethod
@@ -196,6 +197,8 @@ class QuantizedStorage(PerHeadStorage):
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, *, padded: bool = False) -> None:
         """Add the entries of new tokens; see `Storage.append`."""
         self._exact.append(keys, values, positions, padded=padded)
+        if padded:
+            self._exact_is_full = False
         new = positions.clamp_min(-1).to(torch.int32)
         self._new_positions = torch.cat((self._new_positions, new), dim=1)
 
@@ -203,10 +206,12 @@ class QuantizedStorage(PerHeadStorage):
         """Compute the attention of new tokens over all entries of each head; see `Storage.attend`."""
         scaling = call.scaling or call.query.shape[-1] ** -0.5
         exact = self._exact
+        if self._exact_is_full is None:
+            self._exact_is_full = bool((exact.positions >= 0).all())
         output = backend.quantized_attention(
             call.query,
             self.quantized,
-            ExactEntries(exact.keys, exact.values, exact.positions),
+            ExactEntries(exact.keys, exact.values, exact.positions, self._exact_is_full),
             call.dense_mask,
             scaling,
             call.softcap,
@@ -314,6 +319,7 @@ class QuantizedStorage(PerHeadStorage):
         """Turn the entries of each row whose position is at least a limit, long [batch], into empty slots."""
         self.quantized = self._quantized_before(limits)
         self._exact.mask_positions(limits)
+        self._exact_is_full = None
         self._new_positions = self._new_positions.masked_fill(self._new_positions >= limits[:, None], -1)
 
     def copy(self) -> QuantizedStorage:

@@ -220,6 +220,26 @@ class VectorFormat:
         """Return the number that stands for 0 in each group of the result of `unpack`, [num_groups]."""
         return _middles(self.factors, self.middle, like.dtype, like.device)
 
+    def rotation_and_middles(self, like: Tensor) -> Tensor:
+        """Return `rotation` and, behind it, minus the sums of its columns in each group times `middles`.
+
+        Queries that are multiplied by it become rotated queries, and the terms of their products with the integers that
+        the middle causes.
+
+        Returns:
+            [dim, padded_dim + num_groups].
+
+        """
+        return _rotation_and_middles(self, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _rotation_and_middles(format_: VectorFormat, dtype: torch.dtype, device: torch.device) -> Tensor:
+    matrix = rotation(format_.dim, dtype, device)
+    with torch.inference_mode(False), torch.no_grad():
+        sums = matrix.unflatten(-1, (format_.num_groups, -1)).sum(-1)
+        return torch.cat((matrix, -sums * format_.middles(matrix)), dim=-1)
+
 
 @functools.lru_cache(maxsize=64)
 def _middles(factors: tuple[int, ...], middle: float, dtype: torch.dtype, device: torch.device) -> Tensor:
