@@ -18,7 +18,7 @@ from suffice.kv.attention.masks import readable_entries
 from suffice.kv.attention.softmax import cap_logits, softmax_with_sinks
 
 # Numbers that are dequantized at a time. A block should stay in the processor's cache.
-_BLOCK_NUMBERS = 1 << 18
+_BLOCK_NUMBERS = 3 << 17
 # Largest number of queries of a head for which products are computed by group of dimensions, and then scaled. For more
 # queries, it is faster to scale the keys and values.
 _MAX_QUERIES_BY_GROUP = 16
