@@ -22,7 +22,7 @@ _STEPS, _OFFSET, _MAX_EXPONENT = 4, 160, 255
 # largest ones, but represent the others more accurately; with fewer bits, more clipping is best.
 _NUM_SCALES = {2: 5, 3: 3, 4: 2, 5: 2, 8: 1}
 # Number of vectors that are quantized at a time, which limits the temporary memory.
-_BLOCK = 1 << 14
+_BLOCK = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,9 @@ class VectorFormat:
         for step in range(self.num_scales):
             exponents = (no_clipping - step).clamp_(0, _MAX_EXPONENT)
             scale = _scales(exponents)[..., None]
-            codes = (x / scale).add_(self.middle).round_().clamp_(0, 2 * self.middle)
-            errors = torch.add(x, (codes - self.middle).mul_(scale), alpha=-1).square_().sum(-1)
+            exact = (x / scale).add_(self.middle)
+            codes = exact.round().clamp_(0, 2 * self.middle)
+            errors = torch.linalg.vector_norm(exact.sub_(codes), dim=-1).mul_(scale[..., 0]).square_()
             if best is None:
                 best = codes, exponents, errors
                 continue
