@@ -137,7 +137,7 @@ def test_limit_is_never_exceeded(seed):
                 model(new, past_key_values=cache, attention_mask=mask)
             check_limit(cache, model, len(rows), mask.shape[1], memory)
     except ValueError as error:
-        assert "memory must be at least" in str(error), error  # noqa: PT017
+        assert "memory must be" in str(error), error  # noqa: PT017
 
 
 def test_bytes_that_hold_all_entries_quantize_nothing():
@@ -275,8 +275,8 @@ def test_invalid_limits_are_rejected(settings, error, message):
 @pytest.mark.parametrize(
     ("memory", "message"),
     [
-        (0.01, r"memory must be at least 0\.\d+ for the entries that stay of a text of 150 tokens, got 0.01"),
-        (2000, r"memory must be at least \d+ bytes for the entries that stay, got 2000"),
+        (0.01, r"memory must be at least 0\.\d+ for the entries that always stay of a text of 150 tokens, got 0.01"),
+        (2000, r"memory must be at least \d+ bytes for the entries that always stay, got 2000"),
     ],
 )
 def test_too_little_memory_changes_nothing(memory, message):
@@ -291,9 +291,15 @@ def test_too_little_memory_changes_nothing(memory, message):
     assert enough.report().tokens_kept >= 1
 
 
+def test_short_texts_need_bytes():
+    cache = CompressedCache(tiny("llama"), "capkv", memory=0.5)
+    with pytest.raises(ValueError, match="memory must be a number of bytes such as '1MiB' .* 5 tokens, got 0.5"):
+        tiny("llama")(text(5), past_key_values=cache)
+
+
 def test_too_little_memory_for_a_policy_that_evicts_nothing():
     cache = CompressedCache(tiny("llama"), "full", memory=0.2)
-    with pytest.raises(ValueError, match="for all entries, none of which the policy evicts"):
+    with pytest.raises(ValueError, match="for all entries, which this policy keeps, of a text of 150 tokens"):
         tiny("llama")(text(150), past_key_values=cache)
 
 

@@ -225,10 +225,15 @@ class MemoryBudget:
         return division.plan(num_entries, bits, window=division.window)
 
     def _too_small(self, shape: LayerShape, num_tokens: int, needed: int) -> str:
-        what = "all entries, none of which the policy evicts" if self.policy.keep_all else "the entries that stay"
+        what = "all entries, which this policy keeps," if self.policy.keep_all else "the entries that always stay"
         if isinstance(self.limit, int):
             return f"memory must be at least {needed * shape.num_parts} bytes for {what}, got {self.limit}"
         share = math.ceil(needed / shape.full_bytes(num_tokens) * 1000) / 1000
+        if share > 1:
+            return (
+                f"memory must be a number of bytes such as '1MiB' for a text as short as {num_tokens} tokens, got "
+                f"{self.limit:g}: {what} take more bytes than a cache without compression"
+            )
         return (
             f"memory must be at least {share:g} for {what} of a text of {num_tokens} tokens, got {self.limit:g}. "
             "Give a larger fraction, or bytes such as memory='1MiB'"
