@@ -40,8 +40,9 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 # Time scoring, decoding and a long stream, Suffice and kvpress in one process and in a separate environment.
+# One part only: make bench-kv BENCH_KV="--only bits"
 bench-kv: $(BENCH)/.ready
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BENCH)/bin/python -W ignore benchmarks/kv_all.py
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BENCH)/bin/python -W ignore benchmarks/kv_all.py $(BENCH_KV)
 
 # Time the commands that read a study, with 10,000 stored runs.
 bench-study: $(VENV)/.ready

@@ -11,7 +11,7 @@ processes.
 * Evictions: a stream is read in chunks with `evict="always"`. The time of scoring, evicting and storing with 4 bits,
   and that of whole passes, relative to the same cache without bits.
 
-Run with `make bench-kv`, or alone. Options: --tokens 4096, --budgets 1 .36 .1, --steps 64, --chunks 12, --json PATH.
+Run with `make bench-kv`, or alone. Options: --tokens 4096, --budgets 1 .36 .1, --steps 32, --chunks 12, --json PATH.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--budgets", type=float, nargs="+", default=[1.0, 0.36, 0.1])
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--chunks", type=int, default=12)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

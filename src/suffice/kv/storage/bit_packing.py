@@ -35,7 +35,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         return codes
     if bits == 4:
         low, high = codes.chunk(2, dim=-1)
-        return low | (high << 4)
+        return torch.add(low, high, alpha=16)  # several times faster than shifts on the CPU
     if bits == 5:
         sections = (codes >> 4).unflatten(-1, (8, -1))
         highest = (sections << _section_index(codes.device)).sum(-2, dtype=torch.uint8)

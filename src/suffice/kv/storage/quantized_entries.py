@@ -291,5 +291,7 @@ class _Merge:
         self._second = (torch.arange(len(shift_of_second)) + shift_of_second).to(device)
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        if not len(first):
+            return second
         joined = first.new_empty(len(first) + len(second), *first.shape[1:])
         return joined.index_copy_(0, self._first, first).index_copy_(0, self._second, second)
