@@ -175,3 +175,22 @@ def test_large_and_small_numbers_have_the_same_relative_error(bits, largest):
     form, x = VectorFormat(128, bits), largest * normal(200, 128) / 4
     _, errors = form.quantize(x)
     assert float(errors.sum() / x.square().sum()) < LARGEST_ERROR[bits] * 1.05
+
+
+@every_bits
+@every_dim
+def test_unpacked_groups_stand_for_the_dequantized_vectors(bits, dim):
+    form = VectorFormat(dim, bits)
+    vectors, _ = form.quantize(normal(50, dim))
+    groups = form.unpack(vectors.codes, torch.float64)
+    scales, middles = form.unpack_scales(vectors.scales, torch.float64), form.middles(groups)
+    assert groups.shape == (form.num_groups, 50, form.group_size)
+    found = (groups - middles[:, None, None]) * scales[..., None]
+    expected = form.dequantize(vectors, torch.float64)
+    torch.testing.assert_close(found.movedim(0, 1).flatten(1), expected, rtol=1e-6, atol=0)
+    # Queries that are multiplied by this matrix become rotated queries and their products with the middles.
+    matrix = form.rotation_and_middles(groups)
+    rotated, of_middles = matrix.split((form.padded_dim, form.num_groups), dim=1)
+    assert torch.equal(rotated, form.rotation(groups))
+    sums = rotated.unflatten(1, (form.num_groups, -1)).sum(-1)
+    torch.testing.assert_close(of_middles, -sums * middles)

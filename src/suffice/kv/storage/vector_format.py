@@ -231,15 +231,17 @@ class VectorFormat:
             [dim, padded_dim + num_groups].
 
         """
-        return _rotation_and_middles(self, like.dtype, like.device)
+        return _rotation_and_middles(self.dim, self.factors, self.middle, like.dtype, like.device)
 
 
 @functools.lru_cache(maxsize=64)
-def _rotation_and_middles(format_: VectorFormat, dtype: torch.dtype, device: torch.device) -> Tensor:
-    matrix = rotation(format_.dim, dtype, device)
+def _rotation_and_middles(
+    dim: int, factors: tuple[int, ...], middle: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    matrix = rotation(dim, dtype, device)
     with torch.inference_mode(False), torch.no_grad():
-        sums = matrix.unflatten(-1, (format_.num_groups, -1)).sum(-1)
-        return torch.cat((matrix, -sums * format_.middles(matrix)), dim=-1)
+        sums = matrix.unflatten(-1, (len(factors), -1)).sum(-1)
+        return torch.cat((matrix, -sums * _middles(factors, middle, dtype, device)), dim=-1)
 
 
 @functools.lru_cache(maxsize=64)
