@@ -4,15 +4,18 @@ import dataclasses
 import functools
 import os
 import random
+import sys
 
 import pytest
 import torch
 from torch import nn
 
-from suffice.kv import CompressedCache
-from suffice.kv.cache.memory import parse_memory
+from suffice.kv import CompressedCache, Policy
+from suffice.kv.budget.protection import Protection
+from suffice.kv.cache.memory import LayerShape, MemoryBudget, parse_memory
 from suffice.kv.hf.layers import compressed_layers
-from suffice.kv.policy.registry import allocations, policies
+from suffice.kv.policy.registry import allocations, get_policy, policies
+from suffice.kv.policy.weights import ExpectedAttention, MeanQuery
 from tests.kv.family_cases import get_case
 from tests.kv.test_holes import _extend, _read
 from tests.kv.test_quantized import distance, generate, read
@@ -210,6 +213,7 @@ def test_more_rows_take_the_memory_of_others():
     model(tokens[:, :200], past_key_values=cache)
     before = cache.report().tokens_kept
     cache.batch_repeat_interleave(4)
+    assert memory - 3 * 4 <= cache.report().bytes_limit <= memory
     model(tokens[:, 200:210].expand(4, -1), past_key_values=cache)
     check_limit(cache, model, 4, 210, memory)
     assert cache.report().tokens_kept / 4 < before
@@ -220,6 +224,7 @@ def test_saved_caches_keep_their_limit(tmp_path):
     cache = CompressedCache(model, "capkv", memory="60kB", interval=5)
     model(text(200), past_key_values=cache)
     loaded = CompressedCache.load(cache.save(model, tmp_path / "x"), model)
+    assert loaded.report() == cache.report()
     assert torch.equal(generate(model, loaded, 60, 1), generate(model, cache, 60, 1))
     check_limit(loaded, model, 1, 259, 60_000)
     assert "memory=60000" in repr(loaded)
@@ -239,12 +244,45 @@ def test_limit_holds_for_models_of_other_kinds(family):
         assert held_bytes(cache) <= held
 
 
+def test_means_of_latents_count():
+    """Policies score latents with queries that are longer than those of the model, whose moments they store."""
+    case = get_case("deepseek_v3")
+    weights = MeanQuery(half_life=20.0) + ExpectedAttention(future=0, diagonal=True, half_life=5.0)
+    memory = 19_500
+    cache = CompressedCache(case.model, Policy(weights=weights), memory=memory, interval=5)
+    for step in range(12):
+        case.forward(case.prompt(1 if step else 90, seed=step), cache)
+        assert held_bytes(cache) == cache.report().bytes_kept + cache.report().bytes_index <= memory
+
+
+def test_only_some_of_the_first_tokens_are_certainly_exact():
+    """Of the protected first tokens, those after the first four are quantized, and take the same bytes as others."""
+    plans = [
+        MemoryBudget(100_000, get_policy("capkv"), Protection(sinks, 0), evict_always=True).plan(
+            LayerShape(2, 64, 64, 2, 512, 256), 4000, 1, (4, 4)
+        )
+        for sinks in (4, 30)
+    ]
+    assert plans[0] == plans[1]
+    assert plans[0].num_entries < 4000
+
+
 # ---- Bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [(0.1, 0.1), (1.0, 1.0), (7, 7), ("2GiB", 2 << 30), ("1.5 MB", 1_500_000), ("300", 300), ("4kib", 4096)],
+    [
+        (0.1, 0.1),
+        (1.0, 1.0),
+        (7, 7),
+        ("2GiB", 2 << 30),
+        ("1.5 MB", 1_500_000),
+        ("300", 300),
+        ("4kib", 4096),
+        pytest.param("1" * 400, sys.maxsize, id="long text"),
+        pytest.param(10**400, sys.maxsize, id="large number"),
+    ],
 )
 def test_limits_are_fractions_or_bytes(text, wanted):
     parsed = parse_memory(text)
@@ -299,7 +337,7 @@ def test_short_texts_need_bytes():
 
 def test_too_little_memory_for_a_policy_that_evicts_nothing():
     cache = CompressedCache(tiny("llama"), "full", memory=0.2)
-    with pytest.raises(ValueError, match="for all entries, which this policy keeps, of a text of 150 tokens"):
+    with pytest.raises(ValueError, match=r"for all entries \(this policy evicts none\) of a text of 150 tokens"):
         tiny("llama")(text(150), past_key_values=cache)
 
 
@@ -314,3 +352,33 @@ def test_cache_works_after_an_error():
         model(text(5, seed=3).expand(9, -1), past_key_values=cache)
     cache.batch_select_indices(torch.tensor([0]))
     assert distance(read(model, cache, text(5, seed=3)), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("family", available("gemma3_text", "lfm2"))
+def test_too_little_memory_for_later_tokens_changes_nothing(family):
+    """Sliding windows and convolutions of earlier layers cannot be undone, so the error comes before the first one."""
+    case = get_case(family)
+    cache = CompressedCache(case.model, "full", memory=22_000)
+    case.forward(case.prompt(80), cache)
+    expected = cache.copy()
+    with pytest.raises(ValueError, match="memory must be at least"):
+        case.forward(case.prompt(100), cache)
+    got, wanted = (case.forward(case.prompt(5), each).logits for each in (cache, expected))
+    assert torch.equal(got, wanted)
+
+
+def test_layers_of_different_sizes_are_checked_together():
+    model = build("llama")
+    attention = model.model.layers[2].self_attn  # it gets as many KV heads as query heads
+    for name in ("k_proj", "v_proj"):
+        torch.manual_seed(0)
+        setattr(attention, name, nn.Linear(model.config.hidden_size, 4 * attention.head_dim, bias=False))
+    attention.num_key_value_groups = 1
+    cache = CompressedCache(model, "capkv", memory=30_000)
+    model(text(160), past_key_values=cache)
+    single = cache.copy()
+    cache.batch_repeat_interleave(4)  # the first two layers have enough memory for four rows
+    with pytest.raises(ValueError, match="memory must be at least"):
+        model(text(20).expand(4, -1), past_key_values=cache)
+    cache.batch_select_indices(torch.tensor([0]))
+    assert distance(read(model, cache, text(5)), read(model, single, text(5))) < 1e-5

@@ -22,7 +22,13 @@ from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.layer_kinds import check_latents, check_sliding, make_layer
 from suffice.kv.cache.memory import MemoryBudget, check_equal_layers, parse_limit
-from suffice.kv.cache.positions import check_position_ids, check_window, find_rotary_embeddings, max_rerotated_entries
+from suffice.kv.cache.positions import (
+    check_position_ids,
+    check_window,
+    find_rotary_embeddings,
+    max_rerotated_entries,
+    num_new_tokens,
+)
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.settings import CacheSettings, StorageConfig
 from suffice.kv.cache.state import EarlierMask
@@ -213,8 +219,8 @@ class CompressedCache(Cache):
 
         Raises:
             ValueError: the cache belongs to another model, an earlier forward pass failed, the mask of earlier tokens
-                has changed in a way that is not supported, or, if keys are rotated, their positions are not consecutive
-                or exceed the context window.
+                has changed in a way that is not supported, the memory is too small, or, if keys are rotated, their
+                positions are not consecutive or exceed the context window.
 
         """
         if not self._hook.belongs_to(decoder):
@@ -234,6 +240,9 @@ class CompressedCache(Cache):
             num_held = max(0 if storage is None else storage.max_length for storage in storages)
             check_window(inputs, num_held, self._window)
         self._pass.check_earlier(self.layers)
+        if self.settings.memory is not None:
+            for layer in self.compressed_layers:
+                layer.check_memory(num_new_tokens(inputs))
         self._mask_earlier(inputs.get("attention_mask"))  # these tokens stay masked if the pass fails
         self._pass.begin(self.layers)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from suffice.kv.attention.call import AttentionCall, run_attention
 from suffice.kv.attention.hook import expect_call, forget_call
 from suffice.kv.cache.layer import CompressedLayer
+from suffice.kv.cache.memory import LayerShape
 from suffice.kv.hf.offload import materialized_weight
 from suffice.kv.storage.base import Entries
 from suffice.kv.storage.quantized import QuantizedStorage
@@ -74,6 +75,11 @@ class LatentLayer(CompressedLayer):
         """Free the data of one forward pass."""
         forget_call(self._attention_module)
         self._latents = None
+
+    def shape(self, call: AttentionCall) -> LayerShape:
+        """Return the sizes of the tensors of the layer. Queries are scored in the form of `scored_tensors`."""
+        shape = super().shape(call)
+        return replace(shape, scored_query_dim=call.query.shape[1] * (shape.key_dim + shape.value_dim))
 
     def query_sizes(self, call: AttentionCall) -> None:
         """Return None: queries multiply keys that are computed from the stored latents."""

@@ -121,6 +121,7 @@ class CompressedLayer(DynamicLayer):
         self.awaits_attention = False  # between `update` and the attention call that follows it
         self._plan: EvictionPlan | None = None  # for the current attention call
         self._memory: MemoryPlan | None = None  # for the current attention call; None if the memory is not limited
+        self._shape: LayerShape | None = None  # of the last attention call, if the memory is limited
         self._new_positions = torch.empty(0)  # of the tokens of the current attention call, [batch, new]
 
     # ---- New tokens -------------------------------------------------------------------------------------------------
@@ -188,7 +189,8 @@ class CompressedLayer(DynamicLayer):
             check_right_padding(padding)
         batch, _, num_new, _ = call.key.shape
         state = self.state.append_tokens(num_new, padding, batch)
-        self._memory = self._plan_memory(call, state.num_seen)
+        self._shape = None if self.settings.memory is None else self.shape(call)
+        self._memory = self._plan_memory(state.num_seen, batch)
         self._plan = plan_eviction(
             self.settings,
             state.rows,
@@ -207,27 +209,43 @@ class CompressedLayer(DynamicLayer):
         self.state = state  # counts the new tokens after they are stored
         self.is_initialized = True
 
-    def _plan_memory(self, call: AttentionCall, num_seen: int) -> MemoryPlan | None:
-        """Return how the layer uses its memory, if that is limited, after the tokens of a call."""
+    def check_memory(self, num_new: int) -> None:
+        """Check that the memory is large enough after more tokens, before a forward pass changes any layer.
+
+        Args:
+            num_new: number of new tokens.
+
+        Raises:
+            ValueError: the memory is too small for the entries that are always kept.
+
+        """
+        self._plan_memory(self.state.num_seen + num_new, len(self.state.rows))
+
+    def _plan_memory(self, num_seen: int, batch_size: int) -> MemoryPlan | None:
+        """Return how the layer uses its memory after some tokens; None if it is not limited or its shape not known."""
         memory = self.settings.memory
-        if memory is None or (self.storage is not None and not memory.evict_always):
+        if memory is None or self._shape is None or (self.storage is not None and not memory.evict_always):
             return None
         stored_bits = None if self.storage is None else self.storage.bits
-        return memory.plan(self._shape(call), min(num_seen, self.max_readable or num_seen), stored_bits)
+        num_tokens = min(num_seen, self.max_readable or num_seen)
+        return memory.plan(self._shape, num_tokens, self._num_parts(self._shape.num_heads, batch_size), stored_bits)
 
-    def _shape(self, call: AttentionCall) -> LayerShape:
-        batch, heads, _, key_dim = call.key.shape
-        sharding = self._sharding(heads)
+    def _num_parts(self, num_heads: int, batch_size: int) -> int:
+        """Return into how many parts a limit on the bytes of the whole cache is divided."""
+        sharding = self._sharding(num_heads)
         num_processes = 1 if sharding is None else sharding.world_size
+        return self.settings.num_layers * batch_size * num_processes
+
+    def shape(self, call: AttentionCall) -> LayerShape:
+        """Return the sizes of the tensors of the layer."""
         query_dim = call.query.shape[1] * call.query.shape[3]
         return LayerShape(
-            num_heads=heads,
-            key_dim=key_dim,
+            num_heads=call.key.shape[1],
+            key_dim=call.key.shape[-1],
             value_dim=call.value.shape[-1],
             element_size=call.key.element_size(),
             query_bytes=query_dim * call.query.element_size(),
-            query_dim=query_dim,
-            num_parts=self.settings.num_layers * batch * num_processes,
+            scored_query_dim=query_dim,
         )
 
     def _looks_like_a_second_chunk(self, num_new: int) -> bool:
@@ -483,7 +501,11 @@ class CompressedLayer(DynamicLayer):
     @property
     def bytes_limit(self) -> int | None:
         """Bytes that the layer may hold, with positions and what the policy remembers; None for no limit."""
-        return None if self._memory is None else self._memory.num_bytes * len(self.state.rows)
+        memory, num_rows = self.settings.memory, len(self.state.rows)
+        if memory is None or self.storage is None or (self.state.num_appended and not memory.evict_always):
+            return None
+        num_parts = self._num_parts(self.num_key_value_heads, num_rows)
+        return num_rows * memory.bytes_of_row(self.bytes_full // num_rows, num_parts)
 
     def head_reports(self) -> list[HeadReport]:
         """Return one report for each KV head; none before the first token."""

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 
 from torch import nn
 
@@ -62,12 +64,12 @@ def parse_memory(memory: object) -> int | float:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", memory)
         if match is None or match[2].lower() not in _UNITS:
             raise ValueError(_not_accepted(memory))
-        number = int(float(match[1]) * _UNITS[match[2].lower()])
+        number = int(Fraction(match[1]) * _UNITS[match[2].lower()])
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(_not_accepted(memory))
     if not number > 0 or (isinstance(number, float) and number > 1):
         raise ValueError(_not_accepted(memory))
-    return number
+    return min(number, sys.maxsize)
 
 
 def _not_accepted(memory: object) -> str:
@@ -128,17 +130,15 @@ def check_equal_layers(modules: Iterable[nn.Module], policy: Policy) -> None:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of the tensors of a layer, for one row of the batch.
+    """Sizes of the tensors of a layer, for one row of the batch and on this process.
 
     Args:
-        num_heads: number of KV heads on this process.
+        num_heads: number of KV heads.
         key_dim: number of dimensions of a stored key.
         value_dim: number of dimensions of a stored value.
         element_size: bytes of a number in the model's dtype.
         query_bytes: bytes of the queries of one token.
-        query_dim: number of dimensions of the queries of all heads.
-        num_parts: number of parts into which the memory of the whole cache is divided: layers times rows times
-            processes.
+        scored_query_dim: number of dimensions of the queries of all heads by which the policy scores entries.
 
     """
 
@@ -147,8 +147,7 @@ class LayerShape:
     value_dim: int
     element_size: int
     query_bytes: int
-    query_dim: int
-    num_parts: int
+    scored_query_dim: int
 
     def full_bytes(self, num_tokens: int) -> int:
         """Return the bytes of all entries in the model's dtype."""
@@ -164,7 +163,6 @@ class MemoryPlan:
         quantization: how they are stored.
         interval: number of generated tokens between evictions.
         num_queries: number of newest queries that are remembered for the next eviction.
-        num_bytes: bytes that one row of the layer may take.
 
     """
 
@@ -172,7 +170,6 @@ class MemoryPlan:
     quantization: Quantization
     interval: int
     num_queries: int
-    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -196,39 +193,50 @@ class MemoryBudget:
     bits: tuple[int, int] | None = None
     interval: int | None = None
 
-    def bytes_of_layer(self, shape: LayerShape, num_tokens: int) -> int:
-        """Return the bytes that one row of a layer may take after `num_tokens` tokens, including padding."""
-        if isinstance(self.limit, int):
-            return self.limit // shape.num_parts
-        return int(self.limit * shape.full_bytes(num_tokens) + 1e-6)
+    def bytes_of_row(self, full_bytes: int, num_parts: int) -> int:
+        """Return the bytes that one row of a layer may take.
 
-    def plan(self, shape: LayerShape, num_tokens: int, stored_bits: tuple[int, int] | None = None) -> MemoryPlan:
+        Args:
+            full_bytes: bytes of all entries of the row, including padding, in the model's dtype.
+            num_parts: see `plan`.
+
+        """
+        if isinstance(self.limit, int):
+            return self.limit // num_parts
+        return int(self.limit * full_bytes + 1e-6)
+
+    def plan(
+        self, shape: LayerShape, num_tokens: int, num_parts: int, stored_bits: tuple[int, int] | None = None
+    ) -> MemoryPlan:
         """Divide the memory of one row of a layer.
 
         Args:
             shape: sizes of the layer.
             num_tokens: number of tokens so far that can be read, including padding.
+            num_parts: number of equal parts into which a limit in bytes is divided: layers times rows times processes.
             stored_bits: bits of the entries that are already stored; None if there are none.
 
         Raises:
             ValueError: the memory is too small for the entries that are always kept.
 
         """
-        division = _Division(self, shape, self.bytes_of_layer(shape, num_tokens), num_tokens)
+        memory = self.bytes_of_row(shape.full_bytes(num_tokens), num_parts)
+        division = _Division(self, shape, memory, num_tokens)
         bits = stored_bits or self.bits or division.choose_bits()
         num_entries = division.num_entries(bits)
         if division.fits_exactly:
             return division.plan(max(num_entries, num_tokens), bits, window=num_tokens + division.interval)
         smallest = num_tokens if self.policy.keep_all else max(self.protection.min_budget, 1)
         if num_entries < min(smallest, num_tokens):
-            raise ValueError(self._too_small(shape, num_tokens, division.smallest_bytes(smallest, bits)))
+            needed = division.smallest_bytes(smallest, bits)
+            raise ValueError(self._too_small(needed, num_parts, shape.full_bytes(num_tokens), num_tokens))
         return division.plan(num_entries, bits, window=division.window)
 
-    def _too_small(self, shape: LayerShape, num_tokens: int, needed: int) -> str:
-        what = "all entries, which this policy keeps," if self.policy.keep_all else "the entries that always stay"
+    def _too_small(self, needed: int, num_parts: int, full_bytes: int, num_tokens: int) -> str:
+        what = "all entries (this policy evicts none)" if self.policy.keep_all else "the entries that always stay"
         if isinstance(self.limit, int):
-            return f"memory must be at least {needed * shape.num_parts} bytes for {what}, got {self.limit}"
-        share = math.ceil(needed / shape.full_bytes(num_tokens) * 1000) / 1000
+            return f"memory must be at least {needed * num_parts} bytes for {what}, got {self.limit}"
+        share = math.ceil(needed / full_bytes * 1000) / 1000
         if share > 1:
             return (
                 f"memory must be a number of bytes such as '1MiB' for a text as short as {num_tokens} tokens, got "
@@ -259,7 +267,7 @@ class _Division:
         self._slot_bytes = (shape.key_dim + shape.value_dim) * shape.element_size + self._index_bytes
         # Means and scales of keys, sums of errors, and the capacity.
         self._head_bytes = 2 * shape.key_dim * shape.element_size + 20
-        self._state_bytes = len(weights.half_lives) * (8 * shape.query_dim + 12) if budget.evict_always else 0
+        self._state_bytes = len(weights.half_lives) * (8 * shape.scored_query_dim + 12) if budget.evict_always else 0
 
         def share(part: float, bytes_per_item: float, maximum: int) -> int:
             return max(1, min(int(part * memory / bytes_per_item), maximum))
@@ -332,7 +340,8 @@ class _Division:
         num_kept = max(quantized, protection.min_budget)
         if num_kept >= self._num_tokens:
             return min(self.window, self._num_tokens)
-        return min(self.window, sum(policy.protected_sizes(num_kept, self._num_tokens, protection)))
+        sinks, window = policy.protected_sizes(num_kept, self._num_tokens, protection)
+        return min(self.window, min(sinks, NUM_SINKS) + window)
 
     def smallest_bytes(self, num_entries: int, bits: tuple[int, int]) -> int:
         """Return about how many bytes are needed for a number of entries."""
@@ -342,7 +351,7 @@ class _Division:
     def plan(self, num_entries: int, bits: tuple[int, int], window: int) -> MemoryPlan:
         """Return the plan with a number of entries."""
         quantization = Quantization(*bits, window=window, block=self._block)
-        return MemoryPlan(num_entries, quantization, max(1, self.interval), self._num_queries, self._memory)
+        return MemoryPlan(num_entries, quantization, max(1, self.interval), self._num_queries)
 
 
 def _with_spare(slots: int) -> int:
