@@ -75,7 +75,7 @@ class RecentQueries:
         if not self.parts:
             return self
         queries, positions = self.join()
-        return RecentQueries((queries[:, :, :-count],), (positions[:, :-count],))
+        return RecentQueries((_on_its_own(queries[:, :, :-count]),), (_on_its_own(positions[:, :-count]),))
 
     def select_rows(self, index: Tensor) -> RecentQueries:
         """Select rows of the batch, as `torch.index_select` does: the new row j is the old row index[j]."""
@@ -86,9 +86,9 @@ class RecentQueries:
 
 
 def _on_its_own(x: Tensor) -> Tensor:
-    """Return a tensor that shares no memory with a larger one, which it would keep from being freed.
+    """Return a tensor whose memory holds its numbers only, once each.
 
-    A slice of queries would keep those of all tokens of a call; and some models compute queries, keys and values as one
-    tensor.
+    A slice would keep a larger tensor from being freed: that of all tokens of a call, or, in some models, that of
+    queries, keys and values. Rows with equal positions share the memory of one row.
     """
-    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
+    return x.clone() if x.untyped_storage().nbytes() != x.nbytes else x

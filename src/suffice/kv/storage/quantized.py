@@ -302,7 +302,7 @@ class QuantizedStorage(PerHeadStorage):
             num_dropped = count - torch.tensor(self.num_masked(count), device=self._new_positions.device)
             limits = self.positions.amax((1, 2)) + 1 - num_dropped
             self._drop_from(limits)
-        self._new_positions = self._new_positions[:, : max(0, self._new_positions.shape[1] - count)]
+        self._new_positions = self._new_positions[:, : max(0, self._new_positions.shape[1] - count)].clone()
 
     def _drop_from(self, limits: Tensor) -> None:
         """Drop the entries of each row whose position is at least a limit, long [batch]."""
