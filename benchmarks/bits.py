@@ -178,8 +178,8 @@ def limited_cache(model: Any, keys: Tensor, limit: float, evict: str) -> Compres
     query_dim = model.config.num_attention_heads * head_dim
     memory = CompressedCache(model, memory=limit, evict=evict).settings.memory
     assert memory is not None
-    shape = LayerShape(heads, head_dim, head_dim, 2, 2 * query_dim, query_dim, 1)
-    plan = memory.plan(shape, num_tokens)
+    shape = LayerShape(heads, head_dim, head_dim, 2, 2 * query_dim, query_dim)
+    plan = memory.plan(shape, num_tokens, num_parts=1)
     cache = CompressedCache(model, budget=min(plan.num_entries, num_tokens), measure_capacity=False)
     storage = replace(cache.settings.storage, quantization=plan.quantization)
     for layer in cache.compressed_layers:
@@ -344,7 +344,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--seed", type=int, default=FIRST_SEED)
     parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--policies", nargs="*", default=[DEFAULT_POLICY, "capkv"])
+    parser.add_argument("--policies", nargs="*", default=[DEFAULT_POLICY])
     parser.add_argument("--entries", type=float, nargs="+", default=[1.0, 0.5, 0.36, 0.25, 0.18], help="fractions")
     parser.add_argument(
         "--bits",
