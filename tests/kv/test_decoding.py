@@ -278,7 +278,7 @@ def test_cache_with_a_half_life_keeps_the_budget():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"evict": "never"}, ValueError, "evict must be 'prefill' or 'always', got 'never'"),
+        ({"evict": "never"}, ValueError, "evict must be 'prefill', 'always' or None, got 'never'"),
         ({"rerotate": "compact"}, TypeError, "rerotate must be True or False, got 'compact'"),
         ({"interval": 0}, ValueError, "interval must be at least 1, got 0"),
         ({"interval": 2.5}, TypeError, "interval must be an int, .*, got 2.5"),

@@ -72,11 +72,10 @@ def _scale(exponent: "Any"):
 
 
 @triton.jit
-def _round(x: "Any", scale: "Any", BITS: tl.constexpr):
-    """Return the integers that stand for numbers, as float32."""
+def _round(x: "Any", BITS: tl.constexpr):
+    """Return the nearest integers of b bits, as float32."""
     LARGEST: tl.constexpr = (1 << BITS) - 1
-    integers = tl.minimum(tl.maximum(x / scale + LARGEST / 2, 0.0), LARGEST * 1.0)
-    return (integers + _ROUNDING) - _ROUNDING
+    return (tl.minimum(tl.maximum(x, 0.0), LARGEST * 1.0) + _ROUNDING) - _ROUNDING
 
 
 @triton.jit
@@ -95,7 +94,8 @@ def _integers(
     exponents = tl.load(
         scales + offs_n[:, None] * (PADDED // GROUP_SIZE) + (dims // GROUP_SIZE)[None, :], mask=mask, other=160
     )
-    return _round(x, _scale(exponents.to(tl.float32)), BITS).to(tl.int32)
+    MIDDLE: tl.constexpr = ((1 << BITS) - 1) / 2
+    return _round(x / _scale(exponents.to(tl.float32)) + MIDDLE, BITS).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["num_vectors"])
@@ -130,9 +130,10 @@ def packing_kernel(
     smallest = tl.full((BLOCK_N, BLOCK_GROUPS), float("inf"), tl.float32)
     for step in tl.static_range(NUM_SCALES):
         exponents = tl.minimum(tl.maximum(no_clipping - step, 0.0), 255.0)
-        scale = _scale(exponents)[:, :, None]
-        differences = x - (_round(x, scale, BITS) - MIDDLE) * scale
-        error = tl.sum(tl.where(mask, differences * differences, 0.0), 2)
+        scale = _scale(exponents)
+        exact = x / scale[:, :, None] + MIDDLE
+        differences = exact - _round(exact, BITS)
+        error = tl.sum(tl.where(mask, differences * differences, 0.0), 2) * scale * scale
         # The error of numbers that are not finite is stored, whatever the scale.
         is_better = (error < smallest) | (step == 0)
         best = tl.where(is_better, exponents, best)
