@@ -10,8 +10,8 @@ The rule, for one layer and one row of the batch with M bytes:
    (docs/results/kv-bits.md): with fewer than a third of the entries, one more entry is worth more than its bits.
 
 Everything that the cache stores is counted: exact and quantized entries, means and scales, positions and other numbers
-of each entry, slots for new tokens until the next eviction, and the queries that the policy needs for it. The bytes of
-exact entries are bounded by those of the largest number that all heads may hold, so the limit is never exceeded.
+of each entry, slots for new tokens until the next eviction, and the queries that the policy needs for it. Exact entries
+count as if every head held the largest number that a head may hold, so the limit is never exceeded.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ _UNITS = {"": 1, "b": 1} | {
     for power, prefix in enumerate("kmgt", start=1)
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
-# Largest shares of the memory for the newest entries in the model's dtype, for those of new tokens, for entries that
-# exceed the limit until the next eviction, and for remembered queries; and the largest numbers of them.
+# Which part of the memory may at most be used for: the newest entries, which are not quantized; new tokens, until they
+# are quantized together as a block; new tokens, quantized or not, until the next eviction; and remembered queries.
+# Below: their largest numbers.
 _WINDOW_SHARE, _BLOCK_SHARE, _INTERVAL_SHARE, _QUERY_SHARE = 1 / 32, 1 / 32, 1 / 32, 1 / 16
 _MAX_WINDOW, _MAX_BLOCK, _MAX_INTERVAL, _MAX_QUERIES = 32, 32, 512, 512
 
@@ -310,7 +311,7 @@ class _Division:
 
     def choose_bits(self) -> tuple[int, int]:
         """Return the bits of keys and values; see the module's description."""
-        if not self._may_grow_into_limit:
+        if not self._has_fixed_bytes:
             for bits in ALL_ENTRIES:
                 if self.num_entries(bits) >= self._num_tokens:
                     return bits
@@ -318,8 +319,8 @@ class _Division:
         return next((bits for bits in SOME_ENTRIES if self.num_entries(bits) >= least), SOME_ENTRIES[-1])
 
     @property
-    def _may_grow_into_limit(self) -> bool:
-        """Whether the share of the entries that fits falls as the text grows."""
+    def _has_fixed_bytes(self) -> bool:
+        """Whether the bytes do not grow with the text, so that a smaller share of its entries fits later."""
         return isinstance(self._budget.limit, int) and self._budget.evict_always
 
     def num_entries(self, bits: tuple[int, int]) -> int:
@@ -335,7 +336,7 @@ class _Division:
         return quantized + self._num_exact(quantized)
 
     def _num_exact(self, quantized: int) -> int:
-        """Return how many entries of every head are certainly exact."""
+        """Return how many entries of every head are certainly exact: the newest, and the first tokens of the text."""
         protection, policy = self._budget.protection, self._budget.policy
         num_kept = max(quantized, protection.min_budget)
         if num_kept >= self._num_tokens:
