@@ -14,11 +14,13 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Test suffice.kv with the oldest supported transformers. Tests that use no model are left out, because torch has the same
-# version as in `make test`.
-OLDEST_TESTS := tests/kv $(addprefix --ignore=tests/kv/,test_vector_format.py \
-	kernels/test_compaction.py kernels/test_decoding.py kernels/test_scoring.py)
+# version as in `make test`. The product of policies and allocations is tested on three of the seven families, and fewer
+# random limits of the memory are tested, to save time.
+OLDEST_TESTS := tests/kv $(addprefix --ignore=tests/kv/,test_vector_format.py kernels/test_compaction.py \
+	kernels/test_decoding.py kernels/test_packing.py kernels/test_quantized_decoding.py kernels/test_scoring.py)
+OLDEST_SETTINGS := SUFFICE_ALLOCATION_FAMILIES="llama gemma3 mixtral" SUFFICE_MEMORY_CONFIGURATIONS=10
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal $(OLDEST_TESTS)
+	$(OLDEST_SETTINGS) $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal $(OLDEST_TESTS)
 
 # Test every family of models that transformers registers (about 10 minutes), and write docs/results/support.md.
 test-families: $(VENV)/.ready

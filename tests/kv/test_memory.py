@@ -23,7 +23,7 @@ from tests.kv.test_quantized_attention import text
 from tests.kv.test_rotary import available
 from tests.kv.tiny import build, left_padded, tiny
 
-NUM_CONFIGURATIONS = int(os.environ.get("SUFFICE_MEMORY_CONFIGURATIONS", "60"))
+NUM_CONFIGURATIONS = int(os.environ.get("SUFFICE_MEMORY_CONFIGURATIONS", "40"))
 
 
 @pytest.fixture(autouse=True)
