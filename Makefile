@@ -13,12 +13,12 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Test suffice.kv with the oldest supported transformers. Tests that use no model are left out, because torch has the same
-# version as in `make test`. The product of policies and allocations is tested on three of the seven families, and fewer
-# random limits of the memory are tested, to save time.
-OLDEST_TESTS := tests/kv $(addprefix --ignore=tests/kv/,test_vector_format.py kernels/test_compaction.py \
-	kernels/test_decoding.py kernels/test_packing.py kernels/test_quantized_decoding.py kernels/test_scoring.py)
-OLDEST_SETTINGS := SUFFICE_ALLOCATION_FAMILIES="llama gemma3 mixtral" SUFFICE_MEMORY_CONFIGURATIONS=10
+# Test suffice.kv with the oldest supported transformers. To save time, this leaves out the tests of kernels and of the
+# evaluation, and the product of policies, allocations and families; and it tests fewer random limits of the memory.
+# `make test-oldest OLDEST_TESTS=tests/kv OLDEST_SETTINGS=` runs everything.
+OLDEST_TESTS := tests/kv $(addprefix --ignore=tests/kv/,kernels test_allocation_conformance.py test_comparing.py \
+	test_memory_evaluation.py test_quantized_attention.py test_quantized_evaluation.py test_vector_format.py)
+OLDEST_SETTINGS := SUFFICE_MEMORY_CONFIGURATIONS=10
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST_SETTINGS) $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal $(OLDEST_TESTS)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -11,11 +9,9 @@ from suffice.kv import CompressedCache, allocations, policies
 from suffice.kv.storage.ragged import RaggedStorage
 from tests.kv.tiny import FAMILIES, left_padded, prompt, tiny
 
-# `make test-oldest` tests some of the families only; test_conformance.py covers all of them there.
-TESTED_FAMILIES = os.environ.get("SUFFICE_ALLOCATION_FAMILIES", " ".join(FAMILIES)).split()
 PARAMETERS = [
     pytest.mark.parametrize("allocation", list(allocations())),
-    pytest.mark.parametrize("family", TESTED_FAMILIES),
+    pytest.mark.parametrize("family", FAMILIES),
     pytest.mark.parametrize("name", list(policies())),
 ]
 # Budgets are always larger than the head dimension. With fewer entries, all have a leverage score of nearly 1, and
