@@ -16,10 +16,11 @@ count as if every head held the largest number that a head may hold, so the limi
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -209,7 +210,7 @@ class MemoryBudget:
     def plan(
         self, shape: LayerShape, num_tokens: int, num_parts: int, stored_bits: tuple[int, int] | None = None
     ) -> MemoryPlan:
-        """Divide the memory of one row of a layer.
+        """Divide the memory of one row of a layer. Layers of the same shape share the result.
 
         Args:
             shape: sizes of the layer.
@@ -221,6 +222,16 @@ class MemoryBudget:
             ValueError: the memory is too small for the entries that are always kept.
 
         """
+        return self._plan_once(shape, num_tokens, num_parts, stored_bits)
+
+    @functools.cached_property
+    def _plan_once(self) -> Callable[[LayerShape, int, int, tuple[int, int] | None], MemoryPlan]:
+        # A forward pass asks for the plan of each layer twice: before it changes any, and when the layer is reached.
+        return functools.lru_cache(maxsize=4)(self._plan)
+
+    def _plan(
+        self, shape: LayerShape, num_tokens: int, num_parts: int, stored_bits: tuple[int, int] | None
+    ) -> MemoryPlan:
         memory = self.bytes_of_row(shape.full_bytes(num_tokens), num_parts)
         division = _Division(self, shape, memory, num_tokens)
         bits = stored_bits or self.bits or division.choose_bits()
