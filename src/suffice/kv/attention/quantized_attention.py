@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from suffice.kv.attention.entry_blocks import EntryBlock, divide_entries
 from suffice.kv.attention.masks import readable_entries
 from suffice.kv.attention.softmax import cap_logits, softmax_with_sinks
 
@@ -310,7 +311,7 @@ class _Attention:
                 sums[:, part.heads].add_(own_sums.view(len(scales), -1, *sums.shape[2:]))
         return sums.permute(1, 2, 0, 3).flatten(2)
 
-    def _blocks(self, format_: QuantizedFormat) -> tuple[_Block, ...]:
+    def _blocks(self, format_: QuantizedFormat) -> tuple[EntryBlock, ...]:
         return divide_entries(self._lengths, max(1, _BLOCK_NUMBERS // format_.padded_dim))
 
 
@@ -323,101 +324,3 @@ def _lengths_tensor(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 def _for_autograd(x: Tensor) -> Tensor:
     """Return a tensor that autograd can save: a copy of one that was made in inference mode, if that has ended."""
     return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Entries of one head in a block, or all entries of several heads of equal length.
-
-    Args:
-        heads: range of the heads.
-        columns: range of the entries within each head.
-        start: index of the first entry within the block.
-        block_start: index of the first entry of the block.
-
-    """
-
-    heads: slice
-    columns: slice
-    start: int
-    block_start: int
-
-    @property
-    def num_heads(self) -> int:
-        """Number of heads."""
-        return self.heads.stop - self.heads.start
-
-    @property
-    def length(self) -> int:
-        """Number of entries of each head."""
-        return self.columns.stop - self.columns.start
-
-    def of(self, block: Tensor) -> Tensor:
-        """Return the vectors of the part, [heads, entries, dim], from those of the block, [entries, dim]."""
-        return block.narrow(0, self.start, self.num_heads * self.length).view(self.num_heads, self.length, -1)
-
-    def of_block(self, block: Tensor) -> Tensor:
-        """Return the numbers of the part, [groups * heads, entries, size], from the block's, [groups, entries, size].
-
-        They are copied only if the part has several heads and the block has other parts.
-        """
-        own = block.narrow(1, self.start, self.num_heads * self.length)
-        return own if self.num_heads == 1 else own.reshape(-1, self.length, block.shape[-1])
-
-    def of_layer(self, scales: Tensor) -> Tensor:
-        """Return the scales of the part, [groups, heads, entries], from those of all entries, [groups, entries]."""
-        own = scales.narrow(1, self.block_start + self.start, self.num_heads * self.length)
-        return own.view(-1, self.num_heads, self.length)
-
-    def of_heads(self, x: Tensor) -> Tensor:
-        """Return the items of the part's heads, [groups * heads, …], from those of all heads, [groups, heads, …]."""
-        return x[:, self.heads].flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Entries that are dequantized together.
-
-    Args:
-        entries: range of the entries among those of all heads.
-        parts: the entries by head.
-
-    """
-
-    entries: slice
-    parts: tuple[_Part, ...]
-
-
-@functools.lru_cache(maxsize=1024)
-def divide_entries(lengths: tuple[int, ...], size: int) -> tuple[_Block, ...]:
-    """Divide the entries of all heads into blocks. Only heads with more than `size` entries are divided.
-
-    Args:
-        lengths: number of entries of each head.
-        size: largest number of entries of a block.
-
-    """
-    blocks: list[_Block] = []
-    start, parts, used = 0, list[_Part](), 0
-
-    def end_block() -> None:
-        nonlocal start, parts, used
-        blocks.append(_Block(slice(start, start + used), tuple(parts)))
-        start, parts, used = start + used, [], 0
-
-    for head, length in enumerate(lengths):
-        if parts and used + length > size:
-            end_block()
-        for first in range(0, length, size):
-            count = min(size, length - first)
-            earlier = parts[-1] if parts else None
-            if earlier is not None and earlier.columns == slice(0, length) and earlier.heads.stop == head:
-                parts[-1] = replace(earlier, heads=slice(earlier.heads.start, head + 1))
-            else:
-                parts.append(_Part(slice(head, head + 1), slice(first, first + count), used, start))
-            used += count
-            if first + count < length:
-                end_block()
-    if parts:
-        end_block()
-    return tuple(blocks)
