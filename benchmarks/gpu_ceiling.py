@@ -33,7 +33,8 @@ from triton.runtime.jit import JITFunction
 
 from suffice.kv.attention.quantized_attention import ExactEntries
 from suffice.kv.kernels.compaction import move_to_front
-from suffice.kv.kernels.decoding import DecodePlan, decode
+from suffice.kv.kernels.decode_plan import DecodePlan
+from suffice.kv.kernels.decoding import decode
 from suffice.kv.kernels.leverage import factorize, factorize_subset, quadratic_forms
 from suffice.kv.kernels.mixture import MixtureInputs, MixtureTerms, mixture_log_weights
 from suffice.kv.kernels.packing import quantize_rotated

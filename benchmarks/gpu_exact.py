@@ -114,7 +114,8 @@ def check(run: Run) -> None:
 def _errors(run: Run, dtype: torch.dtype, dim: int) -> dict[str, float]:
     """Return the largest error of every kernel for one dtype and head dimension."""
     from suffice.kv.kernels.compaction import move_to_front
-    from suffice.kv.kernels.decoding import DecodePlan, decode
+    from suffice.kv.kernels.decode_plan import DecodePlan
+    from suffice.kv.kernels.decoding import decode
     from suffice.kv.kernels.leverage import factorize, factorize_subset, quadratic_forms
 
     errors: dict[str, float] = {}

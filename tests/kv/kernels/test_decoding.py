@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from suffice.gpu import KernelFallbackError
 from suffice.kv.backend.triton_backend import TRITON_BACKEND
-from suffice.kv.kernels.decoding import DecodePlan
+from suffice.kv.kernels.decode_plan import DecodePlan
 from suffice.kv.storage.ragged import PackedEntries, RaggedStorage, Tail
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -122,7 +122,8 @@ def _decode(
     query: Tensor, entries: RaggedEntries, scaling: float, softcap: float | None, sink_logits: Tensor | None
 ) -> Tensor:
     """Compute the attention of one new token with a single kernel for all heads, which splits their keys."""
-    from suffice.kv.kernels.decoding import DecodePlan, decode
+    from suffice.kv.kernels.decode_plan import DecodePlan
+    from suffice.kv.kernels.decoding import decode
 
     tail = entries.tail_positions.shape[1]
     if entries.decode_plan is None:

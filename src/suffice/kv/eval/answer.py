@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.cache import CompressedCache
-from suffice.kv.cache.memory import parse_memory
+from suffice.kv.cache.memory import parse_limit
 from suffice.kv.cache.report import CacheReport, stored_bits
 from suffice.kv.eval.generation import check_chunk_size, check_prompt_length, fill_cache, greedy_generate
 from suffice.kv.eval.prompt import tokenize_prompt
@@ -155,7 +155,7 @@ def answer(
         capacity_retained=report.capacity_retained,
         seconds=seconds,
         bits=shortest_bits(bits) if memory is None else stored_bits(report),
-        memory=None if memory is None else parse_memory(memory),
+        memory=parse_limit(memory, budget),
         token_shares=_token_shares(tokenizer, cache, prompt.input_ids),
     )
     return result, report

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.batched import BatchedCaches
 from suffice.kv.cache.cache import CompressedCache
-from suffice.kv.cache.memory import parse_memory
+from suffice.kv.cache.memory import parse_limit
 from suffice.kv.cache.report import stored_bits
 from suffice.kv.cache.shared_prefill import prefill
 from suffice.kv.eval.generation import check_prompt_length, greedy_generate
@@ -174,7 +174,7 @@ def evaluate(
                 "policy": policy,
                 "allocation": allocation,
                 "budget": caches[index].budget,
-                "memory": None if config.memory is None else parse_memory(config.memory),
+                "memory": parse_limit(config.memory, config.budget),
                 "bits": shortest_bits(config.bits) if config.memory is None else stored_bits(report),
                 "tokens": prompt.input_ids.shape[1],
                 "gold_tokens": gold.shape[1],

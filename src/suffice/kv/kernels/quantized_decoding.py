@@ -20,8 +20,8 @@ from torch import Tensor
 
 from suffice.gpu import block_size, launch
 from suffice.kv.attention.quantized_attention import ExactEntries, QuantizedFormat, QuantizedHeads
+from suffice.kv.kernels.decode_plan import DecodePlan
 from suffice.kv.kernels.decoding import (
-    DecodePlan,
     attend_to_entries,
     cap_logits,
     combine_parts,
