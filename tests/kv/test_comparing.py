@@ -22,21 +22,12 @@ from suffice.kv.eval.tune import tune
 from suffice.kv.eval.user_prompts import UserPrompt, read_user_prompts, write_user_prompts
 from suffice.kv.hf.loading import ModelSource
 from suffice.study.results import Group
-from tests.kv.tiny import TOKENS, build, tokenizer
 
 PROMPTS = [
     UserPrompt("The parrot is called Otto and the cat is called Mia. " * 3, "What is the cat called?"),
     UserPrompt("Water boils sooner on a mountain, since the air is thinner. " * 3, "Where does it boil sooner?"),
     UserPrompt("Anna was born in Vienna, Peter in Linz; both moved to Graz. " * 3, "Where was Anna born?"),
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("ein Modell – ü")
-    build("llama", vocab_size=TOKENS, max_position_embeddings=1024, seed=3).save_pretrained(place)
-    tokenizer().save_pretrained(place)
-    return str(place)
 
 
 def small_comparison(model, **more):

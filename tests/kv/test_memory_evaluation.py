@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from suffice.cli import app
 from suffice.cli.kv_options import parse_memory_option
-from suffice.kv import CacheConfig, CompressedCache, answer, compare, evaluate, load_model, tune
+from suffice.kv import CacheConfig, CompressedCache, answer, compare, evaluate, tune
 from suffice.kv.cache.memory import format_memory, parse_memory
 from suffice.kv.eval.cache_grid import CacheGrid, GridCache
 from suffice.kv.eval.compare import Condition
@@ -23,23 +23,9 @@ from suffice.kv.eval.tasks import make_example
 from suffice.kv.eval.user_prompts import UserPrompt
 from suffice.study.run_key import run_key
 from suffice.study.store import Store
-from tests.kv.tiny import TOKENS, build, tokenizer
 
 LIMITS = [0.9, 0.25, 60_000]
 PROMPTS = [UserPrompt(f"{name} is called Otto, and {name} lives in a small house. " * 6) for name in ("A", "B", "C")]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("model")
-    build("llama", vocab_size=TOKENS, max_position_embeddings=1024, seed=3).save_pretrained(place)
-    tokenizer().save_pretrained(place)
-    return str(place)
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return load_model(folder)
 
 
 @pytest.fixture
