@@ -1,9 +1,12 @@
 """Caches whose bytes are limited: `CompressedCache(model, memory=...)`."""
 
+import contextlib
 import dataclasses
 import functools
+import math
 import os
 import random
+import re
 import sys
 
 import pytest
@@ -185,6 +188,7 @@ def test_bits_follow_from_the_memory(memory, bits, share_kept):
     assert report.heads[0].bits == bits
     assert share_kept <= report.tokens_kept / 1000 <= min(1, 1.5 * share_kept)
     assert report.bytes_kept + report.bytes_index <= memory * report.bytes_full
+    assert f" tokens ({','.join(map(str, bits)) if bits != (8, 8) else 8} bits), " in str(report)
     assert f"of {report.bytes_limit / 1e6:.1f} MB allowed" in str(report)
 
 
@@ -325,6 +329,8 @@ def test_limits_are_fractions_or_bytes(text, wanted):
         ({"memory": [1]}, TypeError, r"memory must be a fraction .*, got \[1\]"),
         ({"memory": "2 gigs"}, ValueError, "memory must be a fraction .*, got '2 gigs'"),
         ({"memory": "-2GiB"}, ValueError, "memory must be a fraction .*, got '-2GiB'"),
+        ({"memory": "0.5"}, ValueError, "memory must be a fraction .*, got '0.5'"),
+        ({"memory": "1.0"}, ValueError, "memory must be a fraction .*, got '1.0'"),
         ({"memory": 0.1, "budget": 0.5}, ValueError, "budget must be None with memory=0.1, .*, got 0.5"),
         ({"memory": 0.1, "rerotate": True}, ValueError, "memory must be None with rerotate=True"),
         ({"memory": 0.1, "bits": 6}, ValueError, "bits must be 2, 3, 4, 5 or 8, got 6"),
@@ -345,19 +351,58 @@ def test_invalid_limits_are_rejected(settings, error, message):
 def test_too_little_memory_changes_nothing(memory, message):
     model = tiny("llama")
     cache = CompressedCache(model, "capkv", memory=memory)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=message):
         model(text(150), past_key_values=cache)
     assert cache.get_seq_length() == 0
-    named = str(error.value).split("at least ")[1].split()[0]
-    enough = CompressedCache(model, "capkv", memory=float(named) if "." in named else int(named))
-    model(text(150), past_key_values=enough)
-    assert enough.report().tokens_kept >= 1
 
 
 def test_short_texts_need_bytes():
     cache = CompressedCache(tiny("llama"), "capkv", memory=0.5)
-    with pytest.raises(ValueError, match=r"memory must be a number of bytes .* 5 tokens, got 0\.5"):
+    with pytest.raises(ValueError, match=r"memory must be a number of bytes, .* only 5 tokens, got 0\.5"):
         tiny("llama")(text(5), past_key_values=cache)
+
+
+def test_error_says_that_the_interval_needs_memory():
+    cache = CompressedCache(tiny("llama"), "capkv", memory=0.5, interval=1000)
+    with pytest.raises(ValueError, match=r"always stay and 1000 new tokens \(interval\) take more bytes"):
+        tiny("llama")(text(200), past_key_values=cache)
+
+
+@pytest.mark.parametrize("seed", range(NUM_CONFIGURATIONS))
+def test_limits_that_errors_name_are_enough(seed):
+    draw = random.Random(seed)
+    model = model_in("llama", draw.choice([torch.float32, torch.bfloat16]))
+    options = {
+        "policy": draw.choice(["capkv", "capkv-profile", "h2o", "full", "expected-attention"]),
+        "evict": draw.choice(["always", "prefill"]),
+        "interval": draw.choice([None, None, 20]),
+        "bits": draw.choice([None, None, 2, (5, 4)]),
+        "sinks": draw.choice([None, 0, 10]),
+        "window": draw.choice([None, 0, 30]),
+    }
+    tokens = text(draw.choice([3, 9, 30, 60, 150, 400])).expand(draw.choice([1, 3]), -1)
+    memory = draw.choice([1e-3, 0.1, 0.3, 1, 1000])
+    with contextlib.suppress(ValueError):
+        model(tokens, past_key_values=CompressedCache(model, memory=memory, **options))
+        return
+    with pytest.raises(ValueError, match="memory must be") as error:
+        model(tokens, past_key_values=CompressedCache(model, memory=memory, **options))
+    named = re.findall(r"at least ([\d.]*\d)", str(error.value))
+    assert named
+    for number in named:
+        limit = float(number) if "." in number else int(number)
+        cache = CompressedCache(model, memory=limit, **options)
+        model(tokens, past_key_values=cache)
+        assert cache.report().bytes_kept + cache.report().bytes_index <= (cache.report().bytes_limit or math.inf)
+
+
+def test_policies_that_evict_nothing_get_the_bits_with_which_all_entries_fit():
+    """With 5 and 3 bits, more than a third of the entries would fit, but not all of them."""
+    model = model_with_large_heads()
+    cache = CompressedCache(model, "full", memory=0.3)
+    model(text(1000), past_key_values=cache)
+    assert cache.report().heads[0].bits == (4, 3)
+    assert cache.report().tokens_kept == 1000
 
 
 def test_too_little_memory_for_a_policy_that_evicts_nothing():

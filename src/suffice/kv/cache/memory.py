@@ -6,12 +6,13 @@ The rule, for one layer and one row of the batch with M bytes:
 2. Otherwise, entries are quantized. If all entries fit with one of the bits of `ALL_ENTRIES`, all are kept, with the
    most bits that fit.
 3. Otherwise, entries are evicted, and as many are kept as fit. The bits are the first of `SOME_ENTRIES` with which at
-   least a third of the entries fit, or else the last. This rule comes from measurements on two models
-   (docs/results/kv-bits.md): with fewer than a third of the entries, one more entry is worth more than its bits.
+   least a third of the entries fit, or else the last: below a third, it is better to keep more entries than to store
+   them with more bits, as measured on two models (docs/results/kv-bits.md). All entries that are always kept must fit,
+   too.
 
 Everything that the cache stores is counted: exact and quantized entries, means and scales, positions and other numbers
-of each entry, slots for new tokens until the next eviction, and the queries that the policy needs for it. Exact entries
-count as if every head held the largest number that a head may hold, so the limit is never exceeded.
+of each entry, slots for new tokens until the next eviction, and the queries that the policy needs for it. Heads may
+hold different numbers of exact entries; all are counted with the largest number, so the limit is never exceeded.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from torch import nn
@@ -64,7 +65,8 @@ def parse_memory(memory: object) -> int | float:
     number = plain_number(memory)
     if isinstance(memory, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", memory)
-        if match is None or match[2].lower() not in _UNITS:
+        # "0.5" is neither a fraction, which is a float, nor a whole number of bytes.
+        if match is None or match[2].lower() not in _UNITS or ("." in match[1] and not match[2]):
             raise ValueError(_not_accepted(memory))
         number = int(Fraction(match[1]) * _UNITS[match[2].lower()])
     if isinstance(number, bool) or not isinstance(number, (int, float)):
@@ -232,32 +234,51 @@ class MemoryBudget:
     def _plan(
         self, shape: LayerShape, num_tokens: int, num_parts: int, stored_bits: tuple[int, int] | None
     ) -> MemoryPlan:
-        memory = self.bytes_of_row(shape.full_bytes(num_tokens), num_parts)
-        division = _Division(self, shape, memory, num_tokens)
+        division = self._divide(shape, num_tokens, num_parts)
         bits = stored_bits or self.bits or division.choose_bits()
         num_entries = division.num_entries(bits)
         if division.fits_exactly:
             return division.plan(max(num_entries, num_tokens), bits, window=num_tokens + division.interval)
-        smallest = num_tokens if self.policy.keep_all else max(self.protection.min_budget, 1)
-        if num_entries < min(smallest, num_tokens):
-            needed = division.smallest_bytes(smallest, bits)
-            raise ValueError(self._too_small(needed, num_parts, shape.full_bytes(num_tokens), num_tokens))
+        if num_entries < division.min_entries:
+            raise ValueError(self._too_small(shape, num_tokens, num_parts, bits))
         return division.plan(num_entries, bits, window=division.window)
 
-    def _too_small(self, needed: int, num_parts: int, full_bytes: int, num_tokens: int) -> str:
+    def _divide(self, shape: LayerShape, num_tokens: int, num_parts: int) -> _Division:
+        return _Division(self, shape, self.bytes_of_row(shape.full_bytes(num_tokens), num_parts), num_tokens)
+
+    def _too_small(self, shape: LayerShape, num_tokens: int, num_parts: int, bits: tuple[int, int]) -> str:
         what = "all entries (this policy evicts none)" if self.policy.keep_all else "the entries that always stay"
+        if self.evict_always and self.interval is not None and self.interval > 1:
+            what += f" and {self.interval} new tokens (interval)"
+        needed = replace(self, limit=1)._enough(shape, num_tokens, num_parts, bits)
         if isinstance(self.limit, int):
-            return f"memory must be at least {needed * num_parts} bytes for {what}, got {self.limit}"
-        share = math.ceil(needed / full_bytes * 1000) / 1000
+            return f"memory must be at least {needed} bytes for {what}, got {self.limit}"
+        share = self._enough(shape, num_tokens, num_parts, bits)
         if share > 1:
             return (
-                f"memory must be a number of bytes such as '1MiB' for a text as short as {num_tokens} tokens, got "
-                f"{self.limit:g}: {what} take more bytes than a cache without compression"
+                f"memory must be a number of bytes, at least {needed}, for a text of only {num_tokens} "
+                f"{'token' if num_tokens == 1 else 'tokens'}, got {self.limit}: {what} take more bytes than a cache "
+                "without compression"
             )
         return (
-            f"memory must be at least {share:g} for {what} of a text of {num_tokens} tokens, got {self.limit:g}. "
-            "Give a larger fraction, or bytes such as memory='1MiB'"
+            f"memory must be at least {share:g} for {what} of a text of {num_tokens} tokens, got {self.limit}. Give a "
+            f"larger fraction, or at least {needed} bytes"
         )
+
+    def _enough(self, shape: LayerShape, num_tokens: int, num_parts: int, bits: tuple[int, int]) -> float:
+        """Return a limit, of the same type as this one, in which the entries that are always kept fit.
+
+        More memory also sets more aside for the newest entries and new tokens, so the limit is raised step by step.
+        """
+        full_bytes = shape.full_bytes(num_tokens)
+        budget = self
+        while (missing := (division := budget._divide(shape, num_tokens, num_parts)).missing_bytes(bits)) > 0:
+            if isinstance(self.limit, int):
+                limit = (division.memory + missing) * num_parts
+            else:
+                limit = math.ceil((division.memory + missing) / full_bytes * 1000) / 1000
+            budget = replace(self, limit=limit)
+        return budget.limit
 
 
 class _Division:
@@ -272,7 +293,8 @@ class _Division:
     """
 
     def __init__(self, budget: MemoryBudget, shape: LayerShape, memory: int, num_tokens: int) -> None:
-        self._budget, self._shape, self._memory, self._num_tokens = budget, shape, memory, num_tokens
+        self.memory = memory
+        self._budget, self._shape, self._num_tokens = budget, shape, num_tokens
         weights = budget.policy.weights
         keeps_attention = budget.evict_always and weights.is_stateful
         self._index_bytes = 4 * (1 + keeps_attention + budget.policy.allocation.is_global)
@@ -318,7 +340,7 @@ class _Division:
         """Whether all entries fit in the model's dtype."""
         slots = _with_spare(self._num_tokens + 1) if self._budget.evict_always else self._num_tokens
         slot_bytes = self._shape.num_heads * slots * self._slot_bytes
-        return slot_bytes + self._fixed_bytes + 4 * self._num_tokens <= self._memory
+        return slot_bytes + self._fixed_bytes + 4 * self._num_tokens <= self.memory
 
     def choose_bits(self) -> tuple[int, int]:
         """Return the bits of keys and values; see the module's description."""
@@ -326,7 +348,7 @@ class _Division:
             for bits in ALL_ENTRIES:
                 if self.num_entries(bits) >= self._num_tokens:
                     return bits
-        least = _MIN_SHARE * self._num_tokens
+        least = max(self.min_entries, _MIN_SHARE * self._num_tokens)
         return next((bits for bits in SOME_ENTRIES if self.num_entries(bits) >= least), SOME_ENTRIES[-1])
 
     @property
@@ -338,12 +360,12 @@ class _Division:
         """Return how many entries of each head fit, on average; may be negative."""
         exact = self._shape.num_heads * self._num_slots * self._slot_bytes
         entry = self._shape.num_heads * self._entry_bytes(bits)
-        quantized = (self._memory - self._fixed_bytes - exact) // entry - self.interval
+        quantized = (self.memory - self._fixed_bytes - exact) // entry - self.interval
         if quantized < 0:
             return quantized
         all_kept = quantized + self._num_exact(quantized) >= self._num_tokens
         if all_kept:  # the positions of all tokens are stored until the first eviction
-            quantized = (self._memory - self._fixed_bytes - exact - 4 * self._num_tokens) // entry - self.interval
+            quantized = (self.memory - self._fixed_bytes - exact - 4 * self._num_tokens) // entry - self.interval
         return quantized + self._num_exact(quantized)
 
     def _num_exact(self, quantized: int) -> int:
@@ -355,10 +377,16 @@ class _Division:
         sinks, window = policy.protected_sizes(num_kept, self._num_tokens, protection)
         return min(self.window, min(sinks, NUM_SINKS) + window)
 
-    def smallest_bytes(self, num_entries: int, bits: tuple[int, int]) -> int:
-        """Return about how many bytes are needed for a number of entries."""
-        missing = num_entries - self.num_entries(bits)
-        return self._memory + missing * self._shape.num_heads * self._entry_bytes(bits)
+    @property
+    def min_entries(self) -> int:
+        """Number of entries of each head that must fit."""
+        least = self._num_tokens if self._budget.policy.keep_all else max(self._budget.protection.min_budget, 1)
+        return min(least, self._num_tokens)
+
+    def missing_bytes(self, bits: tuple[int, int]) -> int:
+        """Return about how many more bytes are needed for `min_entries`; 0 if they fit."""
+        missing = 0 if self.fits_exactly else max(0, self.min_entries - self.num_entries(bits))
+        return missing * self._shape.num_heads * self._entry_bytes(bits)
 
     def plan(self, num_entries: int, bits: tuple[int, int], window: int) -> MemoryPlan:
         """Return the plan with a number of entries."""
