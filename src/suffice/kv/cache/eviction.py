@@ -265,9 +265,25 @@ def validate_eviction(stats: AttentionStats, entries: Entries, storage: Storage 
 
     """
     is_finite = all_finite((entries.keys, entries.values)) if storage is None else storage.is_finite
-    error = f"keys and values of layer {layer_index} must be finite, got NaN or infinite values: nothing was cached"
-    stats.require(is_finite, ValueError(error))
+    stats.require(is_finite, _not_finite(layer_index))
     stats.raise_if_failed()
+
+
+def check_finite(entries: Entries, layer_index: int) -> None:
+    """Check that all entries of a layer are finite.
+
+    Raises:
+        ValueError: a key or value is NaN or infinite.
+
+    """
+    if not bool(all_finite((entries.keys, entries.values))):
+        raise _not_finite(layer_index)
+
+
+def _not_finite(layer_index: int) -> ValueError:
+    return ValueError(
+        f"keys and values of layer {layer_index} must be finite, got NaN or infinite values: nothing was cached"
+    )
 
 
 def commit_eviction(

@@ -23,6 +23,7 @@ from suffice.kv.backend.triton_backend import choose_backend
 from suffice.kv.cache.eviction import (
     EvictionPlan,
     SelectedEntries,
+    check_finite,
     commit_eviction,
     copy_entries,
     plan_eviction,
@@ -342,7 +343,11 @@ class CompressedLayer(DynamicLayer):
     ) -> tuple[SelectedEntries, Storage | None]:
         """Select the entries to keep, copy them (see `copy_entries`), and validate both, without changing the layer."""
         stats = self._stats(plan, entries, call, attention)
-        selection = select_entries(plan, self.settings, entries, stats, backend, self.global_budget)
+        try:
+            selection = select_entries(plan, self.settings, entries, stats, backend, self.global_budget)
+        except ValueError:
+            check_finite(entries, self.index)  # NaN causes other errors first, which do not name the layer
+            raise
         is_quantized = plan.storage.bits is not None
         query_sizes = self.query_sizes(call) if is_quantized and self.storage is None else None
         storage = copy_entries(plan, selection, self.state, self.settings, query_sizes)
