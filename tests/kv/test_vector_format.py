@@ -194,3 +194,19 @@ def test_unpacked_groups_stand_for_the_dequantized_vectors(bits, dim):
     assert torch.equal(rotated, form.rotation(groups))
     sums = rotated.unflatten(1, (form.num_groups, -1)).sum(-1)
     torch.testing.assert_close(of_middles, -sums * middles)
+
+
+@every_bits
+def test_relative_errors_of_zeros_are_zero(bits):
+    """Zeros are stored with tiny errors. In the second head, only the mean key is subtracted to zeros."""
+    positions = torch.arange(5).expand(1, 2, 5)
+    keys, values = torch.zeros(1, 2, 5, 64), torch.zeros(1, 2, 5, 64)
+    keys[:, 1] = 1.0
+    values[:, 1] = normal(5, 64)
+    entries = Entries(keys, values, positions)
+    empty = QuantizedEntries.empty(entries, (bits, bits))
+    assert empty.relative_errors == [None, None]
+    first, second = empty.append(entries, positions).relative_errors
+    assert first == (0.0, 0.0)
+    assert second[0] == 0.0
+    assert second[1] > 0

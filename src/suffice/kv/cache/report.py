@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from suffice.kv.storage.base import Storage
-from suffice.kv.storage.quantization import Bits, shortest_bits
+from suffice.kv.storage.quantization import Bits, format_bits, shortest_bits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,10 +26,10 @@ class HeadReport:
         bytes_full: bytes that the head would hold without eviction, including padding.
         bytes_kept: bytes of the keys and values that it holds.
         capacity_retained: share of the capacity that the kept entries carry; None if it was not measured.
-        bits: number of bits of each number of quantized keys and values; None if entries are not quantized.
-        key_error: relative error of quantized keys: root of the sum of the squared errors over that of the squared
-            lengths, after the mean key of the head is subtracted. It covers all entries that were quantized, including
-            those that were evicted later. None if no entry was quantized.
+        bits: bits of the numbers of quantized keys and of quantized values; None if the cache does not quantize.
+        key_error: relative error of quantized keys: root of the sum of the squared errors, divided by the root of the
+            sum of the squared lengths. The mean key of the head is subtracted from the keys first. The error covers all
+            entries that were quantized, including those that were evicted later. None if no entry was quantized.
         value_error: the same for values, from which no mean is subtracted.
 
     """
@@ -84,7 +84,8 @@ class CacheReport:
         batch: number of rows of the batch.
         bytes_full: bytes that the same cache would hold without eviction, including layers that are not compressed.
         bytes_kept: bytes of all keys and values that the cache holds.
-        bytes_index: bytes of positions, columns, spare slots, and what the policy remembers for the next eviction.
+        bytes_index: bytes of everything else: positions and other numbers of the entries, spare slots, and what the
+            policy remembers for the next eviction.
         capacity_retained: share of the capacity that the kept entries carry, averaged over layers, heads and rows; None
             if it was not measured.
         bytes_limit: limit on the sum of `bytes_kept` and `bytes_index`; None for no limit.
@@ -147,7 +148,8 @@ class CacheReport:
         is_quantized = any(head.bits is not None for head in self.heads)
         columns = ("layer", "tokens seen", "tokens kept", "MB kept", "MB full", "capacity kept")
         for column in (*columns, "bits", "key error", "value error") if is_quantized else columns:
-            table.add_column(column, justify="right")
+            # One word on each line, because rich cuts cells off if a table is wider than the terminal.
+            table.add_column(column.replace(" ", "\n"), justify="right")
         for layer in sorted({head.layer for head in self.heads}):
             heads = [head for head in self.heads if head.layer == layer]
             shares = [head.capacity_retained for head in heads if head.capacity_retained is not None]
@@ -180,8 +182,10 @@ class CacheReport:
         share = "" if self.capacity_retained is None else f", {self.capacity_retained:.1%} of the capacity"
         if self.bytes_limit is not None:
             share += f", {(self.bytes_kept + self.bytes_index) / 1e6:.1f} of {self.bytes_limit / 1e6:.1f} MB allowed"
+        bits = sorted({head.bits for head in self.heads if head.bits and head.key_error is not None}, reverse=True)
+        stored = f" ({' or '.join(format_bits(shortest_bits(pair)) for pair in bits)} bits)" if bits else ""
         return (
-            f"{self.tokens_kept:.0f} of {self.tokens_seen} tokens, "
+            f"{self.tokens_kept:.0f} of {self.tokens_seen} tokens{stored}, "
             f"{self.bytes_kept / 1e6:.1f} of {self.bytes_full / 1e6:.1f} MB{share}"
         )
 

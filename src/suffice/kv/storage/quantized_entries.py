@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -107,10 +106,16 @@ class QuantizedEntries:
 
     @property
     def relative_errors(self) -> list[tuple[float, float] | None]:
-        """Relative error of keys and of values of each head, over all rows; None if none was quantized."""
-        key_error, key_size, value_error, value_size = self.error_sums.sum(1)
-        errors = torch.stack((key_error / key_size, value_error / value_size)).sqrt().T.tolist()
-        return [None if math.isnan(keys) else (keys, values) for keys, values in errors]
+        """Relative error of keys and of values of each head, over all rows; None if no entry was ever quantized."""
+        sums = self.error_sums.sum(1)
+        key_error, key_size, value_error, value_size = sums
+        # Vectors of zeros are stored with errors of about 2^−41, which are not relative to anything.
+        keys, values = (
+            torch.where(size > 0, error / size, size).sqrt().tolist()
+            for error, size in ((key_error, key_size), (value_error, value_size))
+        )
+        was_quantized = sums.any(0).tolist()
+        return [(key, value) if known else None for known, key, value in zip(was_quantized, keys, values, strict=True)]
 
     def append(self, entries: Entries, index: Tensor) -> QuantizedEntries:
         """Return these entries and more, which are quantized.
