@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import io
 import re
 from pathlib import Path
 from types import UnionType
@@ -9,10 +10,12 @@ from typing import get_args, get_type_hints
 
 import pytest
 import typer
+from rich.console import Console
+from rich.table import Table
 from typer.testing import CliRunner
 
 import suffice
-from suffice.cli import app, options
+from suffice.cli import app, console, options
 from suffice.files import FIGURE_SUFFIXES
 from suffice.report import new_figure, save_figure
 
@@ -163,3 +166,18 @@ def test_all_figure_formats_can_be_written(tmp_path):
             figure, _ = new_figure(1, 1)
             save_figure(figure, tmp_path / "new" / name)
             assert (tmp_path / "new" / name).stat().st_size > 100
+
+
+def test_tables_in_files_are_not_cut_off(monkeypatch):
+    """A terminal has a width, to which rich fits a table; a file or a pipe has none."""
+    table = Table(*(f"column {index}" for index in range(30)))
+    table.add_row(*(f"{index:09d}" for index in range(30)))
+    printed = io.StringIO()
+    monkeypatch.setattr(console, "out", Console(file=printed, width=80))
+    console.print_table(table)
+    assert all(f"{index:09d}" in printed.getvalue() for index in range(30))
+    assert len({len(line) for line in printed.getvalue().splitlines()}) == 1
+    printed.truncate(0)
+    monkeypatch.setattr(console, "out", Console(file=printed, width=80, force_terminal=True, color_system=None))
+    console.print_table(table)
+    assert max(len(line) for line in printed.getvalue().strip("\0").splitlines()) == 80

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from suffice.cli import app
-from suffice.cli.kv_options import parse_memory_option
+from suffice.cli.kv_options import CacheGridOptions, parse_memory_option
 from suffice.kv import CacheConfig, CompressedCache, answer, compare, evaluate, tune
 from suffice.kv.cache.memory import format_memory, parse_memory
 from suffice.kv.eval.cache_grid import CacheGrid, GridCache
@@ -196,6 +196,11 @@ def test_limits_are_formatted_without_loss(limit, text):
     assert format_memory(limit) == text
     assert parse_memory_option(text) == limit
     assert type(parse_memory_option(text)) is type(parse_memory(limit))
+
+
+@pytest.mark.parametrize("text", ["90% 60kB", "90%,60kB", "90%, 60kB"])
+def test_limits_are_separated_by_commas_or_spaces(text):
+    assert CacheGridOptions("h2o", "own", memory=text).parsed_memory() == [0.9, 60_000]
 
 
 def test_commands_accept_limits(folder, tmp_path):

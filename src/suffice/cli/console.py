@@ -13,6 +13,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
 
 from suffice import SufficeError
 
@@ -28,6 +30,16 @@ def command_line() -> str:
 def print_text(text: str) -> None:
     """Print text on standard output as it is, without markup."""
     out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    """Print a table on standard output; in a file or a pipe, which have no width, without cutting off cells."""
+    if out.is_terminal:
+        out.print(table)
+        return
+    unlimited = out.options.update(max_width=sys.maxsize)
+    width = max(out.width, Measurement.get(out, unlimited, table).maximum)
+    Console(file=out.file, width=width).print(table)
 
 
 def print_json(value: Any) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 from rich.table import Table
 
-from suffice.cli.console import out, print_json, print_text, step_progress
+from suffice.cli.console import out, print_json, print_table, print_text, step_progress
 from suffice.cli.options import JsonOption
 from suffice.files import FIGURE_SUFFIXES, PAGE_SUFFIXES, check_suffix
 from suffice.report import Page, Text, save_figure
@@ -116,7 +116,7 @@ def _print_caches(result: DemoResult) -> None:
             table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
         for cells in demo_table(result, mode):
             table.add_row(*cells, end_section=cells[0] == "full")
-        out.print(table)
+        print_table(table)
     out.print(COLUMNS_EXPLAINED, highlight=False, style="dim")
     for sentence in describe_results(result):
         out.print(sentence, highlight=False)
@@ -128,7 +128,7 @@ def _print_studies(demo: Sequence[DemoResults]) -> None:
     from suffice.link.study.report_sections import COLUMNS_EXPLAINED
 
     for one in demo:
-        out.print(study_table(one.results))
+        print_table(study_table(one.results))
     out.print(COLUMNS_EXPLAINED, highlight=False, style="dim")
     for sentence in describe_results(demo):
         out.print(sentence, highlight=False)

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from suffice.cli.console import out, print_json, print_text, step_progress
+from suffice.cli.console import out, print_json, print_table, print_text, step_progress
 from suffice.cli.kv_evaluate import compare_caches, tune_budget
 from suffice.cli.kv_generate import generate
 from suffice.cli.kv_options import ModelOptions
@@ -99,7 +99,7 @@ def calibrate_model(
         fields = {"model": profile.model, "source": profile.source, "attention": profile.attention}
         print_json({**fields, "file": str(file), "seconds": seconds})
         return
-    out.print(profile_table(profile))
+    print_table(profile_table(profile))
     print_text(f"Profile: {file} ({seconds:.1f} s)")
 
 
@@ -115,7 +115,7 @@ def list_policies(as_json: JsonOption = False) -> None:
     if as_json:
         print_json({"default": DEFAULT_POLICY, "policies": descriptions, "allocations": splits})
         return
-    out.print(policy_table(descriptions))
+    print_table(policy_table(descriptions))
     out.print(f"The default is {DEFAULT_POLICY}. Papers are given by their arXiv numbers.", highlight=False)
     names = ", ".join(name if name == text else f"{name} ({text})" for name, text in splits.items())
     out.print(f"Allocations that any policy can use: {names}.", highlight=False)

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from suffice.cli.console import command_line, out, print_json, print_text
+from suffice.cli.console import command_line, print_json, print_table, print_text
 from suffice.cli.kv_options import AwareOption, CacheGridOptions, ModelOptions
 from suffice.cli.kv_tables import comparison_table, trial_table
 from suffice.cli.options import ExecutionOptions, FigureOptions, JsonOption, expand_options, split_commas
@@ -109,7 +109,7 @@ def compare_caches(
     if output.as_json:
         print_json(comparison.to_dict())
     else:
-        out.print(comparison_table(comparison))
+        print_table(comparison_table(comparison))
         print_text(comparison.summary())
     if parquet is not None:
         import pandas
@@ -201,7 +201,7 @@ def tune_budget(
     if as_json:
         print_json(result.to_dict())
     else:
-        out.print(trial_table(result))
+        print_table(trial_table(result))
         print_text(result.summary())
         if result.best is not None:
             print_text("\n" + result.code())

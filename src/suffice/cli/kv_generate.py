@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from suffice.cli.console import command_line, out, print_json, print_text, step_progress
+from suffice.cli.console import command_line, out, print_json, print_table, print_text, step_progress
 from suffice.cli.kv_options import AwareOption, CacheOptions, ModelOptions
 from suffice.cli.options import FigureOptions, expand_options
 from suffice.files import read_text
@@ -106,7 +106,7 @@ def generate(
         print_text(result.answer)
         out.print(f"[dim]{report}, {result.seconds:.1f} s ({result.policy}, {size})[/]", highlight=False)
         if layers:
-            out.print(report.table())
+            print_table(report.table())
     if output.figure is not None:
         save_figure(report.figure(), output.figure)
     if output.report is not None:

@@ -133,8 +133,8 @@ class CacheGridOptions:
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Limits on the bytes, instead of --budgets, separated by spaces: fractions of the full cache "
-            "(0.1, 10%), or bytes (2GiB). The number of entries and their bits follow from them."
+            help="Limits on the bytes, instead of --budgets, separated by commas or spaces: fractions of the full "
+            "cache (0.1, 10%), or bytes (2GiB). The number of entries and their bits follow from them."
         ),
     ] = None
     bits: Annotated[
@@ -162,7 +162,9 @@ class CacheGridOptions:
 
     def parsed_memory(self) -> list[float] | None:
         """Return the limits on the bytes: fractions (float), or bytes (int); None if they are not given."""
-        return None if self.memory is None else [parse_memory_option(text) for text in self.memory.split()]
+        if self.memory is None:
+            return None
+        return [parse_memory_option(text) for text in self.memory.replace(",", " ").split()]
 
     def parsed_bits(self) -> list[Bits | None]:
         """Return the numbers of bits; None stands for the model's dtype."""

@@ -70,7 +70,8 @@ def trial_table(result: TuningResult) -> Table:
     size = "budget" if result.closest.memory is None else "memory"
     extra = ("bits",) if is_quantized else ()
     for column in ("policy", "allocation", size, *extra, f"mean {metric}", "bound", "on target", "MB", "safe"):
-        table.add_column(column, justify="left" if column in ("policy", "allocation") else "right", no_wrap=True)
+        is_text = column in ("policy", "allocation")
+        table.add_column(column.replace(" ", "\n"), justify="left" if is_text else "right", no_wrap=True)
     for trial in result.trials:
         table.add_row(
             trial.policy,

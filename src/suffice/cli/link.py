@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from suffice.cli.console import command_line, out, print_json, print_text, step_progress
+from suffice.cli.console import command_line, print_json, print_table, print_text, step_progress
 from suffice.cli.link_options import (
     ARMS_HELP,
     ArmModelOptions,
@@ -73,7 +73,7 @@ def train(
         settings = {"model": experiment.model.to_dict(), "split": asdict(experiment.split)}
         print_json({"graph": experiment.graph.name, **settings, "rows": rows})
     else:
-        out.print(row_table(rows, title))
+        print_table(row_table(rows, title))
     if output.report is not None:
         metrics_page(title, experiment.graph.name, rows, command_line()).save(output.report)
 
@@ -107,7 +107,7 @@ def audit(
     else:
         for report in reports:
             for table in audit_tables(report):
-                out.print(table)
+                print_table(table)
             print_text(str(report.verdict))
     if output.report is not None:
         audit_page(reports[0], command_line()).save(output.report)
@@ -173,7 +173,7 @@ def correct(
     if output.as_json:
         print_json(results.to_dict())
     else:
-        out.print(study_table(results))
+        print_table(study_table(results))
     if page is not None and output.report is not None:
         page.save(output.report)
     if output.figure is not None:
@@ -205,7 +205,7 @@ def align(
     if output.as_json:
         print_json({"graph": experiment.graph.name, "rows": rows})
     else:
-        out.print(row_table(rows, title))
+        print_table(row_table(rows, title))
     if output.report is not None:
         metrics_page(title, experiment.graph.name, rows, command_line()).save(output.report)
 

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from suffice.cli.console import command_line, out, print_json, print_text
+from suffice.cli.console import command_line, print_json, print_table, print_text
 from suffice.cli.options import JsonOption, QuietOption, expand_options
 from suffice.cli.study_progress import study_progress
 from suffice.study.export import SUFFIXES, export_study
@@ -173,7 +173,7 @@ def show(
         cells = [str(group.settings.get(column)) for column in settings]
         cells += [str(group.interval(column)) if column in group.values else "" for column in metrics]
         table.add_row(*map(escape, cells))
-    out.print(table)
+    print_table(table)
     if len(shown) < len(groups):
         print_text(f"{len(groups) - len(shown)} more rows. Show all: --limit 0. Select rows: --where {settings[0]}=…")
 
@@ -217,4 +217,4 @@ def list_kinds(as_json: JsonOption = False) -> None:
         table = Table("setting", "default", title=f"{kind.name}: {kind.description}", title_justify="left")
         for setting, default in kind.flatten(kind.settings).items():
             table.add_row(escape(setting), escape(str(default)))
-        out.print(table)
+        print_table(table)
