@@ -68,7 +68,11 @@ class CacheOptions:
         ),
     ] = None
     bits: Annotated[
-        str, typer.Option(help="Bits of the stored numbers: 8, 5, 4, 3 or 2, or two for keys and values (5,4).")
+        str,
+        typer.Option(
+            help="Bits of the stored numbers: 8, 5, 4, 3 or 2, or two for keys and values (5,4). none: the model's "
+            "dtype, or bits that follow from --memory."
+        ),
     ] = "none"
     chunk_size: Annotated[
         int | None, typer.Option(help="Read the prompt in chunks of this many tokens, and evict after each chunk.")

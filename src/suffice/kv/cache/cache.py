@@ -77,8 +77,9 @@ class CompressedCache(Cache):
         memory: limit on the bytes of the compressed layers, instead of `budget`: a fraction of what a cache without
             compression would hold in the model's dtype (a float in (0, 1]), or a number of bytes for all rows (an int,
             or a text such as "2GiB"). The number of entries and `bits` follow from it. Everything that is stored
-            counts: quantized and other entries, scales, positions, room for new tokens, and the queries that the policy
-            remembers. The limit also holds for later tokens, unless `evict="prefill"` is given.
+            counts: quantized and other entries, scales, positions, free slots for new tokens, and the queries that the
+            policy remembers. The limit also holds for later tokens, unless `evict="prefill"` is given. A forward pass
+            raises a ValueError if the limit is too small for the entries that are always kept.
         sinks: number of first tokens that are always kept; None means 4, or fewer if the budget is below 8.
         window: number of last tokens that are always kept; None means the window that was published with the
             policy, or, if there is none, 15 % of the budget, at least 4 and at most 32.
@@ -97,10 +98,11 @@ class CompressedCache(Cache):
         measure_capacity: measure the share of the capacity that the kept entries carry, under the default policy's
             objective, so that policies can be compared. This costs about as much as scoring. It is ignored with
             `evict="always"`, and with an allocation that shares one budget between layers.
-        bits: number of bits of each stored number: 2, 3, 4, 5 or 8, or a pair (bits of keys, bits of values). 4 bits
-            cost little fidelity and take 27 % of the bytes of 16 bits. None stores the model's dtype, or what follows
-            from `memory`. The first 4 tokens and the newest 32 entries of each head, and up to 32 new tokens, stay in
-            the model's dtype; with `memory`, fewer if it is small.
+        bits: number of bits in which each number of keys and values is stored: 2, 3, 4, 5 or 8, or a pair (bits of
+            keys, bits of values). With 4 bits, an entry takes 27 % of its bytes in 16 bits, and the output changes
+            little. None stores entries in the model's dtype or, with `memory`, with bits that follow from it. The first
+            4 tokens, the newest 32 entries of each head and up to 32 new tokens always stay in the model's dtype; with
+            little `memory`, fewer of them.
 
     Raises:
         TypeError: an argument has the wrong type.

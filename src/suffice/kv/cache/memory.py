@@ -47,9 +47,9 @@ _UNITS = {"": 1, "b": 1} | {
     for power, prefix in enumerate("kmgt", start=1)
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
-# Which part of the memory may at most be used for: the newest entries, which are not quantized; new tokens, until they
-# are quantized together as a block; new tokens, quantized or not, until the next eviction; and remembered queries.
-# Below: their largest numbers.
+# The largest shares of the memory for the newest entries, which are not quantized; for new tokens, until they are
+# quantized together as a block; for new tokens, quantized or not, until the next eviction; and for remembered queries.
+# The largest number of each follows below.
 _WINDOW_SHARE, _BLOCK_SHARE, _INTERVAL_SHARE, _QUERY_SHARE = 1 / 32, 1 / 32, 1 / 32, 1 / 16
 _MAX_WINDOW, _MAX_BLOCK, _MAX_INTERVAL, _MAX_QUERIES = 32, 32, 512, 512
 
@@ -369,7 +369,7 @@ class _Division:
         return quantized + self._num_exact(quantized)
 
     def _num_exact(self, quantized: int) -> int:
-        """Return how many entries of every head are certainly exact: the newest, and the first tokens of the text."""
+        """Return how many entries of each head are exact in any case: the newest, and the first tokens of the text."""
         protection, policy = self._budget.protection, self._budget.policy
         num_kept = max(quantized, protection.min_budget)
         if num_kept >= self._num_tokens:

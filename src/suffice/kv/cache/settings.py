@@ -82,7 +82,8 @@ class CacheSettings:
         storage: how the kept entries are stored.
         sharding: how the heads are split over processes; None if they are not.
         max_entries: largest number of entries that a head may keep; None for no limit.
-        memory: limit on the bytes, from which budget, interval and bits follow; None if `budget` is given.
+        memory: limit on the bytes, from which the number of entries, the interval and the bits follow; None if `budget`
+            is given.
 
     """
 

@@ -20,7 +20,7 @@ class Quantization:
         key_bits: number of bits of a number in a key: 2, 3, 4, 5 or 8.
         value_bits: number of bits of a number in a value: 2, 3, 4, 5 or 8.
         window: number of newest entries of each head that are not quantized.
-        block: number of new tokens after which entries that have left the window are quantized.
+        block: number of new tokens that are collected before the entries that have left the window are quantized.
 
     Raises:
         ValueError: a number of bits is not supported, `window` is negative, or `block` is below 1.

@@ -170,7 +170,7 @@ class VectorFormat:
 
     @cached_property
     def _groups_are_in_fields(self) -> bool:
-        """Whether the same bits of all bytes hold whole groups."""
+        """Whether each field of the bytes (see `field_masks`) holds the integers of whole groups."""
         num_fields = len(field_masks(self.bits))
         return num_fields > 0 and self.num_groups % num_fields == 0
 
@@ -188,8 +188,7 @@ class VectorFormat:
         num, size = len(codes), self.group_size
         groups = torch.empty(self.num_groups, num, size, dtype=dtype, device=codes.device)
         if self._groups_are_in_fields:
-            # The bits are not moved to the lowest ones, which would take more time than the multiplication of a few
-            # other numbers by the factors.
+            # The integers are not shifted to the lowest bits. It is faster to divide the few scales by the factors.
             masks = _field_masks(self.bits, codes.device)
             fields = (codes & masks if len(masks) > 1 else codes).view(len(masks), num, -1, size)
             groups.view(len(masks), -1, num, size).copy_(fields.transpose(1, 2))
@@ -222,10 +221,11 @@ class VectorFormat:
         return _middles(self.factors, self.middle, like.dtype, like.device)
 
     def rotation_and_middles(self, like: Tensor) -> Tensor:
-        """Return `rotation` and, behind it, minus the sums of its columns in each group times `middles`.
+        """Return a matrix by which queries are multiplied before their products with the integers of keys.
 
-        Queries that are multiplied by it become rotated queries, and the terms of their products with the integers that
-        the middle causes.
+        The first columns are `rotation`. The other columns, one for each group, give the sum of the rotated query over
+        the group times minus the middle of its integers: the term that corrects the product, because the integers are
+        not centered.
 
         Returns:
             [dim, padded_dim + num_groups].
