@@ -178,6 +178,7 @@ def test_answers_are_generated_from_the_quantized_cache(loaded):
         ([(4, 2, 3)], r"bits must be a number of bits, a pair .* or None, got \(4, 2, 3\)"),
         (4, r"bits of a grid must be a list, such as \[None, 4, \(4, 2\)\], got 4"),
         ("4", r"bits of a grid must be a list, .*, got '4'"),
+        ((5, 4), r"bits of a grid must be a list, got the tuple \(5, 4\)\. Write \[\(5, 4\)\] for one pair"),
     ],
 )
 def test_bits_are_checked_before_any_work(bits, words):

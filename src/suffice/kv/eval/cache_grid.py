@@ -55,7 +55,8 @@ class CacheGrid:
         memory: limits on the bytes instead of budgets: fractions, or numbers of bytes such as `"2GiB"`.
 
     Raises:
-        TypeError: `budgets`, `bits` or `memory` is not a list.
+        TypeError: `budgets`, `bits` or `memory` is not a list, or `bits` is a tuple of two numbers, which may mean
+            a pair.
         ValueError: a number of bits or a limit is not accepted, or both `budgets` and `memory` are given.
 
     Example:
@@ -75,6 +76,11 @@ class CacheGrid:
             values = getattr(self, name)
             if values is not None and (isinstance(values, str) or not isinstance(values, Iterable)):
                 raise TypeError(f"{name} of a grid must be a list, such as {example}, got {values!r}")
+        if isinstance(self.bits, tuple) and len(self.bits) == 2 and all(isinstance(x, int) for x in self.bits):
+            raise TypeError(
+                f"bits of a grid must be a list, got the tuple {self.bits!r}. Write [{self.bits!r}] for one pair (bits "
+                f"of keys, bits of values), or {list(self.bits)!r} for two numbers of bits"
+            )
         object.__setattr__(self, "bits", [shortest_bits(bits) for bits in self.bits])
         if self.memory is not None:
             object.__setattr__(self, "memory", [parse_memory(limit) for limit in self.memory])
