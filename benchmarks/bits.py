@@ -41,7 +41,7 @@ from machine import machine
 from quantized_peers import PEERS
 from suffice.kv import DEFAULT_POLICY, CompressedCache
 from suffice.kv.cache.memory import LayerShape
-from suffice.kv.cache.shared_prefill import prefill
+from suffice.kv.cache.prefill import prefill
 from suffice.kv.eval.fidelity import teacher_forced_metrics
 from suffice.kv.eval.run_kinds import text_digest
 from suffice.kv.eval.run_options import RunOptions, run_samples

@@ -47,7 +47,7 @@ from suffice.kv.budget import profile_from_weights as slow_pairs  # isort: skip
 from suffice.kv.budget.allocation import AdaKV, Equal, MarginalCapacity, Pyramid  # isort: skip
 from suffice.kv.budget.head_profile import HeadProfile  # isort: skip
 from suffice.kv.budget.profile import Profile  # isort: skip
-from suffice.kv.cache import batched, shared_prefill  # isort: skip
+from suffice.kv.cache import batched, prefill  # isort: skip
 from suffice.kv.eval import answer as answering  # isort: skip
 from suffice.kv.eval import compare as comparing  # isort: skip
 from suffice.kv.eval import demo, fidelity, generation, tasks, user_prompts  # isort: skip
@@ -270,7 +270,7 @@ def copied(cache: Any) -> Any:
 
 def prefill_together(model: Any, inputs: dict[str, Tensor], caches: list[Any], share: bool) -> Tensor:
     """Fill all caches in one forward pass; logits of the last token."""
-    return shared_prefill.prefill(model, inputs, caches, share_statistics=share).logits
+    return prefill.prefill(model, inputs, caches, share_statistics=share).logits
 
 
 def as_rows(caches: list[Any]) -> Any:

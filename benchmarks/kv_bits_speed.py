@@ -33,7 +33,7 @@ from transformers import Cache, DynamicCache
 from machine import machine
 from suffice.kv import DEFAULT_POLICY, CompressedCache, load_model
 from suffice.kv.cache.layer import CompressedLayer
-from suffice.kv.cache.shared_prefill import prefill
+from suffice.kv.cache.prefill import prefill
 from suffice.kv.storage.quantized import QuantizedStorage
 
 POLICIES = {"equal": "capkv", "unequal": DEFAULT_POLICY}

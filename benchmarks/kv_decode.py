@@ -36,7 +36,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from machine import forget_peak, machine, status
 from suffice.kv import DEFAULT_POLICY, CompressedCache, load_model
-from suffice.kv.cache.shared_prefill import prefill
+from suffice.kv.cache.prefill import prefill
 
 try:
     import kvpress

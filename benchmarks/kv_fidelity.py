@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from suffice.kv import CompressedCache, load_model, policies
-from suffice.kv.cache.shared_prefill import prefill
+from suffice.kv.cache.prefill import prefill
 from suffice.kv.eval.fidelity import kl_divergence
 from suffice.kv.hf.tokenization import tokenize
 

@@ -5,7 +5,7 @@ import torch
 
 from suffice.kv import CompressedCache
 from suffice.kv.cache.batched import BatchedCaches
-from suffice.kv.cache.shared_prefill import prefill
+from suffice.kv.cache.prefill import prefill
 from tests.kv.tiny import FAMILIES, answer, left_padded, prompt, tiny
 
 SETTINGS = [

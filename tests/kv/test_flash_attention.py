@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from suffice.kv import BatchedCaches, CompressedCache
 from suffice.kv.attention.masks import MaskFormat, mask_format
-from suffice.kv.cache.shared_prefill import prefill as shared_prefill
+from suffice.kv.cache.prefill import prefill as shared_prefill
 from tests.kv import test_softcap_and_sinks
 from tests.kv.flash import HUB_KERNELS, flash_package, with_flash
 from tests.kv.tiny import answer, build, left_padded, prompt

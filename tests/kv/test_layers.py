@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from suffice.kv import CompressedCache, calibrate
 from suffice.kv.cache.batched import BatchedCaches
-from suffice.kv.cache.shared_prefill import prefill
+from suffice.kv.cache.prefill import prefill
 from tests.kv.families import build as build_family
 from tests.kv.families import model_classes, randomize, tiny_config
 from tests.kv.family_cases import Case, MaskedOracle

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from suffice.kv import CompressedCache
-from suffice.kv.cache.shared_prefill import prefill
+from suffice.kv.cache.prefill import prefill
 from tests.kv.tiny import answer, left_padded, prompt, tiny
 
 

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from suffice.gpu import disable_kernels, kernels_enabled
 from suffice.kv import CompressedCache
-from suffice.kv.cache.shared_prefill import prefill
+from suffice.kv.cache.prefill import prefill
 from suffice.kv.kernels import compaction
 from tests.kv.tiny import answer, build, left_padded, prompt
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,6 +87,7 @@ class AttentionCall:
         options: other keyword arguments of the attention function.
         implementation: name of the model's own attention implementation.
         memo: memoized statistics that several caches share, see `AttentionStats`; None if they are not shared.
+        replay_scores: scores of the entries from a replay, see `AttentionStats`.
 
     """
 
@@ -99,6 +100,7 @@ class AttentionCall:
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     implementation: str = "sdpa"
     memo: dict[Any, Any] | None = None
+    replay_scores: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @property
     def dense_mask(self) -> Tensor | None:

@@ -62,6 +62,11 @@ class Allocation(ABC):
         """Whether all layers share one budget, so that the result is known only after the last layer."""
         return False
 
+    @property
+    def compares_scores(self) -> bool:
+        """Whether the scores of the policy are compared between heads, and not the contributions to the capacity."""
+        return False
+
     @abstractmethod
     def entries_per_head(self, request: BudgetRequest) -> Tensor:
         """Return how many entries each head of the layer may keep.
@@ -179,12 +184,8 @@ class AdaKV(Allocation):
 
 
 @dataclass(frozen=True)
-class MarginalCapacity(Allocation):
-    """The heads of all layers share the budget of the whole model.
-
-    The whole model has one threshold on the deletion cost −½ log(1 − s), where s is the leverage score of an entry. A
-    head keeps as many entries as it has deletion costs above the threshold. The threshold is chosen to use up the
-    budget. The scores of the policy decide which entries of a head are kept.
+class SharedBudget(Allocation):
+    """Base class of allocations in which the heads of all layers share the budget of the whole model.
 
     Args:
         safeguard: fraction of the mean budget that every head is guaranteed.
@@ -213,8 +214,44 @@ class MarginalCapacity(Allocation):
         """Return the number of valid entries. The global budget drops entries when it processes later layers."""
         return request.num_valid
 
+
+@dataclass(frozen=True)
+class MarginalCapacity(SharedBudget):
+    """The heads of all layers share the budget, for the entries whose deletion costs the most capacity.
+
+    The whole model has one threshold on the deletion cost −½ log(1 − s), where s is the leverage score of an entry. A
+    head keeps as many entries as it has deletion costs above the threshold. The threshold is chosen to use up the
+    budget. The scores of the policy decide which entries of a head are kept.
+
+    Args:
+        safeguard: fraction of the mean budget that every head is guaranteed.
+
+    """
+
     def __str__(self) -> str:
         return "one threshold on the deletion cost"
+
+
+@dataclass(frozen=True)
+class HighestScores(SharedBudget):
+    """The heads of all layers share the budget, for the entries with the highest scores (KVzip, 2505.23416).
+
+    It requires a policy whose scores are comparable between heads.
+
+    Args:
+        safeguard: fraction of the mean budget that every head is guaranteed.
+
+    """
+
+    safeguard: float = 0.0
+
+    @property
+    def compares_scores(self) -> bool:
+        """True."""
+        return True
+
+    def __str__(self) -> str:
+        return "one threshold on the scores"
 
 
 def priorities(request: BudgetRequest, safeguard: float) -> Tensor:

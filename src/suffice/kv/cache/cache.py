@@ -139,7 +139,13 @@ class CompressedCache(Cache):
         self.budget = budget = None if limit is not None else protection.check(0.25 if budget is None else budget)
         if evict not in (None, "prefill", "always"):
             raise ValueError(f"evict must be 'prefill', 'always' or None, got {evict!r}")
-        evict = evict or ("prefill" if limit is None else "always")
+        needs_replay = bool(self.policy.weights.replay_kinds)
+        if needs_replay and evict == "always":
+            raise ValueError(
+                f"evict must be 'prefill' or None with policy {self.policy.name!r}, which scores the entries of a prompt "
+                "in a second pass, got 'always'"
+            )
+        evict = evict or ("prefill" if limit is None or needs_replay else "always")
         num_tokens = _check_interval(interval)
         if not isinstance(rerotate, bool):
             raise TypeError(f"rerotate must be True or False, got {rerotate!r}")
@@ -182,7 +188,7 @@ class CompressedCache(Cache):
             # Evict before generated tokens fill the rest of the context window.
             interval=min(num_tokens or _DEFAULT_INTERVAL, max_entries or sys.maxsize),
             rerotate=rerotate,
-            measure_capacity=measure_capacity and evict == "prefill" and not is_global,
+            measure_capacity=measure_capacity and evict == "prefill" and not is_global and not needs_replay,
             num_layers=len(compressed),
             storage=StorageConfig(
                 window is not None or (self.policy.allocation.per_head and not has_latents),
@@ -440,6 +446,11 @@ class CompressedCache(Cache):
             "a CompressedCache cannot be pickled, because it is attached to its model. Write it with "
             "cache.save(model, path), and read it with CompressedCache.load(path, model)"
         )
+
+    @property
+    def needs_replay(self) -> bool:
+        """Whether the policy scores the entries of a prompt in a second pass, so that `prefill` must fill the cache."""
+        return bool(self.policy.weights.replay_kinds)
 
     @property
     def compressed_layers(self) -> list[CompressedLayer]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from suffice.gpu import async_tensor
-from suffice.kv.budget.allocation import BudgetRequest, MarginalCapacity, priorities
+from suffice.kv.budget.allocation import BudgetRequest, SharedBudget, priorities
 from suffice.kv.hf.tensor_parallel import Sharding, topk_masks
 from suffice.kv.policy.estimators import Objective, score_entries
 from suffice.kv.policy.policy import Policy
@@ -54,18 +54,22 @@ class GlobalBudget:
         """Return the priority of each entry of a layer.
 
         The entry with the n-th highest score of a head gets the head's n-th largest contribution as priority. So the
-        contributions decide how many entries a head keeps, and the scores decide which.
+        contributions decide how many entries a head keeps, and the scores decide which. If scores are compared between
+        heads, the priority of an entry is its score.
 
         Returns:
             [batch, num_key_value_heads, entries]; −inf where there is no entry, +inf for entries that are always kept.
 
         """
-        assert isinstance(policy.allocation, MarginalCapacity)
+        assert isinstance(policy.allocation, SharedBudget)
         stats = objective.stats
         scores = stats.mask_invalid(score_entries(policy.estimator, objective).clamp_min(LOWEST_SCORE))
         stats.require(~scores.isnan().any(), ValueError(NAN_SCORES))
         stats.raise_if_failed()
-        order = scores.masked_fill(budget.protected, torch.inf).argsort(-1, descending=True)
+        with_protected = scores.masked_fill(budget.protected, torch.inf)
+        if policy.allocation.compares_scores:
+            request = replace(request, contributions=lambda: with_protected)
+        order = with_protected.argsort(-1, descending=True)
         return torch.empty_like(scores).scatter_(-1, order, priorities(request, policy.allocation.safeguard))
 
     def select(

@@ -6,7 +6,7 @@ import copy
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +42,7 @@ from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.deferred_checks import DeferredChecks
 from suffice.kv.policy.layer_context import EntryPositions, LayerContext
-from suffice.kv.storage.base import Entries, Storage
+from suffice.kv.storage.base import Entries, Storage, right_aligned_order
 from suffice.kv.storage.quantized import QuantizedStorage
 
 _CHUNKS_ARE_KEPT = (
@@ -124,6 +124,7 @@ class CompressedLayer(DynamicLayer):
         self._memory: MemoryPlan | None = None  # for the current attention call; None if the memory is not limited
         self._shape: LayerShape | None = None  # of the last attention call, if the memory is limited
         self._new_positions = torch.empty(0)  # of the tokens of the current attention call, [batch, new]
+        self.on_attention: Callable[[CompressedLayer, AttentionCall], None] | None = None  # called after each call
 
     # ---- New tokens -------------------------------------------------------------------------------------------------
 
@@ -160,6 +161,11 @@ class CompressedLayer(DynamicLayer):
         return output, attention
 
     @property
+    def new_positions(self) -> Tensor:
+        """Positions of the tokens of the current attention call, long [batch, new]; negative for masked tokens."""
+        return self._new_positions
+
+    @property
     def max_readable(self) -> int | None:
         """Number of entries that the next token can read; None if it can read all."""
         return None
@@ -185,6 +191,7 @@ class CompressedLayer(DynamicLayer):
             )
         self.awaits_attention = False
         check_dropout(call.options)
+        self._check_replay(call)
         padding = call.padding
         if self.storage is None:
             check_right_padding(padding)
@@ -209,6 +216,16 @@ class CompressedLayer(DynamicLayer):
             self.storage.append(call.key, call.value, self._new_positions, padded=padding is not None)
         self.state = state  # counts the new tokens after they are stored
         self.is_initialized = True
+
+    def _check_replay(self, call: AttentionCall) -> None:
+        """Raise an error if the policy scores the entries of a prompt in a replay, and the prompt was not replayed."""
+        policy = self.settings.policy
+        if self.storage is None and not policy.weights.replay_kinds <= call.replay_scores.keys():
+            raise ValueError(
+                f"policy must score entries in one pass over the prompt, got {policy.name!r}, which needs a second pass. "
+                "Fill the cache with suffice.kv.prefill(model, inputs, [cache], tokenizer=tokenizer), then pass it to "
+                "generate"
+            )
 
     def check_memory(self, num_new: int) -> None:
         """Check that the memory is large enough after more tokens, before a forward pass changes any layer.
@@ -258,6 +275,8 @@ class CompressedLayer(DynamicLayer):
     def post_attention(self, call: AttentionCall, attention: Tensor | None) -> None:
         """Evict entries after the attention of a call has been computed, if an eviction is planned."""
         with torch.no_grad():
+            if self.on_attention is not None:
+                self.on_attention(self, call)
             if self.settings.evict_always:
                 needed = self.settings.policy.weights.num_queries_needed
                 needed = None if needed is None else max(1, needed)
@@ -290,6 +309,10 @@ class CompressedLayer(DynamicLayer):
         if self.storage is not None:
             self.storage.end_attention()
 
+    def free(self) -> None:
+        """Free the entries, but not the counts of the tokens. The layer cannot be used for further tokens."""
+        self.state = replace(self.state, storage=None, queries=RecentQueries())
+
     def end_pass(self) -> None:
         """Free the data of one forward pass."""
 
@@ -321,7 +344,8 @@ class CompressedLayer(DynamicLayer):
     def _queries(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """Return the queries for the weights, [batch, num_heads, queries, head_dim], and their positions."""
         state = self.state
-        remembered = state.queries if len(state.queries) else RecentQueries((call.query,), (self._new_positions,))
+        new_positions = self._new_positions[:, -call.query.shape[2] :]  # a replay passes the last queries only
+        remembered = state.queries if len(state.queries) else RecentQueries((call.query,), (new_positions,))
         queries, positions = remembered.join()
         num_queries = queries.shape[2]
         counts = [row.num_appended + state.num_appended for row in state.rows]
@@ -381,6 +405,7 @@ class CompressedLayer(DynamicLayer):
             output_weight=self.output_weight(),
             rotary=self._rotary,
             state=replace(self.state.weight_state, attention_received=entries.columns.get("attention_received")),
+            replay_scores=self._replay_scores(call),
             context=LayerContext(self.order, self.settings.num_layers, self.settings.max_entries, sharding),
             # If processes share the heads, an error must stop all of them at the same step: check immediately.
             checks=DeferredChecks() if sharding is None else None,
@@ -388,12 +413,20 @@ class CompressedLayer(DynamicLayer):
             memo=None if self.settings.evict_always else call.memo,
         )
 
+    def _replay_scores(self, call: AttentionCall) -> Mapping[str, Tensor]:
+        """Return the scores from a replay. If masked tokens follow other tokens, their slots are moved to the front."""
+        if not self.state.has_holes or not call.replay_scores:
+            return call.replay_scores
+        order = right_aligned_order(self._new_positions[:, None])
+        return {kind: x.gather(2, order.expand_as(x)) for kind, x in call.replay_scores.items()}
+
     def query_sizes(self, call: AttentionCall) -> Tensor | None:
         """Return the root mean square of the queries, [batch, num_key_value_heads, head_dim].
 
         None if the queries do not multiply the stored keys.
         """
-        queries, is_token = call.query, (self._new_positions >= 0)[:, None, :, None]
+        queries = call.query
+        is_token = (self._new_positions[:, -queries.shape[2] :] >= 0)[:, None, :, None]
         if call.padding is not None:
             queries = queries.masked_fill(~is_token, 0)
         counts = is_token.sum(2).clamp_min(1)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from suffice.kv.attention.call import AttentionCall, run_attention
@@ -18,41 +17,18 @@ from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.source_layer import SourceLayer
 
 
-def prefill(
-    model: nn.Module,
-    inputs: dict[str, Tensor],
-    caches: Sequence[CompressedCache],
-    *,
-    share_statistics: bool = False,
-) -> SharedPrefill:
-    """Run one prefill that fills several empty caches of a model, each with its own policy and budget.
+@dataclass(frozen=True)
+class PrefillResult:
+    """The result of a prefill of several caches.
 
     Args:
-        model: the model that the caches were made for.
-        inputs: `input_ids` [batch, tokens] and, with padding, `attention_mask`.
-        caches: empty caches.
-        share_statistics: compute statistics that several policies use, such as the attention that tokens received, only
-            once for all caches. The time of a cache then excludes the statistics that an earlier cache has computed.
-
-    Returns:
-        An object with the `logits` of the last token, and the `seconds` that each cache took to score and evict.
-
-    Raises:
-        ValueError: there is no cache, a cache occurs twice, or a cache has already seen tokens.
+        logits: logits of the last token, [batch, vocabulary].
+        seconds: time that each cache took to score and evict, including the replay, if there was one.
 
     """
-    if not caches:
-        raise ValueError("caches must hold at least one empty CompressedCache, got none")
-    if len(set(map(id, caches))) < len(caches):
-        raise ValueError("caches must be different, got the same CompressedCache twice")
-    for number, cache in enumerate(caches):
-        if cache.get_seq_length():
-            raise ValueError(f"caches[{number}] must be empty, got one that has seen {cache.get_seq_length()} tokens")
-    shared = SharedPrefill(caches, share_statistics)
-    with torch.no_grad():
-        out: Any = model(**inputs, past_key_values=shared, use_cache=True, logits_to_keep=1)
-    shared.logits = out.logits[:, -1]
-    return shared
+
+    logits: Tensor
+    seconds: list[float]
 
 
 class SharedPrefill(CacheGroup):
@@ -60,17 +36,15 @@ class SharedPrefill(CacheGroup):
 
     Args:
         caches: empty caches.
-        share_statistics: see `prefill`.
+        share_statistics: compute statistics that several policies use only once for all caches.
 
     Attributes:
-        logits: logits of the last token, [batch, vocabulary].
         seconds: time that each cache took to score and evict.
 
     """
 
     def __init__(self, caches: Sequence[CompressedCache], share_statistics: bool = False) -> None:
         self.seconds = [0.0] * len(caches)
-        self.logits = torch.empty(0)
         self._share_statistics = share_statistics
         super().__init__(caches)
 

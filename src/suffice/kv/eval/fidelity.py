@@ -15,7 +15,7 @@ from suffice.kv.cache.batched import BatchedCaches
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.memory import parse_limit
 from suffice.kv.cache.report import stored_bits
-from suffice.kv.cache.shared_prefill import prefill
+from suffice.kv.cache.prefill import prefill
 from suffice.kv.eval.generation import check_prompt_length, greedy_generate
 from suffice.kv.eval.prompt import PromptTokens
 from suffice.kv.eval.tasks.example import Example

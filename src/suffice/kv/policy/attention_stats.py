@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +41,8 @@ class AttentionStats:
             if it is not known.
         state: state that stateful weights returned at the last eviction.
         context: position of the layer among the compressed layers, and the limits of its heads.
+        replay_scores: scores of the entries from a replay by kind (see `suffice.kv.policy.weights.replay`), each
+            [batch, num_key_value_heads, entries].
         checks: records conditions that must hold, so that the caller can check all of them later. None checks each
             condition immediately.
         memo: memoized statistics of one attention call, which several objects may share. None starts an empty memo.
@@ -62,6 +64,7 @@ class AttentionStats:
         rotary: RotaryEmbedding | str | None = None,
         state: WeightState | None = None,
         context: LayerContext | None = None,
+        replay_scores: Mapping[str, Tensor] | None = None,
         checks: DeferredChecks | None = None,
         memo: dict[Any, Any] | None = None,
     ) -> None:
@@ -73,6 +76,7 @@ class AttentionStats:
         self.batch_size, self.num_key_value_heads, self.num_entries, self.head_dim = keys.shape
         self.num_queries = queries.shape[2]
         self.num_key_value_groups = queries.shape[1] // self.num_key_value_heads
+        self.replay_scores = replay_scores or {}
         self._output_weight, self._checks = output_weight, checks
         self._given = given = positions or EntryPositions()
         # If entries are all tokens seen so far, the number of valid entries of each row is known without counting.

@@ -84,11 +84,15 @@ class OutputValue(Directions):
             ValueError: the attention has no output projection.
 
         """
+        return stats.group_heads(self.norms_by_head(stats, p)).mean(2)
+
+    def norms_by_head(self, stats: AttentionStats, p: float) -> Tensor:
+        """Return the p-norms of W_O v for each query head, [batch, heads, entries]; see `norms`."""
         norms = [
             (stats.values32[:, head // stats.num_key_value_groups] @ weight.mT).norm(p=p, dim=-1)
             for head, weight in enumerate(self._head_weights(stats))
         ]
-        return stats.group_heads(torch.stack(norms, 1)).mean(2)
+        return torch.stack(norms, 1)
 
     def _head_weights(self, stats: AttentionStats) -> list[Tensor]:
         """Return W_O of each query head, [hidden, value_dim]."""

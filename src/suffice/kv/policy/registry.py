@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import TypeVar
 
-from suffice.kv.budget.allocation import AdaKV, Allocation, Equal, MarginalCapacity, Pyramid
+from suffice.kv.budget.allocation import AdaKV, Allocation, Equal, HighestScores, MarginalCapacity, Pyramid
 from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.policy.directions import Constant, Key, OutputValue, Value
 from suffice.kv.policy.estimators import Leverage, OneDirection, Trace
@@ -21,6 +21,7 @@ from suffice.kv.policy.weights import (
     MeanQuery,
     Random,
     Recency,
+    ReplayAttention,
     SampledAttention,
     Uniform,
     WindowAttention,
@@ -166,6 +167,33 @@ _POLICIES = (
         estimator=Trace(),
         paper="2309.17453",
     ),
+    Policy(
+        name="kvzip",
+        weights=ReplayAttention("largest"),
+        directions=Constant(),
+        estimator=Trace(),
+        allocation=HighestScores(),
+        window=0,
+        paper="2505.23416",
+    ),
+    Policy(
+        name="kvzip+",
+        weights=ReplayAttention("output"),
+        directions=Constant(),
+        estimator=Trace(),
+        allocation=HighestScores(),
+        window=0,
+        paper="2505.23416",
+    ),
+    Policy(
+        name="kvgrad",
+        weights=ReplayAttention("gradient"),
+        directions=Constant(),
+        estimator=Trace(),
+        allocation=HighestScores(),
+        window=0,
+        paper="openreview.net/forum?id=cg1wTCJjjk",
+    ),
     Policy(name="random", weights=Random(), directions=Constant(), estimator=Trace()),
     Policy(name="full", weights=Uniform(), directions=Constant(), estimator=Trace(), keep_all=True),
 )
@@ -176,6 +204,7 @@ _ALLOCATIONS: dict[str, Allocation] = {
     "pyramid": Pyramid(),
     "adakv": AdaKV(),
     "marginal": MarginalCapacity(),
+    "scores": HighestScores(),
     "profile": HeadProfile(),
 }
 

@@ -16,6 +16,7 @@ from suffice.kv.policy.weights.attention import (
 from suffice.kv.policy.weights.base import Product, Sum, Weights
 from suffice.kv.policy.weights.expected import ExpectedAttention, MeanQuery
 from suffice.kv.policy.weights.keys import KeyNorm, KeySalience, Random, Recency, Uniform
+from suffice.kv.policy.weights.replay import ReplayAttention
 
 __all__ = [
     "AccumulatedAttention",
@@ -27,6 +28,7 @@ __all__ = [
     "Product",
     "Random",
     "Recency",
+    "ReplayAttention",
     "SampledAttention",
     "Sum",
     "Uniform",

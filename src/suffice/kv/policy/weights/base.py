@@ -52,6 +52,11 @@ class Weights(ABC):
         """Whether the weight needs the rotary embedding of the model, to rotate queries or keys back."""
         return False
 
+    @property
+    def replay_kinds(self) -> frozenset[str]:
+        """The kinds of scores from a replay that the weight depends on; see `suffice.kv.policy.weights.replay`."""
+        return frozenset()
+
     def next_state(self, stats: AttentionStats) -> WeightState:
         """Return the state after these queries. At the layer's next eviction, it is `stats.state`."""
         del stats
@@ -100,6 +105,11 @@ class CombinedWeights(Weights):
     def needs_rotary(self) -> bool:
         """Whether a part needs the rotary embedding of the model."""
         return any(part.needs_rotary for part in self.parts)
+
+    @property
+    def replay_kinds(self) -> frozenset[str]:
+        """The kinds of scores that the parts depend on."""
+        return frozenset().union(*(part.replay_kinds for part in self.parts))
 
     def next_state(self, stats: AttentionStats) -> WeightState:
         """Return the union of the parts' states."""
