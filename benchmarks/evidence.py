@@ -155,7 +155,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seed", type=int, default=FIRST_SEED)
     parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--policies", nargs="+", default=[name for name in policies() if name not in LEFT_OUT])
+    parser.add_argument(
+        "--policies", nargs="+", default=[name for name in policies(replay=False) if name not in LEFT_OUT]
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25, 0.1])
     parser.add_argument("--folder", type=Path, default=Path("out/evidence"))

@@ -95,8 +95,8 @@ def factor_parts(vectors: Tensor, weights: Tensor, **options: Any) -> list[Tenso
     return [made.cholesky, made.noise, made.vector_scale, made.weight_scale]
 
 
-def policies() -> dict[str, Any]:
-    return {RENAMED.get(name, name): policy for name, policy in named.policies().items()}
+def policies(replay=False) -> dict[str, Any]:
+    return {RENAMED.get(name, name): policy for name, policy in named.policies(replay=False).items()}
 
 
 def allocations() -> dict[str, Any]:
@@ -598,7 +598,7 @@ def fixed(book: Book, quick: bool) -> None:
     """Every policy, weight, direction, estimator, selection and allocation on fixed tensors."""
     for case, given in fixed_cases():
         profile = tuple(tuple(0.05 + 0.1 * ((3 * x + h) % 4) for h in range(given.keys.shape[1])) for x in range(3))
-        every = {f"policy-{name}": policy for name, policy in policies().items()}
+        every = {f"policy-{name}": policy for name, policy in policies(replay=False).items()}
         for name, weight in weight_parts().items():
             every[f"weight-{name}"] = compose(weight, direction_parts()["value"], estimator_parts()["leverage"])
         weight = weight_parts()["sum"]
@@ -701,7 +701,7 @@ def scenes() -> dict[str, dict[str, Any]]:
     """Options of a cache, with how a model is to read and go on; by name."""
     always = {"evict": "always", "interval": 4, "budget": 16, "new": 10}
     found: dict[str, dict[str, Any]] = {}
-    for name in policies():
+    for name in policies(replay=False):
         found[f"policy-{name}"] = {"policy": name, "budget": 0.5}
         found[f"policy-{name}-batch"] = {"policy": name, "budget": 0.3, "batch": True, "new": 3}
         found[f"policy-{name}-always"] = {"policy": name, **always, "batch": True}
@@ -772,15 +772,15 @@ def tiny(book: Book, quick: bool) -> None:
 def together(book: Book, place: str, model: Any) -> None:
     """One prefill for several caches, rows of one batch, copies, rows that change places."""
     for share in (False, True):
-        caches = [make_cache(model, name, 0.4) for name in policies()]
+        caches = [make_cache(model, name, 0.4) for name in policies(replay=False)]
         book.put(f"{place}/{share}/logits", prefill_together(model, prompt(50), caches, share))
-        for name, cache in zip(policies(), caches, strict=True):
+        for name, cache in zip(policies(replay=False), caches, strict=True):
             state(book, f"{place}/{share}/{name}", cache)
     joined = as_rows([copied(cache) for cache in caches])
     later = prompt(6, seed=4)["input_ids"].expand(len(caches), -1)
     with torch.no_grad():
         book.put(f"{place}/rows", model(later, past_key_values=joined).logits)
-    for name, cache in zip(policies(), caches, strict=True):
+    for name, cache in zip(policies(replay=False), caches, strict=True):
         book.put(f"{place}/untouched/{name}", [report(cache)["held"], report(copied(cache))["held"]])
     for name in ("capkv", DEFAULT):
         cache = make_cache(model, name, 0.5)
@@ -856,7 +856,7 @@ def default(book: Book, quick: bool) -> None:
     book.put("default/profile", known_profile(model))
     book.put("default/profile-weights", profile_of_weights(model))
     asked, text = example("multikey", reader, 420, 1), example("text", reader, 400, 1)
-    cells = [(name, 0.25, None) for name in ([DEFAULT, "h2o"] if quick else policies())]
+    cells = [(name, 0.25, None) for name in ([DEFAULT, "h2o"] if quick else policies(replay=False))]
     mine = [(DEFAULT, budget, None) for budget in (0.5, 0.1)]
     splits = [("capkv", 0.25, split) for split in allocations()]
     modes = {"agnostic": (asked, cells + mine + ([] if quick else splits), {"measure_capacity": True})}

@@ -154,7 +154,7 @@ def main() -> None:
     model, tokenizer = load_model(dtype="float32")
     text = "\n\n".join(value for _, value in sorted(pydoc_data.topics.topics.items()) if len(value) > 400)
     text_ids = tokenize(tokenizer, text, add_special_tokens=True)[0]
-    names = [name for name, policy in policies().items() if name != "full" and not policy.allocation.ragged]
+    names = [name for name, policy in policies(replay=False).items() if name != "full" and not policy.allocation.ragged]
     experiment = Experiment(model, names, options.budgets)
     generator = random.Random(options.seed)
     for sample in range(options.samples):

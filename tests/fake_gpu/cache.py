@@ -34,7 +34,7 @@ def cases():
         yield from (("qwen3", "sdpa", "capkv", options) for options in ({}, {"evict": "always", "interval": 3}))
         yield "qwen3", "sdpa", "h2o", {}
         return
-    for name in policies():
+    for name in policies(replay=False):
         yield "llama", "sdpa", name, {}
     for options in OPTIONS:
         yield "qwen3", "sdpa", "capkv-profile", options

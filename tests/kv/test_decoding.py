@@ -96,7 +96,7 @@ def test_budget_and_interval_are_never_exceeded(allocation, start):
     assert above_budget == [n % 5 for n in range(first, first + len(above_budget))]
 
 
-@pytest.mark.parametrize("name", [name for name in policies() if name != "full"])
+@pytest.mark.parametrize("name", [name for name in policies(replay=False) if name != "full"])
 def test_first_eviction_while_generating_keeps_the_entries_of_one_prefill(name):
     """Before the first eviction, queries, keys and attention equal those of the whole text in one prefill."""
     model, ids = tiny("llama"), long_prompt(48)

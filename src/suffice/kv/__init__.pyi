@@ -2,8 +2,8 @@ from .budget.calibration import calibrate as calibrate
 from .cache.batched import BatchedCaches as BatchedCaches
 from .cache.cache import CompressedCache as CompressedCache
 from .cache.cross_attention import CrossAttentionCache as CrossAttentionCache
-from .cache.report import CacheReport as CacheReport
 from .cache.prefill import prefill as prefill
+from .cache.report import CacheReport as CacheReport
 from .eval.answer import answer as answer
 from .eval.compare import compare as compare
 from .eval.fidelity import CacheConfig as CacheConfig

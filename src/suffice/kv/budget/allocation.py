@@ -63,9 +63,9 @@ class Allocation(ABC):
         return False
 
     @property
-    def compares_scores(self) -> bool:
-        """Whether the scores of the policy are compared between heads, and not the contributions to the capacity."""
-        return False
+    def replay_kind(self) -> str | None:
+        """The kind of scores from a replay that decides the budgets; None for the contributions to the capacity."""
+        return None
 
     @abstractmethod
     def entries_per_head(self, request: BudgetRequest) -> Tensor:
@@ -233,25 +233,29 @@ class MarginalCapacity(SharedBudget):
 
 
 @dataclass(frozen=True)
-class HighestScores(SharedBudget):
-    """The heads of all layers share the budget, for the entries with the highest scores (KVzip, 2505.23416).
+class HighestReplayScores(SharedBudget):
+    """The heads of all layers share the budget, for the entries with the highest scores in a replay.
 
-    It requires a policy whose scores are comparable between heads.
+    This is the allocation of KVzip (2505.23416).
+
+    The scores of the policy decide which entries of a head are kept.
 
     Args:
         safeguard: fraction of the mean budget that every head is guaranteed.
+        kind: kind of the scores, see `suffice.kv.policy.weights.replay`.
 
     """
 
     safeguard: float = 0.0
+    kind: str = "largest"
 
     @property
-    def compares_scores(self) -> bool:
-        """True."""
-        return True
+    def replay_kind(self) -> str | None:
+        """The kind of the scores."""
+        return self.kind
 
     def __str__(self) -> str:
-        return "one threshold on the scores"
+        return "one threshold on the scores in a replay"
 
 
 def priorities(request: BudgetRequest, safeguard: float) -> Tensor:

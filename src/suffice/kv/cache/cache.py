@@ -139,11 +139,11 @@ class CompressedCache(Cache):
         self.budget = budget = None if limit is not None else protection.check(0.25 if budget is None else budget)
         if evict not in (None, "prefill", "always"):
             raise ValueError(f"evict must be 'prefill', 'always' or None, got {evict!r}")
-        needs_replay = bool(self.policy.weights.replay_kinds)
+        needs_replay = bool(self.policy.replay_kinds)
         if needs_replay and evict == "always":
             raise ValueError(
-                f"evict must be 'prefill' or None with policy {self.policy.name!r}, which scores the entries of a prompt "
-                "in a second pass, got 'always'"
+                f"evict must be 'prefill' or None with policy {self.policy.name!r}, which scores entries in a second "
+                "pass over the prompt, got 'always'"
             )
         evict = evict or ("prefill" if limit is None or needs_replay else "always")
         num_tokens = _check_interval(interval)
@@ -450,7 +450,7 @@ class CompressedCache(Cache):
     @property
     def needs_replay(self) -> bool:
         """Whether the policy scores the entries of a prompt in a second pass, so that `prefill` must fill the cache."""
-        return bool(self.policy.weights.replay_kinds)
+        return bool(self.policy.replay_kinds)
 
     @property
     def compressed_layers(self) -> list[CompressedLayer]:

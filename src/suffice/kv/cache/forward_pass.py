@@ -106,7 +106,7 @@ def _undo(layer: Any, before: Any) -> None:
             layer.__dict__ = before.__dict__
         return
     layer.awaits_attention = False
-    if before.num_seen == 0:
+    if before.num_seen == 0 or layer.storage is None:
         layer.reset()
         return
     new = layer.state.num_seen - before.num_seen

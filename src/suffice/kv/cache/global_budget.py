@@ -54,8 +54,8 @@ class GlobalBudget:
         """Return the priority of each entry of a layer.
 
         The entry with the n-th highest score of a head gets the head's n-th largest contribution as priority. So the
-        contributions decide how many entries a head keeps, and the scores decide which. If scores are compared between
-        heads, the priority of an entry is its score.
+        contributions decide how many entries a head keeps, and the scores decide which. The contributions are those of
+        the policy's estimator, or scores from a replay.
 
         Returns:
             [batch, num_key_value_heads, entries]; −inf where there is no entry, +inf for entries that are always kept.
@@ -67,8 +67,10 @@ class GlobalBudget:
         stats.require(~scores.isnan().any(), ValueError(NAN_SCORES))
         stats.raise_if_failed()
         with_protected = scores.masked_fill(budget.protected, torch.inf)
-        if policy.allocation.compares_scores:
-            request = replace(request, contributions=lambda: with_protected)
+        kind = policy.allocation.replay_kind
+        if kind is not None:
+            replay_scores = stats.mask_invalid(stats.replay_score(kind)).masked_fill(budget.protected, torch.inf)
+            request = replace(request, contributions=lambda: replay_scores)
         order = with_protected.argsort(-1, descending=True)
         return torch.empty_like(scores).scatter_(-1, order, priorities(request, policy.allocation.safeguard))
 

@@ -220,11 +220,11 @@ class CompressedLayer(DynamicLayer):
     def _check_replay(self, call: AttentionCall) -> None:
         """Raise an error if the policy scores the entries of a prompt in a replay, and the prompt was not replayed."""
         policy = self.settings.policy
-        if self.storage is None and not policy.weights.replay_kinds <= call.replay_scores.keys():
+        if self.storage is None and not policy.replay_kinds <= call.replay_scores.keys():
             raise ValueError(
-                f"policy must score entries in one pass over the prompt, got {policy.name!r}, which needs a second pass. "
-                "Fill the cache with suffice.kv.prefill(model, inputs, [cache], tokenizer=tokenizer), then pass it to "
-                "generate"
+                "past_key_values must be filled by suffice.kv.prefill(model, inputs, [cache], tokenizer=tokenizer) "
+                f"with policy {policy.name!r}, which scores entries in a second pass over the prompt, got an empty "
+                "cache"
             )
 
     def check_memory(self, num_new: int) -> None:

@@ -62,6 +62,8 @@ def prefill(
     for number, cache in enumerate(caches):
         if cache.get_seq_length():
             raise ValueError(f"caches[{number}] must be empty, got one that has seen {cache.get_seq_length()} tokens")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
     replayed = [cache for cache in caches if cache.needs_replay]
     if chunk_size is not None and len(replayed) < len(caches):
         names = ", ".join(repr(cache.policy.name) for cache in caches if not cache.needs_replay)

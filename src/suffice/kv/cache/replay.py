@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,7 +53,7 @@ def replayed_prefill(
     model = unwrap_model(model)
     replayed = [cache for cache in caches if cache.needs_replay]
     one_pass = [cache for cache in caches if not cache.needs_replay]
-    kinds = frozenset().union(*(cache.policy.weights.replay_kinds for cache in replayed))
+    kinds = frozenset().union(*(cache.policy.replay_kinds for cache in replayed))
     plan = _plan_replay(model, inputs, tokenizer, kinds)
     seconds = dict.fromkeys(map(id, caches), 0.0)
     # Tensors that are made in inference mode could not be used for gradients.
@@ -100,8 +101,8 @@ def _plan_replay(
         )
     if model.config.is_encoder_decoder:
         raise ValueError(
-            f"policy must score entries in one pass for {type(model).__name__}, an encoder-decoder model, got one that "
-            "needs a replay"
+            "policy must be one that scores entries in one pass, because a replay supports decoders without an encoder "
+            f"only, got {type(model).__name__}, an encoder-decoder model"
         )
     instruction = Instruction.from_tokenizer(tokenizer)
     groups = ((kinds - {GRADIENT}, _PART_SIZE), (kinds & {GRADIENT}, _PART_SIZE_OF_GRADIENT))
@@ -206,7 +207,8 @@ class Recording:
 
         with GradientRecorder(self._model, list(modules.values())) as recorder:
             self._run(part, mask, keep)
-            gradients = recorder.gradients()
+            repeated = _repeated_mask(part, mask)
+            gradients = recorder.gradients(None if repeated is None else repeated.bool())
         for index, own in parts.items():
             norms = torch.linalg.vector_norm(gradients[modules[index]], dim=-1, dtype=torch.float32)
             own.add_to(scores[index], kinds, {GRADIENT: norms})
@@ -223,8 +225,12 @@ class Recording:
             layer.on_attention = on_attention
         options: dict[str, Any] = {}
         if mask is not None:
-            instruction = mask.new_ones(len(mask), part.num_instruction)
-            options["attention_mask"] = torch.cat((mask, instruction, mask[:, part.start : part.end]), dim=1)
+            repeated = _repeated_mask(part, mask)
+            assert repeated is not None
+            options["attention_mask"] = torch.cat((mask, repeated), dim=1)
+            if "position_ids" in inspect.signature(self._model.forward).parameters:
+                # Masked tokens of a part take no position, so that all rows have the same distances.
+                options["position_ids"] = mask.shape[1] + (repeated.cumsum(-1) - 1).clamp_min(0)
         network: Any = self._model
         network(part.ids, past_key_values=copied, use_cache=True, logits_to_keep=1, **options)
 
@@ -269,8 +275,15 @@ class Recording:
                 cache.layers[index] = source if free else copy.deepcopy(source)
 
 
+def _repeated_mask(part: ReplayInput, mask: Tensor | None) -> Tensor | None:
+    """Return the mask of the tokens of a pass, [batch, tokens]; None without padding."""
+    if mask is None:
+        return None
+    return torch.cat((mask.new_ones(len(mask), part.num_instruction), mask[:, part.start : part.end]), dim=1)
+
+
 @contextlib.contextmanager
-def _forward_pass(cache: CompressedCache, decoder: nn.Module, inputs: dict[str, Tensor]) -> Iterator[None]:
+def _forward_pass(cache: CompressedCache, decoder: nn.Module, inputs: dict[str, Tensor]) -> Generator[None]:
     """Open a forward pass of a cache, and close it."""
     cache.begin_pass(decoder, inputs)
     failed = True

@@ -58,7 +58,8 @@ class InputNorms(_Hooks):
                 f"policy must not need the input of the attention for {type(module).__name__}, which has no argument "
                 "`hidden_states`, got one that does. Use 'kvzip'"
             )
-        self._norms[module] = torch.linalg.vector_norm(inputs, dim=-1, dtype=torch.float32)
+        norms = torch.linalg.vector_norm(inputs, dim=-1, dtype=torch.float32)
+        self._norms[module] = norms.clamp_min(torch.finfo(torch.float32).tiny)  # the input of padding may be 0
 
     def of(self, module: nn.Module) -> Tensor:
         """Return the norms in the current pass, float32 [batch, tokens]."""
@@ -109,10 +110,16 @@ class GradientRecorder(_Hooks):
     def _record_last(self, module: nn.Module, args: Any, output: Any) -> None:
         self._last = output[0] if isinstance(output, tuple) else output
 
-    def gradients(self) -> dict[nn.Module, Tensor]:
-        """Return the gradient with respect to the output of each module, [batch, tokens, hidden]."""
+    def gradients(self, is_token: Tensor | None) -> dict[nn.Module, Tensor]:
+        """Return the gradient with respect to the output of each module, [batch, tokens, hidden].
+
+        Args:
+            is_token: bool [batch, tokens], False for masked tokens, which do not count; None if there are none.
+
+        """
         assert self._last is not None
-        objective = self._last.float().square().sum()
+        squares = self._last.float().square().sum(-1)
+        objective = squares.sum() if is_token is None else squares[is_token.to(squares.device)].sum()
         gradients = torch.autograd.grad(objective, list(self._outputs.values()))
         return dict(zip(self._outputs, gradients, strict=True))
 

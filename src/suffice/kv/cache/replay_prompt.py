@@ -84,7 +84,8 @@ class Instruction:
     @property
     def max_tokens(self) -> int:
         """Largest number of tokens of the instruction."""
-        return max(self.first.shape[1], self.later.shape[1] + _NUM_WORDS_BEFORE) + self.answer.shape[1]
+        num_words = _NUM_WORDS_BEFORE if self.later.shape[1] else 0
+        return max(self.first.shape[1], self.later.shape[1] + num_words) + self.answer.shape[1]
 
 
 def replay_inputs(model: PreTrainedModel, ids: Tensor, instruction: Instruction, part_size: int) -> list[ReplayInput]:
@@ -128,6 +129,8 @@ def _text_before_answer(tokenizer: PreTrainedTokenizerBase) -> str:
         return "\n"
     message = "Repeat."
     text = str(
-        tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+        )
     )
     return text[text.rfind(message) + len(message) :]

@@ -135,7 +135,7 @@ class PartScores:
         return largest
 
     def _mean(self) -> Tensor:
-        """Return the attention averaged over queries and the heads of a group, [batch, num_key_value_heads, entries]."""
+        """Return the mean attention over queries and the heads of a group, [batch, num_key_value_heads, entries]."""
         stats = self.stats
         total = torch.zeros(stats.batch_size, stats.num_key_value_heads, stats.num_entries, device=stats.device)
         for block in self._query_blocks():

@@ -14,8 +14,8 @@ from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.batched import BatchedCaches
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.memory import parse_limit
-from suffice.kv.cache.report import stored_bits
 from suffice.kv.cache.prefill import prefill
+from suffice.kv.cache.report import stored_bits
 from suffice.kv.eval.generation import check_prompt_length, greedy_generate
 from suffice.kv.eval.prompt import PromptTokens
 from suffice.kv.eval.tasks.example import Example
@@ -154,7 +154,7 @@ def evaluate(
     all_configs = [CacheConfig("full", 1.0, "equal"), *configs]
     caches = [config.build(model, measure_capacity=measure_capacity) for config in all_configs]
     prefill_ids = _prefill_ids(prompt, mode).to(model.device)
-    shared = prefill(model, {"input_ids": prefill_ids}, caches, share_statistics=share_statistics)
+    shared = prefill(model, {"input_ids": prefill_ids}, caches, share_statistics=share_statistics, tokenizer=tokenizer)
     reports = [cache.report() for cache in caches]
     measured = _metrics_of_each(model, caches, prompt.input_ids, gold)
     generated = _generate_from_each(model, caches, prompt.input_ids, max(answer_tokens, greedy_tokens))

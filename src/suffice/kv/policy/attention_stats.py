@@ -179,6 +179,21 @@ class AttentionStats:
         elif not bool(condition):
             raise error
 
+    def replay_score(self, kind: str) -> Tensor:
+        """Return the scores of the entries from a replay, float32 [batch, num_key_value_heads, entries].
+
+        Args:
+            kind: kind of the scores, see `suffice.kv.policy.weights.replay`.
+
+        Raises:
+            ValueError: the prompt was not replayed for this kind of scores.
+
+        """
+        if kind not in self.replay_scores:
+            given = ", ".join(self.replay_scores) or "none"
+            raise ValueError(f"replay_scores must have the kind {kind!r}, which the policy needs, got {given}")
+        return self.replay_scores[kind]
+
     def raise_if_failed(self) -> None:
         """Raise the error of the first deferred condition that does not hold."""
         if self._checks is not None:

@@ -75,6 +75,12 @@ class Policy:
         """Whether the policy needs the rotary embedding of the model, to rotate queries or keys back."""
         return self.weights.needs_rotary or self.directions.needs_rotary
 
+    @property
+    def replay_kinds(self) -> frozenset[str]:
+        """The kinds of scores from a replay that the policy needs; none if it scores entries in one pass."""
+        kind = self.allocation.replay_kind
+        return self.weights.replay_kinds | (frozenset() if kind is None else {kind})
+
     def objective(self, stats: AttentionStats, backend: TorchBackend = TORCH_BACKEND) -> Objective:
         """Return the objective that the policy approximates for an attention call."""
         return Objective(self.weights, self.directions, stats, backend)

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import TypeVar
 
-from suffice.kv.budget.allocation import AdaKV, Allocation, Equal, HighestScores, MarginalCapacity, Pyramid
+from suffice.kv.budget.allocation import AdaKV, Allocation, Equal, HighestReplayScores, MarginalCapacity, Pyramid
 from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.policy.directions import Constant, Key, OutputValue, Value
 from suffice.kv.policy.estimators import Leverage, OneDirection, Trace
@@ -172,7 +172,7 @@ _POLICIES = (
         weights=ReplayAttention("largest"),
         directions=Constant(),
         estimator=Trace(),
-        allocation=HighestScores(),
+        allocation=HighestReplayScores(),
         window=0,
         paper="2505.23416",
     ),
@@ -181,7 +181,7 @@ _POLICIES = (
         weights=ReplayAttention("output"),
         directions=Constant(),
         estimator=Trace(),
-        allocation=HighestScores(),
+        allocation=HighestReplayScores(kind="output"),
         window=0,
         paper="2505.23416",
     ),
@@ -190,7 +190,7 @@ _POLICIES = (
         weights=ReplayAttention("gradient"),
         directions=Constant(),
         estimator=Trace(),
-        allocation=HighestScores(),
+        allocation=HighestReplayScores(kind="gradient"),
         window=0,
         paper="openreview.net/forum?id=cg1wTCJjjk",
     ),
@@ -204,7 +204,6 @@ _ALLOCATIONS: dict[str, Allocation] = {
     "pyramid": Pyramid(),
     "adakv": AdaKV(),
     "marginal": MarginalCapacity(),
-    "scores": HighestScores(),
     "profile": HeadProfile(),
 }
 
@@ -225,9 +224,15 @@ def get_allocation(name: str | Allocation) -> Allocation:
     return _lookup("allocation", name, Allocation, _ALLOCATIONS)
 
 
-def policies() -> dict[str, Policy]:
-    """Return all named policies by name, the default first."""
-    return {policy.name: policy for policy in _POLICIES}
+def policies(*, replay: bool | None = None) -> dict[str, Policy]:
+    """Return all named policies by name, the default first.
+
+    Args:
+        replay: True for those that score entries in a second pass over the prompt, False for those that do not; None
+            for all.
+
+    """
+    return {policy.name: policy for policy in _POLICIES if replay in (None, bool(policy.replay_kinds))}
 
 
 def get_policy(name: str | Policy) -> Policy:

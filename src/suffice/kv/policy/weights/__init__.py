@@ -16,9 +16,10 @@ from suffice.kv.policy.weights.attention import (
 from suffice.kv.policy.weights.base import Product, Sum, Weights
 from suffice.kv.policy.weights.expected import ExpectedAttention, MeanQuery
 from suffice.kv.policy.weights.keys import KeyNorm, KeySalience, Random, Recency, Uniform
-from suffice.kv.policy.weights.replay import ReplayAttention
+from suffice.kv.policy.weights.replay import KINDS, ReplayAttention
 
 __all__ = [
+    "KINDS",
     "AccumulatedAttention",
     "ExpectedAttention",
     "KeyNorm",

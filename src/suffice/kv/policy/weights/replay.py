@@ -60,12 +60,7 @@ class ReplayAttention(Weights):
             ValueError: the prompt was not replayed.
 
         """
-        if self.kind not in stats.replay_scores:
-            raise ValueError(
-                f"replay_scores must have the kind {self.kind!r} for the weight {self}, got "
-                f"{', '.join(stats.replay_scores) or 'none'}"
-            )
-        return stats.replay_scores[self.kind].log()
+        return stats.replay_score(self.kind).log()
 
     @property
     def replay_kinds(self) -> frozenset[str]:
