@@ -18,7 +18,7 @@ from suffice.kv.eval.generation import check_chunk_size, check_prompt_length, fi
 from suffice.kv.eval.prompt import tokenize_prompt
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
-from suffice.kv.policy.registry import DEFAULT_POLICY
+from suffice.kv.policy.registry import DEFAULT_POLICY, get_policy
 from suffice.kv.storage.quantization import Bits, shortest_bits
 
 
@@ -87,7 +87,8 @@ def answer(
         tokenizer: its tokenizer.
         document: the text that the question is about.
         question: the question; without one, the document is the whole user message.
-        policy: which entries to keep.
+        policy: which entries to keep. Policies that replay the prompt do so; they take about twice the time, and evict
+            only once, also with `memory` and `chunk_size`.
         budget: number of tokens to keep, or a fraction of the tokens seen; None means a quarter of the tokens, or as
             many as `memory` allows.
         memory: limit on the bytes, instead of `budget`: a fraction of those of the full cache, or a number; see
@@ -126,21 +127,25 @@ def answer(
     prompt = tokenize_prompt(tokenizer, document, question)
     if not rerotate:
         check_prompt_length(model, prompt.input_ids.shape[1] + max_new_tokens)
+    needs_replay = bool(get_policy(policy).replay_kinds)
+    evicts_once = interval is None and (needs_replay or (memory is None and chunk_size is None))
     cache = CompressedCache(
         model,
         policy,
         budget,
         memory=memory,
         allocation=allocation,
-        evict="prefill" if memory is None and chunk_size is None and interval is None else "always",
+        evict="prefill" if evicts_once else "always",
         interval=interval,
         rerotate=rerotate,
         bits=bits,
     )
     start = time.perf_counter()
     if not aware and prompt.question.shape[1]:
-        fill_cache(model, prompt.document, cache, chunk_size)
-    tokens = greedy_generate(model, prompt.input_ids, cache, max_new_tokens, chunk_size=chunk_size)[0]
+        fill_cache(model, prompt.document, cache, chunk_size, tokenizer)
+    tokens = greedy_generate(
+        model, prompt.input_ids, cache, max_new_tokens, chunk_size=chunk_size, tokenizer=tokenizer
+    )[0]
     seconds = time.perf_counter() - start
     report = cache.report()
     result = Answer(

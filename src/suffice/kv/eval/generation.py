@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from suffice.kv.cache.cache import CompressedCache
+from suffice.kv.cache.prefill import prefill
 from suffice.kv.hf.model_info import context_window
 
 
@@ -37,7 +39,13 @@ def check_chunk_size(chunk_size: int | None) -> None:
         raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
 
 
-def fill_cache(model: PreTrainedModel, input_ids: Tensor, cache: Cache, chunk_size: int | None = None) -> None:
+def fill_cache(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    cache: Cache,
+    chunk_size: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
     """Run a prefill: feed token ids to a model and store their keys and values in a cache.
 
     Args:
@@ -45,17 +53,33 @@ def fill_cache(model: PreTrainedModel, input_ids: Tensor, cache: Cache, chunk_si
         input_ids: [batch, tokens].
         cache: the cache to fill; it may already hold earlier tokens.
         chunk_size: number of tokens per forward pass; None feeds all tokens at once.
+        tokenizer: the model's tokenizer, for policies that replay the prompt; see `prefill`.
 
     """
     if not input_ids.shape[1]:
+        return
+    if awaits_replay(cache):
+        inputs = {"input_ids": input_ids.to(model.device)}
+        prefill(model, inputs, [cache], tokenizer=tokenizer, chunk_size=chunk_size)
         return
     with torch.no_grad():
         for chunk in input_ids.split(chunk_size or input_ids.shape[1], dim=1):
             model(chunk.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
+def awaits_replay(cache: object) -> TypeGuard[CompressedCache]:
+    """Return whether a cache is empty and its policy replays the prompt."""
+    return isinstance(cache, CompressedCache) and cache.needs_replay and not cache.get_seq_length()
+
+
 def greedy_generate(
-    model: PreTrainedModel, input_ids: Tensor, cache: Cache, max_new_tokens: int, *, chunk_size: int | None = None
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    cache: Cache,
+    max_new_tokens: int,
+    *,
+    chunk_size: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Tensor:
     """Generate greedily after a prompt whose first tokens the cache may already have seen.
 
@@ -68,6 +92,7 @@ def greedy_generate(
         cache: the cache; tokens that it has seen are not fed to the model again.
         max_new_tokens: maximum number of generated tokens.
         chunk_size: number of prompt tokens per forward pass; None feeds the prompt at once.
+        tokenizer: the model's tokenizer, for policies that replay the prompt; see `prefill`.
 
     Returns:
         The ids of the generated tokens, [batch, new_tokens].
@@ -75,8 +100,8 @@ def greedy_generate(
     """
     input_ids = input_ids.to(model.device)
     network: Any = model
-    if chunk_size is not None:
-        fill_cache(model, input_ids[:, cache.get_seq_length() : -1], cache, chunk_size)
+    if chunk_size is not None or awaits_replay(cache):
+        fill_cache(model, input_ids[:, cache.get_seq_length() : -1], cache, chunk_size, tokenizer)
     output: Any = network.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),

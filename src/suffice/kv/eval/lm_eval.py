@@ -18,7 +18,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.memory import parse_limit
+from suffice.kv.cache.prefill import prefill
 from suffice.kv.eval.fidelity import CacheConfig
+from suffice.kv.eval.generation import fill_cache
 from suffice.kv.hf.loading import load_model
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
@@ -150,17 +152,21 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
         """Return the largest batch size for which a prefill of the longest prompt fits into memory."""
         from accelerate.utils import find_executable_batch_size
 
-        def prefill(batch_size: int) -> int:
+        def fill(batch_size: int) -> int:
             input_ids = torch.ones(batch_size, self._longest_prompt, dtype=torch.long, device=self.device)
-            with torch.no_grad():
-                self.model(input_ids, past_key_values=self._new_cache(), use_cache=True, logits_to_keep=1)
+            fill_cache(self.model, input_ids, self._new_cache(), tokenizer=self.tokenizer)
             return batch_size
 
         largest = min(self.max_batch_size, self._num_prompts)
-        return find_executable_batch_size(prefill, starting_batch_size=largest)()
+        return find_executable_batch_size(fill, starting_batch_size=largest)()
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        return super()._model_generate(context, max_length, stop, past_key_values=self._new_cache(), **options)
+        cache = self._new_cache()
+        if cache.needs_replay:
+            # The last token is fed by `generate`.
+            inputs = {"input_ids": context[:, :-1], "attention_mask": options["attention_mask"][:, :-1]}
+            prefill(self.model, inputs, [cache], tokenizer=self.tokenizer)
+        return super()._model_generate(context, max_length, stop, past_key_values=cache, **options)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **options: Any
@@ -180,9 +186,8 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
         for context, indices in by_context.items():
             input_ids = torch.tensor([context], device=self.device)
             cache = self._new_cache()
+            fill_cache(self.model, input_ids[:, :-1], cache, tokenizer=self.tokenizer)
             with torch.no_grad():
-                if len(context) > 1:
-                    self.model(input_ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
                 for index in indices:
                     key, _, continuation = requests[index]
                     scores[index] = self._score(cache.copy(), input_ids[:, -1:], continuation)

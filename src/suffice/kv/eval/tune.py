@@ -16,7 +16,7 @@ from suffice.kv.eval.run_kinds import TUNE
 from suffice.kv.eval.run_options import RunOptions, run_samples
 from suffice.kv.eval.user_prompts import UserPrompt, write_user_prompts
 from suffice.kv.hf.loading import ModelSource
-from suffice.kv.policy.registry import DEFAULT_POLICY
+from suffice.kv.policy.registry import DEFAULT_POLICY, get_policy
 from suffice.kv.storage.quantization import Bits, shortest_bits
 from suffice.study.results import Group, group_records, mean_bound
 from suffice.study.spec import PlannedRun
@@ -117,10 +117,12 @@ class TuningResult:
         bits = "" if best.bits is None else f", bits={best.bits}"
         size = f"budget={best.budget}" if best.memory is None else f"memory={best.memory}"
         evict = "" if best.memory is None else ', evict="prefill"'
+        has_replay = bool(get_policy(best.policy).replay_kinds)
         return (
-            "from suffice.kv import CompressedCache\n\n"
+            f"from suffice.kv import CompressedCache{', prefill' if has_replay else ''}\n\n"
             f"cache = CompressedCache(model, policy={best.policy!r}, {size}{allocation}{bits}{evict})\n"
-            "model.generate(**inputs, past_key_values=cache)\n"
+            + ("prefill(model, document, [cache], tokenizer=tokenizer)\n" if has_replay else "")
+            + "model.generate(**inputs, past_key_values=cache)\n"
         )
 
     def summary(self) -> str:
