@@ -14,8 +14,8 @@ numbers and the positions of entries count as they are.
     python benchmarks/bits.py --samples 20 --write
 
 Each model is measured in a process of its own. Finished samples are kept in the folder, and a second call continues.
-`--write` puts the tables into docs/results/kv-bits.md and the numbers into docs/results/kv-bits.json. The last line of
-the output is one JSON object.
+`--write` puts the tables into docs/results/kv-bits.md and the numbers into docs/results/kv-bits.json; with `--page`,
+into another page. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from suffice.study.results import Group, Interval, group_records
 MODES = {"text": ("text", "continuation"), "agnostic": ("multikey", "agnostic"), "aware": ("multikey", "aware")}
 FULL_BITS = 16  # not quantized
 CHOSEN = "chosen"  # bits that follow from a limit on the bytes
-PAGE, NUMBERS = Path("docs/results/kv-bits.md"), Path("docs/results/kv-bits.json")
+PAGE = Path("docs/results/kv-bits.md")
 START, END = "<!-- written by benchmarks/bits.py -->", "<!-- end -->"
 
 
@@ -130,7 +130,7 @@ def measure(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict
     ]
     caches = [make_cache(model, *name) for name in names]
     if caches:
-        prefill(model, {"input_ids": prefilled}, caches, share_statistics=True)
+        prefill(model, {"input_ids": prefilled}, caches, tokenizer=tokenizer, share_statistics=True)
     for name, cache in zip(names, caches, strict=True):
         add_row(*name, cache, stored_bytes(cache))
     limited = [(limit, evict) for limit in settings["memory"] for evict in ("always", "prefill")]
@@ -328,13 +328,13 @@ def rounded(numbers_by_name: Mapping[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(number) else float(f"{number:.4g}") for name, number in numbers_by_name.items()}
 
 
-def write(text: str, content: Mapping[str, Any]) -> None:
-    """Write the tables into their section of the page, and the numbers into the JSON file, one row on each line."""
-    before, _, after = PAGE.read_text(encoding="utf-8").partition(START)
-    PAGE.write_text(f"{before}{START}\n\n{text}\n{END}{after.partition(END)[2]}", encoding="utf-8")
+def write(page: Path, text: str, content: Mapping[str, Any]) -> None:
+    """Write the tables into their section of a page, and the numbers into a JSON file beside it, a row on each line."""
+    before, _, after = page.read_text(encoding="utf-8").partition(START)
+    page.write_text(f"{before}{START}\n\n{text}\n{END}{after.partition(END)[2]}", encoding="utf-8")
     rows = ",\n".join(json.dumps(row) for row in content["rows"])
     head = json.dumps({name: value for name, value in content.items() if name != "rows"}, indent=1)
-    NUMBERS.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n]\n}}\n', encoding="utf-8")
+    page.with_suffix(".json").write_text(f'{head[:-2]},\n "rows": [\n{rows}\n]\n}}\n', encoding="utf-8")
 
 
 def main() -> None:
@@ -360,7 +360,8 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=list(MODES))
     parser.add_argument("--threads", type=int, default=1, help="threads of each model's process")
     parser.add_argument("--folder", type=Path, default=Path("out/bits"))
-    parser.add_argument("--write", action="store_true", help="write the results into docs/")
+    parser.add_argument("--write", action="store_true", help="write the results into the page")
+    parser.add_argument("--page", type=Path, default=PAGE, help="page whose tables are written")
     options = parser.parse_args()
     if options.samples < 1:
         sys.exit(f"samples must be at least 1, got {options.samples}")
@@ -373,7 +374,7 @@ def main() -> None:
     text, content = markdown(groups_by_model, options), numbers(groups_by_model, options)
     print(text)
     if options.write:
-        write(text, content)
+        write(options.page, text, content)
     print(json.dumps(content))
 
 

@@ -14,7 +14,7 @@ from suffice.cli.kv_options import AwareOption, CacheOptions, ModelOptions
 from suffice.cli.options import FigureOptions, expand_options
 from suffice.files import read_text
 from suffice.kv.cache.memory import format_memory
-from suffice.kv.policy.registry import get_allocation, get_policy
+from suffice.kv.policy.registry import get_allocation
 from suffice.kv.storage.quantization import bits_suffix
 from suffice.report import save_figure
 
@@ -72,7 +72,7 @@ def generate(
     from suffice.kv.eval.generation import check_chunk_size
 
     # Check the options first, because the model takes seconds to load.
-    policy = get_policy(cache.policy)
+    policy = cache.parsed_policy()
     allocation = None if cache.allocation is None else get_allocation(cache.allocation)
     budget, memory = cache.parsed_size()
     bits = cache.parsed_bits()

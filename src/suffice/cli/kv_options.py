@@ -12,7 +12,8 @@ from suffice.kv.budget.protection import Protection
 from suffice.kv.cache.memory import parse_memory
 from suffice.kv.hf.loading import ModelSource
 from suffice.kv.hf.packaged_models import DEFAULT_MODEL
-from suffice.kv.policy.registry import DEFAULT_POLICY
+from suffice.kv.policy.policy import Policy
+from suffice.kv.policy.registry import DEFAULT_POLICY, DEFAULT_REPLAY_POLICY, get_policy, policies
 from suffice.kv.storage.quantization import Bits, shortest_bits
 
 AwareOption = Annotated[
@@ -85,6 +86,32 @@ class CacheOptions:
             help="Rotate kept keys to consecutive positions, which allows prompts longer than the context window.",
         ),
     ] = False
+
+    replay: Annotated[
+        bool,
+        typer.Option(
+            "--replay",
+            help="Score the entries in a second pass, in which the model repeats the prompt (policy capkv-replay). This "
+            "takes several times as long, and keeps more of what matters if the budget is small.",
+        ),
+    ] = False
+
+    def parsed_policy(self) -> Policy:
+        """Return the policy.
+
+        Raises:
+            ValueError: the policy is not known, or `--replay` is given with a policy that does not replay the prompt.
+
+        """
+        policy = get_policy(self.policy)
+        if not self.replay or policy.replay_kinds:
+            return policy
+        if self.policy != DEFAULT_POLICY:
+            raise ValueError(
+                f"--replay must be given without --policy, or with one of {', '.join(policies(replay=True))}, got "
+                f"--policy {self.policy}"
+            )
+        return get_policy(DEFAULT_REPLAY_POLICY)
 
     def parsed_size(self) -> tuple[float | None, float | None]:
         """Return the budget and the limit on the bytes, of which one is None.

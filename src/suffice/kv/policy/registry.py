@@ -28,6 +28,7 @@ from suffice.kv.policy.weights import (
 )
 
 DEFAULT_POLICY = "capkv-profile"
+DEFAULT_REPLAY_POLICY = "capkv-replay"
 
 _SNAPKV = WindowAttention(window_size=64, kernel_size=5, prefix_only=True)
 
@@ -167,6 +168,16 @@ _POLICIES = (
         estimator=Trace(),
         paper="2309.17453",
     ),
+    # Scores entries while the model repeats the prompt: the published KVgrad, times the square root of the leverage.
+    Policy(
+        name="capkv-replay",
+        weights=ReplayAttention("gradient"),
+        directions=Value(),
+        estimator=Leverage(power=0.5, ridge=0.1),
+        allocation=HighestReplayScores(kind="gradient"),
+        paper="2604.25975",
+    ),
+    # KVzip, KVzip+ and KVgrad as they were published.
     Policy(
         name="kvzip",
         weights=ReplayAttention("largest"),
@@ -192,7 +203,7 @@ _POLICIES = (
         estimator=Trace(),
         allocation=HighestReplayScores(kind="gradient"),
         window=0,
-        paper="openreview.net/forum?id=cg1wTCJjjk",
+        paper="openreview cg1wTCJjjk",
     ),
     Policy(name="random", weights=Random(), directions=Constant(), estimator=Trace()),
     Policy(name="full", weights=Uniform(), directions=Constant(), estimator=Trace(), keep_all=True),
