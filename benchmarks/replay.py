@@ -1,6 +1,6 @@
 """Policies with a replay: the same kept entries as kvpress's presses, and the time of the second pass.
 
-    python benchmarks/replay.py --json docs/results/kv-replay-peers.json     # needs kvpress: make bench-kv's environment
+    python benchmarks/replay.py --json docs/results/kv-replay-peers.json     # in the environment of make bench-kv
 
 Both libraries compress the same prompt of the default model, in float32. The presses read the prompt without a chat
 template, because they leave the tokens of the template before the document out of the replay. A part size below the

@@ -91,8 +91,8 @@ class CacheOptions:
         bool,
         typer.Option(
             "--replay",
-            help="Score the entries in a second pass, in which the model repeats the prompt (policy capkv-replay). This "
-            "takes several times as long, and keeps more of what matters if the budget is small.",
+            help="Score the entries in a second pass, in which the model repeats the prompt (policy capkv-replay). "
+            "This takes several times as long, and keeps more of what matters if the budget is small.",
         ),
     ] = False
 
