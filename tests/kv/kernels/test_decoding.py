@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from suffice.gpu import KernelFallbackError
 from suffice.kv.backend.triton_backend import TRITON_BACKEND
 from suffice.kv.kernels.decode_plan import DecodePlan
+from suffice.kv.storage.base import LOGIT_BIAS
 from suffice.kv.storage.ragged import PackedEntries, RaggedStorage, Tail
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -24,13 +25,14 @@ def attend(query, storage, scaling, softcap=None, sinks=None):
     return output
 
 
-def storage_of(lengths, tail_positions, dim, value_dim, dtype):
+def storage_of(lengths, tail_positions, dim, value_dim, dtype, biased=False):
     generator = torch.Generator().manual_seed(0)
     batch, heads, new = len(lengths), len(lengths[0]), len(tail_positions[0])
     total = sum(itertools.chain(*lengths))
     keys, values = (torch.randn(total, d, generator=generator).to(dtype) for d in (dim, value_dim))
     tail = [torch.randn(batch, new, heads, d, generator=generator).to(dtype).transpose(1, 2) for d in (dim, value_dim)]
-    packed = PackedEntries(keys, values, torch.zeros(total, dtype=torch.int32), lengths)
+    columns = {LOGIT_BIAS: 2 * torch.randn(total, generator=generator)} if biased else {}
+    packed = PackedEntries(keys, values, torch.zeros(total, dtype=torch.int32), lengths, columns=columns)
     return RaggedStorage(packed, Tail(*tail, torch.tensor(tail_positions, dtype=torch.int32)))
 
 
@@ -49,6 +51,9 @@ def exact_attention(query, storage, scaling, softcap=None, sinks=None):
         logits = scaling * keys @ query[row, head, 0].double()
         if softcap is not None:
             logits = softcap * (logits / softcap).tanh()
+        if packed.columns:
+            bias = packed.columns[LOGIT_BIAS].split(sizes)[row * (heads // groups) + head // groups]
+            logits[: len(bias)] += bias
         if sinks is not None:
             logits = torch.cat((logits, sinks[head : head + 1].double()))
         out[row, 0, head] = logits.softmax(0)[: len(values)] @ values
@@ -64,6 +69,26 @@ CASES = pytest.mark.parametrize(
         (torch.float32, [[0], [5]], [[4], [5]], 20, 64, 80),
     ],
 )
+
+
+@CASES
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_bias_of_packed_entries_is_added_to_the_logits(dtype, lengths, tail, groups, dim, value_dim, softcap):
+    storage = storage_of(lengths, tail, dim, value_dim, dtype, biased=True)
+    query = torch.randn(len(lengths), groups * len(lengths[0]), 1, dim, generator=torch.Generator().manual_seed(1))
+    query = query.to(dtype)
+    exact = exact_attention(query, storage, 0.2, softcap)
+    torch.testing.assert_close(
+        attend(query, storage, 0.2, softcap).double(), exact, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+    )
+    # Spare slots between the heads do not move the bias.
+    for value in range(2):
+        new = torch.full((len(lengths), len(lengths[0]), 1, dim), float(value), dtype=dtype)
+        storage.append(new, new[..., :1].expand(-1, -1, -1, value_dim), torch.full((len(lengths), 1), 99))
+        exact = exact_attention(query, storage, 0.2, softcap)
+        torch.testing.assert_close(
+            attend(query, storage, 0.2, softcap).double(), exact, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+        )
 
 
 @CASES
@@ -136,11 +161,15 @@ def test_plan_covers_every_entry_once(tail):
     head_of = torch.full_like(times_covered, -1)
     for head, (start, count) in enumerate(storage.spans):
         head_of[start : start + count] = head
-    longest = max(count for *_, count, _ in plan.items.tolist())
-    for head, first, count, tail_start in plan.items.tolist():
+    longest = int(plan.items[:, 2].max())
+    index = torch.full_like(times_covered, -1)  # of each entry among the packed ones
+    index[head_of >= 0] = torch.cat([torch.arange(count) for _, count in storage.spans])
+    for head, first, count, tail_start, packed_start in plan.items.tolist():
         start, num_packed = packed[head]
         assert tail_start == (-1 if first < start + num_packed else first - start - num_packed)
         assert head == head_of[first]
+        if tail_start < 0:
+            assert packed_start == index[first] + sum(length for _, length in packed[:head])
         count = tail - tail_start if count < 0 else count
         assert 0 < count <= longest
         times_covered[first : first + count] += 1

@@ -9,7 +9,7 @@ from suffice.gpu import KernelFallbackError
 from suffice.kv.attention.quantized_attention import ExactEntries, attend_quantized
 from suffice.kv.backend.triton_backend import TRITON_BACKEND
 from suffice.kv.kernels import quantized_decoding
-from suffice.kv.storage.base import Entries
+from suffice.kv.storage.base import LOGIT_BIAS, Entries
 from suffice.kv.storage.quantized_entries import QuantizedEntries
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -18,14 +18,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
-def entries_of(lengths, dims, bits, dtype, width=7):
+def entries_of(lengths, dims, bits, dtype, width=7, biased=False):
     """Return quantized entries of heads of some lengths, and exact ones of which some slots are empty."""
     generator = torch.Generator().manual_seed(0)
     counts = torch.tensor(lengths)
     slots = torch.arange(int(counts.max())).expand(*counts.shape, -1)
     keys, values = (torch.randn(*slots.shape, dim, generator=generator) for dim in dims)
     keys = keys * torch.linspace(0.3, 2, dims[0]) + 0.7
-    entries = Entries(keys.to(dtype), values.to(dtype), slots)
+    columns = {LOGIT_BIAS: 2 * torch.randn(slots.shape, generator=generator)} if biased else {}
+    entries = Entries(keys.to(dtype), values.to(dtype), slots, columns=columns)
     query_sizes = torch.rand(*counts.shape, dims[0], generator=generator) + 0.5
     empty = QuantizedEntries.empty(entries, bits, query_sizes)
     quantized = empty.append(entries, slots.where(slots < counts[..., None], -1))
@@ -33,7 +34,8 @@ def entries_of(lengths, dims, bits, dtype, width=7):
     keys, values = (torch.randn(*counts.shape, width + 3, dim, generator=generator).to(dtype) for dim in dims)
     positions = torch.randint(-1, 2, (*counts.shape, width + 3), generator=generator, dtype=torch.int32)
     positions[..., width - 1] = 9
-    return quantized, ExactEntries(*(x[:, :, :width] for x in (keys, values, positions)))
+    bias = torch.randn(positions.shape, generator=generator)[:, :, :width] if biased else None
+    return quantized, ExactEntries(*(x[:, :, :width] for x in (keys, values, positions)), logit_bias=bias)
 
 
 def assert_equal_to_torch(quantized, exact, groups, softcap=None, sinks=None):
@@ -83,6 +85,14 @@ def test_dtypes_softcap_and_sinks(decoded, dtype, lengths, groups, softcap, has_
     for dims, bits in (((128, 128), (4, 4)), ((80, 72), (8, 3))):
         assert_equal_to_torch(*entries_of(lengths, dims, bits, dtype), groups, softcap, sinks)
     assert len(decoded) == 2
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("lengths", [[[150, 0, 1], [3, 70, 64]], [[0]]], ids=str)
+def test_bias_is_added_to_the_logits(decoded, dtype, softcap, lengths):
+    assert_equal_to_torch(*entries_of(lengths, (64, 48), (4, 4), dtype, biased=True), groups=2, softcap=softcap)
+    assert len(decoded) == 1
 
 
 @pytest.mark.parametrize("size", [8, 16, 64])

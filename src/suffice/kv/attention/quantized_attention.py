@@ -111,6 +111,11 @@ class QuantizedHeads(Protocol):
         ...
 
     @property
+    def logit_bias(self) -> Tensor | None:
+        """Numbers that are added to the logits, float32 [entries]; None if there are none."""
+        ...
+
+    @property
     def means(self) -> Tensor:
         """Mean key of each row and head, which was subtracted, [batch, num_key_value_heads, head_dim]."""
         ...
@@ -138,6 +143,8 @@ class ExactEntries:
         values: [batch, num_key_value_heads, width, value_dim].
         positions: [batch, num_key_value_heads, width]; negative in empty slots.
         is_full: whether it is known that no slot is empty.
+        logit_bias: numbers that are added to the logits, float32 [batch, num_key_value_heads, width]; None if there are
+            none. The quantized entries have a bias if and only if the exact ones have.
 
     """
 
@@ -145,6 +152,7 @@ class ExactEntries:
     values: Tensor
     positions: Tensor
     is_full: bool = False
+    logit_bias: Tensor | None = None
 
 
 def attend_quantized(
@@ -230,6 +238,10 @@ class _Attention:
             write_logits = self._write_logits_by_group if by_group else self._write_logits
             write_logits(logits, flat)
         logits = cap_logits(logits, self._softcap).view(*shape, -1)
+        if self._exact.logit_bias is not None:
+            logits[..., width:] += self._exact.logit_bias[:, :, None, None]
+            if width:
+                logits[..., :width] += self._quantized_bias().view(*shape[:2], 1, 1, width)
         if readable is not None:
             logits[..., width:].masked_fill_(~readable[:, :, None], _NOT_READABLE)
         if min(self._lengths) < width:
@@ -245,6 +257,12 @@ class _Attention:
         else:
             output = torch.bmm(weights, values)
         return output.view(*shape, -1)
+
+    def _quantized_bias(self) -> Tensor:
+        """Return what is added to the logits of quantized entries, [batch * num_key_value_heads, width]."""
+        assert self._quantized.logit_bias is not None
+        parts = list(self._quantized.logit_bias.split(self._lengths))
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
     def _transform_queries(self, queries: Tensor, transform: Tensor) -> tuple[Tensor, Tensor]:
         """Return the queries for quantized keys, multiplied by a matrix, and their products with the mean key."""

@@ -30,6 +30,11 @@ class RaggedEntries(Protocol):
         ...
 
     @property
+    def logit_bias(self) -> Tensor | None:
+        """Numbers that are added to the logits of the packed entries, float32 [packed]; None if there are none."""
+        ...
+
+    @property
     def spans(self) -> list[tuple[int, int]]:
         """For each row and head, the index of the first slot and the number of entries."""
         ...
@@ -74,19 +79,30 @@ def attend_by_head(
     num_rows = batch if all(lengths == entries.lengths[0] for lengths in entries.lengths) else 1
     queries = query.reshape(-1, num_rows, num_key_value_heads, *shape).transpose(1, 2).flatten(0, 1).unbind()
     outputs: list[Tensor] = []
-    bias = None
+    bias, biases = None, _split_bias(entries, num_rows)
     for number, (key, value) in enumerate(_split_heads(entries, num_rows, shape[0])):
         row, head = divmod(number, num_key_value_heads)
         if readable is not None and head == 0:
             valid = readable if num_rows == batch else readable[row, None]
             bias = torch.nn.functional.pad(valid, (max(entries.lengths[row]), 0), value=True)[:, None]
         head_bias = None if bias is None else bias[..., bias.shape[-1] - key.shape[2] :]
+        own_bias = None if biases is None else _pad_tail(biases[number], tail)
         if softcap is None and sinks is None:
+            if own_bias is not None:
+                own_bias = own_bias if head_bias is None else own_bias.masked_fill(~head_bias, -torch.inf)
+                head_bias = own_bias.to(query.dtype)
             output = scaled_dot_product_attention(queries[number], key, value, attn_mask=head_bias, scale=scaling)
         else:
             head_sinks = None if sinks is None else sinks[head]
             output = attend_with_sinks(
-                queries[number], key, value, head_bias, scaling=scaling, softcap=softcap, sink_logits=head_sinks
+                queries[number],
+                key,
+                value,
+                head_bias,
+                bias=own_bias,
+                scaling=scaling,
+                softcap=softcap,
+                sink_logits=head_sinks,
             )
         outputs.append(output)
     output = torch.cat(outputs) if num_rows == 1 else torch.stack(outputs, dim=1)
@@ -113,6 +129,18 @@ def _split_heads(entries: RaggedEntries, num_rows: int, copies: int) -> Iterator
         return by_row.expand(-1, copies, -1, -1).split(sizes, dim=2)[::2]
 
     return zip(*map(split, entries.buffers), strict=True)
+
+
+def _split_bias(entries: RaggedEntries, num_rows: int) -> list[Tensor] | None:
+    """Return the bias of the packed entries of each head, [num_rows, 1, 1, packed]; see `_split_heads`."""
+    if entries.logit_bias is None:
+        return None
+    lengths = itertools.chain(*(entries.lengths[:1] if num_rows > 1 else entries.lengths))
+    return [part[:, None, None] for part in entries.logit_bias.view(num_rows, -1).split(list(lengths), dim=1)]
+
+
+def _pad_tail(bias: Tensor, tail: int) -> Tensor:
+    return torch.nn.functional.pad(bias, (0, tail))
 
 
 def _readable_tail(query: Tensor, entries: RaggedEntries, mask: Tensor | None) -> Tensor | None:

@@ -44,6 +44,7 @@ def attend_with_sinks(
     value: Tensor,
     mask: Tensor | None,
     *,
+    bias: Tensor | None = None,
     scaling: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -56,6 +57,7 @@ def attend_with_sinks(
         value: [..., entries, value_dim].
         mask: bool, broadcastable to [..., queries, entries], True where a query may read an entry; None if each query
             may read all entries.
+        bias: numbers that are added to the logits, [..., 1 or queries, entries]; None for none.
         scaling: factor on the query-key product.
         softcap: soft cap of the logits; None for no soft cap.
         sink_logits: logits of the sinks, [..., 1 or queries, 1]; None for no sinks.
@@ -79,6 +81,7 @@ def attend_with_sinks(
             query[..., block, :],
             key,
             select(mask, block),
+            bias=select(bias, block),
             scaling=scaling,
             softcap=softcap,
             sink_logits=select(sink_logits, block),
@@ -92,6 +95,7 @@ def attention_weights(
     key: Tensor,
     mask: Tensor | None,
     *,
+    bias: Tensor | None = None,
     scaling: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -99,6 +103,8 @@ def attention_weights(
     """Return attention weights [..., queries, entries] in float32 or float64; see `attend_with_sinks`."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     logits = cap_logits(query.to(dtype) @ key.to(dtype).mT * scaling, softcap)
+    if bias is not None:
+        logits = logits + bias
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
     return softmax_with_sinks(logits, None if sink_logits is None else sink_logits.to(dtype))

@@ -128,7 +128,7 @@ def _decode(
     tail = entries.tail_positions.shape[1]
     if entries.decode_plan is None:
         packed = [(start, count - tail) for start, count in entries.spans]
-        entries.decode_plan = DecodePlan.from_heads(packed, tail, query.device)
+        entries.decode_plan = DecodePlan.from_heads(packed, tail, query.device, entries.logit_bias)
     keys, values = entries.buffers
     output = decode(
         query[:, :, 0],
@@ -226,7 +226,7 @@ def fused_log_weights(weights: Weights, stats: AttentionStats) -> Tensor | None:
     """
     if not isinstance(weights, Sum) or stats.attention is not None or not supports(stats.queries, stats.keys):
         return None
-    if stats.softcap is not None or stats.sink_logits is not None:
+    if stats.softcap is not None or stats.sink_logits is not None or stats.logit_bias is not None:
         return None
     factors = {type(term): factor for factor, term in weights.terms}
     terms = {type(term): term for term in weights.parts}

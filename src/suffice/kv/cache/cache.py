@@ -20,7 +20,7 @@ from suffice.kv.budget.protection import Protection
 from suffice.kv.cache.forward_pass import ForwardPass
 from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.layer import CompressedLayer
-from suffice.kv.cache.layer_kinds import check_latents, check_sliding, make_layer
+from suffice.kv.cache.layer_kinds import check_latents, check_repair, check_sliding, make_layer
 from suffice.kv.cache.memory import MemoryBudget, check_equal_layers, parse_limit
 from suffice.kv.cache.positions import (
     check_position_ids,
@@ -103,6 +103,10 @@ class CompressedCache(Cache):
             little. None stores entries in the model's dtype or, with `memory`, with bits that follow from it. The first
             4 tokens, the newest 32 entries of each head and up to 32 new tokens always stay in the model's dtype; with
             little `memory`, fewer of them.
+        repair: after an eviction, give the kept entries new values, and numbers that are added to their logits, so that
+            they reproduce the attention over all entries (Attention Matching, 2602.16284). Both are fitted to 256
+            queries of the prompt and its last 32, of which a quarter is held out: a head keeps its repair only if
+            the error of its held-out outputs falls. The numbers take 4 bytes for each entry.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -130,6 +134,7 @@ class CompressedCache(Cache):
         rerotate: bool = False,
         measure_capacity: bool = True,
         bits: int | tuple[int, int] | None = None,
+        repair: bool = False,
     ) -> None:
         self.policy = get_policy(policy)
         if allocation is not None:
@@ -147,8 +152,11 @@ class CompressedCache(Cache):
             )
         evict = evict or ("prefill" if limit is None or needs_replay else "always")
         num_tokens = _check_interval(interval)
-        if not isinstance(rerotate, bool):
-            raise TypeError(f"rerotate must be True or False, got {rerotate!r}")
+        for name, flag in (("rerotate", rerotate), ("repair", repair)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, got {flag!r}")
+        if repair:
+            check_repair(self.policy, rerotate=rerotate)
         quantization = parse_bits(bits)
         if quantization is not None and rerotate:
             raise ValueError(
@@ -167,8 +175,8 @@ class CompressedCache(Cache):
         stock = stock_layers(model)
         window = sliding_window(stock[compressed[0]], model)
         if window is not None:
-            check_sliding(model, self.policy, rerotate=rerotate)
-        rotaries = find_rotary_embeddings(model, compressed, self.policy, rerotate=rerotate)
+            check_sliding(model, self.policy, rerotate=rerotate, repair=repair)
+        rotaries = find_rotary_embeddings(model, compressed, self.policy, rerotate=rerotate, repair=repair)
         used = [rotary for rotary in rotaries.values() if isinstance(rotary, RotaryEmbedding)]
         self._window = context_window(model) if rerotate else None
         max_entries = None
@@ -178,7 +186,9 @@ class CompressedCache(Cache):
         if limit is not None:
             check_equal_layers(modules.values(), self.policy)
             given_bits = None if quantization is None else quantization.bits
-            memory_budget = MemoryBudget(limit, self.policy, protection, evict == "always", given_bits, num_tokens)
+            memory_budget = MemoryBudget(
+                limit, self.policy, protection, evict == "always", given_bits, num_tokens, repair
+            )
             quantization = quantization or Quantization()
         self.settings = CacheSettings(
             policy=self.policy,
@@ -197,9 +207,10 @@ class CompressedCache(Cache):
             sharding=Sharding.from_model(model),
             max_entries=max_entries,
             memory=memory_budget,
+            repair=repair,
         )
         if has_latents:
-            check_latents(model, self.policy)
+            check_latents(model, self.policy, repair=repair)
         global_budget = GlobalBudget(len(compressed)) if is_global else None
         self._hook = AttentionHook(find_decoder(model))
         layers, sources = stock, source_layers(model)
@@ -241,8 +252,7 @@ class CompressedCache(Cache):
                 "DynamicCache() as the second cache, the cross-attention is not compressed"
             )
         if self._rotates:
-            needed_by = "rerotate=True" if self.settings.rerotate else f"policy {self.policy.name!r}"
-            check_position_ids(inputs, self.compressed_layers[0].state, needed_by)
+            check_position_ids(inputs, self.compressed_layers[0].state, self._rotation_needed_by)
         if self._window is not None:
             storages = [layer.storage for layer in self.compressed_layers]
             num_held = max(0 if storage is None else storage.max_length for storage in storages)
@@ -253,6 +263,12 @@ class CompressedCache(Cache):
                 layer.check_memory(num_new_tokens(inputs))
         self._mask_earlier(inputs.get("attention_mask"))  # these tokens stay masked if the pass fails
         self._pass.begin(self.layers)
+
+    @property
+    def _rotation_needed_by(self) -> str:
+        if self.settings.rerotate:
+            return "rerotate=True"
+        return f"policy {self.policy.name!r}" if self.policy.needs_rotary else "repair=True"
 
     def _mask_earlier(self, mask: Any) -> None:
         """Mask earlier tokens that a new turn masks. Passes over one token skip this to avoid a synchronization."""

@@ -24,8 +24,9 @@ from suffice.kv.cache.settings import CacheSettings, StorageConfig
 from suffice.kv.cache.state import LayerState, RowState
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.capacity_share import capacity_share
+from suffice.kv.policy.repair import MIN_QUERIES, repair_entries
 from suffice.kv.policy.weight_state import WeightState
-from suffice.kv.storage.base import Entries, Storage, all_finite, right_aligned_order
+from suffice.kv.storage.base import LOGIT_BIAS, Entries, Storage, all_finite, right_aligned_order
 from suffice.kv.storage.quantized import QuantizedStorage
 
 
@@ -54,6 +55,20 @@ class EvictionPlan:
         """Whether every row may keep all tokens that it has seen."""
         return self.allowed == self.num_seen
 
+    def check_repair(self) -> None:
+        """Raise an error if a row that evicts has too few tokens to repair its entries.
+
+        Raises:
+            ValueError: its text is too short.
+
+        """
+        for allowed, seen in zip(self.allowed, self.num_seen, strict=True):
+            if allowed < seen < MIN_QUERIES:
+                raise ValueError(
+                    f"input must have at least {MIN_QUERIES} tokens in each row with repair=True, which fits the kept "
+                    f"entries to their queries, got {seen}. Use repair=False for short texts"
+                )
+
 
 @dataclass(frozen=True)
 class SelectedEntries:
@@ -69,6 +84,7 @@ class SelectedEntries:
             measured.
         state: state of stateful weights for the next eviction.
         other_layers: which entries of other layers are kept; None if the layers do not share one budget.
+        repair_errors: held-out errors before and after the repair, see `Repair`; None without repair.
 
     """
 
@@ -78,6 +94,7 @@ class SelectedEntries:
     capacity: Tensor | None = None
     state: WeightState | None = None
     other_layers: GlobalSelection | None = None
+    repair_errors: Tensor | None = None
 
 
 def plan_eviction(
@@ -200,6 +217,16 @@ def select_entries(
     )
 
 
+def repair_selection(selection: SelectedEntries, stats: AttentionStats, *, refit_values: bool) -> SelectedEntries:
+    """Repair the selected entries; see `repair_entries`."""
+    if selection.kept is None:
+        return selection
+    repair = repair_entries(stats, selection.kept, refit_values=refit_values)
+    columns = {**selection.entries.columns, LOGIT_BIAS: repair.logit_bias}
+    entries = replace(selection.entries, values=repair.values, columns=columns)
+    return replace(selection, entries=entries, repair_errors=repair.errors)
+
+
 def _rows_that_evict(plan: EvictionPlan, settings: CacheSettings) -> list[bool]:
     """Return which rows select entries.
 
@@ -244,7 +271,8 @@ def copy_entries(
             kept = order.gather(2, kept.clamp_min(0)).where(kept >= 0, -1)
             columns = {name: torch.empty_like(x).scatter_(2, order, x) for name, x in columns.items()}
         return state.storage.keep(kept, columns)
-    reused = None if config.per_head or settings.rerotate or state.has_holes else state.storage
+    changes_entries = settings.rerotate or settings.repair
+    reused = None if config.per_head or changes_entries or state.has_holes else state.storage
     if reused is not None and reused.can_compact_in_place(selection.kept, selection.counts):
         return None
     return config.store_kept(selection.entries, selection.kept, selection.counts, query_sizes)
@@ -324,11 +352,18 @@ def commit_eviction(
             state.rows, plan.allowed, plan.windows, plan.is_due, _rows_that_evict(plan, settings), strict=True
         )
     )
-    state = replace(state, storage=storage, rows=rows, num_appended=0, capacity=selection.capacity)
+    state = replace(
+        state,
+        storage=storage,
+        rows=rows,
+        num_appended=0,
+        capacity=selection.capacity,
+        repair_errors=selection.repair_errors if selection.kept is not None else state.repair_errors,
+    )
     if selection.kept is None:
         return state
     queries = state.queries.right_aligned() if state.has_holes else state.queries
-    if settings.policy.weights.num_queries_needed is None:
+    if settings.num_queries_needed is None:
         # The rows that have evicted no longer need older queries.
         queries = queries.newest(max(row.num_appended for row in rows))
     return replace(

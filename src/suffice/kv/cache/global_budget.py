@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -49,6 +50,21 @@ class GlobalBudget:
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
         self._storages: dict[int, PerHeadStorage] = {}
+        self._decided: dict[int, Tensor] | None = None
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether it is known which entries each layer keeps in the end."""
+        return self._decided is not None
+
+    @contextlib.contextmanager
+    def decided(self) -> Generator[None]:
+        """Have each layer keep the entries that it holds now, when it selects entries of the same prompt again."""
+        self._decided = {layer: storage.positions for layer, storage in self._storages.items()}
+        try:
+            yield
+        finally:
+            self._decided = None
 
     def priorities(self, policy: Policy, objective: Objective, budget: LayerBudget, request: BudgetRequest) -> Tensor:
         """Return the priority of each entry of a layer.
@@ -88,6 +104,11 @@ class GlobalBudget:
             sharding: how the heads of the layers are split over processes; None if this process has all heads.
 
         """
+        if self._decided is not None:
+            positions = self._decided[layer]
+            # Without holes, the entries of a row are those of its tokens, right-aligned.
+            num_padding = (layer_priorities == -torch.inf).sum(-1, keepdim=True)
+            return GlobalSelection((positions + num_padding).where(positions >= 0, -1))
         is_kept = torch.zeros_like(layer_priorities, dtype=torch.bool)
         others = {index: storage for index, storage in self._storages.items() if index != layer}
         masks: dict[int, list[Tensor]] = {index: [] for index in others}

@@ -27,13 +27,14 @@ from suffice.kv.cache.eviction import (
     commit_eviction,
     copy_entries,
     plan_eviction,
+    repair_selection,
     select_entries,
     validate_eviction,
 )
 from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.memory import LayerShape, MemoryPlan
 from suffice.kv.cache.recent_queries import RecentQueries
-from suffice.kv.cache.report import HeadReport
+from suffice.kv.cache.report import HeadReport, describe_repairs
 from suffice.kv.cache.settings import CacheSettings
 from suffice.kv.cache.state import LayerState
 from suffice.kv.hf.offload import materialized_weight
@@ -209,6 +210,8 @@ class CompressedLayer(DynamicLayer):
             max_readable=self.max_readable,
             memory=self._memory,
         )
+        if self.settings.repair and self._plan is not None:
+            self._plan.check_repair()
         if self.order == 0 and self._looks_like_a_second_chunk(num_new):
             warnings.warn(_CHUNKS_ARE_KEPT, stacklevel=2)
         self._new_positions = state.new_positions(num_new, padding, self.device)
@@ -278,7 +281,7 @@ class CompressedLayer(DynamicLayer):
             if self.on_attention is not None:
                 self.on_attention(self, call)
             if self.settings.evict_always:
-                needed = self.settings.policy.weights.num_queries_needed
+                needed = self.settings.num_queries_needed
                 needed = None if needed is None else max(1, needed)
                 if self._memory is not None and call.query.shape[2] == 1:
                     needed = min(needed or self._memory.num_queries, self._memory.num_queries)
@@ -349,7 +352,7 @@ class CompressedLayer(DynamicLayer):
         queries, positions = remembered.join()
         num_queries = queries.shape[2]
         counts = [row.num_appended + state.num_appended for row in state.rows]
-        if self.settings.policy.weights.num_queries_needed is None and min(counts) < num_queries:
+        if self.settings.num_queries_needed is None and min(counts) < num_queries:
             # Rows evict at different times. A row needs only the queries since its own last eviction.
             age = torch.arange(num_queries - 1, -1, -1, device=positions.device)
             positions = positions.masked_fill(age >= async_tensor(counts, positions.device)[:, None], -1)
@@ -372,6 +375,9 @@ class CompressedLayer(DynamicLayer):
         except ValueError:
             check_finite(entries, self.index)  # NaN causes other errors first, which do not name the layer
             raise
+        if self.settings.repair and (self.global_budget is None or self.global_budget.is_decided):
+            # Entries that are quantized already stay as they are.
+            selection = repair_selection(selection, stats, refit_values=not isinstance(self.storage, QuantizedStorage))
         is_quantized = plan.storage.bits is not None
         query_sizes = self.query_sizes(call) if is_quantized and self.storage is None else None
         storage = copy_entries(plan, selection, self.state, self.settings, query_sizes)
@@ -405,6 +411,7 @@ class CompressedLayer(DynamicLayer):
             output_weight=self.output_weight(),
             rotary=self._rotary,
             state=replace(self.state.weight_state, attention_received=entries.columns.get("attention_received")),
+            logit_bias=entries.logit_bias,
             replay_scores=self._replay_scores(call),
             context=LayerContext(self.order, self.settings.num_layers, self.settings.max_entries, sharding),
             # If processes share the heads, an error must stop all of them at the same step: check immediately.
@@ -557,6 +564,7 @@ class CompressedLayer(DynamicLayer):
         capacity = self.state.capacity
         shares = [None] * heads if capacity is None else capacity.mean(0).tolist()
         errors = [error or (None, None) for error in self.storage.quantization_errors]
+        repairs = [None] * heads if self.state.repair_errors is None else describe_repairs(self.state.repair_errors)
         return [
             HeadReport(
                 layer=self.index,
@@ -569,6 +577,7 @@ class CompressedLayer(DynamicLayer):
                 bits=self.storage.bits,
                 key_error=errors[head][0],
                 value_error=errors[head][1],
+                repair=repairs[head],
             )
             for head in range(heads)
         ]

@@ -39,7 +39,7 @@ def make_layer(stock: Any, *, has_readers: bool, window: int | None, **arguments
     return HybridCompressedLayer(stock.number_of_states, **arguments)
 
 
-def check_latents(model: PreTrainedModel, policy: Policy) -> None:
+def check_latents(model: PreTrainedModel, policy: Policy, *, repair: bool) -> None:
     """Raise an error if a cache of latents, which all heads share, does not support a setting.
 
     Raises:
@@ -52,11 +52,32 @@ def check_latents(model: PreTrainedModel, policy: Policy) -> None:
             f"allocation must give each layer a budget of its own for {name}, which caches latents that all heads "
             f"share, got {policy.allocation}. Use 'profile' or 'equal'"
         )
+    if repair:
+        raise ValueError(f"repair must be False for {name}, whose heads share cached latents, got True")
     if Sharding.from_model(model) is not None:
         raise ValueError(f"{name} must not be tensor-parallel, because its heads share cached latents, got one that is")
 
 
-def check_sliding(model: PreTrainedModel, policy: Policy, *, rerotate: bool) -> None:
+def check_repair(policy: Policy, *, rerotate: bool) -> None:
+    """Raise an error if the kept entries cannot be repaired with some settings.
+
+    Raises:
+        ValueError: the policy keeps all entries, or it drops entries of a layer after the eviction in that layer; or
+            the keys are rotated.
+
+    """
+    if policy.keep_all:
+        raise ValueError(f"repair must be False with policy {policy.name!r}, which keeps all entries, got True")
+    if policy.allocation.is_global and not policy.replay_kinds:
+        raise ValueError(
+            f"repair must be False with allocation {policy.allocation}, which drops entries of a layer after it was "
+            "repaired, got True. Use allocation 'profile', or a policy with a replay"
+        )
+    if rerotate:
+        raise ValueError("repair must be False with rerotate=True, which changes the keys after the repair, got True")
+
+
+def check_sliding(model: PreTrainedModel, policy: Policy, *, rerotate: bool, repair: bool) -> None:
     """Raise an error if a setting is not supported for layers with a sliding window.
 
     Raises:
@@ -69,5 +90,7 @@ def check_sliding(model: PreTrainedModel, policy: Policy, *, rerotate: bool) -> 
             f"allocation must give each layer a budget of its own {where}, got {policy.allocation}. Use 'profile' or "
             "'equal'"
         )
+    if repair:
+        raise ValueError(f"repair must be False {where}, got True: the entries that it replaces leave the window")
     if rerotate:
         raise ValueError(f"rerotate must be False {where}, got True: the window refers to the original positions")

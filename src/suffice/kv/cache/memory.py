@@ -30,6 +30,7 @@ from torch import nn
 from suffice.kv.budget.allocation import AdaKV, Equal
 from suffice.kv.budget.protection import Protection
 from suffice.kv.policy.policy import Policy
+from suffice.kv.policy.repair import NUM_QUERIES
 from suffice.kv.storage.base import num_spare_slots
 from suffice.kv.storage.quantization import Quantization
 from suffice.kv.storage.quantized import NUM_SINKS
@@ -187,6 +188,7 @@ class MemoryBudget:
         evict_always: whether evictions continue after the prefill. Otherwise, the limit holds after the prefill only.
         bits: number of bits of keys and of values; None to choose them.
         interval: number of generated tokens between evictions; None to choose it.
+        repair: whether entries are repaired.
 
     """
 
@@ -196,6 +198,7 @@ class MemoryBudget:
     evict_always: bool
     bits: tuple[int, int] | None = None
     interval: int | None = None
+    repair: bool = False
 
     def bytes_of_row(self, full_bytes: int, num_parts: int) -> int:
         """Return the bytes that one row of a layer may take.
@@ -297,10 +300,10 @@ class _Division:
         self._budget, self._shape, self._num_tokens = budget, shape, num_tokens
         weights = budget.policy.weights
         keeps_attention = budget.evict_always and weights.is_stateful
-        self._index_bytes = 4 * (1 + keeps_attention + budget.policy.allocation.is_global)
+        self._index_bytes = 4 * (1 + keeps_attention + budget.policy.allocation.is_global + budget.repair)
         self._slot_bytes = (shape.key_dim + shape.value_dim) * shape.element_size + self._index_bytes
-        # Means and scales of keys, sums of errors, and the capacity.
-        self._head_bytes = 2 * shape.key_dim * shape.element_size + 20
+        # Means and scales of keys, sums of errors, the capacity, and the errors of a repair.
+        self._head_bytes = 2 * shape.key_dim * shape.element_size + 20 + 8 * budget.repair
         self._state_bytes = len(weights.half_lives) * (8 * shape.scored_query_dim + 12) if budget.evict_always else 0
 
         def share(part: float, bytes_per_item: float, maximum: int) -> int:
@@ -314,7 +317,7 @@ class _Division:
             entry_bytes = shape.num_heads * (self._entry_bytes((5, 4)))
             self.interval = budget.interval or share(_INTERVAL_SHARE, entry_bytes, _MAX_INTERVAL)
             needed = weights.num_queries_needed
-            needed = _MAX_QUERIES if needed is None else max(1, needed)
+            needed = _MAX_QUERIES if needed is None else max(1, needed, NUM_QUERIES * budget.repair)
             self._num_queries = share(_QUERY_SHARE, 2 * (shape.query_bytes + 8), needed)
 
     def _entry_bytes(self, bits: tuple[int, int]) -> int:

@@ -84,7 +84,7 @@ def check_window(inputs: Mapping[str, Any], num_held: int, window: int) -> None:
 
 
 def find_rotary_embeddings(
-    model: PreTrainedModel, layers: Sequence[int], policy: Policy, *, rerotate: bool
+    model: PreTrainedModel, layers: Sequence[int], policy: Policy, *, rerotate: bool, repair: bool
 ) -> dict[int, RotaryEmbedding | str | None]:
     """Return the rotary embedding of each layer, as `CompressedLayer` takes it. It is measured only if it is needed.
 
@@ -93,6 +93,8 @@ def find_rotary_embeddings(
 
     """
     if not rerotate and not policy.needs_rotary:
+        if repair:
+            return _known_rotary_embeddings(model, layers)
         return dict.fromkeys(layers, "`needs_rotary` of weights or directions that use it must return True")
     if rerotate:
         refused = f"rerotate must be False for {type(model).__name__}, got True"
@@ -115,6 +117,16 @@ def find_rotary_embeddings(
         if found is not None and policy.weights.needs_rotary and not found.rotates_queries:
             raise ValueError(f"{refused}: in layer {layer}, queries are not rotated as keys are")
     return {layer: encoding.rotary.get(layer) for layer in layers}
+
+
+def _known_rotary_embeddings(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, RotaryEmbedding | str | None]:
+    """Return the rotary embedding of each layer, or why it is not known."""
+    encoding = probe_positions(model)
+    if encoding.error is not None:
+        return dict.fromkeys(layers, encoding.error)
+    if not encoding.is_rotary:
+        return dict.fromkeys(layers)
+    return {layer: encoding.rotary.get(layer, "no keys were recorded") for layer in layers}
 
 
 def max_rerotated_entries(window: int, budget: float) -> int:

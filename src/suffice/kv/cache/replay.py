@@ -248,6 +248,24 @@ class Recording:
             free: free the entries of each layer as soon as the cache has evicted in it.
 
         """
+        budget = cache.compressed_layers[0].global_budget
+        if cache.settings.repair and budget is not None:
+            # Entries can only be repaired when it is known which ones all layers keep in the end.
+            self._fill_compressed(cache, scores, inputs, free=False)
+            with budget.decided():
+                cache.reset()
+                self._fill_compressed(cache, scores, inputs, free=free)
+        else:
+            self._fill_compressed(cache, scores, inputs, free=free)
+        for index, (source, target) in enumerate(zip(self.cache.layers, cache.layers, strict=True)):
+            if has_linear_states(source):
+                copy_states([source], target)
+            elif not isinstance(source, CompressedLayer):
+                cache.layers[index] = source if free else copy.deepcopy(source)
+
+    def _fill_compressed(
+        self, cache: CompressedCache, scores: dict[int, PromptScores], inputs: dict[str, Tensor], *, free: bool
+    ) -> None:
         with _forward_pass(cache, self._decoder, inputs):
             for source, target in zip(self.cache.compressed_layers, cache.compressed_layers, strict=True):
                 assert source.storage is not None
@@ -268,11 +286,6 @@ class Recording:
                 target.post_attention(call, None)
                 if free:
                     source.free()
-        for index, (source, target) in enumerate(zip(self.cache.layers, cache.layers, strict=True)):
-            if has_linear_states(source):
-                copy_states([source], target)
-            elif not isinstance(source, CompressedLayer):
-                cache.layers[index] = source if free else copy.deepcopy(source)
 
 
 def _repeated_mask(part: ReplayInput, mask: Tensor | None) -> Tensor | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
 
 from suffice.kv.storage.base import Storage
 from suffice.kv.storage.quantization import Bits, format_bits, shortest_bits
@@ -12,6 +15,24 @@ from suffice.kv.storage.quantization import Bits, format_bits, shortest_bits
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
+
+
+@dataclass(frozen=True)
+class HeadRepair:
+    """Repair of the kept entries of one KV head.
+
+    Args:
+        is_kept: whether the head has kept the repair, in at least one row.
+        error_before: relative error of the outputs of held-out queries before the repair: root of the sum of the
+            squared errors over that of the squared lengths, averaged over rows. None if the head kept all entries, or
+            if there were too few queries.
+        error_after: the same after the repair.
+
+    """
+
+    is_kept: bool
+    error_before: float | None
+    error_after: float | None
 
 
 @dataclass(frozen=True)
@@ -31,6 +52,7 @@ class HeadReport:
             sum of the squared lengths. The mean key of the head is subtracted from the keys first. The error covers all
             entries that were quantized, including those that were evicted later. None if no entry was quantized.
         value_error: the same for values, from which no mean is subtracted.
+        repair: repair of the kept entries; None if they were not repaired.
 
     """
 
@@ -44,6 +66,7 @@ class HeadReport:
     bits: tuple[int, int] | None = None
     key_error: float | None = None
     value_error: float | None = None
+    repair: HeadRepair | None = None
 
 
 class ReportedLayer(Protocol):
@@ -89,6 +112,10 @@ class CacheReport:
         capacity_retained: share of the capacity that the kept entries carry, averaged over layers, heads and rows; None
             if it was not measured.
         bytes_limit: limit on the sum of `bytes_kept` and `bytes_index`; None for no limit.
+        heads_repaired: number of heads that have kept the repair of their entries; None without repair.
+        repair_error_before: relative error of the outputs of held-out queries before the repair, averaged over heads;
+            None without repair.
+        repair_error_after: the same after the repair.
 
     """
 
@@ -100,6 +127,9 @@ class CacheReport:
     bytes_index: int
     capacity_retained: float | None
     bytes_limit: int | None = None
+    heads_repaired: int | None = None
+    repair_error_before: float | None = None
+    repair_error_after: float | None = None
 
     @classmethod
     def from_layers(cls, policy: str, layers: Sequence[ReportedLayer], bytes_uncompressed: int = 0) -> CacheReport:
@@ -113,6 +143,7 @@ class CacheReport:
         """
         heads = tuple(head for layer in layers for head in layer.head_reports())
         shares = [share for head in heads if (share := head.capacity_retained) is not None]
+        repairs = [repair for head in heads if (repair := head.repair) is not None]
         storages = [layer.storage for layer in layers if layer.storage is not None]
         limits = [limit for layer in layers if (limit := layer.bytes_limit) is not None]
         return cls(
@@ -122,8 +153,11 @@ class CacheReport:
             bytes_full=bytes_uncompressed + sum(layer.bytes_full for layer in layers),
             bytes_kept=bytes_uncompressed + sum(storage.nbytes for storage in storages),
             bytes_index=sum(storage.nbytes_index for storage in storages) + sum(layer.bytes_state for layer in layers),
-            capacity_retained=sum(shares) / len(shares) if shares else None,
+            capacity_retained=_mean(shares),
             bytes_limit=bytes_uncompressed + sum(limits) if len(limits) == len(layers) else None,
+            heads_repaired=sum(repair.is_kept for repair in repairs) if repairs else None,
+            repair_error_before=_mean([error for repair in repairs if (error := repair.error_before) is not None]),
+            repair_error_after=_mean([error for repair in repairs if (error := repair.error_after) is not None]),
         )
 
     @property
@@ -180,6 +214,8 @@ class CacheReport:
         if not self.heads:
             return "no tokens seen yet"
         share = "" if self.capacity_retained is None else f", {self.capacity_retained:.1%} of the capacity"
+        if self.heads_repaired is not None:
+            share += f", {self.heads_repaired} of {len(self.heads)} heads repaired"
         if self.bytes_limit is not None:
             share += f", {(self.bytes_kept + self.bytes_index) / 1e6:.1f} of {self.bytes_limit / 1e6:.1f} MB allowed"
         bits = sorted({head.bits for head in self.heads if head.bits and head.key_error is not None}, reverse=True)
@@ -188,6 +224,25 @@ class CacheReport:
             f"{self.tokens_kept:.0f} of {self.tokens_seen} tokens{stored}, "
             f"{self.bytes_kept / 1e6:.1f} of {self.bytes_full / 1e6:.1f} MB{share}"
         )
+
+
+def describe_repairs(errors: Tensor) -> list[HeadRepair]:
+    """Return the repair of each head.
+
+    Args:
+        errors: errors before and after the repair, see `suffice.kv.policy.repair.Repair`.
+
+    """
+    is_kept = (errors[..., 1] < errors[..., 0]).any(0).tolist()
+    means = errors.nanmean(0).tolist()
+    return [
+        HeadRepair(kept, *(None if math.isnan(error) else error for error in mean))
+        for kept, mean in zip(is_kept, means, strict=True)
+    ]
+
+
+def _mean(numbers: Sequence[float]) -> float | None:
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def stored_bits(report: CacheReport) -> Bits | None:

@@ -103,6 +103,7 @@ def save_cache(layers: Sequence[Any], settings: CacheSettings, model: PreTrained
             "rerotate": settings.rerotate,
             "measure_capacity": settings.measure_capacity,
             **_memory_options(settings),
+            **({"repair": True} if settings.repair else {}),
         },
         "layers": layer_states,
     }
@@ -203,8 +204,8 @@ def _compressed_state(layer: CompressedLayer) -> tuple[dict[str, Tensor], dict[s
     state = layer.state
     assert state.storage is not None
     tensors = {f"{_STORAGE_PREFIX}{name}": x for name, x in state.storage.state_dict().items()}
-    if state.capacity is not None:
-        tensors["capacity"] = state.capacity
+    optional = {"capacity": state.capacity, "repair_errors": state.repair_errors}
+    tensors |= {name: x for name, x in optional.items() if x is not None}
     if len(state.queries):
         tensors["queries"], tensors["query_positions"] = state.queries.join()
     for half_life, moments in state.weight_state.query_moments.items():
@@ -238,6 +239,7 @@ def _restore_compressed(layer: CompressedLayer, tensors: dict[str, Tensor], reco
         num_appended=record["num_appended"],
         has_evicted=record["has_evicted"],
         capacity=tensors.get("capacity"),
+        repair_errors=tensors.get("repair_errors"),
         queries=RecentQueries((tensors["queries"],), (tensors["query_positions"],))
         if "queries" in tensors
         else RecentQueries(),

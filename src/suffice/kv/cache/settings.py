@@ -11,6 +11,7 @@ from suffice.kv.budget.protection import Protection
 from suffice.kv.cache.memory import MemoryBudget
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.policy import Policy
+from suffice.kv.policy.repair import NUM_QUERIES
 from suffice.kv.storage.base import Entries, Storage
 from suffice.kv.storage.quantization import Quantization
 from suffice.kv.storage.quantized import QuantizedStorage
@@ -84,6 +85,7 @@ class CacheSettings:
         max_entries: largest number of entries that a head may keep; None for no limit.
         memory: limit on the bytes, from which the number of entries, the interval and the bits follow; None if `budget`
             is given.
+        repair: repair the kept entries after an eviction.
 
     """
 
@@ -99,3 +101,10 @@ class CacheSettings:
     sharding: Sharding | None = None
     max_entries: int | None = None
     memory: MemoryBudget | None = None
+    repair: bool = False
+
+    @property
+    def num_queries_needed(self) -> int | None:
+        """Number of newest queries that an eviction needs; None for all since the last eviction."""
+        needed = self.policy.weights.num_queries_needed
+        return needed if needed is None or not self.repair else max(needed, NUM_QUERIES)

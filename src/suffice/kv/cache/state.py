@@ -71,6 +71,8 @@ class LayerState:
         has_evicted: whether entries were evicted.
         capacity: share of the capacity that the kept entries carry, [batch, num_key_value_heads]; None if it was not
             measured.
+        repair_errors: held-out errors before and after the last repair, see `suffice.kv.policy.repair.Repair`; None
+            without repair.
         queries: the newest queries that the weights of the policy need. If the weights need all queries since the last
             eviction, each row needs those since its own last eviction.
         has_holes: whether masked tokens follow other tokens in the storage. If so, their slots are moved to the front
@@ -85,6 +87,7 @@ class LayerState:
     num_appended: int = 0
     has_evicted: bool = False
     capacity: Tensor | None = None
+    repair_errors: Tensor | None = None
     queries: RecentQueries = field(default_factory=RecentQueries)
     has_holes: bool = False
     weight_state: WeightState = field(default_factory=WeightState)
@@ -94,8 +97,7 @@ class LayerState:
         """Bytes of queries, moments and capacities, without the storage."""
         moments = self.weight_state.query_moments.values()
         tensors = [x for own in moments for x in (own.weight, own.count, own.mean, own.square)]
-        if self.capacity is not None:
-            tensors.append(self.capacity)
+        tensors += [x for x in (self.capacity, self.repair_errors) if x is not None]
         return sum(x.nbytes for x in (*self.queries.parts, *self.queries.positions, *tensors))
 
     @property
@@ -226,7 +228,12 @@ class LayerState:
         return replace(
             self,
             rows=tuple(self.rows[row] for row in index.tolist()),
-            capacity=None if self.capacity is None else self.capacity.index_select(0, index.to(self.capacity.device)),
+            capacity=_select(self.capacity, index),
+            repair_errors=_select(self.repair_errors, index),
             queries=self.queries.select_rows(index),
             weight_state=self.weight_state.select_rows(index),
         )
+
+
+def _select(x: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if x is None else x.index_select(0, index.to(x.device))

@@ -23,25 +23,30 @@ class DecodePlan:
     after the plan was made.
 
     Args:
-        items: int32 [parts, 4], one row for each part: index of the head in the batch (row · kv_heads + head); index of
-            the first entry; number of entries, −1 for all entries up to the newest; and index of the first entry in the
-            tail, −1 for a part of the packed entries. The parts of a head are consecutive, and the last one ends at the
-            newest token.
+        items: int32 [parts, 5], one row for each part: index of the head in the batch (row · kv_heads + head); index of
+            the first entry; number of entries, −1 for all entries up to the newest; index of the first entry in the
+            tail, −1 for a part of the packed entries; and index of the first entry among the packed entries of all
+            heads. The parts of a head are consecutive, and the last one ends at the newest token.
         spans: int32 [batch * kv_heads + 1], index of the first part of each head, followed by the number of parts.
+        bias: numbers that are added to the logits of the packed entries, float32 [packed]; None if there are none.
 
     """
 
     items: Tensor
     spans: Tensor
+    bias: Tensor | None = None
 
     @classmethod
-    def from_heads(cls, packed: list[tuple[int, int]], tail_length: int, device: torch.device) -> DecodePlan:
+    def from_heads(
+        cls, packed: list[tuple[int, int]], tail_length: int, device: torch.device, bias: Tensor | None = None
+    ) -> DecodePlan:
         """Divide heads into parts.
 
         Args:
             packed: index of the first entry and number of packed entries of each head, row by row.
             tail_length: number of entries in the tail, which may be longer when the plan is used.
             device: device of the plan.
+            bias: see `DecodePlan`.
 
         """
         first, sizes = np.asarray(packed, dtype=np.int64).T
@@ -60,8 +65,10 @@ class DecodePlan:
         start = first[head] + np.where(in_tail, sizes[head] + tail_start, number * part)
         size = np.where(in_tail, part, np.minimum(part, sizes[head] - number * part))
         size[ends - 1] = -1
-        items = torch.from_numpy(np.stack((head, start, size, tail_start), axis=1).astype(np.int32))
+        packed_start = (sizes.cumsum() - sizes)[head] + number * part
+        items = torch.from_numpy(np.stack((head, start, size, tail_start, packed_start), axis=1).astype(np.int32))
         return cls(
             items.to(device, non_blocking=True),
             torch.from_numpy(spans.astype(np.int32)).to(device, non_blocking=True),
+            bias,
         )

@@ -76,6 +76,7 @@ def decode(
         keys,
         values,
         positions,
+        keys if plan.bias is None else plan.bias,  # not read without a bias
         plan.items,
         partial,
         maxima,
@@ -86,6 +87,7 @@ def decode(
         tail,
         *query.stride()[:2],
         SOFTCAP=softcap is not None,
+        BIASED=plan.bias is not None,
         GROUP=group,
         DIM=dim,
         VALUE_DIM=value_dim,
@@ -182,11 +184,13 @@ def attend_to_entries(
     keys: "Any",
     values: "Any",
     positions: "Any",
+    bias: "Any",
     num_entries: "Any",
     scaling: "Any",
     softcap: "Any",
     SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
+    BIASED: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -218,6 +222,8 @@ def attend_to_entries(
         logits = precise_dot(q, k, tl.zeros((BLOCK_G, BLOCK_N), tl.float32)) * scaling
         if SOFTCAP:
             logits = cap_logits(logits, softcap)
+        if BIASED:
+            logits += tl.load(bias + offs_n, mask=mask_n, other=0.0)[None, :]
         logits = tl.where(mask_n[None, :], logits, float("-inf"))
         running_max, running_sum, decay, weights = update_softmax(running_max, running_sum, logits)
         acc = precise_dot(weights.to(v.dtype), v, acc * decay[:, None])
@@ -230,6 +236,7 @@ def attention_parts_kernel(
     keys: "Any",
     values: "Any",
     positions: "Any",
+    bias: "Any",
     items: "Any",
     partial: "Any",
     maxima: "Any",
@@ -241,6 +248,7 @@ def attention_parts_kernel(
     query_stride_batch: "Any",
     query_stride_head: "Any",
     SOFTCAP: tl.constexpr,
+    BIASED: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -251,10 +259,11 @@ def attention_parts_kernel(
 ):
     """Compute the attention of one GQA group over one part."""
     part = tl.program_id(0).to(tl.int64)
-    row_and_head = tl.load(items + part * 4).to(tl.int64)
-    first = tl.load(items + part * 4 + 1).to(tl.int64)
-    num_entries = tl.load(items + part * 4 + 2)
-    tail_start = tl.load(items + part * 4 + 3)
+    row_and_head = tl.load(items + part * 5).to(tl.int64)
+    first = tl.load(items + part * 5 + 1).to(tl.int64)
+    num_entries = tl.load(items + part * 5 + 2)
+    tail_start = tl.load(items + part * 5 + 3)
+    packed_start = tl.load(items + part * 5 + 4).to(tl.int64)
     row = row_and_head // kv_heads
     head = row_and_head % kv_heads
     offs_g = tl.arange(0, BLOCK_G)
@@ -271,11 +280,13 @@ def attention_parts_kernel(
             keys + first * DIM,
             values + first * VALUE_DIM,
             positions,
+            bias + packed_start,
             num_entries,
             scaling,
             softcap,
             SOFTCAP,
             False,
+            BIASED,
             DIM,
             VALUE_DIM,
             BLOCK_G,
@@ -289,11 +300,13 @@ def attention_parts_kernel(
             keys + first * DIM,
             values + first * VALUE_DIM,
             positions + row * tail + tail_start,
+            bias,
             tl.where(num_entries < 0, tail - tail_start, num_entries),
             scaling,
             softcap,
             SOFTCAP,
             True,
+            False,
             DIM,
             VALUE_DIM,
             BLOCK_G,

@@ -63,6 +63,9 @@ def decode_quantized(
     query = contiguous_rows(query)
     keys, values = _contiguous_heads(exact.keys), _contiguous_heads(exact.values)
     positions = contiguous_rows(exact.positions)
+    # Without a bias, these are not read.
+    exact_bias = positions if exact.logit_bias is None else contiguous_rows(exact.logit_bias)
+    quantized_bias = exact_bias if quantized.logit_bias is None else quantized.logit_bias
     batch, heads, head_dim = query.shape
     kv_heads, width, value_dim = values.shape[1:]
     group = heads // kv_heads
@@ -80,6 +83,8 @@ def decode_quantized(
         keys,
         values,
         positions,
+        exact_bias,
+        quantized_bias,
         rotated,
         of_mean,
         quantized.keys.codes,
@@ -98,7 +103,9 @@ def decode_quantized(
         *keys.stride()[:2],
         *values.stride()[:2],
         *positions.stride()[:2],
+        *exact_bias.stride()[:2],
         SOFTCAP=softcap is not None,
+        BIASED=quantized.logit_bias is not None,
         GROUP=group,
         DIM=head_dim,
         VALUE_DIM=value_dim,
@@ -245,10 +252,12 @@ def _attend_to_quantized(
     key_scales: "Any",
     value_codes: "Any",
     value_scales: "Any",
+    bias: "Any",
     num_entries: "Any",
     scaling: "Any",
     softcap: "Any",
     SOFTCAP: tl.constexpr,
+    BIASED: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KEY_BITS: tl.constexpr,
@@ -297,18 +306,31 @@ def _attend_to_quantized(
         logits = (products + of_mean[:, None]) * scaling
         if SOFTCAP:
             logits = cap_logits(logits, softcap)
+        if BIASED:
+            logits += tl.load(bias + offs_n, mask=mask_n, other=0.0)[None, :]
         logits = tl.where(mask_n[None, :], logits, float("-inf"))
         running_max, running_sum, decay, weights = update_softmax(running_max, running_sum, logits)
         acc = precise_dot(weights.to(v.dtype), v, acc * decay[:, None])
     return running_max, running_sum, acc
 
 
-@triton.jit(do_not_specialize=["kv_heads", "width", "position_stride_batch", "position_stride_head"])
+@triton.jit(
+    do_not_specialize=[
+        "kv_heads",
+        "width",
+        "position_stride_batch",
+        "position_stride_head",
+        "bias_stride_batch",
+        "bias_stride_head",
+    ]
+)
 def quantized_parts_kernel(
     query: "Any",
     keys: "Any",
     values: "Any",
     positions: "Any",
+    exact_bias: "Any",
+    quantized_bias: "Any",
     rotated: "Any",
     of_mean: "Any",
     key_codes: "Any",
@@ -331,7 +353,10 @@ def quantized_parts_kernel(
     value_stride_head: "Any",
     position_stride_batch: "Any",
     position_stride_head: "Any",
+    bias_stride_batch: "Any",
+    bias_stride_head: "Any",
     SOFTCAP: tl.constexpr,
+    BIASED: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -353,9 +378,9 @@ def quantized_parts_kernel(
 ):
     """Compute the attention of one GQA group over one part: quantized entries, or all exact entries of a head."""
     part = tl.program_id(0).to(tl.int64)
-    row_and_head = tl.load(items + part * 4).to(tl.int64)
-    first = tl.load(items + part * 4 + 1).to(tl.int64)
-    num_entries = tl.load(items + part * 4 + 2)
+    row_and_head = tl.load(items + part * 5).to(tl.int64)
+    first = tl.load(items + part * 5 + 1).to(tl.int64)
+    num_entries = tl.load(items + part * 5 + 2)
     row = row_and_head // kv_heads
     head = row_and_head % kv_heads
     offs_g = tl.arange(0, BLOCK_G)
@@ -377,10 +402,12 @@ def quantized_parts_kernel(
             key_scales + first * (KEY_PADDED // KEY_GROUP_SIZE),
             value_codes + first * (VALUE_PADDED * VALUE_BITS // 8),
             value_scales + first * (VALUE_PADDED // VALUE_GROUP_SIZE),
+            quantized_bias + first,
             num_entries,
             scaling,
             softcap,
             SOFTCAP,
+            BIASED,
             BLOCK_G,
             BLOCK_N,
             KEY_BITS,
@@ -410,11 +437,13 @@ def quantized_parts_kernel(
             keys + row * key_stride_batch + head * key_stride_head,
             values + row * value_stride_batch + head * value_stride_head,
             positions + row * position_stride_batch + head * position_stride_head,
+            exact_bias + row * bias_stride_batch + head * bias_stride_head,
             width,
             scaling,
             softcap,
             SOFTCAP,
             True,
+            BIASED,
             DIM,
             VALUE_DIM,
             BLOCK_G,

@@ -41,6 +41,8 @@ class AttentionStats:
             if it is not known.
         state: state that stateful weights returned at the last eviction.
         context: position of the layer among the compressed layers, and the limits of its heads.
+        logit_bias: numbers that are added to the logits of the entries, float32 [batch, num_key_value_heads,
+            entries]; None if there are none.
         replay_scores: scores of the entries from a replay by kind (see `suffice.kv.policy.weights.replay`), each
             [batch, num_key_value_heads, entries].
         checks: records conditions that must hold, so that the caller can check all of them later. None checks each
@@ -64,6 +66,7 @@ class AttentionStats:
         rotary: RotaryEmbedding | str | None = None,
         state: WeightState | None = None,
         context: LayerContext | None = None,
+        logit_bias: Tensor | None = None,
         replay_scores: Mapping[str, Tensor] | None = None,
         checks: DeferredChecks | None = None,
         memo: dict[Any, Any] | None = None,
@@ -76,7 +79,7 @@ class AttentionStats:
         self.batch_size, self.num_key_value_heads, self.num_entries, self.head_dim = keys.shape
         self.num_queries = queries.shape[2]
         self.num_key_value_groups = queries.shape[1] // self.num_key_value_heads
-        self.replay_scores = replay_scores or {}
+        self.logit_bias, self.replay_scores = logit_bias, replay_scores or {}
         self._output_weight, self._checks = output_weight, checks
         self._given = given = positions or EntryPositions()
         # If entries are all tokens seen so far, the number of valid entries of each row is known without counting.
@@ -274,7 +277,7 @@ class AttentionStats:
                 return weights
             return weights * self.valid_queries[:, None, None, query_range, None]
         queries = self.group_heads(self.queries[:, :, query_range].float() * self.scaling).flatten(2, 3)
-        logits = self.cap_logits(queries @ self.keys32[:, :, :num_entries].mT)
+        logits = self.add_bias(self.cap_logits(queries @ self.keys32[:, :, :num_entries].mT))
         logits = logits.unflatten(2, (self.num_key_value_groups, -1))
         future = self._future_mask(query_range, num_entries)
         logits[..., num_entries - future.shape[-1] :].masked_fill_(future[:, :, None], -torch.inf)
@@ -311,6 +314,10 @@ class AttentionStats:
         """Return attention logits after the model's soft cap."""
         return cap_logits(logits, self.softcap)
 
+    def add_bias(self, logits: Tensor) -> Tensor:
+        """Add the bias of the first entries to logits [batch, num_key_value_heads, queries, entries]."""
+        return logits if self.logit_bias is None else logits + self.logit_bias[:, :, None, : logits.shape[-1]]
+
     def _softmax(self, logits: Tensor) -> Tensor:
         """Return the softmax of logits [batch, num_key_value_heads, num_key_value_groups, queries, entries]."""
         if self.sink_logits is None:
@@ -346,8 +353,8 @@ class AttentionStats:
 
     def _window_attention(self, window_size: int) -> Tensor:
         window_size = min(window_size, self.num_queries)
-        has_sinks = self.sink_logits is not None
-        if has_sinks or self.valid is not None or self.valid_queries is not None or self.attention is not None:
+        has_terms = self.sink_logits is not None or self.logit_bias is not None
+        if has_terms or self.valid is not None or self.valid_queries is not None or self.attention is not None:
             return self.window_attention_weights(window_size).mean((2, 3))
         queries = self.group_heads(self.queries[:, :, -window_size:].float() * self.scaling)
         future, readers = self._future_mask(slice(-window_size, None)), self._readers(slice(-window_size, None))
@@ -452,6 +459,14 @@ class AttentionStats:
         if isinstance(self._rotary, str):
             raise ValueError(f"the rotary embedding of layer {self.context.layer} is not known: {self._rotary}")
         return self._rotary
+
+    @property
+    def can_move_queries(self) -> bool:
+        """Whether the queries can be rotated to other positions, or do not depend on them."""
+        rotary = self._rotary
+        if isinstance(rotary, str):
+            return False
+        return rotary is None or (rotary.rotates_queries and not rotary.frequencies.depends_on_length)
 
     def unrotated_queries(self, count: int) -> Tensor:
         """Return the last `count` queries, rotated back to position 0, float32 [batch, heads, count, head_dim]."""

@@ -55,7 +55,7 @@ def _attention(stats: AttentionStats, count: int, min_distance: int) -> Tensor:
     latest = stats.query_positions.gather(1, indices) - min_distance  # last position that each query may read
     gathered = indices[:, None, :, None].expand(-1, stats.queries.shape[1], -1, stats.head_dim)
     queries = stats.group_heads(stats.queries.gather(2, gathered).float() * stats.scaling).flatten(2, 3)
-    logits = stats.cap_logits(queries @ stats.keys32.mT).unflatten(2, (stats.num_key_value_groups, -1))
+    logits = stats.add_bias(stats.cap_logits(queries @ stats.keys32.mT)).unflatten(2, (stats.num_key_value_groups, -1))
     too_near = stats.positions[:, :, None] > latest[:, None, :, None]
     is_masked = too_near if stats.valid is None else too_near | ~stats.valid[:, :, None]
     logits.masked_fill_(is_masked[:, :, None], -torch.inf)
@@ -82,7 +82,7 @@ def _attention_of_complete_rows(stats: AttentionStats, count: int, min_distance:
         queries = stats.group_heads(selected.float() * stats.scaling).flatten(2, 3)
         # Queries ascend: all queries of the block may read entries up to latest[0], and none reads after latest[-1].
         first, columns = latest[0] + 1, latest[-1] + 1
-        logits = stats.cap_logits(queries @ stats.keys32[:, :, :columns].mT)
+        logits = stats.add_bias(stats.cap_logits(queries @ stats.keys32[:, :, :columns].mT))
         too_near = torch.arange(first, columns, device=stats.device) > async_tensor(latest, stats.device)[:, None]
         masked = logits.unflatten(2, (stats.num_key_value_groups, -1))[..., first:]
         masked.masked_fill_(too_near, -torch.inf)

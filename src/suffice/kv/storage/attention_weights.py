@@ -25,6 +25,7 @@ def weights_over_entries(call: AttentionCall, entries: Entries, scaling: float) 
         call.query.unflatten(1, (heads, -1)),
         entries.keys[:, :, None],
         readable[:, :, None],
+        bias=None if entries.logit_bias is None else entries.logit_bias[:, :, None, None],
         scaling=scaling,
         softcap=call.softcap,
         sink_logits=None if call.sink_logits is None else call.sink_logits.view(heads, -1, 1, 1),

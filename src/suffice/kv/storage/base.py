@@ -13,7 +13,9 @@ from torch import Tensor
 from suffice.kv.attention.call import AttentionCall
 from suffice.kv.backend.torch_backend import TorchBackend
 
-NEW_COLUMN_VALUES = {"attention_received": 0.0, "priority": float("nan")}
+LOGIT_BIAS = "logit_bias"
+"""Name of the column of numbers that are added to the logits of repaired entries."""
+NEW_COLUMN_VALUES = {"attention_received": 0.0, "priority": float("nan"), LOGIT_BIAS: 0.0}
 """Value of a newly appended entry in each column; a NaN priority marks an entry that has not been scored yet."""
 _COLUMN_PREFIX = "columns."
 
@@ -38,6 +40,11 @@ class Entries:
     positions: Tensor
     rope_positions: Tensor | None = None
     columns: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """Numbers that are added to the logits, [batch, num_key_value_heads, width]; None if there are none."""
+        return self.columns.get(LOGIT_BIAS)
 
     def right_aligned(self) -> Entries:
         """Return copies in which the slots without an entry come first in every head."""

@@ -15,7 +15,7 @@ from suffice.kv.attention.call import AttentionCall
 from suffice.kv.attention.quantized_attention import ExactEntries
 from suffice.kv.backend.torch_backend import TorchBackend
 from suffice.kv.storage.attention_weights import weights_over_entries
-from suffice.kv.storage.base import Entries, all_finite, pack_columns, unpack_columns
+from suffice.kv.storage.base import LOGIT_BIAS, Entries, all_finite, pack_columns, unpack_columns
 from suffice.kv.storage.per_head import PerHeadStorage
 from suffice.kv.storage.quantization import Quantization
 from suffice.kv.storage.quantized_entries import QuantizedEntries
@@ -211,7 +211,7 @@ class QuantizedStorage(PerHeadStorage):
         output = backend.quantized_attention(
             call.query,
             self.quantized,
-            ExactEntries(exact.keys, exact.values, exact.positions, self._exact_is_full),
+            ExactEntries(exact.keys, exact.values, exact.positions, self._exact_is_full, exact.columns.get(LOGIT_BIAS)),
             call.dense_mask,
             scaling,
             call.softcap,

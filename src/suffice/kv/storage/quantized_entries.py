@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from suffice.kv.backend.triton_backend import choose_backend
-from suffice.kv.storage.base import Entries, flat_index, index_vectors, last_slots
+from suffice.kv.storage.base import LOGIT_BIAS, Entries, flat_index, index_vectors, last_slots
 from suffice.kv.storage.vector_format import QuantizedVectors, VectorFormat
 
 
@@ -78,6 +78,11 @@ class QuantizedEntries:
             torch.zeros(4, batch, heads, device=device),
             {name: torch.empty(0, device=device) for name in entries.columns},
         )
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """Numbers that are added to the logits, float32 [entries]; None if there are none."""
+        return self.columns.get(LOGIT_BIAS)
 
     @property
     def counts(self) -> Tensor:

@@ -16,6 +16,7 @@ from suffice.kv.attention.call import AttentionCall
 from suffice.kv.backend.torch_backend import TorchBackend
 from suffice.kv.storage.attention_weights import weights_over_entries
 from suffice.kv.storage.base import (
+    LOGIT_BIAS,
     NEW_COLUMN_VALUES,
     Entries,
     SpareSlots,
@@ -157,6 +158,11 @@ class RaggedStorage(PerHeadStorage):
     def columns(self) -> dict[str, Tensor]:
         """Additional numbers of the packed entries by name, float32 [packed]."""
         return self._columns
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """Numbers that are added to the logits of the packed entries, float32 [packed]; None if there are none."""
+        return self._columns.get(LOGIT_BIAS)
 
     @property
     def tail_length(self) -> int:

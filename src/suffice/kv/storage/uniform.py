@@ -12,10 +12,13 @@ from torch import Tensor
 from typing_extensions import Self
 
 from suffice.kv.attention.call import AttentionCall, run_attention
-from suffice.kv.attention.masks import MaskFormat, additive_mask, mask_format
+from suffice.kv.attention.masks import MaskFormat, additive_mask, mask_format, readable_entries
+from suffice.kv.attention.softmax import attend_with_sinks
 from suffice.kv.backend.torch_backend import TorchBackend
 from suffice.kv.kernels import usable
+from suffice.kv.storage.attention_weights import weights_over_entries
 from suffice.kv.storage.base import (
+    LOGIT_BIAS,
     NEW_COLUMN_VALUES,
     Entries,
     SpareSlots,
@@ -107,7 +110,28 @@ class AlignedStorage(Storage):
 
     def attend(self, call: AttentionCall, backend: TorchBackend) -> tuple[Tensor, Tensor | None]:
         """Compute the attention of new tokens over all entries, with the model's own implementation."""
-        return self.attend_to(call, self.keys, self.values)
+        bias = self.columns.get(LOGIT_BIAS)
+        if bias is None:
+            return self.attend_to(call, self.keys, self.values)
+        return self._attend_with_bias(call, bias)
+
+    def _attend_with_bias(self, call: AttentionCall, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Compute the attention of new tokens in plain torch, as not every implementation has a bias for each head."""
+        scaling = call.scaling or call.query.shape[-1] ** -0.5
+        new, heads = call.query.shape[2], self.num_heads
+        readable = readable_entries(self.positions, call.dense_mask, new)
+        output = attend_with_sinks(
+            call.query.unflatten(1, (heads, -1)),
+            self.keys[:, :, None],
+            self.values[:, :, None],
+            readable[:, :, None],
+            bias=bias[:, :, None, None],
+            scaling=scaling,
+            softcap=call.softcap,
+            sink_logits=None if call.sink_logits is None else call.sink_logits.view(heads, -1, 1, 1),
+        )
+        weights = weights_over_entries(call, self.entries, scaling) if call.needs_weights else None
+        return output.flatten(1, 2).transpose(1, 2).contiguous(), weights
 
     def attend_to(self, call: AttentionCall, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute the attention of new tokens, with keys and values that a model makes of the entries.

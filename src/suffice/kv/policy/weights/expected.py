@@ -152,6 +152,8 @@ class ExpectedAttention(QueryEstimateWeights):
             quadratic = (keys @ cholesky).unflatten(-1, (-1, stats.head_dim)).norm(dim=-1).square_()
         # [batch, num_key_value_heads, entries, gaussians]
         logits = (keys @ (mean.mT * scale)).add_(quadratic, alpha=scale * scale / 2)
+        if stats.logit_bias is not None:
+            logits = logits + stats.logit_bias[..., None]
         if logits.shape[-1] == 1:
             return logits.squeeze(-1)
         # Each query head is normalized over the entries after the first tokens, then the group is averaged.
