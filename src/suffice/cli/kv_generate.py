@@ -98,6 +98,7 @@ def generate(
             interval=cache.interval,
             rerotate=cache.rerotate,
             bits=bits,
+            repair=cache.repair,
         )
     # Printed first, so that the answer is not lost if a file cannot be written.
     if output.as_json:

@@ -96,6 +96,14 @@ class CacheOptions:
         ),
     ] = False
 
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="Give the kept entries weights and values with which they reproduce the attention over all entries.",
+        ),
+    ] = False
+
     def parsed_policy(self) -> Policy:
         """Return the policy.
 

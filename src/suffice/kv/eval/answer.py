@@ -79,6 +79,7 @@ def answer(
     interval: int | None = None,
     rerotate: bool = False,
     bits: Bits | None = None,
+    repair: bool = False,
 ) -> tuple[Answer, CacheReport]:
     """Answer a question about a document from a compressed KV cache, with greedy decoding.
 
@@ -104,6 +105,7 @@ def answer(
             window.
         bits: number of bits of quantized entries, or a pair (bits of keys, bits of values); None does not quantize, or
             uses the bits that follow from `memory`.
+        repair: repair the kept entries, so that they reproduce the attention over all entries; see `CompressedCache`.
 
     Returns:
         The answer, and the report of its cache.
@@ -139,6 +141,7 @@ def answer(
         interval=interval,
         rerotate=rerotate,
         bits=bits,
+        repair=repair,
     )
     start = time.perf_counter()
     if not aware and prompt.question.shape[1]:

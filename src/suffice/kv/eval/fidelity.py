@@ -40,6 +40,7 @@ class CacheConfig:
         bits: number of bits of quantized entries, or a pair (bits of keys, bits of values); None does not quantize, or
             uses the bits that follow from `memory`.
         memory: limit on the bytes, instead of `budget`; see `CompressedCache`.
+        repair: whether kept entries are repaired; see `CompressedCache`.
 
     Example:
         >>> CacheConfig("h2o", 0.5).names
@@ -52,6 +53,7 @@ class CacheConfig:
     allocation: str | Allocation | None = None
     bits: Bits | None = None
     memory: float | str | None = None
+    repair: bool = False
 
     def build(self, model: nn.Module, **options: Any) -> CompressedCache:
         """Return an empty cache with this configuration.
@@ -68,7 +70,7 @@ class CacheConfig:
         """
         options = {"measure_capacity": False, "evict": "prefill", **options}
         size = {"budget": self.budget, "memory": self.memory, "bits": self.bits}
-        return CompressedCache(model, self.policy, allocation=self.allocation, **size, **options)
+        return CompressedCache(model, self.policy, allocation=self.allocation, repair=self.repair, **size, **options)
 
     @property
     def names(self) -> tuple[str, str]:
