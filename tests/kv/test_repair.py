@@ -112,7 +112,7 @@ def random_stats(num_entries=64, sinks=False, heads=2, seed=0):
     sink_logits = 3 + torch.randn(2 * heads, generator=generator) if sinks else None
     # The queries come after all entries.
     positions = torch.arange(2 * num_entries).view(2, 1, -1)
-    positions = EntryPositions(entries=positions[:1, None], queries=positions[1])
+    positions = EntryPositions(entries=positions[:1], queries=positions[1])
     return AttentionStats(queries, keys, values, positions=positions, sink_logits=sink_logits)
 
 

@@ -18,7 +18,7 @@ from suffice.kv.policy.attention_stats import AttentionStats
 
 MIN_QUERIES = 8
 """Smallest number of queries of a row from which a repair is fitted."""
-NUM_QUERIES = 256
+NUM_QUERIES = 128
 """Number of queries, evenly spaced over the prompt, that are moved behind it."""
 WINDOW = 32
 """Number of last queries that are used where they are."""
@@ -55,18 +55,20 @@ class Repair:
 
 @dataclass(frozen=True)
 class _References:
-    """Queries of one row by which its heads are repaired.
+    """Queries of one row by which its heads are repaired. The held-out ones come last.
 
     Args:
-        queries: float32 [heads, references, head_dim].
+        queries: float32 [references, heads, head_dim].
         last_position: position of the last entry that each query reads, long [references].
         weights: weight of each query, float32 [references].
+        num_held_out: number of queries that are held out.
 
     """
 
     queries: Tensor
     last_position: Tensor
     weights: Tensor
+    num_held_out: int
 
 
 def repair_entries(stats: AttentionStats, kept: Tensor, *, refit_values: bool = True) -> Repair:
@@ -117,11 +119,11 @@ def _select_references(stats: AttentionStats, row: int) -> _References | None:
         last = target
     weights = torch.ones(len(sampled) + len(window), device=stats.device)
     weights[len(sampled) :] = WINDOW_WEIGHT
-    return _References(
-        torch.cat((queries[0], stats.queries[row, :, window].float()), dim=1),
-        torch.cat((last, positions[window])),
-        weights,
-    )
+    queries = torch.cat((queries[0], stats.queries[row, :, window].float()), dim=1).transpose(0, 1)
+    last = torch.cat((last, positions[window]))
+    is_held_out = torch.arange(len(last)) % HELD_OUT == HELD_OUT - 1
+    order = is_held_out.long().argsort(stable=True).to(stats.device)
+    return _References(queries[order], last[order], weights[order], int(is_held_out.sum()))
 
 
 class _HeadFit:
@@ -138,7 +140,7 @@ class _HeadFit:
 
     def __init__(self, stats: AttentionStats, row: int, head: int, index: Tensor, references: _References) -> None:
         group = stats.num_key_value_groups
-        queries = references.queries[head * group : (head + 1) * group].flatten(0, 1)
+        queries = references.queries[:, head * group : (head + 1) * group].flatten(0, 1)
         logits = stats.cap_logits(queries @ stats.keys[row, head].float().mT * stats.scaling)
         if stats.logit_bias is not None:
             logits += stats.logit_bias[row, head]
@@ -147,7 +149,7 @@ class _HeadFit:
             self._earlier = logits.new_zeros(len(index))
         positions = stats.positions[row, min(head, stats.positions.shape[1] - 1)]
         is_read = (positions >= 0) & (positions <= references.last_position[:, None])
-        logits.view(group, *is_read.shape).masked_fill_(~is_read, -torch.inf)
+        logits.view(-1, group, len(positions)).masked_fill_(~is_read[:, None], -torch.inf)
         largest = logits.amax(-1, keepdim=True)
         largest = largest.masked_fill(largest == -torch.inf, 0)
         shares = logits.sub_(largest).exp_()
@@ -158,12 +160,12 @@ class _HeadFit:
         self._sinks = torch.zeros_like(total)
         if stats.sink_logits is not None:
             own = stats.sink_logits[head * group : (head + 1) * group].float()
-            self._sinks = (own.repeat_interleave(is_read.shape[0])[:, None] - largest).exp() / total
+            self._sinks = (own.repeat(len(is_read))[:, None] - largest).exp() / total
         self._targets = shares @ values / (1 + self._sinks)
         self._shares, self._values = shares[:, index], values[index]
-        self._weights = references.weights.repeat(group)
-        held_out = (torch.arange(len(self._weights), device=index.device) % is_read.shape[0]) % HELD_OUT == HELD_OUT - 1
-        self._held_out, self._fitted = held_out.nonzero().squeeze(-1), (~held_out).nonzero().squeeze(-1)
+        self._weights = references.weights.repeat_interleave(group)
+        num_fitted = (len(is_read) - references.num_held_out) * group
+        self._fitted, self._held_out = slice(num_fitted), slice(num_fitted, None)
 
     def best(self, refit_values: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return the values [kept, value_dim], what to add to the logits [kept], and the errors [2]."""
@@ -181,12 +183,12 @@ class _HeadFit:
             values, weights, after = self._values, unchanged, before
         else:
             # The strength of the ridge is known now, so that the held-out queries can be fitted too.
-            ridge, rows = ridges[int(number)], torch.arange(len(self._weights), device=weights.device)
+            ridge, rows = ridges[int(number)], slice(None)
             weights = self._fit_weights(rows)
             values = self._values if ridge is None else next(self._fit_values(weights, rows, (ridge,)))
         return values, weights.log(), torch.stack((before, after)).div(self._size_of_targets).sqrt()
 
-    def _attention(self, weights: Tensor, rows: Tensor) -> Tensor:
+    def _attention(self, weights: Tensor, rows: slice) -> Tensor:
         """Return the attention of some queries over the weighted kept entries."""
         shares = self._shares[rows] * weights
         total = shares.sum(-1, keepdim=True).add_(self._sinks[rows])
@@ -202,7 +204,7 @@ class _HeadFit:
         sizes = self._targets[self._held_out].square().sum(-1) @ self._weights[self._held_out]
         return sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
 
-    def _fit_weights(self, rows: Tensor) -> Tensor:
+    def _fit_weights(self, rows: slice) -> Tensor:
         """Return weights of the kept entries with which their shares of some queries' attention sum to about 1, [kept].
 
         The weights minimize the weighted sum of squares of 1 − Σ w p over the queries. Multiplicative updates keep them
@@ -222,7 +224,7 @@ class _HeadFit:
             weights = torch.minimum(torch.maximum(weights, lowest), highest)
         return weights
 
-    def _fit_values(self, weights: Tensor, rows: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
+    def _fit_values(self, weights: Tensor, rows: slice, ridges: Sequence[float]) -> Iterator[Tensor]:
         """Return values fitted to some queries, [kept, value_dim], for each strength of the ridge."""
         scale = self._weights[rows].sqrt()[:, None]
         attention = self._attention(weights, rows)
