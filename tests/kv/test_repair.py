@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 from transformers import EncoderDecoderCache
+from typer.testing import CliRunner
 
 import suffice.kv
+from suffice.cli import app
 from suffice.kv import BatchedCaches, CacheConfig, CompressedCache, CrossAttentionCache, prefill
 from suffice.kv.attention.call import AttentionCall
 from suffice.kv.backend.torch_backend import TORCH_BACKEND
@@ -391,6 +393,21 @@ def test_answers_and_evaluations_accept_repair():
     assert "heads repaired" in str(report)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model = build("llama").to(dtype)
+    cache = filled(model, prompt(90), "capkv", 0.3, repair=True)
+    assert cache.report().heads_repaired > 0
+    assert cache.compressed_layers[0].storage.values.dtype == dtype
+    assert logits_after(model, cache, prompt(3, seed=1)).isfinite().all()
+
+
+def test_values_that_a_short_dtype_cannot_hold_are_not_used():
+    stats = random_stats()
+    large = AttentionStats(stats.queries, stats.keys, (6e4 * stats.values.sign()).half())
+    assert repair_entries(large, every_second(64)).values.isfinite().all()
+
+
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -415,3 +432,16 @@ def test_a_text_without_enough_queries_is_refused():
         logits_after(model, cache, prompt(6))
     assert cache.get_seq_length() == 0
     logits_after(model, cache, prompt(20))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policy", "full"], "repair must be False with policy 'full'"),
+        (["--allocation", "marginal"], "repair must be False with allocation"),
+        (["--rerotate"], "repair must be False with rerotate=True"),
+    ],
+)
+def test_options_are_checked_before_the_model_is_loaded(options, message):
+    done = CliRunner().invoke(app, ["kv", "generate", "--prompt", "a", "--repair", *options])
+    assert message in str(done.exception)

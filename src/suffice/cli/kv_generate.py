@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -68,6 +68,7 @@ def generate(
     The report and the figure show how many entries each layer and head kept.
     """
     # Imported here, because transformers takes seconds to import and other commands do not need it.
+    from suffice.kv.cache.layer_kinds import check_repair
     from suffice.kv.eval.answer import answer
     from suffice.kv.eval.generation import check_chunk_size
 
@@ -77,6 +78,9 @@ def generate(
     budget, memory = cache.parsed_size()
     bits = cache.parsed_bits()
     check_chunk_size(cache.chunk_size)
+    if cache.repair:
+        own = policy if allocation is None else replace(policy, allocation=allocation)
+        check_repair(own, rerotate=cache.rerotate)
     text = prompt.read()
     size = f"budget {cache.budget or '25%'}" if memory is None else f"memory {format_memory(memory)}"
     size += bits_suffix(bits)
