@@ -110,7 +110,7 @@ def generate_from_each(
 
 
 def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    return tokens[: next((index for index, token in enumerate(tokens) if index and token in ends), len(tokens))]
+    return tokens[: next((index + 1 for index, token in enumerate(tokens) if index and token in ends), len(tokens))]
 
 
 def relative_bytes(cache: CompressedCache) -> float:
