@@ -50,13 +50,14 @@ def test_full_budget_generates_the_same_tokens_as_the_stock_cache(package, famil
 
 @every_family
 @pytest.mark.parametrize("policy", ["capkv-profile", "capkv", "h2o"])
-@pytest.mark.parametrize("evict", ["prefill", "always"])
-def test_compression_is_the_same_as_with_eager_attention(package, family, policy, evict):
+@pytest.mark.parametrize("options", [{}, {"evict": "always", "interval": 3}, {"repair": True}], ids=str)
+def test_compression_is_the_same_as_with_eager_attention(package, family, policy, options):
     """A prompt, a question in one pass, a question token by token; the second row of the batch is padded."""
+    tolerance = 2e-3 if "repair" in options else 2e-4  # a fit enlarges rounding errors
     results = []
     for name in ("eager", NAME.get(family, "flash_attention_2")):
         model = eager(family) if name == "eager" else with_flash(eager(family), name)
-        cache = CompressedCache(model, policy, 0.5, evict=evict, interval=3)
+        cache = CompressedCache(model, policy, 0.5, **options)
         ids, mask = left_padded([prompt(40), prompt(27)]).values()
         logits = [read(model, cache, ids, mask)]
         for new in (7, 1, 1, 1):
@@ -64,7 +65,7 @@ def test_compression_is_the_same_as_with_eager_attention(package, family, policy
             logits.append(read(model, cache, prompt(new, seed=new, rows=2), mask))
         results.append((torch.stack(logits), [cache.kept_positions(x.index) for x in cache.compressed_layers]))
     (expected, positions), (got, flash_positions) = results
-    torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
     for own, other in zip(flash_positions, positions, strict=True):
         assert torch.equal(own, other)
 
@@ -170,20 +171,22 @@ def test_caches_that_share_a_pass(package, name):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gemma2"])
 @pytest.mark.parametrize("policy", ["capkv-profile", "capkv"])
-def test_flex_attention_equals_eager_attention(family, policy):
+@pytest.mark.parametrize("repair", [False, True])
+def test_flex_attention_equals_eager_attention(family, policy, repair):
     """The stance avoids torch.compile, which takes minutes for flex attention on a CPU."""
     results = []
     with torch.compiler.set_stance("force_eager"):
         for name in ("eager", "flex_attention"):
             model = eager(family) if name == "eager" else with_flash(eager(family), name)
-            cache = CompressedCache(model, policy, 0.5)
+            cache = CompressedCache(model, policy, 0.5, repair=repair)
             ids, mask = left_padded([prompt(40), prompt(27)]).values()
             logits = [read(model, cache, ids, mask)]
             for new in (7, 1, 1):
                 mask = torch.cat((mask, mask.new_ones(2, new)), dim=1)
                 logits.append(read(model, cache, prompt(new, seed=new, rows=2), mask))
             results.append(torch.stack(logits))
-    torch.testing.assert_close(results[1], results[0], atol=2e-4, rtol=1e-4)
+    tolerance = 2e-3 if repair else 2e-4
+    torch.testing.assert_close(results[1], results[0], atol=tolerance, rtol=tolerance)
 
 
 def test_flex_attention_without_padding_equals_the_stock_cache():
