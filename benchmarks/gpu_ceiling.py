@@ -20,7 +20,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +39,7 @@ from suffice.kv.kernels.leverage import factorize, factorize_subset, quadratic_f
 from suffice.kv.kernels.mixture import MixtureInputs, MixtureTerms, mixture_log_weights
 from suffice.kv.kernels.packing import quantize_rotated
 from suffice.kv.kernels.quantized_decoding import decode_quantized
-from suffice.kv.storage.base import Entries
+from suffice.kv.storage.base import LOGIT_BIAS, Entries
 from suffice.kv.storage.quantized_entries import QuantizedEntries
 from suffice.kv.storage.vector_format import VectorFormat
 from suffice.link.sparse.kernels.match_neighbors import match_neighbors
@@ -117,12 +117,17 @@ def _launch_all(dim: int, group: int, dtype: torch.dtype) -> None:
     decode(query, entries, entries, positions, plan, scaling=0.1)
     sinks = torch.zeros(2 * group)
     decode(query, entries, entries, positions, plan, scaling=0.1, softcap=50.0, sink_logits=sinks)
+    bias = torch.zeros(1, 2, tokens)
+    plan = DecodePlan.from_heads([(0, 400), (404, 600)], 4, torch.device("cpu"), bias.flatten())
+    decode(query, entries, entries, positions, plan, scaling=0.1, softcap=50.0)
     move_to_front(keys, torch.zeros(1, 2, 9, dtype=torch.long))
     slots = torch.arange(tokens).expand(1, 2, -1)
     quantized = QuantizedEntries.empty(Entries(keys, keys, slots), (BITS, BITS)).append(
         Entries(keys, keys, slots), slots
     )
     decode_quantized(query, quantized, ExactEntries(keys, keys, slots.int()), scaling=0.1)
+    repaired = replace(quantized, columns={LOGIT_BIAS: bias.flatten()})
+    decode_quantized(query, repaired, ExactEntries(keys, keys, slots.int(), logit_bias=bias), scaling=0.1)
     form = VectorFormat(dim, BITS)
     vectors = torch.zeros(tokens, form.padded_dim)
     quantize_rotated(vectors, bits=BITS, group_size=form.group_size, num_scales=form.num_scales)
