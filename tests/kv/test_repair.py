@@ -140,6 +140,7 @@ def test_one_of_two_equal_entries_stands_for_both(sinks):
 
 def test_an_entry_that_stood_for_two_others_as_well_gets_three_times_the_weight(monkeypatch):
     monkeypatch.setattr(repair_module, "NUM_UPDATES", 100)
+    monkeypatch.setattr(repair_module, "MAX_BIAS", 2.0)
     stats = random_stats(num_entries=40)
     for x in (stats.keys, stats.values):
         x[:, :, 21:23] = x[:, :, 20:21]

@@ -28,8 +28,8 @@ HELD_OUT = 4
 """One of so many queries is held out."""
 NUM_UPDATES = 12
 """Number of updates of the weights. More of them fit the queries better and later queries worse."""
-MAX_BIAS = 4.0
-"""Largest absolute value of a log weight."""
+MAX_BIAS = 1.0
+"""Largest absolute value of a log weight. Larger ones fit the queries better and questions that follow worse."""
 RIDGES = (0.01, 0.1, 1.0)
 """Strengths with which new values are pulled towards the old ones, relative to the mean diagonal of their matrix."""
 MARGIN = 0.05
