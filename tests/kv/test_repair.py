@@ -167,6 +167,16 @@ def test_held_out_error_never_grows(seed, count):
     assert torch.equal(evicted, stats.values[:, :, : 64 - count])
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+def test_entries_are_read_in_blocks(monkeypatch, sinks):
+    stats = random_stats(sinks=sinks)
+    whole = repair_entries(stats, every_second(64))
+    monkeypatch.setattr(repair_module, "_BLOCK", 10)
+    in_blocks = repair_entries(stats, every_second(64))
+    for name in ("values", "logit_bias", "errors"):
+        torch.testing.assert_close(getattr(in_blocks, name), getattr(whole, name), atol=1e-3, rtol=1e-3)
+
+
 def test_a_head_that_keeps_all_entries_is_not_repaired():
     stats = random_stats()
     kept = torch.arange(64).repeat(1, 2, 1)

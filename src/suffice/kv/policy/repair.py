@@ -35,6 +35,9 @@ RIDGES = (0.01, 0.1, 1.0)
 MARGIN = 0.05
 """A head keeps its repair if it lowers the held-out error by at least this share."""
 
+_BLOCK = 8192  # number of entries whose logits are in memory at a time
+_LOWEST = -1e30  # below all logits; finite, so that a query that reads no entry does not get NaN
+
 
 @dataclass(frozen=True)
 class Repair:
@@ -139,33 +142,57 @@ class _HeadFit:
     """
 
     def __init__(self, stats: AttentionStats, row: int, head: int, index: Tensor, references: _References) -> None:
+        self._stats, self._row, self._head, self._references = stats, row, head, references
         group = stats.num_key_value_groups
-        queries = references.queries[:, head * group : (head + 1) * group].flatten(0, 1)
-        logits = stats.cap_logits(queries @ stats.keys[row, head].float().mT * stats.scaling)
-        if stats.logit_bias is not None:
-            logits += stats.logit_bias[row, head]
-            self._earlier = stats.logit_bias[row, head, index]
-        else:
-            self._earlier = logits.new_zeros(len(index))
-        positions = stats.positions[row, min(head, stats.positions.shape[1] - 1)]
-        is_read = (positions >= 0) & (positions <= references.last_position[:, None])
-        logits.view(-1, group, len(positions)).masked_fill_(~is_read[:, None], -torch.inf)
-        largest = logits.amax(-1, keepdim=True)
-        largest = largest.masked_fill(largest == -torch.inf, 0)
-        shares = logits.sub_(largest).exp_()
-        total = shares.sum(-1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
-        shares.div_(total)
-        self._dtype, values = stats.values.dtype, stats.values[row, head].float()
+        self._dtype, self._values = stats.values.dtype, stats.values[row, head, index].float()
+        bias = stats.logit_bias
+        self._earlier = torch.zeros(len(index), device=index.device) if bias is None else bias[row, head, index]
+        largest, total, outputs = self._read_all_entries()
+        self._shares = self._logits(index).sub_(largest).exp_().div_(total)
         # Exponential of the attention sink, relative to the sum of those of all entries.
         self._sinks = torch.zeros_like(total)
         if stats.sink_logits is not None:
             own = stats.sink_logits[head * group : (head + 1) * group].float()
-            self._sinks = (own.repeat(len(is_read))[:, None] - largest).exp() / total
-        self._targets = shares @ values / (1 + self._sinks)
-        self._shares, self._values = shares[:, index], values[index]
+            self._sinks = (own.repeat(len(references.weights))[:, None] - largest).exp() / total
+        self._targets = outputs / (1 + self._sinks)
         self._weights = references.weights.repeat_interleave(group)
-        num_fitted = (len(is_read) - references.num_held_out) * group
+        num_fitted = (len(references.weights) - references.num_held_out) * group
         self._fitted, self._held_out = slice(num_fitted), slice(num_fitted, None)
+
+    def _logits(self, entries: Tensor | slice) -> Tensor:
+        """Return the logits of some entries, [queries, entries]; −∞ for entries that a query does not read."""
+        stats, row, head, group = self._stats, self._row, self._head, self._stats.num_key_value_groups
+        queries = self._references.queries[:, head * group : (head + 1) * group].flatten(0, 1)
+        logits = stats.cap_logits(queries @ stats.keys[row, head, entries].float().mT * stats.scaling)
+        if stats.logit_bias is not None:
+            logits += stats.logit_bias[row, head, entries]
+        positions = stats.positions[row, min(head, stats.positions.shape[1] - 1), entries]
+        is_read = (positions >= 0) & (positions <= self._references.last_position[:, None])
+        logits.view(-1, group, len(positions)).masked_fill_(~is_read[:, None], -torch.inf)
+        return logits
+
+    def _read_all_entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Read all entries, block by block, so that the memory does not grow with their number.
+
+        Returns:
+            The largest logit of each query and the sum of the exponentials of all logits minus the largest one,
+            [queries, 1] each, and the output without an attention sink, [queries, value_dim].
+
+        """
+        values = self._stats.values[self._row, self._head]
+        num_queries = len(self._references.weights) * self._stats.num_key_value_groups
+        largest = torch.full((num_queries, 1), _LOWEST, device=values.device)
+        total, outputs = torch.zeros_like(largest), torch.zeros(num_queries, values.shape[-1], device=values.device)
+        for start in range(0, len(values), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            logits = self._logits(block)
+            new_largest = torch.maximum(largest, logits.amax(-1, keepdim=True))
+            decay, largest = (largest - new_largest).exp(), new_largest
+            shares = logits.sub_(largest).exp_()
+            total = total * decay + shares.sum(-1, keepdim=True)
+            outputs = (outputs * decay).addmm_(shares, values[block].float())
+        total = total.clamp_min(torch.finfo(total.dtype).tiny)
+        return largest, total, outputs / total
 
     def best(self, refit_values: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return the values [kept, value_dim], what to add to the logits [kept], and the errors [2]."""
@@ -185,7 +212,11 @@ class _HeadFit:
             # The strength of the ridge is known now, so that the held-out queries can be fitted too.
             ridge, rows = ridges[int(number)], slice(None)
             weights = self._fit_weights(rows)
-            values = self._values if ridge is None else next(self._fit_values(weights, rows, (ridge,)))
+            if ridge is None:
+                values = self._values
+            else:
+                values = next(self._fit_values(weights, rows, (ridge,)))
+                values = torch.where(values.isfinite(), values, self._values)
         return values, weights.log(), torch.stack((before, after)).div(self._size_of_targets).sqrt()
 
     def _attention(self, weights: Tensor, rows: slice) -> Tensor:
