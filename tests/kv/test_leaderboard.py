@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import csv
 import importlib
 import json
@@ -181,6 +182,17 @@ def test_prompt_with_template(board, tmp_path):
     (context,) = board.answers.tokenize_contexts(tok, samples)
     assert tok.decode(context.ids[0]) == "[user] About [[question]].\n"
     assert tok.decode(context.questions[0][0]) == "Which is blue?<end>[assistant] It is"
+
+
+def test_template_that_can_think_and_one_that_changes_the_message(board, tmp_path):
+    tok = copy.deepcopy(tokenizer(chat=True))
+    samples = board.data.read_samples(write_rows(tmp_path, [row()]), "")
+    tok.chat_template += "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+    (context,) = board.answers.tokenize_contexts(tok, samples)
+    assert tok.decode(context.questions[0][0]) == "Which is blue?<end>[assistant] <think></think>It is"
+    tok.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    with pytest.raises(ValueError, match="chat template of --model must contain a message once, got one with 0"):
+        board.answers.tokenize_contexts(tok, samples)
 
 
 def test_first_token_does_not_end_an_answer(board, loaded, monkeypatch):
