@@ -55,7 +55,7 @@ class Entrant:
     """A cache on the leaderboard.
 
     Args:
-        name: name of the policy, with the bits or `memory` if they are given; `no_press` without compression.
+        name: name of the policy, with `repair`, the bits and `memory` if they are given; `no_press` if it keeps all.
         ratio: share of the entries that are evicted or, with a limit on the bytes, of the bytes that are saved.
         config: the configuration of the cache.
 
@@ -67,7 +67,7 @@ class Entrant:
 
 
 def plan_entrants(
-    policies: Sequence[str], ratios: Sequence[float], memory: Sequence[float], bits: str
+    policies: Sequence[str], ratios: Sequence[float], memory: Sequence[float], bits: str, *, repair: bool = False
 ) -> list[Entrant]:
     """Return the cache without compression, and the caches of all policies and sizes.
 
@@ -76,13 +76,14 @@ def plan_entrants(
         ratios: shares of the entries that are evicted.
         memory: fractions of the bytes of the full cache that may be used.
         bits: number of bits of each stored number, such as `4` or `5,4` (keys, values), or `none`.
+        repair: whether kept entries are repaired.
 
     Raises:
         ValueError: a value is not accepted, or two caches have the same name and ratio.
 
     """
     parsed_bits = parse_bits_option(bits)
-    suffix = "" if parsed_bits is None else f"-bits{bits.replace(',', '-')}"
+    suffix = ("-repair" if repair else "") + ("" if parsed_bits is None else f"-bits{bits.replace(',', '-')}")
     for ratio in ratios:
         if not 0 < ratio < 1:
             raise ValueError(f"--ratios must be between 0 and 1, the share of entries that are evicted, got {ratio:g}")
@@ -103,10 +104,10 @@ def plan_entrants(
             raise ValueError(f"--policies must be policies that evict, got {given!r}. It is always measured")
         for ratio in ratios:
             # Rounded, so that 1 − 0.9 is 0.1.
-            config = CacheConfig(policy.name, round(1 - ratio, 9), bits=parsed_bits)
+            config = CacheConfig(policy.name, round(1 - ratio, 9), bits=parsed_bits, repair=repair)
             entrants.append(Entrant(f"{policy.name}{suffix}", ratio, config))
         for limit in memory:
-            config = CacheConfig(policy.name, memory=limit, bits=parsed_bits)
+            config = CacheConfig(policy.name, memory=limit, bits=parsed_bits, repair=repair)
             entrants.append(Entrant(f"{policy.name}{suffix}-memory", round(1 - limit, 9), config))
     names = [folder_name("", "", entrant) for entrant in entrants]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -194,6 +195,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> tuple[argparse.Argu
     parser.add_argument("--ratios", type=float, nargs="+", help="shares of entries that are evicted")
     parser.add_argument("--memory", type=float, nargs="+", default=[], help="fractions of the bytes of the full cache")
     parser.add_argument("--bits", default="none", help="bits of each stored number, such as 4, or 5,4 (keys, values)")
+    parser.add_argument("--repair", action="store_true", help="repair kept entries")
     parser.add_argument("--output", type=Path, default=Path("out/leaderboard"))
     parser.add_argument("--samples", type=int, help="samples of each task (default: all; 20 with --make-data)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -247,7 +249,7 @@ def prepare(options: argparse.Namespace, stack: contextlib.ExitStack) -> Plan:
 
     """
     ratios = options.ratios if options.ratios is not None else () if options.memory else RATIOS
-    entrants = plan_entrants(options.policies, ratios, options.memory, options.bits)
+    entrants = plan_entrants(options.policies, ratios, options.memory, options.bits, repair=options.repair)
     all_samples = read_samples(options.data, options.data_dir)
     samples = first_of_each_task(all_samples, options.samples)
     if options.output.exists() and not options.output.is_dir():

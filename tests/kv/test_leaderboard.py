@@ -318,16 +318,17 @@ def test_bytes_are_relative_to_16_bits(board, loaded, tmp_path, dtype):
     samples = board.data.read_samples(str(make_small(board, tmp_path)), "")
     (context,) = board.answers.tokenize_contexts(tok, samples)
     configs = [CacheConfig("full", 1.0), CacheConfig("snapkv", 0.25), CacheConfig("snapkv", 0.25, bits=4)]
+    configs.append(CacheConfig("snapkv", 0.25, repair=True))
     try:
         caches = board.answers.fill_caches(model.to(dtype), tok, context, configs)
     finally:
         model.to(torch.float32)
-    full, evicted, quantized = (board.answers.relative_bytes(cache) for cache in caches)
+    full, evicted, quantized, repaired = (board.answers.relative_bytes(cache) for cache in caches)
     # Positions take 4 bytes of each entry, whose key and value take 2 · 2 · head_dim bytes.
     index = 4 / (4 * model.config.hidden_size // model.config.num_attention_heads)
     assert full == pytest.approx(1 + index, abs=0.02)
     assert evicted == pytest.approx(full / 4, abs=0.02)
-    assert quantized < evicted
+    assert quantized < evicted < repaired < full / 2
 
 
 class Killed(BaseException):
@@ -383,6 +384,13 @@ def test_later_policies_join_the_same_table(board, folder, data, tmp_path):
     rows = (output / "leaderboard.csv").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 1 + 1 + 4 + 1
     assert len(list(output.glob("*/metrics.json"))) == 6
+
+
+def test_repaired_caches_have_their_own_name(board, folder, data, tmp_path):
+    output = tmp_path / "out"
+    board.main.main(arguments_of(folder, data, output, "--repair", "--policies", "capkv-profile", "--bits", "8"))
+    names = {path.name.split("__", 3)[3] for path in output.iterdir() if path.is_dir()}
+    assert names == {"no_press__0.00", *(f"capkv-profile-repair-bits8__{ratio}" for ratio in ("0.50", "0.75"))}
 
 
 def test_some_samples_have_their_own_folder(board, folder, tmp_path):
