@@ -18,7 +18,7 @@ from suffice.kv.kernels import supports
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.directions import Directions, Value
 from suffice.kv.policy.sampled_attention import sampled_query_indices
-from suffice.kv.policy.weights import ExpectedAttention, KeySalience, SampledAttention, Sum, WindowAttention
+from suffice.kv.policy.weights import ExpectedAttention, KeySalience, Product, SampledAttention, Sum, WindowAttention
 from suffice.kv.policy.weights.base import Weights
 from suffice.kv.storage.vector_format import QuantizedVectors, VectorFormat
 
@@ -44,6 +44,8 @@ class TritonBackend(TorchBackend):
 
     def log_weights(self, weights: Weights, stats: AttentionStats) -> Tensor:
         """Return log w, [batch, num_key_value_heads, entries]; −inf where there is no entry."""
+        if isinstance(weights, Product):
+            return torch.stack([self.log_weights(factor, stats) for factor in weights.factors]).sum(0)
         with contextlib.suppress(KernelFallbackError):
             log_weights = fused_log_weights(weights, stats)
             if log_weights is not None:
