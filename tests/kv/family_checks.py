@@ -43,7 +43,7 @@ from tests.kv.family_cases import LENGTH, Case, MaskedOracle, get_case
 CHUNK = 16
 LONG_WINDOW = 8 * WINDOW  # longer than the prompt
 BUDGET = 0.5
-POLICIES = ("capkv-profile", "capkv")  # heads of unequal length, and of equal length
+POLICIES = ("capkv-salience", "capkv")  # heads of unequal length, and of equal length
 # Models that read latents, whose layers all have a sliding window, or that have an encoder, cannot be replayed.
 NO_REPLAY = "budget of its own|all of whose layers have a sliding window|encoder-decoder|no linear layer named"
 TOLERANCE = 1e-4  # relative to the largest logit; rounding errors are 1e-6, a missing entry changes about 1e-3

@@ -66,7 +66,7 @@ make test-families
 
 * With the full budget, tokens and logits equal those of the model's own cache.
 * With half the budget, the number of entries is exact, and logits equal those of the model's own attention over the
-  kept entries. **default** is the policy `capkv-profile`, whose heads keep different numbers of entries, **equal
+  kept entries. **default** is the policy `capkv-salience`, whose heads keep different numbers of entries, **equal
   heads** is `capkv`, and **streaming** is `evict="always"` with both, over chunks of a prompt and generated tokens.
 * Rows of a padded batch equal single runs, where they do with the model's own cache.
 * Layers that are not compressed hold the same state as in the model's own cache, and windows longer than the prompt

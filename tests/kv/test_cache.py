@@ -52,7 +52,7 @@ def test_budget_without_room_for_the_protected_entries_is_rejected(model):
 
 
 def test_unknown_policy_is_rejected_with_the_known_names(model):
-    message = "policy must be one of capkv-profile, .*streaming-llm.*, got 'capvk'. Did you mean 'capkv'"
+    message = "policy must be one of capkv-salience, .*streaming-llm.*, got 'capvk'. Did you mean 'capkv'"
     with pytest.raises(ValueError, match=message):
         CompressedCache(model, "capvk")
     with pytest.raises(TypeError, match=r"policy must be an instance of Policy or one of .*, got 3"):

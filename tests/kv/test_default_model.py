@@ -171,7 +171,7 @@ def test_generate_command_reads_standard_input():
 def test_policies_command_lists_all_policies():
     listed = json.loads(command("kv", "policies", "--json").stdout)
     assert [entry["name"] for entry in listed["policies"]] == list(policies())
-    assert listed["default"] == "capkv-profile"
+    assert listed["default"] == "capkv-salience"
     assert "streaming-llm" in command("kv", "policies").stdout
 
 

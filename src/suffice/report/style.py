@@ -19,7 +19,8 @@ from suffice.files import FIGURE_SUFFIXES, check_suffix
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
 # Names that appear together in a figure have different colors; all others get a color by their hash.
 _COLORS = {
-    "capkv-profile": _PALETTE[0],
+    "capkv-salience": _PALETTE[0],
+    "capkv-profile": _PALETTE[6],
     "capkv": _PALETTE[5],
     "capkv-paper": _PALETTE[7],
     "snapkv": _PALETTE[1],

@@ -95,7 +95,7 @@ class CompressedCache(Cache):
             chunks may be longer than the model's context window. This requires a rotary embedding. No head then keeps
             more entries than half of that window, and `interval` is limited to the same number. If False, kept keys are
             not changed.
-        measure_capacity: measure the share of the capacity that the kept entries carry, under the default policy's
+        measure_capacity: measure the share of the capacity that the kept entries carry, under `capkv-profile`'s
             objective, so that policies can be compared. This costs about as much as scoring. It is ignored with
             `evict="always"`, and with an allocation that shares one budget between layers.
         bits: number of bits in which each number of keys and values is stored: 2, 3, 4, 5 or 8, or a pair (bits of

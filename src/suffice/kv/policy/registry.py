@@ -51,7 +51,7 @@ _POLICIES = (
         allocation=HeadProfile(),
         paper="2604.25975",
     ),
-    # The sum of the weights alone. On SmolLM2, it stays closer on text at small budgets; on Gemma 3, it loses questions.
+    # The sum of the weights alone. On SmolLM2, it is closer on text at small budgets; on Gemma 3, it loses questions.
     Policy(
         name="capkv-profile",
         weights=_SPREAD,
