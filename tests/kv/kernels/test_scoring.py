@@ -285,6 +285,24 @@ def test_scores_and_contributions_equal_those_of_torch(case, groups, name):
     torch.testing.assert_close(contributions, exact_contributions, rtol=1e-4, atol=1e-6)
 
 
+def test_factors_of_a_product_are_computed_by_kernels(monkeypatch):
+    generator = torch.Generator().manual_seed(7)
+    queries, keys = (torch.randn(1, heads, 60, 16, generator=generator) for heads in (4, 2))
+    policy = get_policy("capkv-salience")
+    expected = policy.score(AttentionStats(queries, keys, keys))
+    found = []
+
+    def record(weights, stats):
+        result = fused_log_weights(weights, stats)
+        found.append(result is not None)
+        return result
+
+    monkeypatch.setattr("suffice.kv.backend.triton_backend.fused_log_weights", record)
+    scores = policy.score(AttentionStats(queries, keys, keys), TRITON_BACKEND)
+    assert found == [True, False]  # the sum, and the salience
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_other_weights_are_not_computed_by_kernels():
     x = torch.randn(1, 1, 8, 16)
     stats = AttentionStats(x, x, x)

@@ -48,7 +48,8 @@ class KeySalience(Weights):
 
     def log_weights(self, stats: AttentionStats) -> Tensor:
         """Return −β cos(k, k̄), [batch, num_key_value_heads, entries]."""
-        return stats.cosine_to_mean(stats.keys32) * -self.beta
+        cosines = stats.memoize("cosines of keys", lambda: stats.cosine_to_mean(stats.keys32))
+        return cosines * -self.beta
 
     def __str__(self) -> str:
         return f"exp(−{self.beta:g} cos(k, k̄))"
