@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from suffice.information import capacity
-from suffice.kv import DEFAULT_POLICY, CompressedCache, Policy, policies
+from suffice.kv import CompressedCache, Policy, policies
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.capacity_share import capacity_share
 from suffice.kv.policy.weights import KeyNorm, WindowAttention
@@ -267,7 +267,7 @@ def test_capacity_share_equals_that_of_suffice_information():
     keys, values = torch.randn(2, 2, 30, 8), 50 * torch.randn(2, 2, 30, 8)
     stats = AttentionStats(torch.randn(2, 4, 30, 8), keys, values)
     kept = torch.randperm(30)[:9].sort().values.expand(2, 2, 9)
-    weights = policies()[DEFAULT_POLICY].weights.log_weights(stats).exp()
+    weights = policies()["capkv-profile"].weights.log_weights(stats).exp()
     expected = capacity(values, weights, subset=kept) / capacity(values, weights)
     torch.testing.assert_close(capacity_share(stats, kept), expected, rtol=1e-4, atol=1e-5)
     everything = torch.arange(30).expand(2, 2, 30)
