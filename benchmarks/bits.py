@@ -55,6 +55,7 @@ from suffice.study.results import Group, Interval, group_records
 
 MODES = {"text": ("text", "continuation"), "agnostic": ("multikey", "agnostic"), "aware": ("multikey", "aware")}
 FULL_BITS = 16  # not quantized
+REPAIRED = ", repair"  # behind the name of a policy
 CHOSEN = "chosen"  # bits that follow from a limit on the bytes
 PAGE = Path("docs/results/kv-bits.md")
 START, END = "<!-- written by benchmarks/bits.py -->", "<!-- end -->"
@@ -85,6 +86,7 @@ KIND = RunKind(
         "bits": [4],
         "memory": [],
         "peers": [],
+        "repair": False,
     },
     description="Measure how close quantized caches stay to the full cache on one example.",
 )
@@ -123,8 +125,9 @@ def measure(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict
 
     bits_with_full = [FULL_BITS, *settings["bits"]]
     names = [
-        (policy, entries, bits)
+        (policy + suffix, entries, bits)
         for policy in settings["policies"]
+        for suffix in (("", REPAIRED) if settings["repair"] else ("",))
         for entries in settings["entries"]
         for bits in bits_with_full
     ]
@@ -157,11 +160,12 @@ def parse_bits(text: str) -> int | str:
     return text if "," in text else int(text)
 
 
-def make_cache(model: Any, policy: str, entries: float, bits: int | str) -> CompressedCache:
-    """Return an empty cache."""
+def make_cache(model: Any, method: str, entries: float, bits: int | str) -> CompressedCache:
+    """Return an empty cache for a method: the name of a policy, with `REPAIRED` behind it for a cache with repair."""
     pair = tuple(map(int, bits.split(","))) if isinstance(bits, str) else bits
     options: dict[str, Any] = {} if bits == FULL_BITS else {"bits": pair}
-    return CompressedCache(model, policy, float(entries), measure_capacity=False, **options)
+    policy, repair = method.removesuffix(REPAIRED), method.endswith(REPAIRED)
+    return CompressedCache(model, policy, float(entries), measure_capacity=False, repair=repair, **options)
 
 
 def limited_cache(model: Any, keys: Tensor, limit: float, evict: str) -> CompressedCache:
@@ -228,6 +232,7 @@ def run(options: argparse.Namespace, model: str) -> list[Group]:
         "bits": options.bits,
         "memory": options.memory,
         "peers": options.peers,
+        "repair": options.repair,
     }
     seeds = range(options.seed, options.seed + options.samples)
     plan = [PlannedRun(KIND.complete({**shared, "mode": mode}), seed) for seed in seeds for mode in options.modes]
@@ -357,6 +362,7 @@ def main() -> None:
         "--memory", type=float, nargs="*", default=[0.25, 0.125, 0.1, 0.05], help="fractions of the bytes, with 16 bits"
     )
     parser.add_argument("--peers", nargs="*", default=installed, help="default: those whose packages are installed")
+    parser.add_argument("--repair", action="store_true", help="also measure every policy with repair")
     parser.add_argument("--modes", nargs="+", default=list(MODES))
     parser.add_argument("--threads", type=int, default=1, help="threads of each model's process")
     parser.add_argument("--folder", type=Path, default=Path("out/bits"))

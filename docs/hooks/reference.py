@@ -81,8 +81,8 @@ def policies_page() -> str:
         "[Write a policy](../how-to/write-a-policy.md) shows how to make a new one.",
         "| policy | weights | directions | estimator | allocation | paper |\n|---|---|---|---|---|---|\n"
         + "\n".join(
-            f"| [`{policy.name}`](#{policy.name}) | {parts['weights']} | {parts['directions']} | {parts['estimator']} "
-            f"| {parts['allocation']} | {_arxiv(parts['paper'])} |"
+            f"| [`{policy.name}`](#{_anchor(policy.name)}) | {parts['weights']} | {parts['directions']} | {parts['estimator']} "
+            f"| {parts['allocation']} | {_paper_link(parts['paper'])} |"
             for policy, parts in described
         ),
     ]
@@ -140,8 +140,16 @@ def _parts_of_a_policy(policy: Any) -> Iterator[str]:
         yield f"* The last {policy.window} tokens are always kept."
 
 
-def _arxiv(number: str) -> str:
-    return f"[{number}](https://arxiv.org/abs/{number})" if number else ""
+def _anchor(name: str) -> str:
+    """Return the anchor of a heading. That of `kvzip+` would be that of `kvzip`, so the second one gets a number."""
+    return name.replace("+", "_1")
+
+
+def _paper_link(number: str) -> str:
+    """Return a link to a paper, whose number is that of arXiv or `openreview:` and that of OpenReview."""
+    kind, _, name = number.rpartition(":")
+    address = f"https://openreview.net/forum?id={name}" if kind else f"https://arxiv.org/abs/{name}"
+    return f"[{name}]({address})" if name else ""
 
 
 def _first_paragraph(kind: Any) -> str:

@@ -116,6 +116,8 @@ def list_policies(as_json: JsonOption = False) -> None:
         print_json({"default": DEFAULT_POLICY, "policies": descriptions, "allocations": splits})
         return
     print_table(policy_table(descriptions))
-    out.print(f"The default is {DEFAULT_POLICY}. Papers are given by their arXiv numbers.", highlight=False)
+    out.print(
+        f"The default is {DEFAULT_POLICY}. Papers are given by their numbers at arXiv or OpenReview.", highlight=False
+    )
     names = ", ".join(name if name == text else f"{name} ({text})" for name, text in splits.items())
     out.print(f"Allocations that any policy can use: {names}.", highlight=False)

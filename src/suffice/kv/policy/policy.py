@@ -32,7 +32,7 @@ class Policy:
         window: number of last tokens that the published policy always keeps; None uses the default of the cache.
         keep_all: never evict.
         name: name of the policy in reports.
-        paper: arXiv number of the source.
+        paper: arXiv number of the source, or `openreview:` and its number at OpenReview.
 
     Raises:
         TypeError: a part is not an instance of its base class.

@@ -213,7 +213,7 @@ _POLICIES = (
         estimator=Trace(),
         allocation=HighestReplayScores(kind="gradient"),
         window=0,
-        paper="openreview cg1wTCJjjk",
+        paper="openreview:cg1wTCJjjk",
     ),
     Policy(name="random", weights=Random(), directions=Constant(), estimator=Trace()),
     Policy(name="full", weights=Uniform(), directions=Constant(), estimator=Trace(), keep_all=True),
