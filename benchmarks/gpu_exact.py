@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from suffice.kv import DEFAULT_POLICY, get_policy
+from suffice.kv import get_policy
 from suffice.kv.attention.quantized_attention import ExactEntries, attend_quantized
 from suffice.kv.backend.triton_backend import TRITON_BACKEND, fused_log_weights
 from suffice.kv.policy.attention_stats import AttentionStats
@@ -131,7 +131,7 @@ def _errors(run: Run, dtype: torch.dtype, dim: int) -> dict[str, float]:
     valid = torch.arange(tokens, device=run.device) >= starts[:, None]
     exists = valid[:, None].expand(-1, 2, -1)
     stats = AttentionStats(queries, keys, values, positions=EntryPositions(valid=valid))
-    for policy, exact_function in ((DEFAULT_POLICY, exact_profile_log_weights), ("capkv", exact_log_weights)):
+    for policy, exact_function in (("capkv-profile", exact_profile_log_weights), ("capkv", exact_log_weights)):
         log_weights = exact_function(queries.double(), keys.double(), valid)
         result = fused_log_weights(get_policy(policy).weights, stats)
         assert result is not None

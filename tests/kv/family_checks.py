@@ -290,7 +290,7 @@ def check_replay(case: Case) -> None:
     ids = case.prompt(LENGTH + 6)
     for policy in ("kvzip", "kvgrad"):
         try:
-            cache = CompressedCache(case.model, policy, BUDGET)
+            cache = make_cache(case, policy)
             prefill(case.model, {"input_ids": ids[:, :LENGTH]}, [cache])
         except ValueError as error:
             if re.search(NO_REPLAY, str(error)):
