@@ -1,11 +1,11 @@
-"""Policies with a replay: the same kept entries as kvpress's presses, and the time of the second pass.
+"""Policies with a replay: the same kept entries as kvpress's presses, and the time of the second pass and of a repair.
 
     python benchmarks/replay.py --json docs/results/kv-replay-peers.json     # in the environment of make bench-kv
 
 Both libraries compress the same prompt of the default model, in float32. The presses read the prompt without a chat
 template, because they leave the tokens of the template before the document out of the replay. A part size below the
-length of the prompt tests that both divide the prompt in the same way. Times are medians of paired runs with one
-thread, relative to the prefill without compression in the same round.
+length of the prompt tests that both divide the prompt in the same way. Times are processor times with one thread,
+relative to the prefill without compression in the same round: median and range.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor
 
 from machine import machine
-from suffice.kv import CompressedCache, load_model, policies, prefill
+from suffice.kv import DEFAULT_POLICY, CompressedCache, load_model, policies, prefill
 from suffice.kv.cache import replay
 from suffice.kv.eval.tasks import python_manual
 
@@ -94,35 +94,31 @@ def compare_with_presses(num_tokens: int, part_sizes: list[int]) -> list[dict[st
 
 
 def measure_time(num_tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """Measure the time of a prefill with each policy, relative to a prefill without compression."""
+    """Measure the processor time of a prefill with each policy, relative to a prefill without compression."""
     model, tokenizer = load_model(dtype="float32")
     ids = tokenizer(python_manual(), return_tensors="pt").input_ids[:, :num_tokens]
-    names = ["full", *policies(replay=True)]
-    ratios: dict[str, list[float]] = {name: [] for name in names[1:]}
+    caches: dict[str, dict[str, Any]] = {
+        "full": {"policy": "full", "budget": 1.0},
+        DEFAULT_POLICY: {},
+        f"{DEFAULT_POLICY}, repair": {"repair": True},
+        **{name: {"policy": name} for name in policies(replay=True)},
+    }
+    ratios: dict[str, list[float]] = {name: [] for name in caches if name != "full"}
     for number in range(rounds + 1):
         seconds: dict[str, float] = {}
-        for name in names:
-            cache = CompressedCache(model, name, 1 - RATIO if name != "full" else 1.0, measure_capacity=False)
-            start = time.perf_counter()
+        for name, options in caches.items():
+            cache = CompressedCache(model, **{"budget": 1 - RATIO, "measure_capacity": False, **options})
+            start = time.process_time()
             prefill(model, {"input_ids": ids}, [cache], tokenizer=tokenizer)
-            seconds[name] = time.perf_counter() - start
+            seconds[name] = time.process_time() - start
         for name, values in ratios.items():
             if number:  # the first round warms up
                 values.append(seconds[name] / seconds["full"])
-    rows = [
-        {
-            "policy": name,
-            "tokens": num_tokens,
-            "ratio": statistics.median(values),
-            "low": min(values),
-            "high": max(values),
-        }
-        for name, values in ratios.items()
-    ]
-    for row in rows:
-        print(
-            f"{row['policy']}: {row['ratio']:.2f} times the prefill ({row['low']:.2f} to {row['high']:.2f})", flush=True
-        )
+    rows: list[dict[str, Any]] = []
+    for name, values in ratios.items():
+        low, middle, high = min(values), statistics.median(values), max(values)
+        rows.append({"policy": name, "tokens": num_tokens, "ratio": middle, "low": low, "high": high})
+        print(f"{name}: {middle:.2f} times the prefill ({low:.2f} to {high:.2f})", flush=True)
     return rows
 
 
