@@ -88,7 +88,7 @@ def answer(
         tokenizer: its tokenizer.
         document: the text that the question is about.
         question: the question; without one, the document is the whole user message.
-        policy: which entries to keep. Policies that replay the prompt do so; they take about twice the time, and evict
+        policy: which entries to keep. Policies that replay the prompt do so; they take several times as long, and evict
             only once, also with `memory` and `chunk_size`.
         budget: number of tokens to keep, or a fraction of the tokens seen; None means a quarter of the tokens, or as
             many as `memory` allows.
