@@ -14,12 +14,11 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Test suffice.kv with the oldest supported transformers: families, layers, storages and saved caches, where its models
-# matter most. `make test-oldest OLDEST_TESTS=tests/kv OLDEST_SETTINGS=` runs everything and takes several times as long.
+# matter most. `make test-oldest OLDEST_TESTS=tests/kv` runs everything and takes several times as long.
 OLDEST_TESTS := $(addsuffix .py,$(addprefix tests/kv/test_,cache conformance cross_attention default_model failures families \
-	holes layers memory quantized_layers rotary saving wrappers))
-OLDEST_SETTINGS := SUFFICE_MEMORY_CONFIGURATIONS=10
+	layers replay rotary saving))
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST_SETTINGS) $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal $(OLDEST_TESTS)
+	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal $(OLDEST_TESTS)
 
 # Test every family of models that transformers registers (about 10 minutes), and write docs/results/support.md.
 test-families: $(VENV)/.ready

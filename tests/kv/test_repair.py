@@ -26,6 +26,7 @@ from suffice.kv.storage.quantized import QuantizedStorage
 from suffice.kv.storage.ragged import RaggedStorage
 from suffice.kv.storage.uniform import UniformStorage
 from tests.kv.families import build as build_family
+from tests.kv.test_memory import supported_case
 from tests.kv.tiny import TOKENS, build, left_padded, prompt, tiny, tokenizer
 
 # ---- Attention with a bias -------------------------------------------------------------------------------------------
@@ -388,7 +389,7 @@ def test_self_attention_of_decoders_with_an_encoder_is_repaired():
 
 @pytest.mark.parametrize(("family", "what"), [("mistral", "sliding window"), ("deepseek_v3", "cached latents")])
 def test_models_whose_layers_are_not_repaired(family, what):
-    model = build_family(family)
+    model = supported_case(family).model
     if family == "deepseek_v3" and not any(map(caches_latents, compressed_layers(model).values())):
         pytest.skip("early versions cache the keys of all heads")
     with pytest.raises(ValueError, match=f"repair must be False.*{what}"):
