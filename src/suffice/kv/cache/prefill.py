@@ -28,7 +28,7 @@ def prefill(
     All caches share one forward pass over the prompt. If the policy of a cache needs a replay (`kvzip`, `kvzip+`,
     `kvgrad`, `capkv-replay`), the model then repeats the prompt, in parts of 2,048 tokens (512 for `kvgrad`), while all
     entries of the prompt are still in memory; the queries of the repeated text show which entries are read. On a CPU,
-    a prefill of 1,000 tokens then takes about four times as long, with `kvgrad` six times. It does not change `logits`.
+    a prefill of 1,000 tokens then takes four to seven times as long. It does not change `logits`.
 
     Args:
         model: the model that the caches were made for.
