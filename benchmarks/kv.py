@@ -39,6 +39,7 @@ except ImportError:
 PRESSES: dict[str, tuple[str, dict[str, Any]]] = {
     "capkv": ("CapPress", {}),
     "capkv-profile": ("CapPress", {}),
+    "capkv-salience": ("CapPress", {}),
     "capkv-spread": ("CapPress", {}),
     "capkv-window": ("CapPress", {}),
     "capkv-paper": ("CapPress", {}),
@@ -57,6 +58,7 @@ PRESSES: dict[str, tuple[str, dict[str, Any]]] = {
 WHY_DIFFERENT = {
     "capkv": "our weights are attention, expected attention and salience instead of the mean query",
     "capkv-profile": "our weights are attention, expected attention and salience instead of the mean query",
+    "capkv-salience": "as capkv-profile, times another salience",
     "capkv-spread": "our weights are attention, expected attention and salience instead of the mean query",
     "capkv-window": "our weights are attention instead of the mean query",
     "capkv-paper": "the press normalizes keys and query, and averages the rotary embedding over future positions",
@@ -256,7 +258,7 @@ def main() -> None:
         "capkv_percent_4k": shares["ours", "capkv", longest],
         **{
             f"{name.replace('-', '_')}_percent_4k": shares["ours", name, longest]
-            for name in ("capkv-profile", "capkv-window", "capkv-paper")
+            for name in ("capkv-profile", "capkv-salience", "capkv-window", "capkv-paper")
             if name in names
         },
         "kvpress_cap_percent_4k": shares["kvpress", "capkv", longest],
