@@ -255,13 +255,13 @@ def main() -> None:
     print("kvpress has no VATP. Its h2o needs eager attention, whose extra time over sdpa is part of its cost.")
     longest = max(options.tokens)
     result = {
-        "capkv_percent_4k": shares["ours", "capkv", longest],
+        "capkv_percent_4k": shares.get(("ours", "capkv", longest)),
         **{
             f"{name.replace('-', '_')}_percent_4k": shares["ours", name, longest]
             for name in ("capkv-profile", "capkv-salience", "capkv-window", "capkv-paper")
             if name in names
         },
-        "kvpress_cap_percent_4k": shares["kvpress", "capkv", longest],
+        "kvpress_cap_percent_4k": shares.get(("kvpress", "capkv", longest)),
         "peak_cache_bytes_25": peak["ours"],
         "kvpress_peak_cache_bytes_25": peak["kvpress"],
         "tokens": longest,
