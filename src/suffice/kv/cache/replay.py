@@ -147,6 +147,7 @@ class Recording:
 
     def __init__(self, model: PreTrainedModel, num_queries: Sequence[int | None]) -> None:
         self._model, self._decoder = model, find_decoder(model)
+        self._modules = compressed_layers(model)
         self.cache = CompressedCache(model, "full", 1.0, measure_capacity=False)
         known = [needed for needed in num_queries if needed is not None]
         self._num_queries = None if len(known) < len(num_queries) else max(*known, _MIN_QUERIES)
@@ -199,7 +200,7 @@ class Recording:
         self, part: ReplayInput, kinds: frozenset[str], mask: Tensor | None, scores: dict[int, PromptScores]
     ) -> None:
         parts: dict[int, PartScores] = {}
-        modules = compressed_layers(self._model)
+        modules = self._modules
 
         def keep(layer: CompressedLayer, call: AttentionCall) -> None:
             parts[layer.index] = PartScores.from_layer(layer, call, part, scores[layer.index].num_tokens)
@@ -214,7 +215,7 @@ class Recording:
             own.add_to(scores[index], kinds, {GRADIENT: norms})
 
     def _input_norms(self) -> InputNorms:
-        return InputNorms(list(compressed_layers(self._model).values()))
+        return InputNorms(list(self._modules.values()))
 
     def _run(
         self, part: ReplayInput, mask: Tensor | None, on_attention: Callable[[CompressedLayer, AttentionCall], None]

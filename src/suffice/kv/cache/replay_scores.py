@@ -116,32 +116,36 @@ class PartScores:
                 [batch, queries].
 
         """
-        for kind in kinds:
-            own = self._mean() if kind == MEAN else self._largest(query_factors.get(kind))
-            if kind not in (LARGEST, MEAN):
-                own = own * self.stats.group_heads(OutputValue().norms_by_head(self.stats, 2))
-            scores.add(kind, own.amax(2) if kind != MEAN else own, self.slots)
-
-    def _largest(self, query_factors: Tensor | None) -> Tensor:
-        """Return the largest attention of any query, [batch, num_key_value_heads, num_key_value_groups, entries]."""
         stats = self.stats
-        shape = (stats.batch_size, stats.num_key_value_heads, stats.num_key_value_groups, stats.num_entries)
-        largest = torch.zeros(shape, device=stats.device)
+        shape = (stats.batch_size, stats.num_key_value_heads)
+        # The attention weights, which cost the most, are computed once for all kinds.
+        totals = {
+            kind: torch.zeros(
+                *shape, 1 if kind == MEAN else stats.num_key_value_groups, stats.num_entries, device=stats.device
+            )
+            for kind in kinds
+        }
         for block in self._query_blocks():
             weights = stats.attention_weights(block, stats.num_entries)
-            if query_factors is not None:
-                weights = weights * query_factors[:, None, None, block, None]
-            largest = torch.maximum(largest, weights.amax(3))
-        return largest
+            for kind, total in totals.items():
+                if kind == MEAN:
+                    total += weights.sum(3).mean(2, keepdim=True)
+                    continue
+                factors = query_factors.get(kind)
+                own = weights if factors is None else weights * factors[:, None, None, block, None]
+                torch.maximum(total, own.amax(3), out=total)
+        for kind, total in totals.items():
+            if kind == MEAN:
+                total = total / self._num_queries
+            elif kind != LARGEST:
+                total = total * stats.group_heads(OutputValue().norms_by_head(stats, 2))
+            scores.add(kind, total.amax(2), self.slots)
 
-    def _mean(self) -> Tensor:
-        """Return the mean attention over queries and the heads of a group, [batch, num_key_value_heads, entries]."""
-        stats = self.stats
-        total = torch.zeros(stats.batch_size, stats.num_key_value_heads, stats.num_entries, device=stats.device)
-        for block in self._query_blocks():
-            total += stats.attention_weights(block, stats.num_entries).sum(3).mean(2)
-        valid = stats.valid_queries
-        return total / (stats.num_queries if valid is None else valid.sum(-1).clamp_min(1)[:, None, None])
+    @property
+    def _num_queries(self) -> Tensor | int:
+        """Number of queries of each row that are not masked."""
+        valid = self.stats.valid_queries
+        return self.stats.num_queries if valid is None else valid.sum(-1).clamp_min(1)[:, None, None, None]
 
     def _query_blocks(self) -> list[slice]:
         stats = self.stats

@@ -40,6 +40,20 @@ _SPREAD = (
     + KeySalience()
 )
 
+
+def _published_replay(name: str, kind: str, paper: str) -> Policy:
+    """Return KVzip, KVzip+ or KVgrad as it was published: one threshold on a kind of scores, and no window."""
+    return Policy(
+        name=name,
+        weights=ReplayAttention(kind),
+        directions=Constant(),
+        estimator=Trace(),
+        allocation=HighestReplayScores(kind=kind),
+        window=0,
+        paper=paper,
+    )
+
+
 _POLICIES = (
     # The default: the policy with one pass over the prompt that stays close to the full cache on both measured models
     # (docs/results/kv-two-models.md). An entry must be read, and its key must differ from the others.
@@ -187,34 +201,9 @@ _POLICIES = (
         allocation=HighestReplayScores(),
         paper="2604.25975",
     ),
-    # KVzip, KVzip+ and KVgrad as they were published.
-    Policy(
-        name="kvzip",
-        weights=ReplayAttention("largest"),
-        directions=Constant(),
-        estimator=Trace(),
-        allocation=HighestReplayScores(),
-        window=0,
-        paper="2505.23416",
-    ),
-    Policy(
-        name="kvzip+",
-        weights=ReplayAttention("output"),
-        directions=Constant(),
-        estimator=Trace(),
-        allocation=HighestReplayScores(kind="output"),
-        window=0,
-        paper="2505.23416",
-    ),
-    Policy(
-        name="kvgrad",
-        weights=ReplayAttention("gradient"),
-        directions=Constant(),
-        estimator=Trace(),
-        allocation=HighestReplayScores(kind="gradient"),
-        window=0,
-        paper="openreview:cg1wTCJjjk",
-    ),
+    _published_replay("kvzip", "largest", "2505.23416"),
+    _published_replay("kvzip+", "output", "2505.23416"),
+    _published_replay("kvgrad", "gradient", "openreview:cg1wTCJjjk"),
     Policy(name="random", weights=Random(), directions=Constant(), estimator=Trace()),
     Policy(name="full", weights=Uniform(), directions=Constant(), estimator=Trace(), keep_all=True),
 )
