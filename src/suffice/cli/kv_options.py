@@ -112,7 +112,7 @@ class CacheOptions:
 
         """
         policy = get_policy(self.policy)
-        if not self.replay or policy.replay_kinds:
+        if not self.replay or policy.needs_replay:
             return policy
         if self.policy != DEFAULT_POLICY:
             raise ValueError(

@@ -146,7 +146,7 @@ class CompressedCache(Cache):
         self.budget = budget = None if limit is not None else protection.check(0.25 if budget is None else budget)
         if evict not in (None, "prefill", "always"):
             raise ValueError(f"evict must be 'prefill', 'always' or None, got {evict!r}")
-        needs_replay = bool(self.policy.replay_kinds)
+        needs_replay = self.policy.needs_replay
         if needs_replay and evict == "always":
             raise ValueError(
                 f"evict must be 'prefill' or None with policy {self.policy.name!r}, which scores entries in a second "
@@ -468,7 +468,7 @@ class CompressedCache(Cache):
     @property
     def needs_replay(self) -> bool:
         """Whether the policy scores the entries of a prompt in a second pass, so that `prefill` must fill the cache."""
-        return bool(self.policy.replay_kinds)
+        return self.policy.needs_replay
 
     @property
     def compressed_layers(self) -> list[CompressedLayer]:

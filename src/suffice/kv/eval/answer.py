@@ -129,7 +129,7 @@ def answer(
     prompt = tokenize_prompt(tokenizer, document, question)
     if not rerotate:
         check_prompt_length(model, prompt.input_ids.shape[1] + max_new_tokens)
-    needs_replay = bool(get_policy(policy).replay_kinds)
+    needs_replay = get_policy(policy).needs_replay
     evicts_once = interval is None and (needs_replay or (memory is None and chunk_size is None))
     cache = CompressedCache(
         model,

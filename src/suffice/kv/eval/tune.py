@@ -117,7 +117,7 @@ class TuningResult:
         bits = "" if best.bits is None else f", bits={best.bits}"
         size = f"budget={best.budget}" if best.memory is None else f"memory={best.memory}"
         evict = "" if best.memory is None else ', evict="prefill"'
-        has_replay = bool(get_policy(best.policy).replay_kinds)
+        has_replay = get_policy(best.policy).needs_replay
         return (
             f"from suffice.kv import CompressedCache{', prefill' if has_replay else ''}\n\n"
             f"cache = CompressedCache(model, policy={best.policy!r}, {size}{allocation}{bits}{evict})\n"

@@ -81,6 +81,11 @@ class Policy:
         kind = self.allocation.replay_kind
         return self.weights.replay_kinds | (frozenset() if kind is None else {kind})
 
+    @property
+    def needs_replay(self) -> bool:
+        """Whether the policy scores entries in a second pass over the prompt."""
+        return bool(self.replay_kinds)
+
     def objective(self, stats: AttentionStats, backend: TorchBackend = TORCH_BACKEND) -> Objective:
         """Return the objective that the policy approximates for an attention call."""
         return Objective(self.weights, self.directions, stats, backend)

@@ -242,7 +242,7 @@ def policies(*, replay: bool | None = None) -> dict[str, Policy]:
             for all.
 
     """
-    return {policy.name: policy for policy in _POLICIES if replay in (None, bool(policy.replay_kinds))}
+    return {policy.name: policy for policy in _POLICIES if replay in (None, policy.needs_replay)}
 
 
 def get_policy(name: str | Policy) -> Policy:
