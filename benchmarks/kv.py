@@ -104,7 +104,7 @@ class Probe:
         """Run one prefill in which everything is measured."""
         hooks = []
         for layer in self.carrier.compressed_layers:
-            module = layer._module()
+            module = layer.module
             module.rotary_emb = self.model.model.rotary_emb
             layer.post_attention = self._recording(layer.post_attention)
             hooks.append(module.register_forward_hook(self._measure, with_kwargs=True))
@@ -164,7 +164,7 @@ class Probe:
                 call.value,
                 scaling=call.scaling,
                 output_weight=module.o_proj.weight,
-                rotary=layer._rotary,
+                rotary=layer.rotary,
                 context=LayerContext(layer.order, layer.settings.num_layers),
             )
             ours = get_policy(name).score(stats)

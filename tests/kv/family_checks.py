@@ -96,7 +96,7 @@ def compare_with_oracle(case: Case, cache: CompressedCache, pieces: Sequence[Ten
 def kept_positions(cache: CompressedCache) -> dict[int, Tensor]:
     """Return the kept positions by the id of the attention module."""
     return {
-        id(layer._module()): cache.kept_positions(layer.index).clone()
+        id(layer.module): cache.kept_positions(layer.index).clone()
         for layer in cache.compressed_layers
         if layer.storage is not None
     }

@@ -177,7 +177,7 @@ def test_rerotated_keys_have_the_rotation_of_their_new_positions(family, allocat
             full = stock.layers[layer.index].keys[:, head : head + 1, old]
             own, other = (
                 AttentionStats(
-                    x, x, x, rotary=layer._rotary, positions=EntryPositions(entries=at[None, None], queries=at[None])
+                    x, x, x, rotary=layer.rotary, positions=EntryPositions(entries=at[None, None], queries=at[None])
                 )
                 for x, at in ((keys, new), (full, old))
             )

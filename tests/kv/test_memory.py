@@ -15,6 +15,7 @@ from torch import nn
 
 from suffice.kv import CompressedCache, Policy
 from suffice.kv.budget.protection import Protection
+from suffice.kv.cache.layer_report import report_layer
 from suffice.kv.cache.memory import LayerShape, MemoryBudget, parse_memory
 from suffice.kv.hf.layers import compressed_layers
 from suffice.kv.policy.registry import allocations, get_policy, policies
@@ -254,7 +255,7 @@ def test_limit_holds_for_models_of_other_kinds(family):
     cache = CompressedCache(case.model, "capkv", memory=0.9)
     for step in range(20):
         case.forward(case.prompt(1 if step else 160, seed=step), cache)
-        report, layers = cache.report(), cache.compressed_layers
+        report, layers = cache.report(), [report_layer(layer) for layer in cache.compressed_layers]
         others = report.bytes_limit - sum(layer.bytes_limit for layer in layers)
         held = report.bytes_kept + report.bytes_index - others
         assert held <= 0.9 * sum(layer.bytes_full for layer in layers) + len(layers)

@@ -21,6 +21,7 @@ from suffice.kv.cache.forward_pass import ForwardPass
 from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.layer_kinds import check_latents, check_repair, check_sliding, make_layer
+from suffice.kv.cache.layer_report import report_layer
 from suffice.kv.cache.memory import MemoryBudget, check_equal_layers, parse_limit
 from suffice.kv.cache.positions import (
     check_position_ids,
@@ -509,7 +510,8 @@ class CompressedCache(Cache):
             for part in (getattr(layer, "keys", None), getattr(layer, "values", None))
             if not isinstance(layer, CompressedLayer) and part is not None
         )
-        return CacheReport.from_layers(self.policy.name, self.compressed_layers, bytes_uncompressed)
+        layers = [report_layer(layer) for layer in self.compressed_layers]
+        return CacheReport.from_layers(self.policy.name, layers, bytes_uncompressed)
 
     def __repr__(self) -> str:
         memory = self.settings.memory

@@ -25,6 +25,7 @@ from suffice.kv.budget.allocation import Equal
 from suffice.kv.budget.protection import Protection
 from suffice.kv.cache.eviction import plan_eviction
 from suffice.kv.cache.layer import CompressedLayer
+from suffice.kv.cache.layer_report import report_layer
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.settings import CacheSettings, StorageConfig
 from suffice.kv.cache.state import LayerState, RowState
@@ -289,7 +290,7 @@ class CrossAttentionCache(Cache):
 
     def report(self) -> CacheReport:
         """Return a report of the entries and bytes that are kept, in total and by layer and head."""
-        return CacheReport.from_layers(self.policy.name, self.compressed_layers)
+        return CacheReport.from_layers(self.policy.name, [report_layer(layer) for layer in self.compressed_layers])
 
     def __repr__(self) -> str:
         return f"CrossAttentionCache(policy={self.policy.name!r}, budget={self.budget}, {self.report()})"

@@ -122,7 +122,8 @@ def plan_eviction(
         memory: how the layer uses its memory; None if the settings have a budget in entries.
 
     Raises:
-        ValueError: the protected entries do not fit into the budget of a row.
+        ValueError: the protected entries do not fit into the budget of a row, or the text of a row is too short to
+            repair its entries.
 
     """
     if not (is_first or settings.evict_always):
@@ -154,7 +155,10 @@ def plan_eviction(
     # Rows that are not due keep all their entries.
     allowed = [limit if due else seen for limit, seen, due in zip(allowed, num_seen, is_due, strict=True)]
     storage = settings.storage if memory is None else replace(settings.storage, quantization=memory.quantization)
-    return EvictionPlan(tuple(is_due), tuple(allowed), tuple(num_seen), tuple(windows), storage)
+    plan = EvictionPlan(tuple(is_due), tuple(allowed), tuple(num_seen), tuple(windows), storage)
+    if settings.repair:
+        plan.check_repair()
+    return plan
 
 
 def _num_last_kept(settings: CacheSettings, limit: int, num_seen: int) -> int:

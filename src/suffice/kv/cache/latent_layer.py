@@ -112,7 +112,7 @@ class LatentLayer(CompressedLayer):
 
     @property
     def _attention_module(self) -> nn.Module:
-        module = self._module()
+        module = self.module
         assert module is not None
         return module
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
 
 from suffice.gpu import KernelFallbackError, async_tensor
 from suffice.kv.attention.call import AttentionCall, check_right_padding, run_attention
@@ -32,14 +31,13 @@ from suffice.kv.cache.eviction import (
     validate_eviction,
 )
 from suffice.kv.cache.global_budget import GlobalBudget
-from suffice.kv.cache.memory import LayerShape, MemoryPlan
+from suffice.kv.cache.layer_memory import LayerMemory, layer_shape
+from suffice.kv.cache.memory import LayerShape
 from suffice.kv.cache.recent_queries import RecentQueries
-from suffice.kv.cache.report import HeadReport, describe_repairs
 from suffice.kv.cache.settings import CacheSettings
-from suffice.kv.cache.state import LayerState
+from suffice.kv.cache.state_layer import StateLayer
 from suffice.kv.hf.offload import materialized_weight
 from suffice.kv.hf.rotary import RotaryEmbedding
-from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.deferred_checks import DeferredChecks
 from suffice.kv.policy.layer_context import EntryPositions, LayerContext
@@ -53,7 +51,7 @@ _CHUNKS_ARE_KEPT = (
 )
 
 
-class CompressedLayer(DynamicLayer):
+class CompressedLayer(StateLayer):
     """One full-attention layer of a `CompressedCache`.
 
     Each attention call goes through `pre_attention` (check and store the new tokens), the attention itself, and
@@ -68,6 +66,11 @@ class CompressedLayer(DynamicLayer):
         global_budget: shared by all layers; None if each layer has its own budget.
         rotaries_to_clear: rotary embeddings whose cached results are freed after the attention of this layer.
 
+    Attributes:
+        new_positions: positions of the tokens of the current attention call, long [batch, new]; negative for masked
+            tokens.
+        memory: how the layer uses its memory in the current attention call.
+
     """
 
     def __init__(
@@ -81,50 +84,22 @@ class CompressedLayer(DynamicLayer):
         global_budget: GlobalBudget | None,
         rotaries_to_clear: Sequence[RotaryEmbedding] = (),
     ) -> None:
-        self.state = LayerState()
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         self.index, self.order = index, order
         self.global_budget = global_budget
         self._module = weakref.ref(module)
-        self._rotary, self._rotaries_to_clear = rotary, tuple(rotaries_to_clear)
+        self.rotary, self._rotaries_to_clear = rotary, tuple(rotaries_to_clear)
         self.reset()
-
-    @property
-    def storage(self) -> Storage | None:
-        """Keys and values of the entries; None before the first token."""
-        return self.state.storage
-
-    # The base class assigns these two attributes. Here they are read from the storage.
-    @property
-    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Keys, right-aligned: [batch, num_key_value_heads, width, head_dim]; None before the first token."""
-        return None if self.storage is None else self.storage.keys
-
-    @keys.setter
-    def keys(self, keys: Tensor | None) -> None:
-        """Ignore the assignments of the base class."""
-
-    @property
-    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Values, right-aligned: [batch, num_key_value_heads, width, value_dim]; None before the first token."""
-        return None if self.storage is None else self.storage.values
-
-    @values.setter
-    def values(self, values: Tensor | None) -> None:
-        """Ignore the assignments of the base class."""
 
     def reset(self) -> None:
         """Remove all tokens."""
-        self.state = LayerState()
+        super().reset()
         if self.global_budget is not None:
             self.global_budget.forget(self.order)
-        self.is_initialized = False
         self.awaits_attention = False  # between `update` and the attention call that follows it
         self._plan: EvictionPlan | None = None  # for the current attention call
-        self._memory: MemoryPlan | None = None  # for the current attention call; None if the memory is not limited
-        self._shape: LayerShape | None = None  # of the last attention call, if the memory is limited
-        self._new_positions = torch.empty(0)  # of the tokens of the current attention call, [batch, new]
+        self.memory = LayerMemory(self.settings)
+        self.new_positions = torch.empty(0)
         self.on_attention: Callable[[CompressedLayer, AttentionCall], None] | None = None  # called after each call
 
     # ---- New tokens -------------------------------------------------------------------------------------------------
@@ -162,9 +137,9 @@ class CompressedLayer(DynamicLayer):
         return output, attention
 
     @property
-    def new_positions(self) -> Tensor:
-        """Positions of the tokens of the current attention call, long [batch, new]; negative for masked tokens."""
-        return self._new_positions
+    def module(self) -> nn.Module | None:
+        """The attention module of the layer; None if the model no longer exists."""
+        return self._module()
 
     @property
     def max_readable(self) -> int | None:
@@ -173,7 +148,7 @@ class CompressedLayer(DynamicLayer):
 
     def owns(self, call: AttentionCall) -> bool:
         """Return whether an attention call comes from the attention module of this layer."""
-        return call.module is self._module()
+        return call.module is self.module
 
     def pre_attention(self, call: AttentionCall) -> None:
         """Check an attention call, plan the eviction after it, and store its new tokens.
@@ -198,8 +173,8 @@ class CompressedLayer(DynamicLayer):
             check_right_padding(padding)
         batch, _, num_new, _ = call.key.shape
         state = self.state.append_tokens(num_new, padding, batch)
-        self._shape = None if self.settings.memory is None else self.shape(call)
-        self._memory = self._plan_memory(state.num_seen, batch)
+        if self.settings.memory is not None:
+            self.memory = self.memory.begin_call(self.shape(call), state, self.max_readable)
         self._plan = plan_eviction(
             self.settings,
             state.rows,
@@ -208,15 +183,13 @@ class CompressedLayer(DynamicLayer):
             num_new=num_new,
             is_first=self.storage is None,
             max_readable=self.max_readable,
-            memory=self._memory,
+            memory=self.memory.plan,
         )
-        if self.settings.repair and self._plan is not None:
-            self._plan.check_repair()
         if self.order == 0 and self._looks_like_a_second_chunk(num_new):
             warnings.warn(_CHUNKS_ARE_KEPT, stacklevel=2)
-        self._new_positions = state.new_positions(num_new, padding, self.device)
+        self.new_positions = state.new_positions(num_new, padding, self.device)
         if self.storage is not None:
-            self.storage.append(call.key, call.value, self._new_positions, padded=padding is not None)
+            self.storage.append(call.key, call.value, self.new_positions, padded=padding is not None)
         self.state = state  # counts the new tokens after they are stored
         self.is_initialized = True
 
@@ -240,34 +213,11 @@ class CompressedLayer(DynamicLayer):
             ValueError: the memory is too small for the entries that are always kept.
 
         """
-        self._plan_memory(self.state.num_seen + num_new, len(self.state.rows))
-
-    def _plan_memory(self, num_seen: int, batch_size: int) -> MemoryPlan | None:
-        """Return how the layer uses its memory after some tokens; None if it is not limited or its shape not known."""
-        memory = self.settings.memory
-        if memory is None or self._shape is None or (self.storage is not None and not memory.evict_always):
-            return None
-        stored_bits = None if self.storage is None else self.storage.bits
-        num_tokens = min(num_seen, self.max_readable or num_seen)
-        return memory.plan(self._shape, num_tokens, self._num_parts(self._shape.num_heads, batch_size), stored_bits)
-
-    def _num_parts(self, num_heads: int, batch_size: int) -> int:
-        """Return into how many parts a limit on the bytes of the whole cache is divided."""
-        sharding = self._sharding(num_heads)
-        num_processes = 1 if sharding is None else sharding.world_size
-        return self.settings.num_layers * batch_size * num_processes
+        self.memory.plan_after(num_new, self.state, self.max_readable)
 
     def shape(self, call: AttentionCall) -> LayerShape:
         """Return the sizes of the tensors of the layer."""
-        query_dim = call.query.shape[1] * call.query.shape[3]
-        return LayerShape(
-            num_heads=call.key.shape[1],
-            key_dim=call.key.shape[-1],
-            value_dim=call.value.shape[-1],
-            element_size=call.key.element_size(),
-            query_bytes=query_dim * call.query.element_size(),
-            scored_query_dim=query_dim,
-        )
+        return layer_shape(call)
 
     def _looks_like_a_second_chunk(self, num_new: int) -> bool:
         """Return whether a prompt seems to be read in chunks of equal size, all of which are kept after the first."""
@@ -281,31 +231,20 @@ class CompressedLayer(DynamicLayer):
             if self.on_attention is not None:
                 self.on_attention(self, call)
             if self.settings.evict_always:
-                needed = self.settings.num_queries_needed
-                needed = None if needed is None else max(1, needed)
-                if self._memory is not None and call.query.shape[2] == 1:
-                    needed = min(needed or self._memory.num_queries, self._memory.num_queries)
-                queries = self.state.queries
-                if needed is not None and self.state.has_holes:
-                    needed = queries.append(call.query, self._new_positions, None).num_slots(needed)
-                queries = queries.append(call.query, self._new_positions, needed)
-                self.state = replace(self.state, queries=queries)
+                self._remember_queries(call)
             if self._plan is not None:
                 self._evict(self._plan, call, attention)
-            self._limit_memory()
+            self.state = self.memory.limit(self.state)
             self.end_attention()
         for rotary in self._rotaries_to_clear:
             rotary.clear_cache()
 
-    def _limit_memory(self) -> None:
-        """Forget queries, and shorten the window of exact entries, as the plan of the memory says."""
-        if self._memory is None:
-            return
-        queries = self.state.queries
-        if len(queries) > 2 * self._memory.num_queries:
-            self.state = replace(self.state, queries=queries.newest(self._memory.num_queries))
-        if isinstance(self.storage, QuantizedStorage):
-            self.storage.quantization = self._memory.quantization
+    def _remember_queries(self, call: AttentionCall) -> None:
+        """Remember the new queries for the next eviction, and forget those that it does not need."""
+        needed, queries = self.memory.num_queries(call.query.shape[2]), self.state.queries
+        if needed is not None and self.state.has_holes:
+            needed = queries.append(call.query, self.new_positions, None).num_slots(needed)
+        self.state = replace(self.state, queries=queries.append(call.query, self.new_positions, needed))
 
     def end_attention(self) -> None:
         """Let the storage quantize new entries, after the attention of a pass has read them."""
@@ -339,7 +278,7 @@ class CompressedLayer(DynamicLayer):
     def _entries(self, call: AttentionCall) -> Entries:
         """Return all entries of the layer. If masked tokens follow other tokens, their slots are moved to the front."""
         if self.storage is None:
-            entries = Entries(call.key, call.value, self._new_positions[:, None])
+            entries = Entries(call.key, call.value, self.new_positions[:, None])
         else:
             entries = self.storage.entries
         return entries.right_aligned() if self.state.has_holes else entries
@@ -347,7 +286,7 @@ class CompressedLayer(DynamicLayer):
     def _queries(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """Return the queries for the weights, [batch, num_heads, queries, head_dim], and their positions."""
         state = self.state
-        new_positions = self._new_positions[:, -call.query.shape[2] :]  # a replay passes the last queries only
+        new_positions = self.new_positions[:, -call.query.shape[2] :]  # a replay passes the last queries only
         remembered = state.queries if len(state.queries) else RecentQueries((call.query,), (new_positions,))
         queries, positions = remembered.join()
         num_queries = queries.shape[2]
@@ -389,7 +328,7 @@ class CompressedLayer(DynamicLayer):
     ) -> AttentionStats:
         queries, query_positions = self._queries(call)
         scored_queries, keys, values = self.scored_tensors(queries, entries)
-        sharding, has_holes = self._sharding(keys.shape[1]), self.state.has_holes
+        sharding, has_holes = self.settings.sharding_of(keys.shape[1]), self.state.has_holes
         if self.storage is None and not has_holes and keys.shape[2] == self.state.num_seen:
             valid = entries.positions[:, 0] >= 0 if any(self.state.num_padding) else None
             positions = EntryPositions(valid=valid, num_seen=plan.num_seen)
@@ -409,7 +348,7 @@ class CompressedLayer(DynamicLayer):
             sink_logits=call.sink_logits,
             attention=attention if has_weights else None,
             output_weight=self.output_weight(),
-            rotary=self._rotary,
+            rotary=self.rotary,
             state=replace(self.state.weight_state, attention_received=entries.columns.get("attention_received")),
             logit_bias=entries.logit_bias,
             replay_scores=self._replay_scores(call),
@@ -424,7 +363,7 @@ class CompressedLayer(DynamicLayer):
         """Return the scores from a replay. If masked tokens follow other tokens, their slots are moved to the front."""
         if not self.state.has_holes or not call.replay_scores:
             return call.replay_scores
-        order = right_aligned_order(self._new_positions[:, None])
+        order = right_aligned_order(self.new_positions[:, None])
         return {kind: x.gather(2, order.expand_as(x)) for kind, x in call.replay_scores.items()}
 
     def query_sizes(self, call: AttentionCall) -> Tensor | None:
@@ -433,7 +372,7 @@ class CompressedLayer(DynamicLayer):
         None if the queries do not multiply the stored keys.
         """
         queries = call.query
-        is_token = (self._new_positions[:, -queries.shape[2] :] >= 0)[:, None, :, None]
+        is_token = (self.new_positions[:, -queries.shape[2] :] >= 0)[:, None, :, None]
         if call.padding is not None:
             queries = queries.masked_fill(~is_token, 0)
         counts = is_token.sum(2).clamp_min(1)
@@ -447,70 +386,8 @@ class CompressedLayer(DynamicLayer):
 
     def output_weight(self) -> Callable[[], Tensor | None] | None:
         """Return a function that loads the weight of the output projection, [hidden, heads * value_dim]."""
-        projection = getattr(self._module(), "o_proj", None)
+        projection = getattr(self.module, "o_proj", None)
         return None if projection is None else functools.partial(materialized_weight, projection, "weight")
-
-    def _sharding(self, num_heads: int) -> Sharding | None:
-        sharding = self.settings.sharding
-        return sharding if sharding is not None and sharding.is_split(num_heads) else None
-
-    # ---- Interface of the cache layers of transformers --------------------------------------------------------------
-
-    def get_seq_length(self, *args: Any) -> int:
-        """Return the number of tokens seen, including padding: the position of the next one."""
-        return self.state.num_seen
-
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """Return length and offset of the mask. It covers the new tokens only; the storage extends it to all entries.
-
-        Args:
-            query_length: number of new tokens; transformers 5.2 passes their positions instead.
-
-        """
-        new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-        return new, self.state.num_seen
-
-    @property
-    def is_croppable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether new tokens can be removed again, as assisted decoding does."""
-        return not self.settings.evict_always
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens.
-
-        Args:
-            tokens_to_remove: minus the number of tokens to remove. If it is positive, as in transformers, it is the
-                number of tokens to keep.
-
-        Raises:
-            ValueError: a head has evicted the entry of a token to remove.
-
-        """
-        self.state = self.state.drop_last(self.check_crop(tokens_to_remove))
-
-    def check_crop(self, tokens_to_remove: int) -> int:
-        """Return how many tokens `crop` removes, without removing them; raise an error if it cannot."""
-        num_seen = self.state.num_seen
-        count = num_seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
-        if count > self.state.num_droppable:
-            raise ValueError(
-                f"crop must remove at most {self.state.num_droppable} tokens from a CompressedCache, whose heads have "
-                f"evicted entries of earlier tokens, got {count}. Evicted entries cannot be restored"
-            )
-        return count
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows of the batch, as beam search does."""
-        self.state = self.state.select_rows(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row of the batch."""
-        self.state = self.state.select_rows(torch.arange(len(self.state.rows)).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows of the batch."""
-        if self.state.rows:
-            self.state = self.state.select_rows(torch.arange(len(self.state.rows))[indices.cpu()])
 
     def copy(self, global_budget: GlobalBudget | None) -> CompressedLayer:
         """Return a layer that shares the stored tensors. Changes to one layer do not affect the other."""
@@ -521,63 +398,3 @@ class CompressedLayer(DynamicLayer):
         if global_budget is not None:
             global_budget.register(self.order, other.storage)
         return other
-
-    # ---- Report -----------------------------------------------------------------------------------------------------
-
-    @property
-    def num_key_value_heads(self) -> int:
-        """Number of KV heads of the layer on this process."""
-        assert self.storage is not None
-        return self.storage.num_kept.shape[1]
-
-    @property
-    def bytes_full(self) -> int:
-        """Bytes of keys and values that a cache of transformers would store, without eviction and with padding."""
-        if self.storage is None:
-            return 0
-        num_tokens = len(self.state.rows) * self.state.num_seen
-        return num_tokens * self.num_key_value_heads * self.storage.bytes_per_entry
-
-    @property
-    def bytes_state(self) -> int:
-        """Bytes of what the policy remembers for the next eviction."""
-        return self.state.nbytes
-
-    @property
-    def bytes_limit(self) -> int | None:
-        """Bytes that the layer may hold, with positions and what the policy remembers; None for no limit."""
-        memory, num_rows = self.settings.memory, len(self.state.rows)
-        if memory is None or self.storage is None or (self.state.num_appended and not memory.evict_always):
-            return None
-        num_parts = self._num_parts(self.num_key_value_heads, num_rows)
-        return num_rows * memory.bytes_of_row(self.bytes_full // num_rows, num_parts)
-
-    def head_reports(self) -> list[HeadReport]:
-        """Return one report for each KV head; none before the first token."""
-        if self.storage is None:
-            return []
-        heads = self.num_key_value_heads
-        sharding = self._sharding(heads)
-        first_head = 0 if sharding is None else sharding.rank * heads  # index of the first head in the whole model
-        kept = self.storage.num_kept.sum(0).tolist()
-        nbytes = self.storage.nbytes_by_head
-        capacity = self.state.capacity
-        shares = [None] * heads if capacity is None else capacity.mean(0).tolist()
-        errors = [error or (None, None) for error in self.storage.quantization_errors]
-        repairs = [None] * heads if self.state.repair_errors is None else describe_repairs(self.state.repair_errors)
-        return [
-            HeadReport(
-                layer=self.index,
-                head=first_head + head,
-                tokens_seen=len(self.state.rows) * self.state.num_seen - sum(self.state.num_padding),
-                tokens_kept=kept[head],
-                bytes_full=self.bytes_full // heads,
-                bytes_kept=nbytes[head],
-                capacity_retained=shares[head],
-                bits=self.storage.bits,
-                key_error=errors[head][0],
-                value_error=errors[head][1],
-                repair=repairs[head],
-            )
-            for head in range(heads)
-        ]

@@ -2,99 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from suffice.kv.storage.base import Storage
+from suffice.kv.cache.layer_report import HeadReport, LayerReport
 from suffice.kv.storage.quantization import Bits, format_bits, shortest_bits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
-
-
-@dataclass(frozen=True)
-class HeadRepair:
-    """Repair of the kept entries of one KV head.
-
-    Args:
-        is_kept: whether the head has kept the repair, in at least one row.
-        error_before: relative error of the outputs of held-out queries before the repair: root of the sum of the
-            squared errors over that of the squared lengths, averaged over rows. None if the head kept all entries, or
-            if there were too few queries.
-        error_after: the same after the repair.
-
-    """
-
-    is_kept: bool
-    error_before: float | None
-    error_after: float | None
-
-
-@dataclass(frozen=True)
-class HeadReport:
-    """What one KV head of one layer keeps, summed over the rows of the batch. Tokens are counted without padding.
-
-    Args:
-        layer: index of the layer in the model.
-        head: index of the KV head in the model.
-        tokens_seen: number of tokens seen.
-        tokens_kept: number of entries kept.
-        bytes_full: bytes that the head would hold without eviction, including padding.
-        bytes_kept: bytes of the keys and values that it holds.
-        capacity_retained: share of the capacity that the kept entries carry; None if it was not measured.
-        bits: bits of the numbers of quantized keys and of quantized values; None if the cache does not quantize.
-        key_error: relative error of quantized keys: root of the sum of the squared errors, divided by the root of the
-            sum of the squared lengths. The mean key of the head is subtracted from the keys first. The error covers all
-            entries that were quantized, including those that were evicted later. None if no entry was quantized.
-        value_error: the same for values, from which no mean is subtracted.
-        repair: repair of the kept entries; None if they were not repaired.
-
-    """
-
-    layer: int
-    head: int
-    tokens_seen: int
-    tokens_kept: int
-    bytes_full: int
-    bytes_kept: int
-    capacity_retained: float | None
-    bits: tuple[int, int] | None = None
-    key_error: float | None = None
-    value_error: float | None = None
-    repair: HeadRepair | None = None
-
-
-class ReportedLayer(Protocol):
-    """A compressed layer, of which a report is made."""
-
-    @property
-    def storage(self) -> Storage | None:
-        """Keys and values of the entries; None before the first token."""
-        ...
-
-    @property
-    def bytes_full(self) -> int:
-        """Bytes that the layer would hold without eviction."""
-        ...
-
-    @property
-    def bytes_state(self) -> int:
-        """Bytes of what the policy remembers for the next eviction."""
-        ...
-
-    @property
-    def bytes_limit(self) -> int | None:
-        """Bytes that the layer may hold; None for no limit."""
-        ...
-
-    def head_reports(self) -> list[HeadReport]:
-        """Return one report for each KV head."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -132,27 +49,26 @@ class CacheReport:
     repair_error_after: float | None = None
 
     @classmethod
-    def from_layers(cls, policy: str, layers: Sequence[ReportedLayer], bytes_uncompressed: int = 0) -> CacheReport:
+    def from_layers(cls, policy: str, layers: Sequence[LayerReport], bytes_uncompressed: int = 0) -> CacheReport:
         """Return the report of a cache.
 
         Args:
             policy: name of the policy.
-            layers: the compressed layers.
+            layers: reports of the compressed layers.
             bytes_uncompressed: bytes of the keys and values of all other layers.
 
         """
-        heads = tuple(head for layer in layers for head in layer.head_reports())
+        heads = tuple(head for layer in layers for head in layer.heads)
         shares = [share for head in heads if (share := head.capacity_retained) is not None]
         repairs = [repair for head in heads if (repair := head.repair) is not None]
-        storages = [layer.storage for layer in layers if layer.storage is not None]
         limits = [limit for layer in layers if (limit := layer.bytes_limit) is not None]
         return cls(
             policy=policy,
             heads=heads,
-            batch=storages[0].num_kept.shape[0] if storages else 0,
+            batch=max((layer.num_rows for layer in layers), default=0),
             bytes_full=bytes_uncompressed + sum(layer.bytes_full for layer in layers),
-            bytes_kept=bytes_uncompressed + sum(storage.nbytes for storage in storages),
-            bytes_index=sum(storage.nbytes_index for storage in storages) + sum(layer.bytes_state for layer in layers),
+            bytes_kept=bytes_uncompressed + sum(layer.bytes_kept for layer in layers),
+            bytes_index=sum(layer.bytes_index for layer in layers),
             capacity_retained=_mean(shares),
             bytes_limit=bytes_uncompressed + sum(limits) if len(limits) == len(layers) else None,
             heads_repaired=sum(repair.is_kept for repair in repairs) if repairs else None,
@@ -224,21 +140,6 @@ class CacheReport:
             f"{self.tokens_kept:.0f} of {self.tokens_seen} tokens{stored}, "
             f"{self.bytes_kept / 1e6:.1f} of {self.bytes_full / 1e6:.1f} MB{share}"
         )
-
-
-def describe_repairs(errors: Tensor) -> list[HeadRepair]:
-    """Return the repair of each head.
-
-    Args:
-        errors: errors before and after the repair, see `suffice.kv.policy.repair.Repair`.
-
-    """
-    is_kept = (errors[..., 1] < errors[..., 0]).any(0).tolist()
-    means = errors.nanmean(0).tolist()
-    return [
-        HeadRepair(kept, *(None if math.isnan(error) else error for error in mean))
-        for kept, mean in zip(is_kept, means, strict=True)
-    ]
 
 
 def _mean(numbers: Sequence[float]) -> float | None:

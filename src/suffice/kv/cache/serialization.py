@@ -73,7 +73,7 @@ class SavedCache:
 def save_cache(layers: Sequence[Any], settings: CacheSettings, model: PreTrainedModel, path: str | Path) -> Path:
     """Write the layers of a cache to a safetensors file; see `CompressedCache.save`."""
     compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
-    modules = [layer._module() for layer in compressed]  # pyright: ignore[reportPrivateUsage]
+    modules = [layer.module for layer in compressed]
     if not set(map(id, modules)) <= set(map(id, model.modules())):
         raise ValueError("model must be the one that the CompressedCache was made for, got another model")
     if not compressed[0].state.num_seen:
@@ -223,7 +223,7 @@ def _compressed_state(layer: CompressedLayer) -> tuple[dict[str, Tensor], dict[s
 
 
 def _restore_compressed(layer: CompressedLayer, tensors: dict[str, Tensor], record: Mapping[str, Any]) -> None:
-    module = layer._module()  # pyright: ignore[reportPrivateUsage]
+    module = layer.module
     assert module is not None
     device = execution_device(module)
     tensors = {name: value.to(device) for name, value in tensors.items()}

@@ -108,3 +108,7 @@ class CacheSettings:
         """Number of newest queries that an eviction needs; None for all since the last eviction."""
         needed = self.policy.weights.num_queries_needed
         return needed if needed is None or not self.repair else max(needed, NUM_QUERIES)
+
+    def sharding_of(self, num_heads: int) -> Sharding | None:
+        """Return how a layer with `num_heads` KV heads on this process is split; None if it has all heads."""
+        return self.sharding if self.sharding is not None and self.sharding.is_split(num_heads) else None

@@ -69,7 +69,7 @@ class SlidingLayer(CompressedLayer):
             # Later tokens can read only the last window − 1 of these tokens.
             last = slice(1 - self.window, None)
             call = replace(call, query=call.query[:, :, last], key=call.key[:, :, last], value=call.value[:, :, last])
-            self._new_positions, attention = self._new_positions[:, last], None
+            self.new_positions, attention = self.new_positions[:, last], None
         elif self._plan is not None:
             self._drop_unreadable()
         super().post_attention(call, attention)
@@ -78,7 +78,7 @@ class SlidingLayer(CompressedLayer):
         """Compute the attention of several new tokens, each over the entries in its own window."""
         assert self.storage is not None
         entries = self.storage.entries
-        positions, queries = entries.positions[:, :, None], self._new_positions[:, None, :, None]
+        positions, queries = entries.positions[:, :, None], self.new_positions[:, None, :, None]
         in_window = (positions >= 0) & (positions <= queries) & (positions > queries - self.window)
         # What the queries of padding read does not matter, but they must read something.
         heads = entries.keys.shape[1]
@@ -140,9 +140,3 @@ class SlidingLayer(CompressedLayer):
                 f"of {self.state.num_seen} tokens: entries that left the window cannot be restored"
             )
         return super().check_crop(tokens_to_remove)
-
-    @property
-    def bytes_full(self) -> int:
-        """Bytes of keys and values that a cache of transformers would store."""
-        num_seen = max(1, self.state.num_seen)
-        return super().bytes_full // num_seen * min(num_seen, self.window - 1)
