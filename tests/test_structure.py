@@ -1,4 +1,4 @@
-"""The structure of the package: imports between packages point down, no file imports itself in a circle."""
+"""The structure of the package: imports point down, no file imports itself in a circle, and no file is too long."""
 
 import subprocess
 import sys
@@ -24,6 +24,7 @@ TOP_LEVEL = {
     "suffice.files",
     "suffice.plain_numbers",
 }
+MAX_LINES = 500  # a file is about one noun; a longer one is about several
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,11 @@ def test_no_file_is_part_of_an_import_cycle(graph):
 
 def test_cycles_are_found():
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+def test_no_file_is_too_long():
+    lines = {name: len(file.read_text(encoding="utf-8").splitlines()) for name, file in module_names(SOURCE).items()}
+    assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
 
 
 @pytest.mark.parametrize(("half", "foreign"), [("suffice.kv", "torch_geometric"), ("suffice.link", "transformers")])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +13,27 @@ from transformers import Cache
 
 from suffice.kv.attention.hook import AttentionHook
 from suffice.kv.budget.allocation import Allocation
-from suffice.kv.budget.head_profile import HeadProfile
-from suffice.kv.budget.protection import Protection
+from suffice.kv.cache.arguments import CacheArguments
 from suffice.kv.cache.forward_pass import ForwardPass
 from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.layer import CompressedLayer
-from suffice.kv.cache.layer_kinds import check_latents, check_repair, check_sliding, make_layer
+from suffice.kv.cache.layer_kinds import make_layers
 from suffice.kv.cache.layer_report import report_layer
-from suffice.kv.cache.memory import MemoryBudget, check_equal_layers, parse_limit
-from suffice.kv.cache.positions import (
-    check_position_ids,
-    check_window,
-    find_rotary_embeddings,
-    max_rerotated_entries,
-    num_new_tokens,
-)
+from suffice.kv.cache.positions import check_position_ids, check_window, num_new_tokens
 from suffice.kv.cache.report import CacheReport
-from suffice.kv.cache.settings import CacheSettings, StorageConfig
 from suffice.kv.cache.state import EarlierMask
-from suffice.kv.hf.layers import (
-    caches_latents,
-    compressed_layers,
-    find_decoder,
-    sliding_window,
-    source_layers,
-    stock_layers,
-)
+from suffice.kv.hf.layers import find_decoder
 from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.rotary import RotaryEmbedding
-from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
-from suffice.kv.policy.registry import DEFAULT_POLICY, get_allocation, get_policy
-from suffice.kv.storage.quantization import Quantization, parse_bits
-from suffice.plain_numbers import plain_number
+from suffice.kv.policy.registry import DEFAULT_POLICY
 
 _WRONG_MODEL = (
     "past_key_values must be a CompressedCache of the model that is called, with the attention implementation that the "
     "model had when the cache was made; got one that the model's attention calls do not reach. Make a new "
     "CompressedCache with this model"
 )
-_DEFAULT_INTERVAL = 512
 
 
 class CompressedCache(Cache):
@@ -139,99 +117,27 @@ class CompressedCache(Cache):
         bits: int | tuple[int, int] | None = None,
         repair: bool = False,
     ) -> None:
-        self.policy = get_policy(policy)
-        if allocation is not None:
-            self.policy = replace(self.policy, allocation=get_allocation(allocation))
-        protection = Protection(sinks, window)
-        limit = parse_limit(memory, budget)
-        self.budget = budget = None if limit is not None else protection.check(0.25 if budget is None else budget)
-        if evict not in (None, "prefill", "always"):
-            raise ValueError(f"evict must be 'prefill', 'always' or None, got {evict!r}")
-        needs_replay = self.policy.needs_replay
-        if needs_replay and evict == "always":
-            raise ValueError(
-                f"evict must be 'prefill' or None with policy {self.policy.name!r}, which scores entries in a second "
-                "pass over the prompt, got 'always'"
-            )
-        evict = evict or ("prefill" if limit is None or needs_replay else "always")
-        num_tokens = _check_interval(interval)
-        for name, flag in (("rerotate", rerotate), ("repair", repair)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} must be True or False, got {flag!r}")
-        if repair:
-            check_repair(self.policy, rerotate=rerotate)
-        quantization = parse_bits(bits)
-        if quantization is not None and rerotate:
-            raise ValueError(
-                f"bits must be None with rerotate=True, got {bits!r}: each rotation of a quantized key would add an "
-                "error"
-            )
-        if limit is not None and rerotate:
-            raise ValueError(f"memory must be None with rerotate=True, which does not quantize, got {memory!r}")
-        model = unwrap_model(model)
-        modules = compressed_layers(model)
-        if isinstance(self.policy.allocation, HeadProfile):
-            self.policy = replace(self.policy, allocation=self.policy.allocation.bind(model))
-        is_global = self.policy.allocation.is_global
-        compressed = list(modules)
-        has_latents = any(map(caches_latents, modules.values()))
-        stock = stock_layers(model)
-        window = sliding_window(stock[compressed[0]], model)
-        if window is not None:
-            check_sliding(model, self.policy, rerotate=rerotate, repair=repair)
-        rotaries = find_rotary_embeddings(model, compressed, self.policy, rerotate=rerotate, repair=repair)
-        used = [rotary for rotary in rotaries.values() if isinstance(rotary, RotaryEmbedding)]
-        self._window = context_window(model) if rerotate else None
-        max_entries = None
-        if self._window is not None and budget is not None:
-            max_entries = max_rerotated_entries(self._window, budget)
-        memory_budget = None
-        if limit is not None:
-            check_equal_layers(modules.values(), self.policy)
-            given_bits = None if quantization is None else quantization.bits
-            memory_budget = MemoryBudget(
-                limit, self.policy, protection, evict == "always", given_bits, num_tokens, repair
-            )
-            quantization = quantization or Quantization()
-        self.settings = CacheSettings(
-            policy=self.policy,
+        arguments = CacheArguments(
+            policy=policy,
             budget=budget,
-            protection=protection,
-            evict_always=evict == "always",
-            # Evict before generated tokens fill the rest of the context window.
-            interval=min(num_tokens or _DEFAULT_INTERVAL, max_entries or sys.maxsize),
+            memory=memory,
+            sinks=sinks,
+            window=window,
+            allocation=allocation,
+            evict=evict,
+            interval=interval,
             rerotate=rerotate,
-            measure_capacity=measure_capacity and evict == "prefill" and not is_global and not needs_replay,
-            num_layers=len(compressed),
-            storage=StorageConfig(
-                window is not None or (self.policy.allocation.per_head and not has_latents),
-                quantization,
-            ),
-            sharding=Sharding.from_model(model),
-            max_entries=max_entries,
-            memory=memory_budget,
+            measure_capacity=measure_capacity,
+            bits=bits,
             repair=repair,
-        )
-        if has_latents:
-            check_latents(model, self.policy, repair=repair)
-        global_budget = GlobalBudget(len(compressed)) if is_global else None
+        ).check()
+        model = unwrap_model(model)
+        self.settings = arguments.settings(model)
+        self.policy, self.budget = self.settings.policy, self.settings.budget
         self._hook = AttentionHook(find_decoder(model))
-        layers, sources = stock, source_layers(model)
-        for order, index in enumerate(compressed):
-            layers[index] = make_layer(
-                layers[index],
-                settings=self.settings,
-                module=modules[index],
-                rotary=rotaries[index],
-                index=index,
-                order=order,
-                global_budget=global_budget,
-                rotaries_to_clear=used if index == compressed[-1] else (),
-                has_readers=index in sources,
-                window=window,
-            )
-        super().__init__(layers=layers)
-        self._rotates = bool(used)
+        super().__init__(layers=make_layers(model, self.settings))
+        self._window = context_window(model) if rerotate else None
+        self._rotates = any(isinstance(layer.rotary, RotaryEmbedding) for layer in self.compressed_layers)
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self._updated: CompressedLayer | None = None  # the layer whose attention call follows
         self._pass = ForwardPass()
@@ -517,21 +423,3 @@ class CompressedCache(Cache):
         memory = self.settings.memory
         limit = f"budget={self.budget}" if memory is None else f"memory={memory.limit}"
         return f"CompressedCache(policy={self.policy.name!r}, {limit}, {self.report()})"
-
-
-def _check_interval(interval: object) -> int | None:
-    """Return the argument `interval` of a cache.
-
-    Raises:
-        TypeError: it is neither an int nor None.
-        ValueError: it is below 1.
-
-    """
-    number = plain_number(interval)
-    if number is None:
-        return None
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"interval must be an int, a number of tokens, or None, got {interval!r}")
-    if number < 1:
-        raise ValueError(f"interval must be at least 1, got {interval}")
-    return number

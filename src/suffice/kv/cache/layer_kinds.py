@@ -6,16 +6,59 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.latent_layer import LatentLayer
 from suffice.kv.cache.layer import CompressedLayer
+from suffice.kv.cache.positions import find_rotary_embeddings
+from suffice.kv.cache.settings import CacheSettings
 from suffice.kv.cache.sliding_layer import SlidingLayer
 from suffice.kv.cache.source_layer import SourceLayer
-from suffice.kv.hf.layers import HYBRID_LAYER, caches_latents
+from suffice.kv.hf.layers import (
+    HYBRID_LAYER,
+    caches_latents,
+    compressed_layers,
+    sliding_window,
+    source_layers,
+    stock_layers,
+)
+from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.policy import Policy
 
 
-def make_layer(stock: Any, *, has_readers: bool, window: int | None, **arguments: Any) -> CompressedLayer:
+def make_layers(model: PreTrainedModel, settings: CacheSettings) -> list[Any]:
+    """Return the layers of a compressed cache: those of the model's own cache, or compressed layers in their place.
+
+    Args:
+        model: the model.
+        settings: settings of the cache.
+
+    """
+    layers, modules, sources = stock_layers(model), compressed_layers(model), source_layers(model)
+    indices = list(modules)
+    rotaries = find_rotary_embeddings(
+        model, indices, settings.policy, rerotate=settings.rerotate, repair=settings.repair
+    )
+    used = [rotary for rotary in rotaries.values() if isinstance(rotary, RotaryEmbedding)]
+    window = sliding_window(layers[indices[0]], model)
+    global_budget = GlobalBudget(len(modules)) if settings.policy.allocation.is_global else None
+    for order, index in enumerate(indices):
+        layers[index] = _make_layer(
+            layers[index],
+            has_readers=index in sources,
+            window=window,
+            settings=settings,
+            module=modules[index],
+            rotary=rotaries[index],
+            index=index,
+            order=order,
+            global_budget=global_budget,
+            rotaries_to_clear=used if index == indices[-1] else (),
+        )
+    return layers
+
+
+def _make_layer(stock: Any, *, has_readers: bool, window: int | None, **arguments: Any) -> CompressedLayer:
     """Return the compressed layer that takes the place of a layer of the model's own cache.
 
     Args:
