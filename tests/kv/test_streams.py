@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from suffice.kv import DEFAULT_POLICY, CompressedCache, policies
+from suffice.kv.cache.read_prompt import read_prompt
+from suffice.kv.eval.generation import fill_cache
 from tests.kv.tiny import build, left_padded, prompt, tiny
 
 NAMES = [name for name in policies(replay=False) if name != "full"]
@@ -35,6 +37,20 @@ def test_chunks_may_be_shorter_than_what_a_policy_looks_back_on(name, chunk_size
     _read(cache, model, ids, chunk_size)
     assert cache.get_seq_length() == 170
     assert cache.report().tokens_kept <= (17 + 3)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7, 30])
+def test_a_padded_prompt_in_chunks_gives_the_logits_of_single_rows(chunk_size):
+    """The mask covers the tokens that the cache already holds, too."""
+    model, prompts = tiny("llama"), [prompt(60), prompt(41, seed=1)]
+    batch, cache = left_padded(prompts), CompressedCache(model, "full", 1.0)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    fill_cache(model, ids[:, :20], cache, chunk_size, attention_mask=mask[:, :20])
+    logits = read_prompt(model, ids[:, 20:], cache, mask=mask, chunk_size=chunk_size)
+    assert cache.get_seq_length() == 60
+    for row, alone in enumerate(prompts):
+        torch.testing.assert_close(logits[row], model(alone).logits[0, -1], atol=1e-4, rtol=1e-4)
+    assert read_prompt(model, ids[:, :0], cache).numel() == 0
 
 
 @pytest.mark.parametrize("name", ["capkv-window", "snapkv", "capkv", "criticalkv", "h2o"])

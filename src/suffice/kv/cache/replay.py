@@ -24,6 +24,7 @@ from suffice.kv.attention.call import AttentionCall
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.linear_states import copy_states, has_linear_states
+from suffice.kv.cache.read_prompt import read_prompt
 from suffice.kv.cache.recent_queries import RecentQueries
 from suffice.kv.cache.replay_gradient import GradientRecorder, InputNorms
 from suffice.kv.cache.replay_prompt import Instruction, ReplayInput, replay_inputs
@@ -61,11 +62,13 @@ def replayed_prefill(
         recording = Recording(model, [cache.policy.weights.num_queries_needed for cache in replayed])
         shared = SharedPrefill([recording.cache, *one_pass], share_statistics)
         try:
-            logits = _read_prompt(model, inputs, shared if one_pass else recording.cache, chunk_size)
+            first_pass = shared if one_pass else recording.cache
+            ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+            logits = read_prompt(model, ids, first_pass, mask=mask, chunk_size=chunk_size)
             for cache, spent in zip(one_pass, shared.seconds[1:], strict=True):
                 seconds[id(cache)] = spent
             start = time.perf_counter()
-            scores = recording.replay(plan, inputs.get("attention_mask"))
+            scores = recording.replay(plan, mask)
             replay_seconds = time.perf_counter() - start
             for number, cache in enumerate(replayed):
                 start = time.perf_counter()
@@ -107,19 +110,6 @@ def _plan_replay(
     instruction = Instruction.from_tokenizer(tokenizer)
     groups = ((kinds - {GRADIENT}, _PART_SIZE), (kinds & {GRADIENT}, _PART_SIZE_OF_GRADIENT))
     return {own: replay_inputs(model, ids, instruction, size) for own, size in groups if own}
-
-
-def _read_prompt(model: PreTrainedModel, inputs: dict[str, Tensor], cache: Any, chunk_size: int | None) -> Tensor:
-    """Run the first pass over the prompt and return the logits of its last token."""
-    network: Any = model
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    logits = torch.empty(0)
-    for start in range(0, ids.shape[1], chunk_size or ids.shape[1]):
-        end = min(start + (chunk_size or ids.shape[1]), ids.shape[1])
-        options = {} if mask is None else {"attention_mask": mask[:, :end]}
-        out = network(ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
-        logits = out.logits[:, -1]
-    return logits
 
 
 @dataclass

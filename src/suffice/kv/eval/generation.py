@@ -10,6 +10,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.prefill import prefill
+from suffice.kv.cache.read_prompt import read_prompt
 from suffice.kv.hf.model_info import context_window
 
 
@@ -45,6 +46,8 @@ def fill_cache(
     cache: Cache,
     chunk_size: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    attention_mask: Tensor | None = None,
 ) -> None:
     """Run a prefill: feed token ids to a model and store their keys and values in a cache.
 
@@ -54,17 +57,20 @@ def fill_cache(
         cache: the cache to fill; it may already hold earlier tokens.
         chunk_size: number of tokens per forward pass; None feeds all tokens at once.
         tokenizer: the model's tokenizer, for policies that replay the prompt; see `prefill`.
+        attention_mask: mask of the tokens that the cache holds and of `input_ids`, [batch, all tokens]; None without
+            padding.
 
     """
     if not input_ids.shape[1]:
         return
+    ids = input_ids.to(model.device)
+    mask = None if attention_mask is None else attention_mask.to(model.device)
     if awaits_replay(cache):
-        inputs = {"input_ids": input_ids.to(model.device)}
+        inputs = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
         prefill(model, inputs, [cache], tokenizer=tokenizer, chunk_size=chunk_size)
         return
     with torch.no_grad():
-        for chunk in input_ids.split(chunk_size or input_ids.shape[1], dim=1):
-            model(chunk.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        read_prompt(model, ids, cache, mask=mask, chunk_size=chunk_size)
 
 
 def awaits_replay(cache: object) -> TypeGuard[CompressedCache]:

@@ -18,7 +18,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.memory import parse_limit
-from suffice.kv.cache.prefill import prefill
 from suffice.kv.eval.fidelity import CacheConfig
 from suffice.kv.eval.generation import fill_cache
 from suffice.kv.hf.loading import load_model
@@ -164,8 +163,8 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
         cache = self._new_cache()
         if cache.needs_replay:
             # The last token is fed by `generate`.
-            inputs = {"input_ids": context[:, :-1], "attention_mask": options["attention_mask"][:, :-1]}
-            prefill(self.model, inputs, [cache], tokenizer=self.tokenizer)
+            mask = options["attention_mask"][:, :-1]
+            fill_cache(self.model, context[:, :-1], cache, tokenizer=self.tokenizer, attention_mask=mask)
         return super()._model_generate(context, max_length, stop, past_key_values=cache, **options)
 
     def _loglikelihood_tokens(
