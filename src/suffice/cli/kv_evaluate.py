@@ -20,7 +20,7 @@ from suffice.kv.storage.quantization import format_bits
 from suffice.report import save_figure
 
 _COMPARED_CACHES = CacheGridOptions(f"{DEFAULT_POLICY},h2o,snapkv,keydiff", "own")
-_TUNED_CACHES = CacheGridOptions(f"{DEFAULT_POLICY},h2o,keydiff", "own,profile")
+_TUNED_CACHES = CacheGridOptions(None, "own")
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,12 @@ def compare_caches(
             raise ValueError(f"--parquet needs the packages pandas and pyarrow: pip install {' '.join(missing)}")
     with study_progress(execution.quiet) as on_progress:
         comparison = compare(
-            policies=split_commas(caches.policies),
+            policies=caches.parsed_policies() or (),
             allocations=split_commas(caches.allocations),
             budgets=caches.parsed_budgets(),
             bits=caches.parsed_bits(),
             memory=caches.parsed_memory(),
+            repair=caches.parsed_repair() or (False,),
             tasks=tasks.parsed_tasks(),
             tokens=tasks.tokens,
             samples=tasks.samples,
@@ -187,11 +188,12 @@ def tune_budget(
             read_user_prompts(prompts.prompts),
             target_kl=target.target_kl,
             target_agreement=target.target_agreement,
-            policies=split_commas(caches.policies),
+            policies=caches.parsed_policies(),
             allocations=split_commas(caches.allocations),
             budgets=caches.parsed_budgets(),
             bits=caches.parsed_bits(),
             memory=caches.parsed_memory(),
+            repair=caches.parsed_repair(),
             mode="aware" if prompts.aware else "agnostic",
             confidence=target.confidence,
             max_new_tokens=prompts.max_new_tokens,

@@ -70,6 +70,7 @@ def generate(
     # Imported here, because transformers takes seconds to import and other commands do not need it.
     from suffice.kv.cache.layer_kinds import check_repair
     from suffice.kv.eval.answer import answer
+    from suffice.kv.eval.cache_grid import repair_suffix
     from suffice.kv.eval.generation import check_chunk_size
 
     # Check the options first, because the model takes seconds to load.
@@ -83,7 +84,7 @@ def generate(
         check_repair(own, rerotate=cache.rerotate)
     text = prompt.read()
     size = f"budget {cache.budget or '25%'}" if memory is None else f"memory {format_memory(memory)}"
-    size += bits_suffix(bits)
+    size += bits_suffix(bits) + repair_suffix(cache.repair)
     with step_progress() as show_step:
         network, tokenizer = model.source().load(show_step)
         show_step(f"generating with {policy.name}, {size}")

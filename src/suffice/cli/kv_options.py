@@ -16,6 +16,7 @@ from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY, DEFAULT_REPLAY_POLICY, get_policy, policies
 from suffice.kv.storage.quantization import Bits, shortest_bits
 
+_REPAIR = {"no": [False], "yes": [True], "both": [False, True]}
 AwareOption = Annotated[
     bool,
     typer.Option("--aware/--agnostic", help="Evict after the question is seen (aware), or before it (agnostic)."),
@@ -154,11 +155,17 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class CacheGridOptions:
-    """All combinations of policies, allocations, budgets (or limits on the bytes) and numbers of bits."""
+    """All combinations of policies, allocations, budgets (or limits on the bytes), numbers of bits, and repair."""
 
     panel: ClassVar[str] = "Caches"
 
-    policies: Annotated[str, typer.Option(help="Policies, separated by commas. `suffice kv policies` lists them.")]
+    policies: Annotated[
+        str | None,
+        typer.Option(
+            help="Policies, separated by commas. `suffice kv policies` lists them. Default of tune: "
+            f"{DEFAULT_POLICY} and, where the model allows it, {DEFAULT_REPLAY_POLICY}."
+        ),
+    ]
     allocations: Annotated[
         str, typer.Option(help="Allocations, separated by commas; own is the policy's own allocation.")
     ]
@@ -166,14 +173,15 @@ class CacheGridOptions:
         str | None,
         typer.Option(
             help="Budgets, separated by commas: numbers of tokens, or fractions. Default, unless --memory is given: "
-            "50%,25% (compare), 11 budgets from 90% to 5% (tune)."
+            "50%,25% (compare), none (tune)."
         ),
     ] = None
     memory: Annotated[
         str | None,
         typer.Option(
             help="Limits on the bytes, instead of --budgets, separated by commas or spaces: fractions of the full "
-            "cache (0.1, 10%), or bytes (2GiB). The number of entries and their bits follow from them."
+            "cache (0.1, 10%), or bytes (2GiB). The number of entries and their bits follow from them. Default of "
+            "tune, unless --budgets is given: 9 limits from 70% to 4%."
         ),
     ] = None
     bits: Annotated[
@@ -183,6 +191,17 @@ class CacheGridOptions:
             "numbers for keys and values (4,2)."
         ),
     ] = "none"
+    repair: Annotated[
+        str | None,
+        typer.Option(
+            help="Whether kept entries are repaired: no, yes or both. Default: no; with tune and without --policies, "
+            "both."
+        ),
+    ] = None
+
+    def parsed_policies(self) -> list[str] | None:
+        """Return the names of the policies; None if they are not given."""
+        return None if self.policies is None else split_commas(self.policies)
 
     def parsed_budgets(self) -> list[float] | None:
         """Return the budgets as numbers; None if they are not given.
@@ -208,6 +227,19 @@ class CacheGridOptions:
     def parsed_bits(self) -> list[Bits | None]:
         """Return the numbers of bits; None stands for the model's dtype."""
         return [parse_bits_option(text) for text in self.bits.split()]
+
+    def parsed_repair(self) -> list[bool] | None:
+        """Return whether kept entries are repaired, as a list with one value or both; None if it is not given.
+
+        Raises:
+            ValueError: the option is not accepted.
+
+        """
+        if self.repair is None:
+            return None
+        if self.repair not in _REPAIR:
+            raise ValueError(f"--repair must be {', '.join(list(_REPAIR)[:-1])} or both, got {self.repair!r}")
+        return _REPAIR[self.repair]
 
 
 def parse_budget(text: str, option: str = "--budget") -> float:

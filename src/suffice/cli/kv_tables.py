@@ -68,7 +68,8 @@ def trial_table(result: TuningResult) -> Table:
     table = Table(title=f"{result.num_prompts} prompts, target {metric} {result.target:g}")
     is_quantized = any(trial.bits is not None for trial in result.trials)
     size = "budget" if result.closest.memory is None else "memory"
-    extra = ("bits",) if is_quantized else ()
+    has_repair = any(trial.repair for trial in result.trials)
+    extra = (*(("bits",) if is_quantized else ()), *(("repair",) if has_repair else ()))
     for column in ("policy", "allocation", size, *extra, f"mean {metric}", "bound", "on target", "MB", "safe"):
         is_text = column in ("policy", "allocation")
         table.add_column(column.replace(" ", "\n"), justify="left" if is_text else "right", no_wrap=True)
@@ -78,6 +79,7 @@ def trial_table(result: TuningResult) -> Table:
             trial.allocation,
             f"{trial.budget:g}" if trial.memory is None else format_memory(trial.memory),
             *((_bits_cell(trial.bits, trial.memory),) if is_quantized else ()),
+            *(("yes" if trial.repair else "no",) if has_repair else ()),
             f"{trial.mean:.4f}",
             f"{trial.bound:.4f}",
             f"{trial.within:.0%}",

@@ -62,11 +62,11 @@ class EvictionPlan:
             ValueError: its text is too short.
 
         """
-        for allowed, seen in zip(self.allowed, self.num_seen, strict=True):
+        for row, (allowed, seen) in enumerate(zip(self.allowed, self.num_seen, strict=True)):
             if allowed < seen < MIN_QUERIES:
                 raise ValueError(
                     f"input must have at least {MIN_QUERIES} tokens in each row with repair=True, which fits the kept "
-                    f"entries to their queries, got {seen}. Use repair=False for short texts"
+                    f"entries to their queries, got {seen} in row {row}. Use repair=False for short texts"
                 )
 
 

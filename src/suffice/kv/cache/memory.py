@@ -55,6 +55,10 @@ _WINDOW_SHARE, _BLOCK_SHARE, _INTERVAL_SHARE, _QUERY_SHARE = 1 / 32, 1 / 32, 1 /
 _MAX_WINDOW, _MAX_BLOCK, _MAX_INTERVAL, _MAX_QUERIES = 32, 32, 512, 512
 
 
+class TooLittleMemoryError(ValueError):
+    """The memory is too small for the entries that are always kept of a text."""
+
+
 def parse_memory(memory: object) -> int | float:
     """Return the argument `memory` of a cache: a fraction (float), or a number of bytes (int).
 
@@ -224,7 +228,7 @@ class MemoryBudget:
             stored_bits: bits of the entries that are already stored; None if there are none.
 
         Raises:
-            ValueError: the memory is too small for the entries that are always kept.
+            TooLittleMemoryError: the memory is too small for the entries that are always kept.
 
         """
         return self._plan_once(shape, num_tokens, num_parts, stored_bits)
@@ -243,7 +247,7 @@ class MemoryBudget:
         if division.fits_exactly:
             return division.plan(max(num_entries, num_tokens), bits, window=num_tokens + division.interval)
         if num_entries < division.min_entries:
-            raise ValueError(self._too_small(shape, num_tokens, num_parts, bits))
+            raise TooLittleMemoryError(self._too_small(shape, num_tokens, num_parts, bits))
         return division.plan(num_entries, bits, window=division.window)
 
     def _divide(self, shape: LayerShape, num_tokens: int, num_parts: int) -> _Division:

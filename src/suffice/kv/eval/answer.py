@@ -40,6 +40,7 @@ class Answer:
         bits: number of bits of quantized entries, or a pair (bits of keys, bits of values); with `memory`, those of the
             first layer. None if no entries are quantized.
         memory: limit on the bytes, as a fraction or a number; None with `budget`.
+        repair: whether the kept entries were repaired.
         token_shares: text of each prompt token, and the share of compressed layers and heads that kept it.
 
     """
@@ -56,6 +57,7 @@ class Answer:
     seconds: float
     bits: Bits | None = None
     memory: float | None = None
+    repair: bool = False
     token_shares: tuple[tuple[str, float], ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,6 +166,7 @@ def answer(
         seconds=seconds,
         bits=shortest_bits(bits) if memory is None else stored_bits(report),
         memory=parse_limit(memory, budget),
+        repair=repair,
         token_shares=_token_shares(tokenizer, cache, prompt.input_ids),
     )
     return result, report

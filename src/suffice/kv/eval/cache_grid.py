@@ -1,4 +1,4 @@
-"""Grids of policies, allocations, budgets or limits on the bytes, and numbers of bits."""
+"""Grids of policies, allocations, budgets or limits on the bytes, numbers of bits, and repair."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from typing import Any, NamedTuple
 
 from suffice.kv.budget.protection import Protection
 from suffice.kv.cache.memory import format_memory, parse_memory
+from suffice.kv.eval.fidelity import CacheConfig
 from suffice.kv.policy.registry import get_allocation, get_policy
 from suffice.kv.storage.quantization import Bits, bits_suffix, shortest_bits
 from suffice.plain_numbers import plain_number
 
-_OPTIONAL = ("bits", "memory")
+_DEFAULTS: dict[str, Any] = {"bits": None, "memory": None, "repair": False}
 _DEFAULT_BUDGETS = (0.25,)
+_EXAMPLES = {
+    "budgets": "[0.5, 0.25]",
+    "bits": "[None, 4, (4, 2)]",
+    "memory": "[0.1, '2GiB']",
+    "repair": "[False, True]",
+}
 OWN_ALLOCATION = "own"
 """Name that stands for the policy's own allocation."""
 
@@ -28,6 +35,7 @@ class GridCache(NamedTuple):
         budget: number of tokens, or fraction of the tokens seen; None with `memory`.
         bits: number of bits of quantized entries; None if they are not quantized, or follow from `memory`.
         memory: limit on the bytes, as a fraction or a number; None with `budget`.
+        repair: whether kept entries are repaired.
 
     """
 
@@ -36,15 +44,26 @@ class GridCache(NamedTuple):
     budget: float | None
     bits: Bits | None = None
     memory: float | None = None
+    repair: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that identify the cache in the results of a run; `bits` and `memory` only if given."""
-        return {name: value for name, value in self._asdict().items() if name not in _OPTIONAL or value is not None}
+        """Return the settings that identify the cache in the results of a run.
+
+        `bits`, `memory` and `repair` are left out if they have their defaults.
+        """
+        return {
+            name: value for name, value in self._asdict().items() if name not in _DEFAULTS or value != _DEFAULTS[name]
+        }
+
+    def config(self) -> CacheConfig:
+        """Return the configuration of the cache."""
+        allocation = None if self.allocation == OWN_ALLOCATION else self.allocation
+        return CacheConfig(self.policy, self.budget, allocation, self.bits, self.memory, self.repair)
 
 
 @dataclass(frozen=True)
 class CacheGrid:
-    """All combinations of policies, allocations, budgets (or limits on the bytes) and numbers of bits.
+    """All combinations of policies, allocations, budgets (or limits on the bytes), numbers of bits, and repair.
 
     Args:
         policies: names of policies.
@@ -53,15 +72,16 @@ class CacheGrid:
         bits: numbers of bits of quantized entries, or pairs (bits of keys, bits of values); None stands for the
             model's dtype, or for the bits that follow from `memory`.
         memory: limits on the bytes instead of budgets: fractions, or numbers of bytes such as `"2GiB"`.
+        repair: whether kept entries are repaired: `[False]`, `[True]`, or `[False, True]` for both.
 
     Raises:
-        TypeError: `budgets`, `bits` or `memory` is not a list, or `bits` is a tuple of two numbers, which may mean
-            a pair.
+        TypeError: `budgets`, `bits`, `memory` or `repair` is not a list, `bits` is a tuple of two numbers, which may
+            mean a pair, or `repair` holds something else than booleans.
         ValueError: a number of bits or a limit is not accepted, or both `budgets` and `memory` are given.
 
     Example:
         >>> CacheGrid(["capkv-profile"], ["own", "profile"], [0.5]).caches()
-        [GridCache(policy='capkv-profile', allocation='own', budget=0.5, bits=None, memory=None)]
+        [GridCache(policy='capkv-profile', allocation='own', budget=0.5, bits=None, memory=None, repair=False)]
 
     """
 
@@ -70,9 +90,10 @@ class CacheGrid:
     budgets: Sequence[float] | None = None
     bits: Sequence[Bits | None] = (None,)
     memory: Sequence[float | str] | None = None
+    repair: Sequence[bool] = (False,)
 
     def __post_init__(self) -> None:
-        for name, example in (("budgets", "[0.5, 0.25]"), ("bits", "[None, 4, (4, 2)]"), ("memory", "[0.1, '2GiB']")):
+        for name, example in _EXAMPLES.items():
             values = getattr(self, name)
             if values is not None and (isinstance(values, str) or not isinstance(values, Iterable)):
                 raise TypeError(f"{name} of a grid must be a list, such as {example}, got {values!r}")
@@ -82,6 +103,9 @@ class CacheGrid:
                 f"of keys, bits of values), or {list(self.bits)!r} for two numbers of bits"
             )
         object.__setattr__(self, "bits", [shortest_bits(bits) for bits in self.bits])
+        object.__setattr__(self, "repair", [plain_number(flag) for flag in self.repair])
+        if not all(isinstance(flag, bool) for flag in self.repair):
+            raise TypeError(f"repair of a grid must hold True, False or both, got {self.repair!r}")
         if self.memory is not None:
             object.__setattr__(self, "memory", [parse_memory(limit) for limit in self.memory])
             if self.budgets is not None:
@@ -94,10 +118,11 @@ class CacheGrid:
             object.__setattr__(self, "budgets", [plain_number(budget) for budget in budgets])
 
     def check(self) -> None:
-        """Check all names and budgets.
+        """Check all names and budgets, and whether the kept entries can be repaired.
 
         Raises:
-            TypeError, ValueError: an axis is empty or has duplicates, a name is unknown, or a budget is out of range.
+            TypeError, ValueError: an axis is empty or has duplicates, a name is unknown, a budget is out of range, or
+                a policy or an allocation does not support repair.
 
         """
         for name, values in asdict(self).items():
@@ -110,15 +135,19 @@ class CacheGrid:
                 get_allocation(allocation)
         for budget in self.budgets or ():
             Protection().check(budget)
+        for cache in self.caches():
+            cache.config().check()
 
     def settings(self) -> dict[str, Any]:
-        """Return the fields as settings of a run. `bits` is left out if none are given, and `memory` or `budgets`.
+        """Return the fields as settings of a run. `bits` and `repair` are left out if they have their defaults.
 
-        Runs that were stored before grids had bits and limits on the bytes keep their keys this way.
+        `memory` or `budgets`, which is None, is also left out. Runs that were stored before grids had bits, limits on
+        the bytes and repair keep their keys this way.
         """
         settings = {name: value for name, value in asdict(self).items() if value is not None}
-        if settings["bits"] == [None]:
-            del settings["bits"]
+        for name in ("bits", "repair"):
+            if settings[name] == [_DEFAULTS[name]]:
+                del settings[name]
         return settings
 
     def largest_first(self) -> CacheGrid:
@@ -128,7 +157,7 @@ class CacheGrid:
         return replace(self, budgets=sorted(self.budgets or (), reverse=True))
 
     def caches(self) -> list[GridCache]:
-        """Return every cache of the grid; the number of bits varies fastest, then the budget or the limit.
+        """Return every cache of the grid; repair varies fastest, then the number of bits, then the budget or limit.
 
         An allocation that equals the policy's own is left out if the grid also contains `"own"`.
         """
@@ -136,20 +165,33 @@ class CacheGrid:
             (None, parse_memory(limit)) for limit in self.memory or ()
         ]
         return [
-            GridCache(policy, allocation, budget, bits, limit)
+            GridCache(policy, allocation, budget, bits, limit, repair)
+            for policy, allocation in self._methods()
+            for budget, limit in sizes
+            for bits in self.bits
+            for repair in self.repair
+        ]
+
+    def _methods(self) -> list[tuple[str, str]]:
+        """Return all pairs of a policy and an allocation, without those that are the same as another pair."""
+        return [
+            (policy, allocation)
             for policy, allocation in itertools.product(self.policies, self.allocations)
             if allocation == OWN_ALLOCATION
             or OWN_ALLOCATION not in self.allocations
             or get_policy(policy).allocation != get_allocation(allocation)
-            for budget, limit in sizes
-            for bits in self.bits
         ]
 
 
-def describe_size(budget: float | None, bits: Bits | None, memory: float | None) -> str:
-    """Return text such as `budget 0.25, 4 bits` or `memory 10%`."""
+def describe_size(budget: float | None, bits: Bits | None, memory: float | None, repair: bool = False) -> str:
+    """Return text such as `budget 0.25, 4 bits, repair` or `memory 10%`."""
     size = f"budget {budget:g}" if memory is None else f"memory {format_memory(memory)}"
-    return size + bits_suffix(bits)
+    return size + bits_suffix(bits) + repair_suffix(repair)
+
+
+def repair_suffix(repair: bool) -> str:
+    """Return text that follows the name or the size of a cache: `, repair` if its entries are repaired."""
+    return ", repair" if repair else ""
 
 
 def format_size(budget: float | None, bits: Bits | None, memory: float | None) -> str:

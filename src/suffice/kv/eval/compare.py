@@ -1,4 +1,4 @@
-"""Compare policies, allocations, sizes and numbers of bits: which caches stay closest to the full cache."""
+"""Compare policies, allocations, sizes, numbers of bits and repair: which caches stay closest to the full cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid, describe_size
+from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid, describe_size, repair_suffix
 from suffice.kv.eval.run_kinds import COMPARE
 from suffice.kv.eval.run_options import RunOptions, run_samples
 from suffice.kv.hf.loading import ModelSource
@@ -38,7 +38,8 @@ class Condition(NamedTuple):
 class Comparison:
     """The result of `compare`.
 
-    A method is a policy with an allocation, such as `h2o/profile`; `h2o` alone has the policy's own allocation.
+    A method is a policy with an allocation, such as `h2o/profile`; `h2o` alone has the policy's own allocation. With
+    repair it is another method, such as `h2o, repair`, so that the differences show what repair changes.
 
     Args:
         settings: what was compared, and the model.
@@ -69,10 +70,16 @@ class Comparison:
         """Whether limits on the bytes are given for some caches."""
         return any(condition.memory is not None for condition in self.conditions)
 
+    @property
+    def has_repair(self) -> bool:
+        """Whether the kept entries of some caches are repaired."""
+        return any(group.settings.get("repair") for group in self.groups)
+
     def rows(self) -> list[dict[str, Any]]:
         """Return the mean and the 95 % t interval over samples of every metric of every cache."""
-        optional = {"bits": self.is_quantized, "memory": self.has_limits}
-        return summarize(self.groups, (*_COLUMNS, *(name for name, is_given in optional.items() if is_given)))
+        optional = {"bits": self.is_quantized, "memory": self.has_limits, "repair": self.has_repair}
+        rows = summarize(self.groups, (*_COLUMNS, *(name for name, is_given in optional.items() if is_given)))
+        return [{**row, "repair": bool(row["repair"])} for row in rows] if self.has_repair else rows
 
     def share_of_bytes(self, method: str, condition: Condition | tuple[str, str, float]) -> float:
         """Return the bytes of a cache as a share of those of the full cache, from the means over samples."""
@@ -202,6 +209,7 @@ def compare(
     budgets: Sequence[float] | None = None,
     bits: Sequence[Bits | None] = (None,),
     memory: Sequence[float | str] | None = None,
+    repair: Sequence[bool] = (False,),
     tasks: Sequence[tuple[str, str]] = DEFAULT_TASKS,
     tokens: int = 900,
     samples: int = 8,
@@ -225,6 +233,8 @@ def compare(
             budget; None stands for entries in the model's dtype, or for the bits that follow from `memory`.
         memory: limits on the bytes instead of budgets: fractions of those of the full cache, or numbers of bytes, such
             as `"2GiB"`; see `CompressedCache`.
+        repair: whether kept entries are repaired: `[False]`, `[True]`, or `[False, True]` to compare both; see
+            `CompressedCache`.
         tasks: pairs of a task and a mode of eviction, as in `suffice.kv.eval.tasks`.
         tokens: maximum number of tokens in a prompt.
         samples: number of examples of each task.
@@ -259,7 +269,7 @@ def compare(
         "answer": answer,
         "greedy_tokens": greedy_tokens,
         "measure_capacity": measure_capacity,
-        "caches": CacheGrid(list(policies), list(allocations), budgets, bits, memory).settings(),
+        "caches": CacheGrid(list(policies), list(allocations), budgets, bits, memory, repair).settings(),
         "model": asdict(ModelSource.from_name(model)),
     }
     by_task = [COMPARE.complete({**settings, "task": task, "mode": mode}) for task, mode in tasks]
@@ -286,7 +296,8 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 def _method(group: Group) -> str:
     policy, allocation = group.settings["policy"], group.settings["allocation"]
-    return policy if allocation == OWN_ALLOCATION else f"{policy}/{allocation}"
+    name = policy if allocation == OWN_ALLOCATION else f"{policy}/{allocation}"
+    return name + repair_suffix(group.settings.get("repair", False))
 
 
 def _condition(group: Group) -> Condition:

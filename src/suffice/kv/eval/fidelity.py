@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.batched import BatchedCaches
 from suffice.kv.cache.cache import CompressedCache
+from suffice.kv.cache.layer_kinds import check_repair
 from suffice.kv.cache.memory import parse_limit
 from suffice.kv.cache.prefill import prefill
 from suffice.kv.cache.report import stored_bits
@@ -21,7 +22,7 @@ from suffice.kv.eval.prompt import PromptTokens
 from suffice.kv.eval.tasks.example import Example
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
-from suffice.kv.policy.registry import get_policy
+from suffice.kv.policy.registry import get_allocation, get_policy
 from suffice.kv.storage.quantization import Bits, shortest_bits
 
 # Maximum number of logits that one forward pass over several caches computes, to limit its memory.
@@ -54,6 +55,22 @@ class CacheConfig:
     bits: Bits | None = None
     memory: float | str | None = None
     repair: bool = False
+
+    def check(self) -> None:
+        """Check what does not depend on the model: `memory` with `budget`, and whether entries can be repaired.
+
+        Raises:
+            TypeError, ValueError: `CompressedCache` would reject the configuration with any model.
+
+        """
+        parse_limit(self.memory, self.budget)
+        if not isinstance(self.repair, bool):
+            raise TypeError(f"repair must be True or False, got {self.repair!r}")
+        if self.repair:
+            policy = get_policy(self.policy)
+            if self.allocation is not None:
+                policy = replace(policy, allocation=get_allocation(self.allocation))
+            check_repair(policy, rerotate=False)
 
     def build(self, model: nn.Module, **options: Any) -> CompressedCache:
         """Return an empty cache with this configuration.
@@ -119,6 +136,7 @@ def evaluate(
         * `budget` (None with `memory`), `memory` (a fraction or a number of bytes; None with `budget`)
         * `bits`: number of bits of quantized entries; with `memory`, those of the first layer. None if no entries are
             quantized
+        * `repair`: whether kept entries are repaired
         * `tokens`: number of tokens in the prompt; `gold_tokens`: number of tokens in the right answer
         * `kl`: KL(full ‖ compressed) of the next-token distributions, in nats per token
         * `log_likelihood`: log-likelihood of the right answer, in nats per token; `log_likelihood_change`: difference
@@ -178,6 +196,7 @@ def evaluate(
                 "budget": caches[index].budget,
                 "memory": parse_limit(config.memory, config.budget),
                 "bits": shortest_bits(config.bits) if config.memory is None else stored_bits(report),
+                "repair": config.repair,
                 "tokens": prompt.input_ids.shape[1],
                 "gold_tokens": gold.shape[1],
                 **measured[index],

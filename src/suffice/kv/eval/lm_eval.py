@@ -17,7 +17,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.cache import CompressedCache
-from suffice.kv.cache.memory import parse_limit
 from suffice.kv.eval.fidelity import CacheConfig
 from suffice.kv.eval.generation import fill_cache
 from suffice.kv.hf.loading import load_model
@@ -78,6 +77,8 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
         memory: limit on the bytes of the compressed prompts, instead of `budget`: a fraction of those of the full
             cache, or a number of bytes for all prompts of a batch; see `CompressedCache`. In tasks that score whole
             texts, it holds after every chunk.
+        repair: repair the kept entries, so that they reproduce the attention over all entries; see `CompressedCache`.
+            Contexts must then have at least 9 tokens, unless all of their entries are kept.
         tokenizer: a tokenizer, or the id or folder of one; None loads that of `pretrained`, which must then be a name.
         device: device of a model that is loaded; by default the first CUDA device, or the CPU if there is none.
         dtype: dtype of a model that is loaded: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
@@ -102,6 +103,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
         allocation: str | Allocation | None = None,
         bits: Bits | None = None,
         memory: float | str | None = None,
+        repair: bool = False,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         device: str | None = None,
         dtype: str = "auto",
@@ -110,7 +112,9 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
     ) -> None:
         # The harness ignores other options if the model has already been loaded.
         check_names(options, _OPTIONS, "options")
-        parse_limit(memory, budget)
+        # The harness has an attribute `_config` of its own.
+        self._cache_config = CacheConfig(policy, budget, allocation, bits, memory, repair)
+        self._cache_config.check()
         if isinstance(tokenizer, str):
             auto_tokenizer: Any = AutoTokenizer
             tokenizer = auto_tokenizer.from_pretrained(tokenizer)
@@ -129,8 +133,6 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
             tokenizer = tokenizer or own_tokenizer
         if options.get("peft"):
             model = _load_adapter(model, options["peft"])
-        # The harness has an attribute `_config` of its own.
-        self._cache_config = CacheConfig(policy, budget, allocation, bits, memory)
         # Report wrong arguments before the first prompt.
         self._cache_config.build(model)
         self._num_prompts = self._longest_prompt = 1
@@ -185,7 +187,10 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
         for context, indices in by_context.items():
             input_ids = torch.tensor([context], device=self.device)
             cache = self._new_cache()
-            fill_cache(self.model, input_ids[:, :-1], cache, tokenizer=self.tokenizer)
+            try:
+                fill_cache(self.model, input_ids[:, :-1], cache, tokenizer=self.tokenizer)
+            except ValueError as error:
+                raise ValueError(f"context of request {indices[0]}: {error}") from error
             with torch.no_grad():
                 for index in indices:
                     key, _, continuation = requests[index]

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure as MatplotlibFigure
 
 from suffice.kv.cache.report import CacheReport, describe_quantization
 from suffice.kv.eval.answer import Answer
-from suffice.kv.eval.cache_grid import describe_size, format_size
+from suffice.kv.eval.cache_grid import describe_size, format_size, repair_suffix
 from suffice.kv.eval.compare import Comparison, Condition
 from suffice.kv.storage.quantization import bits_suffix, format_bits
 from suffice.report import Figure, KeptText, LinePoint, Page, Table, Text, line_plot
@@ -21,11 +21,13 @@ from suffice.study.store import Record
 def answer_page(answer: Answer, report: CacheReport, command: str) -> Page:
     """Return the page of an answer: its text, the prompt tokens that were kept, and the entries kept by each head."""
     page = Page(
-        title="An answer from a compressed cache", summary=f"{report}{bits_suffix(answer.bits)}", command=command
+        title="An answer from a compressed cache",
+        summary=f"{report}{bits_suffix(answer.bits)}{repair_suffix(answer.repair)}",
+        command=command,
     )
     page.add("Answer", Text(answer.answer or "(empty)"))
     texts, shares = zip(*answer.token_shares, strict=True)
-    settings = f"{answer.policy}, {describe_size(answer.budget, answer.bits, answer.memory)}"
+    settings = f"{answer.policy}, {describe_size(answer.budget, answer.bits, answer.memory, answer.repair)}"
     caption = f"The prompt under {settings}. Darker tokens were kept by more heads."
     page.add("Tokens of the prompt that were kept", KeptText(texts, shares, caption))
     layers = sorted({head.layer for head in report.heads})

@@ -20,6 +20,7 @@ _CACHES: dict[str, Any] = {
     "budgets": None,
     "bits": [None],
     "memory": None,
+    "repair": [False],
 }
 _MODEL: dict[str, Any] = {"name": None, "device": "cpu", "dtype": "auto", "attn_implementation": "sdpa"}
 
@@ -65,7 +66,10 @@ def check_tune(settings: Mapping[str, Any]) -> dict[str, Any]:
     caches.check()
     if settings["max_new_tokens"] < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {settings['max_new_tokens']}")
-    return {**settings, "caches": caches.settings()}
+    # Left out if they have their defaults, as in runs that were stored before these settings were added.
+    added = {"agreement": True, "optional": []}
+    kept = {name: value for name, value in settings.items() if name not in added or value != added[name]}
+    return {**kept, "caches": caches.settings()}
 
 
 def text_digest(path: str | None) -> str:
@@ -106,7 +110,15 @@ TUNE = RunKind(
     name="kv.tune",
     function="suffice.kv.eval.samples:compare_on_prompt",
     check="suffice.kv.eval.run_kinds:check_tune",
-    settings={"prompts": "", "mode": "aware", "max_new_tokens": 32, "caches": _CACHES, "model": _MODEL},
+    settings={
+        "prompts": "",
+        "mode": "aware",
+        "max_new_tokens": 32,
+        "agreement": True,
+        "optional": [],
+        "caches": _CACHES,
+        "model": _MODEL,
+    },
     description="Measure how close caches stay to the full cache's answer to one of the user's prompts.",
 )
 KINDS = {COMPARE.name: COMPARE, TUNE.name: TUNE}

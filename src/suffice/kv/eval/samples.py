@@ -9,11 +9,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from suffice.files import read_text
+from suffice.kv.cache.memory import TooLittleMemoryError
 from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid, GridCache
-from suffice.kv.eval.fidelity import CacheConfig, evaluate
-from suffice.kv.eval.tasks import make_example
+from suffice.kv.eval.fidelity import evaluate
+from suffice.kv.eval.tasks import Example, make_example
 from suffice.kv.eval.user_prompts import answer_with_full_cache, read_user_prompts
 from suffice.kv.hf.loading import ModelSource
+from suffice.kv.policy.registry import get_policy
 from suffice.study.job import RunContext
 
 METRICS = (
@@ -39,20 +41,6 @@ def load_cached(source: ModelSource) -> tuple[PreTrainedModel, PreTrainedTokeniz
     return source.load()
 
 
-def cache_configs(grid: CacheGrid) -> list[CacheConfig]:
-    """Return the configuration of every cache in a grid."""
-    return [
-        CacheConfig(
-            cache.policy,
-            cache.budget,
-            None if cache.allocation == OWN_ALLOCATION else cache.allocation,
-            cache.bits,
-            cache.memory,
-        )
-        for cache in grid.caches()
-    ]
-
-
 def compare_on_example(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict[str, Any]:
     """Make an example of a task, and measure every cache on it.
 
@@ -71,19 +59,19 @@ def compare_on_example(settings: Mapping[str, Any], seed: int, context: RunConte
     options = {} if haystack is None else {"haystack": read_text(haystack, "haystack")}
     example = make_example(settings["task"], tokenizer, tokens=settings["tokens"], seed=seed, **options)
     context.log(f"{settings['task']}, {settings['mode']}, sample {seed}")
-    grid = CacheGrid(**settings["caches"])
+    caches = CacheGrid(**settings["caches"]).caches()
     rows = evaluate(
         model,
         tokenizer,
         example,
-        cache_configs(grid),
+        [cache.config() for cache in caches],
         mode=settings["mode"],
         answer=settings["answer"],
         greedy_tokens=settings["greedy_tokens"],
         measure_capacity=settings["measure_capacity"],
     )
     return {
-        "rows": _result_rows(rows, grid),
+        "rows": _result_rows(rows, caches),
         "tokens": rows[0]["tokens"],
         "gold": example.answer,
         "answers": [row["answer"] for row in rows],
@@ -101,30 +89,109 @@ def compare_on_prompt(settings: Mapping[str, Any], seed: int, context: RunContex
     Returns:
         `rows` and `tokens` as in `compare_on_example`; `answer`: the answer from the full cache.
 
+    Raises:
+        ValueError: a cache cannot be made for the model, or the prompt is too long or too short; names the prompt.
+
     """
     model, tokenizer = load_cached(ModelSource(**settings["model"]))
     prompt = read_user_prompts(context.folder / settings["prompts"])[seed]
-    example = answer_with_full_cache(model, tokenizer, prompt, settings["max_new_tokens"], seed)
+    caches = _buildable(model, CacheGrid(**settings["caches"]).caches(), settings.get("optional", ()))
     context.log(f"prompt {seed}")
-    grid = CacheGrid(**settings["caches"])
-    rows = evaluate(
-        model,
-        tokenizer,
-        example,
-        cache_configs(grid),
-        mode=settings["mode"],
-        answer=False,
-        greedy_tokens=settings["max_new_tokens"],
-    )
-    return {"rows": _result_rows(rows, grid), "tokens": rows[0]["tokens"], "answer": example.answer}
+    try:
+        example = answer_with_full_cache(model, tokenizer, prompt, settings["max_new_tokens"], seed)
+        caches, rows = _evaluate_possible(model, tokenizer, example, caches, settings)
+    except ValueError as error:
+        raise ValueError(f"prompt {seed}: {error}") from error
+    return {"rows": _result_rows(rows, caches), "tokens": rows[0]["tokens"], "answer": example.answer}
 
 
-def _result_rows(rows: Sequence[Mapping[str, Any]], grid: CacheGrid) -> list[dict[str, Any]]:
-    caches = [GridCache("full", OWN_ALLOCATION, 1.0), *grid.caches()]
+def _buildable(model: PreTrainedModel, caches: Sequence[GridCache], optional: Sequence[str]) -> list[GridCache]:
+    """Return the caches that can be made for a model, without which nothing needs to be measured.
+
+    Args:
+        model: the language model.
+        caches: the caches of the grid.
+        optional: with `"policies"`, caches that cannot be made are left out.
+
+    Raises:
+        ValueError: a cache that is not optional, or every cache, cannot be made.
+
+    """
+    buildable: list[GridCache] = []
+    errors: list[ValueError] = []
+    for cache in caches:
+        try:
+            cache.config().build(model)
+            buildable.append(cache)
+        except ValueError as error:
+            errors.append(error)
+    if errors and (not buildable or "policies" not in optional):
+        raise errors[0]
+    return buildable
+
+
+def _evaluate_possible(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    caches: list[GridCache],
+    settings: Mapping[str, Any],
+) -> tuple[list[GridCache], list[dict[str, Any]]]:
+    """Measure the caches on an example, without optional ones that are not possible for a prompt of its length.
+
+    Returns:
+        The measured caches, and the result of `evaluate`.
+
+    Raises:
+        ValueError: a cache that is not optional, or every cache, is not possible.
+
+    """
+    while True:
+        try:
+            rows = evaluate(
+                model,
+                tokenizer,
+                example,
+                [cache.config() for cache in caches],
+                mode=settings["mode"],
+                answer=False,
+                greedy_tokens=settings["max_new_tokens"] if settings.get("agreement", True) else 0,
+            )
+        except ValueError as error:
+            caches = _without_impossible(caches, error, settings.get("optional", ()))
+        else:
+            return caches, rows
+
+
+def _without_impossible(caches: list[GridCache], error: ValueError, optional: Sequence[str]) -> list[GridCache]:
+    """Return the caches that may be possible where others are not: those with more memory, or without a replay.
+
+    Args:
+        caches: the caches with which the error was raised.
+        error: the error.
+        optional: what may be left out: `"memory"` for the smallest limit, `"policies"` for those with a replay.
+
+    Raises:
+        ValueError: the error, if no cache may be left out.
+
+    """
+    fewer = caches
+    if isinstance(error, TooLittleMemoryError):
+        if "memory" in optional:
+            smallest = min(cache.memory or 0 for cache in caches)
+            fewer = [cache for cache in caches if cache.memory != smallest]
+    elif "policies" in optional:
+        fewer = [cache for cache in caches if not get_policy(cache.policy).needs_replay]
+    if len(fewer) in (0, len(caches)):
+        raise error
+    return fewer
+
+
+def _result_rows(rows: Sequence[Mapping[str, Any]], caches: Sequence[GridCache]) -> list[dict[str, Any]]:
     return [
         {
             "settings": cache.settings(),
             "values": {name: row[name] for name in METRICS if row[name] is not None},
         }
-        for cache, row in zip(caches, rows, strict=True)
+        for cache, row in zip([GridCache("full", OWN_ALLOCATION, 1.0), *caches], rows, strict=True)
     ]

@@ -16,12 +16,15 @@ from suffice.kv.eval.run_kinds import TUNE
 from suffice.kv.eval.run_options import RunOptions, run_samples
 from suffice.kv.eval.user_prompts import UserPrompt, write_user_prompts
 from suffice.kv.hf.loading import ModelSource
-from suffice.kv.policy.registry import DEFAULT_POLICY, get_policy
+from suffice.kv.policy.registry import DEFAULT_POLICY, DEFAULT_REPLAY_POLICY, get_policy
 from suffice.kv.storage.quantization import Bits, shortest_bits
 from suffice.study.results import Group, group_records, mean_bound
 from suffice.study.spec import PlannedRun
 
-DEFAULT_BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
+Arm = tuple[str, str, Bits | None, bool]
+"""A policy, an allocation, a number of bits, and whether kept entries are repaired."""
+DEFAULT_MEMORY = (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.06, 0.04)
+"""The limits on the bytes that `tune` tries. All entries fit, with fewer bits, down to about a third."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Trial:
         bytes_kept: mean bytes of the cache after the prefill.
         bits: number of bits of quantized entries; None if they are not quantized, or follow from `memory`.
         memory: limit on the bytes, as a fraction or a number; None with `budget`.
+        repair: whether kept entries are repaired.
 
     """
 
@@ -52,11 +56,12 @@ class Trial:
     bytes_kept: float
     bits: Bits | None = None
     memory: float | None = None
+    repair: bool = False
 
     @property
-    def arm(self) -> tuple[str, str, Bits | None]:
-        """Policy, allocation and number of bits, for which budgets are tested from the largest to the smallest."""
-        return self.policy, self.allocation, self.bits
+    def arm(self) -> Arm:
+        """Policy, allocation, bits and repair, for which budgets are tested from the largest to the smallest."""
+        return self.policy, self.allocation, self.bits, self.repair
 
     @property
     def size(self) -> float:
@@ -71,10 +76,9 @@ class TuningResult:
     Args:
         metric: `"kl"` or `"agreement"`.
         target: the value that the mean of the metric must meet.
-        confidence: confidence level of the bounds, jointly for all policies, allocations and numbers of bits.
+        confidence: confidence level of the bounds, jointly for all arms.
         num_prompts: number of prompts.
-        trials: all trials; within a policy, allocation and number of bits, from the largest budget (or limit) to the
-            smallest.
+        trials: all trials; within an arm, from the largest budget (or limit) to the smallest.
         settings: settings of the runs.
 
     """
@@ -88,10 +92,22 @@ class TuningResult:
 
     @property
     def best(self) -> Trial | None:
-        """The safe trial with the fewest bytes, and of several the one with the best mean; None if no trial is safe."""
+        """The safe trial with the fewest bytes; None if no trial is safe.
+
+        Trials with the same limit on the bytes count as equal. Of these, one that takes less time is preferred: without
+        a replay to one with a replay, then without repair to one with repair, and then the one with the best mean.
+        """
         safe = [trial for trial in self.trials if trial.safe]
         sign = 1 if self.metric == "kl" else -1
-        return min(safe, key=lambda trial: (trial.bytes_kept, sign * trial.mean), default=None)
+        largest: dict[float | None, float] = {}  # bytes of the caches with the same limit
+        for trial in self.trials:
+            largest[trial.memory] = max(largest.get(trial.memory, 0), trial.bytes_kept)
+
+        def order(trial: Trial) -> tuple[float, bool, bool, float]:
+            num_bytes = trial.bytes_kept if trial.memory is None else largest[trial.memory]
+            return num_bytes, get_policy(trial.policy).needs_replay, trial.repair, sign * trial.mean
+
+        return min(safe, key=order, default=None)
 
     @property
     def closest(self) -> Trial:
@@ -101,7 +117,7 @@ class TuningResult:
 
     @property
     def next_smaller(self) -> Trial | None:
-        """The trial of the best policy, allocation and bits with the next smaller budget or limit; None if none."""
+        """The trial of the arm of the best one with the next smaller budget or limit; None if there is none."""
         best = self.best
         if best is None:
             return None
@@ -109,20 +125,37 @@ class TuningResult:
         return max(smaller, key=lambda trial: trial.size, default=None)
 
     def code(self) -> str:
-        """Return the Python code that uses the recommended cache; an empty string if no trial is safe."""
+        """Return a Python program that answers a question from the recommended cache, as it was measured.
+
+        The document and the question are placeholders. The result is an empty string if no trial is safe.
+        """
         best = self.best
         if best is None:
             return ""
-        allocation = "" if best.allocation == OWN_ALLOCATION else f", allocation={best.allocation!r}"
-        bits = "" if best.bits is None else f", bits={best.bits}"
-        size = f"budget={best.budget}" if best.memory is None else f"memory={best.memory}"
-        evict = "" if best.memory is None else ', evict="prefill"'
-        has_replay = get_policy(best.policy).needs_replay
+        source = ModelSource(**self.settings["model"])
+        default = asdict(ModelSource())
+        model = [repr(source.name)] if source.name is not None else []
+        model += [
+            f"{name}={value!r}" for name, value in asdict(source).items() if name != "name" and value != default[name]
+        ]
+        cache = [f"policy={best.policy!r}"]
+        cache.append(f"budget={best.budget}" if best.memory is None else f"memory={best.memory}")
+        cache += [f"allocation={best.allocation!r}"] if best.allocation != OWN_ALLOCATION else []
+        cache += [f"bits={best.bits}"] if best.bits is not None else []
+        cache += ["repair=True"] if best.repair else []
+        cache += ['evict="prefill"'] if best.memory is not None else []
+        compressed = "document" if self.settings["mode"] == "agnostic" else "input_ids[:, :-1]"
         return (
-            f"from suffice.kv import CompressedCache{', prefill' if has_replay else ''}\n\n"
-            f"cache = CompressedCache(model, policy={best.policy!r}, {size}{allocation}{bits}{evict})\n"
-            + ("prefill(model, document, [cache], tokenizer=tokenizer)\n" if has_replay else "")
-            + "model.generate(**inputs, past_key_values=cache)\n"
+            "from suffice.kv import CompressedCache, load_model, prefill\n"
+            "from suffice.kv.eval.prompt import tokenize_prompt\n\n"
+            f"model, tokenizer = load_model({', '.join(model)})\n"
+            'prompt = tokenize_prompt(tokenizer, "Your document.", "Your question?")\n'
+            f"cache = CompressedCache(model, {', '.join(cache)})\n"
+            f'inputs = {{"input_ids": prompt.{compressed}.to(model.device)}}\n'
+            "prefill(model, inputs, [cache], tokenizer=tokenizer)\n"
+            "ids = prompt.input_ids.to(model.device)\n"
+            f"output = model.generate(ids, past_key_values=cache, max_new_tokens={self.settings['max_new_tokens']})\n"
+            "print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))\n"
         )
 
     def summary(self) -> str:
@@ -144,7 +177,7 @@ class TuningResult:
         smaller = self.next_smaller
         if smaller is None:
             return f"{text} It is the smallest {kind} that was tried."
-        size = describe_size(smaller.budget, smaller.bits, smaller.memory)
+        size = describe_size(smaller.budget, smaller.bits, smaller.memory, smaller.repair)
         return f"{text} {size[0].upper()}{size[1:]} is not safe: mean {smaller.mean:.4f}, bound {smaller.bound:.4f}."
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,39 +200,49 @@ def tune(
     *,
     target_kl: float | None = None,
     target_agreement: float | None = None,
-    policies: Sequence[str] = (DEFAULT_POLICY, "h2o", "keydiff"),
-    allocations: Sequence[str] = (OWN_ALLOCATION, "profile"),
+    policies: Sequence[str] | None = None,
+    allocations: Sequence[str] = (OWN_ALLOCATION,),
     budgets: Sequence[float] | None = None,
     bits: Sequence[Bits | None] = (None,),
     memory: Sequence[float | str] | None = None,
+    repair: Sequence[bool] | None = None,
     mode: str = "aware",
     confidence: float = 0.95,
     max_new_tokens: int = 32,
     model: str | ModelSource | None = None,
     run: RunOptions | None = None,
 ) -> TuningResult:
-    """Find the smallest budget or memory, with its policy, that stays close to the full cache on your prompts.
+    """Find the cache with the fewest bytes that stays close to the full cache on your prompts.
 
-    The full cache answers each prompt greedily, and every other cache is measured on that answer. A budget is safe if
-    the one-sided Student's t bound of the mean over prompts meets the target. For each policy, allocation and number of
-    bits, budgets are tested from the largest to the smallest, and all budgets after the first failure count as not
-    safe. Testing in this fixed order needs no correction for the number of budgets. A Bonferroni correction accounts
-    for the number of policies, allocations and numbers of bits. Limits on the bytes are tested in the same order.
+    The full cache answers each prompt greedily, and every other cache is measured on that answer. A cache is safe if
+    the one-sided Student's t bound of the mean over prompts meets the target. For each arm (a policy, an allocation, a
+    number of bits, and whether entries are repaired), limits on the bytes or budgets are tested from the largest to the
+    smallest, and all after the first failure count as not safe. Testing in this fixed order needs no correction for
+    their number. A Bonferroni correction accounts for the number of arms.
 
-    Caches evict once, after the prefill, also with `memory`; see `evaluate`.
+    By default, four arms are tried: the default policy and `capkv-replay`, each without and with repair. Of two caches
+    with the same limit, the one that takes less time is recommended. Caches that the model does not support, and limits
+    that are too small for one of the prompts, are left out of what is tried by default.
+
+    All caches of a prompt share one prefill, and those with a replay one replay, which takes four to seven times as
+    long as the prefill. Greedy answers from all caches take longer than everything else together; they are generated
+    only for `target_agreement`. Caches evict once, after the prefill, also with `memory`; see `evaluate`.
 
     Args:
         prompts: your prompts, at least 2.
         target_kl: maximum mean KL divergence from the full cache, in nats per token. Give this or `target_agreement`.
         target_agreement: minimum mean share of greedy tokens that equal the full cache's at their position, 0 to 1.
-        policies: names of policies.
+        policies: names of policies; None means the default policy and, if the model and the lengths of the prompts
+            allow it, `capkv-replay`.
         allocations: names of allocations, each combined with every policy; `"own"` is the policy's own allocation.
-        budgets: the budgets to try: fractions, or numbers of tokens. None means 11 budgets from 0.9 to 0.05, or none
-            with `memory`.
+        budgets: the budgets to try instead of `memory`: fractions, or numbers of tokens.
         bits: numbers of bits of quantized entries to try, or pairs (bits of keys, bits of values); None stands for
             entries in the model's dtype, or for the bits that follow from `memory`.
-        memory: limits on the bytes to try instead of budgets: fractions of those of the full cache, or numbers of bytes
-            such as `"2GiB"`; see `CompressedCache`.
+        memory: limits on the bytes to try: fractions of those of the full cache, or numbers of bytes such as `"2GiB"`;
+            see `CompressedCache`. None means 9 limits from 0.7 to 0.04, or none with `budgets`.
+        repair: whether kept entries are repaired: `[False]`, `[True]`, or `[False, True]` to try both; see
+            `CompressedCache`. None means `[False]` with `policies`. Without `policies`, it means both, or `[False]` if
+            the model does not support repair.
         mode: `"aware"` evicts after the question is seen, `"agnostic"` before it.
         confidence: confidence of the result, above 0.5 and below 1.
         max_new_tokens: maximum length of the full cache's answers.
@@ -222,12 +265,22 @@ def tune(
         raise ValueError(f"confidence must be above 0.5 and below 1, got {confidence}")
     _check_prompts(prompts, mode)
     run = run or RunOptions()
+    optional: list[str] = []
     if budgets is None and memory is None:
-        budgets = DEFAULT_BUDGETS
-    caches = CacheGrid(list(policies), list(allocations), budgets, bits, memory)
+        memory = DEFAULT_MEMORY
+        optional.append("memory")
+    if repair is None:
+        repair = (False, True) if policies is None else (False,)
+    if policies is None:
+        policies = (DEFAULT_POLICY, DEFAULT_REPLAY_POLICY)
+        optional.append("policies")
+    caches = CacheGrid(list(policies), list(allocations), budgets, bits, memory, repair)
     settings = {
         "mode": mode,
         "max_new_tokens": max_new_tokens,
+        # Greedy answers from all caches take longer than all other measurements together.
+        "agreement": metric == "agreement",
+        "optional": optional,
         "caches": caches.largest_first().settings(),
         "model": asdict(ModelSource.from_name(model)),
     }
@@ -237,7 +290,7 @@ def tune(
         complete = TUNE.complete({**settings, "prompts": file})
         plan = [PlannedRun(complete, index, (file,)) for index in range(len(prompts))]
         records = run_samples(folder, TUNE, plan, Path(file).stem, run)
-    trials = _trials(group_records(records), metric, target, 1 - confidence)
+    trials = make_trials(group_records(records), metric, target, confidence)
     return TuningResult(metric, target, confidence, len(prompts), trials, settings)
 
 
@@ -278,24 +331,34 @@ def _store_prompts(prompts: Sequence[UserPrompt], folder: Path) -> str:
     return name
 
 
-def _trials(groups: Sequence[Group], metric: str, target: float, error_rate: float) -> list[Trial]:
-    """Return the trials of every policy, allocation and number of bits.
+def make_trials(groups: Sequence[Group], metric: str, target: float, confidence: float) -> list[Trial]:
+    """Decide which caches are safe; see `tune`.
 
-    The error rate is divided by the number of these combinations (Bonferroni).
+    Args:
+        groups: values of each cache, by prompt; within an arm, from the largest budget or limit to the smallest.
+        metric: `"kl"` or `"agreement"`.
+        target: the value that the mean of the metric must meet.
+        confidence: confidence of all decisions together. The error rate is divided by the number of arms (Bonferroni).
+
+    Returns:
+        One trial for each cache that was measured on all prompts.
+
     """
-    arms: dict[tuple[str, str, Bits | None], list[Group]] = {}
+    num_prompts = max(len(group.values[metric]) for group in groups)
+    arms: dict[Arm, list[Group]] = {}
     for group in groups:
         settings = group.settings
-        if settings["policy"] != "full":
-            arm = settings["policy"], settings["allocation"], shortest_bits(settings.get("bits"))
+        if settings["policy"] != "full" and len(group.values[metric]) == num_prompts:
+            bits, repair = shortest_bits(settings.get("bits")), settings.get("repair", False)
+            arm = settings["policy"], settings["allocation"], bits, repair
             arms.setdefault(arm, []).append(group)
     sign = 1 if metric == "kl" else -1
     trials: list[Trial] = []
-    for (policy, allocation, bits), by_budget in arms.items():
+    for (policy, allocation, bits, repair), by_budget in arms.items():
         safe = True
         for group in by_budget:
             values = list(group.values[metric].values())
-            bound = mean_bound(values, confidence=1 - error_rate / len(arms), upper=metric == "kl")
+            bound = mean_bound(values, confidence=1 - (1 - confidence) / len(arms), upper=metric == "kl")
             safe = safe and sign * bound <= sign * target
             trials.append(
                 Trial(
@@ -309,6 +372,7 @@ def _trials(groups: Sequence[Group], metric: str, target: float, error_rate: flo
                     bytes_kept=group.interval("bytes_kept").mean,
                     bits=bits,
                     memory=group.settings.get("memory"),
+                    repair=repair,
                 )
             )
     return trials
@@ -316,4 +380,4 @@ def _trials(groups: Sequence[Group], metric: str, target: float, error_rate: flo
 
 def _describe(trial: Trial) -> str:
     allocation = "" if trial.allocation == OWN_ALLOCATION else f", allocation {trial.allocation},"
-    return f"{trial.policy}{allocation} at {describe_size(trial.budget, trial.bits, trial.memory)}"
+    return f"{trial.policy}{allocation} at {describe_size(trial.budget, trial.bits, trial.memory, trial.repair)}"

@@ -122,7 +122,7 @@ def answer_with_full_cache(
         max_new_tokens=max_new_tokens,
     )
     if not full.answer:
-        raise ValueError(f"prompt {index}: the model's answer is empty, so there is nothing to compare with")
+        raise ValueError("the model's answer must contain text to compare with, got an empty answer")
     return UserExample(
         task="prompt",
         seed=index,
