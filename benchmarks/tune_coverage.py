@@ -66,8 +66,7 @@ def measure(name: str, options: argparse.Namespace) -> list[Group]:
         run=RunOptions(folder, on_progress=lambda progress, line: print(line, flush=True) if line else None),
     )
     with Store(folder, read_only=True) as store:
-        (study,) = [record.name for record in store.studies()]
-        return group_records(store.records(study))
+        return group_records(store.records(store.study_name()))
 
 
 def main() -> None:

@@ -196,7 +196,7 @@ def test_the_harness_repairs_the_prompt(loaded, monkeypatch):
 def test_commands_accept_repair(folder, tmp_path):
     page, table = tmp_path / "page.html", tmp_path / "rows.parquet"
     arguments = ["kv", "compare", "--model", folder, "--policies", "h2o", "--budgets", "50%", "--tasks", "text"]
-    arguments += ["--tokens", "300", "--samples", "2", "--repair", "both", "--folder", str(tmp_path / "kept")]
+    arguments += ["--tokens", "300", "--samples", "2", "--repair", "--folder", str(tmp_path / "kept")]
     done = CliRunner().invoke(app, [*arguments, "--report", str(page), "--parquet", str(table)])
     assert done.exit_code == 0, done.output
     cells = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
@@ -212,11 +212,12 @@ def test_commands_accept_repair(folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n---\n".join(one.document for one in PROMPTS), encoding="utf-8")
     tuned = ["kv", "tune", "--prompts", str(prompts), "--model", folder, "--policies", "h2o", "--budgets", "90%"]
-    done = CliRunner().invoke(app, [*tuned, "--repair", "yes", "--target-kl", "50", "--max-new-tokens", "4"])
+    done = CliRunner().invoke(app, [*tuned, "--repair", "--target-kl", "50", "--max-new-tokens", "4"])
     assert done.exit_code == 0, done.output
-    assert "budget=0.9, repair=True)" in done.stdout
-    header = next(line for line in done.stdout.splitlines() if "budget" in line)
-    assert "repair" in header
+    assert "budget=0.9)" in done.stdout
+    assert any(line.split("┃")[4].strip() == "repair" for line in done.stdout.splitlines() if line.startswith("┃"))
+    rows = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
+    assert [row[4].strip() for row in rows] == ["no", "yes"]
 
     page = tmp_path / "answer.html"
     asked = ["kv", "generate", "--model", folder, "--prompt", PROMPTS[0].document * 2, "--policy", "h2o", "--bits", "4"]
@@ -235,7 +236,5 @@ def test_commands_check_repair_before_any_work(monkeypatch, command, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n---\ntwo", encoding="utf-8")
     more = {"compare": [], "tune": ["--prompts", str(prompts), "--target-kl", "1"]}
-    done = CliRunner().invoke(app, ["kv", command, *more[command], "--repair", "maybe"])
-    assert "--repair must be no, yes or both, got 'maybe'" in str(done.exception)
-    done = CliRunner().invoke(app, ["kv", command, *more[command], "--policies", "full", "--repair", "both"])
+    done = CliRunner().invoke(app, ["kv", command, *more[command], "--policies", "full", "--repair"])
     assert "repair must be False with policy 'full'" in str(done.exception)

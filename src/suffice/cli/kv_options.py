@@ -16,7 +16,6 @@ from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY, DEFAULT_REPLAY_POLICY, get_policy, policies
 from suffice.kv.storage.quantization import Bits, shortest_bits
 
-_REPAIR = {"no": [False], "yes": [True], "both": [False, True]}
 AwareOption = Annotated[
     bool,
     typer.Option("--aware/--agnostic", help="Evict after the question is seen (aware), or before it (agnostic)."),
@@ -192,10 +191,11 @@ class CacheGridOptions:
         ),
     ] = "none"
     repair: Annotated[
-        str | None,
+        bool | None,
         typer.Option(
-            help="Whether kept entries are repaired: no, yes or both. Default: no; with tune and without --policies, "
-            "both."
+            "--repair/--no-repair",
+            help="Also try every cache with repaired entries. Default: no; with tune and without --policies, yes, if "
+            "the model allows it.",
         ),
     ] = None
 
@@ -229,17 +229,10 @@ class CacheGridOptions:
         return [parse_bits_option(text) for text in self.bits.split()]
 
     def parsed_repair(self) -> list[bool] | None:
-        """Return whether kept entries are repaired, as a list with one value or both; None if it is not given.
-
-        Raises:
-            ValueError: the option is not accepted.
-
-        """
+        """Return whether kept entries are repaired, as a list with one value or both; None if it is not given."""
         if self.repair is None:
             return None
-        if self.repair not in _REPAIR:
-            raise ValueError(f"--repair must be {', '.join(list(_REPAIR)[:-1])} or both, got {self.repair!r}")
-        return _REPAIR[self.repair]
+        return [False, True] if self.repair else [False]
 
 
 def parse_budget(text: str, option: str = "--budget") -> float:
