@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from suffice.kv.budget.protection import Protection
 from suffice.kv.cache.memory import format_memory, parse_memory
 from suffice.kv.eval.fidelity import CacheConfig
 from suffice.kv.policy.registry import get_allocation, get_policy
@@ -118,7 +117,7 @@ class CacheGrid:
             object.__setattr__(self, "budgets", [plain_number(budget) for budget in budgets])
 
     def check(self) -> None:
-        """Check all names and budgets, and whether the kept entries can be repaired.
+        """Check everything that does not depend on the model.
 
         Raises:
             TypeError, ValueError: an axis is empty or has duplicates, a name is unknown, a budget is out of range, or
@@ -128,13 +127,6 @@ class CacheGrid:
         for name, values in asdict(self).items():
             if values is not None and (not values or len({str(value) for value in values}) < len(values)):
                 raise ValueError(f"{name} must hold at least one value and no duplicates, got {list(values)!r}")
-        for policy in self.policies:
-            get_policy(policy)
-        for allocation in self.allocations:
-            if allocation != OWN_ALLOCATION:
-                get_allocation(allocation)
-        for budget in self.budgets or ():
-            Protection().check(budget)
         for cache in self.caches():
             cache.config().check()
 

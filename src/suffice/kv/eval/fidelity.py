@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from suffice.kv.budget.allocation import Allocation
+from suffice.kv.cache.arguments import CacheArguments
 from suffice.kv.cache.batched import BatchedCaches
 from suffice.kv.cache.cache import CompressedCache
-from suffice.kv.cache.layer_kinds import check_repair
 from suffice.kv.cache.memory import parse_limit
 from suffice.kv.cache.prefill import prefill
 from suffice.kv.cache.report import stored_bits
@@ -22,7 +22,7 @@ from suffice.kv.eval.prompt import PromptTokens
 from suffice.kv.eval.tasks.example import Example
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
-from suffice.kv.policy.registry import get_allocation, get_policy
+from suffice.kv.policy.registry import get_policy
 from suffice.kv.storage.quantization import Bits, shortest_bits
 
 # Maximum number of logits that one forward pass over several caches computes, to limit its memory.
@@ -57,20 +57,26 @@ class CacheConfig:
     repair: bool = False
 
     def check(self) -> None:
-        """Check what does not depend on the model: `memory` with `budget`, and whether entries can be repaired.
+        """Check everything that does not depend on the model.
 
         Raises:
             TypeError, ValueError: `CompressedCache` would reject the configuration with any model.
 
         """
-        parse_limit(self.memory, self.budget)
-        if not isinstance(self.repair, bool):
-            raise TypeError(f"repair must be True or False, got {self.repair!r}")
-        if self.repair:
-            policy = get_policy(self.policy)
-            if self.allocation is not None:
-                policy = replace(policy, allocation=get_allocation(self.allocation))
-            check_repair(policy, rerotate=False)
+        CacheArguments(
+            policy=self.policy,
+            budget=self.budget,
+            memory=self.memory,
+            sinks=None,
+            window=None,
+            allocation=self.allocation,
+            evict="prefill",
+            interval=None,
+            rerotate=False,
+            measure_capacity=False,
+            bits=self.bits,
+            repair=self.repair,
+        ).check()
 
     def build(self, model: nn.Module, **options: Any) -> CompressedCache:
         """Return an empty cache with this configuration.
