@@ -16,7 +16,7 @@ from suffice.kv.cache.batched import BatchedCaches
 from suffice.kv.cache.prefill import prefill
 from tests.kv.families import build as build_family
 from tests.kv.families import model_classes, randomize, tiny_config
-from tests.kv.family_cases import Case, MaskedOracle
+from tests.kv.family_cases import Case, MaskedOracle, get_case
 from tests.kv.family_checks import CHECKS, kept_positions
 from tests.kv.tiny import VOCABULARY, answer, left_padded, prompt
 
@@ -497,3 +497,45 @@ def test_cache_of_an_encoder_decoder_model_must_come_with_one_for_cross_attentio
     with pytest.raises(ValueError, match=r"past_key_values must be EncoderDecoderCache\(CompressedCache"):
         model(**inputs, past_key_values=cache, use_cache=True)
     assert cache.get_seq_length() == 0
+
+
+_KINDS = ["gemma3", "gemma3n_text", "gpt_oss", "lfm2", "qwen3_next", "jamba", "falcon_h1", "deepseek_v3", "mistral"]
+
+
+@pytest.mark.parametrize("family", _KINDS)
+def test_caches_that_autograd_has_recorded_are_copied_saved_and_reset(family, tmp_path):
+    """Sliding windows, linear states and latents: copies continue as a cache without gradients does."""
+    if family not in model_classes():
+        pytest.skip("needs a newer transformers")
+    case = get_case(family)
+    try:
+        cache, plain = (CompressedCache(case.model, "capkv", 0.5) for _ in range(2))
+    except ValueError as error:  # test_families.py checks that the newest transformers is supported
+        pytest.skip(f"needs a newer transformers: {error}")
+    ids, more = case.prompt(), case.prompt(3, seed=1)
+    with torch.enable_grad():
+        case.model(ids, past_key_values=cache)
+    case.forward(ids, plain)
+    saved = cache.save(case.model, tmp_path / "cache.safetensors")
+    first, batch, loaded = cache.copy(), BatchedCaches([cache.copy()]), CompressedCache.load(saved, case.model)
+    copied = copy.deepcopy(batch)
+    expected = step(case.model, more, plain)
+    for other in (first, batch, copied, loaded):
+        torch.testing.assert_close(step(case.model, more, other), expected)
+    cache.reset()
+    case.forward(ids, cache)
+    torch.testing.assert_close(step(case.model, more, cache), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_gradients_flow_through_copies(family):
+    case = get_case(family)
+    ids, more = case.prompt(), case.prompt(3, seed=1)
+    embedding = case.model.get_input_embeddings().weight
+    with torch.enable_grad():
+        cache = CompressedCache(case.model, "full", 1.0)
+        case.model(ids, past_key_values=cache)
+        logits = [case.model(more, past_key_values=own).logits for own in (cache.copy(), cache)]
+        gradients = [torch.autograd.grad(x.sum(), embedding, retain_graph=True)[0] for x in logits]
+    assert bool((gradients[0][ids.unique()] != 0).any(-1).all())  # not only the new tokens
+    torch.testing.assert_close(*gradients)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from suffice.kv.cache.layer_report import report_layer
 from suffice.kv.cache.positions import check_position_ids, check_window, num_new_tokens
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.state import EarlierMask
+from suffice.kv.cache.stock_layer import copy_stock_layer
 from suffice.kv.hf.layers import find_decoder
 from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.rotary import RotaryEmbedding
@@ -244,7 +244,7 @@ class CompressedCache(Cache):
         is_global = self.policy.allocation.is_global
         global_budget = GlobalBudget(self.settings.num_layers) if is_global else None
         other.layers = [
-            layer.copy(global_budget) if isinstance(layer, CompressedLayer) else copy.deepcopy(layer)
+            layer.copy(global_budget) if isinstance(layer, CompressedLayer) else copy_stock_layer(layer)
             for layer in self.layers
         ]
         other._updated = None

@@ -8,7 +8,6 @@ scored by their keys and values only.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +28,7 @@ from suffice.kv.cache.layer_report import report_layer
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.settings import CacheSettings, StorageConfig
 from suffice.kv.cache.state import LayerState, RowState
+from suffice.kv.cache.stock_layer import copy_stock_layer
 from suffice.kv.hf.layers import cross_attention_modules, find_decoder
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.hf.wrappers import unwrap_model
@@ -249,7 +249,7 @@ class CrossAttentionCache(Cache):
         other = object.__new__(type(self))
         vars(other).update(vars(self))
         other.layers = [
-            layer.copy(None) if isinstance(layer, CrossAttentionLayer) else copy.deepcopy(layer)
+            layer.copy(None) if isinstance(layer, CrossAttentionLayer) else copy_stock_layer(layer)
             for layer in self.layers
         ]
         return other

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.linear_states import has_linear_states
 from suffice.kv.cache.state import LayerState
+from suffice.kv.cache.stock_layer import copy_stock_layer
 
 
 class ForwardPass:
@@ -81,7 +81,7 @@ def _remember(layer: Any) -> Any:
     if isinstance(layer, CompressedLayer):
         return replace(layer.state, storage=None)
     num_seen = _num_seen(layer)
-    return copy.deepcopy(layer) if num_seen == 0 else num_seen
+    return copy_stock_layer(layer) if num_seen == 0 else num_seen
 
 
 def _num_seen(layer: Any) -> int | None:

@@ -9,7 +9,6 @@ the caches that evict, and frees them.
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -30,6 +29,7 @@ from suffice.kv.cache.replay_gradient import GradientRecorder, InputNorms
 from suffice.kv.cache.replay_prompt import Instruction, ReplayInput, replay_inputs
 from suffice.kv.cache.replay_scores import PartScores, PromptScores
 from suffice.kv.cache.shared_prefill import PrefillResult, SharedPrefill
+from suffice.kv.cache.stock_layer import copy_stock_layer
 from suffice.kv.hf.layers import compressed_layers, find_decoder
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.weights.replay import GRADIENT, OUTPUT
@@ -252,7 +252,7 @@ class Recording:
             if has_linear_states(source):
                 copy_states([source], target)
             elif not isinstance(source, CompressedLayer):
-                cache.layers[index] = source if free else copy.deepcopy(source)
+                cache.layers[index] = source if free else copy_stock_layer(source)
 
     def _fill_compressed(
         self, cache: CompressedCache, scores: dict[int, PromptScores], inputs: dict[str, Tensor], *, free: bool
