@@ -262,8 +262,9 @@ def test_page_is_of_one_kind(page):
 
 
 def messages_of_the_source():
-    """Yield a pattern for each string of suffice.kv; formatted values match anything."""
-    for file in sorted((ROOT / "src" / "suffice" / "kv").rglob("*.py")):
+    """Yield a pattern for each string of suffice.kv and suffice.link; formatted values match anything."""
+    source = ROOT / "src" / "suffice"
+    for file in sorted([*(source / "kv").rglob("*.py"), *(source / "link").rglob("*.py")]):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else None for part in node.values]

@@ -54,12 +54,24 @@ class GraphOptions:
         str,
         typer.Option(
             help="Name of a data set (digits, block-model, Cora, CiteSeer, PubMed, CS, Physics, Computers, Photo, "
-            "ogbl-collab, ogbl-ppa), or an edge list in an NPZ, CSV or Parquet file."
+            "ogbl-collab, ogbl-ppa), or an edge list in a .csv, .txt, .tsv, .mtx, .parquet or .npz file."
         ),
     ] = "digits"
-    features: Annotated[Path | None, typer.Option(help="File of node features for a CSV or Parquet edge list.")] = None
-    labels: Annotated[Path | None, typer.Option(help="File of node classes for a CSV or Parquet edge list.")] = None
+    features: Annotated[Path | None, typer.Option(help="File of node features for an edge list.")] = None
+    labels: Annotated[Path | None, typer.Option(help="File of node classes for an edge list.")] = None
     root: RootOption = Path("data")
+    header: Annotated[
+        bool | None,
+        typer.Option(
+            "--header/--no-header", help="Whether a first line such as 0,1 is a header. Default: refuse such files."
+        ),
+    ] = None
+    ids: Annotated[
+        bool | None,
+        typer.Option(
+            "--ids/--no-ids", help="Whether the first column of features and labels holds ids. Default: find out."
+        ),
+    ] = None
 
     def load(self) -> Graph:
         """Load the graph."""
@@ -67,7 +79,8 @@ class GraphOptions:
         from suffice.link.study.run_settings import DataSource
 
         features, labels = (None if file is None else str(file) for file in (self.features, self.labels))
-        return DataSource(self.data, features, labels, str(self.root)).load(Path(), SplitConfig())
+        source = DataSource(self.data, features, labels, str(self.root), self.header, self.ids)
+        return source.load(Path(), SplitConfig())
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from .corrections import train_corrected as train_corrected
 
 # Load a graph, build a model, train and evaluate it.
 from .data.datasets import load_graph as load_graph
+from .data.edge_rules import EdgeRules as EdgeRules
+from .data.files import read_graph as read_graph
 from .data.graph import SplitConfig as SplitConfig
 from .data.graph import split_edges as split_edges
 from .models import build_model as build_model

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from suffice.files import read_text
 from suffice.link.data.checkpoint import load_checkpoint, save_checkpoint, select_prefix
-from suffice.link.data.graph import Graph, Split, check_edges
+from suffice.link.data.edge_rules import EdgeRules, check_range
+from suffice.link.data.edge_tables import EdgeList, as_ids, read_edge_list
+from suffice.link.data.graph import Graph, Split
+from suffice.link.data.node_tables import NodeTable, read_classes, read_features
+from suffice.link.data.tables import TABLE_SUFFIXES, check_suffix, plain_suffix
 
-_SUFFIXES = (".csv", ".parquet", ".npz")
+GRAPH_SUFFIXES = (*(suffix for suffix in TABLE_SUFFIXES if suffix != ".npy"), ".npz")
+"""Suffixes of the files that `read_graph` accepts as edges."""
 
 
 def read_graph(
@@ -27,41 +29,69 @@ def read_graph(
     labels: str | Path | None = None,
     *,
     name: str | None = None,
+    header: bool | None = None,
+    ids: bool | None = None,
+    rules: EdgeRules | None = None,
 ) -> Graph:
     """Read a graph from a user's files.
 
-    In CSV and Parquet files, the first two columns of `edges` are the node ids of each edge, from 0 to nodes - 1;
-    `features` has a row for each node, and `labels` has one column with the class of each node, both in the order of
-    the node ids. An NPZ file holds everything in arrays `edges` [edges, 2], `x` [nodes, features] and, optionally,
-    `y` [nodes]. The edges are listed once each, or all of them in both directions.
+    An edge list is a text file (comma, semicolon, tab or space between cells) or a Parquet file. The nodes of an edge
+    are its first two columns, or those with usual names such as `source` and `target`. Text files may have comments, a
+    header, the index column of pandas, a byte-order mark and gzip compression. An adjacency matrix in Matrix Market
+    format is accepted as well.
+
+    Nodes have the numbers from 0 to nodes - 1, in the order of the rows of `features`. Or they have other numbers or
+    texts as ids, which are then the first column of `features`, and are kept in `Graph.node_ids`. `labels` holds one
+    column of classes in the order of the nodes, or ids and classes.
+
+    An NPZ file holds everything in arrays `edges` [edges, 2], `x` [nodes, features] and, optionally, `y` [nodes].
 
     Args:
-        edges: edge list, or an NPZ file with everything.
-        features: features; needed unless `edges` is an NPZ file.
-        labels: classes; without them, the alignment with classes cannot be measured.
+        edges: edge list, adjacency matrix, or an NPZ file with everything.
+        features: file with the features of each node; needed unless `edges` is an NPZ file.
+        labels: file with the class of each node; without it, the alignment with classes cannot be measured.
         name: name of the graph, shown in tables; by default the name of the edge list without its suffix.
+        header: whether the first line is a header if it may be one. `0,1` may be an edge, or the header that pandas
+            writes by default. None refuses such a file.
+        ids: whether the first column of features and labels holds the ids of nodes. None finds out by its name, or
+            because its cells are texts, and refuses a file in which neither tells.
+        rules: what becomes of duplicate edges, self-loops and weights; by default, `EdgeRules()`.
 
     Raises:
         ImportError: the packages pandas and pyarrow are missing, which a Parquet file needs.
-        ValueError: a file has another suffix or wrong content, node ids are out of range, there are self-loops or
-            duplicates, or classes are missing.
+        ValueError: a file has another suffix, wrong content or an unclear header; ids do not fit; an edge is refused by
+            the rules; features are not finite; or classes are missing.
 
     """
-    path = Path(edges)
-    if _check_suffix(path) == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            if missing := {"edges", "x"} - set(arrays.files):
-                raise ValueError(
-                    f"{path} must hold arrays edges, x and, optionally, y, got {arrays.files} without {sorted(missing)}"
-                )
-            pairs, x = arrays["edges"], arrays["x"]
-            y = arrays["y"] if "y" in arrays.files else None
+    path, rules = Path(edges), rules or EdgeRules()
+    if check_suffix(path, GRAPH_SUFFIXES) == ".npz":
+        pairs, nodes, y = _read_npz(path)
+        edge_list, classes = EdgeList(as_ids(pairs, path)), None if y is None else NodeTable(y)
     else:
         if features is None:
             raise ValueError(f"features must be a file with a row for each node of {path}, got None")
-        pairs, x = _read_table(path)[:, :2], _read_table(Path(features))
-        y = None if labels is None else _read_table(Path(labels))[:, 0]
-    return _graph_from_arrays(name or path.stem, pairs, x, y)
+        nodes = read_features(Path(features), header=header, ids=ids)
+        edge_list = read_edge_list(path, header=header, known_ids=nodes.ids)
+        classes = None if labels is None else read_classes(Path(labels), len(nodes.values), ids=ids)
+    x = _check_features(nodes.values)
+    rules.check_weights(edge_list.values)
+    if edge_list.num_nodes not in (None, len(x)):
+        raise ValueError(f"features must have {edge_list.num_nodes} rows, one for each node, got {len(x)}")
+    numbered = edge_list.pairs if nodes.ids is None else _find_rows(edge_list.pairs, nodes.ids, path)
+    if numbered.dtype.kind == "U":
+        raise ValueError(
+            f"features must have the ids of the nodes as their first column if {path} holds texts, got no ids"
+        )
+    edge_tensor = torch.from_numpy(numbered).T.contiguous()
+    check_range(edge_tensor, len(x))
+    y = None if classes is None else _number_classes(classes, nodes.ids, len(x))
+    return Graph(
+        name or path.name.removesuffix(".gz").removesuffix(plain_suffix(path)),
+        torch.from_numpy(x),
+        rules.apply(edge_tensor, len(x)),
+        y,
+        node_ids=nodes.ids,
+    )
 
 
 def save_graph(graph: Graph, folder: str | Path) -> str:
@@ -107,91 +137,73 @@ def read_saved_graph(path: Path) -> Graph:
     return Graph(str(metadata["name"]), tensors["x"], tensors["edges"], tensors.get("y"), official_split)
 
 
-def _graph_from_arrays(name: str, pairs: NDArray[Any], x: NDArray[Any], y: NDArray[Any] | None) -> Graph:
+def _read_npz(path: Path) -> tuple[NDArray[Any], NodeTable, NDArray[Any] | None]:
+    with np.load(path, allow_pickle=False) as arrays:
+        if missing := {"edges", "x"} - set(arrays.files):
+            raise ValueError(
+                f"{path} must hold arrays edges, x and, optionally, y, got {arrays.files} without {sorted(missing)}"
+            )
+        pairs, x = arrays["edges"], arrays["x"]
+        y = arrays["y"] if "y" in arrays.files else None
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise ValueError(f"edges must have shape [edges, 2], got {pairs.shape}")
     if x.ndim != 2:
         raise ValueError(f"features must have shape [nodes, features], got {x.shape}")
-    is_finite = np.isfinite(x.astype(np.float64))
-    if not is_finite.all():
-        raise ValueError(f"features must be finite, got {int((~is_finite).sum())} NaN or infinite values")
-    if not np.equal(np.mod(pairs, 1), 0).all():
+    if pairs.dtype.kind == "f" and not np.equal(np.mod(pairs, 1), 0).all():
         raise ValueError(f"edges must hold integer node ids from 0 to {len(x) - 1}, got fractions")
-    edges = torch.from_numpy(pairs.astype(np.int64)).T.contiguous()
-    classes = None
-    if y is not None:
-        if len(y) != len(x):
-            raise ValueError(f"labels must have {len(x)} rows, one for each node, got {len(y)}")
-        is_missing = _is_missing(y)
-        if is_missing.any():
-            raise ValueError(
-                f"labels must hold a class for each node, got none for {int(is_missing.sum())} nodes, "
-                f"the first is {int(is_missing.argmax())}"
-            )
-        classes = torch.from_numpy(np.unique(y, return_inverse=True)[1]).long()
-    return Graph(name, torch.from_numpy(x.astype(np.float32)), _unique_undirected_edges(edges, len(x)), classes)
+    return pairs, NodeTable(x), y
 
 
-def _unique_undirected_edges(edges: Tensor, num_nodes: int) -> Tensor:
-    """Return each undirected edge once, the smaller node id first; the list may hold both directions of all edges."""
-    forward, backward = edges[:, edges[0] < edges[1]], edges[:, edges[0] > edges[1]].flip(0)
-    are_halves = forward.size(1) == backward.size(1) == edges.size(1) / 2
-    if are_halves and torch.equal(torch.unique(forward, dim=1), torch.unique(backward, dim=1)):
-        return forward
-    check_edges(edges, num_nodes)
-    return torch.stack([edges.min(dim=0).values, edges.max(dim=0).values])
+def _check_features(x: NDArray[Any]) -> NDArray[np.float32]:
+    is_wrong = ~np.isfinite(x.astype(np.float64))
+    if is_wrong.any():
+        row, column = (int(index) for index in np.argwhere(is_wrong)[0])
+        raise ValueError(
+            f"features must be finite, got {int(is_wrong.sum())} NaN or infinite values, the first one is feature "
+            f"{column} of node {row}"
+        )
+    return x.astype(np.float32)
+
+
+def _find_rows(wanted: NDArray[Any], ids: NDArray[Any], path: Path) -> NDArray[np.int64]:
+    """Return the position of each wanted id within ids, in the shape of `wanted`."""
+    if wanted.dtype.kind != ids.dtype.kind:
+        wanted, ids = wanted.astype(str), ids.astype(str)
+    order = ids.argsort(kind="stable")
+    index = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
+    is_unknown = ids[index] != wanted
+    if is_unknown.any():
+        raise ValueError(
+            f"{path} must hold ids that the features have too, got {len(np.unique(wanted[is_unknown]))} other ids, the "
+            f"first is {wanted[is_unknown][0]}"
+        )
+    return index.astype(np.int64)
+
+
+def _number_classes(table: NodeTable, ids: NDArray[Any] | None, num_nodes: int) -> Tensor:
+    """Return the number of the class of each node, long [nodes], in the order of the nodes."""
+    y = table.values
+    if len(y) != num_nodes:
+        raise ValueError(f"labels must have {num_nodes} rows, one for each node, got {len(y)}")
+    if table.ids is not None:
+        known = np.arange(num_nodes) if ids is None else ids
+        ordered = np.empty_like(y)
+        ordered[_find_rows(table.ids, known, Path("labels"))] = y
+        y = ordered
+    is_missing = _is_missing(y)
+    if is_missing.any():
+        raise ValueError(
+            f"labels must hold a class for each node, got none for {int(is_missing.sum())} nodes, "
+            f"the first is {int(is_missing.argmax())}. A negative number, an empty cell and NaN stand for no class"
+        )
+    if y.dtype.kind == "f" and (y % 1 != 0).any():
+        raise ValueError(f"labels must be classes, got a fraction for node {int((y % 1 != 0).argmax())}")
+    return torch.from_numpy(np.unique(y, return_inverse=True)[1]).long()
 
 
 def _is_missing(y: NDArray[Any]) -> NDArray[np.bool_]:
-    if y.dtype.kind in "fc":
-        return np.isnan(y)
+    if y.dtype.kind == "f":
+        return np.isnan(y) | (y < 0)
     if y.dtype.kind in "iu":
         return y < 0
-    return np.array([value is None or value != value or value == "" for value in y.tolist()], dtype=bool)
-
-
-def _read_table(path: Path) -> NDArray[Any]:
-    if _check_suffix(path) == ".npz":
-        raise ValueError(
-            f"features and labels must be CSV or Parquet files, got {str(path)!r}. An NPZ file is read only as edges"
-        )
-    if path.suffix == ".parquet":
-        try:
-            import pandas as pd
-
-            table = pd.read_parquet(path).to_numpy()
-        except ImportError as error:
-            raise ImportError(f"{path} needs the packages pandas and pyarrow: pip install pandas pyarrow") from error
-    else:
-        table = _read_csv(path)
-    if table.ndim != 2 or 0 in table.shape:
-        raise ValueError(f"{path} must hold a table with at least one row and column, got shape {table.shape}")
-    return table
-
-
-def _read_csv(path: Path) -> NDArray[Any]:
-    try:
-        rows = [row for row in csv.reader(io.StringIO(read_text(path, "table"), newline="")) if row]
-    except csv.Error as error:
-        raise ValueError(f"{path} must be a CSV file, got one that cannot be read: {error}") from None
-    if not rows:
-        raise ValueError(f"{path} must hold a table, got an empty file")
-    if len({len(row) for row in rows}) > 1:
-        raise ValueError(f"{path} must have comma-separated rows of one length, got several lengths")
-    table = np.array([[cell.strip() for cell in row] for row in rows])
-    for start in (0, 1):  # a first line that is not numeric is a header
-        try:
-            return table[start:].astype(np.float64)
-        except ValueError:
-            continue
-    if table.shape[1] == 1:
-        return table[1:].astype(object)
-    raise ValueError(f"{path} must hold numbers below at most one header line, got other cells")
-
-
-def _check_suffix(path: Path) -> str:
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"{path} must be a file with one of the suffixes {', '.join(_SUFFIXES)}, got {path.suffix!r}")
-    if not path.exists():
-        raise ValueError(f"file must exist, got {str(path)!r}")
-    return path.suffix
+    return np.array([str(value) in ("", "nan", "NaN", "None") for value in y.tolist()], dtype=bool)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.transforms import LargestConnectedComponents, RandomLinkSplit
 from torch_geometric.utils import to_undirected
 
 from suffice.link.batches.negatives import edge_keys, sample_negatives
+from suffice.link.data.edge_rules import EdgeRules, check_range, find_copies, refuse_edges
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Graph:
         edges: each edge once, the smaller node id first, long [2, edges].
         y: class of each node, long [nodes]; None if the data set has no classes.
         official_split: the split that comes with the data set; None if there is none.
+        node_ids: id of each node in the user's files or graph, numbers or texts, [nodes]; None if the nodes already had
+            the numbers 0 to nodes - 1. A graph that a study saves is without them.
 
     Raises:
         ValueError: a node id is out of range, there are self-loops or duplicates, or `y` does not fit the nodes.
@@ -34,6 +39,7 @@ class Graph:
     edges: Tensor
     y: Tensor | None = None
     official_split: Split | None = None
+    node_ids: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
         check_edges(self.edges, self.num_nodes)
@@ -60,18 +66,28 @@ class Graph:
         return self.y
 
     @classmethod
-    def from_data(cls, data: Data, name: str) -> Graph:
-        """Make an undirected graph from PyG's `Data`, without self-loops and duplicate edges.
+    def from_data(cls, data: Data, name: str, *, rules: EdgeRules | None = None) -> Graph:
+        """Make an undirected graph from PyG's `Data`.
+
+        Args:
+            data: graph with `edge_index` and `x`, and optionally `y`.
+            name: name of the graph, shown in tables.
+            rules: what becomes of duplicate edges, self-loops and weights; by default, `EdgeRules()`.
 
         Raises:
-            ValueError: `data` has no edges or no features.
+            ValueError: `data` has no edges or no features, or an edge is refused by the rules.
 
         """
         if data.edge_index is None or data.x is None:
             raise ValueError(f"data must have edge_index and x, got {sorted(data.to_dict())} for {name}")
-        edges = to_undirected(data.edge_index, num_nodes=data.num_nodes)
+        rules = rules or EdgeRules()
+        values = [key for key in data.edge_attrs() if key != "edge_index"]
+        rules.check_weights(", ".join(values) or None)
+        check_range(data.edge_index, data.x.size(0))
+        edges = rules.apply(data.edge_index, data.x.size(0))
+        edges = edges[:, edge_keys(edges, data.x.size(0)).argsort()]
         y = data.y if isinstance(data.y, Tensor) and data.y.ndim == 1 else None
-        return cls(name, data.x.float(), edges[:, edges[0] < edges[1]], None if y is None else y.long())
+        return cls(name, data.x.float(), edges, None if y is None else y.long())
 
     def to_data(self) -> Data:
         """Return PyG's `Data` with both directions of every edge."""
@@ -214,19 +230,6 @@ def check_edges(edges: Tensor, num_nodes: int) -> None:
         ValueError: an edge is not accepted; the message gives the reason, the number of such edges and the first one.
 
     """
-    if edges.ndim != 2 or edges.size(0) != 2 or edges.size(1) == 0:
-        raise ValueError(f"edges must have shape [2, edges] with at least one edge, got {tuple(edges.shape)}")
-
-    def raise_if_any(is_wrong: Tensor, accepted: str, found: str) -> None:
-        if bool(is_wrong.any()):
-            first = tuple(edges[:, int(is_wrong.nonzero()[0])].tolist())
-            raise ValueError(f"edges must {accepted}, got {int(is_wrong.sum())} {found}, the first is {first}")
-
-    out_of_range = ((edges < 0) | (edges >= num_nodes)).any(dim=0)
-    raise_if_any(out_of_range, f"have node ids from 0 to {num_nodes - 1}", "out of range")
-    raise_if_any(edges[0] == edges[1], "join two different nodes", "self-loops")
-    keys = edge_keys(edges, num_nodes)
-    order = keys.argsort(stable=True)
-    is_repeated = torch.zeros_like(keys, dtype=torch.bool)
-    is_repeated[order[1:]] = keys[order[1:]] == keys[order[:-1]]
-    raise_if_any(is_repeated, "be listed once each", "duplicates")
+    check_range(edges, num_nodes)
+    refuse_edges(edges, edges[0] == edges[1], "join two different nodes", "self-loops")
+    refuse_edges(edges, find_copies(edges, num_nodes), "be listed once each", "duplicates")

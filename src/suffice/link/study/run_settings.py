@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from suffice.link.data.datasets import DATASET_NAMES, load_graph
-from suffice.link.data.files import read_graph, read_saved_graph
+from suffice.link.data.files import GRAPH_SUFFIXES, read_graph, read_saved_graph
 from suffice.link.data.graph import Graph, SplitConfig, prepare_graph
+from suffice.link.data.tables import plain_suffix
 from suffice.link.models import EncoderDecoderSettings, ModelSettings, get_model_settings
 from suffice.link.study.arms import Arm
 from suffice.link.train.config import TrainConfig
@@ -24,7 +25,7 @@ _MODEL_OPTIONS_OF_ARM = ("encoder_norm", "decoder_norm")
 _TRAIN_OPTIONS_OF_ARM = ("composition", "balanced", "seed")
 
 _SAVED_GRAPH = ".safetensors"
-_TABLES = (".csv", ".parquet", ".npz")
+_OPTIONAL = ("header", "ids")
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,12 @@ class DataSource:
     """Where the graph of a run comes from.
 
     Args:
-        name: name of a data set; a CSV, Parquet or NPZ file; or a graph that a study saved in its folder.
-        features: file of node features, for a CSV or Parquet edge list.
-        labels: file of node classes, for a CSV or Parquet edge list.
+        name: name of a data set; a file with the edges (see `read_graph`); or a graph that a study saved in its folder.
+        features: file of node features, for a file that holds only edges.
+        labels: file of node classes, for a file that holds only edges.
         root: folder of downloaded data sets.
+        header: whether an unclear first line of a file is a header; None refuses it.
+        ids: whether the first column of features and labels holds ids; None to find out.
 
     """
 
@@ -43,6 +46,15 @@ class DataSource:
     features: str | None = None
     labels: str | None = None
     root: str = "data"
+    header: bool | None = None
+    ids: bool | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a JSON-serializable dictionary.
+
+        `header` and `ids` are left out if they are None, so that they change no key of a stored run.
+        """
+        return {name: value for name, value in asdict(self).items() if name not in _OPTIONAL or value is not None}
 
     def load(self, folder: Path, config: SplitConfig) -> Graph:
         """Return the graph, prepared for a split.
@@ -52,12 +64,13 @@ class DataSource:
             config: settings of the split.
 
         """
-        suffix = Path(self.name).suffix
+        suffix = plain_suffix(Path(self.name))
         if suffix == _SAVED_GRAPH:
             return read_saved_graph(folder / self.name)  # prepared when it was saved
-        graph = (
-            read_graph(self.name, self.features, self.labels) if suffix in _TABLES else load_graph(self.name, self.root)
-        )
+        if suffix in GRAPH_SUFFIXES:
+            graph = read_graph(self.name, self.features, self.labels, header=self.header, ids=self.ids)
+        else:
+            graph = load_graph(self.name, self.root)
         return prepare_graph(graph, config)
 
     def digest(self) -> str:
@@ -67,8 +80,8 @@ class DataSource:
             ValueError: a file is missing, or the data set is unknown.
 
         """
-        suffix = Path(self.name).suffix
-        if suffix in _TABLES:
+        suffix = plain_suffix(Path(self.name))
+        if suffix in GRAPH_SUFFIXES:
             files = [Path(name) for name in (self.name, self.features, self.labels) if name is not None]
             for file in files:
                 if not file.is_file():
@@ -77,7 +90,8 @@ class DataSource:
             return hashlib.sha256(digests).hexdigest()[:16]
         if suffix != _SAVED_GRAPH and self.name.lower() not in map(str.lower, DATASET_NAMES):
             raise ValueError(
-                f"data must be one of {', '.join(DATASET_NAMES)}, or a CSV, Parquet or NPZ file, got {self.name!r}"
+                f"data must be one of {', '.join(DATASET_NAMES)}, or a file with one of the suffixes "
+                f"{', '.join(GRAPH_SUFFIXES)}, got {self.name!r}"
             )
         return ""
 
@@ -107,7 +121,7 @@ class RunSettings:
         """Return the settings as a nested JSON-serializable dictionary."""
         return {
             "arm": self.arm.to_setting() if isinstance(self.arm, Arm) else self.arm,
-            "data": asdict(self.data),
+            "data": self.data.to_dict(),
             "model": _without(self.model.to_dict(), _MODEL_OPTIONS_OF_ARM),
             "train": _without(self.train.to_dict(), _TRAIN_OPTIONS_OF_ARM),
             "split": asdict(self.split),
@@ -125,7 +139,7 @@ class RunSettings:
         arm, data = settings["arm"], settings["data"]
         return cls(
             arm=arm if arm in REFERENCES else Arm.from_setting(arm),
-            data=DataSource(data["name"], data["features"], data["labels"], data["root"]),
+            data=DataSource(**{name: data.get(name) for name in DataSource.__dataclass_fields__}),
             model=_read_model(settings["model"]),
             train=TrainConfig.from_dict(settings["train"]),
             split=SplitConfig(**settings["split"]),
@@ -138,7 +152,8 @@ def default_settings() -> dict[str, Any]:
 
     The arm has no default. The group `model` is open, because the options of a model depend on its name.
     """
-    return {**RunSettings("untrained").to_dict(), "arm": None, "model": {}}
+    settings = RunSettings("untrained").to_dict()
+    return {**settings, "arm": None, "model": {}, "data": asdict(DataSource())}
 
 
 def _read_model(options: Mapping[str, Any]) -> ModelSettings:
