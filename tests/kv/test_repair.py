@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EncoderDecoderCache
 from typer.testing import CliRunner
 
@@ -176,6 +177,100 @@ def test_entries_are_read_in_blocks(monkeypatch, sinks):
     in_blocks = repair_entries(stats, every_second(64))
     for name in ("values", "logit_bias", "errors"):
         torch.testing.assert_close(getattr(in_blocks, name), getattr(whole, name), atol=1e-3, rtol=1e-3)
+
+
+def fit_all_heads_in_one_batch(monkeypatch):
+    """Fit the heads like on a GPU, with padding."""
+    monkeypatch.setattr(repair_module, "_parts", lambda counts, is_fitted, width: [((slice(None),) * 2, width)])
+
+
+@pytest.mark.parametrize("extra", ["plain", "softcap", "sinks", "bias", "padding", "evicted"])
+@pytest.mark.parametrize("refit_values", [True, False])
+def test_heads_are_fitted_in_one_batch_as_one_by_one(extra, refit_values, monkeypatch):
+    generator = torch.Generator().manual_seed(2)
+    num_entries, num_queries, num_seen = 90, 60, (90, 50)
+    queries = torch.randn(2, 6, num_queries, DIM, generator=generator)
+    keys, values = (torch.randn(2, 3, num_entries, DIM, generator=generator) for _ in range(2))
+    options = {
+        "plain": {},
+        "softcap": {"softcap": 1.5},
+        "sinks": {"sink_logits": 2 + torch.randn(6, generator=generator)},
+        "bias": {"logit_bias": torch.randn(2, 3, num_entries, generator=generator)},
+        "padding": {
+            "positions": EntryPositions(
+                valid=torch.arange(num_entries) >= num_entries - torch.tensor(num_seen)[:, None], num_seen=num_seen
+            ),
+            "sink_logits": torch.randn(6, generator=generator),
+        },
+        "evicted": {
+            "positions": EntryPositions(
+                entries=torch.arange(num_entries).mul(3).expand(2, 3, -1),
+                queries=torch.arange(270 - num_queries, 270).expand(2, -1),
+            ),
+            "rotary": "not known, so that the queries are not moved",
+        },
+    }[extra]
+    kept = torch.full((2, 3, num_entries), -1)
+    counts = torch.tensor([[90, 40, 7], [20, 0, 1]])
+    for row, head in counts.nonzero().tolist():
+        count = int(counts[row, head])
+        first = num_entries - (num_seen[row] if extra == "padding" else num_entries)
+        chosen = first + torch.randperm(num_entries - first, generator=generator)[:count]
+        kept[row, head, num_entries - count :] = chosen.sort().values
+
+    def repaired():
+        return repair_entries(AttentionStats(queries, keys, values, **options), kept, refit_values=refit_values)
+
+    one_by_one = repaired()
+    fit_all_heads_in_one_batch(monkeypatch)
+    in_one_batch = repaired()
+    for name in ("values", "logit_bias", "errors"):
+        found, expected = getattr(in_one_batch, name), getattr(one_by_one, name)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3, equal_nan=True)
+    is_fitted = one_by_one.errors[..., 0].isfinite()
+    assert is_fitted.tolist() == [[False, True, True], [True, False, True]]
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the operations that are not views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_all_heads_need_the_same_operations_without_a_synchronization():
+    """On the meta device, tensors have no numbers, so that an operation that reads one on the host fails."""
+    num_operations = set()
+    for heads in (2, 8):
+        queries = torch.empty(2, 3 * heads, 300, DIM, device="meta")
+        keys, values = torch.empty(2, 2, heads, 300, DIM, device="meta")
+        with CountOperations() as operations:
+            repaired = repair_entries(
+                AttentionStats(queries, keys, values), torch.empty(2, heads, 100, dtype=torch.long, device="meta")
+            )
+        assert repaired.values.shape == values.shape
+        num_operations.add(operations.count)
+    assert len(num_operations) == 1
+
+
+def test_a_query_that_reads_no_kept_entry_has_no_effect(monkeypatch):
+    """All but one of the kept entries come after some of the queries, which are not moved."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, values = torch.randn(3, 1, 1, 60, DIM, generator=generator)
+    stats = AttentionStats(queries, keys, values, rotary="not known")
+    repaired = repair_entries(stats, torch.arange(50, 60)[None, None])
+    assert repaired.values.isfinite().all()
+    assert repaired.logit_bias.isfinite().all()
+    assert repaired.errors[0, 0, 1] < repaired.errors[0, 0, 0]
+    fit_all_heads_in_one_batch(monkeypatch)
+    in_one_batch = repair_entries(stats, torch.cat((torch.full((80,), -1), torch.arange(50, 60)))[None, None])
+    torch.testing.assert_close(in_one_batch.values, repaired.values, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(in_one_batch.logit_bias, repaired.logit_bias, atol=1e-4, rtol=1e-3)
 
 
 def test_a_head_that_keeps_all_entries_is_not_repaired():

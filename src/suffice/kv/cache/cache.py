@@ -83,8 +83,8 @@ class CompressedCache(Cache):
             4 tokens, the newest 32 entries of each head and up to 32 new tokens always stay in the model's dtype; with
             little `memory`, fewer of them.
         repair: after an eviction, give the kept entries new values, and numbers that are added to their logits, so that
-            they reproduce the attention over all entries (Attention Matching, 2602.16284). Both are fitted to 128
-            queries of the prompt and its last 32, of which a quarter is held out: a head keeps its repair only if
+            they reproduce the attention over all entries (Attention Matching, 2602.16284). Both are fitted to 64
+            queries of the prompt and its last 16, of which a quarter is held out: a head keeps its repair only if
             the error of its held-out outputs falls. The numbers take 4 bytes for each entry. Repair brought the cache
             closer to the full cache in 33 of 36 measured cells (docs/results/kv-repair.md). It takes about a third of
             the time of a prefill of 900 tokens on a CPU, and is therefore off by default.

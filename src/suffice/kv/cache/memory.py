@@ -30,7 +30,7 @@ from torch import nn
 from suffice.kv.budget.allocation import AdaKV, Equal
 from suffice.kv.budget.protection import Protection
 from suffice.kv.policy.policy import Policy
-from suffice.kv.policy.repair import NUM_QUERIES
+from suffice.kv.policy.repair import NUM_REMEMBERED
 from suffice.kv.storage.base import num_spare_slots
 from suffice.kv.storage.quantization import Quantization
 from suffice.kv.storage.quantized import NUM_SINKS
@@ -321,7 +321,7 @@ class _Division:
             entry_bytes = shape.num_heads * (self._entry_bytes((5, 4)))
             self.interval = budget.interval or share(_INTERVAL_SHARE, entry_bytes, _MAX_INTERVAL)
             needed = weights.num_queries_needed
-            needed = _MAX_QUERIES if needed is None else max(1, needed, NUM_QUERIES * budget.repair)
+            needed = _MAX_QUERIES if needed is None else max(1, needed, NUM_REMEMBERED * budget.repair)
             self._num_queries = share(_QUERY_SHARE, 2 * (shape.query_bytes + 8), needed)
 
     def _entry_bytes(self, bits: tuple[int, int]) -> int:

@@ -11,7 +11,7 @@ from suffice.kv.budget.protection import Protection
 from suffice.kv.cache.memory import MemoryBudget
 from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.policy import Policy
-from suffice.kv.policy.repair import NUM_QUERIES
+from suffice.kv.policy.repair import NUM_REMEMBERED
 from suffice.kv.storage.base import Entries, Storage
 from suffice.kv.storage.quantization import Quantization
 from suffice.kv.storage.quantized import QuantizedStorage
@@ -107,7 +107,7 @@ class CacheSettings:
     def num_queries_needed(self) -> int | None:
         """Number of newest queries that an eviction needs; None for all since the last eviction."""
         needed = self.policy.weights.num_queries_needed
-        return needed if needed is None or not self.repair else max(needed, NUM_QUERIES)
+        return needed if needed is None or not self.repair else max(needed, NUM_REMEMBERED)
 
     def sharding_of(self, num_heads: int) -> Sharding | None:
         """Return how a layer with `num_heads` KV heads on this process is split; None if it has all heads."""

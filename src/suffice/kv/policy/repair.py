@@ -8,34 +8,38 @@ them is held out: it decides how far values may move, and whether the head keeps
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from suffice.gpu import async_tensor
 from suffice.kv.policy.attention_stats import AttentionStats
 
 MIN_QUERIES = 8
 """Smallest number of queries of a row from which a repair is fitted."""
-NUM_QUERIES = 128
+NUM_QUERIES = 64
 """Number of queries, evenly spaced over the prompt, that are moved behind it."""
-WINDOW = 32
+WINDOW = 16
 """Number of last queries that are used where they are."""
+NUM_REMEMBERED = 128
+"""Number of last queries that a cache remembers for later evictions."""
 WINDOW_WEIGHT = 4.0
 """Weight of each of the last queries. That of the others is 1."""
 HELD_OUT = 4
 """One of so many queries is held out."""
-NUM_UPDATES = 12
+NUM_UPDATES = 6
 """Number of updates of the weights. More of them fit the queries better and later queries worse."""
 MAX_BIAS = 1.0
 """Largest absolute value of a log weight. Larger ones fit the queries better and questions that follow worse."""
-RIDGES = (0.01, 0.1, 1.0)
+RIDGES = (0.03, 0.3)
 """Strengths with which new values are pulled towards the old ones, relative to the mean diagonal of their matrix."""
 MARGIN = 0.05
 """A head keeps its repair if it lowers the held-out error by at least this share."""
 
 _BLOCK = 8192  # number of entries whose logits are in memory at a time
+_HIGHEST = 64.0  # exponent of an attention sink in the sum of all entries; its exponential is finite
 _LOWEST = -1e30  # below all logits; finite, so that a query that reads no entry does not get NaN
 
 
@@ -58,20 +62,24 @@ class Repair:
 
 @dataclass(frozen=True)
 class _References:
-    """Queries of one row by which its heads are repaired. The held-out ones come last.
+    """Queries by which the heads are repaired: those of all query heads of a KV head. The held-out ones come last.
 
     Args:
-        queries: float32 [references, heads, head_dim].
-        last_position: position of the last entry that each query reads, long [references].
-        weights: weight of each query, float32 [references].
-        num_held_out: number of queries that are held out.
+        queries: multiplied by the scaling, float32 [batch, num_key_value_heads, references, head_dim].
+        last_position: position of the last entry that each query reads, long [batch, references].
+        weights: weight of each query, float32 [batch, references]; 0 for slots without a query.
+        num_fitted: number of queries that are not held out.
+        num_partly_read: number of last entries that not every query reads; all read the earlier ones.
+        is_enough: whether a row has enough queries, bool [batch].
 
     """
 
     queries: Tensor
     last_position: Tensor
     weights: Tensor
-    num_held_out: int
+    num_fitted: int
+    num_partly_read: int
+    is_enough: Tensor
 
 
 def repair_entries(stats: AttentionStats, kept: Tensor, *, refit_values: bool = True) -> Repair:
@@ -88,187 +96,291 @@ def repair_entries(stats: AttentionStats, kept: Tensor, *, refit_values: bool = 
         logit_bias += stats.logit_bias
     values = stats.values.clone()
     errors = torch.full((*kept.shape[:2], 2), torch.nan, device=stats.device)
-    counts, num_valid = (kept >= 0).sum(-1).tolist(), stats.num_valid.tolist()
-    for row in range(stats.batch_size):
-        references = _select_references(stats, row)
-        for head in range(stats.num_key_value_heads):
-            count = counts[row][head]
-            if references is None or not 0 < count < num_valid[row][head]:
-                continue
-            index = kept[row, head, -count:]
-            fit = _HeadFit(stats, row, head, index, references)
-            own_values, own_bias, errors[row, head] = fit.best(refit_values)
-            values[row, head, index] = own_values.to(values.dtype)
-            logit_bias[row, head, index] += own_bias
+    references = _select_references(stats)
+    counts = (kept >= 0).sum(-1)
+    is_fitted = (counts > 0) & (counts < stats.counts) & references.is_enough[:, None]
+    for heads, width in _parts(counts, is_fitted, kept.shape[-1]):
+        fit = _Fit(stats, kept[..., kept.shape[-1] - width :], heads, references)
+        own_values, own_bias, own_errors = fit.best(is_fitted[heads].flatten(), refit_values)
+        index = fit.index.view(*errors[heads].shape[:2], -1)
+        own_values = own_values.view(*index.shape, -1)
+        values[heads].scatter_(2, index[..., None].expand_as(own_values), own_values)
+        logit_bias[heads].scatter_(2, index, own_bias.view(index.shape))
+        errors[heads] = own_errors.view(*index.shape[:2], 2)
     return Repair(values, logit_bias, errors)
 
 
-def _select_references(stats: AttentionStats, row: int) -> _References | None:
-    """Return the reference queries of a row; None if it has too few queries."""
-    positions = stats.query_positions[row]
-    index = torch.arange(stats.num_queries, device=stats.device)
-    if stats.valid_queries is not None:
-        index = index[stats.valid_queries[row]]
-    if len(index) < MIN_QUERIES:
-        return None
-    sampled = index[torch.linspace(0, len(index) - 1, min(NUM_QUERIES, len(index)), device=stats.device).round().long()]
-    window = index[-WINDOW:]
-    queries = stats.queries[row : row + 1, :, sampled].float()
-    last = positions[sampled]
+def _parts(counts: Tensor, is_fitted: Tensor, width: int) -> Iterator[tuple[tuple[slice, slice], int]]:
+    """Return which rows and heads of a layer are fitted together, and the largest number of their kept entries.
+
+    On a CPU, each head is fitted on its own, without padding. On other devices, all heads are fitted in one batch: the
+    number of kernels does not depend on the number of heads, and the host does not wait for the counts.
+    """
+    if counts.device.type != "cpu":
+        yield (slice(None), slice(None)), width
+        return
+    for (row, head), count in zip(is_fitted.nonzero().tolist(), counts[is_fitted].tolist(), strict=True):
+        yield (slice(row, row + 1), slice(head, head + 1)), count
+
+
+def _select_references(stats: AttentionStats) -> _References:
+    """Return the reference queries of all rows."""
+    num_queries, group, device = stats.num_queries, stats.num_key_value_groups, stats.device
+    num_sampled, num_window = min(NUM_QUERIES, num_queries), min(WINDOW, num_queries)
+    if stats.valid_queries is None:
+        num_valid = torch.full((stats.batch_size, 1), num_queries, device=device)
+    else:
+        num_valid = stats.valid_queries.sum(-1, keepdim=True)
+    # The valid queries are the last ones. Indices are rounded to the nearest integer.
+    step, last_step = torch.arange(num_sampled, device=device), num_valid.clamp(1, num_sampled) - 1
+    index = (2 * step * (num_valid - 1) + last_step) // (2 * last_step).clamp_min(1) + num_queries - num_valid
+    window = torch.arange(num_queries - num_window, num_queries, device=device).expand(stats.batch_size, -1)
+    weights = torch.cat((step <= last_step, (window >= num_queries - num_valid) * WINDOW_WEIGHT), dim=1)
+    index = torch.cat((index.clamp(0, num_queries - 1), window), dim=1)
+
+    gathered = index[:, None, :, None].expand(-1, stats.queries.shape[1], -1, stats.head_dim)
+    queries, last = stats.queries.gather(2, gathered).float(), stats.query_positions.gather(1, index)
     if stats.can_move_queries:
-        target = stats.num_seen[row] + torch.arange(len(sampled), device=stats.device)
+        target = stats.num_seen[:, None] + step
         if stats.rotary is not None:
-            queries = stats.rotary.rotate(queries, (target - last)[None, None])
-        last = target
-    weights = torch.ones(len(sampled) + len(window), device=stats.device)
-    weights[len(sampled) :] = WINDOW_WEIGHT
-    queries = torch.cat((queries[0], stats.queries[row, :, window].float()), dim=1).transpose(0, 1)
-    last = torch.cat((last, positions[window]))
-    is_held_out = torch.arange(len(last)) % HELD_OUT == HELD_OUT - 1
-    order = is_held_out.long().argsort(stable=True).to(stats.device)
-    return _References(queries[order], last[order], weights[order], int(is_held_out.sum()))
+            moved = stats.rotary.rotate(queries[:, :, :num_sampled], (target - last[:, :num_sampled])[:, None])
+            queries = torch.cat((moved, queries[:, :, num_sampled:]), dim=2)
+        last = torch.cat((target, last[:, num_sampled:]), dim=1)
+
+    # Queries of the window are numbered from its end, so that padding does not change which ones are held out.
+    numbers = [*range(num_sampled), *range(WINDOW - num_window, WINDOW)]
+    is_held_out = [number % HELD_OUT == HELD_OUT - 1 for number in numbers]
+    order = async_tensor(sorted(range(len(numbers)), key=is_held_out.__getitem__), device)
+    queries = stats.group_heads(queries * stats.scaling).index_select(3, order).transpose(2, 3).flatten(2, 3)
+    last, weights = (x.index_select(1, order).repeat_interleave(group, 1) for x in (last, weights))
+    return _References(
+        queries,
+        last,
+        weights,
+        num_fitted=is_held_out.count(False) * group,
+        num_partly_read=min(num_window if stats.can_move_queries else num_queries, stats.num_entries),
+        is_enough=num_valid[:, 0] >= MIN_QUERIES,
+    )
 
 
-class _HeadFit:
-    """The fit of the kept entries of one row and KV head.
+class _Fit:
+    """The fit of the kept entries of some heads. The first axis of all tensors is that of rows and heads.
+
+    Shares and outputs of each query are multiplied by the root of its weight.
 
     Args:
         stats: statistics of the attention call over all entries.
-        row: index of the row.
-        head: index of the KV head.
-        index: indices of the kept entries, long [kept].
-        references: reference queries of the row.
+        kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending; −1 in empty slots.
+        heads: which rows and heads are fitted.
+        references: reference queries.
+
+    Attributes:
+        index: indices of the kept entries, long [fitted heads, width]. An empty slot has that of the last one.
 
     """
 
-    def __init__(self, stats: AttentionStats, row: int, head: int, index: Tensor, references: _References) -> None:
-        self._stats, self._row, self._head, self._references = stats, row, head, references
-        group = stats.num_key_value_groups
-        self._dtype, self._values = stats.values.dtype, stats.values[row, head, index].float()
+    def __init__(
+        self, stats: AttentionStats, kept: Tensor, heads: tuple[slice, slice], references: _References
+    ) -> None:
+        self._stats, self._heads, self._num_fitted = stats, heads, references.num_fitted
+        kept = self._of_heads(kept)
+        self._is_empty = kept < 0
+        self.index = torch.where(self._is_empty, kept[:, -1:], kept).clamp_min_(0)
+        self._queries = self._of_heads(references.queries)
+        self._last = self._of_heads(references.last_position[:, None, :, None])
+        self._scale = self._of_heads(references.weights[:, None, :, None]).sqrt()
+        num_partly_read = references.num_partly_read
+
+        largest, total, outputs = self._read_all_entries(num_partly_read)
+        self._values = self._gather(stats.values)
+        positions = self._of_heads(stats.positions).gather(1, self.index)[:, -num_partly_read:]
         bias = stats.logit_bias
-        self._earlier = torch.zeros(len(index), device=index.device) if bias is None else bias[row, head, index]
-        largest, total, outputs = self._read_all_entries()
-        self._shares = self._logits(index).sub_(largest).exp_().div_(total)
-        # Exponential of the attention sink, relative to the sum of those of all entries.
+        self._earlier = torch.zeros(kept.shape, device=kept.device) if bias is None else self._gather(bias)
+        logits = self._logits(self._gather(stats.keys), self._earlier, self._is_empty, positions)
+        # The shares of the entries of each query, without attention sinks, and the exponential of its sink in them.
+        log_total = largest + total.log()
+        self._shares = logits.sub_(log_total - self._scale.log()).exp_()
         self._sinks = torch.zeros_like(total)
         if stats.sink_logits is not None:
-            own = stats.sink_logits[head * group : (head + 1) * group].float()
-            self._sinks = (own.repeat(len(references.weights))[:, None] - largest).exp() / total
-        self._targets = outputs / (1 + self._sinks)
-        self._weights = references.weights.repeat_interleave(group)
-        num_fitted = (len(references.weights) - references.num_held_out) * group
-        self._fitted, self._held_out = slice(num_fitted), slice(num_fitted, None)
+            sinks = stats.sink_logits.float().view(1, -1, 1, stats.num_key_value_groups)
+            sinks = self._of_heads(sinks.expand(stats.batch_size, -1, self._queries.shape[1] // sinks.shape[-1], -1))
+            self._sinks = (sinks.flatten(1)[..., None] - log_total).clamp_max_(_HIGHEST).exp_()
+        self._targets = outputs * (self._scale / (1 + self._sinks))
+        self._sinks *= self._scale
 
-    def _logits(self, entries: Tensor | slice) -> Tensor:
-        """Return the logits of some entries, [queries, entries]; −∞ for entries that a query does not read."""
-        stats, row, head, group = self._stats, self._row, self._head, self._stats.num_key_value_groups
-        queries = self._references.queries[:, head * group : (head + 1) * group].flatten(0, 1)
-        logits = stats.cap_logits(queries @ stats.keys[row, head, entries].float().mT * stats.scaling)
-        if stats.logit_bias is not None:
-            logits += stats.logit_bias[row, head, entries]
-        positions = stats.positions[row, min(head, stats.positions.shape[1] - 1), entries]
-        is_read = (positions >= 0) & (positions <= self._references.last_position[:, None])
-        logits.view(-1, group, len(positions)).masked_fill_(~is_read[:, None], -torch.inf)
+    def _of_heads(self, x: Tensor) -> Tensor:
+        """Select the heads of x [batch, 1 or num_key_value_heads, ...]; rows and heads become one axis."""
+        return x.expand(-1, self._stats.num_key_value_heads, *x.shape[2:])[self._heads].flatten(0, 1)
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """Return the kept entries of x [batch, num_key_value_heads, entries, ...] in float32."""
+        x = x[self._heads]
+        index = self.index.view(*x.shape[:2], -1, *[1] * (x.dim() - 3))
+        return x.gather(2, index.expand(-1, -1, -1, *x.shape[3:])).flatten(0, 1).float()
+
+    def _logits(self, keys: Tensor, bias: Tensor | None, is_empty: Tensor | None, positions: Tensor) -> Tensor:
+        """Return the logits of entries, [heads, queries, entries]; −∞ for entries that a query does not read.
+
+        Args:
+            keys: [heads, entries, head_dim].
+            bias: numbers that are added to the logits, [heads, entries]; None if there are none.
+            is_empty: slots without an entry, bool [heads, entries]; None if there are none.
+            positions: positions of the last entries, which some queries may not read, long [heads, last entries].
+
+        """
+        logits = self._stats.cap_logits(self._queries @ keys.mT)
+        if bias is not None:
+            logits += bias[:, None]
+        if is_empty is not None:
+            logits.masked_fill_(is_empty[:, None], -torch.inf)
+        last = logits[..., logits.shape[-1] - positions.shape[-1] :]
+        last.masked_fill_(positions[:, None] > self._last, -torch.inf)
         return logits
 
-    def _read_all_entries(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _read_all_entries(self, num_partly_read: int) -> tuple[Tensor, Tensor, Tensor]:
         """Read all entries, block by block, so that the memory does not grow with their number.
 
         Returns:
             The largest logit of each query and the sum of the exponentials of all logits minus the largest one,
-            [queries, 1] each, and the output without an attention sink, [queries, value_dim].
+            [heads, queries, 1] each, and the output without an attention sink, [heads, queries, value_dim].
 
         """
-        values = self._stats.values[self._row, self._head]
-        num_queries = len(self._references.weights) * self._stats.num_key_value_groups
-        largest = torch.full((num_queries, 1), _LOWEST, device=values.device)
-        total, outputs = torch.zeros_like(largest), torch.zeros(num_queries, values.shape[-1], device=values.device)
-        for start in range(0, len(values), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            logits = self._logits(block)
+        stats, num_entries = self._stats, self._stats.num_entries
+        largest = self._queries.new_full((*self._queries.shape[:2], 1), _LOWEST)
+        total, outputs = torch.zeros_like(largest), self._queries.new_zeros(*largest.shape[:2], stats.values.shape[-1])
+        for start in range(0, num_entries, _BLOCK):
+            stop = min(start + _BLOCK, num_entries)
+            first = min(max(start, num_entries - num_partly_read), stop)
+            logits = self._logits(
+                self._of_heads(stats.keys[:, :, start:stop]).float(),
+                None if stats.logit_bias is None else self._of_heads(stats.logit_bias[:, :, start:stop]),
+                None if stats.valid is None else ~self._of_heads(stats.valid[:, :, start:stop]),
+                self._of_heads(stats.positions[:, :, first:stop]),
+            )
             new_largest = torch.maximum(largest, logits.amax(-1, keepdim=True))
-            decay, largest = (largest - new_largest).exp(), new_largest
+            decay, largest = (largest - new_largest).exp_(), new_largest
             shares = logits.sub_(largest).exp_()
-            total = total * decay + shares.sum(-1, keepdim=True)
-            outputs = (outputs * decay).addmm_(shares, values[block].float())
-        total = total.clamp_min(torch.finfo(total.dtype).tiny)
-        return largest, total, outputs / total
+            total = total.mul_(decay).add_(shares.sum(-1, keepdim=True))
+            values = self._of_heads(stats.values[:, :, start:stop]).float()
+            outputs = outputs.mul_(decay).baddbmm_(shares, values)
+        total = total.clamp_min_(torch.finfo(total.dtype).tiny)
+        return largest, total, outputs.div_(total)
 
-    def best(self, refit_values: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the values [kept, value_dim], what to add to the logits [kept], and the errors [2]."""
-        unchanged = torch.ones_like(self._earlier)
-        weights = self._fit_weights(self._fitted)
-        held_out = self._attention(weights, self._held_out)
-        ridges = (None, *RIDGES) if refit_values else (None,)
-        before = self._error(self._attention(unchanged, self._held_out), self._values)
-        errors = [
-            self._error(held_out, self._values),
-            *(self._error(held_out, values) for values in self._fit_values(weights, self._fitted, ridges[1:])),
-        ]
-        after, number = torch.stack(errors).nan_to_num(torch.inf, torch.inf).min(0)
-        if not bool(after <= before * (1 - MARGIN) ** 2):
-            values, weights, after = self._values, unchanged, before
-        else:
-            # The strength of the ridge is known now, so that the held-out queries can be fitted too.
-            ridge, rows = ridges[int(number)], slice(None)
-            weights = self._fit_weights(rows)
-            if ridge is None:
-                values = self._values
-            else:
-                values = next(self._fit_values(weights, rows, (ridge,)))
-                values = torch.where(values.isfinite(), values, self._values)
-        return values, weights.log(), torch.stack((before, after)).div(self._size_of_targets).sqrt()
+    def best(self, is_fitted: Tensor, refit_values: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the kept entries as they are after the repair.
 
-    def _attention(self, weights: Tensor, rows: slice) -> Tensor:
-        """Return the attention of some queries over the weighted kept entries."""
-        shares = self._shares[rows] * weights
-        total = shares.sum(-1, keepdim=True).add_(self._sinks[rows])
-        return shares.div_(total.clamp_min_(torch.finfo(total.dtype).tiny))
+        Args:
+            is_fitted: whether a head can be repaired, bool [heads].
+            refit_values: False to fit the weights only.
 
-    def _error(self, attention: Tensor, values: Tensor) -> Tensor:
-        """Return the error of the outputs of the held-out queries."""
-        errors = torch.addmm(self._targets[self._held_out], attention, values, beta=-1)
-        return errors.square_().sum(-1) @ self._weights[self._held_out]
+        Returns:
+            Values [heads, width, value_dim] in their dtype, numbers to add to the logits, [heads, width], and errors
+            before and after the repair, [heads, 2].
 
-    @property
-    def _size_of_targets(self) -> Tensor:
-        sizes = self._targets[self._held_out].square().sum(-1) @ self._weights[self._held_out]
-        return sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
-
-    def _fit_weights(self, rows: slice) -> Tensor:
-        """Return weights of the kept entries with which their shares of some queries' attention sum to about 1, [kept].
-
-        The weights minimize the weighted sum of squares of 1 − Σ w p over the queries. Multiplicative updates keep them
-        positive.
         """
-        shares, importance = self._shares[rows], self._weights[rows]
-        lowest, highest = ((sign * MAX_BIAS - self._earlier).exp() for sign in (-1, 1))
-        tiny = torch.finfo(shares.dtype).tiny
-        shares = shares * importance.sqrt()[:, None]
-        goal = shares.mT @ importance.sqrt()
-        is_small = shares.shape[1] < shares.shape[0]
-        gram = shares.mT @ shares if is_small else shares
-        weights = torch.ones_like(self._earlier)
+        held_out, dtype = slice(self._num_fitted, None), self._stats.values.dtype
+        weights = self._fit_weights()
+        before = _sum_of_squares(self._read_kept(None, held_out)[-1])
+        if refit_values:
+            values, after = self._fit_values(weights)
+        else:
+            values, after = self._values, _sum_of_squares(self._read_kept(weights, held_out)[-1])
+        values = values.to(dtype)
+        is_better = is_fitted & (after <= before * (1 - MARGIN) ** 2) & values.isfinite().all(2).all(1)
+        # An empty slot has the same results as the entry whose index it has.
+        values = torch.where(is_better[:, None, None], values, self._values.to(dtype))
+        values = torch.where(self._is_empty[..., None], values[:, -1:], values)
+        bias = self._earlier + torch.where(is_better[:, None], weights[..., 0].log(), 0.0)
+        bias = torch.where(self._is_empty, bias[:, -1:], bias)
+        size = _sum_of_squares(self._targets[:, held_out]).clamp_min_(torch.finfo(before.dtype).tiny)
+        errors = torch.stack((before, torch.where(is_better, after, before)), dim=1).div_(size[:, None]).sqrt_()
+        return values, bias, torch.where(is_fitted[:, None], errors, torch.nan)
+
+    def _read_kept(self, weights: Tensor | None, queries: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Read the weighted kept entries; without weights, as they are.
+
+        Returns:
+            The shares of some queries times the weights, [heads, queries, width], the factor with which they become
+            the attention of the queries, [heads, queries, 1], and the errors of the outputs with the present values,
+            [heads, queries, value_dim].
+
+        """
+        shares = self._shares[:, queries]
+        if weights is not None:
+            shares = shares * weights.mT
+        total = shares.sum(-1, keepdim=True).add_(self._sinks[:, queries])
+        # The factor of a query that reads no kept entry is 0.
+        factor = torch.where(total > torch.finfo(total.dtype).tiny, self._scale[:, queries] / total, 0.0)
+        return shares, factor, self._targets[:, queries] - torch.bmm(shares, self._values).mul_(factor)
+
+    def _fit_weights(self) -> Tensor:
+        """Return weights with which the kept entries' shares of the attention sum to about 1, [heads, width, 1].
+
+        They minimize the weighted sum of squares of 1 − Σ w p over the queries. Multiplicative updates keep them
+        positive. An entry that no query reads keeps a weight of 1.
+        """
+        shares = self._shares[:, : self._num_fitted]
+        shares_of_entries = shares.mT
+        lowest, highest = ((sign * MAX_BIAS - self._earlier[..., None]).exp_() for sign in (-1, 1))
+        tiny = shares.new_full((), torch.finfo(shares.dtype).tiny)
+        goal = torch.baddbmm(tiny, shares_of_entries, self._scale[:, : self._num_fitted])
+        weights = torch.ones_like(goal)
         for _ in range(NUM_UPDATES):
-            product = gram @ weights if is_small else shares.mT @ (shares @ weights)
-            weights = (weights * goal).div_(product.clamp_min_(tiny))
-            weights = torch.minimum(torch.maximum(weights, lowest), highest)
+            product = torch.baddbmm(tiny, shares_of_entries, torch.bmm(shares, weights))
+            weights.mul_(goal).div_(product).clamp_(lowest, highest)
         return weights
 
-    def _fit_values(self, weights: Tensor, rows: slice, ridges: Sequence[float]) -> Iterator[Tensor]:
-        """Return values fitted to some queries, [kept, value_dim], for each strength of the ridge."""
-        scale = self._weights[rows].sqrt()[:, None]
-        attention = self._attention(weights, rows)
-        errors = torch.addmm(self._targets[rows], attention, self._values, alpha=-1).mul_(scale)
-        attention.mul_(scale)
-        is_dual = attention.shape[0] < attention.shape[1]
-        gram = attention @ attention.mT if is_dual else attention.mT @ attention
-        size = gram.diagonal().sum() / len(self._values)  # mean diagonal of the matrix of the entries
-        projected = errors if is_dual else attention.mT @ errors
-        added = 0.0
-        for ridge in ridges:
-            gram.diagonal().add_(ridge * size - added)
-            added = ridge * size
-            change = torch.cholesky_solve(projected, torch.linalg.cholesky_ex(gram)[0])
-            values = self._values + (attention.mT @ change if is_dual else change)
-            yield values.to(self._dtype).float()  # infinite values in a short dtype have an infinite error
+    def _fit_values(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Fit the values by a ridge regression, whose strength is chosen by the held-out queries.
+
+        Returns:
+            Values that are fitted to all queries, [heads, width, value_dim], and the error of the outputs of the
+            held-out queries with values that are fitted to the others, [heads].
+
+        """
+        shares, factor, errors = self._read_kept(weights, slice(None))
+        fitted, held_out = slice(self._num_fitted), slice(self._num_fitted, None)
+        is_dual = shares.shape[1] < shares.shape[2]
+        if is_dual:
+            matrix = torch.bmm(shares, shares.mT).mul_(factor).mul_(factor.mT)
+            goal, fitted_matrix, fitted_goal = errors, matrix[:, fitted, fitted], errors[:, fitted]
+            readers = matrix[:, held_out, fitted]
+        else:
+            attention = shares.mul_(factor)
+            readers, of_fitted = attention[:, held_out], attention[:, fitted]
+            fitted_matrix, fitted_goal = of_fitted.mT @ of_fitted, of_fitted.mT @ errors[:, fitted]
+            matrix = torch.baddbmm(fitted_matrix, readers.mT, readers)
+            goal = torch.baddbmm(fitted_goal, readers.mT, errors[:, held_out])
+        # Ridges are relative to the mean diagonal of the matrix of the entries.
+        ridges = async_tensor(RIDGES, shares.device) / (~self._is_empty).sum(-1).clamp_min_(1)[:, None]
+        changes = _solve_ridges(fitted_matrix, fitted_goal, ridges)
+        left = errors[:, None, held_out] - readers[:, None] @ changes
+        all_errors = torch.cat((errors[:, None, held_out], left), dim=1).square_().sum((2, 3))
+        after, number = all_errors.nan_to_num_(torch.inf, torch.inf).min(1, keepdim=True)
+        # The strength of the ridge is known now, so that the held-out queries can be fitted too.
+        change = _solve_ridges(matrix, goal, ridges.gather(1, (number - 1).clamp_min(0)))[:, 0]
+        if is_dual:
+            change = shares.mT @ change.mul_(factor)
+        return torch.where(number[..., None] > 0, self._values + change, self._values), after[:, 0]
+
+
+def _solve_ridges(matrix: Tensor, goal: Tensor, ridges: Tensor) -> Tensor:
+    """Return (A + r tr(A) I)⁻¹ B for several r, [heads, ridges, n, columns].
+
+    Args:
+        matrix: A, symmetric and positive semidefinite, [heads, n, n].
+        goal: B, [heads, n, columns].
+        ridges: r, [heads, ridges].
+
+    """
+    trace = matrix.diagonal(dim1=1, dim2=2).sum(-1, keepdim=True)
+    matrices = matrix[:, None].repeat(1, ridges.shape[1], 1, 1)
+    matrices.diagonal(dim1=2, dim2=3).add_((ridges * trace)[..., None])
+    factor = torch.linalg.cholesky_ex(matrices)[0]
+    half = torch.linalg.solve_triangular(factor, goal[:, None], upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """Return the sum of the squares of each head of x [heads, queries, dim]."""
+    return x.square().sum((1, 2))
