@@ -13,6 +13,9 @@ of
 * wrong: no error, but a wrong result
 * stock: the model does not run with its own cache if its only input is text
 * not built: the model could not be made
+
+A check that has passed also says whether the family supports the feature: `SUPPORTED`, `NOT_SUPPORTED` (it is refused
+with an error), `IN_PART` or `DOES_NOT_APPLY`.
 """
 
 from __future__ import annotations
@@ -31,20 +34,25 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from suffice.kv import CompressedCache, CrossAttentionCache, prefill
+from suffice.kv.hf.layers import find_decoder
 from tests.kv.families import WINDOW, families
 from tests.kv.family_cases import LENGTH, Case, MaskedOracle, get_case
+from tests.kv.flash import flash_package
 
+SUPPORTED, NOT_SUPPORTED, IN_PART, DOES_NOT_APPLY = "yes", "no", "part", "–"
 CHUNK = 16
 LONG_WINDOW = 8 * WINDOW  # longer than the prompt
 BUDGET = 0.5
 POLICIES = ("capkv-salience", "capkv")  # heads of unequal length, and of equal length
 # Models that read latents, whose layers all have a sliding window, or that have an encoder, cannot be replayed.
+NO_REPAIR = "repair must be False for"
 NO_REPLAY = "budget of its own|all of whose layers have a sliding window|encoder-decoder|no linear layer named"
 TOLERANCE = 1e-4  # relative to the largest logit; rounding errors are 1e-6, a missing entry changes about 1e-3
 # Errors of the logits with 8 bits, relative to the largest logit: for half of the tokens, and for nine tenths of them.
@@ -233,17 +241,17 @@ def _layers(cache: Any) -> list[Any]:
     return list(getattr(getattr(cache, "self_attention_cache", cache), "layers", ()))
 
 
-def check_cross_attention(case: Case) -> None:
+def check_cross_attention(case: Case) -> str:
     """With the full budget for the cross-attention, results equal the stock cache; with half of it, half are kept.
 
     Models whose cross-attention cannot be compressed are refused when the cache is made.
     """
     if not case.is_encoder_decoder:
-        return
+        return DOES_NOT_APPLY
     try:
         full, half = CrossAttentionCache(case.model, budget=1.0), CrossAttentionCache(case.model, budget=0.5)
     except ValueError:
-        return
+        return NOT_SUPPORTED
     expected = case.generate(case.prompt())
     got = case.generate(case.prompt(), cache=EncoderDecoderCache(DynamicCache(), full))
     if not torch.equal(got.tokens, expected.tokens):
@@ -253,6 +261,7 @@ def check_cross_attention(case: Case) -> None:
     counts = [(head.tokens_kept, head.tokens_seen) for head in half.report().heads]
     if any(2 * kept != seen for kept, seen in counts):
         raise WrongResultError(f"entries of the encoder are kept as {counts} instead of half")
+    return SUPPORTED
 
 
 def check_long_window(case: Case) -> None:
@@ -285,9 +294,9 @@ def check_bits(case: Case) -> None:
             raise WrongResultError(f"{policy}: nothing was quantized")
 
 
-def check_replay(case: Case) -> None:
+def check_replay(case: Case) -> str:
     """After a replay, later logits equal those of the oracle, for scores from attention and from gradients."""
-    ids = case.prompt(LENGTH + 6)
+    ids, supported = case.prompt(LENGTH + 6), 0
     for policy in ("kvzip", "kvgrad"):
         try:
             cache = make_cache(case, policy)
@@ -304,9 +313,71 @@ def check_replay(case: Case) -> None:
         for piece in ids[:, LENGTH:].split([1, 1, 3, 1], 1):
             kept = kept_positions(cache)
             check_close(case.forward(piece, cache).logits, oracle.forward(piece, kept), f"{policy}: logits")
+        supported += 1
+    return (NOT_SUPPORTED, IN_PART, SUPPORTED)[supported]
 
 
-CHECKS: dict[str, Callable[[Case], None]] = {
+def check_repair(case: Case) -> str:
+    """A repair keeps the entries that are kept without it, and the held-out errors of no head increase.
+
+    With the full budget, nothing is repaired.
+    """
+    for policy in POLICIES:
+        plain = make_cache(case, policy)
+        try:
+            repaired = CompressedCache(case.model, policy, BUDGET, repair=True)
+        except ValueError as error:
+            if re.search(NO_REPAIR, str(error)):
+                return NOT_SUPPORTED
+            raise
+        for cache in (plain, repaired):
+            case.forward(case.prompt(), cache)
+        kept = kept_positions(plain)
+        if any(not torch.equal(own, kept[key]) for key, own in kept_positions(repaired).items()):
+            raise WrongResultError(f"{policy}: other entries are kept with the repair")
+        for head in repaired.report().heads:
+            repair = head.repair
+            if repair is None:
+                raise WrongResultError(f"{policy}: layer {head.layer} was not repaired")
+            if repair.error_before is not None and not repair.error_after <= repair.error_before * (1 + TOLERANCE):
+                raise WrongResultError(f"{policy}: the error of layer {head.layer}, head {head.head} increases")
+        if not bool(case.forward(case.prompt(3, seed=1), repaired).logits.isfinite().all()):
+            raise WrongResultError(f"{policy}: logits are not finite")
+        full = [make_cache(case, policy, 1.0), CompressedCache(case.model, policy, 1.0, repair=True)]
+        logits = [[case.forward(ids, cache).logits for ids in case.prompt().split([36, 4], 1)] for cache in full]
+        check_close(logits[1][1], logits[0][1], f"{policy}: logits with the full budget")
+    return SUPPORTED
+
+
+def check_flash(case: Case) -> str:
+    """With FlashAttention, logits and kept entries equal those with the model's own attention implementation."""
+    decoder = find_decoder(case.model)
+    if not getattr(decoder, "_supports_flash_attn", False):
+        return DOES_NOT_APPLY
+    pieces, results = case.prompt(LENGTH + 4).split([LENGTH, 1, 3], 1), []
+    configs = {id(module.config): module.config for module in case.model.modules() if hasattr(module, "config")}
+    own = {key: getattr(config, "_attn_implementation_internal", None) for key, config in configs.items()}
+    with pytest.MonkeyPatch.context() as patch, flash_package(patch) as package:
+        for name in (None, "flash_attention_2"):
+            try:
+                for key, config in configs.items():
+                    config._attn_implementation_internal = name or own[key]
+                for policy in POLICIES:
+                    cache = make_cache(case, policy)
+                    logits = [case.forward(piece, cache).logits for piece in pieces]
+                    results.append((policy, logits, kept_positions(cache)))
+            finally:
+                for key, config in configs.items():
+                    config._attn_implementation_internal = own[key]
+    for (policy, expected, kept), (_, got, kept_with_flash) in zip(results[:2], results[2:], strict=True):
+        for number, (one, other) in enumerate(zip(got, expected, strict=True)):
+            check_close(one, other, f"{policy}: logits of call {number} with FlashAttention")
+        if any(not torch.equal(x, kept[key]) for key, x in kept_with_flash.items()):
+            raise WrongResultError(f"{policy}: other entries are kept with FlashAttention")
+    return SUPPORTED if package.shapes else DOES_NOT_APPLY
+
+
+CHECKS: dict[str, Callable[[Case], str | None]] = {
     "construction": check_construction,
     "full": check_full_budget,
     "half": check_half_budget,
@@ -318,6 +389,8 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "cross": check_cross_attention,
     "bits": check_bits,
     "replay": check_replay,
+    "repair": check_repair,
+    "flash": check_flash,
 }
 
 # ---- Results ---------------------------------------------------------------------------------------------------------
@@ -342,14 +415,14 @@ def run_checks(family: str, checks: Sequence[str] = tuple(CHECKS)) -> Results:
 
 def _run_check(name: str, case: Case) -> dict[str, str]:
     try:
-        CHECKS[name](case)
+        support = CHECKS[name](case) or SUPPORTED
     except WrongResultError as error:
         return _result("wrong", error)
     except RefusedError as error:
         return _result("refused", error)
     except Exception as error:
         return _result("failed", error)
-    return {"status": "passed", "error": ""}
+    return {"status": "passed", "error": "", "support": support}
 
 
 def run_stock(case: Case) -> dict[str, str] | None:

@@ -57,7 +57,7 @@ class FlashPackage:
         logits = logits.masked_fill(masked, float("-inf"))
         if s_aux is not None:
             logits = torch.cat((logits, s_aux.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)), dim=-1)
-        return (logits.softmax(-1)[..., :keys] @ v).transpose(1, 2)
+        return (logits.softmax(-1)[..., :keys] @ v).transpose(1, 2).contiguous()
 
     def flash_attn_varlen_func(
         self,

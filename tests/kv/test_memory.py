@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from suffice.kv import CompressedCache, Policy
+from suffice.kv import DEFAULT_POLICY, CompressedCache, Policy
 from suffice.kv.budget.protection import Protection
 from suffice.kv.cache.layer_report import report_layer
 from suffice.kv.cache.memory import LayerShape, MemoryBudget, parse_memory
@@ -453,3 +453,17 @@ def test_layers_of_different_sizes_are_checked_together():
         model(text(20).expand(4, -1), past_key_values=cache)
     cache.batch_select_indices(torch.tensor([0]))
     assert distance(read(model, cache, text(5)), read(model, single, text(5))) < 1e-5
+
+
+@pytest.mark.parametrize("policy", [DEFAULT_POLICY, "snapkv", "h2o"])
+def test_a_limit_far_above_the_text_reserves_nothing(policy):
+    """Queries and buffers grow with the text, not with the limit."""
+    model = tiny("llama")
+    cache = CompressedCache(model, policy, memory="2GiB")
+    for new in (100, *[1] * 20):
+        model(text(new, seed=new), past_key_values=cache)
+    for layer in cache.compressed_layers:
+        assert len(layer.state.queries) <= 120
+        buffers = sum(x.untyped_storage().nbytes() for x in layer.storage.buffers)
+        needed = 120 * layer.storage.bytes_per_entry * layer.storage.num_heads
+        assert needed <= buffers <= (1 + 1 / 16) * needed + 500  # spare slots, and means and scales of keys

@@ -13,6 +13,7 @@ from suffice.kv.cache.replay_prompt import Instruction, replay_inputs
 from suffice.kv.hf.layers import compressed_layers
 from suffice.kv.policy.weights import KINDS, ReplayAttention
 from tests.kv.family_cases import get_case
+from tests.kv.family_checks import SUPPORTED, check_replay
 from tests.kv.tiny import answer, build, left_padded, prompt, tiny, tokenizer
 
 PUBLISHED = {"kvzip": "largest", "kvzip+": "output", "kvgrad": "gradient"}
@@ -325,3 +326,8 @@ def test_missing_scores_are_named():
         ValueError, match="replay_scores must have the kind 'largest', which the policy needs, got none"
     ):
         cache.policy.score(stats)
+
+
+def test_gradients_of_a_model_that_multiplies_its_embeddings_in_place():
+    """Autograd does not allow this for an input of the graph, as which the embeddings serve."""
+    assert check_replay(get_case("ctrl")) == SUPPORTED

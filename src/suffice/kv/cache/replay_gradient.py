@@ -125,8 +125,11 @@ class GradientRecorder(_Hooks):
 
 
 def _with_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Return the embeddings as an input of the graph, because the parameters are frozen."""
-    return output.detach().requires_grad_(True)
+    """Return the embeddings as an input of the graph, because the parameters are frozen.
+
+    A copy, because some models multiply their embeddings in place, which autograd does not allow for an input.
+    """
+    return output.detach().requires_grad_(True).clone()
 
 
 def _last_layer(model: PreTrainedModel, attention: nn.Module) -> nn.Module:
