@@ -13,7 +13,6 @@ from suffice.kv.cache.replay_prompt import Instruction, replay_inputs
 from suffice.kv.hf.layers import compressed_layers
 from suffice.kv.policy.weights import KINDS, ReplayAttention
 from tests.kv.family_cases import get_case
-from tests.kv.family_checks import SUPPORTED, check_replay
 from tests.kv.tiny import answer, build, left_padded, prompt, tiny, tokenizer
 
 PUBLISHED = {"kvzip": "largest", "kvzip+": "output", "kvgrad": "gradient"}
@@ -328,6 +327,9 @@ def test_missing_scores_are_named():
         cache.policy.score(stats)
 
 
-def test_gradients_of_a_model_that_multiplies_its_embeddings_in_place():
+def test_a_model_that_multiplies_its_embeddings_in_place_can_be_replayed_with_gradients():
     """Autograd does not allow this for an input of the graph, as which the embeddings serve."""
-    assert check_replay(get_case("ctrl")) == SUPPORTED
+    case = get_case("ctrl")
+    # The error comes after the gradients: the scores also need a projection, which this model does not have.
+    with pytest.raises(ValueError, match="no linear layer named"):
+        fill(case.model, "kvgrad", 0.5, case.prompt())
