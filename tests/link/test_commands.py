@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from suffice.cli.link import app
+from suffice.link.data.checkpoint import CheckpointError
 
 
 def run(*arguments: str):
@@ -55,6 +56,19 @@ def test_an_audit_of_a_checkpoint_equals_that_of_the_training(data, tmp_path):
     arguments = ["audit", "--data", data, "--epochs", "1", "--json"]
     of_checkpoint, of_training = run(*arguments, "--checkpoint", checkpoint), run(*arguments)
     assert json.loads(of_checkpoint.stdout) == json.loads(of_training.stdout)
+
+
+def test_a_checkpoint_of_another_seed_or_graph_is_refused(data, tmp_path):
+    """A file of the same name may hold another graph, and another seed trains on edges of this test."""
+    checkpoint = ["--epochs", "1", "--checkpoint", str(tmp_path / "run.safetensors")]
+    run("train", "--data", data, *checkpoint)
+    with pytest.raises(CheckpointError, match="checkpoint must be of a training on this split"):
+        run("train", "--data", data, "--seed", "1", *checkpoint)
+    arrays = dict(np.load(data))
+    np.savez(data, **{**arrays, "edges": arrays["edges"][5:]})
+    for command in ("train", "audit"):
+        with pytest.raises(CheckpointError, match=r"checkpoint must be of a training on this graph, .* \(own\)"):
+            run(command, "--data", data, *checkpoint)
 
 
 def test_correct_prints_one_json_object(data, tmp_path):

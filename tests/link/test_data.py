@@ -15,7 +15,7 @@ from suffice.link.data.checkpoint import CheckpointError, load_checkpoint, save_
 from suffice.link.data.datasets import from_ogb, load_graph
 from suffice.link.data.edge_rules import EdgeRules
 from suffice.link.data.files import read_graph, read_saved_graph, save_graph
-from suffice.link.data.graph import Graph, SplitConfig, prepare_graph, split_edges
+from suffice.link.data.graph import Graph, SplitConfig, prepare_graph, split_edges, with_enough_negatives
 from suffice.link.data.synthetic import block_model, digits
 from suffice.link.train.checkpoint import load_trained
 
@@ -32,6 +32,19 @@ def test_the_parts_of_a_split_are_disjoint_and_complete(graph, seed, negatives):
     assert not false[0] & false[1]
     assert not (false[0] | false[1]) & set.union(*sets)
     assert len(false[1]) == round(parts.test.size(1) * negatives)
+
+
+def test_enough_negatives_are_drawn_for_hits(graph, parts):
+    small = Graph("small", graph.x, graph.edges[:, ::8])
+    config = SplitConfig()
+    assert split_edges(small, config, 0).validation_negatives.size(1) < 100
+    for k in (20, 100):
+        found = split_edges(small, with_enough_negatives(config, small, k), 0)
+        assert found.validation_negatives.size(1) == k
+        assert found.test_negatives.size(1) >= k
+    assert with_enough_negatives(SplitConfig(0.1, 0.2), graph, 100) == SplitConfig(0.1, 0.2)
+    dense = Graph("dense", torch.ones(14, 1), torch.combinations(torch.arange(14)).T[:, 5:])
+    assert with_enough_negatives(SplitConfig(0.2, 0.2), dense, 100) == SplitConfig(0.2, 0.2)
 
 
 def test_message_edges_include_validation_edges_on_request(parts):

@@ -65,7 +65,7 @@ def test_the_lower_bound_against_a_count_by_hand():
 
 def test_running_out_of_memory_is_explained_and_finished_epochs_are_kept(tmp_path, monkeypatch):
     file = tmp_path / "kept.safetensors"
-    config = TrainConfig(epochs=4, batch_size=64)
+    config = TrainConfig(epochs=4, batch_size=64, metric="auc")
     uninterrupted = small_model()
     fit(uninterrupted, GRAPH, SPLIT, config)
     run_epoch = trainer._Training.run_epoch

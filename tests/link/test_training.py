@@ -11,8 +11,10 @@ import torch
 from suffice.link.batches.composition import Random, Separate
 from suffice.link.batches.sampler import EdgeBatches
 from suffice.link.data import checkpoint as files
+from suffice.link.data.graph import SplitConfig, split_edges
 from suffice.link.models import EncoderDecoderSettings, PairScorer, build_model, decoders, encoders, norms
 from suffice.link.sparse.adjacency import remove_edges
+from suffice.link.train.checkpoint import check_data, load_trained
 from suffice.link.train.config import TrainConfig
 from suffice.link.train.inputs import node_features
 from suffice.link.train.trainer import batch_loss, fit
@@ -106,6 +108,7 @@ torch.set_num_threads(1)
 from suffice.link.data.synthetic import block_model
 from suffice.link.data.graph import SplitConfig, split_edges
 from suffice.link.models import build_model
+from suffice.link.train.checkpoint import check_data, load_trained
 from suffice.link.train.config import TrainConfig
 from suffice.link.train.trainer import fit
 graph = block_model(nodes=300, classes=3, degree=8, feature_signal=2.0, features=16, seed=1)
@@ -142,9 +145,42 @@ def test_a_checkpoint_of_a_training_with_other_settings_is_refused(tmp_path, gra
     fit(SMALL.build(16), graph, parts, replace(QUICK, epochs=1), checkpoint=path)
     with pytest.raises(files.CheckpointError, match="must be of a training with settings"):
         fit(SMALL.build(16), graph, parts, replace(QUICK, epochs=2), checkpoint=path)
+    with pytest.raises(files.CheckpointError, match=r"settings batch_size=64, got .* with batch_size=128\. Delete"):
+        fit(SMALL.build(16), graph, parts, replace(QUICK, epochs=1, batch_size=64), checkpoint=path)
     path.write_bytes(b"half")
     with pytest.raises(files.CheckpointError, match="must be a checkpoint in safetensors format"):
         files.load_checkpoint(path)
+
+
+def test_a_checkpoint_of_another_graph_or_split_is_refused(tmp_path, graph, parts):
+    """Edges of another split's training may be test edges here, and names of files and graphs do not tell."""
+    path = tmp_path / "run.safetensors"
+    settings = {"model": SMALL.to_dict(), "in_channels": 16, "graph": graph.name}
+    config = replace(QUICK, epochs=1)
+    model = SMALL.build(16)
+    fit(model, graph, parts, config, checkpoint=path, metadata=settings)
+    other_split = split_edges(graph, SplitConfig(0.1, 0.2), seed=1)
+    other_features = replace(graph, x=graph.x + 1)
+    other_edges = replace(graph, edges=graph.edges[:, 1:])
+    _, metadata = load_trained(path)
+    check_data(path, metadata, graph, parts)
+    check_data(path, metadata, replace(graph, name="other", edges=graph.edges.flip(1)), parts)
+    for one, split, message in (
+        (graph, other_split, "must be of a training on this split, .* may know edges of this test"),
+        (other_features, parts, r"must be of a training on this graph, .* other edges or features \(block-model\)"),
+        (other_edges, parts, "must be of a training on this graph"),
+    ):
+        with pytest.raises(files.CheckpointError, match=message):
+            fit(SMALL.build(16), one, split, config, checkpoint=path, metadata=settings)
+        with pytest.raises(files.CheckpointError, match=message):
+            check_data(path, metadata, one, split)
+
+
+def test_early_stopping_needs_a_metric_that_can_differ(graph, parts):
+    few = replace(parts, validation_negatives=parts.validation_negatives[:, :99])
+    config = replace(QUICK, metric="hits@100", patience=2)
+    with pytest.raises(ValueError, match=r"metric must be one that 99 validation negatives .*, got 'hits@100'"):
+        fit(SMALL.build(16), graph, few, config)
 
 
 def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):

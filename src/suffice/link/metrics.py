@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from scipy.stats import mannwhitneyu
@@ -15,7 +17,7 @@ def hits_at_k(positives: Tensor, negatives: Tensor, k: int = 100) -> float:
     Args:
         positives: scores of the positives, [positives].
         negatives: scores of the negatives, [negatives].
-        k: rank of the negative to beat. With fewer negatives, the result is 1.0.
+        k: rank of the negative to beat. With fewer negatives, the result is 1.0 as in OGB, with a warning.
 
     Raises:
         ValueError: an input is empty, not one-dimensional or contains NaN, or `k` is below 1.
@@ -29,6 +31,11 @@ def hits_at_k(positives: Tensor, negatives: Tensor, k: int = 100) -> float:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if negatives.numel() < k:
+        warnings.warn(
+            f"negatives must be at least k={k} for Hits@{k} to have a meaning, got {negatives.numel()}: the result is "
+            f"1.0 for any scores. Use more negatives or a smaller k",
+            stacklevel=2,
+        )
         return 1.0
     threshold = negatives.topk(k).values[-1]
     return float((positives > threshold).double().mean())
@@ -115,6 +122,26 @@ def compute_metrics(positives: Tensor, negatives: Tensor, k: int = 100) -> dict[
         "ap": average_precision(positives, negatives),
         "mrr": mean_reciprocal_rank(positives, negatives),
     }
+
+
+def compute_metric(name: str, positives: Tensor, negatives: Tensor) -> float:
+    """Return one metric.
+
+    Args:
+        name: `hits@K` (with a number for K), `auc`, `ap` or `mrr`.
+        positives: scores of the positives, [positives].
+        negatives: scores of the negatives, [negatives].
+
+    Raises:
+        ValueError: the metric is unknown, or an input is empty, not one-dimensional or contains NaN.
+
+    """
+    if name.removeprefix("hits@").isdigit():
+        return hits_at_k(positives, negatives, int(name.removeprefix("hits@")))
+    metrics = {"auc": auc, "ap": average_precision, "mrr": mean_reciprocal_rank}
+    if name not in metrics:
+        raise ValueError(f"metric must be hits@K, auc, ap or mrr, got {name!r}")
+    return metrics[name](positives, negatives)
 
 
 def _check_scores(positives: Tensor, negatives: Tensor) -> None:

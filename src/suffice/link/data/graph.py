@@ -12,7 +12,7 @@ from torch_geometric.data import Data
 from torch_geometric.transforms import LargestConnectedComponents, RandomLinkSplit
 from torch_geometric.utils import to_undirected
 
-from suffice.link.batches.negatives import edge_keys, sample_negatives
+from suffice.link.batches.negatives import NegativeSampler, edge_keys, sample_negatives
 from suffice.link.data.edge_rules import EdgeRules, check_range, find_copies, refuse_edges
 
 
@@ -180,6 +180,27 @@ def prepare_graph(graph: Graph, config: SplitConfig) -> Graph:
         return graph
     data = LargestConnectedComponents()(graph.to_data())
     return replace(Graph.from_data(data, graph.name), official_split=None)
+
+
+def with_enough_negatives(config: SplitConfig, graph: Graph, k: int) -> SplitConfig:
+    """Return settings with which the validation and the test have at least `k` negatives, as Hits@K needs.
+
+    The settings are returned as they are if the negatives suffice, if the graph has an official split, or if it has too
+    few pairs without an edge.
+
+    Args:
+        config: settings of the split.
+        graph: a graph that `prepare_graph` returned.
+        k: K of Hits@K.
+
+    """
+    num_edges = graph.edges.size(1)
+    sizes = [int(config.validation * num_edges), int(config.test * num_edges)]  # as RandomLinkSplit rounds
+    if graph.official_split is not None or min(sizes) < 1 or min(sizes) * config.negatives >= k:
+        return config
+    negatives = k / min(sizes)
+    num_available = NegativeSampler(graph.edges, graph.num_nodes).num_available
+    return replace(config, negatives=negatives) if sum(sizes) * negatives <= num_available / 2 else config
 
 
 def split_edges(graph: Graph, config: SplitConfig, seed: int) -> Split:

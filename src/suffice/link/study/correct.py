@@ -13,7 +13,7 @@ from torch import Tensor
 
 from suffice.link.data.checkpoint import CheckpointError
 from suffice.link.data.files import save_graph
-from suffice.link.data.graph import Graph, SplitConfig, prepare_graph, split_edges
+from suffice.link.data.graph import Graph, SplitConfig, prepare_graph, split_edges, with_enough_negatives
 from suffice.link.models import EncoderDecoderSettings, ModelSettings
 from suffice.link.study.arms import ARMS, Arm
 from suffice.link.study.results import StudyResults, arm_key, collect_study
@@ -52,7 +52,7 @@ def correct(
         arms: ways of training, including the norms.
         model: all other settings of the model; `encoder-decoder` with its defaults if not given.
         train: all other settings of the training.
-        split: settings of the split.
+        split: settings of the split; more negatives are drawn if Hits@K needs them (see `with_enough_negatives`).
         seeds: number of repetitions, each with its own split, initial parameters and batches.
         first_seed: seed of the first repetition.
         device: Torch device.
@@ -86,6 +86,7 @@ def correct(
         raise ValueError(f"arms must contain at least one arm and no arm twice, got {keys}")
     model, train, split = model or EncoderDecoderSettings(), train or TrainConfig(), split or SplitConfig()
     graph = prepare_graph(graph, split)
+    split = with_enough_negatives(split, graph, train.k)
     split_edges(graph, split, first_seed)  # raises if the graph cannot be split
     seed_list = range(first_seed, first_seed + seeds)
     log = log or _ignore

@@ -9,11 +9,11 @@ from typing import Any
 
 from suffice.link.auditing.audit import AuditReport
 from suffice.link.auditing.trained import audit_trained
-from suffice.link.data.graph import Graph, Split, SplitConfig, prepare_graph, split_edges
+from suffice.link.data.graph import Graph, Split, SplitConfig, prepare_graph, split_edges, with_enough_negatives
 from suffice.link.models import LinkPredictor, ModelSettings
 from suffice.link.study.training import train_model
 from suffice.link.train.alignment import alignment, feature_alignment
-from suffice.link.train.checkpoint import load_trained
+from suffice.link.train.checkpoint import check_data, load_trained
 from suffice.link.train.config import TrainConfig
 from suffice.link.train.evaluate import evaluate
 from suffice.link.train.state import EpochResult
@@ -25,6 +25,8 @@ OnEpoch = Callable[[EpochResult], None]
 @dataclass(frozen=True)
 class Experiment:
     """A graph, a model and its training; everything but the seed.
+
+    If the split has fewer negatives than Hits@K needs, more are drawn (see `with_enough_negatives`).
 
     Args:
         graph: graph to learn.
@@ -53,11 +55,12 @@ class Experiment:
 
         """
         graph = prepare_graph(self.graph, self.split)
-        split = split_edges(graph, self.split, seed)
+        config = with_enough_negatives(self.split, graph, self.train.k)
+        split = split_edges(graph, config, seed)
         model, _ = train_model(
             graph,
             split,
-            self.split,
+            config,
             self.model,
             replace(self.train, seed=seed),
             device=self.device,
@@ -83,7 +86,7 @@ def evaluate_seeds(
     for seed in seeds:
         path = _checkpoint_of_seed(checkpoint, seed, seeds)
         model, graph, split = experiment.fit(seed, checkpoint=path, on_epoch=on_epoch)
-        metrics.append(evaluate(model, graph, split, experiment.split))
+        metrics.append(evaluate(model, graph, split, experiment.split, experiment.train.k))
     return metrics
 
 
@@ -124,8 +127,8 @@ def audit_checkpoint(path: Path, graph: Graph, *, device: str = "cpu", seed: int
         seed: seed of the audit.
 
     Raises:
-        CheckpointError: the file is not a checkpoint of a trained model.
-        ValueError: the model was trained on another graph.
+        CheckpointError: the file is not a checkpoint of a trained model, or its model was trained on another graph.
+        ValueError: the model was trained on a graph with another name.
 
     """
     model, metadata = load_trained(path, device)
@@ -134,6 +137,7 @@ def audit_checkpoint(path: Path, graph: Graph, *, device: str = "cpu", seed: int
     if metadata["graph"] != graph.name:
         raise ValueError(f"data must be {metadata['graph']} for checkpoint {path}, got {graph.name}")
     split = split_edges(graph, config, train["seed"])
+    check_data(path, metadata, graph, split)
     return audit_trained(model, graph, split, batch_size=train["batch_size"], seed=seed)
 
 

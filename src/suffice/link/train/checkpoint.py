@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from suffice.link.data import checkpoint as files
 from suffice.link.data.checkpoint import CheckpointError
+from suffice.link.data.graph import Graph, Split
 from suffice.link.models import LinkPredictor, ModelSettings
 from suffice.link.train.state import EpochResult, TrainState
 
@@ -50,11 +53,14 @@ def resume_training(
 
     """
     tensors, found = files.load_checkpoint(path)
-    for key, value in metadata.items():
-        if found.get(key) != json.loads(json.dumps(value)):
+    expected = json.loads(json.dumps(metadata))
+    _check_digests(path, found, expected["data"])
+    for key, value in expected.items():
+        if found.get(key) != value:
+            here, there = _describe_difference(value, found.get(key))
             raise CheckpointError(
-                f"checkpoint must be of a training with {key} {value}, got {path} with {key} {found.get(key)}. "
-                f"Delete the file or choose another one"
+                f"checkpoint must be of a training with {key} {here}, got {path} with {there}. Delete the file or "
+                f"choose another one"
             )
     model.load_state_dict(files.select_prefix(tensors, "model"))
     files.unpack_optimizer(optimizer, tensors)
@@ -82,3 +88,57 @@ def load_trained(path: str | Path, device: str = "cpu") -> tuple[LinkPredictor, 
     model = ModelSettings.from_dict(metadata["model"]).build(metadata["in_channels"])
     model.load_state_dict(files.select_prefix(tensors, "best") or files.select_prefix(tensors, "model"))
     return model.to(device).eval(), metadata
+
+
+def data_digests(graph: Graph, split: Split) -> dict[str, str]:
+    """Return a digest of the graph (nodes, features and edges) and one of the split, by which checkpoints know them."""
+    edges = graph.edges[:, (graph.edges[0] * graph.num_nodes + graph.edges[1]).argsort()]
+    parts = [getattr(split, name) for name in Split.__dataclass_fields__]
+    return {"graph": _digest(graph.x, edges), "split": _digest(*parts)}
+
+
+def check_data(path: str | Path, metadata: Mapping[str, Any], graph: Graph, split: Split) -> None:
+    """Raise unless a model was trained on a graph and a split.
+
+    Args:
+        path: its checkpoint, for the message.
+        metadata: metadata of the checkpoint, as `load_trained` returns it.
+        graph: the graph.
+        split: edges of the graph.
+
+    Raises:
+        CheckpointError: the model was trained on another graph or split.
+
+    """
+    _check_digests(path, metadata, data_digests(graph, split))
+
+
+def _check_digests(path: str | Path, metadata: Mapping[str, Any], expected: Mapping[str, str]) -> None:
+    found = metadata.get("data", {})
+    if found.get("graph") != expected["graph"]:
+        raise CheckpointError(
+            f"checkpoint must be of a training on this graph, got {path}, which was trained on other edges or features "
+            f"({metadata.get('graph', 'no name')}). Delete the file or choose another one"
+        )
+    if found.get("split") != expected["split"]:
+        raise CheckpointError(
+            f"checkpoint must be of a training on this split, got {path}, which was trained on another split of the "
+            f"graph, so that it may know edges of this test. Use the same seed and fractions, or another file"
+        )
+
+
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _describe_difference(here: Any, there: Any) -> tuple[str, str]:
+    """Return the values that differ: of mappings, only the items that do."""
+    if not (isinstance(here, dict) and isinstance(there, dict)):
+        return repr(here), repr(there)
+    names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    first, second = (", ".join(f"{name}={side.get(name)!r}" for name in names) for side in (here, there))
+    return first, second

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from suffice.link.batches.sampler import EdgeBatch, EdgeBatches
 from suffice.link.data.graph import Graph, Split
-from suffice.link.metrics import compute_metrics
+from suffice.link.metrics import compute_metric
 from suffice.link.sparse.adjacency import Adjacency, remove_edges
-from suffice.link.train.checkpoint import resume_training, save_training
+from suffice.link.train.checkpoint import data_digests, resume_training, save_training
 from suffice.link.train.config import TrainConfig
 from suffice.link.train.distributed import broadcast_buffers, distribute, rank_and_world_size, wait_for_all_ranks
 from suffice.link.train.evaluate import score_validation_edges
@@ -60,16 +60,18 @@ def fit(
         the result of each epoch.
 
     Raises:
-        CheckpointError: the checkpoint belongs to a training with other settings.
+        CheckpointError: the checkpoint belongs to a training with other settings, or on another graph or split.
         NotEnoughMemoryError: the training needs more memory than is available.
         FloatingPointError: the loss is NaN or infinite.
+        ValueError: early stopping uses Hits@K with fewer than K validation negatives, which is always 1.0.
 
     """
+    _check_negatives(config, split)
     device = next(model.parameters()).device
     rank, _ = rank_and_world_size()
     check_memory(graph.x, split.train.size(1), model)
     training = _Training.start(model, graph, split.to(device), config)
-    record = {"settings": config.to_dict(), **(metadata or {})}
+    record = {"settings": config.to_dict(), "data": data_digests(graph, split), **(metadata or {})}
     state = TrainState()
     if checkpoint is not None and Path(checkpoint).exists():
         state = resume_training(checkpoint, record, model, training.optimizer)
@@ -86,6 +88,16 @@ def fit(
         model.load_state_dict(state.best_parameters)
     model.eval()
     return TrainResult(tuple(state.epochs), state.kept_epoch)
+
+
+def _check_negatives(config: TrainConfig, split: Split) -> None:
+    """Raise if early stopping would compare values of Hits@K that are all 1.0."""
+    count = split.validation_negatives.size(1)
+    if config.patience is not None and config.metric.startswith("hits@") and count < config.k:
+        raise ValueError(
+            f"metric must be one that {count} validation negatives can measure, such as auc, got {config.metric!r} "
+            f"with patience {config.patience}. Use another metric, or more negatives in SplitConfig"
+        )
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -156,7 +168,7 @@ class _Training:
         loss = self._train_epoch(number)
         broadcast_buffers(self.model)
         scores = score_validation_edges(self.model, self.x, self.edge_index, self.split)
-        metric = compute_metrics(*scores, self.config.k)[self.config.metric]
+        metric = compute_metric(self.config.metric, *scores)
         return EpochResult(number, loss, metric, tuple(self.batches.fractions))
 
     def _train_epoch(self, number: int) -> float:
