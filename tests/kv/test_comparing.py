@@ -133,7 +133,7 @@ def test_budgets_of_numpy_are_plain_numbers():
     assert json.dumps(CacheGrid(["h2o"], ["own"], [np.int64(40)]).budgets) == "[40]"
 
 
-def test_bounds_are_students_t_with_bonferronis_correction(folder, tmp_path):
+def test_bounds_have_bonferronis_correction(folder, tmp_path):
     options = {"policies": ["capkv", "h2o"], "allocations": ["own"], "budgets": [0.4], "model": folder}
     found = tune(PROMPTS, target_agreement=0.9, confidence=0.9, max_new_tokens=6, run=RunOptions(tmp_path), **options)
     for trial in found.trials:

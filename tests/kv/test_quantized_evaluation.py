@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from scipy.stats import t as student
 from typer.testing import CliRunner
 
 from suffice.cli import app
@@ -21,6 +20,7 @@ from suffice.kv.eval.run_options import RunOptions
 from suffice.kv.eval.tasks import make_example
 from suffice.kv.eval.user_prompts import UserPrompt
 from suffice.kv.storage.quantization import format_bits, shortest_bits
+from suffice.study.results import group_records, skewed_mean_bound
 from suffice.study.run_key import run_key
 from suffice.study.store import Store
 
@@ -135,7 +135,7 @@ def test_comparison_without_bits_has_no_column_for_them(folder):
     assert found.settings["caches"] == {"policies": ["h2o"], "allocations": ["own"], "budgets": [0.5]}
 
 
-def test_tune_tests_the_budgets_of_each_number_of_bits(folder):
+def test_tune_tests_the_budgets_of_each_number_of_bits(folder, tmp_path):
     options = {"policies": ["h2o"], "allocations": ["own"], "budgets": [0.9, 0.5], "max_new_tokens": 4}
     found = tune(PROMPTS, target_kl=50.0, bits=[None, 8, (4, 2)], model=folder, **options)
     expected = [(bits, budget) for bits in (None, 8, (4, 2)) for budget in (0.9, 0.5)]
@@ -147,12 +147,15 @@ def test_tune_tests_the_budgets_of_each_number_of_bits(folder):
     assert "h2o at budget 0.5, 4,2 bits meets" in found.summary()
     assert found.to_dict()["recommended"]["bits"] == (4, 2)
     # Three arms share the error rate.
-    alone = tune(PROMPTS, target_kl=50.0, bits=[8], model=folder, **options)
+    alone = tune(PROMPTS, target_kl=50.0, bits=[8], model=folder, run=RunOptions(tmp_path), **options)
     assert "bits=8)" in alone.code()
-    for one, other in zip(alone.trials, found.trials[2:4], strict=True):
+    with Store(tmp_path, read_only=True) as store:
+        _, *groups = group_records(store.records(store.study_name()))
+    for one, other, group in zip(alone.trials, found.trials[2:4], groups, strict=True):
+        values = list(group.values["kl"].values())
         assert one.mean == pytest.approx(other.mean)
-        ratio = (other.bound - other.mean) / (one.bound - one.mean)
-        assert ratio == pytest.approx(student.ppf(1 - 0.05 / 3, 2) / student.ppf(0.95, 2), rel=1e-3)
+        assert one.bound == pytest.approx(skewed_mean_bound(values, confidence=0.95))
+        assert other.bound == pytest.approx(skewed_mean_bound(values, confidence=1 - 0.05 / 3), rel=1e-3)
 
 
 def test_answers_are_generated_from_the_quantized_cache(loaded):

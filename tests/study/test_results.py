@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from suffice.study import (
     Interval,
@@ -17,6 +17,7 @@ from suffice.study import (
     mean_interval,
     paired_difference,
     run_study,
+    skewed_mean_bound,
     summarize,
 )
 from tests.study.tiny import SQUARE
@@ -35,6 +36,46 @@ def test_mean_intervals_and_bounds_equal_those_of_scipy(count):
             bounds = stats.ttest_1samp(values, 0, alternative=alternative).confidence_interval(confidence)
             expected = bounds.high if upper else bounds.low
             assert mean_bound(values, confidence=confidence, upper=upper) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [3, 5, 12, 40])
+def test_skewed_bounds_solve_halls_equation(count):
+    """Against the root of the equation, in which the transformed t statistic equals Student's quantile."""
+    values = np.random.default_rng(count).lognormal(0, 1, count)
+    for confidence in (0.8, 0.95, 0.9875):
+        skewness = stats.skew(values, bias=False)
+        quantile = stats.t.ppf(confidence, count - 1)
+
+        def missing(bound, skewness=skewness, quantile=quantile):
+            w = (values.mean() - bound) / values.std(ddof=1)
+            transformed = w + skewness * w**2 / 3 + skewness**2 * w**3 / 27 + skewness / (6 * count)
+            return np.sqrt(count) * transformed + quantile
+
+        expected = optimize.brentq(missing, values.mean() - 9 * values.std(), values.mean() + 99 * values.std())
+        expected = max(expected, mean_bound(values, confidence=confidence))
+        assert skewed_mean_bound(values, confidence=confidence) == pytest.approx(expected, rel=1e-8)
+        lower = skewed_mean_bound(-values, confidence=confidence, upper=False)
+        assert lower == pytest.approx(-expected, rel=1e-8)
+        # Values that are skewed to the other side do not need a correction.
+        for upper in (True, False):
+            away = -values if upper else values
+            student = mean_bound(away, confidence=confidence, upper=upper)
+            assert skewed_mean_bound(away, confidence=confidence, upper=upper) == pytest.approx(student)
+
+
+def test_skewed_bounds_hold_more_often_than_students():
+    """Means of log-normal values, of which 95 % must be below the upper bound."""
+    samples = np.random.default_rng(0).lognormal(0, 0.7, (2000, 20))
+    mean = np.exp(0.7**2 / 2)
+    skewed, student = (np.mean([bound(x) >= mean for x in samples]) for bound in (skewed_mean_bound, mean_bound))
+    assert student < 0.9 < skewed - 0.01
+
+
+def test_skewed_bounds_of_few_or_equal_values():
+    assert skewed_mean_bound([1.0, 5.0]) == mean_bound([1.0, 5.0])
+    assert skewed_mean_bound([2.0, 2.0, 2.0]) == 2.0
+    assert skewed_mean_bound([1.0, 2.0, 3.0]) == pytest.approx(mean_bound([1.0, 2.0, 3.0]))
+    assert math.isnan(skewed_mean_bound([2.0]))
 
 
 def test_a_single_value_has_no_interval():
@@ -64,14 +105,14 @@ def test_paired_differences_use_the_seeds_that_both_have():
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
 
-@pytest.mark.parametrize("function", [mean_interval, mean_bound, bootstrap_interval])
+@pytest.mark.parametrize("function", [mean_interval, mean_bound, skewed_mean_bound, bootstrap_interval])
 def test_a_confidence_out_of_range_is_refused(function):
     for confidence in (0.0, 1.0, 95):
         with pytest.raises(ValueError, match=f"confidence must be above 0 and below 1, got {confidence}"):
             function(VALUES, confidence=confidence)
 
 
-@pytest.mark.parametrize("function", [mean_interval, mean_bound])
+@pytest.mark.parametrize("function", [mean_interval, mean_bound, skewed_mean_bound])
 def test_no_values_are_refused(function):
     with pytest.raises(ValueError, match="values must hold at least one number"):
         function([])

@@ -20,6 +20,7 @@ from suffice.study.results import (
     mean_bound,
     mean_interval,
     paired_difference,
+    skewed_mean_bound,
     summarize,
 )
 from suffice.study.run_kind import RunKind
@@ -48,5 +49,6 @@ __all__ = [
     "mean_interval",
     "paired_difference",
     "run_study",
+    "skewed_mean_bound",
     "summarize",
 ]

@@ -79,6 +79,47 @@ def mean_bound(values: Iterable[float], *, confidence: float = 0.95, upper: bool
     return mean + margin if upper else mean - margin
 
 
+def skewed_mean_bound(values: Iterable[float], *, confidence: float = 0.95, upper: bool = True) -> float:
+    """Return a one-sided bound of a mean that holds better than Student's t if the values are skewed.
+
+    If a few values are much larger than the others, samples without one of them have a mean and a standard deviation
+    that are both too small, and the upper t bound is too low. A transformation of the t statistic removes its skewness,
+    which is estimated from the values (P. Hall, On the removal of skewness by transformation, Journal of the Royal
+    Statistical Society B 54, 1992). The bound is never closer to the mean than Student's t bound, and equals it for
+    fewer than three values, and if the values are skewed to the other side.
+
+    Args:
+        values: independent values.
+        confidence: one-sided confidence level, above 0 and below 1.
+        upper: True for the upper bound, False for the lower one.
+
+    Returns:
+        the bound; NaN for a single value.
+
+    Raises:
+        ValueError: there are no values, or the confidence is out of range.
+
+    """
+    values = list(values)
+    student = mean_bound(values, confidence=confidence, upper=upper)
+    count = len(values)
+    if count < 3:
+        return student
+    mean, sign = _mean(values), 1 if upper else -1
+    margin = sign * (student - mean)
+    squares = math.fsum((value - mean) ** 2 for value in values)
+    deviation = math.sqrt(squares / (count - 1))
+    if deviation == 0:
+        return student
+    third_moment = sign * math.fsum((value - mean) ** 3 for value in values) / count
+    skewness = math.sqrt(count * (count - 1)) / (count - 2) * third_moment / (squares / count) ** 1.5
+    if skewness < 1e-6:
+        return student
+    shifted = margin / deviation + skewness / (6 * count)
+    transformed = 3 / skewness * (1 - float(np.cbrt(1 - skewness * shifted)))
+    return mean + sign * max(margin, deviation * transformed)
+
+
 def bootstrap_interval(
     values: Iterable[float], *, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0
 ) -> Interval:

@@ -18,13 +18,15 @@ from suffice.kv.eval.user_prompts import UserPrompt, write_user_prompts
 from suffice.kv.hf.loading import ModelSource
 from suffice.kv.policy.registry import DEFAULT_POLICY, DEFAULT_REPLAY_POLICY, get_policy
 from suffice.kv.storage.quantization import Bits, shortest_bits
-from suffice.study.results import Group, group_records, mean_bound
+from suffice.study.results import Group, group_records, skewed_mean_bound
 from suffice.study.spec import PlannedRun
 
 Arm = tuple[str, str, Bits | None, bool]
 """A policy, an allocation, a number of bits, and whether kept entries are repaired."""
 DEFAULT_MEMORY = (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.06, 0.04)
 """The limits on the bytes that `tune` tries. All entries fit, with fewer bits, down to about a third."""
+ENOUGH_PROMPTS = 20
+"""With fewer prompts, a large loss that is rare is likely to be missed (docs/results/tune-coverage.md)."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,8 @@ class TuningResult:
             f"{_describe(best)} meets {goal} at {self.confidence:.0%} confidence on {self.num_prompts} prompts: mean "
             f"{best.mean:.4f}, bound {best.bound:.4f}; {best.within:.0%} of the prompts meet the target individually."
         )
+        if self.num_prompts < ENOUGH_PROMPTS:
+            text += f" Use at least {ENOUGH_PROMPTS} prompts: with fewer, a rare large loss is likely to be missed."
         smaller = self.next_smaller
         if smaller is None:
             return f"{text} It is the smallest {kind} that was tried."
@@ -215,10 +219,11 @@ def tune(
     """Find the cache with the fewest bytes that stays close to the full cache on your prompts.
 
     The full cache answers each prompt greedily, and every other cache is measured on that answer. A cache is safe if
-    the one-sided Student's t bound of the mean over prompts meets the target. For each arm (a policy, an allocation, a
-    number of bits, and whether entries are repaired), limits on the bytes or budgets are tested from the largest to the
-    smallest, and all after the first failure count as not safe. Testing in this fixed order needs no correction for
-    their number. A Bonferroni correction accounts for the number of arms.
+    the one-sided bound of the mean over prompts meets the target: Student's t, corrected for the skewness of the values
+    (`suffice.study.skewed_mean_bound`), because a few prompts often lose much more than the others. For each arm (a
+    policy, an allocation, a number of bits, and whether entries are repaired), limits on the bytes or budgets are
+    tested from the largest to the smallest, and all after the first failure count as not safe. Testing in this fixed
+    order needs no correction for their number. A Bonferroni correction accounts for the number of arms.
 
     By default, four arms are tried: the default policy and `capkv-replay`, each without and with repair. Of two caches
     with the same limit, the one that takes less time is recommended. Caches that the model does not support, and limits
@@ -358,7 +363,7 @@ def make_trials(groups: Sequence[Group], metric: str, target: float, confidence:
         safe = True
         for group in by_budget:
             values = list(group.values[metric].values())
-            bound = mean_bound(values, confidence=1 - (1 - confidence) / len(arms), upper=metric == "kl")
+            bound = skewed_mean_bound(values, confidence=1 - (1 - confidence) / len(arms), upper=metric == "kl")
             safe = safe and sign * bound <= sign * target
             trials.append(
                 Trial(
