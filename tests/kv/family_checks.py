@@ -349,6 +349,15 @@ def check_repair(case: Case) -> str:
     return SUPPORTED
 
 
+def _runs(case: Case) -> bool:
+    """Return whether the model runs with its own cache and the current attention implementation."""
+    try:
+        case.forward(case.prompt(), None)
+    except Exception:
+        return False
+    return True
+
+
 def check_flash(case: Case) -> str:
     """With FlashAttention, logits and kept entries equal those with the model's own attention implementation."""
     decoder = find_decoder(case.model)
@@ -362,6 +371,8 @@ def check_flash(case: Case) -> str:
             try:
                 for key, config in configs.items():
                     config._attn_implementation_internal = name or own[key]
+                if not _runs(case):  # for example GPT-2 in float32, without a linear layer that tells the dtype
+                    return DOES_NOT_APPLY
                 for policy in POLICIES:
                     cache = make_cache(case, policy)
                     logits = [case.forward(piece, cache).logits for piece in pieces]
