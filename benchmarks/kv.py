@@ -95,6 +95,7 @@ class Probe:
         self.bytes: dict[str, list[int]] = {"ours": [], "kvpress": []}
         self.caches = {name: CompressedCache(model, name, budget, measure_capacity=False) for name in names}
         self.measuring = CompressedCache(model, budget=budget, measure_capacity=True)
+        self.repairing = CompressedCache(model, budget=budget, measure_capacity=False, repair=True)
         self.presses = {name: make_press(name, budget) for name in names}
         self.carrier = CompressedCache(model, "full", 1.0, measure_capacity=False)
         self.call: Any = None
@@ -127,6 +128,7 @@ class Probe:
             self._time(("kvpress", name), self._run_press, name, module, kwargs, output[1])
             self._time(("ours", name), self._run_layer, self.caches[name].layers[index])
         self._time(("ours", "default with capacity"), self._run_layer, self.measuring.layers[index])
+        self._time(("ours", "default with repair"), self._run_layer, self.repairing.layers[index])
         full = call.key.nbytes + call.value.nbytes
         stored = sum(part.storage.nbytes for part in self.measuring.compressed_layers if part.index < index)
         self.bytes["ours"].append(stored + full)
@@ -241,7 +243,7 @@ def main() -> None:
     print(f"\nScoring and eviction, % of a prefill ({machine()}), budget {options.budget:.0%}: median [min-max]")
     header = "".join(f"{f'ours {t}':>26}{f'kvpress {t}':>26}" for t in options.tokens)
     print(f"{'policy':<20}{header}   Spearman with kvpress")
-    for name in [*names, "default with capacity"]:
+    for name in [*names, "default with capacity", "default with repair"]:
         cells = ""
         for tokens in options.tokens:
             for side in ("ours", "kvpress"):

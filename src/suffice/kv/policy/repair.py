@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from suffice.gpu import async_tensor
+from suffice.kv.attention.softmax import softmax_with_sinks
 from suffice.kv.policy.attention_stats import AttentionStats
 
 MIN_QUERIES = 8
@@ -38,9 +39,7 @@ RIDGES = (0.03, 0.3)
 MARGIN = 0.05
 """A head keeps its repair if it lowers the held-out error by at least this share."""
 
-_BLOCK = 8192  # number of entries whose logits are in memory at a time
-_HIGHEST = 64.0  # exponent of an attention sink in the sum of all entries; its exponential is finite
-_LOWEST = -1e30  # below all logits; finite, so that a query that reads no entry does not get NaN
+_BLOCK = 2**24  # number of logits that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -186,85 +185,62 @@ class _Fit:
         kept = self._of_heads(kept)
         self._is_empty = kept < 0
         self.index = torch.where(self._is_empty, kept[:, -1:], kept).clamp_min_(0)
-        self._queries = self._of_heads(references.queries)
-        self._last = self._of_heads(references.last_position[:, None, :, None])
         self._scale = self._of_heads(references.weights[:, None, :, None]).sqrt()
-        num_partly_read = references.num_partly_read
-
-        largest, total, outputs = self._read_all_entries(num_partly_read)
-        self._values = self._gather(stats.values)
-        positions = self._of_heads(stats.positions).gather(1, self.index)[:, -num_partly_read:]
-        bias = stats.logit_bias
-        self._earlier = torch.zeros(kept.shape, device=kept.device) if bias is None else self._gather(bias)
-        logits = self._logits(self._gather(stats.keys), self._earlier, self._is_empty, positions)
-        # The shares of the entries of each query, without attention sinks, and the exponential of its sink in them.
-        log_total = largest + total.log()
-        self._shares = logits.sub_(log_total - self._scale.log()).exp_()
-        self._sinks = torch.zeros_like(total)
-        if stats.sink_logits is not None:
-            sinks = stats.sink_logits.float().view(1, -1, 1, stats.num_key_value_groups)
-            sinks = self._of_heads(sinks.expand(stats.batch_size, -1, self._queries.shape[1] // sinks.shape[-1], -1))
-            self._sinks = (sinks.flatten(1)[..., None] - log_total).clamp_max_(_HIGHEST).exp_()
-        self._targets = outputs * (self._scale / (1 + self._sinks))
-        self._sinks *= self._scale
+        self._earlier = torch.zeros(kept.shape, device=kept.device)
+        if stats.logit_bias is not None:
+            self._earlier = self._of_heads(stats.logit_bias).gather(1, self.index)
+        values = self._of_heads(stats.values).float()
+        self._values = values.gather(1, self.index[..., None].expand(-1, -1, values.shape[-1]))
+        shares, totals, outputs = self._read_all_entries(values, references)
+        self._shares, self._targets, self._sinks = shares.mul_(self._scale), outputs.mul_(self._scale), None
+        if totals is not None:  # shares without the attention sinks, and what the sinks would add to their sum
+            totals = totals.clamp_min_(torch.finfo(totals.dtype).tiny)
+            self._shares /= totals
+            self._sinks = (1 - totals) / totals * self._scale
 
     def _of_heads(self, x: Tensor) -> Tensor:
         """Select the heads of x [batch, 1 or num_key_value_heads, ...]; rows and heads become one axis."""
         return x.expand(-1, self._stats.num_key_value_heads, *x.shape[2:])[self._heads].flatten(0, 1)
 
-    def _gather(self, x: Tensor) -> Tensor:
-        """Return the kept entries of x [batch, num_key_value_heads, entries, ...] in float32."""
-        x = x[self._heads]
-        index = self.index.view(*x.shape[:2], -1, *[1] * (x.dim() - 3))
-        return x.gather(2, index.expand(-1, -1, -1, *x.shape[3:])).flatten(0, 1).float()
-
-    def _logits(self, keys: Tensor, bias: Tensor | None, is_empty: Tensor | None, positions: Tensor) -> Tensor:
-        """Return the logits of entries, [heads, queries, entries]; −∞ for entries that a query does not read.
-
-        Args:
-            keys: [heads, entries, head_dim].
-            bias: numbers that are added to the logits, [heads, entries]; None if there are none.
-            is_empty: slots without an entry, bool [heads, entries]; None if there are none.
-            positions: positions of the last entries, which some queries may not read, long [heads, last entries].
-
-        """
-        logits = self._stats.cap_logits(self._queries @ keys.mT)
-        if bias is not None:
-            logits += bias[:, None]
-        if is_empty is not None:
-            logits.masked_fill_(is_empty[:, None], -torch.inf)
-        last = logits[..., logits.shape[-1] - positions.shape[-1] :]
-        last.masked_fill_(positions[:, None] > self._last, -torch.inf)
-        return logits
-
-    def _read_all_entries(self, num_partly_read: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Read all entries, block by block, so that the memory does not grow with their number.
+    def _read_all_entries(self, values: Tensor, references: _References) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Read all entries, with some of the queries at a time, so that the memory does not grow with their number.
 
         Returns:
-            The largest logit of each query and the sum of the exponentials of all logits minus the largest one,
-            [heads, queries, 1] each, and the output without an attention sink, [heads, queries, value_dim].
+            The shares of the kept entries in the attention of each query, [heads, queries, width], those of all entries
+            together, [heads, queries, 1], or None without attention sinks, and the outputs of the queries, [heads,
+            queries, value_dim]. All are 0 for a query that reads no entry.
 
         """
-        stats, num_entries = self._stats, self._stats.num_entries
-        largest = self._queries.new_full((*self._queries.shape[:2], 1), _LOWEST)
-        total, outputs = torch.zeros_like(largest), self._queries.new_zeros(*largest.shape[:2], stats.values.shape[-1])
-        for start in range(0, num_entries, _BLOCK):
-            stop = min(start + _BLOCK, num_entries)
-            first = min(max(start, num_entries - num_partly_read), stop)
-            logits = self._logits(
-                self._of_heads(stats.keys[:, :, start:stop]).float(),
-                None if stats.logit_bias is None else self._of_heads(stats.logit_bias[:, :, start:stop]),
-                None if stats.valid is None else ~self._of_heads(stats.valid[:, :, start:stop]),
-                self._of_heads(stats.positions[:, :, first:stop]),
-            )
-            new_largest = torch.maximum(largest, logits.amax(-1, keepdim=True))
-            decay, largest = (largest - new_largest).exp_(), new_largest
-            shares = logits.sub_(largest).exp_()
-            total = total.mul_(decay).add_(shares.sum(-1, keepdim=True))
-            values = self._of_heads(stats.values[:, :, start:stop]).float()
-            outputs = outputs.mul_(decay).baddbmm_(shares, values)
-        total = total.clamp_min_(torch.finfo(total.dtype).tiny)
-        return largest, total, outputs.div_(total)
+        stats = self._stats
+        keys, queries = self._of_heads(stats.keys).float(), self._of_heads(references.queries)
+        bias = None if stats.logit_bias is None else self._of_heads(stats.logit_bias)[:, None]
+        is_empty = None if stats.valid is None else ~self._of_heads(stats.valid)[:, None]
+        positions = self._of_heads(stats.positions[..., stats.num_entries - references.num_partly_read :])[:, None]
+        last = self._of_heads(references.last_position[:, None, :, None])
+        sinks = stats.sink_logits
+        if sinks is not None:
+            sinks = self._of_heads(stats.group_heads(sinks.float()[None]).expand(stats.batch_size, -1, -1))
+            sinks = sinks.repeat(1, queries.shape[1] // stats.num_key_value_groups)[..., None]
+        shares: list[Tensor] = []
+        totals: list[Tensor] = []
+        outputs: list[Tensor] = []
+        size = max(1, _BLOCK // (keys.shape[0] * keys.shape[1]))
+        for start in range(0, queries.shape[1], size):
+            part = slice(start, start + size)
+            logits = stats.cap_logits(torch.bmm(queries[:, part], keys.mT))
+            if bias is not None:
+                logits += bias
+            if is_empty is not None:
+                logits.masked_fill_(is_empty, -torch.inf)
+            logits[..., -positions.shape[-1] :].masked_fill_(positions > last[:, part], -torch.inf)
+            weights = logits.softmax(-1) if sinks is None else softmax_with_sinks(logits, sinks[:, part])
+            shares.append(weights.gather(2, self.index[:, None].expand(-1, weights.shape[1], -1)))
+            outputs.append(torch.bmm(weights, values))
+            if sinks is not None:
+                totals.append(weights.sum(-1, keepdim=True))
+        # The softmax of a query that reads no entry is NaN.
+        of_kept = torch.cat(shares, dim=1).masked_fill_(self._is_empty[:, None], 0.0).nan_to_num_(0.0)
+        return of_kept, torch.cat(totals, dim=1) if totals else None, torch.cat(outputs, dim=1).nan_to_num_(0.0)
 
     def best(self, is_fitted: Tensor, refit_values: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return the kept entries as they are after the repair.
@@ -308,7 +284,9 @@ class _Fit:
         shares = self._shares[:, queries]
         if weights is not None:
             shares = shares * weights.mT
-        total = shares.sum(-1, keepdim=True).add_(self._sinks[:, queries])
+        total = shares.sum(-1, keepdim=True)
+        if self._sinks is not None:
+            total += self._sinks[:, queries]
         # The factor of a query that reads no kept entry is 0.
         factor = torch.where(total > torch.finfo(total.dtype).tiny, self._scale[:, queries] / total, 0.0)
         return shares, factor, self._targets[:, queries] - torch.bmm(shares, self._values).mul_(factor)
