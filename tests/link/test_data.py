@@ -215,6 +215,14 @@ def test_parquet_files_need_pandas_and_pyarrow(tmp_path, monkeypatch):
             r"y must have shape \(3,\), one class for each node, got \(2,\)",
         ),
         (
+            lambda: Graph("g", torch.ones(3, 1), torch.tensor([[0], [1]]), torch.tensor([0, -1, 1])),
+            "y must hold a class of at least 0 for each node, got 1 negative numbers",
+        ),
+        (
+            lambda: Graph("g", torch.tensor([[1.0, 2.0], [3.0, torch.nan]]), torch.tensor([[0], [1]])),
+            "x must be finite, got 1 NaN or infinite values, the first one is feature 1 of node 1",
+        ),
+        (
             lambda: Graph("g", torch.ones(3, 1), torch.zeros(2, 0, dtype=torch.long)),
             r"edges must have shape \[2, edges\] with at least one edge, got \(2, 0\)",
         ),

@@ -50,8 +50,15 @@ def audit_tables(report: AuditReport) -> Iterator[Table]:
 
 
 def row_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """Return a table with one column for each item of the rows."""
-    table = Table(*rows[0], title=title)
+    """Return a table with one column for each item of the rows; columns without any value are left out."""
+    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    table = Table(*columns, title=title)
     for row in rows:
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(_format_cell(row[name]) for name in columns))
     return table
+
+
+def _format_cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -9,6 +9,7 @@ from suffice.link.auditing.scoring import EdgeSet
 from suffice.link.batches.negatives import sample_negatives
 from suffice.link.data.graph import Graph, Split
 from suffice.link.models import LinkPredictor, PairScorer
+from suffice.link.models.base import check_link_predictor
 from suffice.link.sparse.adjacency import remove_edges
 from suffice.link.train.inputs import node_features
 
@@ -31,7 +32,11 @@ def audit_trained(
     Returns:
         a report with the parts `heldout` and `train`.
 
+    Raises:
+        TypeError: the model is no `LinkPredictor`.
+
     """
+    check_link_predictor(model, "Audit any other module with audit(score, edges, module=model)")
     device = next(model.parameters()).device
     split = split.to(device)
     x = node_features(graph, model).to(device)

@@ -30,7 +30,8 @@ class Graph:
             the numbers 0 to nodes - 1. A graph that a study saves is without them.
 
     Raises:
-        ValueError: a node id is out of range, there are self-loops or duplicates, or `y` does not fit the nodes.
+        ValueError: a node id is out of range, there are self-loops or duplicates, features are not finite, or `y` does
+            not fit the nodes.
 
     """
 
@@ -42,10 +43,16 @@ class Graph:
     node_ids: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
+        _check_features(self.x)
         check_edges(self.edges, self.num_nodes)
         if self.y is not None and self.y.shape != (self.num_nodes,):
             raise ValueError(
                 f"y must have shape ({self.num_nodes},), one class for each node, got {tuple(self.y.shape)}"
+            )
+        if self.y is not None and bool((self.y < 0).any()):
+            raise ValueError(
+                f"y must hold a class of at least 0 for each node, got {int((self.y < 0).sum())} negative numbers. "
+                f"Remove the nodes without a class, or leave the classes out"
             )
 
     @property
@@ -55,14 +62,19 @@ class Graph:
 
     @property
     def classes(self) -> Tensor:
-        """Class of each node, long [nodes].
+        """Class of each node, long [nodes], to measure the alignment with them.
 
         Raises:
-            ValueError: the data set has no classes.
+            ValueError: the data set has no classes, or only one.
 
         """
         if self.y is None:
             raise ValueError(f"y must be the class of each node of {self.name}, got None")
+        if bool((self.y == self.y[0]).all()):
+            raise ValueError(
+                f"y must hold at least two classes, got only class {int(self.y[0])} in {self.name}. Leave the classes "
+                f"out to train without them"
+            )
         return self.y
 
     @classmethod
@@ -242,6 +254,19 @@ def split_edges(graph: Graph, config: SplitConfig, seed: int) -> Split:
     negatives = sample_negatives(graph.edges, graph.num_nodes, sum(counts), seed)
     negatives = negatives[:, torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed))]
     return Split(train, validation, test, negatives[:, : counts[0]], negatives[:, counts[0] :])
+
+
+def _check_features(x: Tensor) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"x must have shape [nodes, features], got {tuple(x.shape)}")
+    if not bool(x.sum().isfinite()):  # cheaper than a mask of all features, but the sum of finite features may overflow
+        is_wrong = ~x.isfinite()
+        if bool(is_wrong.any()):
+            node, feature = is_wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"x must be finite, got {int(is_wrong.sum())} NaN or infinite values, the first one is feature "
+                f"{feature} of node {node}"
+            )
 
 
 def check_edges(edges: Tensor, num_nodes: int) -> None:

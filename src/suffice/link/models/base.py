@@ -102,6 +102,21 @@ class LinkPredictor(nn.Module, ABC):
         return (self(x, edge_index, pairs),)
 
 
+def check_link_predictor(model: object, otherwise: str) -> None:
+    """Raise unless a model is a `LinkPredictor`.
+
+    Args:
+        model: what a user passed as model.
+        otherwise: what to do with other models.
+
+    Raises:
+        TypeError: it is something else.
+
+    """
+    if not isinstance(model, LinkPredictor):
+        raise TypeError(f"model must be a LinkPredictor of suffice.link, got {type(model).__name__}. {otherwise}")
+
+
 def mlp_block(in_channels: int, out_channels: int, norm: nn.Module, dropout: nn.Module) -> nn.Sequential:
     """Return a linear layer followed by norm, dropout and ReLU, of which the perceptrons of NCN are made."""
     return nn.Sequential(nn.Linear(in_channels, out_channels), norm, dropout, nn.ReLU())

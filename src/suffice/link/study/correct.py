@@ -67,7 +67,7 @@ def correct(
         results of all arms, with the alignment of two references: the node features and an untrained model.
 
     Raises:
-        ValueError: there is no arm or no seed, or two arms are the same.
+        ValueError: there is no arm or no seed, two arms are the same, or the graph has a single class.
         SufficeError: runs failed. The others are kept in `folder`; a second call tries the failed ones again.
 
     Example:
@@ -86,6 +86,8 @@ def correct(
         raise ValueError(f"arms must contain at least one arm and no arm twice, got {keys}")
     model, train, split = model or EncoderDecoderSettings(), train or TrainConfig(), split or SplitConfig()
     graph = prepare_graph(graph, split)
+    if graph.y is not None:
+        _ = graph.classes  # raises if there is only one class
     split = with_enough_negatives(split, graph, train.k)
     split_edges(graph, split, first_seed)  # raises if the graph cannot be split
     seed_list = range(first_seed, first_seed + seeds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from suffice.link.auditing.audit import AuditReport
 from suffice.link.auditing.trained import audit_trained
 from suffice.link.data.graph import Graph, Split, SplitConfig, prepare_graph, split_edges, with_enough_negatives
 from suffice.link.models import LinkPredictor, ModelSettings
+from suffice.link.study.results import limit_interval
 from suffice.link.study.training import train_model
 from suffice.link.train.alignment import alignment, feature_alignment
 from suffice.link.train.checkpoint import check_data, load_trained
@@ -155,9 +156,10 @@ def align_seeds(
         The measures of each repetition, under `trained`, `untrained` and `raw features`.
 
     Raises:
-        ValueError: the graph has no classes.
+        ValueError: the graph has no classes, or only one.
 
     """
+    _ = prepare_graph(experiment.graph, experiment.split).classes  # raises before any training
     measures: dict[str, list[dict[str, float]]] = {"trained": [], "untrained": [], "raw features": []}
     for seed in seeds:
         model, graph, split = experiment.fit(seed, on_epoch=on_epoch)
@@ -169,10 +171,16 @@ def align_seeds(
 
 
 def mean_rows(repetitions: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
-    """Return one row for each metric: `metric`, and `mean`, `low` and `high` of its 95 % t interval over seeds."""
-    return [
-        {"metric": name, **asdict(mean_interval([values[name] for values in repetitions]))} for name in repetitions[0]
-    ]
+    """Return one row for each metric: `metric`, and `mean`, `low` and `high` of its 95 % t interval over seeds.
+
+    Intervals are cut at the range of the metric. `low` and `high` are None for a single seed.
+    """
+    rows: list[dict[str, Any]] = []
+    for name in repetitions[0]:
+        interval = limit_interval(name, mean_interval([values[name] for values in repetitions]))
+        bounds = {"low": interval.low, "high": interval.high} if interval.has_bounds else {"low": None, "high": None}
+        rows.append({"metric": name, "mean": interval.mean, **bounds})
+    return rows
 
 
 def _checkpoint_of_seed(path: Path | None, seed: int, seeds: Sequence[int]) -> Path | None:

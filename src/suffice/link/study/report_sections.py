@@ -12,7 +12,7 @@ from suffice.link.auditing.audit import AuditReport
 from suffice.link.study.correct import load_stored_representations
 from suffice.link.study.demo import DemoResults, describe_results
 from suffice.link.study.figures import plot_audit, plot_embeddings, plot_response_curves
-from suffice.link.study.results import StudyResults, arm_key, collect_study
+from suffice.link.study.results import StudyResults, arm_key, collect_study, limit_interval
 from suffice.link.study.run_settings import REFERENCES
 from suffice.report import Figure, Page, Table, Text
 from suffice.study.results import Interval
@@ -93,9 +93,14 @@ def metrics_page(title: str, graph: str, rows: Sequence[Mapping[str, object]], c
 
     """
     page = Page(title=title, summary=f"On {graph}.", command=command)
-    cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row.values()] for row in rows]
-    page.add("Results", Table(list(rows[0]), cells))
+    page.add("Results", Table(list(rows[0]), [[_format_cell(cell) for cell in row.values()] for row in rows]))
     return page
+
+
+def _format_cell(cell: object) -> str:
+    if cell is None:
+        return ""
+    return f"{cell:.4f}" if isinstance(cell, float) else str(cell)
 
 
 def results_page(results: StudyResults, command: str, representations: Representations | None = None) -> Page:
@@ -196,7 +201,10 @@ def table_of_arms(results: StudyResults) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             key,
-            *(str(group.interval(metric)) if metric in group.values else "" for metric in metrics),
+            *(
+                str(limit_interval(metric, group.interval(metric))) if metric in group.values else ""
+                for metric in metrics
+            ),
             verdicts.get(key, ""),
         ]
         for key, group in groups.items()

@@ -203,6 +203,21 @@ def collect_study(graph: str, settings: dict[str, Any], records: Sequence[Record
     )
 
 
+def limit_interval(metric: str, interval: Interval) -> Interval:
+    """Return an interval that ends where the values of its metric end, for tables.
+
+    Args:
+        metric: name of a metric. Hits@K, AUC and other fractions are from 0 to 1; other metrics have no limits.
+        interval: t interval of its mean, which may be wider.
+
+    """
+    name = metric.partition(":")[0]
+    is_fraction = name.startswith(("hits@", "auc", "accuracy")) or name.endswith(("nmi", "probe"))
+    if not (is_fraction or name in ("ap", "mrr", "a_pure")) or not interval.has_bounds:
+        return interval
+    return Interval(interval.mean, max(interval.low, 0.0), min(interval.high, 1.0))
+
+
 def arm_key(record: Record) -> str:
     """Return the key of the arm of a run, or the name of the reference."""
     arm = record.settings["arm"]

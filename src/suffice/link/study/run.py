@@ -51,6 +51,8 @@ def train_and_audit(settings: Mapping[str, Any], seed: int, context: RunContext)
     """
     run = RunSettings.from_dict(settings)
     graph, split = load_graph_and_split(run, seed, context.folder)
+    if graph.y is not None:
+        _ = graph.classes  # raises before any training if there is only one class
     if isinstance(run.arm, Arm):
         return _train_arm(run, run.arm, graph, split, seed, context)
     if run.arm == "raw features":

@@ -11,6 +11,7 @@ from torch_geometric.utils import scatter
 from suffice.information.alignment import class_information, cluster_nmi, linear_probe, trace_ratio
 from suffice.link.data.graph import Graph, Split
 from suffice.link.models import LinkPredictor
+from suffice.link.models.base import check_link_predictor
 from suffice.link.train.inputs import message_edges, node_features
 
 MEASURES = ("nmi", "trace_ratio", "probe", "class_information")
@@ -80,9 +81,11 @@ def representations(model: LinkPredictor, graph: Graph, split: Split) -> dict[st
         each node that has one, [nodes with an edge, channels] (see `incident_edge_means`).
 
     Raises:
-        ValueError: the graph has no classes.
+        TypeError: the model is no `LinkPredictor`.
+        ValueError: the graph has no classes, or only one.
 
     """
+    check_link_predictor(model, "Pass the embeddings of any other module to measure_alignment")
     classes = graph.classes
     device = next(model.parameters()).device
     split = split.to(device)
