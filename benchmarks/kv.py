@@ -2,7 +2,8 @@
 
 Everything happens in one prefill of one process. In every layer, right after its attention, each of our policies and
 each press of kvpress scores and evicts the same keys and values; kvpress projects its queries again from the same
-hidden states, as it always does. The prefill is timed without them. The results are medians over several repetitions.
+hidden states, as it always does. The prefill is timed without them. The times are CPU times of one thread. The results
+are medians over several repetitions.
 
 Run with `make bench-kv`. Options: --tokens 2048 4096, --repeats 3, --budget 0.25, --json PATH.
 """
@@ -138,9 +139,9 @@ class Probe:
             self._correlate(index, module, kwargs)
 
     def _time(self, name: tuple[str, str], function: Any, *arguments: Any) -> None:
-        start = time.perf_counter()
+        start = time.process_time()
         function(*arguments)
-        self.seconds[name] += time.perf_counter() - start
+        self.seconds[name] += time.process_time() - start
 
     def _run_layer(self, layer: CompressedLayer) -> None:
         layer.update(self.call.key, self.call.value)
@@ -193,10 +194,10 @@ class Probe:
 
 
 def prefill_seconds(model: Any, ids: Tensor) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     with torch.no_grad():
         model(ids, use_cache=True, logits_to_keep=1)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def main() -> None:
@@ -284,10 +285,10 @@ def percent_of_observed_attention(model: Any, ids: Tensor, budget: float) -> flo
     plain = prefill_seconds(model, ids)
     model.set_attn_implementation("eager")
     press = kvpress.ObservedAttentionPress(compression_ratio=1 - budget)
-    start = time.perf_counter()
+    start = time.process_time()
     with torch.no_grad(), press(model):
         model(ids, use_cache=True, logits_to_keep=1, output_attentions=False)
-    total = time.perf_counter() - start
+    total = time.process_time() - start
     model.set_attn_implementation("sdpa")
     return 100 * (total - plain) / plain
 

@@ -86,8 +86,9 @@ class CompressedCache(Cache):
             they reproduce the attention over all entries (Attention Matching, 2602.16284). Both are fitted to 64
             queries of the prompt and its last 16, of which a quarter is held out: a head keeps its repair only if
             the error of its held-out outputs falls. The numbers take 4 bytes for each entry. Repair brought the cache
-            closer to the full cache in 33 of 36 measured cells (docs/results/kv-repair.md). It takes about a third of
-            the time of a prefill of 900 tokens on a CPU, and is therefore off by default.
+            closer to the full cache in 33 of 36 measured cells (docs/results/kv-repair.md). On one CPU thread,
+            it takes about a fifth of the time of a prefill of 1,000 tokens with SmolLM2-135M, and a smaller share of
+            longer prompts. It is therefore off by default.
 
     Raises:
         TypeError: an argument has the wrong type.
