@@ -51,6 +51,7 @@ ALL = "all three"
 MEMORY = [0.12, 0.08, 0.05, 0.03]
 TARGETS = [0.02, 0.05, 0.1]
 CONFIDENCE = 0.95
+MIN_FRESH = 8  # number of fresh prompts
 BOUND = "suffice.kv.eval.tune.skewed_mean_bound"
 PAGE = Path("docs/results/tune-coverage.md")
 START, END = "<!-- written by benchmarks/tune_coverage.py -->", "<!-- end -->"
@@ -185,7 +186,8 @@ def analyse(sets: dict[str, list[Group]], options: argparse.Namespace) -> dict[s
     hardest: list[dict[str, Any]] = []
     for name, groups in sets.items():
         for size in options.sizes:
-            for target in TARGETS:
+            has_fresh = len(groups[0].values["kl"]) - size >= MIN_FRESH
+            for target in TARGETS if has_fresh else ():
                 found = with_both_bounds(
                     lambda g=groups, n=size, t=target: fresh_prompts(g, n, options.repetitions, t, options.seed)
                 )
