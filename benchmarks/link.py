@@ -77,7 +77,7 @@ def time_sampling(graph: Graph, parts: Split, seed: int) -> tuple[float, int]:
 def time_validation(model: EncoderDecoder, graph: Graph, parts: Split) -> float:
     """Return the seconds that one evaluation on the validation edges takes."""
     start = time.perf_counter()
-    scores = score_validation_edges(model, node_features(graph, model), parts.message_edges(), parts)
+    scores = score_validation_edges(model, node_features(graph, model, parts), parts.message_edges(), parts)
     compute_metrics(*scores)
     return time.perf_counter() - start
 
@@ -90,7 +90,7 @@ def memory_added_by_audit(nodes: int) -> float:
     # Some training steps first, so that the memory pools of the allocator are filled.
     for batch in islice(_batches(graph, parts, 0), 3):
         messages = remove_edges(parts.message_edges(), batch.pairs, graph.num_nodes)
-        batch_loss(model(node_features(graph, model), messages, batch.pairs), batch).backward()
+        batch_loss(model(node_features(graph, model, parts), messages, batch.pairs), batch).backward()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     audit_trained(model, graph, parts)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

@@ -64,7 +64,7 @@ class Ours:
 
     def __init__(self, settings: ModelSettings, rate: float, graph: Graph, parts: Split) -> None:
         self.model: LinkPredictor = settings.build(graph.x.size(1)).train()
-        self.x = node_features(graph, self.model)
+        self.x = node_features(graph, self.model, parts)
         self.parts = parts
         self.adjacency = as_adjacency(message_edges(self.model, parts, graph.num_nodes), graph.num_nodes)
         self.optimizer = make_optimizer(self.model, TrainConfig(learning_rate=rate))

@@ -44,7 +44,7 @@ def test_every_model_learns_and_is_equivariant_to_the_order_of_nodes(encoder, de
 def test_sparse_features_give_the_same_scores(encoder, graph, parts):
     thin = replace(graph, x=graph.x * (torch.rand(graph.x.shape) < 0.02))
     model = replace(SMALL, encoder=encoder).build(graph.x.size(1)).eval()
-    x = node_features(thin, model)
+    x = node_features(thin, model, parts)
     assert x.layout == torch.sparse_csr
     with torch.no_grad():
         sparse, dense = (model(part, parts.message_edges(), parts.test) for part in (x, thin.x))

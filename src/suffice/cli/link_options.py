@@ -57,7 +57,12 @@ class GraphOptions:
             "ogbl-collab, ogbl-ppa), or an edge list in a .csv, .txt, .tsv, .mtx, .parquet or .npz file."
         ),
     ] = "digits"
-    features: Annotated[Path | None, typer.Option(help="File of node features for an edge list.")] = None
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of node features for an edge list; or degree or learned, for a graph without features."
+        ),
+    ] = None
     labels: Annotated[Path | None, typer.Option(help="File of node classes for an edge list.")] = None
     root: RootOption = Path("data")
     header: Annotated[
@@ -72,6 +77,10 @@ class GraphOptions:
             "--ids/--no-ids", help="Whether the first column of features and labels holds ids. Default: find out."
         ),
     ] = None
+    bipartite: Annotated[
+        bool,
+        typer.Option("--bipartite", help="The two columns of the edge list are the two sides of a bipartite graph."),
+    ] = False
 
     def load(self) -> Graph:
         """Load the graph."""
@@ -79,7 +88,7 @@ class GraphOptions:
         from suffice.link.study.run_settings import DataSource
 
         features, labels = (None if file is None else str(file) for file in (self.features, self.labels))
-        source = DataSource(self.data, features, labels, str(self.root), self.header, self.ids)
+        source = DataSource(self.data, features, labels, str(self.root), self.header, self.ids, self.bipartite)
         return source.load(Path(), SplitConfig())
 
 

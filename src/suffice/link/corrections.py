@@ -78,7 +78,7 @@ def freeze_statistics(
     module: nn.Module,
     score: Callable[[Tensor], Tensor],
     positives: Tensor,
-    num_nodes: int,
+    num_nodes: int | tuple[int, int],
     *,
     known: Tensor | None = None,
     composition: Composition | None = None,
@@ -91,7 +91,7 @@ def freeze_statistics(
         module: any module.
         score: scoring function that uses `module`, pairs [2, edges] -> scores [edges].
         positives: positive edges of the epoch, long [2, edges].
-        num_nodes: number of nodes of the graph.
+        num_nodes: number of nodes of the graph, or the numbers of both sides of a bipartite graph.
         known: more edges that are never sampled as negatives, long [2, edges].
         composition: how many positives a batch contains; `Fixed(0.5)` by default.
         batch_size: edges in a batch.

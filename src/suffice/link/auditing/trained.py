@@ -39,7 +39,7 @@ def audit_trained(
     check_link_predictor(model, "Audit any other module with audit(score, edges, module=model)")
     device = next(model.parameters()).device
     split = split.to(device)
-    x = node_features(graph, model).to(device)
+    x = node_features(graph, model, split).to(device)
     heldout_scorer = PairScorer(model, x, split.message_edges())
     heldout = EdgeSet(
         torch.cat([split.validation, split.test], dim=1),
@@ -50,7 +50,7 @@ def audit_trained(
     order = torch.randperm(split.train.size(1), generator=torch.Generator().manual_seed(seed))[:num_train]
     positives = split.train[:, order.to(device)]
     # With the split's own seed, the sampler would propose the held-out negatives, which must not be drawn again.
-    negatives = sample_negatives(split.known, graph.num_nodes, num_train, seed + 1)
+    negatives = sample_negatives(split.known, graph.sides, num_train, seed + 1)
     train_scorer = PairScorer(model, x, remove_edges(split.message_edges(), positives, graph.num_nodes))
     train = EdgeSet(positives, negatives, train_scorer)
     return audit(heldout_scorer, {"heldout": heldout, "train": train}, module=model, batch_size=batch_size, seed=seed)

@@ -26,15 +26,19 @@ class NegativeSampler:
 
     Args:
         known: edges that must not be sampled, in either direction, long [2, edges].
-        num_nodes: number of nodes.
+        num_nodes: number of nodes; of a bipartite graph, the numbers of nodes of both sides, as in PyG. The nodes of
+            the second side then follow those of the first, and pairs join a node of each side.
 
     """
 
-    def __init__(self, known: Tensor, num_nodes: int) -> None:
+    def __init__(self, known: Tensor, num_nodes: int | tuple[int, int]) -> None:
+        self._sides = None if isinstance(num_nodes, int) else num_nodes
+        num_nodes = num_nodes if isinstance(num_nodes, int) else sum(num_nodes)
         self.num_nodes = num_nodes
         self._known_keys = edge_keys(known[:, known[0] != known[1]], num_nodes).unique()  # sorted
         self._known = torch.stack([self._known_keys // num_nodes, self._known_keys % num_nodes])  # each edge once
-        self.num_available = num_nodes * (num_nodes - 1) // 2 - self._known_keys.numel()
+        num_pairs = num_nodes * (num_nodes - 1) // 2 if self._sides is None else self._sides[0] * self._sides[1]
+        self.num_available = num_pairs - self._known_keys.numel()
 
     def sample(self, count: int, seed: int) -> Tensor:
         """Return `count` pairs with the smaller node id first, long [2, count].
@@ -56,11 +60,18 @@ class NegativeSampler:
                 # On dense graphs PyG gives up early and returns fewer pairs. Exclude those as well and sample again.
                 excluded = torch.cat([self._known, sampled], dim=1)
                 missing = count - sampled.size(1)
-                # Undirected sampling counts both directions of a pair and returns the smaller node id first.
-                pairs = negative_sampling(excluded, self.num_nodes, 2 * missing, force_undirected=True)
-                sampled = torch.cat([sampled, pairs[:, : pairs.size(1) // 2]], dim=1)
+                sampled = torch.cat([sampled, self._propose(excluded, missing)], dim=1)
         self._verify(sampled)
         return sampled
+
+    def _propose(self, excluded: Tensor, count: int) -> Tensor:
+        """Return at most `count` pairs that are not excluded, the smaller node id first."""
+        if self._sides is not None:
+            offset = excluded.new_tensor([[0], [self._sides[0]]])
+            return negative_sampling(excluded - offset, self._sides, count) + offset
+        # Undirected sampling counts both directions of a pair and returns the smaller node id first.
+        pairs = negative_sampling(excluded, self.num_nodes, 2 * count, force_undirected=True)
+        return pairs[:, : pairs.size(1) // 2]
 
     def _verify(self, pairs: Tensor) -> None:
         keys = edge_keys(pairs, self.num_nodes).sort().values
@@ -71,12 +82,12 @@ class NegativeSampler:
             raise RuntimeError("torch_geometric.utils.negative_sampling returned a known edge or a pair twice")
 
 
-def sample_negatives(known: Tensor, num_nodes: int, count: int, seed: int) -> Tensor:
+def sample_negatives(known: Tensor, num_nodes: int | tuple[int, int], count: int, seed: int) -> Tensor:
     """Sample distinct pairs of nodes without an edge, uniformly.
 
     Args:
         known: edges that must not be sampled, in either direction, long [2, edges].
-        num_nodes: number of nodes.
+        num_nodes: number of nodes, or the numbers of both sides of a bipartite graph (see `NegativeSampler`).
         count: number of pairs.
         seed: the same seed gives the same pairs.
 

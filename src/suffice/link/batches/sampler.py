@@ -43,7 +43,7 @@ class EdgeBatches:
 
     Args:
         positives: edges to learn, each once, long [2, positives].
-        num_nodes: number of nodes.
+        num_nodes: number of nodes, or the numbers of both sides of a bipartite graph (see `NegativeSampler`).
         composition: how many positives a batch contains.
         batch_size: edges in a batch (of each rank).
         known: more edges that are never sampled as negatives, such as all edges of the graph and the negatives of
@@ -64,7 +64,7 @@ class EdgeBatches:
     def __init__(
         self,
         positives: Tensor,
-        num_nodes: int,
+        num_nodes: int | tuple[int, int],
         composition: Composition,
         *,
         batch_size: int = 512,
@@ -81,11 +81,11 @@ class EdgeBatches:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be from 0 to world_size - 1 = {world_size - 1}, got {rank}")
         self.positives = positives
-        self.num_nodes = num_nodes
         self.composition = composition
         self.batch_size = batch_size
         excluded = positives if known is None else torch.cat([positives, known], dim=1)
         self._negative_sampler = NegativeSampler(excluded, num_nodes)
+        self.num_nodes = self._negative_sampler.num_nodes
         self.balanced = balanced
         self.seed = seed
         self.rank = rank

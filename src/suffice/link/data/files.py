@@ -15,10 +15,12 @@ from torch import Tensor
 from suffice.link.data.checkpoint import load_checkpoint, save_checkpoint, select_prefix
 from suffice.link.data.edge_rules import EdgeRules, check_range
 from suffice.link.data.edge_tables import EdgeList, as_ids, read_edge_list
-from suffice.link.data.graph import Graph, Split
+from suffice.link.data.graph import Graph, Split, order_sides
 from suffice.link.data.node_tables import NodeTable, read_classes, read_features
 from suffice.link.data.tables import TABLE_SUFFIXES, check_suffix, plain_suffix
 
+MADE_FEATURES = ("degree", "learned")
+"""Words for the features of a graph without features."""
 GRAPH_SUFFIXES = (*(suffix for suffix in TABLE_SUFFIXES if suffix != ".npy"), ".npz")
 """Suffixes of the files that `read_graph` accepts as edges."""
 
@@ -32,6 +34,7 @@ def read_graph(
     header: bool | None = None,
     ids: bool | None = None,
     rules: EdgeRules | None = None,
+    bipartite: bool = False,
 ) -> Graph:
     """Read a graph from a user's files.
 
@@ -48,7 +51,8 @@ def read_graph(
 
     Args:
         edges: edge list, adjacency matrix, or an NPZ file with everything.
-        features: file with the features of each node; needed unless `edges` is an NPZ file.
+        features: file with the features of each node; needed unless `edges` is an NPZ file. `degree` or `learned` for a
+            graph without features (see `Graph`), whose nodes are those of the edges, in the order of their ids.
         labels: file with the class of each node; without it, the alignment with classes cannot be measured.
         name: name of the graph, shown in tables; by default the name of the edge list without its suffix.
         header: whether the first line is a header if it may be one. `0,1` may be an edge, or the header that pandas
@@ -56,6 +60,8 @@ def read_graph(
         ids: whether the first column of features and labels holds the ids of nodes. None finds out by its name, or
             because its cells are texts, and refuses a file in which neither tells.
         rules: what becomes of duplicate edges, self-loops and weights; by default, `EdgeRules()`.
+        bipartite: whether the first nodes of all edges are one side of a bipartite graph, and the second nodes the
+            other. Negatives then join a node of each side.
 
     Raises:
         ImportError: the packages pandas and pyarrow are missing, which a Parquet file needs.
@@ -69,9 +75,16 @@ def read_graph(
         edge_list, classes = EdgeList(as_ids(pairs, path)), None if y is None else NodeTable(y)
     else:
         if features is None:
-            raise ValueError(f"features must be a file with a row for each node of {path}, got None")
-        nodes = read_features(Path(features), header=header, ids=ids)
-        edge_list = read_edge_list(path, header=header, known_ids=nodes.ids)
+            raise ValueError(
+                f"features must be a file with a row for each node of {path}, or 'degree' or 'learned' for a graph "
+                f"without features, got None"
+            )
+        if features in MADE_FEATURES:
+            edge_list = read_edge_list(path, header=header)
+            nodes = _nodes_of_edges(edge_list)
+        else:
+            nodes = read_features(Path(features), header=header, ids=ids)
+            edge_list = read_edge_list(path, header=header, known_ids=nodes.ids)
         classes = None if labels is None else read_classes(Path(labels), len(nodes.values), ids=ids)
     x = _check_features(nodes.values)
     rules.check_weights(edge_list.values)
@@ -84,14 +97,15 @@ def read_graph(
         )
     edge_tensor = torch.from_numpy(numbered).T.contiguous()
     check_range(edge_tensor, len(x))
-    y = None if classes is None else _number_classes(classes, nodes.ids, len(x))
-    return Graph(
+    graph = Graph(
         name or path.name.removesuffix(".gz").removesuffix(plain_suffix(path)),
         torch.from_numpy(x),
         rules.apply(edge_tensor, len(x)),
-        y,
+        None if classes is None else _number_classes(classes, nodes.ids, len(x)),
         node_ids=nodes.ids,
+        features=str(features) if features in MADE_FEATURES else "given",
     )
+    return order_sides(graph, _find_left(edge_tensor, len(x), nodes.ids, path)) if bipartite else graph
 
 
 def save_graph(graph: Graph, folder: str | Path) -> str:
@@ -112,14 +126,17 @@ def save_graph(graph: Graph, folder: str | Path) -> str:
         tensors["y"] = graph.y
     if graph.official_split is not None:
         tensors |= {f"official/{name}": getattr(graph.official_split, name) for name in Split.__dataclass_fields__}
-    digest = hashlib.sha256(graph.name.encode())
+    about = {"name": graph.name}
+    if graph.features != "given" or graph.num_left is not None:
+        about |= {"features": graph.features, "num_left": graph.num_left}
+    digest = hashlib.sha256("".join(map(str, about.values())).encode())
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     stem = "".join(c if c.isalnum() else "-" for c in graph.name)
     file = f"inputs/{stem}-{digest.hexdigest()[:12]}.safetensors"
     if not (Path(folder) / file).exists():
-        save_checkpoint(Path(folder) / file, tensors, {"name": graph.name})
+        save_checkpoint(Path(folder) / file, tensors, about)
     return file
 
 
@@ -134,7 +151,8 @@ def read_saved_graph(path: Path) -> Graph:
     tensors, metadata = load_checkpoint(path)
     split = select_prefix(tensors, "official")
     official_split = Split(**split) if split else None
-    return Graph(str(metadata["name"]), tensors["x"], tensors["edges"], tensors.get("y"), official_split)
+    made = {name: metadata[name] for name in ("features", "num_left") if name in metadata}
+    return Graph(str(metadata["name"]), tensors["x"], tensors["edges"], tensors.get("y"), official_split, **made)
 
 
 def _read_npz(path: Path) -> tuple[NDArray[Any], NodeTable, NDArray[Any] | None]:
@@ -152,6 +170,31 @@ def _read_npz(path: Path) -> tuple[NDArray[Any], NodeTable, NDArray[Any] | None]
     if pairs.dtype.kind == "f" and not np.equal(np.mod(pairs, 1), 0).all():
         raise ValueError(f"edges must hold integer node ids from 0 to {len(x) - 1}, got fractions")
     return pairs, NodeTable(x), y
+
+
+def _nodes_of_edges(edges: EdgeList) -> NodeTable:
+    """Return the nodes of a graph without features, with a column of zeros."""
+    if edges.num_nodes is not None:
+        return NodeTable(np.zeros((edges.num_nodes, 1)))
+    ids = np.unique(edges.pairs)
+    is_count = ids.dtype.kind == "i" and np.array_equal(ids, np.arange(len(ids)))
+    return NodeTable(np.zeros((len(ids), 1)), None if is_count else ids)
+
+
+def _find_left(edges: Tensor, num_nodes: int, ids: NDArray[Any] | None, path: Path) -> Tensor:
+    """Return which nodes are on the first side, bool [nodes]; nodes without an edge are on the second side."""
+    is_first, is_second = torch.zeros(2, num_nodes, dtype=torch.bool)
+    is_first[edges[0]] = True
+    is_second[edges[1]] = True
+    if bool((is_first & is_second).any()):
+        node = int((is_first & is_second).nonzero()[0])
+        shown = node if ids is None else ids[node]
+        raise ValueError(
+            f"{path} must have the ids of one side in its first column and those of the other side in its second if "
+            f"bipartite is True, got {int((is_first & is_second).sum())} ids in both, the first is {shown}. Put a "
+            f"letter before the ids of one side"
+        )
+    return is_first
 
 
 def _check_features(x: NDArray[Any]) -> NDArray[np.float32]:

@@ -15,6 +15,9 @@ from torch_geometric.utils import to_undirected
 from suffice.link.batches.negatives import NegativeSampler, edge_keys, sample_negatives
 from suffice.link.data.edge_rules import EdgeRules, check_range, find_copies, refuse_edges
 
+FEATURES = ("given", "degree", "learned")
+"""Where the features of the nodes come from."""
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -28,6 +31,11 @@ class Graph:
         official_split: the split that comes with the data set; None if there is none.
         node_ids: id of each node in the user's files or graph, numbers or texts, [nodes]; None if the nodes already had
             the numbers 0 to nodes - 1. A graph that a study saves is without them.
+        features: `given` in `x`; or, for a graph without features, `degree` (the logarithm of the number of training
+            edges of a node) or `learned` (one embedding for each node, which is trained with the model). `x` is then a
+            column of zeros.
+        num_left: number of nodes of the first side of a bipartite graph, which come first. Every edge then joins a node
+            of each side, and so does every sampled negative. None for other graphs.
 
     Raises:
         ValueError: a node id is out of range, there are self-loops or duplicates, features are not finite, or `y` does
@@ -41,10 +49,17 @@ class Graph:
     y: Tensor | None = None
     official_split: Split | None = None
     node_ids: NDArray[Any] | None = None
+    features: str = "given"
+    num_left: int | None = None
 
     def __post_init__(self) -> None:
+        if self.features not in FEATURES:
+            raise ValueError(f"features must be one of {', '.join(FEATURES)}, got {self.features!r}")
         _check_features(self.x)
         check_edges(self.edges, self.num_nodes)
+        if self.num_left is not None:
+            is_left = self.edges < self.num_left
+            refuse_edges(self.edges, is_left[0] == is_left[1], "join a node of each side", "within one side")
         if self.y is not None and self.y.shape != (self.num_nodes,):
             raise ValueError(
                 f"y must have shape ({self.num_nodes},), one class for each node, got {tuple(self.y.shape)}"
@@ -59,6 +74,16 @@ class Graph:
     def num_nodes(self) -> int:
         """Number of nodes."""
         return self.x.size(0)
+
+    @property
+    def num_features(self) -> int:
+        """Number of features of a node, which is `in_channels` of a model."""
+        return self.num_nodes if self.features == "learned" else self.x.size(1)
+
+    @property
+    def sides(self) -> int | tuple[int, int]:
+        """Number of nodes, or those of both sides if the graph is bipartite, as `NegativeSampler` takes it."""
+        return self.num_nodes if self.num_left is None else (self.num_left, self.num_nodes - self.num_left)
 
     @property
     def classes(self) -> Tensor:
@@ -78,28 +103,38 @@ class Graph:
         return self.y
 
     @classmethod
-    def from_data(cls, data: Data, name: str, *, rules: EdgeRules | None = None) -> Graph:
+    def from_data(cls, data: Data, name: str, *, features: str = "given", rules: EdgeRules | None = None) -> Graph:
         """Make an undirected graph from PyG's `Data`.
 
         Args:
-            data: graph with `edge_index` and `x`, and optionally `y`.
+            data: graph with `edge_index`, and optionally `x` and `y`.
             name: name of the graph, shown in tables.
+            features: `given` in `x`; `degree` or `learned` for a graph without features (see `Graph`).
             rules: what becomes of duplicate edges, self-loops and weights; by default, `EdgeRules()`.
 
         Raises:
+            TypeError: `data` is not a `Data`, for example a `HeteroData`.
             ValueError: `data` has no edges or no features, or an edge is refused by the rules.
 
         """
-        if data.edge_index is None or data.x is None:
-            raise ValueError(f"data must have edge_index and x, got {sorted(data.to_dict())} for {name}")
+        if not isinstance(data, Data):
+            raise TypeError(
+                f"data must be a torch_geometric.data.Data with one type of nodes and of edges, got "
+                f"{type(data).__name__}. A HeteroData has to_homogeneous()"
+            )
+        x = data.x if features == "given" else torch.zeros(int(data.num_nodes or 0), 1)
+        if data.edge_index is None or x is None:
+            raise ValueError(
+                f"data must have edge_index and x, got {sorted(data.to_dict())} for {name}. Use features='degree' or "
+                f"'learned' for a graph without x"
+            )
         rules = rules or EdgeRules()
-        values = [key for key in data.edge_attrs() if key != "edge_index"]
-        rules.check_weights(", ".join(values) or None)
-        check_range(data.edge_index, data.x.size(0))
-        edges = rules.apply(data.edge_index, data.x.size(0))
-        edges = edges[:, edge_keys(edges, data.x.size(0)).argsort()]
-        y = data.y if isinstance(data.y, Tensor) and data.y.ndim == 1 else None
-        return cls(name, data.x.float(), edges, None if y is None else y.long())
+        rules.check_weights(", ".join(key for key in data.edge_attrs() if key != "edge_index") or None)
+        check_range(data.edge_index, x.size(0))
+        edges = rules.apply(data.edge_index, x.size(0))
+        edges = edges[:, edge_keys(edges, x.size(0)).argsort()]
+        y = data.y.flatten() if isinstance(data.y, Tensor) and data.y.numel() == x.size(0) else None
+        return cls(name, x.float(), edges, None if y is None else y.long(), features=features)
 
     def to_data(self) -> Data:
         """Return PyG's `Data` with both directions of every edge."""
@@ -190,8 +225,36 @@ def prepare_graph(graph: Graph, config: SplitConfig) -> Graph:
     """Return the graph, or only its largest connected component if `config.largest_component` is set."""
     if not config.largest_component:
         return graph
-    data = LargestConnectedComponents()(graph.to_data())
-    return replace(Graph.from_data(data, graph.name), official_split=None)
+    data = graph.to_data()
+    data.number = torch.arange(graph.num_nodes)
+    kept = LargestConnectedComponents()(data)
+    return replace(
+        Graph.from_data(kept, graph.name),
+        official_split=None,
+        node_ids=None if graph.node_ids is None else graph.node_ids[kept.number.numpy()],
+        features=graph.features,
+        num_left=None if graph.num_left is None else int((kept.number < graph.num_left).sum()),
+    )
+
+
+def order_sides(graph: Graph, is_left: Tensor) -> Graph:
+    """Return a bipartite graph, whose nodes are ordered by side; `node_ids` tells their numbers or ids from before.
+
+    Args:
+        graph: a graph without an official split.
+        is_left: whether a node is on the first side, bool [nodes].
+
+    Raises:
+        ValueError: an edge joins nodes of one side.
+
+    """
+    order = torch.cat([is_left.nonzero().flatten(), (~is_left).nonzero().flatten()])
+    position = torch.empty_like(order)
+    position[order] = torch.arange(graph.num_nodes)
+    ids = order.numpy() if graph.node_ids is None else graph.node_ids[order.numpy()]
+    edges = position[graph.edges].sort(dim=0).values
+    y = None if graph.y is None else graph.y[order]
+    return replace(graph, x=graph.x[order], edges=edges, y=y, node_ids=ids, num_left=int(is_left.sum()))
 
 
 def with_enough_negatives(config: SplitConfig, graph: Graph, k: int) -> SplitConfig:
@@ -211,7 +274,7 @@ def with_enough_negatives(config: SplitConfig, graph: Graph, k: int) -> SplitCon
     if graph.official_split is not None or min(sizes) < 1 or min(sizes) * config.negatives >= k:
         return config
     negatives = k / min(sizes)
-    num_available = NegativeSampler(graph.edges, graph.num_nodes).num_available
+    num_available = NegativeSampler(graph.edges, graph.sides).num_available
     return replace(config, negatives=negatives) if sum(sizes) * negatives <= num_available / 2 else config
 
 
@@ -251,7 +314,7 @@ def split_edges(graph: Graph, config: SplitConfig, seed: int) -> Split:
     train, validation, test = (part.pos_edge_label_index for part in parts)
     counts = [max(1, round(part.size(1) * config.negatives)) for part in (validation, test)]
     # One draw for both parts, whose pairs are distinct: RandomLinkSplit can repeat negatives (PyG issue 10706).
-    negatives = sample_negatives(graph.edges, graph.num_nodes, sum(counts), seed)
+    negatives = sample_negatives(graph.edges, graph.sides, sum(counts), seed)
     negatives = negatives[:, torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed))]
     return Split(train, validation, test, negatives[:, : counts[0]], negatives[:, counts[0] :])
 

@@ -102,7 +102,9 @@ def correct(
         plan = [plan_run(arm, seed) for seed in seed_list for arm in arms]
         if graph.y is not None:
             raw_features, untrained = REFERENCES
-            plan += [plan_run(raw_features, first_seed), *(plan_run(untrained, seed) for seed in seed_list)]
+            if graph.features == "given":
+                plan.append(plan_run(raw_features, first_seed))
+            plan += [plan_run(untrained, seed) for seed in seed_list]
         name = Path(data).stem
         _log_finished_runs(Path(home), name, plan, log)
         run_study(

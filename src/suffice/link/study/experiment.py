@@ -153,7 +153,7 @@ def align_seeds(
         on_epoch: called with the result of each epoch.
 
     Returns:
-        The measures of each repetition, under `trained`, `untrained` and `raw features`.
+        The measures of each repetition, under `trained`, `untrained` and, if the graph has features, `raw features`.
 
     Raises:
         ValueError: the graph has no classes, or only one.
@@ -163,11 +163,12 @@ def align_seeds(
     measures: dict[str, list[dict[str, float]]] = {"trained": [], "untrained": [], "raw features": []}
     for seed in seeds:
         model, graph, split = experiment.fit(seed, on_epoch=on_epoch)
-        untrained = experiment.model.build(graph.x.size(1), seed).to(experiment.device)
+        untrained = experiment.model.build(graph.num_features, seed).to(experiment.device)
         measures["trained"].append(alignment(model, graph, split, seed=seed))
         measures["untrained"].append(alignment(untrained, graph, split, seed=seed))
-        measures["raw features"].append(feature_alignment(graph, seed=seed))
-    return measures
+        if graph.features == "given":
+            measures["raw features"].append(feature_alignment(graph, seed=seed))
+    return {name: values for name, values in measures.items() if values}
 
 
 def mean_rows(repetitions: Sequence[dict[str, float]]) -> list[dict[str, Any]]:

@@ -58,7 +58,7 @@ def train_and_audit(settings: Mapping[str, Any], seed: int, context: RunContext)
     if run.arm == "raw features":
         measures = measure_alignment(graph.x, graph.classes)
         return {"values": {f"node_{name}": value for name, value in measures.items()}, "graph": _describe(graph)}
-    model = run.model.build(graph.x.size(1), seed)
+    model = run.model.build(graph.num_features, seed)
     return {"values": alignment(model, graph, split), "graph": _describe(graph)}
 
 
@@ -120,7 +120,7 @@ def _split(folder: Path, data: DataSource, config: SplitConfig, seed: int) -> Sp
 
 
 def _describe(graph: Graph) -> dict[str, Any]:
-    sizes = {"nodes": graph.num_nodes, "edges": graph.edges.size(1), "features": graph.x.size(1)}
+    sizes = {"nodes": graph.num_nodes, "edges": graph.edges.size(1), "features": graph.num_features}
     return {"name": graph.name, **sizes}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from suffice.link.data.datasets import DATASET_NAMES, load_graph
-from suffice.link.data.files import GRAPH_SUFFIXES, read_graph, read_saved_graph
+from suffice.link.data.files import GRAPH_SUFFIXES, MADE_FEATURES, read_graph, read_saved_graph
 from suffice.link.data.graph import Graph, SplitConfig, prepare_graph
 from suffice.link.data.tables import plain_suffix
 from suffice.link.models import EncoderDecoderSettings, ModelSettings, get_model_settings
@@ -25,7 +25,7 @@ _MODEL_OPTIONS_OF_ARM = ("encoder_norm", "decoder_norm")
 _TRAIN_OPTIONS_OF_ARM = ("composition", "balanced", "seed")
 
 _SAVED_GRAPH = ".safetensors"
-_OPTIONAL = ("header", "ids")
+_OPTIONAL = {"header": None, "ids": None, "bipartite": False}
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,12 @@ class DataSource:
 
     Args:
         name: name of a data set; a file with the edges (see `read_graph`); or a graph that a study saved in its folder.
-        features: file of node features, for a file that holds only edges.
+        features: file of node features, for a file that holds only edges; or `degree` or `learned`.
         labels: file of node classes, for a file that holds only edges.
         root: folder of downloaded data sets.
         header: whether an unclear first line of a file is a header; None refuses it.
         ids: whether the first column of features and labels holds ids; None to find out.
+        bipartite: whether the two columns of an edge list are the sides of a bipartite graph.
 
     """
 
@@ -48,13 +49,16 @@ class DataSource:
     root: str = "data"
     header: bool | None = None
     ids: bool | None = None
+    bipartite: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a JSON-serializable dictionary.
 
-        `header` and `ids` are left out if they are None, so that they change no key of a stored run.
+        The last three are left out if they have their defaults, so that they change no key of a stored run.
         """
-        return {name: value for name, value in asdict(self).items() if name not in _OPTIONAL or value is not None}
+        return {
+            name: value for name, value in asdict(self).items() if name not in _OPTIONAL or value != _OPTIONAL[name]
+        }
 
     def load(self, folder: Path, config: SplitConfig) -> Graph:
         """Return the graph, prepared for a split.
@@ -68,7 +72,8 @@ class DataSource:
         if suffix == _SAVED_GRAPH:
             return read_saved_graph(folder / self.name)  # prepared when it was saved
         if suffix in GRAPH_SUFFIXES:
-            graph = read_graph(self.name, self.features, self.labels, header=self.header, ids=self.ids)
+            options = {name: getattr(self, name) for name in _OPTIONAL}
+            graph = read_graph(self.name, self.features, self.labels, **options)
         else:
             graph = load_graph(self.name, self.root)
         return prepare_graph(graph, config)
@@ -82,7 +87,8 @@ class DataSource:
         """
         suffix = plain_suffix(Path(self.name))
         if suffix in GRAPH_SUFFIXES:
-            files = [Path(name) for name in (self.name, self.features, self.labels) if name is not None]
+            names = (self.name, self.features, self.labels)
+            files = [Path(name) for name in names if name is not None and name not in MADE_FEATURES]
             for file in files:
                 if not file.is_file():
                     raise ValueError(f"data must be existing files, got {str(file)!r}")
@@ -139,7 +145,7 @@ class RunSettings:
         arm, data = settings["arm"], settings["data"]
         return cls(
             arm=arm if arm in REFERENCES else Arm.from_setting(arm),
-            data=DataSource(**{name: data.get(name) for name in DataSource.__dataclass_fields__}),
+            data=DataSource(**{name: data[name] for name in DataSource.__dataclass_fields__ if name in data}),
             model=_read_model(settings["model"]),
             train=TrainConfig.from_dict(settings["train"]),
             split=SplitConfig(**settings["split"]),

@@ -39,7 +39,7 @@ def train_model(
 
     """
     reuse_freed_memory(graph.num_nodes, model_settings.hidden)
-    in_channels = graph.x.size(1)
+    in_channels = graph.num_features
     model = model_settings.build(in_channels, train_config.seed).to(device)
     metadata = {
         "model": model_settings.to_dict(),

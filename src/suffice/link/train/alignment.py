@@ -93,7 +93,7 @@ def representations(model: LinkPredictor, graph: Graph, split: Split) -> dict[st
     model.eval()
     with torch.no_grad():
         edge_index = message_edges(model, split, graph.num_nodes)
-        encoding = model.encode(node_features(graph, model).to(device), edge_index)
+        encoding = model.encode(node_features(graph, model, split).to(device), edge_index)
         chunks = [model.edge_embedding(encoding, pairs) for pairs in split.train.split(2**15, dim=1)]
         means, has_edge = incident_edge_means(torch.cat(chunks), split.train, graph.num_nodes)
     model.train(was_training)

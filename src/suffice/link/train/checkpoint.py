@@ -94,7 +94,7 @@ def data_digests(graph: Graph, split: Split) -> dict[str, str]:
     """Return a digest of the graph (nodes, features and edges) and one of the split, by which checkpoints know them."""
     edges = graph.edges[:, (graph.edges[0] * graph.num_nodes + graph.edges[1]).argsort()]
     parts = [getattr(split, name) for name in Split.__dataclass_fields__]
-    return {"graph": _digest(graph.x, edges), "split": _digest(*parts)}
+    return {"graph": _digest(graph.x, edges, name=graph.features), "split": _digest(*parts)}
 
 
 def check_data(path: str | Path, metadata: Mapping[str, Any], graph: Graph, split: Split) -> None:
@@ -127,8 +127,8 @@ def _check_digests(path: str | Path, metadata: Mapping[str, Any], expected: Mapp
         )
 
 
-def _digest(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
+def _digest(*tensors: Tensor, name: str = "") -> str:
+    digest = hashlib.sha256(name.encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().data)

@@ -29,7 +29,7 @@ def evaluate(model: nn.Module, graph: Graph, split: Split, config: SplitConfig, 
     device = next(model.parameters()).device
     split = split.to(device)
     edge_index = message_edges(model, split, graph.num_nodes, validation=config.validation_edges_at_test)
-    x = node_features(graph, model).to(device)
+    x = node_features(graph, model, split).to(device)
     return compute_metrics(*score_edges(model, x, edge_index, split.test, split.test_negatives), k)
 
 

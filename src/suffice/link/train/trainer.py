@@ -143,7 +143,7 @@ class _Training:
         rank, world_size = rank_and_world_size()
         batches = EdgeBatches(
             split.train if config.directions == 1 else split.message_edges(),
-            graph.num_nodes,
+            graph.sides,
             config.composition,
             batch_size=config.batch_size,
             known=split.known,
@@ -155,7 +155,7 @@ class _Training:
         return cls(
             model=model,
             forward=distribute(model),
-            x=node_features(graph, model).to(split.train.device),
+            x=node_features(graph, model, split).to(split.train.device),
             edge_index=message_edges(model, split, graph.num_nodes),
             split=split,
             batches=batches,
