@@ -35,6 +35,7 @@ from torch import Tensor
 
 from suffice.information.linalg import matmul, psd_cholesky, triangular_inverse, working_dtype
 from suffice.information.validation import (
+    all_finite,
     check_floating,
     check_ridge,
     check_square,
@@ -76,8 +77,9 @@ def noise_variance(gram: Tensor, ridge: float = 0.1, relative: bool = True) -> T
     dtype = working_dtype(gram.dtype)
     trace = gram.diagonal(dim1=-2, dim2=-1).to(dtype).sum(-1)  # [...]
     noise = trace * (ridge / gram.shape[-1]) if relative else torch.ones_like(trace) * ridge
-    if not (trace.isfinite() & noise.isfinite()).all():
-        if not trace.isfinite().all():
+    # A relative noise variance is not finite where the trace is not.
+    if not (all_finite(noise) and (relative or all_finite(trace))):
+        if not all_finite(trace):
             raise ValueError("gram must have a finite trace, got NaN or Inf")
         raise ValueError(f"ridge must give a noise variance within the range of {dtype}, got {ridge}")
     noise = noise.clamp(min=torch.finfo(dtype).tiny)
@@ -139,7 +141,7 @@ class CholeskyFactor:
             weights = vectors.new_ones(vectors.shape[:-1]) if weights is None else check_weights(weights, vectors)
             rows = scale_rows(vectors.to(dtype), weights.to(dtype), self.vector_scale, self.weight_scale)
         scores = _quadratic_form(self.cholesky, rows)
-        if not scores.isfinite().all():
+        if not all_finite(scores):
             raise ValueError(
                 "vectors and weights must be finite, weights at least 0, and both in the range of the set's own, "
                 f"got leverage scores that are NaN or infinite in {dtype}"
@@ -165,9 +167,11 @@ def prepare_set(
     noise = noise_variance(items.gram, ridge, relative)
     dtype = items.gram.dtype
     if dtype != torch.float64:
-        trace = items.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        limit = MIN_FLOAT32_RIDGE * trace / items.gram.shape[-1]
-        is_small = ridge < MIN_FLOAT32_RIDGE if relative else bool((noise < limit).any())
+        if relative:
+            is_small = ridge < MIN_FLOAT32_RIDGE
+        else:
+            trace = items.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+            is_small = bool((noise < MIN_FLOAT32_RIDGE * trace / items.gram.shape[-1]).any())
         if is_small:
             items = WeightedSet.from_vectors(vectors, weights, valid, relative, torch.float64)
             noise = noise_variance(items.gram, ridge, relative)
@@ -336,8 +340,9 @@ def deletion_cost(leverage: Tensor) -> Tensor:
 
 def factorize_gram(gram: Tensor, noise: Tensor) -> Tensor:
     """Return the lower Cholesky factor of A = σ²I + G, [..., d, d], float64."""
-    identity = torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
-    return psd_cholesky(gram.double() + noise.double()[..., None, None] * identity, torch.finfo(gram.dtype).eps)
+    matrix = gram.to(torch.float64, copy=True)
+    matrix.diagonal(dim1=-2, dim2=-1).add_(noise.double().unsqueeze(-1))
+    return psd_cholesky(matrix, torch.finfo(gram.dtype).eps)
 
 
 def row_leverage(rows: Tensor, gram: Tensor, noise: Tensor) -> Tensor:

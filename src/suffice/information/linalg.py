@@ -35,6 +35,8 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
     Autocast would compute Gram matrices in half precision, where they are often not positive definite.
     """
+    if not torch.is_autocast_enabled(left.device.type):
+        return left @ right
     with torch.autocast(left.device.type, enabled=False):
         return left @ right
 

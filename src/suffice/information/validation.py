@@ -140,6 +140,11 @@ def check_count(name: str, value: object, maximum: int | None = None) -> int:
     return number
 
 
+def all_finite(x: Tensor) -> bool:
+    """Return whether no number in a tensor is NaN or infinite."""
+    return math.isfinite(torch.linalg.vector_norm(x, ord=math.inf).item())
+
+
 def check_gram_finite(gram: Tensor, vectors: Tensor, weights: Tensor | None) -> None:
     """Raise if the Gram matrix [..., d, d] of weighted vectors is not finite, and name the input that caused it.
 
@@ -150,7 +155,7 @@ def check_gram_finite(gram: Tensor, vectors: Tensor, weights: Tensor | None) -> 
         ValueError: an input is NaN, infinite or negative where it must not be, or the Gram matrix overflows.
 
     """
-    if not gram.diagonal(dim1=-2, dim2=-1).isfinite().all():
+    if not all_finite(gram.diagonal(dim1=-2, dim2=-1)):
         _raise_not_finite(gram, vectors, weights)
 
 

@@ -89,18 +89,22 @@ class WeightedSet:
 
 def scale_rows(vectors: Tensor, weights: Tensor, vector_scale: Tensor, weight_scale: Tensor) -> Tensor:
     """Return √(w / weight_scale) · u / vector_scale, [..., n, d]; NaN where a weight is negative."""
+    return vectors * _row_scale(weights, vector_scale, weight_scale)
+
+
+def _row_scale(weights: Tensor, vector_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """Return √(w / weight_scale) / vector_scale, [..., n, 1]."""
     # The square root comes first: it halves the exponents, so that the quotient of any two weights is in range.
-    root = weights.sqrt() / weight_scale.sqrt().unsqueeze(-1) / vector_scale.unsqueeze(-1)
-    return vectors * root.unsqueeze(-1)
+    return (weights.sqrt() / weight_scale.sqrt().unsqueeze(-1) / vector_scale.unsqueeze(-1)).unsqueeze(-1)
 
 
 def _scaled_gram(vectors: Tensor, weights: Tensor, vector_scale: Tensor, weight_scale: Tensor) -> Tensor:
     """Return the sum of the outer products of the scaled rows, [..., d, d]."""
     size = vectors.shape[-1]
     total = vectors.new_zeros((*vectors.shape[:-2], size, size))
-    chunks = zip(vectors.split(CHUNK_SIZE, dim=-2), weights.split(CHUNK_SIZE, dim=-1), strict=True)
-    for chunk_vectors, chunk_weights in chunks:
-        rows = scale_rows(chunk_vectors, chunk_weights, vector_scale, weight_scale)
+    scale = _row_scale(weights, vector_scale, weight_scale)
+    for part, part_scale in zip(vectors.split(CHUNK_SIZE, dim=-2), scale.split(CHUNK_SIZE, dim=-2), strict=True):
+        rows = part * part_scale
         total += matmul(rows.mT, rows)
     return total
 

@@ -44,6 +44,8 @@ class RecentQueries:
 
     def join(self) -> tuple[Tensor, Tensor]:
         """Return the queries [batch, num_heads, queries, head_dim] and their positions [batch, queries]."""
+        if len(self.parts) == 1:  # for example those of a whole prompt, which would be expensive to copy
+            return self.parts[0], self.positions[0]
         return torch.cat(self.parts, dim=2), torch.cat(self.positions, dim=1)
 
     def right_aligned(self) -> RecentQueries:

@@ -18,6 +18,8 @@ from suffice.kv.policy.layer_context import EntryPositions, LayerContext
 from suffice.kv.policy.weight_state import QueryMoments, WeightState
 
 T = TypeVar("T")
+_WEIGHTS_PER_BLOCK = 2**19
+"""Number of attention weights of the last queries that are computed at a time."""
 
 
 class AttentionStats:
@@ -343,7 +345,7 @@ class AttentionStats:
     def window_attention(self, window_size: int) -> Tensor:
         """Return the attention that each entry receives from the last `window_size` queries, on average.
 
-        Equals `window_attention_weights(window_size).mean((2, 3))`, with the weights of only one head in memory.
+        Equals `window_attention_weights(window_size).mean((2, 3))`, with the weights of only a few heads in memory.
 
         Returns:
             [batch, num_key_value_heads, entries].
@@ -356,27 +358,25 @@ class AttentionStats:
         has_terms = self.sink_logits is not None or self.logit_bias is not None
         if has_terms or self.valid is not None or self.valid_queries is not None or self.attention is not None:
             return self.window_attention_weights(window_size).mean((2, 3))
-        queries = self.group_heads(self.queries[:, :, -window_size:].float() * self.scaling)
+        queries = self.group_heads(self.queries[:, :, -window_size:].float() * self.scaling).flatten(2, 3)
         future, readers = self._future_mask(slice(-window_size, None)), self._readers(slice(-window_size, None))
-        received = torch.empty(self.batch_size, self.num_key_value_heads, self.num_entries, device=self.device)
-        # All heads use the same two buffers, which therefore stay in the CPU cache.
-        rows = self.num_key_value_groups * window_size
-        logits, weights = received.new_empty(2, self.batch_size, rows, self.num_entries)
-        share = received.new_full((1, rows), 1 / rows)
-        for head in range(self.num_key_value_heads):
-            torch.matmul(queries[:, head].flatten(1, 2), self.keys32[:, head].mT, out=logits)
-            if self.softcap is not None:
-                logits.div_(self.softcap).tanh_().mul_(self.softcap)
-            masked = future[:, min(head, future.shape[1] - 1)]
-            newest = logits.unflatten(1, (-1, window_size))[..., -future.shape[-1] :]
-            newest.masked_fill_(masked[:, None], -torch.inf)
-            torch.softmax(logits, -1, out=weights)
+        rows = queries.shape[2]
+        share = queries.new_full((1, rows), 1 / rows)
+        # Few heads at a time, so that their attention weights stay in the CPU cache.
+        size = max(1, _WEIGHTS_PER_BLOCK // (self.batch_size * rows * self.num_entries))
+        received: list[Tensor] = []
+        for start in range(0, self.num_key_value_heads, size):
+            heads = slice(start, start + size)
+            logits = self.cap_logits(queries[:, heads] @ self.keys32[:, heads].mT)
+            newest = logits.unflatten(2, (-1, window_size))[..., -future.shape[-1] :]
+            newest.masked_fill_((future if future.shape[1] == 1 else future[:, heads])[:, :, None], -torch.inf)
+            weights = logits.softmax(-1)
             if readers is not None:
                 # The softmax of a query that reads no entry is NaN.
-                unread = ~readers[:, min(head, readers.shape[1] - 1)]
-                weights.unflatten(1, (-1, window_size)).masked_fill_(unread[:, None, :, None], 0.0)
-            received[:, head] = (share @ weights).squeeze(1)
-        return received
+                unread = ~(readers if readers.shape[1] == 1 else readers[:, heads])
+                weights.unflatten(2, (-1, window_size)).masked_fill_(unread[:, :, None, :, None], 0.0)
+            received.append((share @ weights).squeeze(2))
+        return received[0] if len(received) == 1 else torch.cat(received, dim=1)
 
     def attention_received(self, block_size: int = 256) -> Tensor:
         """Return the attention that each entry has received from all queries so far, summed over queries.

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from suffice.gpu import async_tensor
 from suffice.kv.policy.attention_stats import AttentionStats
 
-_QUERIES_PER_BLOCK = 4
+_QUERIES_PER_SET = 4
+"""Number of queries whose attention is summed first."""
+_LOGITS_PER_BLOCK = 2**20
+"""Number of logits that are computed at a time."""
 
 
 def sampled_attention(stats: AttentionStats, count: int, min_distance: int) -> Tensor:
@@ -76,17 +82,45 @@ def _attention_of_complete_rows(stats: AttentionStats, count: int, min_distance:
     # Index of each query that may read an entry, and of the last entry that it may read.
     reads = [(index, offset + index - min_distance) for index in indices if offset + index >= min_distance]
     received = torch.zeros(stats.batch_size, stats.num_key_value_heads, stats.num_entries, device=stats.device)
-    for start in range(0, len(reads), _QUERIES_PER_BLOCK):
-        block, latest = zip(*reads[start : start + _QUERIES_PER_BLOCK], strict=True)
-        selected = stats.queries.index_select(2, async_tensor(block, stats.device))
-        queries = stats.group_heads(selected.float() * stats.scaling).flatten(2, 3)
-        # Queries ascend: all queries of the block may read entries up to latest[0], and none reads after latest[-1].
-        first, columns = latest[0] + 1, latest[-1] + 1
-        logits = stats.add_bias(stats.cap_logits(queries @ stats.keys32[:, :, :columns].mT))
-        too_near = torch.arange(first, columns, device=stats.device) > async_tensor(latest, stats.device)[:, None]
-        masked = logits.unflatten(2, (stats.num_key_value_groups, -1))[..., first:]
-        masked.masked_fill_(too_near, -torch.inf)
-        weights = logits.softmax(-1)
-        share = weights.new_full((1, weights.shape[2]), 1 / (stats.num_key_value_groups * len(reads)))
-        received[..., :columns] += (share @ weights).squeeze(2)
+    if not reads:
+        return received
+    selected = stats.queries.index_select(2, async_tensor([index for index, _ in reads], stats.device))
+    queries = stats.group_heads(selected.float() * stats.scaling)
+    latest = [last for _, last in reads]
+    max_sets = max(1, _LOGITS_PER_BLOCK // (stats.batch_size * queries.shape[1] * _QUERIES_PER_SET * latest[-1]))
+    num_full = len(reads) // _QUERIES_PER_SET * _QUERIES_PER_SET  # the last set may be smaller
+    starts = [*range(0, num_full, max_sets * _QUERIES_PER_SET), num_full]
+    blocks = [slice(start, stop) for start, stop in itertools.pairwise(starts)] + [slice(num_full, len(reads))]
+    for block in blocks:
+        if latest[block]:
+            _add_attention(received, stats, queries[:, :, :, block], latest[block], len(reads))
     return received
+
+
+def _add_attention(
+    received: Tensor, stats: AttentionStats, queries: Tensor, latest: Sequence[int], num_queries: int
+) -> None:
+    """Add the attention from a block of queries, divided by `num_queries`, to the attention that entries received.
+
+    Args:
+        received: [batch, num_key_value_heads, entries].
+        stats: statistics of the attention call.
+        queries: [batch, num_key_value_heads, num_key_value_groups, queries, head_dim], scaled.
+        latest: index of the last entry that each query may read, ascending.
+        num_queries: number of queries of all blocks.
+
+    """
+    size = min(_QUERIES_PER_SET, len(latest))
+    rows = stats.num_key_value_groups * size
+    # [batch, num_key_value_heads, sets, num_key_value_groups, size, head_dim]
+    sets = queries.unflatten(3, (-1, size)).transpose(2, 3)
+    # All queries of the block may read entries up to latest[0], and none reads after latest[-1].
+    first, columns = latest[0] + 1, latest[-1] + 1
+    logits = stats.add_bias(stats.cap_logits(sets.flatten(2, 4) @ stats.keys32[:, :, :columns].mT))
+    too_near = torch.arange(first, columns, device=stats.device) > async_tensor(latest, stats.device)[:, None]
+    masked = logits.unflatten(2, (-1, stats.num_key_value_groups, size))[..., first:]
+    masked.masked_fill_(too_near.unflatten(0, (-1, 1, size)), -torch.inf)
+    weights = logits.softmax(-1).unflatten(2, (-1, rows))
+    share = weights.new_full((1, rows), 1 / (stats.num_key_value_groups * num_queries))
+    for attention in (share @ weights).squeeze(3).unbind(2):
+        received[..., :columns] += attention

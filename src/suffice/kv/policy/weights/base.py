@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from suffice.gpu import async_tensor
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.weight_state import WeightState
 
@@ -140,13 +141,12 @@ class Sum(CombinedWeights):
 
     def log_weights(self, stats: AttentionStats) -> Tensor:
         """Return log w, [batch, num_key_value_heads, entries]."""
-        parts: list[Tensor] = []
-        for factor, term in self.terms:
-            log_term = stats.mask_invalid(term.log_weights(stats))
-            total = log_term.logsumexp(-1, keepdim=True)
-            # A term may be 0 for all entries, for example window attention if the text is shorter than the window.
-            parts.append(log_term - total.masked_fill(total == -torch.inf, 0) + math.log(factor))
-        return torch.stack(parts).logsumexp(0)
+        terms = torch.stack([stats.mask_invalid(term.log_weights(stats)) for _, term in self.terms])
+        total = terms.logsumexp(-1, keepdim=True)
+        # A term may be 0 for all entries, for example window attention if the text is shorter than the window.
+        terms -= total.masked_fill_(total == -torch.inf, 0)
+        terms += async_tensor([math.log(factor) for factor, _ in self.terms], stats.device)[:, None, None, None]
+        return terms.logsumexp(0)
 
     @property
     def parts(self) -> tuple[Weights, ...]:

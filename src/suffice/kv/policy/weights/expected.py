@@ -157,9 +157,13 @@ class ExpectedAttention(QueryEstimateWeights):
         if logits.shape[-1] == 1:
             return logits.squeeze(-1)
         # Each query head is normalized over the entries after the first tokens, then the group is averaged.
-        left_out = stats.positions < self.skip
-        left_out = left_out & (stats.counts > self.skip)[..., None] | (stats.positions < 0)
-        normalized = logits.masked_fill(left_out[..., None], -torch.inf)
+        if stats.is_complete:
+            normalized = logits.clone()
+            normalized[:, :, : self.skip if stats.num_entries > self.skip else 0] = -torch.inf
+        else:
+            left_out = stats.positions < self.skip
+            left_out = left_out & (stats.counts > self.skip)[..., None] | (stats.positions < 0)
+            normalized = logits.masked_fill(left_out[..., None], -torch.inf)
         return (logits - normalized.logsumexp(2, keepdim=True)).logsumexp(-1)
 
     def _estimate_queries(self, stats: AttentionStats) -> tuple[Tensor, Tensor]:
