@@ -110,7 +110,7 @@ WAYS = {  # keys of ways of training by our names
 }
 REFERENCES = {"untrained": "untrained", "features": "raw features"}
 MIXES = {"even": Fixed(), "third": Fixed(0.3), "apart": Separate(), "drawn": Random(), "narrow": Random(0.3, 0.7)}
-VERDICTS = ("unaffected", "affected", "dominated")
+VERDICTS = ("unaffected", "affected", "dominated", "no skill", "undecided")
 INPUT_ROWS = ("not called", "nodes", "edges")
 _STABLE = {now: own for own, now in (WAYS | REFERENCES).items()} | RENAMED
 _NOW = {then: now for now, then in RENAMED.items()}

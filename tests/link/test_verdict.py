@@ -3,7 +3,7 @@
 import pytest
 
 from suffice.link.auditing.norm_layers import NormLayer
-from suffice.link.auditing.verdict import judge
+from suffice.link.auditing.verdict import Evidence, judge
 from suffice.study.results import Interval
 
 UNBIASED = {
@@ -64,3 +64,38 @@ def test_the_worst_edge_set_decides():
     assert verdict.level == "dominated"
     assert "train" in verdict.why
     assert "heldout" not in verdict.why
+
+
+@pytest.mark.parametrize(
+    ("level", "why", "changes"),
+    [
+        ("undecided", "not clear how much", {"kappa": -3.8, "rank_change": 0.1}),
+        ("undecided", "not clear how much", {"kappa": 7.0}),
+        ("unaffected", "does not depend", {"kappa": 0.0}),
+        ("dominated", "infers the class", {"kappa": 7.0, "auc_pure": 1.0, "auc_eval": 0.3}),
+    ],
+)
+def test_kappa_has_no_meaning_if_the_score_gap_may_be_zero(level, why, changes):
+    values = {key: Interval(value, value, value) for key, value in {**UNBIASED, **changes}.items()}
+    verdict = judge({"heldout": values}, (), Evidence(score_gaps={"heldout": Interval(0.1, -0.1, 0.3)}))
+    assert verdict.level == level
+    assert why in verdict.why
+
+
+@pytest.mark.parametrize("kappa", [0.6, 1.23])
+def test_a_positive_kappa_is_explained(kappa):
+    verdict = _judge(kappa=kappa, a_pure=0.95, tau=0.9, accuracy_balanced=0.77)
+    assert verdict.level == "dominated"
+    assert "score higher the more positives their batch contains" in verdict.why
+    assert "train with the balanced loss" in verdict.why
+
+
+def test_a_negative_kappa_is_not_explained_as_a_positive_one():
+    assert "balanced loss" not in _judge(kappa=-1.2, a_pure=0.7).why
+
+
+@pytest.mark.parametrize(("level", "noise"), [("affected", 0.05), ("unaffected", 0.1)])
+def test_noise_is_subtracted(level, noise):
+    values = {key: Interval(value, value, value) for key, value in {**UNBIASED, "rank_change": 0.1}.items()}
+    evidence = Evidence(noise={"heldout": {"kappa": 0.0, "rank_change": noise}})
+    assert judge({"heldout": values}, (), evidence).level == level

@@ -13,9 +13,11 @@ audit averages over repeats.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.stats import kendalltau
+from torch import Tensor
 
 from suffice.link.auditing.scoring import FRACTIONS, MIXED_FRACTIONS, Repeat
 from suffice.link.metrics import auc
@@ -75,10 +77,8 @@ def kappa(repeat: Repeat) -> float:
     edges falls by the whole score gap as f goes from 0 to 1. The median is used because a few outliers of the minority
     class would dominate a mean. NaN if the score gap is 0.
     """
-    medians = [float(repeat.probes[fraction].quantile(0.5)) for fraction in MIXED_FRACTIONS]
-    slope = float(np.polyfit(MIXED_FRACTIONS, medians, 1)[0])
     gap = score_gap(repeat)
-    return slope / gap if gap else math.nan
+    return _slope_of_medians(repeat.probes) / gap if gap else math.nan
 
 
 def score_gap(repeat: Repeat) -> float:
@@ -89,8 +89,7 @@ def score_gap(repeat: Repeat) -> float:
 
 def rank_change(repeat: Repeat) -> float:
     """Return the fraction of probe pairs whose order differs between f = 0.1 and f = 0.9 (from Kendall's τ)."""
-    correlation = float(kendalltau(repeat.probes[0.1].numpy(), repeat.probes[0.9].numpy())[0])  # pyright: ignore[reportArgumentType]
-    return 0.0 if math.isnan(correlation) else (1 - correlation) / 2
+    return _discordance(repeat.probes[0.1], repeat.probes[0.9])
 
 
 def eval_gap(repeat: Repeat) -> float:
@@ -101,3 +100,34 @@ def eval_gap(repeat: Repeat) -> float:
     gap = score_gap(repeat)
     difference = float((repeat.batches[0.5].scores - repeat.eval_batch.scores).abs().mean())
     return difference / abs(gap) if gap else math.nan
+
+
+def noise(repeats: Sequence[Repeat]) -> dict[str, float]:
+    """Return how large κ and the rank change are if only the noise of the model changes, not the composition.
+
+    Both compare two scorings of the same batches. `kappa` is twice the standard error that the noise gives the mean of
+    κ over repeats; `rank_change` is the mean rank change. Both are 0 if scoring a batch twice gives the same scores.
+    """
+    kappas: list[float] = []
+    changes: list[float] = []
+    for repeat in repeats:
+        again = repeat.probes_again
+        if again is None:
+            return {"kappa": 0.0, "rank_change": 0.0}
+        difference = _slope_of_medians(repeat.probes) - _slope_of_medians(again)
+        kappas.append(difference / (score_gap(repeat) or math.inf))
+        changes += [_discordance(repeat.probes[fraction], again[fraction]) for fraction in (0.1, 0.9)]
+    # The difference of two scorings has twice the variance of one.
+    error = math.sqrt(float(np.mean(np.square(kappas))) / 2 / len(kappas))
+    return {"kappa": 2 * error, "rank_change": float(np.mean(changes))}
+
+
+def _slope_of_medians(probes: Mapping[float, Tensor]) -> float:
+    medians = [float(probes[fraction].quantile(0.5)) for fraction in MIXED_FRACTIONS]
+    return float(np.polyfit(MIXED_FRACTIONS, medians, 1)[0])
+
+
+def _discordance(first: Tensor, second: Tensor) -> float:
+    """Return the fraction of pairs of edges that two lists of scores order differently."""
+    correlation = float(kendalltau(first.numpy(), second.numpy())[0])  # pyright: ignore[reportArgumentType]
+    return 0.0 if math.isnan(correlation) else (1 - correlation) / 2

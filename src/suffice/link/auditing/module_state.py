@@ -1,16 +1,39 @@
-"""Run a module's norm layers in training or eval mode, and restore its state afterwards."""
+"""Run a module in training or eval mode without dropout, and find the modules behind a scoring function."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Generator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, cast
 
-import numpy as np
-import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd as TorchDropout  # pyright: ignore[reportPrivateUsage]
+from torch.overrides import TorchFunctionMode
 
 from suffice.link.auditing.norm_layers import norm_layers
+
+_DROPOUT_FUNCTIONS = frozenset(
+    ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
+)
+_MAX_DEPTH = 4  # of references that are followed from a scoring function to its modules
+
+
+class WithoutDropout(TorchFunctionMode):
+    """Makes the dropout functions of torch return their input, also where a model ignores its mode."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch, unless it is dropout."""
+        given = dict(kwargs or {})
+        if getattr(func, "__name__", "").removesuffix("_") in _DROPOUT_FUNCTIONS:
+            return args[0] if args else given["input"]
+        if "dropout_p" in given:
+            given["dropout_p"] = 0.0
+        return func(*args, **given)
 
 
 @contextmanager
@@ -42,27 +65,167 @@ def norm_mode(module: nn.Module | None, *, training: bool, frozen: set[str]) -> 
 
 
 @contextmanager
-def preserve_state(module: nn.Module | None) -> Generator[None]:
-    """Disable gradients, and on exit restore modes, norm-layer buffers and all random generators.
+def training_mode(module: nn.Module, *, frozen: set[str]) -> Generator[None]:
+    """Put a module into training mode as a training does, but with dropout in eval mode.
 
-    Buffers outside norm layers are not copied: they may be large (a whole graph), and nothing changes them while all
-    other layers are in eval mode.
+    The mode of every submodule is restored on exit.
+
+    Args:
+        module: module whose modes are changed by its own method `train`.
+        frozen: names of norm layers that stay in eval mode.
+
     """
-    modes = _training_modes(module) if module is not None else []
-    buffers = _norm_buffers(module) if module is not None else []
-    saved = [(buffer, buffer.detach().clone()) for buffer in buffers]
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    modes = _training_modes(module)
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            yield
+        module.train()
+        for name, part in module.named_modules():
+            if name in frozen or _is_random(part):
+                part.training = False
+        yield
     finally:
-        with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
         _restore_modes(modes)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@dataclass(frozen=True)
+class Modes:
+    """How the module behind a scoring function is run in training and in eval mode.
+
+    Args:
+        module: module behind the scoring function; None if there is none.
+        frozen: names of the layers that stay in eval mode.
+        whole_tree: whether training mode is that of all submodules except dropout, or of the norm layers alone.
+
+    """
+
+    module: nn.Module | None
+    frozen: set[str]
+    whole_tree: bool = False
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Put the module into eval mode."""
+        return norm_mode(self.module, training=False, frozen=self.frozen)
+
+    def training(self) -> AbstractContextManager[None]:
+        """Put the module into training mode, without dropout."""
+        if self.module is not None and self.whole_tree:
+            return training_mode(self.module, frozen=self.frozen)
+        return norm_mode(self.module, training=True, frozen=self.frozen)
+
+
+def layers_kept_in_eval_mode(module: nn.Module) -> set[str]:
+    """Return the names of the submodules that stay in eval mode when `module.train()` is called."""
+    modes = _training_modes(module)
+    try:
+        module.train()
+        return {name for name, part in module.named_modules() if not part.training}
+    finally:
+        _restore_modes(modes)
+
+
+def find_modules(scores: Iterable[object], call: Callable[[], object] | None = None) -> nn.Module | None:
+    """Return the modules behind scoring functions as one module, or None if there are none.
+
+    These are the modules that the functions refer to (in their closures, their global variables and the attributes of
+    their objects) and those that are called while they score.
+
+    Args:
+        scores: scoring functions.
+        call: function that scores a few pairs; None to follow references only.
+
+    """
+    found: dict[int, nn.Module] = {}
+    seen: set[int] = set()
+    for score in scores:
+        found.update((id(module), module) for module in _referenced_modules(score, seen, _MAX_DEPTH))
+
+    modes: list[tuple[nn.Module, bool]] = []
+
+    def record(module: nn.Module, _inputs: object) -> None:
+        found.setdefault(id(module), module)
+        modes.append((module, module.training))
+        module.training = False  # so that running statistics do not change
+
+    if call is not None:
+        handle = nn.modules.module.register_module_forward_pre_hook(record)
+        try:
+            call()
+        finally:
+            handle.remove()
+            _restore_modes(modes[::-1])
+    inner = {id(part) for module in found.values() for part in module.modules() if part is not module}
+    return join_modules([module for key, module in found.items() if key not in inner])
+
+
+def join_modules(modules: Sequence[nn.Module]) -> nn.Module | None:
+    """Return a module that contains all modules: the module itself if it is the only one, None if there is none."""
+    if not modules:
+        return None
+    if len(modules) == 1 and next(modules[0].children(), None) is not None:
+        return modules[0]
+    return nn.ModuleList(modules)
+
+
+def runs_in_its_mode(module: nn.Module, call: Callable[[], object]) -> bool:
+    """Return whether a module keeps its mode while a function runs, which may call `module.eval()`, for example."""
+    modes = {id(part): part.training for part in module.modules()}
+    changed: list[bool] = []
+
+    def record(part: nn.Module, _inputs: object) -> None:
+        changed.append(modes.get(id(part), part.training) != part.training)
+
+    handle = nn.modules.module.register_module_forward_pre_hook(record)
+    try:
+        call()
+    finally:
+        handle.remove()
+    changed += [modes[id(part)] != part.training for part in module.modules()]
+    return not any(changed)
+
+
+def _referenced_modules(value: object, seen: set[int], depth: int) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+        return
+    if depth == 0 or id(value) in seen or isinstance(value, (Tensor, ModuleType, type, str, bytes)):
+        return
+    seen.add(id(value))
+    for inner in _references(value):
+        yield from _referenced_modules(inner, seen, depth - 1)
+
+
+def _references(value: object) -> Iterable[object]:
+    """Return what a function, a container or an object refers to."""
+    if isinstance(value, FunctionType):
+        names = value.__code__.co_names
+        captured = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        used = [value.__globals__[name] for name in names if name in value.__globals__]
+        return [*captured, *used, *(value.__defaults__ or ())]
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, dict):
+        return list(cast(dict[Any, Any], value).values())[:100]
+    if isinstance(value, (list, tuple, set)):
+        return list(cast(Iterable[Any], value))[:100]
+    called = type(value).__call__ if callable(value) else None
+    return [*getattr(value, "__dict__", {}).values(), *([called] if isinstance(called, FunctionType) else [])]
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _is_random(part: nn.Module) -> bool:
+    """Return whether a module only drops values, or drops values in addition to what it does in eval mode."""
+    if isinstance(part, (TorchDropout, nn.RNNBase, nn.RReLU)):
+        return True
+    kind = getattr(part, "original_name", type(part).__name__)  # the class of a scripted module
+    has_content = next(part.children(), None) is not None or next(part.parameters(), None) is not None
+    return "drop" in kind.lower() and not has_content
 
 
 def _training_modes(module: nn.Module) -> list[tuple[nn.Module, bool]]:
@@ -72,7 +235,3 @@ def _training_modes(module: nn.Module) -> list[tuple[nn.Module, bool]]:
 def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
     for part, training in modes:
         part.training = training
-
-
-def _norm_buffers(module: nn.Module) -> list[Tensor]:
-    return [buffer for layer in norm_layers(module).values() for buffer in layer.buffers()]

@@ -93,29 +93,22 @@ def norm_layers(module: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def frozen_batch_norms(module: nn.Module, names: Sequence[str] = ()) -> set[str]:
-    """Return the names of the BatchNorm layers that keep their statistics in training.
-
-    These are the layers in `names`, layers in eval mode while `module` is in training mode, and layers whose affine
-    parameters do not require gradients while other parameters do.
+def check_batch_norms(module: nn.Module, names: Sequence[str]) -> set[str]:
+    """Return the names of BatchNorm layers, with the first name of a layer that the module holds under several names.
 
     Raises:
         ValueError: a name in `names` is not a BatchNorm of the module.
 
     """
-    frozen = set(names)
-    layers = batch_norms(module)
-    if unknown := frozen - layers.keys():
+    layers = {
+        name: layer for name, layer in module.named_modules(remove_duplicate=False) if isinstance(layer, TorchBatchNorm)
+    }
+    if unknown := set(names) - layers.keys():
         raise ValueError(
             f"frozen must contain names of BatchNorm layers of the module ({sorted(layers)}), got {sorted(unknown)}"
         )
-    is_trained = any(parameter.requires_grad for parameter in module.parameters())
-    for name, layer in layers.items():
-        affine = list(layer.parameters())
-        has_fixed_affine = bool(affine) and is_trained and not any(parameter.requires_grad for parameter in affine)
-        if has_fixed_affine or (module.training and not layer.training):
-            frozen.add(name)
-    return frozen
+    chosen = {id(layers[name]) for name in names}
+    return {name for name, layer in batch_norms(module).items() if id(layer) in chosen}
 
 
 def describe_norm_layers(
@@ -154,10 +147,14 @@ def _count_input_rows(
     """Score pairs and return the number of input rows of each call of each layer."""
     rows: dict[str, list[int]] = {name: [] for name in layers}
 
-    def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: rows[name].append(inputs[0].size(0))
+    def record(name: str) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
+        def append_rows(_module: nn.Module, inputs: tuple[object, ...], named: dict[str, object]) -> None:
+            tensors = [value for value in (*inputs, *named.values()) if isinstance(value, Tensor)]
+            rows[name] += [tensor.size(0) for tensor in tensors[:1]]
 
-    handles = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
+        return append_rows
+
+    handles = [layer.register_forward_pre_hook(record(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with torch.no_grad():
             score(pairs)

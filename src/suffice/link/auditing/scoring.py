@@ -6,18 +6,19 @@ f denotes the fraction of positives in a batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from suffice.link.auditing.module_state import norm_mode, preserve_state
+from suffice.link.auditing.module_state import Modes
 
 Score = Callable[[Tensor], Tensor]
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MIXED_FRACTIONS = FRACTIONS[1:-1]
 MIN_EDGES = 16
+_SAME_SCORES = 1e-4  # in standard deviations of the scores: a larger difference is not one of rounding
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,47 @@ class Repeat:
         probes: scores of the same probe edges, half of them positives, within the batch at each of
             `MIXED_FRACTIONS`.
         eval_batch: the batch at f = 0.5, scored with the whole model in eval mode.
+        probes_again: scores of the probes when every batch is scored a second time; None if that changes nothing.
 
     """
 
     batches: dict[float, BatchScores]
     probes: dict[float, Tensor]
     eval_batch: BatchScores
+    probes_again: dict[float, Tensor] | None = None
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Repeat:
+        """Return the repeat with a function of all scores."""
+
+        def apply_to_all(probes: dict[float, Tensor]) -> dict[float, Tensor]:
+            return {fraction: function(scores) for fraction, scores in probes.items()}
+
+        def apply_to_batch(batch: BatchScores) -> BatchScores:
+            return replace(batch, scores=function(batch.scores))
+
+        return Repeat(
+            {fraction: apply_to_batch(batch) for fraction, batch in self.batches.items()},
+            apply_to_all(self.probes),
+            apply_to_batch(self.eval_batch),
+            None if self.probes_again is None else apply_to_all(self.probes_again),
+        )
+
+    def resample(self, generator: torch.Generator) -> Repeat:
+        """Return the repeat with its edges drawn again from themselves, with replacement, from each class."""
+        uniform = torch.rand(2, self.eval_batch.scores.numel(), generator=generator, dtype=torch.float64)
+
+        def draw(scores: Tensor, row: int) -> Tensor:
+            return scores[(uniform[row, : scores.numel()] * scores.numel()).long()]
+
+        def draw_from_batch(batch: BatchScores) -> BatchScores:
+            return replace(batch, scores=torch.cat([draw(batch.positives, 0), draw(batch.negatives, 1)]))
+
+        probes = {
+            fraction: torch.cat([draw(half, row) for row, half in enumerate(scores.chunk(2))])
+            for fraction, scores in self.probes.items()
+        }
+        batches = {fraction: draw_from_batch(batch) for fraction, batch in self.batches.items()}
+        return Repeat(batches, probes, draw_from_batch(self.eval_batch))
 
 
 @dataclass(frozen=True)
@@ -124,35 +160,88 @@ class Sampling:
 
 
 def score_repeats(
-    score: Score, edges: EdgeSet, module: nn.Module | None, frozen: set[str], sampling: Sampling
+    score: Score, edges: EdgeSet, modes: Modes, sampling: Sampling, restore: Callable[[], None]
 ) -> list[Repeat]:
     """Draw edges `sampling.repeats` times and score them in batches of every composition.
+
+    If scoring a batch twice gives different scores, every batch is scored twice.
 
     Args:
         score: scoring function, pairs [2, edges] -> scores [edges].
         edges: edges to draw from.
-        module: module behind `score`, whose norm layers are switched between training and eval mode.
-        frozen: names of the norm layers that stay in eval mode.
+        modes: how the module behind `score` is switched between training and eval mode.
         sampling: size of a batch, and number of probes and repeats.
+        restore: restores the state of the module, such as running statistics, which change in training mode.
 
     """
-    size = min(sampling.batch_size, edges.positives.size(1), edges.negatives.size(1))
+    size = actual_batch_size(edges, sampling)
     # The batch at f = 0.1 must contain all positive probes.
     probes_per_class = max(1, min(sampling.num_probes // 2, int(0.1 * size)))
     generator = torch.Generator().manual_seed(sampling.seed)
     draws = [_draw_edges(edges, size, generator) for _ in range(sampling.repeats)]
-    with norm_mode(module, training=False, frozen=frozen):
+    with modes.evaluation():
         eval_batches = [_score_batch(score, positives, negatives, 0.5) for positives, negatives in draws]
-    # Norm layers in training mode update their running statistics, so restore those afterwards.
-    with preserve_state(module), norm_mode(module, training=True, frozen=frozen):
-        batches = [
+    restore()
+
+    def score_all() -> list[dict[float, BatchScores]]:
+        return [
             {fraction: _score_batch(score, positives, negatives, fraction) for fraction in FRACTIONS}
             for positives, negatives in draws
         ]
+
+    with modes.training():
+        batches = score_all()
+        first = _score_batch(score, *draws[0], 0.5).scores
+        has_noise = not same_scores(first, batches[0][0.5].scores)
+        again = score_all() if has_noise else None
+    restore()
     return [
-        Repeat(by_fraction, _probe_scores(by_fraction, probes_per_class), eval_batch)
-        for by_fraction, eval_batch in zip(batches, eval_batches, strict=True)
+        Repeat(
+            by_fraction,
+            _probe_scores(by_fraction, probes_per_class),
+            eval_batches[draw],
+            _probe_scores(again[draw], probes_per_class) if again else None,
+        )
+        for draw, by_fraction in enumerate(batches)
     ]
+
+
+def actual_batch_size(edges: EdgeSet, sampling: Sampling) -> int:
+    """Return the number of edges in a batch, which is limited by the smaller class."""
+    return min(sampling.batch_size, edges.positives.size(1), edges.negatives.size(1))
+
+
+def choose_modes(score: Score, edges: EdgeSet, modes: Modes, sampling: Sampling, restore: Callable[[], None]) -> Modes:
+    """Return the modes with `whole_tree` if the training mode of the norm layers alone gives other scores.
+
+    A model may normalize without a norm layer that the audit knows, for example by `torch.nn.functional.batch_norm`.
+    So one batch is scored in both ways. If that fails with the whole tree in training mode, the norm layers remain.
+    """
+    if modes.module is None:
+        return modes
+    size = actual_batch_size(edges, sampling)
+    pairs = torch.cat([edges.positives[:, : size // 4], edges.negatives[:, : size - size // 4]], dim=1)
+    whole_tree = replace(modes, whole_tree=True)
+
+    def scores(chosen: Modes) -> Tensor:
+        torch.manual_seed(sampling.seed)
+        with chosen.training():
+            found = _checked_scores(score, pairs)
+        restore()
+        return found
+
+    of_norms = scores(modes)
+    try:
+        of_all = scores(whole_tree)
+    except Exception:  # whatever a foreign module raises in training mode, such as one that then returns a loss
+        restore()
+        return modes
+    return modes if same_scores(of_norms, of_all) else whole_tree
+
+
+def same_scores(first: Tensor, second: Tensor) -> bool:
+    """Return whether scores differ by rounding only."""
+    return float((first - second).abs().max()) <= _SAME_SCORES * float(first.std()) + 1e-6 * float(first.abs().max())
 
 
 def _draw_edges(edges: EdgeSet, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from suffice.link.auditing.norm_layers import NormLayer
 from suffice.study.results import Interval
 
-LEVELS = ("unaffected", "affected", "dominated")
+LEVELS = ("unaffected", "no skill", "undecided", "affected", "dominated")
+"""Levels of a verdict, from the least to the most severe one."""
 
 # Thresholds of `judge`, chosen on trainings whose composition is known (see docs/results/link-study.md).
 # Share of the accuracy above chance in balanced batches that remains in pure ones. Below 0.2 for models trained at a
@@ -23,9 +24,16 @@ _PURE_ADVANTAGE = 0.15  # accuracy of pure minus accuracy of balanced batches
 _RECOGNIZING_KAPPA = 3.0
 _AUC_ADVANTAGE = 0.2  # AUC across pure batches minus AUC in eval mode; counts only if the AUC in eval mode is poor
 _POOR_EVAL_AUC = 0.7
+# A model that reaches neither in pure batches, in balanced ones nor in eval mode has not learned to predict links.
+_SKILL_ACCURACY = 0.6
+_SKILL_AUC = 0.75
+_SKILL_IN_PURE_BATCHES = 0.05  # what pure batches add to accuracy and AUC: some models only learn to recognize these
+_SWAPPED_AUC = 0.4
 
 _ADVICE = {
     "unaffected": "Nothing needs to be corrected.",
+    "no skill": "Train the model, and check the labels and the sign of the scores, before you audit it.",
+    "undecided": "Audit the model again with more edges, or after longer training.",
     "affected": (
         "Score edges in eval mode, or always in batches of the same composition. Training with Random(0.05, 0.95) and "
         "the balanced loss reduces the dependence, and longer training with them reduces it further. Replacing the "
@@ -44,7 +52,7 @@ class Verdict:
     """How strongly the scores of edges depend on the composition of their batch.
 
     Args:
-        level: `unaffected`, `affected` or `dominated`.
+        level: `unaffected`, `affected` or `dominated`; or `no skill` or `undecided` if that cannot be judged.
         why: sentences that give the reasons for the level.
         advice: sentences that recommend what to do.
 
@@ -58,7 +66,28 @@ class Verdict:
         return f"{self.level}: {self.why} {self.advice}"
 
 
-def judge(parts: Mapping[str, Mapping[str, Interval]], layers: tuple[NormLayer, ...]) -> Verdict:
+@dataclass(frozen=True)
+class Evidence:
+    """What limits the meaning of the statistics of an audit.
+
+    Args:
+        score_gaps: mean score of the positives minus that of the negatives, the unit of κ, by the name of the set.
+        noise: `kappa` and `rank_change` that come from random numbers in the model alone, by the name of the set.
+        tested: `training mode`, `eval mode` or `as called` (see `AuditReport`).
+        in_eval_mode: BatchNorm layers that were in eval mode while the module was in training mode, but were audited
+            like all others.
+
+    """
+
+    score_gaps: Mapping[str, Interval] = field(default_factory=dict[str, Interval])
+    noise: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
+    tested: str = "training mode"
+    in_eval_mode: tuple[str, ...] = ()
+
+
+def judge(
+    parts: Mapping[str, Mapping[str, Interval]], layers: tuple[NormLayer, ...], evidence: Evidence | None = None
+) -> Verdict:
     """Return the verdict of an audit, whose level is the most severe one of all edge sets.
 
     An edge set is **dominated** if at least one of these holds:
@@ -70,26 +99,88 @@ def judge(parts: Mapping[str, Mapping[str, Interval]], layers: tuple[NormLayer, 
     * κ ≤ −1: the median score of the probes falls by the whole gap between positives and negatives.
 
     It is **affected** if |κ| ≥ 0.05, if 5 % of the probe pairs change their order, or if the accuracy of pure and
-    balanced batches differs by 0.1. Otherwise it is **unaffected**.
+    balanced batches differs by 0.1. What noise alone causes is subtracted from |κ| and from the pairs. Otherwise, it is
+    **unaffected**.
+
+    If a set is not unaffected, but accuracy is below 0.6 and AUC below 0.75 in pure batches, balanced batches and eval
+    mode, the level is **no skill**: the model has not learned what a batch could replace. A model that classifies and
+    ranks pure batches better than balanced ones by 0.05 is an exception.
+
+    It is **undecided** if the interval of the score gap, by which κ is divided, contains 0, and the set is dominated
+    for no other reason; and if it is unaffected, but `score` switches the model to eval mode, so that only that was
+    tested.
 
     Args:
         parts: statistics of each edge set, by the name of the set.
         layers: normalization layers of the model, named in the explanation if they mix edges.
+        evidence: what limits the meaning of the statistics; nothing by default.
 
     """
-    judged = [_judge_part(name, {key: value.mean for key, value in part.items()}) for name, part in parts.items()]
+    evidence = evidence or Evidence()
+    judged = [
+        _judge_part(
+            name,
+            {key: value.mean for key, value in part.items()},
+            evidence.score_gaps.get(name),
+            evidence.noise.get(name, {}),
+        )
+        for name, part in parts.items()
+    ]
     level = max((level for level, _ in judged), key=LEVELS.index)
     reasons = [reason for _, part_reasons in judged for reason in part_reasons]
+    advice = _ADVICE[level]
+    frozen = [layer.name for layer in layers if layer.frozen and layer.input_rows == "edges"]
     if level == "unaffected":
-        reasons.append("The score of an edge does not depend on the composition of its batch.")
+        if evidence.tested == "eval mode":
+            level = "undecided"
+            reasons.append("Only eval mode was tested, because score switches the model to eval mode.")
+            advice = "Remove eval() from score, so that training mode is tested too."
+        else:
+            reasons.append("The score of an edge does not depend on the composition of its batch.")
+        if evidence.tested == "as called":
+            reasons.append("No module was found behind score: the function was tested only as it is.")
+            advice = "If score runs a model that is in eval mode, only eval mode was tested: pass the model as module."
+    if frozen:
+        reasons.append(
+            f"Layers with frozen statistics, for which batch statistics were not tested: {', '.join(frozen)}."
+        )
+        if level == "unaffected":
+            advice = (
+                "Scores are reproducible. If the model was trained on batch statistics before they were frozen, "
+                "freezing did not undo what it has learned: audit the model as it was in training."
+            )
     if mixing := [layer.name for layer in layers if layer.mixes_edges]:
         reasons.append(f"Layers that normalize over the edge batch: {', '.join(mixing)}.")
-    return Verdict(level, " ".join(reasons), _ADVICE[level])
+    if evidence.in_eval_mode and level not in ("unaffected", "no skill"):
+        names = ", ".join(evidence.in_eval_mode)
+        advice += f" If {names} kept stored statistics in training too, name these layers in frozen, and audit again."
+    return Verdict(level, " ".join(reasons), advice)
 
 
-def _judge_part(name: str, values: Mapping[str, float]) -> tuple[str, list[str]]:
+def _judge_part(
+    name: str, values: Mapping[str, float], score_gap: Interval | None, noise: Mapping[str, float]
+) -> tuple[str, list[str]]:
     """Return the level of one edge set and the sentences that explain it."""
-    pure, balanced, kappa = values["a_pure"], values["accuracy_balanced"], values["kappa"]
+    level, reasons = _judge_dependence(name, values, score_gap, noise)
+    if level != "unaffected" and (without_skill := _explain_missing_skill(name, values)):
+        level, reasons = "no skill", [without_skill]
+    highest_auc = max(values.get("auc_balanced", 1.0), values["auc_eval"])
+    if highest_auc < _SWAPPED_AUC and values["auc_pure"] < 1 - _SWAPPED_AUC:
+        reasons.append(
+            f"On {name} edges, negatives score above positives (AUC is at most {highest_auc:.2f}): the sign of the "
+            f"scores or the two sets of edges are likely swapped."
+        )
+    return level, reasons
+
+
+def _judge_dependence(
+    name: str, values: Mapping[str, float], score_gap: Interval | None, noise: Mapping[str, float]
+) -> tuple[str, list[str]]:
+    """Return the level of one edge set and the sentences that explain it, whatever the model has learned."""
+    has_gap = score_gap is None or not score_gap.low <= 0 <= score_gap.high
+    # κ is divided by the gap: if that may be 0, κ has neither a size nor a sign.
+    kappa = values["kappa"] if has_gap else 0.0
+    pure, balanced = values["a_pure"], values["accuracy_balanced"]
     drop = balanced - pure
     accuracies = f"accuracy is {pure:.2f} in pure batches and {balanced:.2f} in balanced ones"
     reasons: list[str] = []
@@ -109,14 +200,50 @@ def _judge_part(name: str, values: Mapping[str, float]) -> tuple[str, list[str]]
             f"On {name} edges, the median score of the same probe edges falls by {-kappa:.2f} times the gap between "
             f"positives and negatives as the fraction of positives in their batch goes from 0 to 1 (κ = {kappa:.2f})."
         )
+    rise = [_explain_rise(kappa)] if kappa >= _NOTICEABLE_KAPPA + noise.get("kappa", 0.0) else []
     if reasons:
-        return "dominated", reasons
-    if (
-        abs(kappa) >= _NOTICEABLE_KAPPA
-        or values["rank_change"] >= _NOTICEABLE_RANK_CHANGE
+        return "dominated", reasons + rise
+    is_noticeable = (
+        abs(values["kappa"]) >= _NOTICEABLE_KAPPA + noise.get("kappa", 0.0)
+        or values["rank_change"] >= _NOTICEABLE_RANK_CHANGE + noise.get("rank_change", 0.0)
         or abs(drop) >= _NOTICEABLE_DROP
-    ):
+    )
+    if is_noticeable and not has_gap:
+        return "undecided", [
+            f"On {name} edges, scores depend on the batch, but it is not clear how much: positives and negatives have "
+            f"nearly the same mean score in balanced batches (difference {score_gap}), and κ is divided by that; "
+            f"{accuracies}."
+        ]
+    if is_noticeable:
         return "affected", [
-            f"On {name} edges, the scores of the same probe edges depend on the batch (κ = {kappa:.2f}); {accuracies}."
+            f"On {name} edges, the scores of the same probe edges depend on the batch (κ = {kappa:.2f}); {accuracies}.",
+            *rise,
+        ]
+    if noise.get("rank_change", 0.0) > 0:
+        return "unaffected", [
+            f"On {name} edges, scores of the same batch differ from call to call, which changes the order of "
+            f"{noise['rank_change']:.0%} of the pairs of probes; other batches do not change more."
         ]
     return "unaffected", []
+
+
+def _explain_missing_skill(name: str, values: Mapping[str, float]) -> str:
+    """Return a sentence if the model predicts links hardly better than chance, else an empty string."""
+    accuracies = [values.get(key, 0.0) for key in ("a_pure", "accuracy_balanced", "accuracy_eval")]
+    aucs = [values.get(key, 0.0) for key in ("auc_pure", "auc_balanced", "auc_eval")]
+    infers_class = min(accuracies[0] - accuracies[1], aucs[0] - aucs[1]) >= _SKILL_IN_PURE_BATCHES
+    if max(accuracies) >= _SKILL_ACCURACY or max(aucs) >= _SKILL_AUC or infers_class:
+        return ""
+    return (
+        f"On {name} edges, accuracy is at most {max(accuracies):.2f} and AUC at most {max(aucs):.2f} in pure batches, "
+        f"balanced batches and eval mode (needed: {_SKILL_ACCURACY} or {_SKILL_AUC}): there is nothing to judge."
+    )
+
+
+def _explain_rise(kappa: float) -> str:
+    return (
+        f"κ is positive: the same edges score higher the more positives their batch contains (κ = {kappa:.2f}). So the "
+        f"model infers the fraction of positives from the batch and uses it as evidence for each edge. Random "
+        f"fractions without the balanced loss teach this, and so do separate batches of positives and negatives: train "
+        f"with the balanced loss."
+    )
