@@ -69,8 +69,10 @@ bench-gpu: $(VENV)/.ready
 	$(BIN)/python -W ignore benchmarks/gpu_ceiling.py --json docs/results/gpu-ceiling.json
 	$(BIN)/python benchmarks/gpu.py --json out/gpu.json
 
-# Measure which policy stays closest to the full cache, with 8 samples. Finished samples are kept in out/evidence.
+# Measure which policy stays closest to the full cache: at equal bytes with 2 samples, then at equal entries with 8.
+# Finished samples are kept in out/equal-bytes and out/evidence.
 evidence: $(VENV)/.ready
+	$(BIN)/python -W ignore benchmarks/equal_bytes.py --samples 2
 	$(BIN)/python -W ignore benchmarks/evidence.py --samples 8 --folder out/evidence
 
 # Measure kvpress on the same samples, 4 of them. Finished samples are kept in out/evidence-peers.

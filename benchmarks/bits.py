@@ -28,32 +28,26 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 from evidence import FIRST_SEED, TOKENS, write_haystack
+from fidelity_sample import MODES, FidelitySample, stored_bytes
 from machine import machine
 from quantized_peers import PEERS
 from suffice.kv import DEFAULT_POLICY, CompressedCache
-from suffice.kv.cache.memory import LayerShape
 from suffice.kv.cache.prefill import prefill
-from suffice.kv.eval.fidelity import teacher_forced_metrics
 from suffice.kv.eval.run_kinds import text_digest
 from suffice.kv.eval.run_options import RunOptions, run_samples
-from suffice.kv.eval.samples import load_cached
-from suffice.kv.eval.tasks import make_example
-from suffice.kv.hf.layers import compressed_layers
 from suffice.kv.hf.loading import ModelSource
 from suffice.kv.hf.packaged_models import PACKAGED_MODELS
 from suffice.study import PlannedRun, RunContext, RunKind
 from suffice.study.results import Group, Interval, group_records
 
-MODES = {"text": ("text", "continuation"), "agnostic": ("multikey", "agnostic"), "aware": ("multikey", "aware")}
 FULL_BITS = 16  # not quantized
 REPAIRED = ", repair"  # behind the name of a policy
 CHOSEN = "chosen"  # bits that follow from a limit on the bytes
@@ -94,34 +88,18 @@ KIND = RunKind(
 
 def measure(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict[str, Any]:
     """Measure every cache and every peer on one example."""
-    model, tokenizer = load_cached(ModelSource(settings["model"], dtype="float32"))
-    task, mode = MODES[settings["mode"]]
-    haystack = Path(settings["haystack"]).read_text(encoding="utf-8")
-    example = make_example(task, tokenizer, tokens=settings["tokens"], seed=seed, haystack=haystack)
-    prompt, gold = example.prompt(tokenizer), example.answer_ids(tokenizer)
-    # The last token of the prompt is fed later, because it predicts the first token of the answer.
-    prefilled = prompt.document if mode == "agnostic" else prompt.input_ids[:, :-1]
-    rest = torch.cat((prompt.input_ids[:, prefilled.shape[1] :], gold), dim=1)
+    sample = FidelitySample(settings["model"], settings["mode"], settings["tokens"], seed, settings["haystack"])
     context.log(f"{settings['model']}, {settings['mode']}, sample {seed}")
-
-    network: Any = model
-    full = transformers.DynamicCache(config=model.config)
-    with torch.no_grad():
-        network(prefilled, past_key_values=full, logits_to_keep=1)
-
-    def log_probs(cache: Any) -> Tensor:
-        with torch.no_grad():
-            logits = network(rest, past_key_values=cache, logits_to_keep=gold.shape[1] + 1).logits
-        return logits[0, :-1].float().log_softmax(-1)
-
-    reference = log_probs(copy.deepcopy(full))
-    layers = [full.layers[index] for index in compressed_layers(model)]
-    full_bytes = sum(2 * part.numel() for layer in layers for part in (layer.keys, layer.values))
     rows: list[dict[str, Any]] = []
 
     def add_row(method: str, entries: float, bits: int | str, cache: Any, num_bytes: float) -> None:
-        values = {**teacher_forced_metrics(reference, log_probs(cache), gold[0]), "bytes": num_bytes / full_bytes}
+        values = sample.compare(cache, num_bytes)
         rows.append({"settings": {"method": method, "entries": entries, "bits": bits}, "values": values})
+
+    def fill(caches: Sequence[CompressedCache]) -> None:
+        if caches:
+            inputs = {"input_ids": sample.prefilled}
+            prefill(sample.model, inputs, caches, tokenizer=sample.tokenizer, share_statistics=True)
 
     bits_with_full = [FULL_BITS, *settings["bits"]]
     names = [
@@ -131,15 +109,13 @@ def measure(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict
         for entries in settings["entries"]
         for bits in bits_with_full
     ]
-    caches = [make_cache(model, *name) for name in names]
-    if caches:
-        prefill(model, {"input_ids": prefilled}, caches, tokenizer=tokenizer, share_statistics=True)
+    caches = [make_cache(sample.model, *name) for name in names]
+    fill(caches)
     for name, cache in zip(names, caches, strict=True):
         add_row(*name, cache, stored_bytes(cache))
     limited = [(limit, evict) for limit in settings["memory"] for evict in ("always", "prefill")]
-    caches = [limited_cache(model, layers[0].keys, limit, evict) for limit, evict in limited]
-    if caches:
-        prefill(model, {"input_ids": prefilled}, caches, share_statistics=True)
+    caches = [sample.limited_cache(limit, evict, DEFAULT_POLICY) for limit, evict in limited]
+    fill(caches)
     for (limit, evict), cache in zip(limited, caches, strict=True):
         add_row(f"memory={limit:g}, evict={evict!r}", limit, CHOSEN, cache, stored_bytes(cache))
         report = cache.report()
@@ -151,8 +127,8 @@ def measure(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict
         }
     for method in settings["peers"]:
         for bits in peer_bits(method, settings["bits"]):
-            add_row(method, 1.0, bits, *quantized_copy(model, full, method, bits))
-    return {"rows": rows, "tokens": prompt.input_ids.shape[1]}
+            add_row(method, 1.0, bits, *quantized_copy(sample.full, sample.layers, method, bits))
+    return {"rows": rows, "tokens": sample.num_tokens}
 
 
 def parse_bits(text: str) -> int | str:
@@ -168,54 +144,28 @@ def make_cache(model: Any, method: str, entries: float, bits: int | str) -> Comp
     return CompressedCache(model, policy, float(entries), measure_capacity=False, repair=repair, **options)
 
 
-def limited_cache(model: Any, keys: Tensor, limit: float, evict: str) -> CompressedCache:
-    """Return an empty cache that keeps as many entries, with as many bits, as one with `memory=limit` in 16 bits.
-
-    Args:
-        model: the model, which runs in float32.
-        keys: keys of the full cache, [1, num_key_value_heads, tokens, head_dim].
-        limit: fraction of the full cache in 16 bits.
-        evict: `"always"` leaves room for new tokens, `"prefill"` does not.
-
-    """
-    _, heads, num_tokens, head_dim = keys.shape
-    query_dim = model.config.num_attention_heads * head_dim
-    memory = CompressedCache(model, memory=limit, evict=evict).settings.memory
-    assert memory is not None
-    shape = LayerShape(heads, head_dim, head_dim, 2, 2 * query_dim, query_dim)
-    plan = memory.plan(shape, num_tokens, num_parts=1)
-    cache = CompressedCache(model, budget=min(plan.num_entries, num_tokens), measure_capacity=False)
-    storage = replace(cache.settings.storage, quantization=plan.quantization)
-    for layer in cache.compressed_layers:
-        layer.settings = replace(layer.settings, storage=storage)
-    return cache
-
-
-def stored_bytes(cache: CompressedCache) -> int:
-    """Return the bytes of the compressed layers, with at most 16 bits for each floating-point number."""
-    storages = [layer.storage for layer in cache.compressed_layers]
-    assert sum(part.nbytes for storage in storages for part in storage.buffers) == sum(s.nbytes for s in storages)
-    return sum(
-        sum(part.numel() * min(part.element_size(), 2 if part.is_floating_point() else 8) for part in storage.buffers)
-        + storage.nbytes_index
-        for storage in storages
-    )
-
-
 def peer_bits(method: str, bits: Sequence[int | str]) -> list[int]:
     """Return the numbers of bits with which a peer is measured: those that it supports, or its only one."""
     supported = PEERS[method].bits
     return list(supported) if len(supported) == 1 else [number for number in supported if number in bits]
 
 
-def quantized_copy(model: Any, full: Any, method: str, bits: int) -> tuple[Any, float]:
-    """Return a copy of a full cache whose layers hold what a peer reads back, and the bytes that the peer stores."""
+def quantized_copy(full: Any, compressed: Sequence[Any], method: str, bits: int) -> tuple[Any, float]:
+    """Return a copy of a full cache whose layers hold what a peer reads back, and the bytes that the peer stores.
+
+    Args:
+        full: the full cache.
+        compressed: its layers that are quantized.
+        method: name of the peer.
+        bits: number of bits.
+
+    """
     cache, num_bytes = copy.deepcopy(full), 0.0
-    for index in compressed_layers(model):
-        layer = cache.layers[index]
-        quantized = PEERS[method].quantize(layer.keys, layer.values, bits)
-        layer.keys, layer.values = quantized.keys, quantized.values
-        num_bytes += quantized.num_bytes
+    for layer, original in zip(cache.layers, full.layers, strict=True):
+        if any(original is each for each in compressed):
+            quantized = PEERS[method].quantize(layer.keys, layer.values, bits)
+            layer.keys, layer.values = quantized.keys, quantized.values
+            num_bytes += quantized.num_bytes
     return cache, num_bytes
 
 
@@ -245,7 +195,7 @@ def run_in_processes(models: Sequence[str], threads: int) -> None:
     """Measure each model in a process of its own, with the arguments of this process."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     arguments = [argument for argument in sys.argv[1:] if argument != "--write"]
-    command = [sys.executable, "-W", "ignore", __file__, *arguments, "--models"]
+    command = [sys.executable, "-W", "ignore", sys.argv[0], *arguments, "--models"]
     processes = [subprocess.Popen([*command, model], env=environment) for model in models]
     exit_codes = [process.wait() for process in processes]
     if any(exit_codes):
@@ -333,13 +283,22 @@ def rounded(numbers_by_name: Mapping[str, float]) -> dict[str, float | None]:
     return {name: None if math.isnan(number) else float(f"{number:.4g}") for name, number in numbers_by_name.items()}
 
 
-def write(page: Path, text: str, content: Mapping[str, Any]) -> None:
-    """Write the tables into their section of a page, and the numbers into a JSON file beside it, a row on each line."""
-    before, _, after = page.read_text(encoding="utf-8").partition(START)
-    page.write_text(f"{before}{START}\n\n{text}\n{END}{after.partition(END)[2]}", encoding="utf-8")
+def write(page: Path, text: str, content: Mapping[str, Any], start: str = START, json_path: Path | None = None) -> None:
+    """Write the tables into their section of a page, and the numbers into a JSON file, a row on each line.
+
+    Args:
+        page: the page.
+        text: the tables.
+        content: the numbers.
+        start: first line of the section.
+        json_path: the JSON file; None uses the name of the page.
+
+    """
+    before, _, after = page.read_text(encoding="utf-8").partition(start)
+    page.write_text(f"{before}{start}\n\n{text}\n{END}{after.partition(END)[2]}", encoding="utf-8")
     rows = ",\n".join(json.dumps(row) for row in content["rows"])
     head = json.dumps({name: value for name, value in content.items() if name != "rows"}, indent=1)
-    page.with_suffix(".json").write_text(f'{head[:-2]},\n "rows": [\n{rows}\n]\n}}\n', encoding="utf-8")
+    (json_path or page.with_suffix(".json")).write_text(f'{head[:-2]},\n "rows": [\n{rows}\n]\n}}\n', encoding="utf-8")
 
 
 def main() -> None:

@@ -1,0 +1,100 @@
+"""The tables and the figure of benchmarks/equal_bytes.py, from made-up results."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from suffice.study.results import Group
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+NAMES = ("equal_bytes", "bits", "fidelity_sample", "evidence", "machine", "quantized_peers")
+
+
+@pytest.fixture(scope="module")
+def equal_bytes():
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield importlib.import_module("equal_bytes")
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in NAMES:
+            sys.modules.pop(name, None)
+
+
+def make_results(equal_bytes, name, kl_of):
+    """Return results of three samples; `kl_of` returns the KL of a method, mode, limit and seed."""
+    policies = equal_bytes.GROUPS[name]
+    groups = [
+        Group(
+            {"mode": mode, "method": method.name, "limit": limit},
+            {
+                "kl": {seed: kl_of(method, mode, limit, seed) for seed in range(3)},
+                "top1": dict.fromkeys(range(3), 0.5),
+                "bytes": dict.fromkeys(range(3), limit),
+            },
+        )
+        for method in policies.methods
+        for mode in equal_bytes.MODES
+        for limit in equal_bytes.LIMITS
+    ]
+    return equal_bytes.Results(groups, policies)
+
+
+def kl_by_policy(method, mode, limit, seed):
+    """SnapKV is closer than all others on text, and farther on questions; all others are equal up to noise."""
+    noise = 0.01 * ((len(method.name) + seed) % 3 - 1)
+    if method.policy == "snapkv" and method.is_quantized:
+        return (0.1 if mode == "text" else 9) + 0.001 * seed
+    return 1 + noise
+
+
+def test_marks_cells_that_differ_significantly_from_the_first_method(equal_bytes):
+    results = make_results(equal_bytes, "one-pass", kl_by_policy)
+    assert results.sign("text", 0.1, "snapkv, quantized") == "−"
+    assert results.sign("aware", 0.1, "snapkv, quantized") == "+"
+    assert results.sign("text", 0.1, "capkv, quantized") == ""
+    assert results.sign("text", 0.1, results.methods[0]) == ""
+    assert results.losses() == [
+        f"* snapkv, quantized: text at {limit}, 0.101 in place of 1" for limit in ("1/4", "1/8", "1/10", "1/20", "1/40")
+    ]
+
+
+def test_mean_ranks_are_over_all_cells(equal_bytes):
+    results = make_results(equal_bytes, "one-pass", kl_by_policy)
+    ranks = results.ranks()
+    count = len(results.methods)
+    assert sum(ranks.values()) == pytest.approx(count * (count + 1) / 2)
+    assert ranks["snapkv, quantized"] == pytest.approx((1 + 2 * count) / 3)  # first on text, last on both questions
+
+
+def test_tables_have_a_row_for_each_method_and_a_column_for_each_cell(equal_bytes):
+    results = make_results(equal_bytes, "replay", kl_by_policy)
+    for table in (results.kl_table(), results.top1_table()):
+        assert len(table) == 2 + len(results.methods)
+        assert {line.count("|") for line in table} == {len(results.cells) + 3}
+    assert "50%" in results.top1_table()[2]
+
+
+def test_draws_the_figure_from_the_numbers_of_both_groups(equal_bytes, tmp_path):
+    contents = [
+        {
+            "group": name,
+            "rows": [
+                {"model": model, **row}
+                for model in ("first", "second")
+                for row in make_results(equal_bytes, name, kl_by_policy).rows()
+            ],
+        }
+        for name in equal_bytes.GROUPS
+    ]
+    equal_bytes.draw([json.loads(json.dumps(content)) for content in contents], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_our_policy_comes_first_with_all_that_it_offers(equal_bytes):
+    names = [method.name for method in equal_bytes.GROUPS["one-pass"].methods]
+    assert names[0] == "capkv-salience, quantized, repair"
+    assert len(set(names)) == len(names)
