@@ -101,7 +101,7 @@ class FidelitySample:
     def exact_cache(self, memory: float, policy: str, *, repair: bool = False) -> CompressedCache:
         """Return an empty cache whose entries are not quantized, as many as fit into a fraction of the full bytes."""
         shape, num_tokens = self.shape, self.prefilled.shape[1]
-        # Positions, scores of policies that compare the entries of all layers, and numbers that are added to the logits.
+        # Positions, scores of policies that compare entries of all layers, and numbers that are added to the logits.
         index_bytes = 4 * (1 + get_policy(policy).allocation.is_global + repair)
         entry_bytes = (shape.key_dim + shape.value_dim) * shape.element_size + index_bytes
         budget = int(memory * shape.full_bytes(num_tokens) / (shape.num_heads * entry_bytes))
