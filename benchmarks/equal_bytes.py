@@ -287,7 +287,7 @@ def draw(contents: Sequence[Mapping[str, Any]], path: Path) -> None:
                 axes.plot(LIMITS, values, style, markersize=4, color=color_of(method.policy), label=method.name)
             axes.set_xscale("log")
             axes.set_yscale("log")
-            axes.set_xticks(LIMITS, [limit_text(limit) for limit in LIMITS])
+            axes.set_xticks(LIMITS, [limit_text(limit) if limit != 1 / 8 else "" for limit in LIMITS])  # 1/8 is close
             axes.minorticks_off()
             axes.set_title(f"{model}: {mode}")
         for axes in panels[-1]:
