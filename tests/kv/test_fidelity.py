@@ -71,6 +71,7 @@ def test_rows_equal_what_each_cache_gives_alone(model, task, mode, chat):
             model(first, past_key_values=cache)
         report = cache.report()
         assert (row["tokens_kept"], row["bytes_kept"]) == (report.tokens_kept, report.bytes_kept)
+        assert row["bytes"] == report.bytes
         assert row["capacity_retained"] == (
             report.capacity_retained and pytest.approx(report.capacity_retained, rel=1e-4)
         )
@@ -214,9 +215,10 @@ def test_the_example_of_the_documentation_runs(capsys):
     page = (Path(__file__).parents[2] / "docs" / "how-to" / "measure-fidelity.md").read_text(encoding="utf-8")
     code = next(code for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "evaluate" in code)
     exec(compile(code, "measure-fidelity.md", "exec"), {})
-    full, equal, profile, quantized = (line.split() for line in capsys.readouterr().out.splitlines())
+    full, equal, profile, quantized, repaired = (line.split() for line in capsys.readouterr().out.splitlines())
     assert full[:2] == ["full", "equal"]
     assert profile[:2] == ["capkv", "profile"]
-    assert quantized[:3] == ["capkv", "equal", "4"]
-    assert float(full[3]) == 0
-    assert float(profile[3]) < float(equal[3])
+    assert quantized[:4] == ["capkv", "equal", "4", "False"]
+    assert repaired[:4] == ["capkv", "equal", "None", "True"]
+    assert float(full[4]) == 0
+    assert max(float(profile[4]), float(repaired[4])) < float(equal[4])

@@ -274,6 +274,17 @@ def test_reported_bytes_are_exact_after_tokens_were_removed():
         assert held_bytes(cache) == report.bytes_kept + report.bytes_index
 
 
+@pytest.mark.parametrize("options", [{}, {"repair": True}, {"evict": "always", "interval": 4}])
+@pytest.mark.parametrize("policy", ["capkv-profile", "keydiff"])
+def test_reported_bytes_are_exact_while_tokens_are_generated(policy, options):
+    model = tiny("llama")
+    cache = CompressedCache(model, policy, 0.3, allocation="adakv", **options)
+    model(text(60, rows=2), past_key_values=cache)
+    for _ in range(9):
+        assert held_bytes(cache) == cache.report().bytes
+        generate(model, cache, 1)
+
+
 def test_means_of_latents_count():
     """Policies score latents with queries that are longer than those of the model, whose moments they store."""
     case = supported_case("deepseek_v3")

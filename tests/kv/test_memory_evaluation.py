@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from suffice import SufficeError
 from suffice.cli import app
 from suffice.cli.kv_options import CacheGridOptions, parse_memory_option
 from suffice.kv import CacheConfig, CompressedCache, answer, compare, evaluate, tune
@@ -119,6 +120,15 @@ def test_comparison_of_limits_equals_evaluate(folder, loaded, tmp_path):
     assert compare(**options, memory=[0.9, "60kB"], samples=2, run=RunOptions(tmp_path)).rows() == found.rows()
     with Store(tmp_path, read_only=True) as store:
         assert len(list(store.records("compare"))) == 2
+
+
+def test_a_limit_that_is_too_small_for_a_prompt_names_the_sample(folder, tmp_path):
+    options = {"policies": ["h2o"], "tasks": [("text", "continuation")], "tokens": 60, "samples": 2, "model": folder}
+    message = r"the first .* sample .* seed 0: ValueError: task text, continuation, sample 0: memory must be at least"
+    with pytest.raises(SufficeError, match=rf"(?is)2 of 2 samples are not done; the others are stored\. {message}"):
+        compare(memory=[0.01], run=RunOptions(tmp_path), **options)
+    with pytest.raises(SufficeError, match=r"the others are lost, because no folder was given"):
+        compare(memory=[0.01], **options)
 
 
 def test_tune_tests_limits_from_the_largest_to_the_smallest(folder):

@@ -436,6 +436,17 @@ def test_entries_are_repaired_again_at_later_evictions(policy, options):
         assert bias.abs().max() <= repair_module.MAX_BIAS + 1e-3
 
 
+def test_reported_bytes_count_the_bias():
+    model, ids = tiny("llama"), prompt(90)
+    options = {"measure_capacity": False, "allocation": "equal"}
+    plain, repaired = (filled(model, ids, "knorm", 0.25, repair=flag, **options).report() for flag in (False, True))
+    num_heads = len(plain.heads)
+    assert plain.bytes_kept == repaired.bytes_kept
+    # 4 bytes for the number of each entry, and 8 bytes for the two errors of each head.
+    assert repaired.bytes - plain.bytes == num_heads * (22 * 4 + 8)
+    assert repaired.bytes == repaired.bytes_kept + repaired.bytes_index == repaired.to_dict()["bytes"]
+
+
 def test_memory_counts_the_bias():
     model, ids = tiny("llama"), prompt(90)
     for evict in ("prefill", "always"):

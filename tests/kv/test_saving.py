@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from suffice.kv import CompressedCache, Policy
+from suffice.kv import CompressedCache, Policy, prefill
 from suffice.kv.cache.batched import BatchedCaches
-from suffice.kv.policy.registry import allocations
+from suffice.kv.policy.registry import allocations, policies
 from suffice.kv.policy.weights import ExpectedAttention, KeyNorm
 from tests.kv.tiny import answer, build, left_padded, prompt, tiny
 
@@ -201,6 +201,17 @@ def test_files_of_another_format_are_rejected(tmp_path, version, remedy):
     message = rf"path must be a saved cache of format 3, got '.*' of format {version}, written by suffice .*\. {remedy}"
     with pytest.raises(ValueError, match=message):
         CompressedCache.load(file, model)
+
+
+@pytest.mark.parametrize("options", [{"repair": True}, {"memory": 0.8, "bits": 4}, {"allocation": "equal"}])
+@pytest.mark.parametrize("policy", [name for name, policy in policies().items() if policy.needs_replay])
+def test_policies_with_a_replay_are_loaded_by_name(tmp_path, policy, options):
+    model = tiny("llama")
+    cache = CompressedCache(model, policy, **options)
+    prefill(model, {"input_ids": prompt(60)}, [cache])
+    loaded = CompressedCache.load(cache.save(model, tmp_path / "x"), model)
+    assert (loaded.policy, loaded.settings, loaded.report()) == (cache.policy, cache.settings, cache.report())
+    assert torch.equal(continue_reading(model, loaded), continue_reading(model, cache))
 
 
 def test_composed_policy_must_be_passed_to_load(tmp_path):

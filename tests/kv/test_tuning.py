@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 import pytest
 from typer.testing import CliRunner
 
 from suffice import SufficeError
 from suffice.cli import app
 from suffice.kv import CompressedCache, load_model, prefill, tune
+from suffice.kv.eval.cache_grid import mean_bytes
 from suffice.kv.eval.prompt import tokenize_prompt
 from suffice.kv.eval.run_options import RunOptions
 from suffice.kv.eval.tune import DEFAULT_MEMORY, Trial, TuningResult, make_trials
@@ -124,21 +127,42 @@ def test_the_program_uses_the_cache_that_was_measured(folder, caches, mode, caps
 
 def make_trial(policy="h2o", **more):
     values = {"allocation": "own", "budget": None, "mean": 0.1, "bound": 0.1, "within": 1.0, "safe": True}
-    return Trial(policy, **{**values, "bytes_kept": 100.0, "memory": 0.2, **more})
+    return Trial(policy, **{**values, "bytes_kept": 90.0, "bytes": 100.0, "memory": 0.2, **more})
 
 
 def test_of_equal_limits_the_cache_that_takes_the_least_time_is_best():
     def best(*trials):
         return TuningResult("kl", 0.2, 0.95, 30, list(trials), {}).best
 
-    plain, repaired = make_trial(bytes_kept=104.0, mean=0.12), make_trial(repair=True)
-    replayed = make_trial("kvzip", bytes_kept=98.0, mean=0.01)
+    plain, repaired = make_trial(bytes=104.0, mean=0.12), make_trial(repair=True)
+    replayed = make_trial("kvzip", bytes=98.0, mean=0.01)
     assert best(replayed, repaired, plain) == plain
     assert best(replayed, repaired) == repaired
-    assert best(replayed, repaired, make_trial("tova", mean=0.11, bytes_kept=103.0), plain).policy == "tova"
-    smaller = make_trial("kvzip", memory=0.1, bytes_kept=50.0, repair=True)
+    assert best(replayed, repaired, make_trial("tova", mean=0.11, bytes=103.0), plain).policy == "tova"
+    smaller = make_trial("kvzip", memory=0.1, bytes=50.0, repair=True)
     assert best(plain, smaller) == smaller
-    assert best(make_trial(budget=0.5, memory=None, bytes_kept=60.0), make_trial(budget=0.6, memory=None)).budget == 0.5
+    assert best(make_trial(budget=0.5, memory=None, bytes=60.0), make_trial(budget=0.6, memory=None)).budget == 0.5
+
+
+def test_all_bytes_of_a_cache_are_compared(folder, tmp_path):
+    """The numbers that repair adds to the logits count, also where keys and values take the same bytes."""
+    options = {"policies": ["knorm"], "budgets": [0.5], "repair": [False, True], "model": folder, **TINY}
+    found = tune(LONG, run=RunOptions(tmp_path), **options)
+    plain, repaired = found.trials
+    assert plain.bytes_kept == repaired.bytes_kept < plain.bytes < repaired.bytes
+    assert found.best == plain
+    with Store(tmp_path, read_only=True) as store:
+        values = [list(record.rows()) for record in store.records(store.study_name())]
+    for trial, index in ((plain, 1), (repaired, 2)):
+        assert trial.bytes == fmean(rows[index][1]["bytes"] for rows in values)
+
+
+def test_samples_that_were_stored_without_all_bytes_are_compared_by_keys_and_values():
+    settings = {"policy": "h2o", "allocation": "own", "budget": 0.5}
+    complete, mixed = {"bytes_kept": {0: 8.0, 1: 10.0}, "bytes": {0: 9.0, 1: 12.0}}, {"bytes": {1: 12.0}}
+    assert mean_bytes(Group(settings, complete)) == 10.5
+    assert mean_bytes(Group(settings, {**complete, **mixed})) == 9.0
+    assert mean_bytes(Group(settings, {"bytes_kept": {0: 8.0}})) == 8.0
 
 
 def test_caches_that_were_not_measured_on_all_prompts_are_not_decided():

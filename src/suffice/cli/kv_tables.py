@@ -83,7 +83,7 @@ def trial_table(result: TuningResult) -> Table:
             f"{trial.mean:.4f}",
             f"{trial.bound:.4f}",
             f"{trial.within:.0%}",
-            f"{trial.bytes_kept / 1e6:.1f}",
+            f"{trial.bytes / 1e6:.1f}",
             "yes" if trial.safe else "no",
         )
     return table

@@ -72,8 +72,8 @@ class LayerReport:
         bytes_full: bytes of keys and values that a cache of transformers would store, without eviction and with
             padding.
         bytes_kept: bytes of the stored keys and values.
-        bytes_index: bytes of everything else: positions and other numbers of the entries, spare slots, and what the
-            policy remembers for the next eviction.
+        bytes_index: bytes of everything else: positions of the entries, the numbers that repair adds to their logits,
+            spare slots, and what the policy remembers for the next eviction.
         bytes_limit: limit on the sum of `bytes_kept` and `bytes_index`; None for no limit.
 
     """

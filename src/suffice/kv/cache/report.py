@@ -24,11 +24,11 @@ class CacheReport:
         batch: number of rows of the batch.
         bytes_full: bytes that the same cache would hold without eviction, including layers that are not compressed.
         bytes_kept: bytes of all keys and values that the cache holds.
-        bytes_index: bytes of everything else: positions and other numbers of the entries, spare slots, and what the
-            policy remembers for the next eviction.
+        bytes_index: bytes of everything else: positions of the entries, the numbers that repair adds to their logits,
+            spare slots, and what the policy remembers for the next eviction.
         capacity_retained: share of the capacity that the kept entries carry, averaged over layers, heads and rows; None
             if it was not measured.
-        bytes_limit: limit on the sum of `bytes_kept` and `bytes_index`; None for no limit.
+        bytes_limit: limit on `bytes`; None for no limit.
         heads_repaired: number of heads that have kept the repair of their entries; None without repair.
         repair_error_before: relative error of the outputs of held-out queries before the repair, averaged over heads;
             None without repair.
@@ -77,6 +77,11 @@ class CacheReport:
         )
 
     @property
+    def bytes(self) -> int:
+        """Bytes of everything that the cache holds: the sum of `bytes_kept` and `bytes_index`."""
+        return self.bytes_kept + self.bytes_index
+
+    @property
     def tokens_seen(self) -> int:
         """Number of tokens seen, over all rows."""
         return max((head.tokens_seen for head in self.heads), default=0)
@@ -88,7 +93,8 @@ class CacheReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain numbers and lists, ready for JSON."""
-        return {**asdict(self), "tokens_seen": self.tokens_seen, "tokens_kept": self.tokens_kept}
+        sums = {"bytes": self.bytes, "tokens_seen": self.tokens_seen, "tokens_kept": self.tokens_kept}
+        return {**asdict(self), **sums}
 
     def table(self) -> Table:
         """Return a rich table with one row for each layer."""
@@ -133,7 +139,7 @@ class CacheReport:
         if self.heads_repaired is not None:
             share += f", {self.heads_repaired} of {len(self.heads)} heads repaired"
         if self.bytes_limit is not None:
-            share += f", {(self.bytes_kept + self.bytes_index) / 1e6:.1f} of {self.bytes_limit / 1e6:.1f} MB allowed"
+            share += f", {self.bytes / 1e6:.1f} of {self.bytes_limit / 1e6:.1f} MB allowed"
         bits = sorted({head.bits for head in self.heads if head.bits and head.key_error is not None}, reverse=True)
         stored = f" ({' or '.join(format_bits(shortest_bits(pair)) for pair in bits)} bits)" if bits else ""
         return (

@@ -294,15 +294,19 @@ def _allocation_name(allocation: Allocation) -> str | None:
 def _policy_name(policy: Policy) -> str | None:
     """Return the name of a named policy, with its own or another named allocation; None for any other policy."""
     known = policies().get(policy.name)
-    is_named = known is not None and replace(policy, allocation=known.allocation) == known
-    return policy.name if is_named and _allocation_name(policy.allocation) is not None else None
+    if known is None or replace(policy, allocation=known.allocation) != known:
+        return None
+    # The allocation of policies with a replay has no name.
+    is_own = _without_profile(policy.allocation) == known.allocation
+    return policy.name if is_own or _allocation_name(policy.allocation) is not None else None
 
 
 def _restore_policy(metadata: Mapping[str, Any], given: Policy | None, file: Path) -> Policy:
     """Return the policy of a saved cache."""
     if metadata["policy"] is not None:
-        named = policies()[metadata["policy"]]
-        stored = replace(named, allocation=allocations()[metadata["allocation"]])
+        stored = named = policies()[metadata["policy"]]
+        if metadata["allocation"] is not None:
+            stored = replace(named, allocation=allocations()[metadata["allocation"]])
         if given is not None and given not in (stored, named):
             raise ValueError(f"policy must be None or {metadata['policy']!r} for {str(file)!r}, got {given.name!r}")
         return stored

@@ -12,6 +12,7 @@ from suffice.kv.eval.fidelity import CacheConfig
 from suffice.kv.policy.registry import get_allocation, get_policy
 from suffice.kv.storage.quantization import Bits, bits_suffix, shortest_bits
 from suffice.plain_numbers import plain_number
+from suffice.study.results import Group
 
 _DEFAULTS: dict[str, Any] = {"bits": None, "memory": None, "repair": False}
 _DEFAULT_BUDGETS = (0.25,)
@@ -173,6 +174,16 @@ class CacheGrid:
             or OWN_ALLOCATION not in self.allocations
             or get_policy(policy).allocation != get_allocation(allocation)
         ]
+
+
+def mean_bytes(group: Group) -> float:
+    """Return the bytes of everything that a cache holds, averaged over samples.
+
+    Samples that were stored before all bytes were counted have those of the keys and values only. If there are such
+    samples, only these bytes are compared.
+    """
+    is_complete = len(group.values.get("bytes", {})) == len(group.values["bytes_kept"])
+    return group.interval("bytes" if is_complete else "bytes_kept").mean
 
 
 def describe_size(budget: float | None, bits: Bits | None, memory: float | None, repair: bool = False) -> str:

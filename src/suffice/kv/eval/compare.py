@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid, describe_size, repair_suffix
+from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid, describe_size, mean_bytes, repair_suffix
 from suffice.kv.eval.run_kinds import COMPARE
 from suffice.kv.eval.run_options import RunOptions, run_samples
 from suffice.kv.hf.loading import ModelSource
@@ -82,9 +82,12 @@ class Comparison:
         return [{**row, "repair": bool(row["repair"])} for row in rows] if self.has_repair else rows
 
     def share_of_bytes(self, method: str, condition: Condition | tuple[str, str, float]) -> float:
-        """Return the bytes of a cache as a share of those of the full cache, from the means over samples."""
+        """Return the bytes of everything that a cache holds, as a share of the keys and values of the full cache.
+
+        Both are means over samples.
+        """
         group = self.group(method, condition)
-        return group.interval("bytes_kept").mean / group.interval("bytes_full").mean
+        return mean_bytes(group) / group.interval("bytes_full").mean
 
     def group(self, method: str, condition: Condition | tuple[str, str, float]) -> Group:
         """Return the values of a method under a condition.

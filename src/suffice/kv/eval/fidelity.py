@@ -153,7 +153,9 @@ def evaluate(
         * `answer`: the generated text; None without `answer`
         * `agreement`: share of the full cache's greedy tokens that are generated at the same position;
             `agreed_tokens`: number of equal tokens before the first difference; None without `greedy_tokens`
-        * `tokens_kept`: mean number of entries kept per head after the prefill; `bytes_kept`, `bytes_full`
+        * `tokens_kept`: mean number of entries kept per head after the prefill
+        * `bytes`: bytes of everything that the cache holds after the prefill; `bytes_kept`: of the keys and values
+            alone; `bytes_full`: of the keys and values without eviction
         * `capacity_retained`: None if it was not measured
         * `seconds`: time for scoring and eviction. With `share_statistics`, the time for a statistic is counted for
             the first configuration that uses it.
@@ -214,6 +216,7 @@ def evaluate(
                 "agreement": agreement,
                 "agreed_tokens": agreed_tokens,
                 "tokens_kept": report.tokens_kept,
+                "bytes": report.bytes,
                 "bytes_kept": report.bytes_kept,
                 "bytes_full": report.bytes_full,
                 "capacity_retained": report.capacity_retained,

@@ -171,7 +171,7 @@ def _add_bytes(page: Page, comparison: Comparison) -> None:
         [method, *(f"{comparison.share_of_bytes(method, condition):.1%}" for condition in conditions)]
         for method in comparison.mean_ranks()
     ]
-    caption = "Share of the bytes of the full cache, with scales and means of quantized entries."
+    caption = "Everything that the cache holds, as a share of the keys and values of the full cache."
     page.add("Bytes kept", Table(["method", *map(_condition_text, conditions)], rows, caption))
 
 

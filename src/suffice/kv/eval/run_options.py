@@ -51,7 +51,8 @@ def run_samples(
         options: how to run.
 
     Raises:
-        SufficeError: samples failed. The others are stored, and a second call repeats the failed ones.
+        SufficeError: samples failed. If there is a folder, the others are stored, and a second call repeats the
+            failed ones.
 
     """
     about = {"command": options.command} if options.command else {}
@@ -70,8 +71,11 @@ def run_samples(
     if unfinished := [record for record in records if record.state != "done"]:
         first = unfinished[0]
         reason = first.error.strip().splitlines()[-1] if first.error else first.state
+        others = "the others are stored"
+        if options.folder is None:
+            others = "the others are lost, because no folder was given (run=RunOptions(folder), or --folder)"
         raise SufficeError(
-            f"{len(unfinished)} of {len(records)} samples are not done; the others are stored. The first unfinished "
-            f"sample has seed {first.seed}: {reason}"
+            f"{len(unfinished)} of {len(records)} samples are not done; {others}. The first unfinished sample has seed "
+            f"{first.seed}: {reason}"
         )
     return records

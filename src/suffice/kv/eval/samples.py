@@ -29,6 +29,7 @@ METRICS = (
     "agreed_tokens",
     "capacity_retained",
     "tokens_kept",
+    "bytes",
     "bytes_kept",
     "bytes_full",
     "seconds",
@@ -53,6 +54,9 @@ def compare_on_example(settings: Mapping[str, Any], seed: int, context: RunConte
         `rows`: `settings` and `values` of each cache, the full cache first; `tokens`: number of tokens in the prompt;
         `gold`: the right answer; `answers`: the answer from each cache.
 
+    Raises:
+        ValueError: a cache cannot be made for the model, or the prompt is too long or too short; names the sample.
+
     """
     model, tokenizer = load_cached(ModelSource(**settings["model"]))
     haystack = settings["haystack"]
@@ -60,16 +64,19 @@ def compare_on_example(settings: Mapping[str, Any], seed: int, context: RunConte
     example = make_example(settings["task"], tokenizer, tokens=settings["tokens"], seed=seed, **options)
     context.log(f"{settings['task']}, {settings['mode']}, sample {seed}")
     caches = CacheGrid(**settings["caches"]).caches()
-    rows = evaluate(
-        model,
-        tokenizer,
-        example,
-        [cache.config() for cache in caches],
-        mode=settings["mode"],
-        answer=settings["answer"],
-        greedy_tokens=settings["greedy_tokens"],
-        measure_capacity=settings["measure_capacity"],
-    )
+    try:
+        rows = evaluate(
+            model,
+            tokenizer,
+            example,
+            [cache.config() for cache in caches],
+            mode=settings["mode"],
+            answer=settings["answer"],
+            greedy_tokens=settings["greedy_tokens"],
+            measure_capacity=settings["measure_capacity"],
+        )
+    except ValueError as error:
+        raise ValueError(f"task {settings['task']}, {settings['mode']}, sample {seed}: {error}") from error
     return {
         "rows": _result_rows(rows, caches),
         "tokens": rows[0]["tokens"],

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid, describe_size
+from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid, describe_size, mean_bytes
 from suffice.kv.eval.run_kinds import TUNE
 from suffice.kv.eval.run_options import RunOptions, run_samples
 from suffice.kv.eval.user_prompts import UserPrompt, write_user_prompts
@@ -41,7 +41,8 @@ class Trial:
         bound: one-sided confidence bound of the mean: an upper bound of KL, a lower bound of agreement.
         within: share of the prompts that meet the target individually.
         safe: whether the bound meets the target at this budget or limit, and at every larger one.
-        bytes_kept: mean bytes of the cache after the prefill.
+        bytes_kept: bytes of the keys and values after the prefill, averaged over prompts.
+        bytes: bytes of everything that the cache holds then, with positions and the numbers of a repair.
         bits: number of bits of quantized entries; None if they are not quantized, or follow from `memory`.
         memory: limit on the bytes, as a fraction or a number; None with `budget`.
         repair: whether kept entries are repaired.
@@ -56,6 +57,7 @@ class Trial:
     within: float
     safe: bool
     bytes_kept: float
+    bytes: float
     bits: Bits | None = None
     memory: float | None = None
     repair: bool = False
@@ -103,10 +105,10 @@ class TuningResult:
         sign = 1 if self.metric == "kl" else -1
         largest: dict[float | None, float] = {}  # bytes of the caches with the same limit
         for trial in self.trials:
-            largest[trial.memory] = max(largest.get(trial.memory, 0), trial.bytes_kept)
+            largest[trial.memory] = max(largest.get(trial.memory, 0), trial.bytes)
 
         def order(trial: Trial) -> tuple[float, bool, bool, float]:
-            num_bytes = trial.bytes_kept if trial.memory is None else largest[trial.memory]
+            num_bytes = trial.bytes if trial.memory is None else largest[trial.memory]
             return num_bytes, get_policy(trial.policy).needs_replay, trial.repair, sign * trial.mean
 
         return min(safe, key=order, default=None)
@@ -375,6 +377,7 @@ def make_trials(groups: Sequence[Group], metric: str, target: float, confidence:
                     within=sum(sign * value <= sign * target for value in values) / len(values),
                     safe=safe,
                     bytes_kept=group.interval("bytes_kept").mean,
+                    bytes=mean_bytes(group),
                     bits=bits,
                     memory=group.settings.get("memory"),
                     repair=repair,

@@ -210,8 +210,9 @@ class RaggedStorage(PerHeadStorage):
 
     @property
     def nbytes_index(self) -> int:
-        """Bytes of positions, columns and spare slots."""
-        index = (self.packed_positions, self.tail_positions, self.packed_rope_positions, *self._columns.values())
+        """Bytes of positions, columns, spare slots and the index of the next free slot."""
+        positions = (self.packed_positions, self.tail_positions, self.packed_rope_positions, self._first_free)
+        index = (*positions, *self._columns.values())
         spare = sum(x.nbytes for x in self.buffers) - self.nbytes
         return spare + sum(x.nbytes for x in index if x is not None)
 
