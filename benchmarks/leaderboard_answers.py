@@ -12,6 +12,7 @@ from torch import Tensor
 from leaderboard_data import Sample
 from suffice.kv import CacheConfig, CompressedCache, prefill
 from suffice.kv.cache.batched import BatchedCaches
+from suffice.kv.cache.layer_report import report_layer
 from suffice.kv.cache.replay_prompt import Instruction, replay_inputs
 from suffice.kv.eval.generation import check_prompt_length
 from suffice.kv.hf.tokenization import tokenize
@@ -123,7 +124,7 @@ def relative_bytes(cache: CompressedCache) -> float:
     dtype_size = max(
         part.element_size() for storage in storages for part in storage.buffers if part.is_floating_point()
     )
-    full = sum(layer.bytes_full for layer in layers) * 2 / dtype_size
+    full = sum(report_layer(layer).bytes_full for layer in layers) * 2 / dtype_size
     kept = sum(
         part.numel() * min(part.element_size(), 2 if part.is_floating_point() else 8)
         for storage in storages

@@ -381,11 +381,12 @@ def test_a_large_graph_is_given_to_every_encoder_as_an_adjacency(monkeypatch):
     graph = block_model(nodes=60, classes=2, degree=6, features=4)
     parts = split_edges(graph, SplitConfig(), 0)
     model = EncoderDecoderSettings(encoder="sage", hidden=8).build(4)
-    plain = fit(model, graph, parts, TrainConfig(epochs=2))
+    config = TrainConfig(epochs=2, metric="auc")
+    plain = fit(model, graph, parts, config)
     assert isinstance(message_edges(model, parts, 60), torch.Tensor)
     monkeypatch.setattr("suffice.link.train.inputs._LARGE_GRAPH_EDGES", 10)
     assert isinstance(message_edges(model, parts, 60), Adjacency)
-    again = fit(EncoderDecoderSettings(encoder="sage", hidden=8).build(4), graph, parts, TrainConfig(epochs=2))
+    again = fit(EncoderDecoderSettings(encoder="sage", hidden=8).build(4), graph, parts, config)
     assert again.epochs[-1].loss == pytest.approx(plain.epochs[-1].loss, rel=1e-3)
 
 
