@@ -508,6 +508,8 @@ def test_caches_that_autograd_has_recorded_are_copied_saved_and_reset(family, tm
     if family not in model_classes():
         pytest.skip("needs a newer transformers")
     case = get_case(family)
+    if transformers.__version__.startswith("5.2.") and family in ("gemma3", "gemma3n_text", "gpt_oss"):
+        pytest.skip("needs a newer transformers: 5.2 masks several tokens behind a sliding window wrongly")
     try:
         cache, plain = (CompressedCache(case.model, "capkv", 0.5) for _ in range(2))
     except ValueError as error:  # test_families.py checks that the newest transformers is supported

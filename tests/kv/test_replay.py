@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache
 
 from suffice.kv import CompressedCache, Policy, policies, prefill
@@ -329,6 +330,8 @@ def test_missing_scores_are_named():
 
 def test_a_model_that_multiplies_its_embeddings_in_place_can_be_replayed_with_gradients():
     """Autograd does not allow this for an input of the graph, as which the embeddings serve."""
+    if transformers.__version__.startswith("5.2."):
+        pytest.skip("needs a newer transformers, whose CTRL calls its attention interface")
     case = get_case("ctrl")
     # The error comes after the gradients: the scores also need a projection, which this model does not have.
     with pytest.raises(ValueError, match="no linear layer named"):
