@@ -35,6 +35,23 @@ def test_it_is_the_expected_model(loaded):
     assert "Paris" in found.answer
 
 
+def test_its_tokenizer_is_that_of_the_published_model(loaded):
+    model, tokenizer = loaded
+    ids = tokenizer("The quick brown fox").input_ids
+    assert ids == [504, 2365, 6354, 16438]
+    text = "The  file\n\n def f(x): 1.25 é 日本 ▁"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer("<|im_start|>user<|im_end|>").input_ids == [1, 4093, 2]
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert tokenizer.decode([1, 504, 2], skip_special_tokens=True) == "The"
+    # A wrong tokenizer shows in the probability of plain English. Guessing has −10.8.
+    passage = "The capital of France is Paris. The sun rises in the east and sets in the west."
+    tokens = torch.tensor([tokenizer(passage).input_ids])
+    with torch.no_grad():
+        log_probs = model(tokens).logits[0, :-1].log_softmax(-1)
+    assert float(log_probs.gather(1, tokens[0, 1:, None]).mean()) > -2
+
+
 def test_full_budget_generates_the_tokens_of_the_stock_cache(loaded):
     model, tokenizer = loaded
     ids = planted_facts(tokenizer, tokens=300, num_facts=2)[0].prompt(tokenizer).input_ids

@@ -26,9 +26,11 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 """Name of the default model: 135 million parameters, Llama architecture, 8,192 tokens."""
 
 # Part of the folders' names. Increase it whenever the converted files change.
-_FORMAT = 1
+_FORMAT = 2
 # Seconds after which the temporary folder of a download counts as left behind by a process that was killed.
 _STALE_AFTER = 86_400
+# Type of special tokens in GGUF files.
+_CONTROL_TOKEN = 3
 
 
 @dataclass(frozen=True)
@@ -227,13 +229,12 @@ def _sha256(path: Path) -> str:
 
 def _convert(gguf: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     # The GGUF dequantizer has a progress bar that no setting turns off.
     with no_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
-        names: dict[str, Any] = {"gguf_file": gguf.name}
-        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **names)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **names)
+        tokenizer = _load_tokenizer(gguf)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, gguf_file=gguf.name)
         # A model loaded from GGUF counts as quantized and cannot be saved: copy the weights to a plain model.
         config = loaded.config.to_dict()
         config.pop("quantization_config", None)
@@ -242,3 +243,30 @@ def _convert(gguf: Path, folder: Path) -> None:
         plain.generation_config = loaded.generation_config
         plain.to(torch.float32).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _load_tokenizer(gguf: Path) -> Any:
+    """Return the tokenizer of a GGUF file.
+
+    transformers 5.2 takes the tokenizer of a Llama model to be that of Code Llama, also where the file says that it
+    is a byte-level BPE tokenizer as of GPT-2. Such a tokenizer is therefore built here.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    metadata: Any = load_gguf_checkpoint(str(gguf))
+    fields = metadata["tokenizer"]
+    if fields["tokenizer_type"] != "gpt2":
+        return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokens: list[str] = fields["tokens"]
+    merges = [(first, second) for first, second in (merge.split(" ") for merge in fields["merges"])]
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, fields["token_type"], strict=True) if kind == _CONTROL_TOKEN]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    names = {f"{name}_token": tokens[fields[f"{name}_token_id"]] for name in ("bos", "eos", "unk", "pad")}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=metadata["tokenizer_config"].get("chat_template"), **names
+    )
