@@ -18,6 +18,7 @@ ALLOWED = {
 }
 TOP_LEVEL = {
     "suffice",
+    "suffice.arguments",
     "suffice.environment",
     "suffice.folders",
     "suffice.gpu",

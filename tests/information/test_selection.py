@@ -356,8 +356,8 @@ def top_of_ones(vectors: Tensor, weights: None, budget: int, **options: object) 
         (0, {}, ValueError, r"budget must be from 1 to 3, got 0"),
         (-1, {}, ValueError, r"budget must be from 1 to 3, got -1"),
         (4, {}, ValueError, r"budget must be from 1 to 3, got 4"),
-        (2.0, {}, TypeError, r"budget must be an int, got float"),
-        (True, {}, TypeError, r"budget must be an int, got bool"),
+        (2.0, {}, TypeError, r"budget must be an int, from 1 to .*, got 2.0"),
+        (True, {}, TypeError, r"budget must be an int, from 1 to .*, got True"),
         (2, {"valid": [[0, 0, 1], [1, 1, 1]]}, ValueError, r"at most the number of valid items, 1, got 2"),
         (1, {"protected": [[0, 0, 1], [0, 1, 1]]}, ValueError, r"at least the number of protected items, 2, got 1"),
         (
@@ -388,7 +388,7 @@ def test_masks_must_be_boolean_tensors(name: str):
     ("rounds", "error", "message"),
     [
         (0, ValueError, r"rounds must be at least 1, got 0"),
-        (1.5, TypeError, r"rounds must be an int, got float"),
+        (1.5, TypeError, r"rounds must be an int, at least 1, got 1.5"),
     ],
 )
 def test_invalid_rounds_are_rejected(rounds: int, error: type[Exception], message: str):

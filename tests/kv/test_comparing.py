@@ -162,7 +162,7 @@ def test_a_target_that_no_budget_reaches_is_reported(folder):
         ({"target_kl": 0.0}, "target_kl must be above 0 nats per token, got 0.0"),
         ({"target_kl": None, "target_agreement": 1.5}, "target_agreement must be above 0 and at most 1, got 1.5"),
         ({"confidence": 0.3}, "confidence must be above 0.5 and below 1, got 0.3"),
-        ({"mode": "both"}, "mode must be aware or agnostic, got 'both'"),
+        ({"mode": "both"}, "mode must be one of aware, agnostic, got 'both'"),
         ({"budgets": []}, "budgets must hold at least one value"),
         ({"budgets": [2.0]}, "budget must be .*, got 2.0"),
         ({"policies": ["h3o"]}, "Did you mean 'h2o'"),

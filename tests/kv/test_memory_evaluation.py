@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from typer.testing import CliRunner
 from suffice import SufficeError
 from suffice.cli import app
 from suffice.cli.kv_options import CacheGridOptions, parse_memory_option
-from suffice.kv import CacheConfig, CompressedCache, answer, compare, evaluate, tune
-from suffice.kv.cache.memory import format_memory, parse_memory
+from suffice.kv import CacheConfig, CompressedCache, answer, compare, evaluate, load_model, prefill, tune
+from suffice.kv.cache.limit_check import check_limits
+from suffice.kv.cache.memory import TooLittleMemoryError, format_memory, parse_memory
 from suffice.kv.eval.cache_grid import CacheGrid, GridCache
 from suffice.kv.eval.compare import Condition
 from suffice.kv.eval.fidelity import kl_divergence
@@ -24,6 +26,7 @@ from suffice.kv.eval.tasks import make_example
 from suffice.kv.eval.user_prompts import UserPrompt
 from suffice.study.run_key import run_key
 from suffice.study.store import Store
+from tests.kv.tiny import tokenizer
 
 LIMITS = [0.9, 0.25, 60_000]
 PROMPTS = [UserPrompt(f"{name} is called Otto, and {name} lives in a small house. " * 6) for name in ("A", "B", "C")]
@@ -123,12 +126,71 @@ def test_comparison_of_limits_equals_evaluate(folder, loaded, tmp_path):
 
 
 def test_a_limit_that_is_too_small_for_a_prompt_names_the_sample(folder, tmp_path):
-    options = {"policies": ["h2o"], "tasks": [("text", "continuation")], "tokens": 60, "samples": 2, "model": folder}
-    message = r"the first .* sample .* seed 0: ValueError: task text, continuation, sample 0: memory must be at least"
+    options = {"policies": ["h2o"], "tasks": [("multikey", "agnostic")], "tokens": 300, "samples": 2, "model": folder}
+    limit = smallest_limit(folder, tokens=300)  # too small for the document alone, which has fewer tokens
+    message = r"the first .* sample .* seed 0: ValueError: task multikey, agnostic, sample 0: memory must be at least"
     with pytest.raises(SufficeError, match=rf"(?is)2 of 2 samples are not done; the others are stored\. {message}"):
-        compare(memory=[0.01], run=RunOptions(tmp_path), **options)
+        compare(memory=[limit], run=RunOptions(tmp_path), **options)
     with pytest.raises(SufficeError, match=r"the others are lost, because no folder was given"):
-        compare(memory=[0.01], **options)
+        compare(memory=[limit], **options)
+
+
+def test_a_limit_that_is_too_small_for_every_prompt_is_refused_before_anything_is_measured(
+    folder, tmp_path, monkeypatch
+):
+    options = {"policies": ["h2o"], "tasks": [("text", "continuation")], "tokens": 60, "samples": 2, "model": folder}
+    needed = smallest_limit(folder, tokens=60)
+    compare(memory=[0.9], run=RunOptions(tmp_path), **options)
+    monkeypatch.setattr("suffice.kv.eval.samples.make_example", lambda *_, **__: pytest.fail("an example was made"))
+    monkeypatch.setattr("suffice.kv.eval.samples.evaluate", lambda *_, **__: pytest.fail("a cache was measured"))
+    message = r"memory must be at least (.*) for the entries that always stay of a text of 60 tokens, got 0\.01"
+    with pytest.raises(ValueError, match=message) as refused:
+        compare(memory=[0.01, 0.9], run=RunOptions(tmp_path), **options)
+    assert needed <= float(re.search(message, str(refused.value))[1]) <= 1.1 * needed
+    with pytest.raises(ValueError, match=r"memory must be at least \d+ bytes for the entries .*, got 500"):
+        compare(memory=[500], **options)
+    # The first refusal has not replaced what the folder holds, for which the model need not be loaded.
+    monkeypatch.setattr("suffice.kv.eval.samples.load_cached", lambda *_: pytest.fail("the model was loaded"))
+    assert len(compare(memory=[0.9], run=RunOptions(tmp_path), **options).rows()) > 0
+
+
+def test_tune_refuses_a_limit_that_is_too_small_for_the_longest_prompt(folder, monkeypatch):
+    monkeypatch.setattr("suffice.kv.eval.samples.evaluate", lambda *_, **__: pytest.fail("a cache was measured"))
+    longest = max(tokenize_prompt(tokenizer(), p.document, p.question).input_ids.shape[1] for p in PROMPTS)
+    message = rf"memory must be at least .* of a text of {longest} tokens, got 0\.001"
+    with pytest.raises(ValueError, match=message):
+        tune(PROMPTS, target_kl=1.0, policies=["h2o"], memory=[0.001, 0.9], model=folder)
+
+
+@pytest.mark.parametrize("policy", ["h2o", "capkv-salience", "adakv"])
+@pytest.mark.parametrize("repair", [False, True])
+def test_limits_are_refused_exactly_where_a_prefill_refuses_them(loaded, policy, repair):
+    model, _ = loaded
+    config = {"policy": "h2o", "allocation": "adakv"} if policy == "adakv" else {"policy": policy}
+    verdicts = set()
+    for limit in (0.02, 0.05, 0.08, 0.12, 0.2, 0.5, 3000, 9000, 30_000):
+        for num_tokens in (9, 40, 80):
+            cache = CompressedCache(model, memory=limit, evict="prefill", repair=repair, **config)
+            refused = refuses(lambda c=cache, n=num_tokens: check_limits(model, [c], n))
+            ids = torch.arange(num_tokens)[None] % 300
+            assert refused == refuses(lambda c=cache, i=ids: prefill(model, {"input_ids": i}, [c]))
+            verdicts.add(refused)
+    assert verdicts == {True, False}
+
+
+def refuses(call):
+    try:
+        call()
+    except TooLittleMemoryError:
+        return True
+    return False
+
+
+def smallest_limit(folder, tokens):
+    """Return the smallest fraction, a multiple of 0.001, that is accepted for a prompt."""
+    model, _ = load_model(folder)
+    caches = {limit: CompressedCache(model, "h2o", memory=limit / 1000, evict="prefill") for limit in range(1, 1000)}
+    return next(n for n, c in caches.items() if not refuses(lambda c=c: check_limits(model, [c], tokens))) / 1000
 
 
 def test_tune_tests_limits_from_the_largest_to_the_smallest(folder):
@@ -185,9 +247,9 @@ def test_the_harness_limits_the_bytes(loaded, monkeypatch):
         ({"memory": ["1kB", 1000]}, "memory must hold at least one value and no duplicates"),
         ({"memory": [1.5]}, "memory must be a fraction .*, got 1.5"),
         ({"memory": ["2 gigs"]}, "memory must be a fraction .*, got '2 gigs'"),
-        ({"memory": 0.1}, r"memory of a grid must be a list, such as \[0.1, '2GiB'\], got 0.1"),
-        ({"memory": "2GiB"}, "memory of a grid must be a list, .*, got '2GiB'"),
-        ({"budgets": 0.5}, r"budgets of a grid must be a list, such as \[0.5, 0.25\], got 0.5"),
+        ({"memory": 0.1}, r"memory must be a list of limits on the bytes, such as \[0.1, '2GiB'\], got 0.1"),
+        ({"memory": "2GiB"}, "memory must be a list of limits on the bytes, .*, got '2GiB'"),
+        ({"budgets": 0.5}, r"budgets must be a list of budgets, such as \[0.5, 0.25\], got 0.5"),
         ({"memory": [0.1], "budgets": [0.5]}, r"budgets must be None with memory=\[0.1\], .*, got \[0.5\]"),
     ],
 )

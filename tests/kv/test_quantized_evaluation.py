@@ -179,9 +179,9 @@ def test_answers_are_generated_from_the_quantized_cache(loaded):
         ([4, (4, 4)], "bits must hold at least one value and no duplicates"),
         ([6], "bits must be 2, 3, 4, 5 or 8, got 6"),
         ([(4, 2, 3)], r"bits must be a number of bits, a pair .* or None, got \(4, 2, 3\)"),
-        (4, r"bits of a grid must be a list, such as \[None, 4, \(4, 2\)\], got 4"),
-        ("4", r"bits of a grid must be a list, .*, got '4'"),
-        ((5, 4), r"bits of a grid must be a list, got the tuple \(5, 4\)\. Write \[\(5, 4\)\] for one pair"),
+        (4, r"bits must be a list of numbers of bits, such as \[None, 4, \(4, 2\)\], got 4"),
+        ("4", r"bits must be a list of numbers of bits, .*, got '4'"),
+        ((5, 4), r"bits must be a list, got the tuple \(5, 4\)\. Write \[\(5, 4\)\] for one pair"),
     ],
 )
 def test_bits_are_checked_before_any_work(bits, words):

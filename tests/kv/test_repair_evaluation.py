@@ -139,9 +139,9 @@ def test_answers_say_whether_entries_were_repaired(loaded):
         ),
         ({"repair": []}, "repair must hold at least one value"),
         ({"repair": [True, True]}, "repair must hold at least one value and no duplicates"),
-        ({"repair": True}, r"repair of a grid must be a list, such as \[False, True\], got True"),
-        ({"repair": "yes"}, r"repair of a grid must be a list, .*, got 'yes'"),
-        ({"repair": [1]}, r"repair of a grid must hold True, False or both, got \[1\]"),
+        ({"repair": True}, r"repair must be a list of booleans, such as \[False, True\], got True"),
+        ({"repair": "yes"}, r"repair must be a list of booleans, .*, got 'yes'"),
+        ({"repair": [1]}, r"repair must hold True, False or both, got \[1\]"),
     ],
 )
 def test_repair_is_checked_before_any_work(changes, words):

@@ -34,7 +34,7 @@ def test_shared_prefill_fills_each_cache_like_a_prefill_of_its_own(family, share
 
 def test_missing_and_used_caches_are_rejected():
     model = tiny("llama")
-    with pytest.raises(ValueError, match="caches must hold at least one empty CompressedCache, got none"):
+    with pytest.raises(ValueError, match="caches must hold at least one CompressedCache, got none"):
         prefill(model, {"input_ids": prompt(10)}, [])
     used = CompressedCache(model)
     prefill(model, {"input_ids": prompt(20)}, [used])

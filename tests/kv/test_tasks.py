@@ -204,7 +204,7 @@ def test_planted_facts_are_questions_about_one_document(chat):
         assert code in example.answer
         prompt = tokenizer(chat).decode(example.prompt(tokenizer(chat)).input_ids[0])
         assert prompt.endswith("[assistant] " if chat else "\nAnswer:")
-    with pytest.raises(ValueError, match="num_facts must be between 1 and 8, got 9"):
+    with pytest.raises(ValueError, match="num_facts must be from 1 to 8, got 9"):
         planted_facts(tokenizer(), tokens=900, num_facts=9)
 
 
@@ -213,17 +213,17 @@ def test_planted_facts_are_questions_about_one_document(chat):
     [
         ("multkey", {}, "got 'multkey'. Did you mean 'multikey'?"),
         ("single", {"tokens": 30}, "for this task and these options, got 30"),
-        ("single", {"haystack": " \n"}, "haystack must hold at least one word"),
+        ("single", {"haystack": " \n"}, "haystack must contain text"),
         ("single", {"value_type": "names"}, "value_type must be one of numbers, words, uuids, got 'names'"),
         (
             "single",
             {"value_type": "words", "haystack": "few words"},
             "at least 8 distinct words to draw from, got 1",
         ),
-        ("single", {"depth": 1.5}, "depth must be between 0 and 1, got 1.5"),
+        ("single", {"depth": 1.5}, "depth must be from 0 to 1, got 1.5"),
         ("single", {"num_values": 0}, "num_values must be at least 1, got 0"),
         ("multiquery", {"num_queries": 9}, "num_queries must be at most the number of keys, 4, got 9"),
-        ("single", {"num_keys": 1000}, "num_keys must be at most 756, got 1000"),
+        ("single", {"num_keys": 1000}, "num_keys must be from 1 to 756, got 1000"),
         ("variables", {"num_hops": 0}, "num_hops must be at least 1, got 0"),
         ("common-words", {"frequency": 1}, "frequency must be at least 2, got 1"),
         ("common-words", {"num_common": 0}, "num_common must be at least 1, got 0"),
@@ -232,7 +232,7 @@ def test_planted_facts_are_questions_about_one_document(chat):
             {"haystack": "two words"},
             "more than 10 distinct words to draw from, got 1",
         ),
-        ("frequent-words", {"alpha": 0}, "alpha must be a positive number, got 0"),
+        ("frequent-words", {"alpha": 0}, "alpha must be above 0, got 0"),
         ("frequent-words", {"num_queries": 0}, "num_queries must be at least 1, got 0"),
         ("text", {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ("text", {"tokens": 1}, "tokens must be at least 2, got 1"),

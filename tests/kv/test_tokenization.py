@@ -114,7 +114,9 @@ def test_empty_texts_are_rejected():
     with pytest.raises(ValueError, match="question must contain text, or be None, got ' '"):
         tokenize_prompt(tokenizer(), DOCUMENT, " ")
     model = build("llama", vocab_size=400)
-    with pytest.raises(ValueError, match="text must have at least 32 tokens, got 0"):
+    with pytest.raises(ValueError, match="text must contain text, or be None, got ''"):
         calibrate(model, tokenizer(), "")
+    with pytest.raises(ValueError, match="text must have at least 32 tokens, got 1"):
+        calibrate(model, tokenizer(), "a")
     with pytest.raises(ValueError, match=r"tokenizer must be given with a text, got None. Without both, random tokens"):
         calibrate(model, text=DOCUMENT)

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
+from suffice.arguments import check_optional_int
 from suffice.cli.console import out, print_json, print_table, print_text, step_progress
 from suffice.cli.kv_evaluate import compare_caches, tune_budget
 from suffice.cli.kv_generate import generate
@@ -16,6 +17,7 @@ from suffice.cli.kv_options import ModelOptions
 from suffice.cli.kv_tables import policy_table, profile_table
 from suffice.cli.options import JsonOption, expand_options
 from suffice.files import read_text
+from suffice.kv.budget.profile import MIN_TOKENS
 from suffice.kv.policy.registry import DEFAULT_POLICY, allocations, policies
 
 app = typer.Typer(
@@ -50,7 +52,8 @@ class CalibrationOptions:
         """Return the text, or None for the default one.
 
         Raises:
-            ValueError: more than one of the options is given, or the file cannot be read or is empty.
+            ValueError: more than one of the ways to get a text is given, the file cannot be read or is empty, or there
+                are too few tokens.
 
         """
         ways = {
@@ -60,6 +63,7 @@ class CalibrationOptions:
         }
         if len(given := [option for option, is_given in ways.items() if is_given]) > 1:
             raise ValueError(f"only one of {', '.join(ways)} may be given, got {' and '.join(given)}")
+        check_optional_int("--tokens", self.tokens, MIN_TOKENS)
         if self.text_file is None:
             return None
         text = read_text(self.text_file, "--text-file")

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
+from suffice.arguments import check_int, check_optional_int
 from suffice.cli.console import command_line, out, print_json, print_table, print_text, step_progress
 from suffice.cli.kv_options import AwareOption, CacheOptions, ModelOptions
 from suffice.cli.options import FigureOptions, expand_options
@@ -69,16 +70,20 @@ def generate(
     """
     # Imported here, because transformers takes seconds to import and other commands do not need it.
     from suffice.kv.cache.layer_kinds import check_repair
-    from suffice.kv.eval.answer import answer
+    from suffice.kv.eval.answer import answer, check_interval
     from suffice.kv.eval.cache_grid import repair_suffix
-    from suffice.kv.eval.generation import check_chunk_size
+    from suffice.kv.eval.fidelity import CacheConfig
 
     # Check the options first, because the model takes seconds to load.
     policy = cache.parsed_policy()
     allocation = None if cache.allocation is None else get_allocation(cache.allocation)
     budget, memory = cache.parsed_size()
     bits = cache.parsed_bits()
-    check_chunk_size(cache.chunk_size)
+    check_int("--max-new-tokens", max_new_tokens, 1)
+    check_optional_int("--chunk-size", cache.chunk_size, 1, unit="token")
+    check_interval(policy, cache.interval, "--interval")
+    CacheConfig(policy, budget, allocation, bits, memory, cache.repair).check()
+    source = model.source()
     if cache.repair:
         own = policy if allocation is None else replace(policy, allocation=allocation)
         check_repair(own, rerotate=cache.rerotate)
@@ -86,7 +91,7 @@ def generate(
     size = f"budget {cache.budget or '25%'}" if memory is None else f"memory {format_memory(memory)}"
     size += bits_suffix(bits) + repair_suffix(cache.repair)
     with step_progress() as show_step:
-        network, tokenizer = model.source().load(show_step)
+        network, tokenizer = source.load(show_step)
         show_step(f"generating with {policy.name}, {size}")
         result, report = answer(
             network,

@@ -8,6 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from suffice.arguments import check_int
 from suffice.plain_numbers import plain_number
 
 
@@ -131,13 +132,7 @@ def check_count(name: str, value: object, maximum: int | None = None) -> int:
         ValueError: `value` is out of range.
 
     """
-    number = plain_number(value)
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if number < 1 or (maximum is not None and number > maximum):
-        accepted = "at least 1" if maximum is None else f"from 1 to {maximum}"
-        raise ValueError(f"{name} must be {accepted}, got {number}")
-    return number
+    return check_int(name, value, 1, maximum)
 
 
 def all_finite(x: Tensor) -> bool:

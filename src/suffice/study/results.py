@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from suffice.arguments import check_number
 from suffice.study.run_key import canonical_json
 from suffice.study.store import Record
 
@@ -352,8 +353,7 @@ def compare_groups(groups: Sequence[Group], setting: str, baseline: Any = None) 
 
 
 def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be above 0 and below 1, got {confidence}")
+    check_number("confidence", confidence, above=0, below=1)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from suffice.arguments import check_int
 from suffice.study.executors import Executor, InlineExecutor, JobEvent, ProcessExecutor
 from suffice.study.job import Job
 from suffice.study.owner import Owner
@@ -87,8 +88,7 @@ def run_study(
         study = study.plan(kind)
     if not study:
         raise ValueError("study must have at least one run, got none")
-    if workers < 0:
-        raise ValueError(f"workers must be at least 0, got {workers}")
+    workers = check_int("workers", workers, 0)
     label = make_run_labeler([kind.flatten(run.settings) for run in study])
     with Store(folder) as store:
         store.plan(name, kind, study, about)

@@ -124,9 +124,7 @@ class Store:
 
         """
         flat = [kind.flatten(run.settings) for run in runs]
-        keys = [
-            run_key(kind.name, kind.code_version, settings, run.seed) for settings, run in zip(flat, runs, strict=True)
-        ]
+        keys = _keys(kind, runs)
         if len(set(keys)) < len(keys):
             repeated = next(n for n, key in enumerate(keys) if key in keys[:n])
             raise ValueError(f"runs must be distinct, got seed {runs[repeated].seed} of {flat[repeated]!r} twice")
@@ -237,6 +235,11 @@ class Store:
                 ((key,) for key in keys),
             )
 
+    def num_done(self, kind: RunKind, runs: Sequence[PlannedRun]) -> int:
+        """Return how many of some runs of a kind are done."""
+        done = {key for (key,) in self._fetch_all("SELECT key FROM runs WHERE state = 'done'")}
+        return len(done.intersection(_keys(kind, runs)))
+
     def studies(self) -> dict[str, dict[str, Any]]:
         """Return, by name of the study, its `kind` and the information that was given to `plan`."""
         rows = self._fetch_all("SELECT name, kind, about FROM studies ORDER BY rowid")
@@ -331,3 +334,8 @@ class Store:
                 raise
         except sqlite3.Error as error:
             raise StoreError(explain(error, self._path)) from error
+
+
+def _keys(kind: RunKind, runs: Sequence[PlannedRun]) -> list[str]:
+    """Return the key of each run."""
+    return [run_key(kind.name, kind.code_version, kind.flatten(run.settings), run.seed) for run in runs]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from suffice.arguments import check_number
 from suffice.gpu import async_tensor
 from suffice.kv.hf.tensor_parallel import topk_masks
 from suffice.kv.policy.layer_context import LayerContext
@@ -110,8 +111,7 @@ class Pyramid(Allocation):
     beta: float = 20.0
 
     def __post_init__(self) -> None:
-        if not self.beta >= 1:
-            raise ValueError(f"beta must be at least 1, got {self.beta!r}")
+        check_number("beta", self.beta, minimum=1)
 
     def entries_per_head(self, request: BudgetRequest) -> Tensor:
         """Return the number of entries of the layer, [batch, num_key_value_heads]."""
@@ -165,7 +165,7 @@ class AdaKV(Allocation):
     safeguard: float = 0.2
 
     def __post_init__(self) -> None:
-        check_fraction("safeguard", self.safeguard)
+        check_number("safeguard", self.safeguard, minimum=0, maximum=1, unit="(a fraction of the mean budget)")
 
     @property
     def per_head(self) -> bool:
@@ -198,7 +198,7 @@ class SharedBudget(Allocation):
     safeguard: float = 0.2
 
     def __post_init__(self) -> None:
-        check_fraction("safeguard", self.safeguard)
+        check_number("safeguard", self.safeguard, minimum=0, maximum=1, unit="(a fraction of the mean budget)")
 
     @property
     def per_head(self) -> bool:
@@ -283,14 +283,3 @@ def priorities(request: BudgetRequest, safeguard: float) -> Tensor:
         ranked = ranked.masked_fill(rank >= request.context.max_entries, -math.inf)
     guaranteed = rank < async_tensor(num_guaranteed, ranked.device)[:, None, None]
     return ranked.masked_fill(guaranteed & (ranked > -math.inf), math.inf)
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Raise an error unless an argument is a fraction of the mean budget, from 0 to 1.
-
-    Raises:
-        ValueError: the argument is below 0 or above 1.
-
-    """
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a fraction of the mean budget, from 0 to 1, got {value!r}")

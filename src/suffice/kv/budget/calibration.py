@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from suffice.arguments import check_int, check_optional_int, check_optional_text
 from suffice.kv.attention.call import AttentionCall, run_attention
 from suffice.kv.attention.hook import AttentionHook, attach_observer, expect_call
-from suffice.kv.budget.profile import Profile, find_profile, write_profile
+from suffice.kv.budget.profile import MIN_TOKENS, Profile, find_profile, write_profile
 from suffice.kv.hf.fingerprint import fingerprint
 from suffice.kv.hf.layers import caches_latents, compressed_layers, find_decoder
 from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.tensor_parallel import Sharding
-from suffice.kv.hf.tokenization import tokenize, tokenize_continuation
+from suffice.kv.hf.tokenization import check_tokenizer, tokenize, tokenize_continuation
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.attention_stats import AttentionStats
 
 _DEFAULT_TOKENS = 700
-_MIN_TOKENS = 32  # the profile of a shorter text is not reliable
 _MAX_INSTRUCTION_TOKENS = 32
-_MIN_CONTEXT_WINDOW = 2 * _MIN_TOKENS + _MAX_INSTRUCTION_TOKENS
+_MIN_CONTEXT_WINDOW = 2 * MIN_TOKENS + _MAX_INSTRUCTION_TOKENS
 _INSTRUCTION = "\n\nRepeat the text above.\n\n"
 
 _log = logging.getLogger("suffice.kv")
@@ -59,6 +59,7 @@ def calibrate(
         The profile of the model's compressed layers.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: a text is given without a tokenizer, has fewer than 32 tokens or does not fit twice into the
             context window; the model is not supported or does not run on tokens alone; or its attention is not
             finite.
@@ -71,6 +72,10 @@ def calibrate(
 
     """
     model = unwrap_model(model)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
+    check_optional_text("text", text)
+    tokens, seed = check_optional_int("tokens", tokens, MIN_TOKENS), check_int("seed", seed)
     measured_layers = compressed_layers(model)
     first, instruction, source = _text_tokens(model, tokenizer, text, tokens, seed)
     ids = torch.cat((first, instruction, first), dim=1).to(model.device)
@@ -233,8 +238,8 @@ def _text_tokens(
     window = context_window(model)
     max_tokens = _DEFAULT_TOKENS if window is None else (window - _MAX_INSTRUCTION_TOKENS) // 2
     tokens = min(_DEFAULT_TOKENS, max_tokens) if tokens is None else tokens
-    if tokens < _MIN_TOKENS:
-        raise ValueError(f"tokens must be at least {_MIN_TOKENS}, got {tokens!r}")
+    if tokens < MIN_TOKENS:
+        raise ValueError(f"context window of the model must hold {MIN_TOKENS} tokens twice, got {window} tokens")
     if window is not None and tokens > max_tokens:
         raise ValueError(
             f"tokens must be at most {max_tokens} for this model, whose context window has to hold the text twice, got "
@@ -248,8 +253,8 @@ def _text_tokens(
         first = torch.randint(vocabulary, (1, tokens), generator=generator)
         return first, torch.empty(1, 0, dtype=torch.long), f"{tokens} random tokens, seed {seed}"
     first = tokenize(tokenizer, _python_manual() if text is None else text)[:, :tokens]
-    if first.shape[1] < _MIN_TOKENS:
-        raise ValueError(f"text must have at least {_MIN_TOKENS} tokens, got {first.shape[1]}")
+    if first.shape[1] < MIN_TOKENS:
+        raise ValueError(f"text must have at least {MIN_TOKENS} tokens, got {first.shape[1]}")
     source = f"{first.shape[1]} tokens of {'the Python manual' if text is None else 'the text given'}"
     return first, tokenize_continuation(tokenizer, _INSTRUCTION), source
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from suffice.kv.budget.allocation import Allocation, BudgetRequest, check_fraction
+from suffice.arguments import check_number
+from suffice.kv.budget.allocation import Allocation, BudgetRequest
 from suffice.kv.budget.profile import Profile
 
 if TYPE_CHECKING:
@@ -38,9 +39,8 @@ class HeadProfile(Allocation):
     floor: float = 0.2
 
     def __post_init__(self) -> None:
-        check_fraction("floor", self.floor)
-        if not 0 <= self.power < float("inf"):
-            raise ValueError(f"power must be a finite number of at least 0, got {self.power!r}")
+        check_number("floor", self.floor, minimum=0, maximum=1, unit="(a fraction of the mean budget)")
+        check_number("power", self.power, minimum=0)
 
     @property
     def per_head(self) -> bool:

@@ -12,6 +12,8 @@ from suffice.folders import cache_folder
 
 # Version of the files. Increase it when their content or the fingerprint of models changes.
 _FORMAT = 2
+MIN_TOKENS = 32
+"""Number of tokens below which the profile of a text is not reliable."""
 
 
 @dataclass(frozen=True)

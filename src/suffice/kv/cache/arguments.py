@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
+from suffice.arguments import check_flag, check_optional_int
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.budget.protection import Protection
@@ -20,7 +21,6 @@ from suffice.kv.hf.tensor_parallel import Sharding
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import get_allocation, get_policy
 from suffice.kv.storage.quantization import Quantization, parse_bits
-from suffice.plain_numbers import plain_number
 
 _DEFAULT_INTERVAL = 512
 _DEFAULT_BUDGET = 0.25
@@ -60,10 +60,9 @@ class CacheArguments:
         if limit is None:
             budget = protection.check(_DEFAULT_BUDGET if self.budget is None else self.budget)
         evict_always = self._check_evict(policy, has_limit=limit is not None)
-        interval = _check_interval(self.interval)
-        for name, flag in (("rerotate", self.rerotate), ("repair", self.repair)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} must be True or False, got {flag!r}")
+        interval = check_optional_int("interval", self.interval, 1)
+        for name in ("rerotate", "measure_capacity", "repair"):
+            check_flag(name, getattr(self, name))
         if self.repair:
             check_repair(policy, rerotate=self.rerotate)
         return CheckedArguments(
@@ -185,21 +184,3 @@ class CheckedArguments:
     def _memory_budget(self, limit: int | float, policy: Policy) -> MemoryBudget:
         bits = None if self.quantization is None else self.quantization.bits
         return MemoryBudget(limit, policy, self.protection, self.evict_always, bits, self.interval, self.repair)
-
-
-def _check_interval(interval: object) -> int | None:
-    """Return the argument `interval` of a cache.
-
-    Raises:
-        TypeError: it is neither an int nor None.
-        ValueError: it is below 1.
-
-    """
-    number = plain_number(interval)
-    if number is None:
-        return None
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"interval must be an int, a number of tokens, or None, got {interval!r}")
-    if number < 1:
-        raise ValueError(f"interval must be at least 1, got {interval}")
-    return number

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from suffice.kv.attention.call import AttentionCall
 from suffice.kv.attention.masks import additive_mask
 from suffice.kv.cache.cache import CompressedCache
-from suffice.kv.cache.group import CacheGroup
+from suffice.kv.cache.group import CacheGroup, check_caches
 from suffice.kv.cache.layer import CompressedLayer
 
 
@@ -27,6 +27,7 @@ class BatchedCaches(CacheGroup):
         caches: caches with a batch of one, without padding, all of the same model.
 
     Raises:
+        TypeError: `caches` is not a list of caches.
         ValueError: there is no cache, a cache occurs twice, the caches have seen different numbers of tokens, or a
             cache has several rows or padding.
 
@@ -37,10 +38,7 @@ class BatchedCaches(CacheGroup):
     """
 
     def __init__(self, caches: Sequence[CompressedCache]) -> None:
-        if not caches:
-            raise ValueError("caches must hold at least one CompressedCache, got none")
-        if len(set(map(id, caches))) < len(caches):
-            raise ValueError("caches must be different, got the same CompressedCache twice. Pass a copy() for each row")
+        caches = check_caches(caches, hint=". Pass a copy() for each row")
         num_seen = [cache.get_seq_length() for cache in caches]
         if len(set(num_seen)) > 1:
             raise ValueError(f"caches must have seen the same number of tokens, got {num_seen}")

@@ -10,9 +10,36 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache
 
+from suffice.arguments import check_list, shown
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.linear_states import copy_states, has_linear_states
+
+
+def check_caches(caches: object, hint: str = "") -> list[CompressedCache]:
+    """Return the argument `caches` of a function as a list.
+
+    Args:
+        caches: the argument.
+        hint: text after the error that a cache occurs twice.
+
+    Raises:
+        TypeError: it is not a list of caches.
+        ValueError: there is no cache, or a cache occurs twice.
+
+    """
+    accepted = "CompressedCaches", "[cache]"
+    if isinstance(caches, Cache):  # which can be iterated in some versions of transformers
+        raise TypeError(f"caches must be a list of {accepted[0]}, such as {accepted[1]}, got a {type(caches).__name__}")
+    items = check_list("caches", caches, *accepted)
+    for index, cache in enumerate(items):
+        if not isinstance(cache, CompressedCache):
+            raise TypeError(f"caches must hold {accepted[0]}, got {shown(cache)} as item {index}")
+    if not items:
+        raise ValueError("caches must hold at least one CompressedCache, got none")
+    if len(set(map(id, items))) < len(items):
+        raise ValueError(f"caches must be different, got the same CompressedCache twice{hint}")
+    return items
 
 
 class CacheGroup(Cache, ABC):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from suffice.arguments import check_flag, check_optional_int, shown
 from suffice.kv.cache.cache import CompressedCache
+from suffice.kv.cache.group import check_caches
 from suffice.kv.cache.replay import replayed_prefill
 from suffice.kv.cache.shared_prefill import PrefillResult, SharedPrefill
+from suffice.kv.hf.tokenization import check_tokenizer
+from suffice.kv.hf.wrappers import unwrap_model
 
 
 def prefill(
     model: nn.Module,
-    inputs: dict[str, Tensor],
+    inputs: Mapping[str, Tensor],
     caches: Sequence[CompressedCache],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -46,6 +50,7 @@ def prefill(
         The logits of the last token, and the time that each cache took to score and evict.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: there is no cache, a cache occurs twice, or a cache has already seen tokens; `chunk_size` is given
             for a policy without a replay, or below 1; or prompt and replay do not fit into the context window.
 
@@ -55,15 +60,17 @@ def prefill(
         >>> filled = prefill(model, inputs, [cache], tokenizer=tokenizer)                   # doctest: +SKIP
 
     """
-    if not caches:
-        raise ValueError("caches must hold at least one empty CompressedCache, got none")
-    if len(set(map(id, caches))) < len(caches):
-        raise ValueError("caches must be different, got the same CompressedCache twice")
+    unwrap_model(model)
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs must be a mapping such as {{'input_ids': ids}}, got {shown(inputs)}")
+    caches = check_caches(caches)
+    check_flag("share_statistics", share_statistics)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     for number, cache in enumerate(caches):
         if cache.get_seq_length():
             raise ValueError(f"caches[{number}] must be empty, got one that has seen {cache.get_seq_length()} tokens")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
+    chunk_size = check_optional_int("chunk_size", chunk_size, 1, unit="token")
     replayed = [cache for cache in caches if cache.needs_replay]
     if chunk_size is not None and len(replayed) < len(caches):
         names = ", ".join(repr(cache.policy.name) for cache in caches if not cache.needs_replay)

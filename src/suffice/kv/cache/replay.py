@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,7 +43,7 @@ _MIN_QUERIES = 512
 
 def replayed_prefill(
     model: nn.Module,
-    inputs: dict[str, Tensor],
+    inputs: Mapping[str, Tensor],
     caches: Sequence[CompressedCache],
     *,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -83,7 +83,7 @@ def replayed_prefill(
 
 def _plan_replay(
     model: PreTrainedModel,
-    inputs: dict[str, Tensor],
+    inputs: Mapping[str, Tensor],
     tokenizer: PreTrainedTokenizerBase | None,
     kinds: frozenset[str],
 ) -> dict[frozenset[str], list[ReplayInput]]:
@@ -228,7 +228,7 @@ class Recording:
     # ---- Eviction ---------------------------------------------------------------------------------------------------
 
     def fill(
-        self, cache: CompressedCache, scores: dict[int, PromptScores], inputs: dict[str, Tensor], *, free: bool
+        self, cache: CompressedCache, scores: dict[int, PromptScores], inputs: Mapping[str, Tensor], *, free: bool
     ) -> None:
         """Pass all entries with their scores to a cache, which evicts.
 
@@ -255,7 +255,7 @@ class Recording:
                 cache.layers[index] = source if free else copy_stock_layer(source)
 
     def _fill_compressed(
-        self, cache: CompressedCache, scores: dict[int, PromptScores], inputs: dict[str, Tensor], *, free: bool
+        self, cache: CompressedCache, scores: dict[int, PromptScores], inputs: Mapping[str, Tensor], *, free: bool
     ) -> None:
         with _forward_pass(cache, self._decoder, inputs):
             for source, target in zip(self.cache.compressed_layers, cache.compressed_layers, strict=True):
@@ -287,7 +287,7 @@ def _repeated_mask(part: ReplayInput, mask: Tensor | None) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def _forward_pass(cache: CompressedCache, decoder: nn.Module, inputs: dict[str, Tensor]) -> Generator[None]:
+def _forward_pass(cache: CompressedCache, decoder: nn.Module, inputs: Mapping[str, Tensor]) -> Generator[None]:
     """Open a forward pass of a cache, and close it."""
     cache.begin_pass(decoder, inputs)
     failed = True

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from suffice.arguments import check_flag, check_int, check_optional_int
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.memory import parse_limit
 from suffice.kv.cache.report import CacheReport, stored_bits
-from suffice.kv.eval.generation import check_chunk_size, check_prompt_length, fill_cache, greedy_generate
+from suffice.kv.eval.generation import check_prompt_length, fill_cache, greedy_generate
 from suffice.kv.eval.prompt import tokenize_prompt
+from suffice.kv.hf.tokenization import check_tokenizer
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY, get_policy
@@ -125,9 +127,12 @@ def answer(
 
     """
     model = unwrap_model(model)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    check_chunk_size(chunk_size)
+    check_tokenizer(tokenizer)
+    max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
+    chunk_size = check_optional_int("chunk_size", chunk_size, 1, unit="token")
+    for name, flag in (("aware", aware), ("rerotate", rerotate), ("repair", repair)):
+        check_flag(name, flag)
+    check_interval(policy, interval)
     prompt = tokenize_prompt(tokenizer, document, question)
     if not rerotate:
         check_prompt_length(model, prompt.input_ids.shape[1] + max_new_tokens)
@@ -170,6 +175,28 @@ def answer(
         token_shares=_token_shares(tokenizer, cache, prompt.input_ids),
     )
     return result, report
+
+
+def check_interval(policy: str | Policy, interval: int | None, name: str = "interval") -> None:
+    """Check the number of generated tokens between evictions.
+
+    Args:
+        policy: the policy of the cache.
+        interval: the number, or None.
+        name: argument or option that gave it, for the error.
+
+    Raises:
+        TypeError: it is neither an int nor None.
+        ValueError: it is below 1, or is given with a policy that evicts only once.
+
+    """
+    check_optional_int(name, interval, 1)
+    policy = get_policy(policy)
+    if policy.needs_replay and interval is not None:
+        raise ValueError(
+            f"{name} must not be given with policy {policy.name!r}, which replays the prompt and evicts only once, got "
+            f"{interval}"
+        )
 
 
 def _token_shares(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
+from suffice.arguments import check_list, check_names
+from suffice.kv.budget.protection import Protection
 from suffice.kv.cache.memory import format_memory, parse_memory
 from suffice.kv.eval.fidelity import CacheConfig
-from suffice.kv.policy.registry import get_allocation, get_policy
+from suffice.kv.policy.registry import canonical_name, get_allocation, get_policy
 from suffice.kv.storage.quantization import Bits, bits_suffix, shortest_bits
 from suffice.plain_numbers import plain_number
 from suffice.study.results import Group
@@ -17,11 +19,14 @@ from suffice.study.results import Group
 _DEFAULTS: dict[str, Any] = {"bits": None, "memory": None, "repair": False}
 _DEFAULT_BUDGETS = (0.25,)
 _EXAMPLES = {
-    "budgets": "[0.5, 0.25]",
-    "bits": "[None, 4, (4, 2)]",
-    "memory": "[0.1, '2GiB']",
-    "repair": "[False, True]",
+    "policies": ("names of policies", "['capkv', 'h2o']"),
+    "allocations": ("names of allocations", "['own', 'equal']"),
+    "budgets": ("budgets", "[0.5, 0.25]"),
+    "bits": ("numbers of bits", "[None, 4, (4, 2)]"),
+    "memory": ("limits on the bytes", "[0.1, '2GiB']"),
+    "repair": ("booleans", "[False, True]"),
 }
+_OPTIONAL = ("budgets", "memory")
 OWN_ALLOCATION = "own"
 """Name that stands for the policy's own allocation."""
 
@@ -75,8 +80,8 @@ class CacheGrid:
         repair: whether kept entries are repaired: `[False]`, `[True]`, or `[False, True]` for both.
 
     Raises:
-        TypeError: `budgets`, `bits`, `memory` or `repair` is not a list, `bits` is a tuple of two numbers, which may
-            mean a pair, or `repair` holds something else than booleans.
+        TypeError: an argument is not a list, `policies` or `allocations` holds something else than strings, `bits` is
+            a tuple of two numbers, which may mean a pair, or `repair` holds something else than booleans.
         ValueError: a number of bits or a limit is not accepted, or both `budgets` and `memory` are given.
 
     Example:
@@ -93,19 +98,23 @@ class CacheGrid:
     repair: Sequence[bool] = (False,)
 
     def __post_init__(self) -> None:
-        for name, example in _EXAMPLES.items():
-            values = getattr(self, name)
-            if values is not None and (isinstance(values, str) or not isinstance(values, Iterable)):
-                raise TypeError(f"{name} of a grid must be a list, such as {example}, got {values!r}")
         if isinstance(self.bits, tuple) and len(self.bits) == 2 and all(isinstance(x, int) for x in self.bits):
             raise TypeError(
-                f"bits of a grid must be a list, got the tuple {self.bits!r}. Write [{self.bits!r}] for one pair (bits "
-                f"of keys, bits of values), or {list(self.bits)!r} for two numbers of bits"
+                f"bits must be a list, got the tuple {self.bits!r}. Write [{self.bits!r}] for one pair (bits of keys, "
+                f"bits of values), or {list(self.bits)!r} for two numbers of bits"
             )
+        for name, (items, example) in _EXAMPLES.items():
+            values = getattr(self, name)
+            if values is not None or name not in _OPTIONAL:
+                object.__setattr__(self, name, check_list(name, values, items, example))
+        for name in ("policies", "allocations"):
+            names = check_names(name, getattr(self, name), *_EXAMPLES[name])
+            # One form of each name, so that its runs have one key and duplicates are found.
+            object.__setattr__(self, name, [canonical_name(each) for each in names])
         object.__setattr__(self, "bits", [shortest_bits(bits) for bits in self.bits])
         object.__setattr__(self, "repair", [plain_number(flag) for flag in self.repair])
         if not all(isinstance(flag, bool) for flag in self.repair):
-            raise TypeError(f"repair of a grid must hold True, False or both, got {self.repair!r}")
+            raise TypeError(f"repair must hold True, False or both, got {self.repair!r}")
         if self.memory is not None:
             object.__setattr__(self, "memory", [parse_memory(limit) for limit in self.memory])
             if self.budgets is not None:
@@ -128,6 +137,8 @@ class CacheGrid:
         for name, values in asdict(self).items():
             if values is not None and (not values or len({str(value) for value in values}) < len(values)):
                 raise ValueError(f"{name} must hold at least one value and no duplicates, got {list(values)!r}")
+        for budget in self.budgets or ():
+            Protection().check(budget)
         for cache in self.caches():
             cache.config().check()
 

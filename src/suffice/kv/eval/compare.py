@@ -5,11 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
+from suffice.arguments import check_flag, check_int, check_list, check_path, shown
 from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid, describe_size, mean_bytes, repair_suffix
 from suffice.kv.eval.run_kinds import COMPARE
 from suffice.kv.eval.run_options import RunOptions, run_samples
+from suffice.kv.eval.samples import check_memory
 from suffice.kv.hf.loading import ModelSource
 from suffice.kv.policy.registry import DEFAULT_POLICY
 from suffice.kv.storage.quantization import Bits, shortest_bits
@@ -217,7 +221,7 @@ def compare(
     tokens: int = 900,
     samples: int = 8,
     seed: int = 0,
-    haystack: str | None = None,
+    haystack: str | Path | None = None,
     answer: bool = True,
     greedy_tokens: int = 0,
     measure_capacity: bool = True,
@@ -250,7 +254,8 @@ def compare(
         run: folder for finished samples, and number of worker processes.
 
     Raises:
-        TypeError, ValueError: an argument is out of range; raised before anything is measured.
+        TypeError, ValueError: an argument has the wrong type or is out of range, or a limit on the bytes is too small
+            for prompts of `tokens` tokens; raised before anything is measured.
         SufficeError: samples failed. The others are stored in the folder, and a second call repeats the failed ones.
 
     Example:
@@ -259,27 +264,42 @@ def compare(
         {'capkv': 1.0, 'h2o': 2.0}
 
     """
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
-    if not tasks or len(set(tasks)) < len(tasks):
-        raise ValueError(f"tasks must hold at least one (task, mode) pair and no duplicates, got {list(tasks)!r}")
-    run = run or RunOptions()
+    tokens, samples, seed = check_int("tokens", tokens, 1), check_int("samples", samples, 1), check_int("seed", seed, 0)
+    tasks = _check_tasks(tasks)
+    run = RunOptions.from_argument(run)
     if budgets is None and memory is None:
         budgets = _DEFAULT_BUDGETS
+    grid = CacheGrid(policies, allocations, budgets, bits, memory, repair)
+    source = ModelSource.from_name(model)
     settings = {
         "tokens": tokens,
-        "haystack": haystack,
-        "answer": answer,
-        "greedy_tokens": greedy_tokens,
-        "measure_capacity": measure_capacity,
-        "caches": CacheGrid(list(policies), list(allocations), budgets, bits, memory, repair).settings(),
-        "model": asdict(ModelSource.from_name(model)),
+        "haystack": None if haystack is None else check_path("haystack", haystack),
+        "answer": check_flag("answer", answer),
+        "greedy_tokens": check_int("greedy_tokens", greedy_tokens, 0),
+        "measure_capacity": check_flag("measure_capacity", measure_capacity),
+        "caches": grid.settings(),
+        "model": asdict(source),
     }
     by_task = [COMPARE.complete({**settings, "task": task, "mode": mode}) for task, mode in tasks]
     plan = [PlannedRun(own, sample) for sample in range(seed, seed + samples) for own in by_task]
+    check = partial(check_memory, source, grid.caches(), lambda _: tokens, keep_model=run.workers == 0)
     with run.open_folder() as folder:
-        records = run_samples(folder, COMPARE, plan, "compare", run)
+        records = run_samples(folder, COMPARE, plan, "compare", run, check=check)
     return Comparison({**settings, "samples": samples, "seed": seed}, group_records(records))
+
+
+def _check_tasks(tasks: object) -> list[tuple[str, str]]:
+    """Return the argument `tasks` of `compare`."""
+    accepted = "pairs (task, mode)", "[('multikey', 'aware')]"
+    pairs: list[tuple[str, str]] = []
+    for item in check_list("tasks", tasks, *accepted):
+        pair = tuple(cast("Sequence[Any]", item)) if isinstance(item, (tuple, list)) else ()
+        if len(pair) != 2 or not all(isinstance(name, str) for name in pair):
+            raise TypeError(f"tasks must be a list of {accepted[0]}, such as {accepted[1]}, got {shown(item)} in it")
+        pairs.append(pair)
+    if not pairs or len(set(pairs)) < len(pairs):
+        raise ValueError(f"tasks must hold at least one (task, mode) pair and no duplicates, got {pairs!r}")
+    return pairs
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from suffice.arguments import check_choice, check_flag, check_instance, check_int, check_list
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.arguments import CacheArguments
 from suffice.kv.cache.batched import BatchedCaches
@@ -20,6 +21,7 @@ from suffice.kv.cache.report import stored_bits
 from suffice.kv.eval.generation import check_prompt_length, greedy_generate
 from suffice.kv.eval.prompt import PromptTokens
 from suffice.kv.eval.tasks.example import Example
+from suffice.kv.hf.tokenization import check_tokenizer
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import get_policy
@@ -161,6 +163,7 @@ def evaluate(
             the first configuration that uses it.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: the example does not have this mode, the prompt is longer than the model's context window, or
             `CompressedCache` rejects a configuration.
 
@@ -171,10 +174,16 @@ def evaluate(
 
     """
     model = unwrap_model(model)
-    if mode not in example.modes:
-        raise ValueError(f"mode must be one of {', '.join(example.modes)} for task {example.task!r}, got {mode!r}")
-    if greedy_tokens < 0:
-        raise ValueError(f"greedy_tokens must be at least 0, got {greedy_tokens}")
+    check_tokenizer(tokenizer)
+    check_instance("example", example, Example, "make_example('multikey', tokenizer, tokens=900)")
+    configs = check_list("configs", configs, "CacheConfigs", "[CacheConfig('h2o', 0.5)]")
+    for index, config in enumerate(configs):
+        check_instance(f"configs[{index}]", config, CacheConfig, "CacheConfig('h2o', 0.5)").check()
+    check_choice("mode", mode, example.modes, f" for task {example.task!r}")
+    greedy_tokens = check_int("greedy_tokens", greedy_tokens, 0)
+    flags = {"answer": answer, "measure_capacity": measure_capacity, "share_statistics": share_statistics}
+    for name, flag in flags.items():
+        check_flag(name, flag)
     gold = example.answer_ids(tokenizer)
     prompt = example.prompt(tokenizer)
     answer_tokens = example.max_new_tokens if answer and example.references else 0

@@ -29,17 +29,6 @@ def check_prompt_length(model: PreTrainedModel, tokens: int) -> None:
         )
 
 
-def check_chunk_size(chunk_size: int | None) -> None:
-    """Check the number of tokens per chunk of a prompt.
-
-    Raises:
-        ValueError: it is below 1.
-
-    """
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
-
-
 def fill_cache(
     model: PreTrainedModel,
     input_ids: Tensor,

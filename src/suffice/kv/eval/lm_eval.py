@@ -8,6 +8,7 @@ use this module in place of `lm_eval`, with the same arguments. The module regis
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from suffice.arguments import shown
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.eval.fidelity import CacheConfig
 from suffice.kv.eval.generation import fill_cache
-from suffice.kv.hf.loading import load_model
+from suffice.kv.hf.loading import ModelSource, load_model
+from suffice.kv.hf.tokenization import check_tokenizer
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import DEFAULT_POLICY
@@ -96,7 +99,7 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
 
     def __init__(
         self,
-        pretrained: str | nn.Module | None = None,
+        pretrained: str | os.PathLike[str] | nn.Module | None = None,
         *,
         policy: str | Policy = DEFAULT_POLICY,
         budget: float | None = None,
@@ -115,12 +118,19 @@ class CompressedLM(HFLM):  # pyright: ignore[reportUntypedBaseClass]
         # The harness has an attribute `_config` of its own.
         self._cache_config = CacheConfig(policy, budget, allocation, bits, memory, repair)
         self._cache_config.check()
+        if not (pretrained is None or isinstance(pretrained, (str, os.PathLike, nn.Module))):
+            raise TypeError(f"pretrained must be a name, a folder, a model or None, got {shown(pretrained)}")
+        if isinstance(pretrained, nn.Module) and tokenizer is None:
+            raise ValueError("tokenizer must be given if pretrained is a model, got None")
+        if not (tokenizer is None or isinstance(tokenizer, str)):
+            check_tokenizer(tokenizer)
+        if not (device is None or isinstance(device, str)):
+            raise TypeError(f"device must be a name such as 'cpu' or 'cuda:0', or None, got {shown(device)}")
+        ModelSource(dtype=dtype, attn_implementation=attn_implementation)  # raises if one of them is not accepted
         if isinstance(tokenizer, str):
             auto_tokenizer: Any = AutoTokenizer
             tokenizer = auto_tokenizer.from_pretrained(tokenizer)
         if isinstance(pretrained, nn.Module):
-            if tokenizer is None:
-                raise ValueError("tokenizer must be given if pretrained is a model, got None")
             model = unwrap_model(pretrained)
         else:
             # The harness's command line asks for CUDA by default, also where there is none.

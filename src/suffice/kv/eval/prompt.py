@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from suffice.arguments import check_optional_text, check_text, shown
 from suffice.kv.hf.tokenization import tokenize, tokenize_continuation
 
 if TYPE_CHECKING:
@@ -48,13 +49,14 @@ def tokenize_prompt(
         answer_prefix: the first words of the model's answer, added to the end of the prompt.
 
     Raises:
+        TypeError: a text is not a string.
         ValueError: the document or the question is empty, or the chat template changes the document.
 
     """
-    if not document.strip():
-        raise ValueError(f"the prompt must contain text, got {document!r}")
-    if question is not None and not question.strip():
-        raise ValueError(f"question must contain text, or be None, got {question!r}")
+    check_text("document", document)
+    check_optional_text("question", question)
+    if not isinstance(answer_prefix, str):
+        raise TypeError(f"answer_prefix must be a string, got {shown(answer_prefix)}")
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if has_template:
         content = document if question is None else f"{document}\n\n{question}"

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from suffice.arguments import check_choice, check_int
 from suffice.files import read_text
 from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid
+from suffice.kv.hf.loading import ModelSource
 from suffice.kv.policy.registry import DEFAULT_POLICY
 from suffice.study.run_kind import RunKind
 
@@ -37,14 +39,11 @@ def check_compare(settings: Mapping[str, Any]) -> dict[str, Any]:
     caches = CacheGrid(**settings["caches"])
     caches.check()
     task, mode = settings["task"], settings["mode"]
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    if mode not in task_modes(task):
-        raise ValueError(f"mode must be one of {', '.join(task_modes(task))} for task {task!r}, got {mode!r}")
-    if settings["tokens"] < 1:
-        raise ValueError(f"tokens must be at least 1, got {settings['tokens']}")
-    if settings["greedy_tokens"] < 0:
-        raise ValueError(f"greedy_tokens must be at least 0, got {settings['greedy_tokens']}")
+    check_choice("task", task, TASKS)
+    check_choice("mode", mode, task_modes(task), f" for task {task!r}")
+    check_int("tokens", settings["tokens"], 1)
+    check_int("greedy_tokens", settings["greedy_tokens"], 0)
+    ModelSource(**settings["model"])
     haystack = settings["haystack"]
     if haystack is not None and "haystack" not in inspect.signature(TASKS[task]).parameters:
         with_haystack = [name for name in TASKS if "haystack" in inspect.signature(TASKS[name]).parameters]
@@ -64,8 +63,9 @@ def check_tune(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     caches = CacheGrid(**settings["caches"])
     caches.check()
-    if settings["max_new_tokens"] < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {settings['max_new_tokens']}")
+    check_choice("mode", settings["mode"], ("aware", "agnostic"))
+    check_int("max_new_tokens", settings["max_new_tokens"], 1)
+    ModelSource(**settings["model"])
     # Left out if they have their defaults, as in runs that were stored before these settings were added.
     added = {"agreement": True, "optional": []}
     kept = {name: value for name, value in settings.items() if name not in added or value != added[name]}

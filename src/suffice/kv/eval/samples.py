@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from suffice.files import read_text
+from suffice.kv.cache.cache import CompressedCache
+from suffice.kv.cache.limit_check import check_limits
 from suffice.kv.cache.memory import TooLittleMemoryError
 from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid, GridCache
 from suffice.kv.eval.fidelity import evaluate
@@ -40,6 +43,40 @@ METRICS = (
 def load_cached(source: ModelSource) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer. The most recent pair stays in memory for the next sample."""
     return source.load()
+
+
+def check_memory(
+    source: ModelSource,
+    caches: Sequence[GridCache],
+    num_tokens: Callable[[PreTrainedTokenizerBase], int],
+    *,
+    keep_model: bool,
+) -> None:
+    """Check that limits on the bytes are large enough for a prompt, before samples are measured.
+
+    Args:
+        source: the model, which is loaded.
+        caches: the caches; those without a limit, or that cannot be made for the model, are not checked.
+        num_tokens: returns the number of tokens of the longest prompt for the model's tokenizer.
+        keep_model: whether the model stays in memory, for samples that are measured in this process.
+
+    Raises:
+        ValueError: a limit is too small, or the model cannot be loaded.
+
+    """
+    limited = [cache for cache in caches if cache.memory is not None]
+    if not limited:
+        return
+    model, tokenizer = load_cached(source)
+    made: list[CompressedCache] = []
+    for cache in limited:
+        with contextlib.suppress(ValueError):  # the samples report this error, unless the cache may be left out
+            made.append(cache.config().build(model))
+    try:
+        check_limits(model, made, num_tokens(tokenizer))
+    finally:
+        if not keep_model:
+            load_cached.cache_clear()
 
 
 def compare_on_example(settings: Mapping[str, Any], seed: int, context: RunContext) -> dict[str, Any]:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from suffice.arguments import check_choice, check_int, check_list, check_number, shown
 from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid, describe_size, mean_bytes
+from suffice.kv.eval.prompt import tokenize_prompt
 from suffice.kv.eval.run_kinds import TUNE
 from suffice.kv.eval.run_options import RunOptions, run_samples
+from suffice.kv.eval.samples import check_memory
 from suffice.kv.eval.user_prompts import UserPrompt, write_user_prompts
 from suffice.kv.hf.loading import ModelSource
 from suffice.kv.policy.registry import DEFAULT_POLICY, DEFAULT_REPLAY_POLICY, get_policy
 from suffice.kv.storage.quantization import Bits, shortest_bits
 from suffice.study.results import Group, group_records, skewed_mean_bound
 from suffice.study.spec import PlannedRun
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Arm = tuple[str, str, Bits | None, bool]
 """A policy, an allocation, a number of bits, and whether kept entries are repaired."""
@@ -258,7 +264,8 @@ def tune(
             the folder.
 
     Raises:
-        TypeError, ValueError: an argument is out of range; raised before anything is measured.
+        TypeError, ValueError: an argument has the wrong type or is out of range, or one of the given limits on the
+            bytes is too small even for the longest prompt; raised before anything is measured.
         SufficeError: a prompt failed, for example because it is longer than the context window. The others are stored.
 
     Example:
@@ -266,12 +273,10 @@ def tune(
         >>> print(result.summary())                                                   # doctest: +SKIP
 
     """
-    prompts = [UserPrompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     metric, target = _check_target(target_kl, target_agreement)
-    if not 0.5 < confidence < 1:
-        raise ValueError(f"confidence must be above 0.5 and below 1, got {confidence}")
-    _check_prompts(prompts, mode)
-    run = run or RunOptions()
+    confidence = check_number("confidence", confidence, above=0.5, below=1)
+    prompts = _check_prompts(prompts, mode)
+    run = RunOptions.from_argument(run)
     optional: list[str] = []
     if budgets is None and memory is None:
         memory = DEFAULT_MEMORY
@@ -281,22 +286,26 @@ def tune(
     if policies is None:
         policies = (DEFAULT_POLICY, DEFAULT_REPLAY_POLICY)
         optional.append("policies")
-    caches = CacheGrid(list(policies), list(allocations), budgets, bits, memory, repair)
+    caches = CacheGrid(policies, allocations, budgets, bits, memory, repair)
+    caches.check()
+    source = ModelSource.from_name(model)
     settings = {
         "mode": mode,
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": check_int("max_new_tokens", max_new_tokens, 1),
         # Greedy answers from all caches take longer than all other measurements together.
         "agreement": metric == "agreement",
         "optional": optional,
         "caches": caches.largest_first().settings(),
-        "model": asdict(ModelSource.from_name(model)),
+        "model": asdict(source),
     }
     TUNE.complete(settings)
+    tried = [] if "memory" in optional else caches.caches()
+    check = partial(check_memory, source, tried, partial(_longest, prompts, mode), keep_model=run.workers == 0)
     with run.open_folder() as folder:
         file = _store_prompts(prompts, Path(folder))
         complete = TUNE.complete({**settings, "prompts": file})
         plan = [PlannedRun(complete, index, (file,)) for index in range(len(prompts))]
-        records = run_samples(folder, TUNE, plan, Path(file).stem, run)
+        records = run_samples(folder, TUNE, plan, Path(file).stem, run, check=check)
     trials = make_trials(group_records(records), metric, target, confidence)
     return TuningResult(metric, target, confidence, len(prompts), trials, settings)
 
@@ -304,28 +313,41 @@ def tune(
 def _check_target(target_kl: float | None, target_agreement: float | None) -> tuple[str, float]:
     """Return the metric and its target."""
     if target_kl is not None and target_agreement is None:
-        if not 0 < target_kl < math.inf:
-            raise ValueError(f"target_kl must be above 0 nats per token, got {target_kl}")
-        return "kl", target_kl
+        return "kl", check_number("target_kl", target_kl, above=0, unit="nats per token")
     if target_agreement is not None and target_kl is None:
-        if not 0 < target_agreement <= 1:
-            raise ValueError(f"target_agreement must be above 0 and at most 1, got {target_agreement}")
-        return "agreement", target_agreement
+        return "agreement", check_number("target_agreement", target_agreement, above=0, maximum=1)
     raise ValueError(
         f"exactly one of target_kl and target_agreement must be given, got {target_kl} and {target_agreement}"
     )
 
 
-def _check_prompts(prompts: Sequence[UserPrompt], mode: str) -> None:
+def _check_prompts(given: object, mode: object) -> list[UserPrompt]:
+    """Return the argument `prompts` of `tune`, with texts as prompts without a question."""
+    prompts: list[UserPrompt] = []
+    for index, prompt in enumerate(
+        check_list("prompts", given, "texts or UserPrompts", "['first text', 'second text']")
+    ):
+        if not isinstance(prompt, (str, UserPrompt)):
+            raise TypeError(f"prompts must hold texts or UserPrompts, got {shown(prompt)} as prompt {index}")
+        try:
+            prompts.append(UserPrompt(prompt) if isinstance(prompt, str) else prompt)
+        except ValueError as error:
+            raise ValueError(f"prompt {index}: {error}") from None
     if len(prompts) < 2:
         raise ValueError(f"prompts must hold at least 2, because the bound needs their variance, got {len(prompts)}")
-    if mode not in ("aware", "agnostic"):
-        raise ValueError(f"mode must be aware or agnostic, got {mode!r}")
+    check_choice("mode", mode, ("aware", "agnostic"))
     without = [index for index, prompt in enumerate(prompts) if prompt.question is None]
     if mode == "agnostic" and without:
         raise ValueError(
             f"mode must be 'aware' if a prompt has no question, got {mode!r} (prompt {without[0]} has no question)"
         )
+    return prompts
+
+
+def _longest(prompts: Sequence[UserPrompt], mode: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the largest number of tokens of a prompt, or of the part of it that is compressed."""
+    tokens = [tokenize_prompt(tokenizer, prompt.document, prompt.question) for prompt in prompts]
+    return max((part.document if mode == "agnostic" else part.input_ids).shape[1] for part in tokens)
 
 
 def _store_prompts(prompts: Sequence[UserPrompt], folder: Path) -> str:

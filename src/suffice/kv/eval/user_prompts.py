@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from suffice.arguments import check_optional_text, check_path, check_text
 from suffice.files import read_text
 from suffice.kv.eval.prompt import PromptTokens, tokenize_prompt
 from suffice.kv.eval.tasks.example import Example
@@ -31,6 +32,7 @@ class UserPrompt:
         question: the question about the document, if there is one.
 
     Raises:
+        TypeError: the document or the question is not a string.
         ValueError: the document or the question is empty.
 
     """
@@ -39,10 +41,8 @@ class UserPrompt:
     question: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.document.strip():
-            raise ValueError(f"document must contain text, got {self.document!r}")
-        if self.question is not None and not self.question.strip():
-            raise ValueError(f"question must contain text, or be None, got {self.question!r}")
+        check_text("document", self.document)
+        check_optional_text("question", self.question)
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,11 @@ def read_user_prompts(path: str | Path) -> list[UserPrompt]:
     the prompts are texts that are separated by lines of three or more dashes.
 
     Raises:
+        TypeError: `path` is not a path.
         ValueError: the file cannot be read, an item is not a prompt, or the file contains no prompt.
 
     """
-    path = Path(path)
+    path = Path(check_path("prompts", path))
     text = read_text(path, "prompts")
     if path.suffix.lower() in _JSON_SUFFIXES:
         prompts = [_parse_prompt(item, place) for place, item in _json_items(text, path)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from suffice.arguments import check_callable, check_choice, check_path, check_text, shown
 from suffice.kv.hf.packaged_models import DEFAULT_MODEL, PACKAGED_MODELS, no_progress_bars, packaged_model_folder
 
 if TYPE_CHECKING:
@@ -35,6 +37,10 @@ class ModelSource:
         dtype: `"auto"` (the dtype of the stored weights), `"float32"`, `"bfloat16"` or `"float16"`.
         attn_implementation: see `load_model`.
 
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `dtype` or `attn_implementation` is not known.
+
     """
 
     name: str | None = None
@@ -42,10 +48,30 @@ class ModelSource:
     dtype: str = "auto"
     attn_implementation: str = "sdpa"
 
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            object.__setattr__(self, "name", _check_name("name", self.name))
+        if isinstance(self.device, torch.device):
+            object.__setattr__(self, "device", str(self.device))
+        check_text("device", self.device)
+        _check_options(self.dtype, self.attn_implementation)
+
     @classmethod
-    def from_name(cls, model: str | ModelSource | None) -> ModelSource:
-        """Return the source of the model with this name; a `ModelSource` is returned unchanged."""
-        return model if isinstance(model, ModelSource) else cls(model)
+    def from_name(cls, model: str | os.PathLike[str] | ModelSource | None) -> ModelSource:
+        """Return the source of the model with this name; a `ModelSource` is returned unchanged.
+
+        Raises:
+            TypeError: the argument is something else.
+
+        """
+        if isinstance(model, ModelSource):
+            return model
+        if not (model is None or isinstance(model, (str, os.PathLike))):
+            raise TypeError(
+                "model must be the name of a model, a folder, a ModelSource or None, because workers load it, got "
+                f"{shown(model)}"
+            )
+        return cls(None if model is None else _check_name("model", model))
 
     def load(
         self, on_progress: Callable[[str], None] = lambda _: None
@@ -61,9 +87,9 @@ class ModelSource:
 
 
 def load_model(
-    model: str | None = None,
+    model: str | os.PathLike[str] | None = None,
     *,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     dtype: str = "auto",
     attn_implementation: str = "sdpa",
     on_progress: Callable[[str], None] = lambda _: None,
@@ -81,6 +107,7 @@ def load_model(
         on_progress: called with one line before each slow step.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: the dtype, the attention implementation, the device or the model is not known.
         PackagedModelError: a model from the package index could not be downloaded or converted.
 
@@ -88,19 +115,16 @@ def load_model(
         >>> model, tokenizer = load_model(dtype="float32")  # doctest: +SKIP
 
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    if re.fullmatch(_ATTENTION_NAMES, attn_implementation) is None:
-        raise ValueError(
-            "attn_implementation must be sdpa, eager, flex_attention, flash_attention_2, flash_attention_3 or a kernel "
-            f"such as kernels-community/flash-attn2, got {attn_implementation!r}"
-        )
+    name = DEFAULT_MODEL if model is None else _check_name("model", model)
+    _check_options(dtype, attn_implementation)
+    check_callable("on_progress", on_progress)
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device must be a name such as 'cpu' or 'cuda:0', or a torch.device, got {shown(device)}")
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device must be one that torch can use here, got {device!r}: {error}") from None
-    name = DEFAULT_MODEL if model is None else str(model)
     source = str(packaged_model_folder(name, on_progress)) if name in PACKAGED_MODELS else name
     folder = Path(source)
     if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
@@ -127,3 +151,35 @@ def load_model(
             f"attn_implementation must be one that is installed here, got {attn_implementation!r}: {error}"
         ) from error
     return network.to(target).eval(), tokenizer
+
+
+def _check_name(argument: str, name: object) -> str:
+    """Return the name or the folder of a model as a string.
+
+    Raises:
+        TypeError: it is neither a string nor a path.
+        ValueError: it is empty.
+
+    """
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(f"{argument} must be the name of a model, a folder or None, got {shown(name)}")
+    return check_path(argument, name)
+
+
+def _check_options(dtype: object, attn_implementation: object) -> None:
+    """Check the options of `load_model` that do not depend on the model or on this machine.
+
+    Raises:
+        TypeError: an option is not a string.
+        ValueError: an option is not known.
+
+    """
+    check_choice("dtype", dtype, _DTYPES)
+    accepted = (
+        "attn_implementation must be sdpa, eager, flex_attention, flash_attention_2, flash_attention_3 or a kernel "
+        f"such as kernels-community/flash-attn2, got {shown(attn_implementation)}"
+    )
+    if not isinstance(attn_implementation, str):
+        raise TypeError(accepted)
+    if re.fullmatch(_ATTENTION_NAMES, attn_implementation) is None:
+        raise ValueError(accepted)

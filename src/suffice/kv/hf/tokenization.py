@@ -7,11 +7,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from suffice.arguments import shown
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Characters that are put before a text to tokenize it as a continuation.
 _LEADS = "\n.0x"
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Check the argument `tokenizer` of a function that cannot do without one.
+
+    Raises:
+        TypeError: it is not a tokenizer.
+
+    """
+    # Not `isinstance`: other libraries have tokenizers that behave like those of transformers.
+    if not (callable(tokenizer) and callable(getattr(tokenizer, "decode", None))) or isinstance(tokenizer, type):
+        raise TypeError(f"tokenizer must be the model's tokenizer, as load_model returns it, got {shown(tokenizer)}")
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False) -> Tensor:

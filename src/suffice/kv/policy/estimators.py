@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from suffice.arguments import check_flag, check_number
 from suffice.kv.backend.torch_backend import TORCH_BACKEND, TorchBackend, TorchFactor, linear_weights
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.directions import Constant, Directions
@@ -94,6 +95,9 @@ class Trace(Estimator):
     norm: float = 2.0
     power: float = 2.0
 
+    def __post_init__(self) -> None:
+        check_number("power", self.power)
+
     def score(self, objective: Objective) -> Tensor:
         """Return log w + power · log ‖u‖."""
         log_weights = objective.log_weights()
@@ -123,6 +127,11 @@ class Leverage(Estimator):
     power: float = 1.0
     ridge: float = 0.1
     relative: bool = True
+
+    def __post_init__(self) -> None:
+        check_number("power", self.power)
+        check_number("ridge", self.ridge, above=0)
+        check_flag("relative", self.relative)
 
     def score(self, objective: Objective) -> Tensor:
         """Return log w + power · log uᵀA⁻¹u."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from suffice.arguments import check_flag, check_optional_int, check_text, shown
 from suffice.gpu import async_tensor
 from suffice.kv.backend.torch_backend import TORCH_BACKEND, TorchBackend
 from suffice.kv.budget.allocation import Allocation, BudgetRequest, Equal
@@ -35,8 +36,8 @@ class Policy:
         paper: arXiv number of the source, or `openreview:` and its number at OpenReview.
 
     Raises:
-        TypeError: a part is not an instance of its base class.
-        ValueError: the selection does not work with the estimator.
+        TypeError: a part is not an instance of its base class, or another argument has the wrong type.
+        ValueError: the selection does not work with the estimator, `window` is negative, or `name` is empty.
 
     Example:
         >>> from suffice.kv import Policy
@@ -67,6 +68,11 @@ class Policy:
         for part, (value, base) in parts.items():
             if not isinstance(value, base):
                 raise TypeError(f"{part} must be an instance of {base.__module__}.{base.__name__}, got {value!r}")
+        check_optional_int("window", self.window, 0)
+        check_flag("keep_all", self.keep_all)
+        check_text("name", self.name)
+        if not isinstance(self.paper, str):
+            raise TypeError(f"paper must be a string, got {shown(self.paper)}")
         if isinstance(self.selection, CapacitySelection) and not isinstance(self.estimator, Leverage):
             raise ValueError(f"estimator must be Leverage for the selection {self.selection}, got {self.estimator}")
 

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import TypeVar
 
+from suffice.arguments import check_flag
 from suffice.kv.budget.allocation import AdaKV, Allocation, Equal, HighestReplayScores, MarginalCapacity, Pyramid
 from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.policy.directions import Constant, Key, OutputValue, Value
@@ -241,7 +242,12 @@ def policies(*, replay: bool | None = None) -> dict[str, Policy]:
         replay: True for those that score entries in a second pass over the prompt, False for those that do not; None
             for all.
 
+    Raises:
+        TypeError: `replay` is neither a boolean nor None.
+
     """
+    if replay is not None:
+        check_flag("replay", replay)
     return {policy.name: policy for policy in _POLICIES if replay in (None, policy.needs_replay)}
 
 
@@ -256,6 +262,11 @@ def get_policy(name: str | Policy) -> Policy:
     return _lookup("policy", name, Policy, policies())
 
 
+def canonical_name(name: str) -> str:
+    """Return the form of a name in which policies and allocations are registered: `H2O` is `h2o`."""
+    return name.lower().replace("_", "-")
+
+
 Part = TypeVar("Part")
 
 
@@ -265,7 +276,7 @@ def _lookup(argument: str, name: object, base: type[Part], known: Mapping[str, P
     names = ", ".join(known)
     if not isinstance(name, str):
         raise TypeError(f"{argument} must be an instance of {base.__name__} or one of {names}, got {name!r}")
-    key = name.lower().replace("_", "-")
+    key = canonical_name(name)
     if key not in known:
         close = difflib.get_close_matches(key, known, n=1)
         hint = f". Did you mean {close[0]!r}?" if close else ""

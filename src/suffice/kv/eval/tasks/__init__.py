@@ -6,11 +6,12 @@ The tasks follow RULER (2404.06654), but use other texts. An additional task is 
 
 from __future__ import annotations
 
-import difflib
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from suffice.arguments import check_choice, check_int, check_text
 from suffice.kv.eval.tasks.continuation import continuation
 from suffice.kv.eval.tasks.example import Example
 from suffice.kv.eval.tasks.haystack import python_manual
@@ -19,6 +20,8 @@ from suffice.kv.eval.tasks.planted_facts import planted_facts
 from suffice.kv.eval.tasks.qa import Passage, made_up_biographies, qa
 from suffice.kv.eval.tasks.variables import variables
 from suffice.kv.eval.tasks.words import common_words, frequent_words
+from suffice.kv.hf.tokenization import check_tokenizer
+from suffice.study.run_kind import check_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,6 +55,8 @@ TASKS: dict[str, Callable[..., Example]] = {
     "qa": qa,
 }
 
+_COMMON = {"tokenizer", "tokens", "seed", "task"}  # arguments of every task that are not options
+
 
 def task_modes(task: str) -> tuple[str, ...]:
     """Return the modes of eviction of a task: `agnostic` and `aware`, or only `continuation` for a text."""
@@ -71,7 +76,9 @@ def make_example(
         options: further arguments of the task's function, such as `haystack` (any text) or `passages` (of `qa`).
 
     Raises:
-        ValueError: the task is unknown, it does not fit into `tokens`, or the task's function rejects an option.
+        TypeError: an argument has the wrong type.
+        ValueError: the task or an option is unknown, the task does not fit into `tokens`, or its function rejects an
+            option.
 
     Example:
         >>> from suffice.kv.eval.tasks import make_example
@@ -80,8 +87,10 @@ def make_example(
         'What is the access code of the silver windmill?'
 
     """
-    if task not in TASKS:
-        close = difflib.get_close_matches(task, TASKS, n=1)
-        hint = f". Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}{hint}")
+    check_choice("task", task, TASKS)
+    check_tokenizer(tokenizer)
+    check_names(options, inspect.signature(TASKS[task]).parameters.keys() - _COMMON, f"options of task {task!r}")
+    if options.get("haystack") is not None:
+        check_text("haystack", options["haystack"])
+    tokens, seed = check_int("tokens", tokens, 1), check_int("seed", seed)
     return TASKS[task](tokenizer, tokens=tokens, seed=seed, **options)

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from suffice.arguments import check_int
 from suffice.kv.eval.tasks.example import Example
 from suffice.kv.eval.tasks.haystack import Haystack, fit_to_length, python_manual
 from suffice.kv.hf.tokenization import tokenize_continuation
@@ -37,9 +38,7 @@ def continuation(
         ValueError: an argument is out of range.
 
     """
-    for name, count, least in (("tokens", tokens, 2), ("max_new_tokens", max_new_tokens, 1)):
-        if count < least:
-            raise ValueError(f"{name} must be at least {least}, got {count}")
+    tokens, max_new_tokens = check_int("tokens", tokens, 2), check_int("max_new_tokens", max_new_tokens, 1)
     generator = random.Random(f"{task} {seed}")
     text = Haystack(python_manual() if haystack is None else haystack, generator)
 

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from suffice.arguments import check_choice, check_int, check_number
 from suffice.kv.eval.tasks.example import Example
 from suffice.kv.eval.tasks.haystack import Haystack, distinct_words, fit_to_length, python_manual
 
@@ -58,17 +59,13 @@ def needles(
     """
     colors, places = _COLORS.split(), _PLACES.split()
     max_keys = len(colors) * len(places)
-    for name, count in (("num_keys", num_keys), ("num_values", num_values), ("num_queries", num_queries)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    if num_keys > max_keys:
-        raise ValueError(f"num_keys must be at most {max_keys}, got {num_keys}")
+    num_keys, num_values = check_int("num_keys", num_keys, 1, max_keys), check_int("num_values", num_values, 1)
+    num_queries = check_int("num_queries", num_queries, 1)
     if num_queries > num_keys:
         raise ValueError(f"num_queries must be at most the number of keys, {num_keys}, got {num_queries}")
-    if value_type not in _NOUNS:
-        raise ValueError(f"value_type must be one of {', '.join(_NOUNS)}, got {value_type!r}")
-    if depth is not None and not 0 <= depth <= 1:
-        raise ValueError(f"depth must be between 0 and 1, got {depth}")
+    check_choice("value_type", value_type, _NOUNS)
+    if depth is not None:
+        check_number("depth", depth, minimum=0, maximum=1)
     generator = random.Random(f"{task} {seed}")
     text = python_manual() if haystack is None else haystack
     filler = Haystack(text, generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
+from suffice.arguments import check_int
 from suffice.kv.eval.tasks.example import Example
 from suffice.kv.eval.tasks.haystack import manual_topics
 
@@ -33,8 +34,7 @@ def planted_facts(
         ValueError: the number of facts is out of range.
 
     """
-    if not 1 <= num_facts <= len(_PLACES):
-        raise ValueError(f"num_facts must be between 1 and {len(_PLACES)}, got {num_facts}")
+    num_facts = check_int("num_facts", num_facts, 1, len(_PLACES))
     generator = random.Random(seed)
     topics = manual_topics()
     generator.shuffle(topics)

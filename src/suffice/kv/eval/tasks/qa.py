@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from suffice.arguments import check_int, check_names, check_optional_text, check_text
 from suffice.kv.eval.tasks.example import Example
 from suffice.kv.eval.tasks.haystack import fit_to_length
 
@@ -49,8 +50,9 @@ class Passage:
     answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.text.strip():
-            raise ValueError(f"text of a passage must not be empty, got {self.text!r}")
+        check_text("text", self.text)
+        check_optional_text("question", self.question)
+        check_names("answers", self.answers, "texts", "('Otto',)")
         if self.question is not None and not self.answers:
             raise ValueError(f"answers to the question {self.question!r} must hold at least one answer, got none")
         for answer in self.answers:
@@ -75,8 +77,7 @@ def made_up_biographies(count: int, seed: int = 0) -> list[Passage]:
         for initial in string.ascii_uppercase
         for last in _LAST_NAMES.split()
     ]
-    if not 1 <= count <= len(people):
-        raise ValueError(f"count must be between 1 and {len(people)}, got {count}")
+    count = check_int("count", count, 1, len(people))
     generator = random.Random(f"lives {seed}")
     passages: list[Passage] = []
     for person in generator.sample(people, count):

@@ -6,6 +6,7 @@ import random
 import string
 from typing import TYPE_CHECKING
 
+from suffice.arguments import check_int
 from suffice.kv.eval.tasks.example import Example
 from suffice.kv.eval.tasks.haystack import Haystack, fit_to_length, python_manual
 
@@ -38,9 +39,7 @@ def variables(
         ValueError: an argument is out of range, or the prompt does not fit into `tokens`.
 
     """
-    for name, count in (("num_chains", num_chains), ("num_hops", num_hops)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+    num_chains, num_hops = check_int("num_chains", num_chains, 1), check_int("num_hops", num_hops, 1)
     generator = random.Random(f"{task} {seed}")
     text = python_manual() if haystack is None else haystack
     filler = Haystack(text, generator)

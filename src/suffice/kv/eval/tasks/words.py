@@ -6,6 +6,7 @@ import random
 import string
 from typing import TYPE_CHECKING
 
+from suffice.arguments import check_int, check_number
 from suffice.kv.eval.tasks.example import Example
 from suffice.kv.eval.tasks.haystack import distinct_words, fit_to_length, python_manual
 
@@ -41,8 +42,7 @@ def common_words(
         ValueError: an argument is out of range, or the prompt does not fit into `tokens`.
 
     """
-    if num_common < 1:
-        raise ValueError(f"num_common must be at least 1, got {num_common}")
+    num_common = check_int("num_common", num_common, 1)
     words = list(distinct_words(python_manual() if haystack is None else haystack))
     random.Random(f"{task} {seed}").shuffle(words)
     if len(words) <= num_common:
@@ -51,8 +51,7 @@ def common_words(
     if frequency is None:
         entries = "\n".join(f"{number}. {word}" for number, word in enumerate(common, 101))
         frequency = min(30, max(2, tokens // (2 * len(tokenizer(entries, verbose=False).input_ids))))
-    if frequency < 2:
-        raise ValueError(f"frequency must be at least 2, got {frequency}")
+    frequency = check_int("frequency", frequency, 2)
     rare_frequency = max(1, frequency // 10)
 
     def build(count: int) -> Example:
@@ -97,10 +96,8 @@ def frequent_words(
         ValueError: an argument is out of range, or the prompt does not fit into `tokens`.
 
     """
-    if not 0 < alpha < float("inf"):
-        raise ValueError(f"alpha must be a positive number, got {alpha}")
-    if num_queries < 1:
-        raise ValueError(f"num_queries must be at least 1, got {num_queries}")
+    alpha = check_number("alpha", alpha, above=0)
+    num_queries = check_int("num_queries", num_queries, 1)
     generator = random.Random(f"{task} {seed}")
     words: list[str] = []
     while len(words) < _NUM_INVENTED_WORDS:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from suffice.arguments import check_int
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.sampled_attention import sampled_attention
 from suffice.kv.policy.weight_state import WeightState
@@ -37,9 +38,8 @@ class WindowAttention(Weights):
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.window_size < 1:
-            raise ValueError(f"window_size must be at least 1, got {self.window_size!r}")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+        check_int("window_size", self.window_size, 1)
+        if check_int("kernel_size", self.kernel_size) < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be a positive odd number, got {self.kernel_size!r}")
 
     def log_weights(self, stats: AttentionStats) -> Tensor:
@@ -136,8 +136,7 @@ class SampledAttention(Weights):
 
     def __post_init__(self) -> None:
         for name in ("count", "min_distance"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+            check_int(name, getattr(self, name), 1)
 
     def log_weights(self, stats: AttentionStats) -> Tensor:
         """Return the log of the mean attention; see `suffice.kv.policy.sampled_attention.sampled_attention`."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from suffice.arguments import check_number
 from suffice.gpu import async_tensor
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.weight_state import WeightState
@@ -136,8 +137,7 @@ class Sum(CombinedWeights):
 
     def __post_init__(self) -> None:
         for factor, _ in self.terms:
-            if not factor > 0 or math.isinf(factor):
-                raise ValueError(f"factor of a weight must be a positive finite number, got {factor!r}")
+            check_number("factor of a weight", factor, above=0)
 
     def log_weights(self, stats: AttentionStats) -> Tensor:
         """Return log w, [batch, num_key_value_heads, entries]."""

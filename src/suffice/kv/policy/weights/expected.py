@@ -5,12 +5,12 @@ These are the published formulas. They ignore a soft cap and attention sinks of 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from suffice.arguments import check_number, check_optional_int
 from suffice.information.linalg import psd_cholesky
 from suffice.information.weighted_set import CHUNK_SIZE
 from suffice.kv.policy.attention_stats import AttentionStats
@@ -31,8 +31,9 @@ class QueryEstimateWeights(Weights):
     half_life: float | None
 
     def __post_init__(self) -> None:
-        if self.half_life is not None and not 0 < self.half_life < math.inf:
-            raise ValueError(f"half_life must be a positive finite number of tokens or None, got {self.half_life!r}")
+        check_optional_int("recent", self.recent, 1, unit="token")
+        if self.half_life is not None:
+            check_number("half_life", self.half_life, above=0, unit="tokens")
 
     @property
     def num_queries_needed(self) -> int | None:

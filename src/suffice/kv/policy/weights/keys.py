@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from suffice.arguments import check_number
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.weights.base import Weights
 
@@ -45,6 +46,9 @@ class KeySalience(Weights):
     """
 
     beta: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_number("beta", self.beta)
 
     def log_weights(self, stats: AttentionStats) -> Tensor:
         """Return −β cos(k, k̄), [batch, num_key_value_heads, entries]."""
