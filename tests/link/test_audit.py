@@ -223,7 +223,7 @@ def test_corrected_training_reports_its_changes(graph, parts):
             r"frozen must contain names of BatchNorm .*, got \['x'\]",
         ),
         (lambda e: EdgeSet(e.positives[:, :3], e.negatives), ValueError, r"positives must have shape .*, got \(2, 3\)"),
-        (lambda e: replace_batch_norm(Decoder(), "group"), ValueError, "norm must be layer or none, got 'group'"),
+        (lambda e: replace_batch_norm(Decoder(), "group"), ValueError, "norm must be one of layer, none, got 'group'"),
         (
             lambda e: replace_batch_norm(Decoder(), names=["x"]),
             ValueError,

@@ -12,6 +12,7 @@ import torch_geometric.nn as pyg
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm  # pyright: ignore[reportPrivateUsage]
 
+from suffice.arguments import check_choice, check_names
 from suffice.link.auditing.norm_layers import FrozenBatchNorm, batch_norms
 from suffice.link.batches.composition import Composition, Fixed, Random
 from suffice.link.batches.sampler import EdgeBatches
@@ -53,8 +54,9 @@ def replace_batch_norm(
         ValueError: `norm` is unknown, a name is not a BatchNorm of the module, or the module itself is a BatchNorm.
 
     """
-    if norm not in ("layer", "none"):
-        raise ValueError(f"norm must be layer or none, got {norm!r}")
+    check_choice("norm", norm, ("layer", "none"))
+    if names is not None:
+        names = check_names("names", names, "names of layers", "['decoder.norm']")
     layers = _replaceable_layers(module)
     if "" in layers:
         raise ValueError(

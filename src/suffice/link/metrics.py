@@ -10,6 +10,8 @@ from scipy.stats import mannwhitneyu
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+from suffice.arguments import check_int
+
 
 def hits_at_k(positives: Tensor, negatives: Tensor, k: int = 100) -> float:
     """Return Hits@K: the fraction of positives with a score strictly above that of the K-th best negative (OGB).
@@ -28,8 +30,7 @@ def hits_at_k(positives: Tensor, negatives: Tensor, k: int = 100) -> float:
 
     """
     _check_scores(positives, negatives)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    k = check_int("k", k, 1)
     if negatives.numel() < k:
         warnings.warn(
             f"negatives must be at least k={k} for Hits@{k} to have a meaning, got {negatives.numel()}: the result is "

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from suffice.arguments import check_names, check_number
 from suffice.link.auditing.kappa_tau import compute_statistics, noise, score_gap
 from suffice.link.auditing.module_state import (
     Modes,
@@ -155,6 +156,8 @@ def audit(
     if not callable(score):
         raise TypeError(f"score must be a function or module that scores pairs, got {type(score).__name__}")
     sampling = Sampling(batch_size, num_probes, repeats, seed)
+    threshold = check_number("threshold", threshold)
+    frozen = check_names("frozen", frozen, "names of layers", "['decoder.norm']")
     edge_sets = {"heldout": edges} if isinstance(edges, EdgeSet) else dict(edges)
     if not edge_sets:
         raise ValueError("edges must contain at least one EdgeSet, got an empty mapping")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from suffice.arguments import check_int
 from suffice.link.auditing.module_state import Modes
 
 Score = Callable[[Tensor], Tensor]
@@ -144,6 +145,7 @@ class Sampling:
         seed: seed of all draws.
 
     Raises:
+        TypeError: an argument is not an integer.
         ValueError: a number is too small.
 
     """
@@ -155,8 +157,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, minimum in (("batch_size", 20), ("num_probes", 4), ("repeats", 2)):
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+            object.__setattr__(self, name, check_int(name, getattr(self, name), minimum))
+        object.__setattr__(self, "seed", check_int("seed", self.seed))
 
 
 def score_repeats(

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from suffice.arguments import check_int, check_number
+
 BatchCounts = tuple[int, int]  # (positives, negatives) of one batch
 
 _ACCEPTED = "fixed:FRACTION, separate or random:LOW,HIGH"  # texts of compositions
@@ -57,8 +59,7 @@ class Fixed(Composition):
     fraction: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction < 1:
-            raise ValueError(f"fraction must be above 0 and below 1, got {self.fraction}")
+        check_number("fraction", self.fraction, above=0, below=1)
 
     def plan(self, num_positives: int, batch_size: int, generator: torch.Generator) -> list[BatchCounts]:
         """Return equal batches; the last one has the same fraction and may be smaller."""
@@ -115,6 +116,8 @@ class Random(Composition):
     high: float = 0.95
 
     def __post_init__(self) -> None:
+        check_number("low", self.low)
+        check_number("high", self.high)
         if not 0 <= self.low <= self.high <= 1 or self.high == 0:
             raise ValueError(
                 f"low and high must satisfy 0 <= low <= high <= 1 and high > 0, got {self.low} and {self.high}"
@@ -204,7 +207,5 @@ def class_weights(num_positives: int, num_negatives: int) -> tuple[float, float]
 
 
 def _check_plan_arguments(num_positives: int, batch_size: int) -> None:
-    if num_positives < 1:
-        raise ValueError(f"num_positives must be at least 1, got {num_positives}")
-    if batch_size < 2:
-        raise ValueError(f"batch_size must be at least 2, got {batch_size}")
+    check_int("num_positives", num_positives, 1)
+    check_int("batch_size", batch_size, 2)

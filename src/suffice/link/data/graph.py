@@ -12,6 +12,7 @@ from torch_geometric.data import Data
 from torch_geometric.transforms import LargestConnectedComponents, RandomLinkSplit
 from torch_geometric.utils import to_undirected
 
+from suffice.arguments import check_flag, check_number
 from suffice.link.batches.negatives import NegativeSampler, edge_keys, sample_negatives
 from suffice.link.data.edge_rules import EdgeRules, check_range, find_copies, refuse_edges
 
@@ -153,6 +154,7 @@ class SplitConfig:
         negatives: number of validation and test negatives for each positive.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: a fraction is not above 0, no edges are left for training, or `negatives` is not above 0.
 
     """
@@ -164,12 +166,15 @@ class SplitConfig:
     negatives: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("validation", "test"):
+            object.__setattr__(self, name, check_number(name, getattr(self, name)))
+        for name in ("largest_component", "validation_edges_at_test"):
+            check_flag(name, getattr(self, name))
+        object.__setattr__(self, "negatives", check_number("negatives", self.negatives, above=0))
         if self.validation <= 0 or self.test <= 0 or self.validation + self.test >= 1:
             raise ValueError(
                 f"validation and test must be above 0 with a sum below 1, got {self.validation} and {self.test}"
             )
-        if self.negatives <= 0:
-            raise ValueError(f"negatives must be above 0, got {self.negatives}")
 
 
 @dataclass(frozen=True)

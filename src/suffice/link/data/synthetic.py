@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import kneighbors_graph
 from torch import Tensor
 
+from suffice.arguments import check_int, check_number
 from suffice.link.data.graph import Graph
 
 
@@ -41,12 +42,13 @@ def block_model(
         ValueError: an argument is out of range, or a class is too small for the degree.
 
     """
+    nodes, classes = check_int("nodes", nodes), check_int("classes", classes)
+    features, seed = check_int("features", features, 1), check_int("seed", seed, 0)
     if classes < 2 or nodes < 2 * classes:
         raise ValueError(f"classes must be at least 2 with at least 2 nodes each, got {classes} with {nodes} nodes")
-    if not 0 <= edge_signal <= 1:
-        raise ValueError(f"edge_signal must be from 0 to 1, got {edge_signal}")
-    if feature_signal < 0:
-        raise ValueError(f"feature_signal must be at least 0, got {feature_signal}")
+    edge_signal = check_number("edge_signal", edge_signal, minimum=0, maximum=1)
+    feature_signal = check_number("feature_signal", feature_signal, minimum=0)
+    degree = check_number("degree", degree)
     # The expected degree determines p_in, with p_out = (1 − edge_signal) · p_in.
     size = nodes / classes
     p_in = degree / (size - 1 + (1 - edge_signal) * (nodes - size))

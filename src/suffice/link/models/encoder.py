@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from suffice.arguments import check_int, check_number
 from suffice.link.models.dropout import ByteDropout, drop_features
 from suffice.link.models.named_parts import NamedParts
 from suffice.link.models.norms import NORMS, make_norm
-from suffice.link.models.registry import ModelSettings, check_minimum, check_probability
+from suffice.link.models.registry import ModelSettings
 from suffice.link.sparse.adjacency import Adjacency
 
 
@@ -51,7 +52,7 @@ class Encoder(nn.Module, ABC):
         linear: bool = False,
     ) -> None:
         super().__init__()
-        check_minimum("layers", layers, 1)
+        check_int("layers", layers, 1)
         if linear and not self.has_activation:
             raise ValueError(f"linear must be False for {type(self).__name__}, which has no ReLU, got True")
         self.out_channels = hidden
@@ -149,10 +150,10 @@ class EncoderModelSettings(ModelSettings):
         super().__post_init__()
         ENCODERS.check("encoder", self.encoder)
         NORMS.check("encoder_norm", self.encoder_norm)
-        check_minimum("layers", self.layers, 1)
+        check_int("layers", self.layers, 1)
         for option in ("encoder_dropout", "input_dropout", "output_dropout"):
             if getattr(self, option) is not None:
-                check_probability(option, getattr(self, option))
+                check_number(option, getattr(self, option), minimum=0, below=1)
         if self.linear and not ENCODERS.find(self.encoder).has_activation:
             raise ValueError(f"linear must be False with encoder {self.encoder!r}, which has no ReLU, got True")
 

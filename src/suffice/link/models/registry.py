@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
+from suffice.arguments import check_int, check_number
 from suffice.link.models.base import LinkPredictor
 from suffice.link.models.named_parts import NamedParts, describe_choices
 from suffice.link.models.norms import NORMS
@@ -45,8 +46,8 @@ class ModelSettings(ABC):
     decoder_norm: str = "batch"
 
     def __post_init__(self) -> None:
-        check_minimum("hidden", self.hidden, 1)
-        check_probability("dropout", self.dropout)
+        check_int("hidden", self.hidden, 1)
+        check_number("dropout", self.dropout, minimum=0, below=1)
         NORMS.check("decoder_norm", self.decoder_norm)
 
     @abstractmethod
@@ -221,28 +222,6 @@ def preset(name: str, data: str) -> Preset:
         accepted = [other for other, settings in models().items() if settings.published(data) is not None]
         raise ValueError(f"model must have published settings ({', '.join(accepted)}), got {name!r}")
     return found
-
-
-def check_minimum(argument: str, value: int, minimum: int) -> None:
-    """Raise unless a number is at least a minimum.
-
-    Raises:
-        ValueError: it is smaller.
-
-    """
-    if value < minimum:
-        raise ValueError(f"{argument} must be at least {minimum}, got {value!r}")
-
-
-def check_probability(argument: str, value: float) -> None:
-    """Raise unless a number is a probability below 1.
-
-    Raises:
-        ValueError: it is below 0, or 1 or more.
-
-    """
-    if not 0 <= value < 1:
-        raise ValueError(f"{argument} must be at least 0 and below 1, got {value!r}")
 
 
 def _settings(name: str, options: Mapping[str, Any]) -> ModelSettings:

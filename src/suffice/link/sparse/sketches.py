@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from suffice.arguments import check_int
 from suffice.gpu import can_use_kernels
 from suffice.link.sparse.adjacency import Adjacency
 from suffice.link.sparse.neighbors import sum_segments
@@ -68,8 +69,7 @@ def sketch(graph: Adjacency, hops: int = 2, *, permutations: int = 128, p: int =
 
     """
     for name, value, maximum in (("hops", hops, 3), ("permutations", permutations, 4096), ("p", p, 16)):
-        if not 1 <= value <= maximum:
-            raise ValueError(f"{name} must be from 1 to {maximum}, got {value}")
+        check_int(name, value, 1, maximum)
     minhash = [_hash_keys(graph.hash_keys, permutations, seed)]
     registers = [_registers_of_keys(graph.hash_keys, p, seed)]
     increases: list[tuple[Tensor, Tensor]] = []

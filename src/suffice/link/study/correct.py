@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from suffice.arguments import check_instance, check_int, check_list
 from suffice.link.data.checkpoint import CheckpointError
 from suffice.link.data.files import save_graph
 from suffice.link.data.graph import Graph, SplitConfig, prepare_graph, split_edges, with_enough_negatives
@@ -67,6 +68,7 @@ def correct(
         results of all arms, with the alignment of two references: the node features and an untrained model.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: there is no arm or no seed, two arms are the same, or the graph has a single class.
         SufficeError: runs failed. The others are kept in `folder`; a second call tries the failed ones again.
 
@@ -79,8 +81,11 @@ def correct(
         ['fixed/batch', 'random/batch']
 
     """
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    seeds, first_seed = check_int("seeds", seeds, 1), check_int("first_seed", first_seed, 0)
+    workers = check_int("workers", workers, 0)
+    arms = check_list("arms", arms, "Arms", "[parse_arm('fixed/batch')]")
+    for index, arm in enumerate(arms):
+        check_instance(f"arms[{index}]", arm, Arm, "parse_arm('fixed/batch')")
     keys = [arm.key for arm in arms]
     if not keys or len(set(keys)) < len(keys):
         raise ValueError(f"arms must contain at least one arm and no arm twice, got {keys}")

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from suffice.arguments import check_instance, check_int, check_list, check_names
 from suffice.link.data.datasets import load_graph
 from suffice.link.data.files import save_graph
 from suffice.link.data.graph import SplitConfig, prepare_graph
@@ -75,11 +76,15 @@ def reproduce(
         ValueError: a name is unknown, or an argument is empty.
 
     """
+    data = check_names("data", data, "names of graphs", "['digits']")
+    models = check_names("models", models, "names of models", "['gcn', 'buddy']")
+    arms = check_list("arms", arms, "Arms", "[parse_arm('fixed/batch')]")
+    for index, arm in enumerate(arms):
+        check_instance(f"arms[{index}]", arm, Arm, "parse_arm('fixed/batch')")
     for name, values in (("data", data), ("models", models), ("arms", arms)):
         if not values:
             raise ValueError(f"{name} must contain at least one name, got {values!r}")
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    seeds, workers = check_int("seeds", seeds, 1), check_int("workers", workers, 0)
     train, split = train or TrainConfig(), split or SplitConfig()
     plan: list[PlannedRun] = []
     for name in data:

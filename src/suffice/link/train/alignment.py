@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch_geometric.utils import scatter
 
+from suffice.arguments import check_names
 from suffice.information.alignment import class_information, cluster_nmi, linear_probe, trace_ratio
 from suffice.link.data.graph import Graph, Split
 from suffice.link.models import LinkPredictor
@@ -146,6 +147,7 @@ def measure_alignment(
         "probe": lambda: _linear_probe(x, classes, seed),
         "class_information": lambda: class_information(x, classes),
     }
+    measures = tuple(check_names("measures", measures, "names of measures", "['nmi', 'probe']"))
     if unknown := set(measures) - functions.keys():
         raise ValueError(f"measures must be among {', '.join(MEASURES)}, got {sorted(unknown)}")
     return {name: functions[name]() for name in measures}

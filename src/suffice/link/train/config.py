@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from suffice.arguments import check_flag, check_instance, check_int, check_number, check_optional_int, check_text
 from suffice.link.batches.composition import Composition, Fixed, parse_composition
 
 
@@ -28,6 +29,7 @@ class TrainConfig:
         seed: seed of batches, negatives and dropout.
 
     Raises:
+        TypeError: a value has the wrong type.
         ValueError: a value is out of range.
 
     """
@@ -45,16 +47,17 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        minima = {"epochs": 1, "batch_size": 2, "learning_rate": 0, "weight_decay": 0, "seed": 0}
-        for name, minimum in minima.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
-        if self.directions not in (1, 2):
-            raise ValueError(f"directions must be 1 or 2, got {self.directions}")
-        for name in ("clip", "patience"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be above 0 or None, got {value}")
+        for name, minimum in {"epochs": 1, "batch_size": 2, "seed": 0}.items():
+            object.__setattr__(self, name, check_int(name, getattr(self, name), minimum))
+        for name in ("learning_rate", "weight_decay"):
+            object.__setattr__(self, name, check_number(name, getattr(self, name), minimum=0))
+        object.__setattr__(self, "directions", check_int("directions", self.directions, 1, 2))
+        object.__setattr__(self, "patience", check_optional_int("patience", self.patience, 1))
+        if self.clip is not None:
+            object.__setattr__(self, "clip", check_number("clip", self.clip, above=0))
+        check_flag("balanced", self.balanced)
+        check_instance("composition", self.composition, Composition, "Random()")
+        check_text("metric", self.metric)
         if self.metric not in ("auc", "ap", "mrr") and not self.metric.removeprefix("hits@").isdigit():
             raise ValueError(f"metric must be hits@K, auc, ap or mrr, got {self.metric!r}")
 
