@@ -35,6 +35,7 @@ from suffice.kv.attention.quantized_attention import ExactEntries
 from suffice.kv.kernels.compaction import move_to_front
 from suffice.kv.kernels.decode_plan import DecodePlan
 from suffice.kv.kernels.decoding import decode
+from suffice.kv.kernels.error_feedback import round_with_feedback
 from suffice.kv.kernels.leverage import factorize, factorize_subset, quadratic_forms
 from suffice.kv.kernels.mixture import MixtureInputs, MixtureTerms, mixture_log_weights
 from suffice.kv.kernels.packing import quantize_rotated
@@ -131,6 +132,8 @@ def _launch_all(dim: int, group: int, dtype: torch.dtype) -> None:
     form = VectorFormat(dim, BITS)
     vectors = torch.zeros(tokens, form.padded_dim)
     quantize_rotated(vectors, bits=BITS, group_size=form.group_size, num_scales=form.num_scales)
+    scales, factors = torch.ones(tokens, form.num_groups), torch.eye(form.padded_dim)[None]
+    round_with_feedback(vectors, scales, factors, [tokens], 2**BITS - 1)
     numbers = torch.zeros(8, dtype=torch.long)
     match_neighbors(numbers, numbers, numbers, numbers, common=True)
     match_neighbors(numbers, numbers, numbers, numbers, common=False)

@@ -12,6 +12,7 @@ from suffice.kv.attention.ragged_attention import RaggedEntries, attend_by_head
 from suffice.kv.policy.attention_stats import AttentionStats
 from suffice.kv.policy.directions import Directions
 from suffice.kv.policy.weights.base import Weights
+from suffice.kv.storage.error_feedback import ErrorFeedback
 from suffice.kv.storage.vector_format import QuantizedVectors, VectorFormat
 
 
@@ -115,9 +116,11 @@ class TorchBackend:
         """Return the attention over quantized and exact entries; see `attend_quantized` for the arguments."""
         return attend_quantized(query, quantized, exact, mask, scaling, softcap, sink_logits)
 
-    def quantize(self, vectors: Tensor, format_: VectorFormat) -> tuple[QuantizedVectors, Tensor]:
+    def quantize(
+        self, vectors: Tensor, format_: VectorFormat, feedback: ErrorFeedback | None = None
+    ) -> tuple[QuantizedVectors, Tensor]:
         """Return quantized vectors and their squared errors; see `VectorFormat.quantize`."""
-        return format_.quantize(vectors)
+        return format_.quantize(vectors, feedback)
 
 
 TORCH_BACKEND = TorchBackend()

@@ -20,6 +20,7 @@ from suffice.kv.policy.directions import Directions, Value
 from suffice.kv.policy.sampled_attention import sampled_query_indices
 from suffice.kv.policy.weights import ExpectedAttention, KeySalience, Product, SampledAttention, Sum, WindowAttention
 from suffice.kv.policy.weights.base import Weights
+from suffice.kv.storage.error_feedback import ErrorFeedback
 from suffice.kv.storage.vector_format import QuantizedVectors, VectorFormat
 
 _MAX_ROWS = 128  # largest number of window or sampled queries × num_key_value_groups that one program can hold
@@ -100,9 +101,13 @@ class TritonBackend(TorchBackend):
                 return output[:, None]
         return super().quantized_attention(query, quantized, exact, mask, scaling, softcap, sink_logits)
 
-    def quantize(self, vectors: Tensor, format_: VectorFormat) -> tuple[QuantizedVectors, Tensor]:
+    def quantize(
+        self, vectors: Tensor, format_: VectorFormat, feedback: ErrorFeedback | None = None
+    ) -> tuple[QuantizedVectors, Tensor]:
         """Return quantized vectors and their squared errors; see `VectorFormat.quantize`."""
-        if len(vectors) and format_.padded_dim <= _MAX_QUANTIZED_DIM:
+        if not len(vectors) or format_.padded_dim > _MAX_QUANTIZED_DIM:
+            return super().quantize(vectors, format_, feedback)
+        if feedback is None:
             from suffice.kv.kernels.packing import quantize_rotated
 
             vectors = vectors.float()
@@ -114,7 +119,20 @@ class TritonBackend(TorchBackend):
                     num_scales=format_.num_scales,
                 )
                 return QuantizedVectors(codes, scales), errors
-        return super().quantize(vectors, format_)
+            return super().quantize(vectors, format_)
+        return super().quantize(vectors, format_, _KernelFeedback(feedback.factors, feedback.counts))
+
+
+class _KernelFeedback(ErrorFeedback):
+    """Feedback that rounds with a kernel."""
+
+    def round(self, vectors: Tensor, scales: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+        """Round rotated vectors; see `ErrorFeedback.round`."""
+        from suffice.kv.kernels.error_feedback import round_with_feedback
+
+        with contextlib.suppress(KernelFallbackError):
+            return round_with_feedback(vectors, scales, self.factors, self.counts, largest)
+        return super().round(vectors, scales, largest)
 
 
 TRITON_BACKEND = TritonBackend()

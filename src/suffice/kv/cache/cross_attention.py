@@ -154,8 +154,8 @@ class CrossAttentionLayer(CompressedLayer):
         batch, _, num_queries, _ = call.query.shape
         return call.query, torch.full((batch, num_queries), self.state.num_seen, device=self.device)
 
-    def query_sizes(self, call: AttentionCall) -> Tensor | None:
-        """Return None: the first queries do not tell how large those of later tokens are."""
+    def query_moments(self, call: AttentionCall) -> Tensor | None:
+        """Return None: the first queries do not tell what those of later tokens are like."""
 
     def _attend_to_kept(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         """Compute an attention call, whose mask is over all entries, over the kept entries."""

@@ -250,7 +250,7 @@ def copy_entries(
     selection: SelectedEntries,
     state: LayerState,
     settings: CacheSettings,
-    query_sizes: Tensor | None,
+    query_moments: Tensor | None,
 ) -> Storage | None:
     """Copy the selected entries to a new storage, without changing the layer.
 
@@ -259,7 +259,7 @@ def copy_entries(
         selection: the selected entries.
         state: state of the layer.
         settings: settings of the cache.
-        query_sizes: root mean square of the queries, if entries are quantized; see `QuantizedStorage.gather`.
+        query_moments: second moments of the queries, if entries are quantized; see `QuantizedStorage.gather`.
 
     Returns:
         The new storage; None if `commit_eviction` can compact the entries in place.
@@ -267,7 +267,7 @@ def copy_entries(
     """
     config = plan.storage
     if selection.kept is None:
-        return state.storage or config.store_all(selection.entries, query_sizes, padded=any(state.num_padding))
+        return state.storage or config.store_all(selection.entries, query_moments, padded=any(state.num_padding))
     if isinstance(state.storage, QuantizedStorage):
         kept, columns = selection.kept, selection.entries.columns
         if state.has_holes:  # the selection refers to entries whose empty slots were moved to the front
@@ -279,7 +279,7 @@ def copy_entries(
     reused = None if config.per_head or changes_entries or state.has_holes else state.storage
     if reused is not None and reused.can_compact_in_place(selection.kept, selection.counts):
         return None
-    return config.store_kept(selection.entries, selection.kept, selection.counts, query_sizes)
+    return config.store_kept(selection.entries, selection.kept, selection.counts, query_moments)
 
 
 def validate_eviction(stats: AttentionStats, entries: Entries, storage: Storage | None, layer_index: int) -> None:

@@ -81,7 +81,7 @@ class LatentLayer(CompressedLayer):
         shape = super().shape(call)
         return replace(shape, scored_query_dim=call.query.shape[1] * (shape.key_dim + shape.value_dim))
 
-    def query_sizes(self, call: AttentionCall) -> None:
+    def query_moments(self, call: AttentionCall) -> None:
         """Return None: queries multiply keys that are computed from the stored latents."""
 
     def scored_tensors(self, queries: Tensor, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:

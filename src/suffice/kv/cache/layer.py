@@ -50,6 +50,11 @@ _CHUNKS_ARE_KEPT = (
     "CompressedCache(..., evict='always') to read a prompt in chunks"
 )
 
+# Smallest number of queries of a forward pass from which new entries that it quantizes learn.
+_MIN_QUERIES = 32
+# Number of last queries that have half of the weight in second moments of the queries.
+_NUM_LAST_QUERIES = 32
+
 
 class CompressedLayer(StateLayer):
     """One full-attention layer of a `CompressedCache`.
@@ -235,7 +240,7 @@ class CompressedLayer(StateLayer):
             if self._plan is not None:
                 self._evict(self._plan, call, attention)
             self.state = self.memory.limit(self.state)
-            self.end_attention()
+            self.end_attention(call)
         for rotary in self._rotaries_to_clear:
             rotary.clear_cache()
 
@@ -246,10 +251,18 @@ class CompressedLayer(StateLayer):
             needed = queries.append(call.query, self.new_positions, None).num_slots(needed)
         self.state = replace(self.state, queries=queries.append(call.query, self.new_positions, needed))
 
-    def end_attention(self) -> None:
-        """Let the storage quantize new entries, after the attention of a pass has read them."""
-        if self.storage is not None:
-            self.storage.end_attention()
+    def end_attention(self, call: AttentionCall | None = None) -> None:
+        """Let the storage quantize new entries, after the attention of a pass has read them.
+
+        Args:
+            call: the attention call, from whose queries the storage may learn what later ones are like; None if there
+                is none, or if it has too few queries.
+
+        """
+        if self.storage is None:
+            return
+        has_many_queries = call is not None and call.query.shape[2] >= _MIN_QUERIES
+        self.storage.end_attention(functools.partial(self.query_moments, call) if call and has_many_queries else None)
 
     def free(self) -> None:
         """Free the entries, but not the counts of the tokens. The layer cannot be used for further tokens."""
@@ -318,8 +331,8 @@ class CompressedLayer(StateLayer):
             # Entries that are quantized already stay as they are.
             selection = repair_selection(selection, stats, refit_values=not isinstance(self.storage, QuantizedStorage))
         is_quantized = plan.storage.bits is not None
-        query_sizes = self.query_sizes(call) if is_quantized and self.storage is None else None
-        storage = copy_entries(plan, selection, self.state, self.settings, query_sizes)
+        query_moments = self.query_moments(call) if is_quantized and self.storage is None else None
+        storage = copy_entries(plan, selection, self.state, self.settings, query_moments)
         validate_eviction(stats, entries, storage, self.index)
         return selection, storage
 
@@ -366,19 +379,24 @@ class CompressedLayer(StateLayer):
         order = right_aligned_order(self.new_positions[:, None])
         return {kind: x.gather(2, order.expand_as(x)) for kind, x in call.replay_scores.items()}
 
-    def query_sizes(self, call: AttentionCall) -> Tensor | None:
-        """Return the root mean square of the queries, [batch, num_key_value_heads, head_dim].
+    def query_moments(self, call: AttentionCall) -> Tensor | None:
+        """Return the second moment E[q qᵀ] of the queries, float32 [batch, num_key_value_heads, head_dim, head_dim].
 
-        None if the queries do not multiply the stored keys.
+        Half of the weight is on the last queries, which resemble the next ones most. None if the queries do not
+        multiply the stored keys.
         """
-        queries = call.query
+        queries, heads = call.query, call.key.shape[1]
         is_token = (self.new_positions[:, -queries.shape[2] :] >= 0)[:, None, :, None]
         if call.padding is not None:
             queries = queries.masked_fill(~is_token, 0)
-        counts = is_token.sum(2).clamp_min(1)
-        dtype = torch.promote_types(queries.dtype, torch.float32)
-        squares = torch.linalg.vector_norm(queries, dim=2, dtype=dtype).square() / counts
-        return squares.unflatten(1, (call.key.shape[1], -1)).mean(2).sqrt()
+        last = slice(-_NUM_LAST_QUERIES, None)
+        moments = _second_moment(queries, is_token, heads) + _second_moment(
+            queries[:, :, last], is_token[:, :, last], heads
+        )
+        # Few queries say little about later ones.
+        diagonal, num_queries = moments.diagonal(dim1=-2, dim2=-1), is_token.sum(2) * (queries.shape[1] // heads)
+        diagonal += diagonal.mean(-1, keepdim=True) * (diagonal.shape[-1] / num_queries.clamp_min(1))
+        return moments / 2
 
     def scored_tensors(self, queries: Tensor, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
         """Return the queries, keys and values by which entries are scored."""
@@ -398,3 +416,21 @@ class CompressedLayer(StateLayer):
         if global_budget is not None:
             global_budget.register(self.order, other.storage)
         return other
+
+
+def _second_moment(queries: Tensor, is_token: Tensor, num_heads: int) -> Tensor:
+    """Return the second moment of the queries of each KV head.
+
+    Args:
+        queries: [batch, heads, queries, head_dim]; zeros where there is no token.
+        is_token: bool [batch, 1, queries, 1].
+        num_heads: number of KV heads.
+
+    Returns:
+        float32 [batch, num_heads, head_dim, head_dim].
+
+    """
+    groups = queries.unflatten(1, (num_heads, -1))
+    products = [own.mT @ own for own in (group.flatten(1, 2).float() for group in groups.unbind(1))]
+    counts = groups.shape[2] * is_token.sum(2).clamp_min(1)
+    return torch.stack(products, dim=1) / counts[..., None]

@@ -41,12 +41,12 @@ class StorageConfig:
         """Number of bits of keys and of values; None if they are not quantized."""
         return None if self.quantization is None else self.quantization.bits
 
-    def store_all(self, entries: Entries, query_sizes: Tensor | None = None, *, padded: bool) -> Storage:
+    def store_all(self, entries: Entries, query_moments: Tensor | None = None, *, padded: bool) -> Storage:
         """Store all entries, without copying them if they are not quantized.
 
         Args:
             entries: all entries.
-            query_sizes: see `QuantizedStorage.gather`.
+            query_moments: see `QuantizedStorage.gather`.
             padded: whether some slots may be empty.
 
         """
@@ -54,14 +54,14 @@ class StorageConfig:
             return UniformStorage.from_all(entries, padded=padded)
         slots = torch.arange(entries.keys.shape[2], device=entries.keys.device).expand(entries.keys.shape[:3])
         kept = slots.where(entries.positions >= 0, -1)
-        return QuantizedStorage.gather(entries, kept, self.quantization, query_sizes)
+        return QuantizedStorage.gather(entries, kept, self.quantization, query_moments)
 
     def store_kept(
-        self, entries: Entries, kept: Tensor, counts: Tensor | None, query_sizes: Tensor | None = None
+        self, entries: Entries, kept: Tensor, counts: Tensor | None, query_moments: Tensor | None = None
     ) -> Storage:
         """Copy the kept entries into a new storage; see `gather` of the storages for the arguments."""
         if self.quantization is not None:
-            return QuantizedStorage.gather(entries, kept, self.quantization, query_sizes)
+            return QuantizedStorage.gather(entries, kept, self.quantization, query_moments)
         storage = RaggedStorage if self.per_head else UniformStorage
         return storage.gather(entries, kept, counts)
 

@@ -43,7 +43,7 @@ class SourceLayer(CompressedLayer):
         # A copy keeps its entries when this layer evicts.
         self._readable = self.storage if self.storage is None or self._plan is None else self.storage.copy()
 
-    def end_attention(self) -> None:
+    def end_attention(self, call: AttentionCall | None = None) -> None:
         """Do nothing: later layers read the entries too."""
 
     def end_pass(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -176,8 +176,13 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def end_attention(self) -> None:
-        """Free tensors that were needed only for the attention of one call."""
+    def end_attention(self, query_moments: Callable[[], Tensor | None] | None = None) -> None:
+        """Quantize new entries, if the storage does, after the attention of a call has read them.
+
+        Args:
+            query_moments: computes the second moments of the queries of the call; see `QuantizedStorage.gather`.
+
+        """
 
     def can_compact_in_place(self, kept: Tensor, counts: Tensor | None) -> bool:
         """Return whether `compact_in_place` can keep these entries.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, replace
 from typing import ClassVar
 
@@ -58,7 +58,7 @@ class QuantizedStorage(PerHeadStorage):
 
     @classmethod
     def gather(
-        cls, entries: Entries, kept: Tensor, quantization: Quantization, query_sizes: Tensor | None = None
+        cls, entries: Entries, kept: Tensor, quantization: Quantization, query_moments: Tensor | None = None
     ) -> QuantizedStorage:
         """Copy the kept entries, so that the memory of all entries can be freed.
 
@@ -66,13 +66,14 @@ class QuantizedStorage(PerHeadStorage):
             entries: all entries, in the model's dtype.
             kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending; −1 in empty slots.
             quantization: how to quantize.
-            query_sizes: root mean square of the queries of each head, [batch, num_key_value_heads, head_dim]; None if
-                all dimensions of queries have about the same size.
+            query_moments: second moment E[q qᵀ] of the queries of each head, float32 [batch, num_key_value_heads,
+                head_dim, head_dim]; None if it is not known.
 
         """
+        query_sizes = None if query_moments is None else query_moments.diagonal(dim1=-2, dim2=-1).sqrt()
         empty = QuantizedEntries.empty(entries, quantization.bits, query_sizes)
         exact, old = _split(entries, kept, quantization.window)
-        return cls(empty.append(entries, old), _gather_exact(entries, exact), quantization)
+        return cls(empty.append(entries, old, query_moments), _gather_exact(entries, exact), quantization)
 
     @property
     def exact(self) -> UniformStorage:
@@ -223,8 +224,11 @@ class QuantizedStorage(PerHeadStorage):
         """Compute the attention of new tokens, with keys and values that a model makes of the entries of one head."""
         return attend_with_model(call, keys, values, self.positions[:, 0] >= 0)
 
-    def end_attention(self) -> None:
+    def end_attention(self, query_moments: Callable[[], Tensor | None] | None = None) -> None:
         """Quantize the entries that have left the window, if they are enough for a block.
+
+        Args:
+            query_moments: computes the second moments of the queries of the call; see `gather`.
 
         Raises:
             ValueError: a key or value is NaN, infinite, or too large for the scales. Nothing is changed.
@@ -236,7 +240,8 @@ class QuantizedStorage(PerHeadStorage):
         entries = self._exact.entries
         slots = torch.arange(self._exact.width, device=entries.positions.device)
         exact, old = _split(entries, slots.where(entries.positions >= 0, -1), window)
-        self._replace_entries(self.quantized.append(entries, old), _gather_exact(entries, exact))
+        moments = None if query_moments is None else query_moments()
+        self._replace_entries(self.quantized.append(entries, old, moments), _gather_exact(entries, exact))
 
     # ---- Changes ----------------------------------------------------------------------------------------------------
 

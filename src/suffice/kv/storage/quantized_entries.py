@@ -10,6 +10,7 @@ from torch import Tensor
 
 from suffice.kv.backend.triton_backend import choose_backend
 from suffice.kv.storage.base import LOGIT_BIAS, Entries, flat_index, index_vectors, last_slots
+from suffice.kv.storage.error_feedback import ErrorFeedback
 from suffice.kv.storage.vector_format import QuantizedVectors, VectorFormat
 
 
@@ -22,7 +23,7 @@ class QuantizedEntries:
     products of a query's numbers with the errors of the key; it is smallest for t_i = √(size of the queries' numbers /
     size of the keys' numbers), because quantization gives all stored dimensions the same error. This matters for models
     some of whose dimensions have large keys and small queries. Mean and scales are computed from the first entries of
-    the head that are quantized, and stay the same for later entries.
+    the head that are quantized, and stay the same for later entries. Keys are rounded with `ErrorFeedback`.
 
     Args:
         key_format: how keys are quantized.
@@ -122,12 +123,14 @@ class QuantizedEntries:
         was_quantized = sums.any(0).tolist()
         return [(key, value) if known else None for known, key, value in zip(was_quantized, keys, values, strict=True)]
 
-    def append(self, entries: Entries, index: Tensor) -> QuantizedEntries:
+    def append(self, entries: Entries, index: Tensor, query_moments: Tensor | None = None) -> QuantizedEntries:
         """Return these entries and more, which are quantized.
 
         Args:
             entries: entries in the model's dtype.
             index: indices of the entries to quantize, long [batch, num_key_value_heads, width]; −1 for none.
+            query_moments: see `QuantizedStorage.gather`. Keys are rounded with feedback (`ErrorFeedback`); None rounds
+                each number to the nearest.
 
         Raises:
             ValueError: a key or value is NaN, infinite, or too large for the scales.
@@ -147,15 +150,15 @@ class QuantizedEntries:
             index_vectors(x, flat_index(x, index.clamp_min(0)).flatten().index_select(0, slots))
             for x in (entries.keys, entries.values)
         )
-        means, scales = self._statistics_with(keys, head, new_counts)
-        keys = keys.float() - means.float().flatten(0, 1).index_select(0, head)
-        keys *= scales.float().flatten(0, 1).index_select(0, head)
+        heads = _Heads(new_counts, head)
+        means, scales, keys = self._standardize(keys, heads, new_counts)
         backend = choose_backend(keys, values)
+        feedback = None if query_moments is None else self._feedback(query_moments, scales, new_counts)
         (new_keys, key_error), (new_values, value_error) = (
-            backend.quantize(keys, self.key_format),
+            backend.quantize(keys, self.key_format, feedback),
             backend.quantize(values, self.value_format),
         )
-        sums = self._sums_by_head((key_error, keys, value_error, values), head)
+        sums = self._sums_by_head((key_error, keys, value_error, values), heads)
         # The scales of heads without entries are not used yet. They are 0 for rows that consist of padding so far.
         is_used = (self.counts + new_counts > 0).to(device)[..., None]
         is_valid = (scales.isfinite() & (scales > 0)) | ~is_used
@@ -179,31 +182,32 @@ class QuantizedEntries:
             columns={name: merge(x, select(entries.columns[name])) for name, x in self.columns.items()},
         )
 
-    def _statistics_with(self, keys: Tensor, head: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean keys and scales, computed from new keys for the heads that have no entries yet."""
-        shape, device = self.means.shape, keys.device
-        is_new = ((self.counts == 0) & (counts > 0)).to(device)[..., None]
-        if not bool(is_new.any()):
-            return self.means, self.scales
-        counts = counts.clamp_min(1).to(device)[..., None]
+    def _feedback(self, query_moments: Tensor, scales: Tensor, counts: Tensor) -> ErrorFeedback:
+        rotation = self.key_format.rotation(query_moments)
+        return ErrorFeedback.from_moments(
+            query_moments.flatten(0, 1), scales.flatten(0, 1), rotation, counts.flatten().tolist()
+        )
 
-        def mean_by_head(x: Tensor) -> Tensor:
-            sums = torch.zeros(shape[0] * shape[1], shape[2], device=device)
-            return sums.index_add_(0, head, x).view(shape) / counts
+    def _standardize(self, keys: Tensor, heads: _Heads, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean keys and scales, which are computed for the heads that have no entries yet, and scaled keys."""
+        is_new = ((self.counts == 0) & (counts > 0)).to(keys.device)[..., None]
+        has_new, keys = bool(is_new.any()), keys.float()
+        means, scales = self.means, self.scales
+        if has_new:
+            means = torch.where(is_new, heads.mean(keys).view(means.shape).to(means.dtype), means)
+        centered = heads.subtract(keys, means.float().flatten(0, 1))
+        if has_new:
+            key_sizes = _without_small_sizes(heads.mean_square(centered).view(means.shape).sqrt())
+            query_sizes = _without_small_sizes(self.scales.float())
+            scales = torch.where(is_new, (query_sizes / key_sizes).sqrt().to(scales.dtype), scales)
+        return means, scales, heads.multiply_(centered, scales.float().flatten(0, 1))
 
-        means = torch.where(is_new, mean_by_head(keys.float()).to(self.means.dtype), self.means)
-        centered = keys.float() - means.float().flatten(0, 1).index_select(0, head)
-        key_sizes = _without_small_sizes(mean_by_head(centered.square()).sqrt())
-        query_sizes = _without_small_sizes(self.scales.float())
-        scales = (query_sizes / key_sizes).sqrt()
-        return means, torch.where(is_new, scales.to(self.scales.dtype), self.scales)
-
-    def _sums_by_head(self, parts: tuple[Tensor, Tensor, Tensor, Tensor], head: Tensor) -> Tensor:
+    def _sums_by_head(self, parts: tuple[Tensor, Tensor, Tensor, Tensor], heads: _Heads) -> Tensor:
         """Return sums by head, float32 [4, batch, num_key_value_heads]; of vectors, sums of squared lengths."""
-        sums: list[Tensor] = []
-        for part in parts:
-            numbers = part if part.dim() == 1 else part.float().square().sum(-1)
-            sums.append(numbers.new_zeros(self.means.shape[:2].numel()).index_add_(0, head, numbers))
+        sums = [
+            heads.sum(part if part.dim() == 1 else torch.linalg.vector_norm(part.float(), dim=-1).square())
+            for part in parts
+        ]
         return torch.stack(sums).view(4, *self.means.shape[:2])
 
     def keep(self, mask: Tensor) -> QuantizedEntries:
@@ -274,6 +278,55 @@ class QuantizedEntries:
         """Return the inverse of `align`: [entries, …] from [batch, num_key_value_heads, width, …]."""
         slots = last_slots(self.counts.flatten(), self.width, aligned.device)
         return aligned.flatten(0, 2).index_select(0, slots)
+
+
+class _Heads:
+    """Computes with vectors that are sorted by head.
+
+    On the CPU, each head is computed on its own; elsewhere, all are computed with a few operations.
+
+    Args:
+        counts: number of vectors of each head, on the CPU.
+        index: head of each vector, long [vectors].
+
+    """
+
+    def __init__(self, counts: Tensor, index: Tensor) -> None:
+        self._counts: list[int] = counts.flatten().tolist()
+        self._index = index
+        self._on_cpu = index.device.type == "cpu"
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of the items of each head, [heads, …]."""
+        if self._on_cpu:
+            return torch.stack([part.sum(0) for part in x.split(self._counts)])
+        return x.new_zeros(len(self._counts), *x.shape[1:]).index_add_(0, self._index, x)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Return the mean of the vectors of each head, [heads, dim]; zeros for heads without vectors."""
+        counts = torch.tensor(self._counts, device=x.device).clamp_min(1)
+        return self.sum(x) / counts[:, None]
+
+    def mean_square(self, x: Tensor) -> Tensor:
+        """Return the mean of the squares of each dimension, [heads, dim]; zeros for heads without vectors."""
+        if not self._on_cpu:
+            return self.mean(x.square())
+        sizes = [torch.linalg.vector_norm(part, dim=0) for part in x.split(self._counts)]
+        return torch.stack([size.square() / max(count, 1) for size, count in zip(sizes, self._counts, strict=True)])
+
+    def subtract(self, x: Tensor, y: Tensor) -> Tensor:
+        """Subtract the head's vector of y, [heads, dim], from each vector of x."""
+        if not self._on_cpu:
+            return x - y.index_select(0, self._index)
+        return torch.cat([part - vector for part, vector in zip(x.split(self._counts), y, strict=True)])
+
+    def multiply_(self, x: Tensor, y: Tensor) -> Tensor:
+        """Multiply each vector of x by the head's vector of y, [heads, dim], in place."""
+        if not self._on_cpu:
+            return x.mul_(y.index_select(0, self._index))
+        for part, vector in zip(x.split(self._counts), y, strict=True):
+            part.mul_(vector)
+        return x
 
 
 def _without_small_sizes(sizes: Tensor) -> Tensor:

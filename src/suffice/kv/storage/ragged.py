@@ -306,7 +306,7 @@ class RaggedStorage(PerHeadStorage):
         output = backend.ragged_attention(call.query, self, call.dense_mask, scaling, call.softcap, call.sink_logits)
         return output, weights_over_entries(call, self.entries, scaling) if call.needs_weights else None
 
-    def end_attention(self) -> None:
+    def end_attention(self, query_moments: Callable[[], Tensor | None] | None = None) -> None:
         """Do nothing: the attention needs no temporary tensors."""
 
     @property

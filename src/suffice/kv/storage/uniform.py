@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
@@ -297,7 +297,7 @@ class UniformStorage(AlignedStorage):
             return False
         return usable(keys, values) and can_write_in_place(keys, values)
 
-    def end_attention(self) -> None:
+    def end_attention(self, query_moments: Callable[[], Tensor | None] | None = None) -> None:
         """Do nothing: the attention needs no temporary tensors."""
 
     def compact_in_place(self, entries: Entries, kept: Tensor) -> None:

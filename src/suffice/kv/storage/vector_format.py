@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from suffice.kv.storage.bit_packing import field_masks, num_bytes, pack_bits, unpack_bits, unpack_parts
+from suffice.kv.storage.error_feedback import ErrorFeedback
 from suffice.kv.storage.rotation import padded_dim, rotation
 
 GROUP_SIZE = 32
@@ -108,28 +109,45 @@ class VectorFormat:
         codes = torch.empty(0, num_bytes(self.padded_dim, self.bits), dtype=torch.uint8, device=device)
         return QuantizedVectors(codes, torch.empty(0, self.num_groups, dtype=torch.uint8, device=device))
 
-    def quantize(self, vectors: Tensor) -> tuple[QuantizedVectors, Tensor]:
+    def quantize(self, vectors: Tensor, feedback: ErrorFeedback | None = None) -> tuple[QuantizedVectors, Tensor]:
         """Quantize vectors.
 
         Args:
             vectors: [vectors, dim].
+            feedback: how the errors of dimensions are passed on; None to round each number to the nearest integer. With
+                feedback, no number is clipped by its scale.
 
         Returns:
             The quantized vectors, and the squared error of each, float32 [vectors]; NaN or infinite if the vector is
             not finite or too large for the scales.
 
         """
+        if feedback is not None and len(vectors):
+            return self._quantize_with_feedback(vectors, feedback)
         parts = [self._quantize_block(block) for block in vectors.split(_BLOCK)] if len(vectors) else []
         if not parts:
             return self.empty(vectors.device), vectors.new_zeros(0, dtype=torch.float32)
         codes, scales, errors = (torch.cat(part) for part in zip(*parts, strict=True))
         return QuantizedVectors(codes, scales), errors
 
+    def _quantize_with_feedback(self, vectors: Tensor, feedback: ErrorFeedback) -> tuple[QuantizedVectors, Tensor]:
+        x = vectors.float()
+        x = x @ self.rotation(x)
+        no_clipping = self._exponents_without_clipping(x.unflatten(-1, (self.num_groups, self.group_size)))
+        exponents = no_clipping.clamp(0, _MAX_EXPONENT)
+        codes, errors = feedback.round(x, _scales(exponents), 2**self.bits - 1)
+        errors = errors.masked_fill((no_clipping > _MAX_EXPONENT).any(-1), torch.inf)
+        return QuantizedVectors(pack_bits(codes, self.bits), exponents.to(torch.uint8)), errors
+
+    def _exponents_without_clipping(self, x: Tensor) -> Tensor:
+        """Return the logarithm of the smallest scale that represents all numbers of each group, [..., group_size]."""
+        largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1)
+        return (largest / self.middle).log2().mul_(_STEPS).ceil_().add_(_OFFSET)
+
     def _quantize_block(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = vectors.float()
         x = (x @ self.rotation(x)).unflatten(-1, (self.num_groups, self.group_size))
-        largest = x.abs().amax(-1)
-        no_clipping = (largest / self.middle).log2().mul_(_STEPS).ceil_().add_(_OFFSET)
+        no_clipping = self._exponents_without_clipping(x)
         best: tuple[Tensor, Tensor, Tensor] | None = None
         for step in range(self.num_scales):
             exponents = (no_clipping - step).clamp_(0, _MAX_EXPONENT)

@@ -1,0 +1,150 @@
+"""Rounding of keys with feedback: each dimension is rounded so that it corrects the errors of earlier ones.
+
+Attention sees a key k through its products with queries q, so what counts is not the error e of the stored key but
+eᵀ M e, where M = E[q qᵀ] is the second moment of the queries. Its factorization M = L D Lᵀ, with a lower triangular L
+whose diagonal is 1, gives eᵀ M e = Σ_j D_j (e_j + Σ_{i>j} L_ij e_i)². The last dimension is rounded first, and every
+other dimension j is rounded after Σ_{i>j} L_ij e_i is added to it. The errors of all dimensions are then as small as
+rounding allows, but they cancel in the products with the queries. GPTQ (arXiv 2210.17323) and QuIP (arXiv 2307.13304)
+round weights in this way, with M from the inputs of the layer.
+
+The result is read like that of plain rounding. Only the rounding is different.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGE = 0.1
+"""What is added to the diagonal of M, relative to its mean, because later queries differ from those so far."""
+_BLOCK = 8  # number of dimensions whose errors are passed on together
+_MAX_NUMBERS = 1 << 21  # size of the padded tensors, which limits the temporary memory
+
+
+@dataclass(frozen=True)
+class ErrorFeedback:
+    """How the errors of rounded dimensions are passed on.
+
+    Args:
+        factors: the matrix L of each head, float32 [heads, padded_dim, padded_dim].
+        counts: number of vectors of each head.
+
+    """
+
+    factors: Tensor
+    counts: list[int]
+
+    @classmethod
+    def from_moments(cls, moments: Tensor, scales: Tensor, rotation: Tensor, counts: list[int]) -> ErrorFeedback:
+        """Factorize the second moments of the queries, as they multiply the stored keys.
+
+        Args:
+            moments: E[q qᵀ] of each head, float32 [heads, dim, dim].
+            scales: what each dimension of keys is multiplied by, [heads, dim]; see `QuantizedEntries`.
+            rotation: [dim, padded_dim].
+            counts: number of vectors of each head.
+
+        """
+        scales = scales.float()
+        scaled = moments / (scales[:, :, None] * scales[:, None, :])
+        rotated = rotation.mT @ scaled @ rotation
+        diagonal = rotated.diagonal(dim1=-2, dim2=-1)
+        identity = torch.eye(rotated.shape[-1], device=moments.device)
+        factors, info = torch.linalg.cholesky_ex(rotated + RIDGE * diagonal.mean(-1)[:, None, None] * identity)
+        factors = factors / factors.diagonal(dim1=-2, dim2=-1)[:, None, :]
+        # A row that consists of padding so far has no queries: its keys are rounded without feedback.
+        is_valid = (info == 0) & factors.isfinite().all(-1).all(-1)
+        return cls(torch.where(is_valid[:, None, None], factors, identity), counts)
+
+    def round(self, vectors: Tensor, scales: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+        """Round rotated vectors to integers c, which stand for s (c − largest / 2) with the scale s of their group.
+
+        Args:
+            vectors: float32 [vectors, padded_dim]. The vectors of each head follow one another.
+            scales: scale of each group of dimensions, float32 [vectors, groups].
+            largest: the largest integer. The smallest one is 0.
+
+        Returns:
+            The integers, uint8 [vectors, padded_dim], and the squared error of each vector, float32 [vectors].
+
+        """
+        codes, errors = torch.empty_like(vectors, dtype=torch.uint8), vectors.new_empty(len(vectors))
+        ends = list(itertools.accumulate(self.counts))
+        for heads, start, stop in self._parts(vectors.shape[1]):
+            slices = [
+                slice(end - count + min(start, count), end - count + min(stop, count))
+                for end, count in zip(ends[heads], self.counts[heads], strict=True)
+            ]
+            found = _round_heads(_stack(vectors, slices), _stack(scales, slices), self.factors[heads], largest)
+            for rows, own_codes, own_errors in zip(slices, *found, strict=True):
+                num = rows.stop - rows.start
+                codes[rows] = own_codes[:, :num].mT
+                errors[rows] = own_errors[:num]
+        return codes, errors
+
+    def _parts(self, dim: int) -> list[tuple[slice, int, int]]:
+        """Divide the vectors into parts of limited size: some heads, and a range of the vectors of each."""
+        num_heads, width = len(self.counts), max(self.counts)
+        step = max(1, min(width, _MAX_NUMBERS // dim))
+        heads = max(1, _MAX_NUMBERS // (dim * step))
+        return [
+            (slice(first, first + heads), start, start + step)
+            for first in range(0, num_heads, heads)
+            for start in range(0, max(self.counts[first : first + heads]), step)
+        ]
+
+
+def _stack(x: Tensor, slices: list[slice]) -> Tensor:
+    """Return rows of x, one slice for each head, [heads, columns, longest slice]; the rest is 1."""
+    width = max(rows.stop - rows.start for rows in slices)
+    stacked = x.new_empty(len(slices), x.shape[1], width)
+    for own, rows in zip(stacked, slices, strict=True):
+        own[:, : rows.stop - rows.start] = x[rows].mT
+        own[:, rows.stop - rows.start :] = 1
+    return stacked
+
+
+def _round_heads(vectors: Tensor, scales: Tensor, factors: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Round the vectors of several heads.
+
+    Args:
+        vectors: [heads, padded_dim, vectors].
+        scales: [heads, groups, vectors].
+        factors: [heads, padded_dim, padded_dim].
+        largest: the largest integer.
+
+    Returns:
+        Integers, uint8 [heads, padded_dim, vectors], and squared errors [heads, vectors].
+
+    """
+    codes, squares = torch.empty_like(vectors, dtype=torch.uint8), torch.zeros_like(vectors[:, 0])
+    corrections = torch.zeros_like(vectors)  # what later dimensions add to earlier ones
+    size = vectors.shape[1] // scales.shape[1]
+    for group in reversed(range(scales.shape[1])):
+        first = group * size
+        scale = scales[:, group, None]
+        # Within a group, all numbers are in units of its scale.
+        numbers = (vectors[:, first : first + size] / scale).add_(largest / 2)
+        added = corrections[:, first : first + size].div_(scale)
+        for start in reversed(range(0, size, _BLOCK)):
+            stop = min(start + _BLOCK, size)
+            block = slice(first + start, first + stop)
+            errors = torch.empty_like(numbers[:, start:stop])
+            for dim in reversed(range(start, stop)):
+                corrected = numbers[:, dim] + added[:, dim]
+                if dim + 1 < stop:
+                    weights = factors[:, first + dim + 1 : first + stop, first + dim, None].mT
+                    corrected[:, None].baddbmm_(weights, errors[:, dim + 1 - start :])
+                rounded = corrected.round_().clamp_(0, largest)
+                codes[:, first + dim] = rounded
+                torch.sub(numbers[:, dim], rounded, out=errors[:, dim - start])
+            if start:
+                added[:, :start].baddbmm_(factors[:, block, first : first + start].mT, errors)
+            errors *= scale
+            squares += errors.square().sum(1)
+            if first:
+                corrections[:, :first].baddbmm_(factors[:, block, :first].mT, errors)
+    return codes, squares

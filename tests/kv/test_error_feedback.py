@@ -1,0 +1,104 @@
+"""Rounding of keys with feedback of the errors."""
+
+import pytest
+import torch
+
+from suffice.kv.storage.base import Entries
+from suffice.kv.storage.bit_packing import unpack_bits
+from suffice.kv.storage.error_feedback import RIDGE, ErrorFeedback
+from suffice.kv.storage.quantized_entries import QuantizedEntries
+from suffice.kv.storage.vector_format import VectorFormat
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def round_one_by_one(x, scales, moment, largest):
+    """Round one rotated vector, dimension by dimension, in float64. Each is chosen so that eᵀ M e is smallest."""
+    moment = moment.double() + RIDGE * moment.double().diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+    codes, error = torch.zeros(len(x)), torch.zeros(len(x), dtype=torch.float64)
+    for dim in reversed(range(len(x))):
+        # With the errors e of the later dimensions given, and the earlier ones free to correct, the minimum of eᵀ M e
+        # over e_dim is that of the Schur complement.
+        free = moment[:dim, :dim]
+        rest = moment[dim:, dim:] - moment[dim:, :dim] @ torch.linalg.solve(free, moment[:dim, dim:])
+        wanted = -(rest[0, 1:] @ error[dim + 1 :]) / rest[0, 0]
+        exact = (x[dim] - wanted) / scales[dim] + largest / 2
+        codes[dim] = exact.round().clamp(0, largest)
+        error[dim] = x[dim] - scales[dim] * (codes[dim] - largest / 2)
+    return codes, error
+
+
+def moments_of(heads, dim, seed=1):
+    """Second moments of queries that mostly lie in a few directions."""
+    queries = normal(heads, 200, 5, seed=seed) @ normal(heads, 5, dim, seed=seed + 1) + 0.3 * normal(heads, 200, dim)
+    return queries.mT @ queries / 200
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("dim", [16, 64, 96, 100])
+def test_each_dimension_minimizes_the_error_of_the_products(bits, dim):
+    form, moments, counts = VectorFormat(dim, bits), moments_of(2, dim), [3, 4]
+    x, scales = normal(7, dim), torch.rand(2, dim, generator=torch.Generator().manual_seed(3)) + 0.5
+    rotation = form.rotation(x)
+    feedback = ErrorFeedback.from_moments(moments, scales, rotation, counts)
+    vectors, errors = form.quantize(x, feedback)
+    codes = unpack_bits(vectors.codes, bits, torch.empty(7, form.padded_dim))
+    own_scales = torch.exp2(vectors.scales / 4 - 40).double().repeat_interleave(form.group_size, 1)
+    for index, head in enumerate([0, 0, 0, 1, 1, 1, 1]):
+        moment = rotation.mT @ (moments[head] / scales[head] / scales[head][:, None]) @ rotation
+        rotated = (x[index] @ rotation).double()
+        expected, error = round_one_by_one(rotated, own_scales[index], moment, 2**bits - 1)
+        # Rounding errors of float32 may change integers that are halfway between two.
+        assert float((codes[index] != expected).float().mean()) < 0.03
+        if torch.equal(codes[index], expected):
+            torch.testing.assert_close(float(errors[index]), float(error.square().sum()), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_products_with_queries_are_closer_than_with_plain_rounding(bits):
+    entries = Entries(normal(1, 2, 300, 64), normal(1, 2, 300, 64, seed=5), torch.arange(300).expand(1, 1, 300))
+    moments = moments_of(2, 64)
+    queries = torch.linalg.cholesky(moments + 1e-4 * torch.eye(64)) @ normal(2, 64, 100, seed=7)
+    index = torch.arange(300).expand(1, 2, 300)
+    sizes = moments.diagonal(dim1=-2, dim2=-1).sqrt()[None]
+    empty = QuantizedEntries.empty(entries, (bits, bits), sizes)
+    plain, shaped = empty.append(entries, index), empty.append(entries, index, moments[None])
+    errors = [((x.dequantize().keys[0] - entries.keys[0]) @ queries).square().mean() for x in (plain, shaped)]
+    assert float(errors[1]) < 0.5 * float(errors[0])
+    assert torch.equal(plain.values.codes, shaped.values.codes)
+    # The keys themselves are farther away: only what the queries see is closer.
+    distances = [float(x.relative_errors[0][0]) for x in (plain, shaped)]
+    assert distances[0] < distances[1]
+
+
+def test_parts_of_limited_size_give_the_same_integers(monkeypatch):
+    form, counts = VectorFormat(64, 4), [0, 30, 7, 0, 13]
+    feedback = ErrorFeedback.from_moments(moments_of(5, 64), torch.ones(5, 64), form.rotation(torch.ones(1)), counts)
+    expected, errors = form.quantize(normal(50, 64), feedback)
+    for limit in (1, 64 * 4, 64 * 20, 64 * 70):
+        monkeypatch.setattr("suffice.kv.storage.error_feedback._MAX_NUMBERS", limit)
+        found, found_errors = form.quantize(normal(50, 64), feedback)
+        assert float((found.codes != expected.codes).float().mean()) < 0.01
+        assert torch.equal(found.scales, expected.scales)
+        torch.testing.assert_close(found_errors, errors, rtol=0.05, atol=0)
+
+
+def test_heads_without_queries_are_rounded_plainly():
+    form, x = VectorFormat(64, 4), normal(20, 64)
+    moments = torch.stack((torch.zeros(64, 64), torch.full((64, 64), torch.nan)))
+    feedback = ErrorFeedback.from_moments(moments, torch.ones(2, 64), form.rotation(x), [10, 10])
+    vectors, _ = form.quantize(x, feedback)
+    rotated, restored = x @ form.rotation(x), form.dequantize(vectors)
+    scales = torch.exp2(vectors.scales / 4 - 40).repeat_interleave(form.group_size, 1)
+    assert bool(((rotated - restored).abs() <= scales / 2 * (1 + 1e-4)).all())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+def test_errors_of_numbers_that_cannot_be_stored_are_not_finite(bad):
+    form, x = VectorFormat(64, 4), normal(20, 64)
+    x[5, 3] = bad
+    feedback = ErrorFeedback.from_moments(moments_of(2, 64), torch.ones(2, 64), form.rotation(x), [10, 10])
+    _, errors = form.quantize(x, feedback)
+    assert errors.isfinite().tolist() == [index != 5 for index in range(20)]
