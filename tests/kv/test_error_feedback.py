@@ -3,11 +3,15 @@
 import pytest
 import torch
 
+from suffice.kv import CompressedCache
+from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.storage.base import Entries
 from suffice.kv.storage.bit_packing import unpack_bits
 from suffice.kv.storage.error_feedback import RIDGE, ErrorFeedback
 from suffice.kv.storage.quantized_entries import QuantizedEntries
 from suffice.kv.storage.vector_format import VectorFormat
+from tests.kv.test_quantized_attention import text
+from tests.kv.tiny import build
 
 
 def normal(*shape, seed=0):
@@ -102,3 +106,65 @@ def test_errors_of_numbers_that_cannot_be_stored_are_not_finite(bad):
     feedback = ErrorFeedback.from_moments(moments_of(2, 64), torch.ones(2, 64), form.rotation(x), [10, 10])
     _, errors = form.quantize(x, feedback)
     assert errors.isfinite().tolist() == [index != 5 for index in range(20)]
+
+
+@pytest.fixture
+def moments(monkeypatch):
+    """Collect the second moments of queries that all layers of a cache compute."""
+    collected = []
+    original = CompressedLayer.query_moments
+
+    def query_moments(self, call):
+        result = original(self, call)
+        collected.append((self.order, call.query, result))
+        return result
+
+    monkeypatch.setattr(CompressedLayer, "query_moments", query_moments)
+    return collected
+
+
+def expected_moment(queries):
+    """Return the second moment of the queries of one KV head, [group, queries, head_dim]."""
+    dim = queries.shape[-1]
+    every, last = (x.reshape(-1, dim) for x in (queries, queries[:, -32:]))
+    moment = 0.9 * every.mT @ every / len(every) + 0.1 * last.mT @ last / len(last)
+    return moment + moment.diagonal().mean() * dim / len(every) * torch.eye(dim)
+
+
+def test_second_moments_are_those_of_the_tokens_of_each_row(moments):
+    model = build("llama")
+    ids = text(90).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, :35] = 0
+    model(ids, attention_mask=mask, past_key_values=CompressedCache(model, "capkv", 0.9, bits=4))
+    assert [order for order, *_ in moments] == list(range(model.config.num_hidden_layers))
+    for _, queries, found in moments:
+        group = queries.shape[1] // found.shape[1]
+        for row, head in ((0, 0), (1, 0), (1, 1)):
+            own = queries[row, head * group : (head + 1) * group, 35 * row :]
+            torch.testing.assert_close(found[row, head], expected_moment(own), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("evict", ["prefill", "always"])
+def test_later_entries_learn_from_remembered_queries(moments, evict):
+    """With `evict="always"`, the layers remember queries. Without them, keys are rounded to the nearest integers."""
+    model = build("llama")
+    cache = CompressedCache(model, "capkv", 0.9, bits=4, evict=evict)
+    ids = text(200)
+    model(ids[:, :90], past_key_values=cache)
+    del moments[:]
+    for token in ids[:, 90:].split(1, 1):
+        model(token, past_key_values=cache)
+    assert all(queries.shape[2] == 1 for _, queries, _ in moments)
+    assert bool(moments) == (evict == "always")
+
+
+def test_later_chunks_learn_from_their_own_queries(moments):
+    model = build("llama")
+    cache = CompressedCache(model, "capkv", 200, bits=4, evict="always")
+    for chunk in text(300).split(100, 1):
+        model(chunk, past_key_values=cache)
+    for _, queries, found in moments:
+        group = queries.shape[1] // found.shape[1]
+        torch.testing.assert_close(found[0, 0], expected_moment(queries[0, :group]), rtol=1e-4, atol=1e-6)
+    assert len(moments) >= 3 * model.config.num_hidden_layers

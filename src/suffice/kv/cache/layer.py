@@ -50,10 +50,11 @@ _CHUNKS_ARE_KEPT = (
     "CompressedCache(..., evict='always') to read a prompt in chunks"
 )
 
-# Smallest number of queries of a forward pass from which new entries that it quantizes learn.
+# Smallest number of queries of a forward pass, or of remembered ones, that tell what later queries are like.
 _MIN_QUERIES = 32
-# Number of last queries that have half of the weight in second moments of the queries.
-_NUM_LAST_QUERIES = 32
+# Number of last queries, and their additional weight in the second moment of the queries. With more weight, questions
+# at the end of a prompt are answered more accurately, and questions that follow it less.
+_NUM_LAST_QUERIES, _LAST_WEIGHT = 32, 0.1
 
 
 class CompressedLayer(StateLayer):
@@ -255,14 +256,14 @@ class CompressedLayer(StateLayer):
         """Let the storage quantize new entries, after the attention of a pass has read them.
 
         Args:
-            call: the attention call, from whose queries the storage may learn what later ones are like; None if there
-                is none, or if it has too few queries.
+            call: the attention call. The storage learns from its queries, or from those that the layer remembers, what
+                later ones are like; None to learn nothing.
 
         """
         if self.storage is None:
             return
-        has_many_queries = call is not None and call.query.shape[2] >= _MIN_QUERIES
-        self.storage.end_attention(functools.partial(self.query_moments, call) if call and has_many_queries else None)
+        has_queries = call is not None and max(call.query.shape[2], len(self.state.queries)) >= _MIN_QUERIES
+        self.storage.end_attention(functools.partial(self.query_moments, call) if call and has_queries else None)
 
     def free(self) -> None:
         """Free the entries, but not the counts of the tokens. The layer cannot be used for further tokens."""
@@ -382,21 +383,25 @@ class CompressedLayer(StateLayer):
     def query_moments(self, call: AttentionCall) -> Tensor | None:
         """Return the second moment E[q qᵀ] of the queries, float32 [batch, num_key_value_heads, head_dim, head_dim].
 
-        Half of the weight is on the last queries, which resemble the next ones most. None if the queries do not
-        multiply the stored keys.
+        The last queries, which resemble the next ones most, have additional weight. None if the queries do not multiply
+        the stored keys.
         """
-        queries, heads = call.query, call.key.shape[1]
-        is_token = (self.new_positions[:, -queries.shape[2] :] >= 0)[:, None, :, None]
-        if call.padding is not None:
+        queries, positions = call.query, self.new_positions[:, -call.query.shape[2] :]
+        if queries.shape[2] < _MIN_QUERIES and len(self.state.queries) > queries.shape[2]:
+            queries, positions = self.state.queries.join()
+        heads, is_token = call.key.shape[1], (positions >= 0)[:, None, :, None]
+        if call.padding is not None or queries is not call.query:
             queries = queries.masked_fill(~is_token, 0)
         last = slice(-_NUM_LAST_QUERIES, None)
-        moments = _second_moment(queries, is_token, heads) + _second_moment(
-            queries[:, :, last], is_token[:, :, last], heads
+        moments = torch.lerp(
+            _second_moment(queries, is_token, heads),
+            _second_moment(queries[:, :, last], is_token[:, :, last], heads),
+            _LAST_WEIGHT,
         )
         # Few queries say little about later ones.
         diagonal, num_queries = moments.diagonal(dim1=-2, dim2=-1), is_token.sum(2) * (queries.shape[1] // heads)
         diagonal += diagonal.mean(-1, keepdim=True) * (diagonal.shape[-1] / num_queries.clamp_min(1))
-        return moments / 2
+        return moments
 
     def scored_tensors(self, queries: Tensor, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
         """Return the queries, keys and values by which entries are scored."""

@@ -6,9 +6,9 @@ The rule, for one layer and one row of the batch with M bytes:
 2. Otherwise, entries are quantized. If all entries fit with one of the bits of `ALL_ENTRIES`, all are kept, with the
    most bits that fit.
 3. Otherwise, entries are evicted, and as many are kept as fit. The bits are the first of `SOME_ENTRIES` with which at
-   least a third of the entries fit, or else the last: below a third, it is better to keep more entries than to store
-   them with more bits, as measured on two models (docs/results/kv-bits.md). All entries that are always kept must fit,
-   too.
+   least a third (5 and 3 bits) or a quarter (4 and 3 bits) of the entries fits, or else the last: with little memory,
+   it is better to keep more entries than to store them with more bits, as measured on two models
+   (docs/results/kv-bits.md). All entries that are always kept must fit, too.
 
 Everything that the cache stores is counted: exact and quantized entries, means and scales, positions and other numbers
 of each entry, slots for new tokens until the next eviction, and the queries that the policy needs for it. Heads may
@@ -39,9 +39,8 @@ from suffice.plain_numbers import plain_number
 
 ALL_ENTRIES = ((8, 8), (8, 5), (5, 5), (5, 4))
 """Bits of keys and values if all entries are kept, best first."""
-SOME_ENTRIES = ((5, 3), (4, 3), (4, 2))
-"""Bits of keys and values if entries are evicted, best first. Errors of keys cost more than those of values."""
-_MIN_SHARE = 1 / 3
+SOME_ENTRIES = {(5, 3): 1 / 3, (4, 3): 1 / 4, (3, 2): 0.0}
+"""Bits of keys and values if entries are evicted, best first, and the share of the entries that must fit with them."""
 
 _UNITS = {"": 1, "b": 1} | {
     f"{prefix}{suffix}": base**power
@@ -355,8 +354,10 @@ class _Division:
             for bits in ALL_ENTRIES:
                 if self.num_entries(bits) >= self._num_tokens:
                     return bits
-        least = max(self.min_entries, _MIN_SHARE * self._num_tokens)
-        return next((bits for bits in SOME_ENTRIES if self.num_entries(bits) >= least), SOME_ENTRIES[-1])
+        for bits, share in SOME_ENTRIES.items():
+            if self.num_entries(bits) >= max(self.min_entries, share * self._num_tokens):
+                return bits
+        return list(SOME_ENTRIES)[-1]
 
     @property
     def _has_fixed_bytes(self) -> bool:
