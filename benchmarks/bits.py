@@ -314,7 +314,7 @@ def main() -> None:
         "--bits",
         type=parse_bits,
         nargs="*",
-        default=[8, "5,4", "5,3", 4, 3, 2],
+        default=[8, "5,4", 4, "4,3", 3, "3,2", 2],
         help='numbers of bits, or pairs "keys,values"; rows without quantization are added',
     )
     parser.add_argument(
