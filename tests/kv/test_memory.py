@@ -179,7 +179,7 @@ def test_growing_text_is_quantized_when_it_no_longer_fits():
 
 @pytest.mark.parametrize(
     ("memory", "bits", "share_kept"),
-    [(1.0, (8, 8), 1), (0.4, (5, 4), 1), (0.2, (5, 3), 0.5), (0.1, (4, 3), 0.25), (0.06, (3, 2), 0.2)],
+    [(1.0, (8, 8), 1), (0.4, (5, 4), 1), (0.25, (5, 3), 0.67), (0.1, (4, 3), 0.25), (0.06, (3, 2), 0.2)],
 )
 def test_bits_follow_from_the_memory(memory, bits, share_kept):
     """In bfloat16 with 16-bit numbers, as on a GPU; the heads are as large as those of common models."""

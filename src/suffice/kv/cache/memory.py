@@ -6,7 +6,7 @@ The rule, for one layer and one row of the batch with M bytes:
 2. Otherwise, entries are quantized. If all entries fit with one of the bits of `ALL_ENTRIES`, all are kept, with the
    most bits that fit.
 3. Otherwise, entries are evicted, and as many are kept as fit. The bits are the first of `SOME_ENTRIES` with which at
-   least a third (5 and 3 bits) or a quarter (4 and 3 bits) of the entries fits, or else the last: with little memory,
+   least two thirds (5 and 3 bits) or a quarter (4 and 3 bits) of the entries fit, or else the last: with little memory,
    it is better to keep more entries than to store them with more bits, as measured on two models
    (docs/results/kv-bits.md). All entries that are always kept must fit, too.
 
@@ -39,7 +39,7 @@ from suffice.plain_numbers import plain_number
 
 ALL_ENTRIES = ((8, 8), (8, 5), (5, 5), (5, 4))
 """Bits of keys and values if all entries are kept, best first."""
-SOME_ENTRIES = {(5, 3): 1 / 3, (4, 3): 1 / 4, (3, 2): 0.0}
+SOME_ENTRIES = {(5, 3): 2 / 3, (4, 3): 1 / 4, (3, 2): 0.0}
 """Bits of keys and values if entries are evicted, best first, and the share of the entries that must fit with them."""
 
 _UNITS = {"": 1, "b": 1} | {
