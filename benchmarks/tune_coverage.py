@@ -6,7 +6,9 @@ set is the union of them. Every cache is measured once on every prompt of a set,
 drawn from these numbers, and the function of `tune` decides.
 
 * Fresh prompts: each repetition draws prompts to tune on and fresh ones, without overlap, for targets that a user might
-  choose. The promise holds if the mean KL of the recommended cache on the fresh prompts is within the target.
+  choose. The promise holds if the mean KL of the recommended cache on the fresh prompts is within the target. The bytes
+  of a cache are those of everything that it holds, as `tune` and `compare` count them, as a share of the keys and
+  values of the full cache.
 * Hardest targets: the measured prompts are taken as the whole population, so that the mean is known, and prompts to
   tune on are drawn with replacement. The target is 2 % below the mean of one of the caches. The promise holds if no
   cache with a larger mean is recommended.
@@ -52,6 +54,7 @@ MEMORY = [0.12, 0.08, 0.05, 0.03]
 TARGETS = [0.02, 0.05, 0.1]
 CONFIDENCE = 0.95
 MIN_FRESH = 8  # number of fresh prompts
+METRICS = ("kl", "bytes", "bytes_kept")
 BOUND = "suffice.kv.eval.tune.skewed_mean_bound"
 PAGE = Path("docs/results/tune-coverage.md")
 START, END = "<!-- written by benchmarks/tune_coverage.py -->", "<!-- end -->"
@@ -94,7 +97,7 @@ def united(sets: Sequence[Sequence[Group]]) -> list[Group]:
             same[0].settings,
             {
                 metric: dict(enumerate(value for group in same for value in group.values[metric].values()))
-                for metric in ("kl", "bytes_kept")
+                for metric in METRICS
             },
         )
         for same in zip(*sets, strict=True)
@@ -106,7 +109,7 @@ def drawn(groups: Sequence[Group], prompts: Sequence[int]) -> list[Group]:
     return [
         Group(
             group.settings,
-            {metric: {i: group.values[metric][p] for i, p in enumerate(prompts)} for metric in ("kl", "bytes_kept")},
+            {metric: {i: group.values[metric][p] for i, p in enumerate(prompts)} for metric in METRICS},
         )
         for group in groups
     ]
@@ -144,9 +147,9 @@ def fresh_prompts(groups: Sequence[Group], size: int, repetitions: int, target: 
         tuning, fresh = drawn(groups, order[:size]), drawn(groups, order[size:])
         best = recommend(tuning, target)
         holds.append(best is None or mean_of(best, fresh) <= target)
-        shares.append(1.0 if best is None else best.bytes_kept / full_bytes)
+        shares.append(1.0 if best is None else best.bytes / full_bytes)
         plain = recommend(without_repair(tuning), target)
-        plain_shares.append(1.0 if plain is None else plain.bytes_kept / full_bytes)
+        plain_shares.append(1.0 if plain is None else plain.bytes / full_bytes)
     return {
         "held": sum(holds),
         "of": len(holds),
