@@ -19,18 +19,18 @@ def normal(*shape, seed=0):
 
 
 def round_one_by_one(x, scales, moment, largest):
-    """Round one rotated vector, dimension by dimension, in float64. Each is chosen so that eᵀ M e is smallest."""
+    """Round one rotated vector, four dimensions at a time, in float64. Each block is chosen so that eᵀ M e is least."""
     moment = moment.double() + RIDGE * moment.double().diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
     codes, error = torch.zeros(len(x)), torch.zeros(len(x), dtype=torch.float64)
-    for dim in reversed(range(len(x))):
+    for start in reversed(range(0, len(x), 4)):
+        own, stop = slice(start, start + 4), start + 4
         # With the errors e of the later dimensions given, and the earlier ones free to correct, the minimum of eᵀ M e
-        # over e_dim is that of the Schur complement.
-        free = moment[:dim, :dim]
-        rest = moment[dim:, dim:] - moment[dim:, :dim] @ torch.linalg.solve(free, moment[:dim, dim:])
-        wanted = -(rest[0, 1:] @ error[dim + 1 :]) / rest[0, 0]
-        exact = (x[dim] - wanted) / scales[dim] + largest / 2
-        codes[dim] = exact.round().clamp(0, largest)
-        error[dim] = x[dim] - scales[dim] * (codes[dim] - largest / 2)
+        # over the block is that of the Schur complement.
+        earlier = torch.linalg.solve(moment[:start, :start], moment[:start, start:])
+        rest = moment[start:, start:] - moment[start:, :start] @ earlier
+        wanted = -torch.linalg.solve(rest[:4, :4], rest[:4, 4:] @ error[stop:])
+        codes[own] = ((x[own] - wanted) / scales[own] + largest / 2).round().clamp(0, largest).float()
+        error[own] = x[own] - scales[own] * (codes[own] - largest / 2)
     return codes, error
 
 

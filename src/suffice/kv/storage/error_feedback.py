@@ -1,11 +1,17 @@
-"""Rounding of keys with feedback: each dimension is rounded so that it corrects the errors of earlier ones.
+"""Rounding of keys with feedback: dimensions are rounded so that they correct the errors of earlier ones.
 
 Attention sees a key k through its products with queries q, so what counts is not the error e of the stored key but
-eᵀ M e, where M = E[q qᵀ] is the second moment of the queries. Its factorization M = L D Lᵀ, with a lower triangular L
-whose diagonal is 1, gives eᵀ M e = Σ_j D_j (e_j + Σ_{i>j} L_ij e_i)². The last dimension is rounded first, and every
-other dimension j is rounded after Σ_{i>j} L_ij e_i is added to it. The errors of all dimensions are then as small as
-rounding allows, but they cancel in the products with the queries. GPTQ (arXiv 2210.17323) and QuIP (arXiv 2307.13304)
-round weights in this way, with M from the inputs of the layer.
+eᵀ M e, where M = E[q qᵀ] is the second moment of the queries. The dimensions are divided into blocks. With M = L D Lᵀ,
+where D is block diagonal, and L is lower triangular with identity matrices as its diagonal blocks,
+
+    eᵀ M e = Σ_j (e_j + Σ_{i>j} L_ijᵀ e_i)ᵀ D_j (e_j + Σ_{i>j} L_ijᵀ e_i),
+
+with one term for each block j. The last block is rounded first, and every other block j is rounded after
+Σ_{i>j} L_ijᵀ e_i is added to it. The errors of all dimensions are then about as large as those of plain rounding, but
+they cancel in the products with the queries. GPTQ (arXiv 2210.17323) and QuIP (arXiv 2307.13304) round weights in this
+way, with M from the inputs of the layer, and blocks of one dimension. Larger blocks need fewer operations. Blocks of
+four lose little: with them, the error of the products is 65 % of that of plain rounding on SmolLM2-135M, in place of
+63 %.
 
 The result is read like that of plain rounding. Only the rounding is different.
 """
@@ -20,7 +26,8 @@ from torch import Tensor
 
 RIDGE = 0.1
 """What is added to the diagonal of M, relative to its mean, because later queries differ from those so far."""
-_BLOCK = 8  # number of dimensions whose errors are passed on together
+_BLOCK = 4  # number of dimensions that are rounded together; a divisor of the size of groups
+_BLOCKS_AT_ONCE = 4  # number of blocks whose errors are passed on together
 _MAX_NUMBERS = 1 << 21  # size of the padded tensors, which limits the temporary memory
 
 
@@ -54,7 +61,9 @@ class ErrorFeedback:
         diagonal = rotated.diagonal(dim1=-2, dim2=-1)
         identity = torch.eye(rotated.shape[-1], device=moments.device)
         factors, info = torch.linalg.cholesky_ex(rotated + RIDGE * diagonal.mean(-1)[:, None, None] * identity)
-        factors = factors / factors.diagonal(dim1=-2, dim2=-1)[:, None, :]
+        blocks = factors.unflatten(1, (-1, _BLOCK)).unflatten(3, (-1, _BLOCK)).diagonal(dim1=1, dim2=3)
+        inverses = torch.linalg.solve_triangular(blocks.permute(0, 3, 1, 2), identity[:_BLOCK, :_BLOCK], upper=False)
+        factors = (factors.unflatten(2, (-1, 1, _BLOCK)) @ inverses[:, None]).flatten(2)
         # A row that consists of padding so far has no queries: its keys are rounded without feedback.
         is_valid = (info == 0) & factors.isfinite().all(-1).all(-1)
         return cls(torch.where(is_valid[:, None, None], factors, identity), counts)
@@ -123,28 +132,21 @@ def _round_heads(vectors: Tensor, scales: Tensor, factors: Tensor, largest: int)
     codes, squares = torch.empty_like(vectors, dtype=torch.uint8), torch.zeros_like(vectors[:, 0])
     corrections = torch.zeros_like(vectors)  # what later dimensions add to earlier ones
     size = vectors.shape[1] // scales.shape[1]
-    for group in reversed(range(scales.shape[1])):
-        first = group * size
-        scale = scales[:, group, None]
-        # Within a group, all numbers are in units of its scale.
-        numbers = (vectors[:, first : first + size] / scale).add_(largest / 2)
-        added = corrections[:, first : first + size].div_(scale)
-        for start in reversed(range(0, size, _BLOCK)):
-            stop = min(start + _BLOCK, size)
-            block = slice(first + start, first + stop)
-            errors = torch.empty_like(numbers[:, start:stop])
-            for dim in reversed(range(start, stop)):
-                corrected = numbers[:, dim] + added[:, dim]
-                if dim + 1 < stop:
-                    weights = factors[:, first + dim + 1 : first + stop, first + dim, None].mT
-                    corrected[:, None].baddbmm_(weights, errors[:, dim + 1 - start :])
-                rounded = corrected.round_().clamp_(0, largest)
-                codes[:, first + dim] = rounded
-                torch.sub(numbers[:, dim], rounded, out=errors[:, dim - start])
-            if start:
-                added[:, :start].baddbmm_(factors[:, block, first : first + start].mT, errors)
-            errors *= scale
-            squares += errors.square().sum(1)
-            if first:
-                corrections[:, :first].baddbmm_(factors[:, block, :first].mT, errors)
+    stops = range(vectors.shape[1], 0, -_BLOCKS_AT_ONCE * _BLOCK)
+    for stop in stops:
+        first = max(0, stop - _BLOCKS_AT_ONCE * _BLOCK)
+        errors = torch.empty_like(vectors[:, first:stop])
+        for start in reversed(range(first, stop, _BLOCK)):
+            block, end = slice(start, start + _BLOCK), start + _BLOCK
+            scale = scales[:, start // size, None]
+            corrected = vectors[:, block] + corrections[:, block]
+            if end < stop:
+                corrected.baddbmm_(factors[:, end:stop, block].mT, errors[:, end - first :])
+            rounded = corrected.div_(scale).add_(largest / 2).round_().clamp_(0, largest)
+            codes[:, block] = rounded
+            own = errors[:, start - first : end - first]
+            torch.addcmul(vectors[:, block], rounded.sub_(largest / 2), scale, value=-1, out=own)
+        if first:
+            corrections[:, :first].baddbmm_(factors[:, first:stop, :first].mT, errors)
+        squares += errors.square_().sum(1)  # several times faster than `vector_norm` here
     return codes, squares

@@ -309,10 +309,7 @@ class _Heads:
 
     def mean_square(self, x: Tensor) -> Tensor:
         """Return the mean of the squares of each dimension, [heads, dim]; zeros for heads without vectors."""
-        if not self._on_cpu:
-            return self.mean(x.square())
-        sizes = [torch.linalg.vector_norm(part, dim=0) for part in x.split(self._counts)]
-        return torch.stack([size.square() / max(count, 1) for size, count in zip(sizes, self._counts, strict=True)])
+        return self.mean(x.square())
 
     def subtract(self, x: Tensor, y: Tensor) -> Tensor:
         """Subtract the head's vector of y, [heads, dim], from each vector of x."""

@@ -141,7 +141,7 @@ class VectorFormat:
 
     def _exponents_without_clipping(self, x: Tensor) -> Tensor:
         """Return the logarithm of the smallest scale that represents all numbers of each group, [..., group_size]."""
-        largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1)
+        largest = x.abs().amax(-1)  # many times faster than `vector_norm` with infinite order
         return (largest / self.middle).log2().mul_(_STEPS).ceil_().add_(_OFFSET)
 
     def _quantize_block(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
