@@ -8,6 +8,8 @@ from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.storage.base import Entries
 from suffice.kv.storage.bit_packing import unpack_bits
 from suffice.kv.storage.error_feedback import RIDGE, ErrorFeedback
+from suffice.kv.storage.quantization import Quantization
+from suffice.kv.storage.quantized import QuantizedStorage
 from suffice.kv.storage.quantized_entries import QuantizedEntries
 from suffice.kv.storage.vector_format import VectorFormat
 from tests.kv.test_quantized_attention import text
@@ -159,6 +161,46 @@ def test_later_entries_learn_from_remembered_queries(moments, evict):
     assert bool(moments) == (evict == "always")
 
 
+def test_moments_of_remembered_queries_are_those_of_the_tokens_of_each_row(monkeypatch):
+    """Rows with left padding and masked tokens: only the queries of tokens count."""
+    model = build("llama")
+    cache = CompressedCache(model, "capkv", 70, bits=4, evict="always", interval=90)
+    layer = cache.compressed_layers[1]
+    seen, found = [], []  # queries of all tokens so far, and whether they are tokens; moments
+    original = CompressedLayer.query_moments
+
+    def query_moments(self, call):
+        if self is layer:
+            found.append((original(self, call), len(self.state.queries), sum(x.shape[2] for x, _ in seen)))
+        return original(self, call)
+
+    monkeypatch.setattr(CompressedLayer, "query_moments", query_moments)
+    ids, mask = text(230, rows=2), torch.ones(2, 230, dtype=torch.long)
+    mask[1, :35] = 0
+    mask[0, 100::3] = 0
+    mask[1, 190:] = 0
+    layer.on_attention = lambda own, call: seen.append((call.query, own.new_positions >= 0))
+    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+    model(ids[:, :90], attention_mask=mask[:, :90], position_ids=position_ids[:, :90], past_key_values=cache)
+    del found[:]
+    for end in range(91, 231):
+        now = slice(end - 1, end)
+        model(ids[:, now], attention_mask=mask[:, :end], position_ids=position_ids[:, now], past_key_values=cache)
+    assert len(found) >= 2
+    queries, is_token = torch.cat([x for x, _ in seen], dim=2), torch.cat([x for _, x in seen], dim=1)
+    for moments, num_remembered, stop in found:
+        remembered = slice(stop - num_remembered, stop)
+        for row, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            own = queries[row, 2 * head : 2 * head + 2, remembered]
+            valid = is_token[row, remembered]
+            every, last = own[:, valid].flatten(0, 1), own[:, -32:][:, valid[-32:]].flatten(0, 1)
+            expected = 0.9 * every.mT @ every / len(every) + 0.1 * last.mT @ last / max(1, len(last))
+            ridge = expected.diagonal().mean() * len(expected) / len(every)
+            torch.testing.assert_close(
+                moments[row, head], expected + ridge * torch.eye(len(expected)), rtol=1e-4, atol=1e-6
+            )
+
+
 def test_later_chunks_learn_from_their_own_queries(moments):
     model = build("llama")
     cache = CompressedCache(model, "capkv", 200, bits=4, evict="always")
@@ -168,3 +210,78 @@ def test_later_chunks_learn_from_their_own_queries(moments):
         group = queries.shape[1] // found.shape[1]
         torch.testing.assert_close(found[0, 0], expected_moment(queries[0, :group]), rtol=1e-4, atol=1e-6)
     assert len(moments) >= 3 * model.config.num_hidden_layers
+
+
+def test_autocast_does_not_change_the_moments(moments):
+    model = build("llama")
+    cache = CompressedCache(model, "capkv", 80, bits=4, evict="always")
+    with torch.autocast("cpu", torch.bfloat16):
+        for ids in text(190).split(40, 1):
+            model(ids, past_key_values=cache)
+    assert cache.compressed_layers[0].storage.quantized.width > 0
+    for _, queries, found in moments:
+        group = queries.shape[1] // found.shape[1]
+        if queries.shape[2] >= 32:
+            expected = expected_moment(queries[0, :group].float())
+            torch.testing.assert_close(found[0, 0], expected, rtol=1e-4, atol=1e-6)
+
+
+def entries_of(dtype):
+    """Return 90 entries of 2 heads of 64 dimensions."""
+    keys, values = normal(1, 2, 90, 64).to(dtype), normal(1, 2, 90, 64, seed=5).to(dtype)
+    return Entries(keys, values, torch.arange(90).expand(1, 1, 90))
+
+
+def quantize(moments, entries):
+    kept = torch.arange(90).expand(1, 2, 90)
+    return QuantizedStorage.gather(entries, kept, Quantization(4, 4, window=0), moments).quantized
+
+
+def assert_same(found, expected):
+    for a, b in zip((*found.tensors, found.error_sums), (*expected.tensors, expected.error_sums), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_autocast_does_not_change_the_integers():
+    entries, moments = entries_of(torch.float32), moments_of(2, 64)[None]
+    expected = quantize(moments, entries)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(quantize(moments, entries), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_default_dtype_does_not_change_the_integers(dtype):
+    entries, moments = entries_of(torch.float32), moments_of(2, 64)[None]
+    expected = quantize(moments, entries)
+    torch.set_default_dtype(dtype)
+    try:
+        found = quantize(moments, entries)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_queries_that_are_not_finite_do_not_count(bad):
+    """Keys of a head without usable queries are rounded to the nearest integers, with equal sizes of the queries."""
+    moments = moments_of(2, 64)[None]
+    moments[0, 1] = bad
+    found, expected = (quantize(x, entries_of(torch.float32)) for x in (moments, moments_of(2, 64)[None]))
+    unknown = moments.clone()
+    unknown[0, 1] = torch.eye(64)
+    half = len(found.keys) // 2
+    assert torch.equal(found.keys.codes[:half], expected.keys.codes[:half])
+    assert torch.equal(found.scales[0, 1], quantize(unknown, entries_of(torch.float32)).scales[0, 1])
+    assert found.relative_errors[1][0] < 0.12
+    assert bool(found.dequantize().keys.isfinite().all())
+
+
+def test_large_queries_of_float16_models():
+    """The sizes of dimensions that float16 cannot represent become its largest number."""
+    moments = moments_of(2, 64)[None]
+    found = quantize(moments * 1e9, entries_of(torch.float16))
+    assert bool(found.scales.isfinite().all())
+    sizes = moments.diagonal(dim1=-2, dim2=-1).mul(1e9).sqrt()
+    assert float(sizes.max()) > 65504
+    errors = [x.relative_errors[0][0] for x in (found, quantize(moments, entries_of(torch.float16)))]
+    assert errors[0] < 1.2 * errors[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -35,10 +37,15 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
     Autocast would compute Gram matrices in half precision, where they are often not positive definite.
     """
-    if not torch.is_autocast_enabled(left.device.type):
+    with without_autocast(left.device):
         return left @ right
-    with torch.autocast(left.device.type, enabled=False):
-        return left @ right
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which operations on a device keep the dtype of their operands, also under autocast."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def gram_matrix(vectors: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from suffice.gpu import KernelFallbackError, async_tensor
+from suffice.information.linalg import matmul
 from suffice.kv.attention.call import AttentionCall, check_right_padding, run_attention
 from suffice.kv.attention.hook import AttentionObserver, attach_observer
 from suffice.kv.attention.options import check_dropout
@@ -436,6 +437,6 @@ def _second_moment(queries: Tensor, is_token: Tensor, num_heads: int) -> Tensor:
 
     """
     groups = queries.unflatten(1, (num_heads, -1))
-    products = [own.mT @ own for own in (group.flatten(1, 2).float() for group in groups.unbind(1))]
+    products = [matmul(own.mT, own) for own in (group.flatten(1, 2).float() for group in groups.unbind(1))]
     counts = groups.shape[2] * is_token.sum(2).clamp_min(1)
     return torch.stack(products, dim=1) / counts[..., None]

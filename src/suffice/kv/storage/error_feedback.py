@@ -59,7 +59,7 @@ class ErrorFeedback:
         scaled = moments / (scales[:, :, None] * scales[:, None, :])
         rotated = rotation.mT @ scaled @ rotation
         diagonal = rotated.diagonal(dim1=-2, dim2=-1)
-        identity = torch.eye(rotated.shape[-1], device=moments.device)
+        identity = torch.eye(rotated.shape[-1], dtype=rotated.dtype, device=moments.device)
         factors, info = torch.linalg.cholesky_ex(rotated + RIDGE * diagonal.mean(-1)[:, None, None] * identity)
         blocks = factors.unflatten(1, (-1, _BLOCK)).unflatten(3, (-1, _BLOCK)).diagonal(dim1=1, dim2=3)
         inverses = torch.linalg.solve_triangular(blocks.permute(0, 3, 1, 2), identity[:_BLOCK, :_BLOCK], upper=False)

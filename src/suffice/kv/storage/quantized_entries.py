@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from suffice.information.linalg import without_autocast
 from suffice.kv.backend.triton_backend import choose_backend
 from suffice.kv.storage.base import LOGIT_BIAS, Entries, flat_index, index_vectors, last_slots
 from suffice.kv.storage.error_feedback import ErrorFeedback
@@ -75,9 +76,9 @@ class QuantizedEntries:
             torch.empty(0, dtype=torch.int32, device=device),
             [[0] * heads for _ in range(batch)],
             means,
-            torch.ones_like(means) if query_sizes is None else query_sizes.to(means.dtype),
-            torch.zeros(4, batch, heads, device=device),
-            {name: torch.empty(0, device=device) for name in entries.columns},
+            torch.ones_like(means) if query_sizes is None else _as_finite(query_sizes, means.dtype),
+            torch.zeros(4, batch, heads, dtype=torch.float32, device=device),
+            {name: torch.empty(0, dtype=torch.float32, device=device) for name in entries.columns},
         )
 
     @property
@@ -153,11 +154,12 @@ class QuantizedEntries:
         heads = _Heads(new_counts, head)
         means, scales, keys = self._standardize(keys, heads, new_counts)
         backend = choose_backend(keys, values)
-        feedback = None if query_moments is None else self._feedback(query_moments, scales, new_counts)
-        (new_keys, key_error), (new_values, value_error) = (
-            backend.quantize(keys, self.key_format, feedback),
-            backend.quantize(values, self.value_format),
-        )
+        with without_autocast(device):
+            feedback = None if query_moments is None else self._feedback(query_moments, scales, new_counts)
+            (new_keys, key_error), (new_values, value_error) = (
+                backend.quantize(keys, self.key_format, feedback),
+                backend.quantize(values, self.value_format),
+            )
         sums = self._sums_by_head((key_error, keys, value_error, values), heads)
         # The scales of heads without entries are not used yet. They are 0 for rows that consist of padding so far.
         is_used = (self.counts + new_counts > 0).to(device)[..., None]
@@ -199,7 +201,7 @@ class QuantizedEntries:
         if has_new:
             key_sizes = _without_small_sizes(heads.mean_square(centered).view(means.shape).sqrt())
             query_sizes = _without_small_sizes(self.scales.float())
-            scales = torch.where(is_new, (query_sizes / key_sizes).sqrt().to(scales.dtype), scales)
+            scales = torch.where(is_new, _cast((query_sizes / key_sizes).sqrt(), scales.dtype), scales)
         return means, scales, heads.multiply_(centered, scales.float().flatten(0, 1))
 
     def _sums_by_head(self, parts: tuple[Tensor, Tensor, Tensor, Tensor], heads: _Heads) -> Tensor:
@@ -324,6 +326,16 @@ class _Heads:
         for part, vector in zip(x.split(self._counts), y, strict=True):
             part.mul_(vector)
         return x
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return finite numbers in a dtype; those above its largest number become that number."""
+    return x.clamp(max=min(torch.finfo(dtype).max, torch.finfo(x.dtype).max)).to(dtype)
+
+
+def _as_finite(sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return sizes of dimensions, [..., dim], in a dtype; ones for heads some of whose sizes are infinite or NaN."""
+    return _cast(torch.where(sizes.isfinite().all(-1, keepdim=True), sizes, torch.ones_like(sizes)), dtype)
 
 
 def _without_small_sizes(sizes: Tensor) -> Tensor:
