@@ -51,10 +51,10 @@ _CHUNKS_ARE_KEPT = (
     "CompressedCache(..., evict='always') to read a prompt in chunks"
 )
 
-# Smallest number of queries of a forward pass, or of remembered ones, that tell what later queries are like.
+# Smallest number of queries of a forward pass, or of remembered ones, from which later queries are estimated.
 _MIN_QUERIES = 32
 # Number of last queries, and their additional weight in the second moment of the queries. With more weight, questions
-# at the end of a prompt are answered more accurately, and questions that follow it less.
+# at the end of a prompt are answered more accurately, but questions after the prompt less accurately.
 _NUM_LAST_QUERIES, _LAST_WEIGHT = 32, 0.1
 
 
@@ -257,8 +257,8 @@ class CompressedLayer(StateLayer):
         """Let the storage quantize new entries, after the attention of a pass has read them.
 
         Args:
-            call: the attention call. The storage learns from its queries, or from those that the layer remembers, what
-                later ones are like; None to learn nothing.
+            call: the attention call. Keys are rounded with feedback for its queries, or for those that the layer
+                remembers, if there are enough of them; None to round keys to the nearest integers.
 
         """
         if self.storage is None:
@@ -384,8 +384,10 @@ class CompressedLayer(StateLayer):
     def query_moments(self, call: AttentionCall) -> Tensor | None:
         """Return the second moment E[q qᵀ] of the queries, float32 [batch, num_key_value_heads, head_dim, head_dim].
 
-        The last queries, which resemble the next ones most, have additional weight. None if the queries do not multiply
-        the stored keys.
+        The queries are those of the call, or the remembered ones if the call has few. The last queries, which resemble
+        the next ones most, have additional weight. The fewer queries there are, the more is added to the diagonal.
+
+        Returns None if the attention is not computed from the products of the queries and the stored keys.
         """
         queries, positions = call.query, self.new_positions[:, -call.query.shape[2] :]
         if queries.shape[2] < _MIN_QUERIES and len(self.state.queries) > queries.shape[2]:

@@ -5,9 +5,9 @@ The rule, for one layer and one row of the batch with M bytes:
 1. If all entries fit in the model's dtype, they are kept as they are.
 2. Otherwise, entries are quantized. If all entries fit with one of the bits of `ALL_ENTRIES`, all are kept, with the
    most bits that fit.
-3. Otherwise, entries are evicted, and as many are kept as fit. The bits are the first of `SOME_ENTRIES` with which at
-   least two thirds (5 and 3 bits) or a quarter (4 and 3 bits) of the entries fit, or else the last: with little memory,
-   it is better to keep more entries than to store them with more bits, as measured on two models
+3. Otherwise, entries are evicted, and as many are kept as fit. The bits of keys and values are 5 and 3 if two thirds of
+   the entries fit with them, otherwise 4 and 3 if a quarter fits, otherwise 3 and 2 (`SOME_ENTRIES`): with little
+   memory, it is better to keep more entries than to store them with more bits, as measured on two models
    (docs/results/kv-bits.md). All entries that are always kept must fit, too.
 
 Everything that the cache stores is counted: exact and quantized entries, means and scales, positions and other numbers

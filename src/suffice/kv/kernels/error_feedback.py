@@ -1,4 +1,4 @@
-"""Rounding of rotated vectors with feedback of the errors, one dimension after the other, all in registers.
+"""Rounding of rotated vectors with feedback of the errors. A program rounds one dimension after the other in registers.
 
 The results are those of `suffice.kv.storage.error_feedback.ErrorFeedback.round`, apart from rounding.
 """
@@ -32,7 +32,7 @@ def round_with_feedback(
     Args:
         vectors: float32 [vectors, padded_dim], sorted by head.
         scales: scale of each group of dimensions, float32 [vectors, groups].
-        factors: factor of each head, float32 [heads, padded_dim, padded_dim].
+        factors: matrix L of each head (see `ErrorFeedback`), float32 [heads, padded_dim, padded_dim].
         counts: number of vectors of each head.
         largest: the largest integer. The smallest one is 0.
 

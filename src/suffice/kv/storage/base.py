@@ -180,7 +180,7 @@ class Storage(ABC):
         """Quantize new entries, if the storage does, after the attention of a call has read them.
 
         Args:
-            query_moments: computes the second moments of the queries of the call; see `QuantizedStorage.gather`.
+            query_moments: computes the second moments of the queries; see `QuantizedStorage.end_attention`.
 
         """
 

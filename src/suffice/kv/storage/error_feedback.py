@@ -1,19 +1,19 @@
-"""Rounding of keys with feedback: dimensions are rounded so that they correct the errors of earlier ones.
+"""Rounding of keys with feedback: dimensions are rounded so that they compensate the errors of others.
 
-Attention sees a key k through its products with queries q, so what counts is not the error e of the stored key but
-eᵀ M e, where M = E[q qᵀ] is the second moment of the queries. The dimensions are divided into blocks. With M = L D Lᵀ,
-where D is block diagonal, and L is lower triangular with identity matrices as its diagonal blocks,
+Attention uses a key k only in its products with queries q. For the error e of the stored key, the mean squared error of
+the products is eᵀ M e, where M = E[q qᵀ] is the second moment of the queries. The dimensions are divided into blocks.
+With M = L D Lᵀ, where D is block diagonal, and L is lower triangular with identity matrices as its diagonal blocks,
 
     eᵀ M e = Σ_j (e_j + Σ_{i>j} L_ijᵀ e_i)ᵀ D_j (e_j + Σ_{i>j} L_ijᵀ e_i),
 
-with one term for each block j. The last block is rounded first, and every other block j is rounded after
-Σ_{i>j} L_ijᵀ e_i is added to it. The errors of all dimensions are then about as large as those of plain rounding, but
-they cancel in the products with the queries. GPTQ (arXiv 2210.17323) and QuIP (arXiv 2307.13304) round weights in this
-way, with M from the inputs of the layer, and blocks of one dimension. Larger blocks need fewer operations. Blocks of
-four lose little: with them, the error of the products is 65 % of that of plain rounding on SmolLM2-135M, in place of
-63 %.
+with one term for each block j. Blocks are rounded from the last to the first. Before block j is rounded,
+Σ_{i>j} L_ijᵀ e_i is added to it, which makes its term small. The error of each dimension is then about as large as with
+plain rounding, but the errors cancel in the products with the queries. GPTQ (arXiv 2210.17323) and QuIP (arXiv
+2307.13304) round weights in this way, with M from the inputs of the layer, and blocks of one dimension. Larger blocks
+need fewer operations. Blocks of four cost little accuracy: on SmolLM2-135M, the error of the products is 65 % of that
+of plain rounding, compared to 63 % with blocks of one dimension.
 
-The result is read like that of plain rounding. Only the rounding is different.
+The format of the result is that of plain rounding.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 
 RIDGE = 0.1
-"""What is added to the diagonal of M, relative to its mean, because later queries differ from those so far."""
+"""Share of the mean of M's diagonal that is added to the diagonal, because later queries differ from those so far."""
 _BLOCK = 4  # number of dimensions that are rounded together; a divisor of the size of groups
-_BLOCKS_AT_ONCE = 4  # number of blocks whose errors are passed on together
-_MAX_NUMBERS = 1 << 21  # size of the padded tensors, which limits the temporary memory
+_BLOCKS_AT_ONCE = 4  # number of blocks whose errors are added to earlier dimensions in one operation
+_MAX_NUMBERS = 1 << 21  # largest number of elements of a padded tensor, which limits the temporary memory
 
 
 @dataclass(frozen=True)
 class ErrorFeedback:
-    """How the errors of rounded dimensions are passed on.
+    """How much the errors of rounded dimensions change the dimensions that are rounded after them.
 
     Args:
         factors: the matrix L of each head, float32 [heads, padded_dim, padded_dim].
@@ -46,11 +46,14 @@ class ErrorFeedback:
 
     @classmethod
     def from_moments(cls, moments: Tensor, scales: Tensor, rotation: Tensor, counts: list[int]) -> ErrorFeedback:
-        """Factorize the second moments of the queries, as they multiply the stored keys.
+        """Factorize the second moments of the queries by which the stored keys are multiplied.
+
+        These are the queries q of the model, divided by the scales and rotated.
 
         Args:
-            moments: E[q qᵀ] of each head, float32 [heads, dim, dim].
-            scales: what each dimension of keys is multiplied by, [heads, dim]; see `QuantizedEntries`.
+            moments: E[q qᵀ] of each head, float32 [heads, dim, dim]. If they are zeros or not finite, the keys of the
+                head are rounded to the nearest integers.
+            scales: the factor of each dimension of keys, [heads, dim]; see `QuantizedEntries`.
             rotation: [dim, padded_dim].
             counts: number of vectors of each head.
 
@@ -64,7 +67,7 @@ class ErrorFeedback:
         blocks = factors.unflatten(1, (-1, _BLOCK)).unflatten(3, (-1, _BLOCK)).diagonal(dim1=1, dim2=3)
         inverses = torch.linalg.solve_triangular(blocks.permute(0, 3, 1, 2), identity[:_BLOCK, :_BLOCK], upper=False)
         factors = (factors.unflatten(2, (-1, 1, _BLOCK)) @ inverses[:, None]).flatten(2)
-        # A row that consists of padding so far has no queries: its keys are rounded without feedback.
+        # Rows that consist of padding so far have no queries.
         is_valid = (info == 0) & factors.isfinite().all(-1).all(-1)
         return cls(torch.where(is_valid[:, None, None], factors, identity), counts)
 
@@ -107,7 +110,7 @@ class ErrorFeedback:
 
 
 def _stack(x: Tensor, slices: list[slice]) -> Tensor:
-    """Return rows of x, one slice for each head, [heads, columns, longest slice]; the rest is 1."""
+    """Return a slice of the rows of x for each head, transposed and padded with ones, [heads, columns, width]."""
     width = max(rows.stop - rows.start for rows in slices)
     stacked = x.new_empty(len(slices), x.shape[1], width)
     for own, rows in zip(stacked, slices, strict=True):
@@ -130,7 +133,7 @@ def _round_heads(vectors: Tensor, scales: Tensor, factors: Tensor, largest: int)
 
     """
     codes, squares = torch.empty_like(vectors, dtype=torch.uint8), torch.zeros_like(vectors[:, 0])
-    corrections = torch.zeros_like(vectors)  # what later dimensions add to earlier ones
+    corrections = torch.zeros_like(vectors)  # what the errors of later dimensions add to earlier ones
     size = vectors.shape[1] // scales.shape[1]
     stops = range(vectors.shape[1], 0, -_BLOCKS_AT_ONCE * _BLOCK)
     for stop in stops:

@@ -67,7 +67,7 @@ class QuantizedStorage(PerHeadStorage):
             kept: indices of the kept entries, long [batch, num_key_value_heads, width], ascending; −1 in empty slots.
             quantization: how to quantize.
             query_moments: second moment E[q qᵀ] of the queries of each head, float32 [batch, num_key_value_heads,
-                head_dim, head_dim]; None if it is not known.
+                head_dim, head_dim], for the scales and the rounding of keys; None if it is not known.
 
         """
         query_sizes = None if query_moments is None else query_moments.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -228,7 +228,8 @@ class QuantizedStorage(PerHeadStorage):
         """Quantize the entries that have left the window, if they are enough for a block.
 
         Args:
-            query_moments: computes the second moments of the queries of the call; see `gather`.
+            query_moments: computes the second moments of the queries (see `gather`); None to round keys to the nearest
+                integers. It is called only if entries are quantized.
 
         Raises:
             ValueError: a key or value is NaN, infinite, or too large for the scales. Nothing is changed.

@@ -60,8 +60,8 @@ class QuantizedEntries:
         Args:
             entries: entries with the number of rows and heads, the dimensions, the dtype and the columns.
             bits: number of bits of keys and of values.
-            query_sizes: root mean square of the queries of each head, [batch, num_key_value_heads, head_dim]; None if
-                all dimensions of queries have about the same size.
+            query_sizes: root mean square of each dimension of the queries of each head, [batch, num_key_value_heads,
+                head_dim]; None if all have about the same size. Heads with sizes that are not finite get equal sizes.
 
         """
         batch, heads, _, head_dim = entries.keys.shape
@@ -130,8 +130,8 @@ class QuantizedEntries:
         Args:
             entries: entries in the model's dtype.
             index: indices of the entries to quantize, long [batch, num_key_value_heads, width]; −1 for none.
-            query_moments: see `QuantizedStorage.gather`. Keys are rounded with feedback (`ErrorFeedback`); None rounds
-                each number to the nearest.
+            query_moments: second moments of the queries (see `QuantizedStorage.gather`), with which keys are rounded
+                with feedback (`ErrorFeedback`). None to round each number to the nearest integer.
 
         Raises:
             ValueError: a key or value is NaN, infinite, or too large for the scales.

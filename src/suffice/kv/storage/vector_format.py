@@ -114,8 +114,8 @@ class VectorFormat:
 
         Args:
             vectors: [vectors, dim].
-            feedback: how the errors of dimensions are passed on; None to round each number to the nearest integer. With
-                feedback, no number is clipped by its scale.
+            feedback: how rounding compensates the errors of other dimensions; None to round each number to the nearest
+                integer. With feedback, each scale is the smallest one that represents all numbers of its group.
 
         Returns:
             The quantized vectors, and the squared error of each, float32 [vectors]; NaN or infinite if the vector is
