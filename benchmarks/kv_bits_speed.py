@@ -7,7 +7,8 @@ processes.
 * Decoding: after a prompt of 4,096 tokens, one step with 16 bits (the model's dtype, float32 here) and with 4 bits,
   for heads of equal length (`capkv`) and of unequal length (the default policy), relative to the stock cache and to the
   same entries without bits. `with packing` contains the steps in which a block of new entries is quantized.
-* Packing: the time in which the kept entries are copied and quantized, as a share of the prefill.
+* Packing: the time in which the kept entries are copied and quantized, with the second moments of the queries, as a
+  share of the prefill.
 * Evictions: a stream is read in chunks with `evict="always"`. The time of scoring, evicting and storing with 4 bits,
   and that of whole passes, relative to the same cache without bits.
 
@@ -116,11 +117,11 @@ def packing(model: Any, ids: Tensor, budgets: list[float]) -> list[dict[str, Any
     rows: list[dict[str, Any]] = []
     for budget in budgets:
         cache = CompressedCache(model, POLICIES["equal"], budget, bits=BITS, measure_capacity=False)
-        with timed(QuantizedStorage, "gather") as seconds:
+        with timed(QuantizedStorage, "gather") as seconds, timed(CompressedLayer, "query_moments") as moments:
             start = time.process_time()
             model(ids, past_key_values=cache, logits_to_keep=1)
             whole = time.process_time() - start
-        rows.append({"budget": budget, "percent_of_prefill": 100 * sum(seconds) / whole})
+        rows.append({"budget": budget, "percent_of_prefill": 100 * (sum(seconds) + sum(moments)) / whole})
     return rows
 
 
