@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch_geometric.nn import MLP
+from torch_geometric.nn import MLP, LayerNorm
 
 from suffice.link.auditing.audit import audit
 from suffice.link.auditing.module_state import norm_mode
@@ -13,7 +13,7 @@ from suffice.link.auditing.norm_layers import FrozenBatchNorm
 from suffice.link.auditing.scoring import EdgeSet
 from suffice.link.auditing.trained import audit_trained
 from suffice.link.batches.composition import Fixed
-from suffice.link.corrections import freeze_statistics, replace_batch_norm, train_corrected
+from suffice.link.corrections import NoNorm, freeze_statistics, replace_batch_norm, train_corrected
 from suffice.link.models import EncoderDecoderSettings, PairScorer
 from suffice.link.train.config import TrainConfig
 from suffice.link.train.trainer import fit
@@ -143,6 +143,39 @@ def test_a_frozen_batch_norm_has_no_effect(how, edges):
     assert _statistics(report)["eval_gap"] == pytest.approx(0, abs=1e-5)
 
 
+def test_intervals_of_a_set_no_larger_than_a_batch_cover_the_choice_of_its_edges():
+    """Each edge is classified correctly with probability 0.8 or 0.6, whatever its batch: binomial intervals."""
+    generator = torch.Generator().manual_seed(0)
+    rates = {"positives": 0.8, "negatives": 0.6}
+    correct = torch.rand(2, 300, generator=generator) < torch.tensor([[0.8], [0.6]])
+    pairs = torch.arange(600).reshape(2, 300)
+    edges = EdgeSet(torch.stack([pairs[0]] * 2), torch.stack([pairs[1]] * 2))
+
+    def score(pairs):
+        is_positive = pairs[0] < 300
+        is_correct = correct.flatten()[pairs[0]]
+        return torch.where(is_positive == is_correct, 1.0, -1.0) + 1e-3 * torch.sin(pairs[0].float())
+
+    whole = audit(score, edges, batch_size=512).parts["heldout"]
+    for name, value in whole.statistics.items():
+        if name not in ("kappa", "rank_change", "eval_gap"):  # 0 for every choice of edges
+            assert value.low < value.mean < value.high, name
+    error = 0.5 * sum(rate * (1 - rate) / 300 for rate in rates.values()) ** 0.5
+    a_pure = whole.statistics["a_pure"]
+    assert a_pure.high - a_pure.low == pytest.approx(2 * 1.96 * error, rel=0.3)
+    assert a_pure.low < 0.7 < a_pure.high
+    for point in whole.curve:
+        assert point.predicted.low < point.predicted.mean < point.predicted.high
+    # tau is TPR - FPR, the same as 2 a_pure - 1.
+    tau = whole.statistics["tau"]
+    assert tau.high - tau.low == pytest.approx(4 * 1.96 * error, rel=0.3)
+
+
+def test_kappa_of_a_set_no_larger_than_a_batch_has_an_interval(edges):
+    kappa = audit(Decoder(), edges, batch_size=512).parts["heldout"].statistics["kappa"]
+    assert kappa.high - kappa.low > 0.02
+
+
 def test_a_model_wrapped_by_ddp_gives_the_same_audit(tmp_path, edges):
     from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
@@ -190,7 +223,7 @@ def test_frozen_statistics_are_means_over_all_batches(graph, parts):
     assert abs(_statistics(report)["kappa"]) < 1e-3
 
 
-@pytest.mark.parametrize(("norm", "kind"), [("layer", nn.LayerNorm), ("none", nn.Identity)])
+@pytest.mark.parametrize(("norm", "kind"), [("layer", LayerNorm), ("none", NoNorm)])
 def test_replacing_batch_norm(norm, kind, edges):
     model = Decoder()
     changes = replace_batch_norm(model, norm)

@@ -6,14 +6,16 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch_geometric.nn as pyg
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm  # pyright: ignore[reportPrivateUsage]
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from suffice.arguments import check_choice, check_names
-from suffice.link.auditing.norm_layers import FrozenBatchNorm, batch_norms
+from suffice.link.auditing.norm_layers import FrozenBatchNorm, all_names, batch_norms, find_mixing_layers
 from suffice.link.batches.composition import Composition, Fixed, Random
 from suffice.link.batches.sampler import EdgeBatches
 from suffice.link.data.graph import Graph, Split
@@ -37,42 +39,62 @@ class Change:
     after: str
 
 
+class NoNorm(nn.Module):
+    """No normalization in place of a layer of PyG, which may be called with more than its input."""
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        """Return x."""
+        return x
+
+
 def replace_batch_norm(
     module: nn.Module, norm: str = "layer", *, names: Sequence[str] | None = None
 ) -> tuple[Change, ...]:
     """Replace BatchNorm by LayerNorm or by no norm, in place. The module must be trained again afterwards.
 
+    Other layers of PyG that normalize over the rows of their input are replaced, too: GraphNorm, InstanceNorm,
+    DiffGroupNorm, PairNorm, MeanSubtractionNorm, HeteroBatchNorm, and LayerNorm with `mode="graph"`. A layer that the
+    module holds under several names is replaced under all of them.
+
     Args:
         module: any module.
         norm: `layer` or `none`.
-        names: names of the layers to replace (as in `named_modules`); all BatchNorm layers by default.
+        names: names of the layers to replace (as in `named_modules`); all of these layers by default.
 
     Returns:
-        the replaced layers; empty if there is no BatchNorm.
+        the replaced layers; empty if there are none.
 
     Raises:
-        ValueError: `norm` is unknown, a name is not a BatchNorm of the module, or the module itself is a BatchNorm.
+        ValueError: `norm` is unknown, a name is not such a layer of the module, the module itself is one, a layer is
+            not initialized yet, or LayerNorm cannot replace a layer because it does not know its number of channels.
 
     """
     check_choice("norm", norm, ("layer", "none"))
     if names is not None:
         names = check_names("names", names, "names of layers", "['decoder.norm']")
-    layers = _replaceable_layers(module)
+    layers = find_mixing_layers(module)
     if "" in layers:
         raise ValueError(
             f"module must contain BatchNorm layers, got {type(module).__name__}, which cannot be replaced in place"
         )
+    if names is not None:
+        names = [name if name in layers else name.removesuffix(".module") for name in names]
     if names is not None and (unknown := set(names) - layers.keys()):
-        raise ValueError(f"names must be BatchNorm layers of the module ({sorted(layers)}), got {sorted(unknown)}")
+        raise ValueError(
+            f"names must be BatchNorm layers of the module, or others that normalize over rows ({sorted(layers)}), got "
+            f"{sorted(unknown)}"
+        )
+    chosen = {id(layers[name]) for name in (layers if names is None else names)}
+    new_layers: dict[int, nn.Module] = {}  # all are made before the first is replaced, so that errors change nothing
+    for name, layer in layers.items():
+        if id(layer) in chosen and id(layer) not in new_layers:
+            new_layers[id(layer)] = _make_replacement(name, layer, norm)
     changes: list[Change] = []
-    for name in layers if names is None else names:
-        old, batch_norm = layers[name]
-        new = nn.Identity() if norm == "none" else nn.LayerNorm(batch_norm.num_features)
-        parameter = next(batch_norm.parameters(), None)
-        if parameter is not None:
-            new = new.to(parameter.device, parameter.dtype)
-        _replace_submodule(module, name, new.train(old.training))
-        changes.append(Change(name, type(old).__name__, type(new).__name__))
+    for name, layer in layers.items():
+        if id(layer) in chosen:
+            new = new_layers[id(layer)]
+            _replace_submodule(module, name, new)
+            changes.append(Change(name, type(layer).__name__, type(new).__name__))
     return tuple(changes)
 
 
@@ -103,19 +125,25 @@ def freeze_statistics(
         the frozen layers.
 
     Raises:
-        ValueError: the module contains no BatchNorm with running statistics.
+        ValueError: the module contains no BatchNorm, or one that is not initialized yet.
 
     """
-    layers = {name: layer for name, layer in batch_norms(module).items() if layer.running_mean is not None}
+    layers = batch_norms(module)
     if not layers or "" in layers:
-        raise ValueError(f"module must contain BatchNorm layers with running statistics, got {type(module).__name__}")
+        raise ValueError(f"module must contain BatchNorm layers, got {type(module).__name__}")
+    for name, layer in layers.items():
+        _check_initialized(name, layer)
     batches = EdgeBatches(positives, num_nodes, composition or Fixed(), batch_size=batch_size, known=known, seed=seed)
     with _collect_statistics(module, list(layers.values())), torch.no_grad():
         for batch in batches:
             score(batch.pairs)
-    for name, layer in layers.items():
-        _replace_submodule(module, name, FrozenBatchNorm(layer))
-    return tuple(Change(name, type(layer).__name__, "FrozenBatchNorm") for name, layer in layers.items())
+    changes: list[Change] = []
+    for layer in layers.values():
+        frozen = FrozenBatchNorm(layer)
+        for name in all_names(module, layer):
+            _replace_submodule(module, name, frozen)
+            changes.append(Change(name, type(layer).__name__, "FrozenBatchNorm"))
+    return tuple(changes)
 
 
 def train_corrected(
@@ -152,17 +180,35 @@ def train_corrected(
     return fit(model, graph, split, corrected, checkpoint=checkpoint), changes
 
 
-def _replaceable_layers(module: nn.Module) -> dict[str, tuple[nn.Module, TorchBatchNorm]]:
-    """Return the layers to replace by name, each with torch's BatchNorm: PyG's wrapper is replaced with its content."""
-    found: dict[str, tuple[nn.Module, TorchBatchNorm]] = {}
-    for name, layer in batch_norms(module).items():
-        parent_name = name.rpartition(".")[0]
-        parent = module.get_submodule(parent_name)
-        if isinstance(parent, pyg.BatchNorm):
-            found[parent_name] = parent, layer
+def _make_replacement(name: str, layer: nn.Module, norm: str) -> nn.Module:
+    """Return the layer that takes the place of one that normalizes over rows, and is called in the same way."""
+    _check_initialized(name, layer)
+    content = layer.module if isinstance(layer, pyg.BatchNorm) else layer
+    is_of_torch = isinstance(layer, TorchBatchNorm)
+    if norm == "none":
+        new = nn.Identity() if is_of_torch else NoNorm()
+    else:
+        channels: int | None = getattr(content, "num_features", getattr(content, "in_channels", None))
+        if channels is None:
+            raise ValueError(
+                f"norm must be none for {name}, because {type(layer).__name__} does not know its number of channels, "
+                f"got {norm!r}"
+            )
+        if isinstance(layer, (nn.BatchNorm2d, nn.BatchNorm3d)):
+            new = nn.GroupNorm(1, channels)  # LayerNorm for channels that are not the last dimension
+        elif isinstance(layer, pyg.HeteroBatchNorm):
+            new = pyg.HeteroLayerNorm(channels, layer.num_types)
         else:
-            found[name] = layer, layer
-    return found
+            new = nn.LayerNorm(channels) if is_of_torch else pyg.LayerNorm(channels, mode="node")
+    tensor = next((tensor for tensor in (*layer.parameters(), *layer.buffers()) if tensor.is_floating_point()), None)
+    if tensor is not None:
+        new = new.to(tensor.device, tensor.dtype)
+    return new.train(layer.training)
+
+
+def _check_initialized(name: str, layer: nn.Module) -> None:
+    if isinstance(layer, LazyModuleMixin) and cast(Any, layer).has_uninitialized_params():
+        raise ValueError(f"module must be initialized, but {name} is not: score a batch first")
 
 
 @contextmanager
@@ -175,6 +221,12 @@ def _collect_statistics(module: nn.Module, layers: Sequence[TorchBatchNorm]) -> 
     momenta = [layer.momentum for layer in layers]
     module.eval()
     for layer in layers:
+        if layer.running_mean is None:  # track_running_stats=False
+            like = next(module.parameters())
+            layer.track_running_stats = True
+            layer.running_mean = torch.zeros(layer.num_features, device=like.device, dtype=like.dtype)
+            layer.running_var = torch.ones_like(layer.running_mean)
+            layer.num_batches_tracked = torch.tensor(0, device=like.device)
         layer.reset_running_stats()
         layer.momentum = None  # cumulative mean over all batches
         layer.training = True

@@ -121,8 +121,8 @@ def audit(
 ) -> AuditReport:
     """Measure how much the scores of edges depend on the composition of their batch (arXiv 2604.25978).
 
-    The model is scored in training mode, with dropout off, and in eval mode. Its parameters, buffers, plain attributes,
-    gradients and training mode and the global random generators are the same afterwards.
+    The model is scored in training mode, with dropout off, and in eval mode. Its parameters, buffers, attributes and
+    mode, the variables and attributes of `score`, what these contain, and random generators are the same afterwards.
 
     Args:
         score: scoring function, pairs long [2, edges] -> scores [edges]: a module, a method or a function.
@@ -143,8 +143,8 @@ def audit(
 
     Raises:
         TypeError: `score` is not callable or does not return a tensor.
-        ValueError: a number is out of range, scores are not finite, or scoring changes a tensor of the model that is
-            too large to be copied.
+        ValueError: a number is out of range, scores are not finite, the model has parameters that its first call
+            initializes, or scoring changes a tensor or array that is too large to be copied.
 
     Example:
         >>> import torch

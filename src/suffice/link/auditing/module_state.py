@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from types import FunctionType, MethodType, ModuleType
-from typing import Any, cast
+from types import ModuleType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd as TorchDropout  # pyright: ignore[reportPrivateUsage]
 from torch.overrides import TorchFunctionMode
 
 from suffice.link.auditing.norm_layers import norm_layers
+from suffice.link.auditing.references import references
 
 _DROPOUT_FUNCTIONS = frozenset(
     ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
@@ -189,34 +189,8 @@ def _referenced_modules(value: object, seen: set[int], depth: int) -> Iterator[n
     if depth == 0 or id(value) in seen or isinstance(value, (Tensor, ModuleType, type, str, bytes)):
         return
     seen.add(id(value))
-    for inner in _references(value):
+    for inner in references(value):
         yield from _referenced_modules(inner, seen, depth - 1)
-
-
-def _references(value: object) -> Iterable[object]:
-    """Return what a function, a container or an object refers to."""
-    if isinstance(value, FunctionType):
-        names = value.__code__.co_names
-        captured = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-        used = [value.__globals__[name] for name in names if name in value.__globals__]
-        return [*captured, *used, *(value.__defaults__ or ())]
-    if isinstance(value, MethodType):
-        return [value.__self__, value.__func__]
-    if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, dict):
-        return list(cast(dict[Any, Any], value).values())[:100]
-    if isinstance(value, (list, tuple, set)):
-        return list(cast(Iterable[Any], value))[:100]
-    called = type(value).__call__ if callable(value) else None
-    return [*getattr(value, "__dict__", {}).values(), *([called] if isinstance(called, FunctionType) else [])]
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
 
 
 def _is_random(part: nn.Module) -> bool:

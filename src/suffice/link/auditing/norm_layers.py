@@ -11,8 +11,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm  # pyright: ignore[reportPrivateUsage]
 
 # Layers whose output for one row depends on the other rows, in training or always.
-_MIXING_LAYERS = (TorchBatchNorm, pyg.GraphNorm, pyg.PairNorm, pyg.MeanSubtractionNorm, pyg.DiffGroupNorm)
-_ROW_WISE_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+_MIXING_LAYERS = (
+    TorchBatchNorm,
+    pyg.BatchNorm,
+    pyg.HeteroBatchNorm,
+    pyg.GraphNorm,
+    pyg.PairNorm,
+    pyg.MeanSubtractionNorm,
+    pyg.DiffGroupNorm,
+)
+_ROW_WISE_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, pyg.HeteroLayerNorm, pyg.MessageNorm)
 _CONFIGURABLE_LAYERS = (pyg.LayerNorm, pyg.InstanceNorm)  # row-wise or mixing, depending on their arguments
 
 
@@ -93,6 +101,24 @@ def norm_layers(module: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def find_mixing_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the known layers that normalize over the rows of their input, by name, with all names of each layer.
+
+    Of PyG's wrappers of torch's BatchNorm, only the wrapper is listed.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, layer in module.named_modules(remove_duplicate=False):
+        is_inside_another = name.rpartition(".")[0] in found
+        if not is_inside_another and isinstance(layer, (*_MIXING_LAYERS, *_CONFIGURABLE_LAYERS)) and _mixes_rows(layer):
+            found[name] = layer
+    return found
+
+
+def all_names(module: nn.Module, layer: nn.Module) -> list[str]:
+    """Return every name under which a module holds a layer."""
+    return [name for name, part in module.named_modules(remove_duplicate=False) if part is layer]
+
+
 def check_batch_norms(module: nn.Module, names: Sequence[str]) -> set[str]:
     """Return the names of BatchNorm layers, with the first name of a layer that the module holds under several names.
 
@@ -165,7 +191,7 @@ def _count_input_rows(
 
 
 def _is_norm(layer: nn.Module) -> bool:
-    known = (*_MIXING_LAYERS, *_ROW_WISE_LAYERS, *_CONFIGURABLE_LAYERS, pyg.BatchNorm, FrozenBatchNorm)
+    known = (*_MIXING_LAYERS, *_ROW_WISE_LAYERS, *_CONFIGURABLE_LAYERS, FrozenBatchNorm)
     if isinstance(layer, known):
         return True
     # Layers of other libraries are recognized by their names. A list of norms is not a norm itself.
@@ -175,7 +201,7 @@ def _is_norm(layer: nn.Module) -> bool:
 def _mixes_rows(layer: nn.Module) -> bool:
     if isinstance(layer, pyg.LayerNorm):
         return layer.mode == "graph"
-    if isinstance(layer, (*_MIXING_LAYERS, pyg.BatchNorm, pyg.InstanceNorm)):
+    if isinstance(layer, (*_MIXING_LAYERS, pyg.InstanceNorm)):
         return True
     is_row_wise = isinstance(layer, (*_ROW_WISE_LAYERS, FrozenBatchNorm)) or "layer" in type(layer).__name__.lower()
     return not is_row_wise

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from suffice.arguments import check_int
 from suffice.link.auditing.module_state import Modes
+from suffice.link.auditing.snapshot import State
 
 Score = Callable[[Tensor], Tensor]
 
@@ -117,11 +118,17 @@ class Repeat:
         )
 
     def resample(self, generator: torch.Generator) -> Repeat:
-        """Return the repeat with its edges drawn again from themselves, with replacement, from each class."""
-        uniform = torch.rand(2, self.eval_batch.scores.numel(), generator=generator, dtype=torch.float64)
+        """Return the repeat with its edges drawn again from themselves, with replacement, from each class.
+
+        An edge is drawn equally often in every batch that contains it.
+        """
+        counts = torch.poisson(torch.ones(2, self.eval_batch.scores.numel()), generator=generator).long()
 
         def draw(scores: Tensor, row: int) -> Tensor:
-            return scores[(uniform[row, : scores.numel()] * scores.numel()).long()]
+            drawn = scores.repeat_interleave(counts[row, : scores.numel()])
+            if not drawn.numel():
+                return scores
+            return drawn[torch.arange(scores.numel()) * drawn.numel() // scores.numel()]  # as many as before
 
         def draw_from_batch(batch: BatchScores) -> BatchScores:
             return replace(batch, scores=torch.cat([draw(batch.positives, 0), draw(batch.negatives, 1)]))
@@ -161,19 +168,19 @@ class Sampling:
         object.__setattr__(self, "seed", check_int("seed", self.seed))
 
 
-def score_repeats(
-    score: Score, edges: EdgeSet, modes: Modes, sampling: Sampling, restore: Callable[[], None]
-) -> list[Repeat]:
+def score_repeats(score: Score, edges: EdgeSet, modes: Modes, sampling: Sampling, restore: State) -> list[Repeat]:
     """Draw edges `sampling.repeats` times and score them in batches of every composition.
 
-    If scoring a batch twice gives different scores, every batch is scored twice.
+    If scoring a batch twice gives different scores, the state is restored before each batch, so that all batches are
+    scored in the same state, such as that of a memory. If the scores still differ, every batch is scored twice.
 
     Args:
         score: scoring function, pairs [2, edges] -> scores [edges].
         edges: edges to draw from.
         modes: how the module behind `score` is switched between training and eval mode.
         sampling: size of a batch, and number of probes and repeats.
-        restore: restores the state of the module, such as running statistics, which change in training mode.
+        restore: restores the state of the module, such as running statistics, which change in training mode, and that
+            of the scoring function.
 
     """
     size = actual_batch_size(edges, sampling)
@@ -181,20 +188,21 @@ def score_repeats(
     probes_per_class = max(1, min(sampling.num_probes // 2, int(0.1 * size)))
     generator = torch.Generator().manual_seed(sampling.seed)
     draws = [_draw_edges(edges, size, generator) for _ in range(sampling.repeats)]
+    scorer = _Scorer(score, restore)
     with modes.evaluation():
-        eval_batches = [_score_batch(score, positives, negatives, 0.5) for positives, negatives in draws]
+        scorer.test_repetition(draws[0])
+        eval_batches = [scorer.score(positives, negatives, 0.5) for positives, negatives in draws]
     restore()
 
     def score_all() -> list[dict[float, BatchScores]]:
         return [
-            {fraction: _score_batch(score, positives, negatives, fraction) for fraction in FRACTIONS}
+            {fraction: scorer.score(positives, negatives, fraction) for fraction in FRACTIONS}
             for positives, negatives in draws
         ]
 
     with modes.training():
+        has_noise = scorer.test_repetition(draws[0])
         batches = score_all()
-        first = _score_batch(score, *draws[0], 0.5).scores
-        has_noise = not same_scores(first, batches[0][0.5].scores)
         again = score_all() if has_noise else None
     restore()
     return [
@@ -213,7 +221,7 @@ def actual_batch_size(edges: EdgeSet, sampling: Sampling) -> int:
     return min(sampling.batch_size, edges.positives.size(1), edges.negatives.size(1))
 
 
-def choose_modes(score: Score, edges: EdgeSet, modes: Modes, sampling: Sampling, restore: Callable[[], None]) -> Modes:
+def choose_modes(score: Score, edges: EdgeSet, modes: Modes, sampling: Sampling, restore: State) -> Modes:
     """Return the modes with `whole_tree` if the training mode of the norm layers alone gives other scores.
 
     A model may normalize without a norm layer that the audit knows, for example by `torch.nn.functional.batch_norm`.
@@ -254,12 +262,31 @@ def _draw_edges(edges: EdgeSet, size: int, generator: torch.Generator) -> tuple[
     return edges.positives[:, positives.to(device)], edges.negatives[:, negatives.to(device)]
 
 
-def _score_batch(score: Score, positives: Tensor, negatives: Tensor, fraction: float) -> BatchScores:
-    """Score a batch with the given fraction of positives: the first positives and the first negatives of a draw."""
-    size = positives.size(1)
-    num_positives = round(fraction * size)
-    pairs = torch.cat([positives[:, :num_positives], negatives[:, : size - num_positives]], dim=1)
-    return BatchScores(_checked_scores(score, pairs), num_positives)
+class _Scorer:
+    """Scores batches, and restores the state before each of them if scoring changes what is scored next."""
+
+    def __init__(self, score: Score, restore: State) -> None:
+        self._score, self._restore = score, restore
+        self._restores_state = False
+
+    def test_repetition(self, draw: tuple[Tensor, Tensor]) -> bool:
+        """Decide whether the state has to be restored, and return whether scores differ nevertheless: by noise."""
+        self._restores_state = False
+        first, second = (self.score(*draw, 0.5).scores for _ in range(2))
+        if same_scores(first, second):
+            return False
+        self._restores_state = True
+        first, second = (self.score(*draw, 0.5).scores for _ in range(2))
+        return not same_scores(first, second)
+
+    def score(self, positives: Tensor, negatives: Tensor, fraction: float) -> BatchScores:
+        """Score a batch with a fraction of positives: the first positives and the first negatives of a draw."""
+        size = positives.size(1)
+        num_positives = round(fraction * size)
+        pairs = torch.cat([positives[:, :num_positives], negatives[:, : size - num_positives]], dim=1)
+        if self._restores_state:
+            self._restore(with_scores=True)
+        return BatchScores(_checked_scores(self._score, pairs), num_positives)
 
 
 def _probe_scores(batches: dict[float, BatchScores], probes_per_class: int) -> dict[float, Tensor]:

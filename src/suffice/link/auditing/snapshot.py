@@ -1,209 +1,411 @@
-"""Restore everything that scoring may change: buffers and plain attributes of modules, and of the scoring function."""
+"""Restore everything that scoring may change: modules, scoring functions, and the objects that they refer to."""
 
 from __future__ import annotations
 
+import functools
 import random
+import threading
+import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from types import MethodType
-from typing import Any, cast
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from suffice.link.auditing.norm_layers import norm_layers
+from suffice.link.auditing.references import call_method, cells, is_installed, is_of_standard_library, used_globals
 
 MAX_COPIED_BYTES = 64 * 2**20
-"""Larger tensors outside norm layers, such as the features of a graph, are not copied but must not change."""
+"""Larger tensors and arrays, such as the features of a graph, are not copied but must not change."""
 
-_OWN_ATTRIBUTES = frozenset(("training", "_parameters", "_buffers", "_modules"))
+_MAX_TOTAL_BYTES = 2**30  # of all copies; what comes later is not copied
+_MAX_ENTRIES = 100_000  # of a container whose entries are restored too, not only which ones it has
+_THREAD_TYPES = (type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.Event)
+
+
+class State(Protocol):
+    """Restores the state of the modules, or also that of the scoring functions, which may cache encodings."""
+
+    def __call__(self, *, with_scores: bool = False) -> None:
+        """Restore the state."""
+        ...
 
 
 @contextmanager
-def preserve_state(module: nn.Module | None, scores: Iterable[object] = ()) -> Generator[Callable[[], None]]:
+def preserve_state(module: nn.Module | None, scores: Iterable[object] = ()) -> Generator[State]:
     """Disable gradients, and on exit restore modules, scoring functions and all random generators.
 
-    Restored are the mode, the buffers and the plain attributes (numbers, tensors, arrays, and lists, dictionaries and
-    sets of them) of every submodule, and the attributes of scoring functions that are objects or methods of objects.
+    Restored are the mode, the parameters, the buffers and the attributes of every submodule; the variables, the
+    attributes and the global variables of scoring functions; and all that these refer to: tensors, arrays, containers,
+    random generators and objects with attributes. Objects that are shared with other threads, and the global variables
+    of installed packages, are left alone.
 
     Args:
         module: module whose state is restored; None if there is none.
-        scores: scoring functions whose attributes are restored.
+        scores: scoring functions whose state is restored.
 
     Yields:
-        a function that restores the modules at once, but not the scoring functions, which may cache encodings.
+        a function that restores the state at once.
 
     Raises:
-        ValueError: a tensor that is too large to be copied has changed in place.
+        ValueError: a tensor or array that is too large to be copied has changed in place, or a module has parameters
+            that the first call initializes.
 
     """
-    snapshot = _Snapshot(module, scores)
+    scores = list(scores)
+    modules = _Snapshot([] if module is None else [module])
+    functions = _Snapshot(scores, known=modules)
+    modes = [(part, part.training) for part in [*modules.modules, *functions.modules]]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+    def restore(*, with_scores: bool = False) -> None:
+        modules.restore()
+        if with_scores:
+            functions.restore()
+
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
-            yield snapshot.restore_modules
-        snapshot.check_large_tensors()
+            yield restore
+        if changed := [*modules.changed_for_good(), *functions.changed_for_good()]:
+            raise ValueError(
+                f"score must not change tensors or arrays of more than {MAX_COPIED_BYTES >> 20} MiB, because the audit "
+                f"cannot restore them, got a change of {', '.join(changed)}. Score with a copy of the model, or "
+                f"without updates of its memory."
+            )
     finally:
-        snapshot.restore_modules()
-        snapshot.restore_scores()
+        restore(with_scores=True)
+        for part, training in modes:
+            part.training = training
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 class _Snapshot:
-    """Copies of the state of modules and scoring functions."""
+    """Copies of the state of objects and of all that they refer to.
 
-    def __init__(self, module: nn.Module | None, scores: Iterable[object]) -> None:
-        self._modules = list(module.named_modules()) if module is not None else []
-        self._modes = [(part, part.training) for _, part in self._modules]
-        norms = norm_layers(module).values() if module is not None else ()
-        self._norm_tensors = {id(buffer) for layer in norms for buffer in layer.buffers()}
-        self._saved: dict[int, _SavedTensor] = {}
-        # The tensors of a scripted module cannot be replaced by others.
-        parts = [(name, part) for name, part in self._modules if not isinstance(part, torch.jit.ScriptModule)]
-        self._buffers = [(part, dict(part._buffers)) for _, part in parts]  # pyright: ignore[reportPrivateUsage]
-        for name, part in self._modules:
-            for key, buffer in part._buffers.items():  # pyright: ignore[reportPrivateUsage]
-                self._keep(f"{name}.{key}" if name else key, buffer)
-        self._module_attributes = [(part, self._keep_attributes(name, part)) for name, part in parts]
-        owners = [owner for owner in map(_owner, scores) if owner is not None]
-        self._score_attributes = [(owner, self._keep_attributes("score", owner)) for owner in owners]
+    Args:
+        roots: modules, functions or objects.
+        known: snapshot whose objects are not copied again.
 
-    def restore_modules(self) -> None:
-        """Restore modes, buffers and attributes of the modules, and all tensors."""
-        for part, training in self._modes:
-            part.training = training
-        for part, buffers in self._buffers:
-            own = part._buffers  # pyright: ignore[reportPrivateUsage]
-            if own.keys() != buffers.keys() or any(own[key] is not buffers[key] for key in buffers):
-                own.clear()
-                own.update(buffers)
-        _restore_attributes(self._module_attributes)
+    """
+
+    def __init__(self, roots: Iterable[object], known: _Snapshot | None = None) -> None:
+        self.modules: list[nn.Module] = []
+        self._saved: list[_Saved] = []
+        self._seen: dict[int, object] = dict(known._seen) if known is not None else {}  # alive, so that ids stay valid
+        self._copied_bytes = known._copied_bytes if known is not None else 0
+        self._norm_tensors: set[int] = set()
+        self._to_visit: deque[tuple[str, object]] = deque()
+        for root in roots:
+            if isinstance(root, FunctionType) and is_installed(root):
+                self._save_function("score", root)
+            self._to_visit.append(("" if isinstance(root, nn.Module) else "score", root))
+        while self._to_visit:
+            self._visit(*self._to_visit.popleft())
+
+    def restore(self) -> None:
+        """Restore everything that has changed."""
         with torch.no_grad():
-            for saved in self._saved.values():
+            for saved in self._saved:
                 saved.restore()
 
-    def restore_scores(self) -> None:
-        """Restore the attributes of the scoring functions."""
-        _restore_attributes(self._score_attributes)
+    def changed_for_good(self) -> list[str]:
+        """Return the names of tensors and arrays that have changed, but were too large to be copied."""
+        return [saved.name for saved in self._saved if isinstance(saved, _Watched) and saved.has_changed()]
 
-    def check_large_tensors(self) -> None:
-        """Raise ValueError if a tensor without a copy has changed."""
-        if changed := [saved.name for saved in self._saved.values() if saved.has_changed_for_good()]:
-            raise ValueError(
-                f"score must not change tensors of more than {MAX_COPIED_BYTES >> 20} MiB, because the audit cannot "
-                f"restore them, got a change of {', '.join(changed)}. Score with a copy of the model, or without "
-                f"updates of its memory."
-            )
-
-    def _keep_attributes(self, name: str, owner: object) -> dict[str, Any]:
-        return {
-            key: self._copy(f"{name}.{key}" if name else key, value)
-            for key, value in vars(owner).items()
-            if _is_state(key)
-        }
-
-    def _keep(self, name: str, tensor: Tensor | None) -> None:
-        if tensor is None or id(tensor) in self._saved or tensor.layout != torch.strided:
+    def _visit(self, name: str, value: object) -> None:
+        if value is None or isinstance(value, (str, bytes, int, float, complex, type, ModuleType)):
             return
-        is_small = tensor.numel() * tensor.element_size() <= MAX_COPIED_BYTES or id(tensor) in self._norm_tensors
-        self._saved[id(tensor)] = _SavedTensor(name, tensor, is_small)
-
-    def _copy(self, name: str, value: Any) -> Any:
-        """Return a value that `_rebuild` turns into the state it has now."""
+        if id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
         if isinstance(value, Tensor):
-            self._keep(name, value)
-            return value
-        if isinstance(value, np.ndarray):
-            return _Array(value) if value.nbytes <= MAX_COPIED_BYTES else value
+            self._save_tensor(name, value)
+        elif isinstance(value, np.ndarray):
+            self._save_array(name, cast(Any, value))
+        elif isinstance(value, (dict, list, deque, set)):
+            self._saved.append(_SavedContainer(cast(Any, value)))
+            self._visit_entries(name, value)
+        elif isinstance(value, (tuple, frozenset)):
+            self._visit_entries(name, value)
+        elif isinstance(value, FunctionType):
+            if not is_installed(value):
+                self._save_function(name, value)
+        elif isinstance(value, MethodType):
+            self._to_visit += [(name, value.__self__), (name, value.__func__)]
+        elif isinstance(value, functools.partial):
+            self._to_visit += [(name, inner) for inner in (value.func, *value.args, *value.keywords.values())]
+        elif isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
+            self._saved.append(_SavedGenerator(value))
+        elif isinstance(value, nn.Module):
+            self._save_module(name, value)
+        elif not is_of_standard_library(type(value)):
+            self._save_object(name, value)
+
+    def _visit_entries(self, name: str, value: object) -> None:
+        entries: Iterable[tuple[str, object]]
         if isinstance(value, dict):
-            items = cast(dict[Any, Any], value).items()
-            return _Container(value, {key: self._copy(f"{name}[{key!r}]", inner) for key, inner in items})
-        if isinstance(value, (list, deque)):
-            return _Container(value, [self._copy(name, inner) for inner in cast(list[Any], value)])
-        if isinstance(value, set):
-            return _Container(value, set(cast(set[Any], value)))
-        if type(value) is tuple:
-            for inner in cast(tuple[Any, ...], value):
-                self._copy(name, inner)  # a tuple cannot change, but its tensors can
-        return value
+            entries = [(f"{name}[{key!r}]", inner) for key, inner in cast(dict[Any, Any], value).items()]
+        else:
+            entries = [(name, inner) for inner in cast(Iterable[Any], value)]
+        if len(entries) <= _MAX_ENTRIES:
+            self._to_visit += entries
+
+    def _save_function(self, name: str, function: FunctionType) -> None:
+        self._to_visit += [(name, inner) for inner in (*(function.__defaults__ or ()), function.__kwdefaults__)]
+        self._saved.append(_SavedContainer(function.__dict__))
+        self._to_visit += [(f"{name}.{key}", inner) for key, inner in function.__dict__.items()]
+        for key, cell in cells(function).items():
+            self._saved.append(_SavedCell(cell))
+            self._to_visit.append((key, cell.cell_contents))
+        used = used_globals(function)
+        self._saved.append(_SavedGlobals(function.__globals__, used))
+        self._to_visit += used.items()
+
+    def _save_module(self, name: str, module: nn.Module) -> None:
+        self.modules.append(module)
+        self._norm_tensors |= {
+            id(buffer) for layer in norm_layers(module).values() for buffer in layer.buffers(recurse=True)
+        }
+        prefix = f"{name}." if name else ""
+        if isinstance(module, torch.jit.ScriptModule):  # its tensors cannot be replaced by others
+            inner: list[tuple[str, object]] = [*module.named_buffers(), *module.named_parameters()]
+            self._to_visit += [(prefix + key, value) for key, value in inner]
+            self.modules += [part for part in module.modules() if part is not module]
+            return
+        attributes = {key: value for key, value in vars(module).items() if _is_state(key)}
+        self._saved.append(_SavedAttributes(vars(module), attributes))
+        for group in ("_buffers", "_modules", "_parameters"):
+            entries: dict[str, object] = attributes.pop(group)
+            self._saved.append(_SavedContainer(entries))
+            self._seen[id(entries)] = entries
+            self._to_visit += [(prefix + key, value) for key, value in entries.items()]
+        self._to_visit += [(prefix + key, value) for key, value in attributes.items()]
+        self._to_visit.append((name, type(module).forward))
+
+    def _save_object(self, name: str, value: object) -> None:
+        attributes: dict[str, Any] = getattr(value, "__dict__", {})
+        slots = {key: getattr(value, key) for key in _slots(value) if hasattr(value, key)}
+        inner = {**attributes, **slots}
+        if any(isinstance(content, _THREAD_TYPES) for content in inner.values()):
+            return
+        if hasattr(value, "__dict__"):
+            self._saved.append(_SavedAttributes(attributes, attributes))
+        if slots:
+            self._saved.append(_SavedSlots(value, slots))
+        self._to_visit += [(f"{name}.{key}", content) for key, content in inner.items()]
+        if (called := call_method(value)) is not None:
+            self._to_visit.append((name, called))
+
+    def _save_tensor(self, name: str, tensor: Tensor) -> None:
+        if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)):
+            raise ValueError(
+                f"module must be initialized, but the first call would initialize {name}: score a batch before the "
+                f"audit"
+            )
+        if tensor.layout != torch.strided or tensor.is_meta:
+            values = "_values" if tensor.layout == torch.sparse_coo else "values"
+            self._to_visit += [] if tensor.is_meta else [(name, getattr(tensor, values)())]
+            return
+        is_copied = id(tensor) in self._norm_tensors or self._has_room(tensor.numel() * tensor.element_size())
+        self._saved.append(_SavedTensor(tensor) if is_copied else _WatchedTensor(name, tensor))
+
+    def _save_array(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        if self._has_room(array.nbytes):
+            self._saved.append(_SavedArray(array))
+        elif array.flags.writeable and not array.dtype.hasobject:
+            self._saved.append(_WatchedArray(name, array))
+
+    def _has_room(self, num_bytes: int) -> bool:
+        """Return whether a copy of so many bytes is allowed, and count it."""
+        if num_bytes > MAX_COPIED_BYTES or self._copied_bytes + num_bytes > _MAX_TOTAL_BYTES:
+            return False
+        self._copied_bytes += num_bytes
+        return True
+
+
+class _Saved(Protocol):
+    def restore(self) -> None: ...
+
+
+class _Watched:
+    """Something that is too large to be copied."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def restore(self) -> None:
+        """Do nothing: there is no copy."""
+
+    def has_changed(self) -> bool:
+        raise NotImplementedError
 
 
 class _SavedTensor:
-    """A tensor, with a copy of its content unless it is too large."""
+    """A tensor and a copy of its content."""
 
-    def __init__(self, name: str, tensor: Tensor, has_copy: bool) -> None:
-        self.name, self.tensor = name, tensor
-        self._copy = tensor.detach().clone() if has_copy else None
-        self._version = _version(tensor)
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._copy = tensor, tensor.detach().clone()
 
     def restore(self) -> None:
-        # The version does not count changes of running statistics by BatchNorm.
-        if self._copy is not None and not torch.equal(self.tensor, self._copy):
-            self.tensor.copy_(self._copy)
+        if self._tensor.shape != self._copy.shape:
+            self._tensor.data = self._copy.clone()
+        # The version of a tensor does not count changes of running statistics by BatchNorm.
+        elif not torch.equal(self._tensor, self._copy):
+            self._tensor.copy_(self._copy)
 
-    def has_changed_for_good(self) -> bool:
-        return self._copy is None and self._version != _version(self.tensor)
+
+class _SavedArray:
+    """An array and a copy of its content."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self._array, self._copy = array, array.copy()
+
+    def restore(self) -> None:
+        if self._array.flags.writeable:
+            self._array[...] = self._copy
 
 
-class _Container:
-    """The content of a dictionary, list, deque or set."""
+class _SavedContainer:
+    """A dictionary, list, deque or set, and the entries that it contains."""
 
-    def __init__(self, original: Any, content: Any) -> None:
-        self.original, self.content = original, content
+    def __init__(self, container: Any) -> None:
+        self._container = container
+        self._entries: Any = dict(container) if isinstance(container, dict) else list(container)
 
-    def rebuild(self) -> Any:
-        if isinstance(self.content, dict):
-            content: Any = {key: _rebuild(value) for key, value in cast(dict[Any, Any], self.content).items()}
-        elif isinstance(self.content, set):
-            content = cast(set[Any], self.content)
+    def restore(self) -> None:
+        if not _has_same_entries(self._container, self._entries):
+            self._container.clear()
+            add = self._container.extend if isinstance(self._container, (list, deque)) else self._container.update
+            add(self._entries)
+
+
+class _SavedAttributes:
+    """The attributes of an object and the values that they have."""
+
+    def __init__(self, attributes: dict[str, Any], values: dict[str, Any]) -> None:
+        self._attributes, self._values = attributes, dict(values)
+
+    def restore(self) -> None:
+        for key in [key for key in self._attributes if key not in self._values and _is_state(key)]:
+            del self._attributes[key]
+        self._attributes.update(self._values)
+
+
+class _SavedSlots:
+    """The attributes of an object without a dictionary of them, and the values that they have."""
+
+    def __init__(self, owner: object, values: dict[str, Any]) -> None:
+        self._owner, self._values = owner, values
+
+    def restore(self) -> None:
+        for key, value in self._values.items():
+            if getattr(self._owner, key, None) is not value:
+                object.__setattr__(self._owner, key, value)
+
+
+class _SavedGlobals:
+    """Global variables and the values that they have."""
+
+    def __init__(self, variables: dict[str, Any], values: dict[str, object]) -> None:
+        self._variables, self._values = variables, values
+
+    def restore(self) -> None:
+        self._variables.update(self._values)
+
+
+class _SavedCell:
+    """A variable that a function shares with the one around it, and its value."""
+
+    def __init__(self, cell: CellType) -> None:
+        self._cell, self._value = cell, cell.cell_contents
+
+    def restore(self) -> None:
+        self._cell.cell_contents = self._value
+
+
+class _SavedGenerator:
+    """A random generator and its state."""
+
+    def __init__(self, generator: Any) -> None:
+        self._generator = generator
+        self._state = self._read()
+
+    def _read(self) -> Any:
+        generator: Any = self._generator
+        if isinstance(generator, np.random.Generator):
+            return generator.bit_generator.state
+        read = "getstate" if isinstance(generator, random.Random) else "get_state"
+        return getattr(generator, read)()
+
+    def restore(self) -> None:
+        generator: Any = self._generator
+        if isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = self._state
         else:
-            content = [_rebuild(value) for value in self.content]
-        self.original.clear()
-        (self.original.extend if isinstance(self.content, list) else self.original.update)(content)
-        return self.original
+            write = "setstate" if isinstance(generator, random.Random) else "set_state"
+            getattr(generator, write)(self._state)
 
 
-class _Array:
-    """The content of an array."""
+class _WatchedTensor(_Watched):
+    """A tensor that is too large to be copied, with the number of its changes in place."""
 
-    def __init__(self, original: Any) -> None:
-        self.original, self.content = original, original.copy()
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        super().__init__(name)
+        self._tensor = tensor
+        self._version = self._read_version()
 
-    def rebuild(self) -> Any:
-        self.original[...] = self.content
-        return self.original
+    def _read_version(self) -> int | None:
+        """Return how often the tensor was changed in place; None if torch does not count it."""
+        return None if self._tensor.is_inference() else self._tensor._version
+
+    def has_changed(self) -> bool:
+        return self._version != self._read_version()
+
+
+class _WatchedArray(_Watched):
+    """An array that is too large to be copied, with a checksum."""
+
+    def __init__(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        super().__init__(name)
+        self._array = array
+        self._checksum = self._compute_checksum()
+
+    def _compute_checksum(self) -> int:
+        checksum = 0
+        for row in self._array if self._array.ndim > 1 else (self._array,):
+            checksum = zlib.crc32(np.ascontiguousarray(row).data.cast("B"), checksum)
+        return checksum
+
+    def has_changed(self) -> bool:
+        return self._checksum != self._compute_checksum()
 
 
 def _is_state(attribute: str) -> bool:
-    return attribute not in _OWN_ATTRIBUTES and "_hooks" not in attribute
+    return attribute != "training" and "_hooks" not in attribute
 
 
-def _rebuild(value: Any) -> Any:
-    return value.rebuild() if isinstance(value, (_Container, _Array)) else value
+def _slots(value: object) -> list[str]:
+    """Return the names of the attributes that the classes of an object, written in Python, declare as slots."""
+    declared = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+    names = [name for slots in declared for name in ([slots] if isinstance(slots, str) else slots)]
+    return [name for name in names if name not in ("__dict__", "__weakref__") and not name.startswith("__")]
 
 
-def _owner(score: object) -> object | None:
-    """Return the object whose attributes a scoring function may change; None for plain functions and modules."""
-    owner = score.__self__ if isinstance(score, MethodType) else score
-    is_object = (
-        hasattr(owner, "__dict__") and not isinstance(owner, (nn.Module, type)) and not hasattr(owner, "__code__")
-    )
-    return owner if is_object else None
-
-
-def _version(tensor: Tensor) -> int | None:
-    """Return how often a tensor was changed in place; None if torch does not count it."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def _restore_attributes(saved: Iterable[tuple[object, dict[str, Any]]]) -> None:
-    for owner, values in saved:
-        attributes = vars(owner)
-        for key in [key for key in attributes if key not in values and _is_state(key)]:
-            del attributes[key]
-        for key, value in values.items():
-            attributes[key] = _rebuild(value)
+def _has_same_entries(container: Any, entries: Any) -> bool:
+    if len(container) != len(entries):
+        return False
+    if isinstance(container, dict):
+        # The order of the entries is part of the state, too.
+        current = cast(dict[Any, Any], container).items()
+        return all(
+            key is other_key and value is other
+            for (key, value), (other_key, other) in zip(current, entries.items(), strict=True)
+        )
+    return all(value is other for value, other in zip(container, entries, strict=True))
