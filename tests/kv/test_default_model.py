@@ -98,7 +98,7 @@ def test_prompt_is_split_where_the_document_ends(loaded):
     parts = tokenize_prompt(tokenizer, "  A short text.  ", "What is it?")
     assert tokenizer.decode(parts.document[0]).endswith("A short text.")
     assert "What is it?" in tokenizer.decode(parts.question[0])
-    with pytest.raises(ValueError, match="the prompt must contain text"):
+    with pytest.raises(ValueError, match="document must contain text"):
         tokenize_prompt(tokenizer, " \n")
 
 
@@ -202,7 +202,7 @@ def test_policies_command_lists_all_policies():
         ),
         (("--prompt", "hi", "--policy", "h3o"), "Did you mean 'h2o'"),
         (("--prompt", "hi", "--allocation", "profil"), "Did you mean 'profile'"),
-        (("--prompt", "hi", "--chunk-size", "0"), "chunk_size must be at least 1 token, got 0"),
+        (("--prompt", "hi", "--chunk-size", "0"), "--chunk-size must be at least 1 token, got 0"),
         (("--prompt", "hi", "--interval", "0"), "interval must be at least 1, got 0"),
         (("--prompt", "hi", "--prompt-file", "x"), "only one of --prompt and --prompt-file may be given, got both"),
         (
@@ -219,7 +219,7 @@ def test_policies_command_lists_all_policies():
             ("--prompt", "hi", "--model", "/no/model"),
             "model must be a folder with a model or a known model id, got '/no/model'",
         ),
-        (("--prompt", "hi", "--max-new-tokens", "0"), "max_new_tokens must be at least 1, got 0"),
+        (("--prompt", "hi", "--max-new-tokens", "0"), "--max-new-tokens must be at least 1, got 0"),
         (("--prompt", "word " * 9000), "must have at most 8192 tokens, the model's context window"),
     ],
 )
