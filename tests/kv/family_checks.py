@@ -15,7 +15,7 @@ of
 * not built: the model could not be made
 
 A check that has passed also says whether the family supports the feature: `SUPPORTED`, `NOT_SUPPORTED` (it is refused
-with an error), `IN_PART` or `DOES_NOT_APPLY`.
+with an error), `IN_PART` or `DOES_NOT_APPLY`, and the reason if it is not `SUPPORTED`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -51,12 +51,22 @@ CHUNK = 16
 LONG_WINDOW = 8 * WINDOW  # longer than the prompt
 BUDGET = 0.5
 POLICIES = ("capkv-salience", "capkv")  # heads of unequal length, and of equal length
-# Models that read latents, whose layers all have a sliding window, or that have an encoder, cannot be replayed.
+# Models whose layers all have a sliding window, or that have an encoder, cannot be replayed; latents need another
+# allocation, and some scores need an output projection.
+NO_PROFILE = "so that its head profile can be measured"
 NO_REPAIR = "repair must be False for"
-NO_REPLAY = "budget of its own|all of whose layers have a sliding window|encoder-decoder|no linear layer named"
+NO_THRESHOLD = "allocation must give each layer a budget of its own"
+NO_REPLAY = f"{NO_THRESHOLD}|all of whose layers have a sliding window|encoder-decoder|no linear layer named"
 TOLERANCE = 1e-4  # relative to the largest logit; rounding errors are 1e-6, a missing entry changes about 1e-3
 # Errors of the logits with 8 bits, relative to the largest logit: for half of the tokens, and for nine tenths of them.
 BITS_TOLERANCES = {0.5: 0.025, 0.9: 0.1}
+
+
+class Answer(NamedTuple):
+    """Whether a family supports a feature, and the reason if it does not."""
+
+    support: str
+    reason: str = ""
 
 
 class WrongResultError(AssertionError):
@@ -78,6 +88,28 @@ def make_cache(case: Case, policy: str, budget: float = BUDGET, **options: Any) 
         return CompressedCache(case.model, policy, budget, **options)
     except ValueError as error:
         raise RefusedError(str(error)) from error
+
+
+def usable_policies(case: Case) -> tuple[list[str], Answer]:
+    """Return the policies that a model can have, and the answer to a check of all of them.
+
+    Models whose head profile cannot be measured have the policy without a profile only.
+
+    Raises:
+        RefusedError: the cache refuses the model for another reason.
+
+    """
+    usable, answer = list[str](), Answer(SUPPORTED)
+    for policy in POLICIES:
+        try:
+            make_cache(case, policy)
+        except RefusedError as error:
+            if NO_PROFILE not in str(error):
+                raise
+            answer = Answer(IN_PART, str(error))
+        else:
+            usable.append(policy)
+    return usable, answer
 
 
 # ---- Comparisons -----------------------------------------------------------------------------------------------------
@@ -162,14 +194,16 @@ def check_equal_heads(case: Case) -> None:
     check_half_budget(case, POLICIES[1])
 
 
-def check_always(case: Case) -> None:
+def check_always(case: Case) -> Answer:
     """With `evict="always"`, chunks and generated tokens are evicted, and logits equal those of the oracle."""
     sizes = [CHUNK, CHUNK, LENGTH - 2 * CHUNK, *[1] * 8]
-    for policy in POLICIES:
+    policies, answer = usable_policies(case)
+    for policy in policies:
         cache = make_cache(case, policy, LENGTH // 2, evict="always", interval=4)
         compare_with_oracle(case, cache, case.prompt(sum(sizes)).split(sizes, 1))
         readable = num_readable(cache)
         check_counts(cache, min(LENGTH // 2, readable), min(LENGTH // 2 + 3, readable + 1))
+    return answer
 
 
 def check_untouched(case: Case) -> None:
@@ -241,17 +275,17 @@ def _layers(cache: Any) -> list[Any]:
     return list(getattr(getattr(cache, "self_attention_cache", cache), "layers", ()))
 
 
-def check_cross_attention(case: Case) -> str:
+def check_cross_attention(case: Case) -> Answer:
     """With the full budget for the cross-attention, results equal the stock cache; with half of it, half are kept.
 
     Models whose cross-attention cannot be compressed are refused when the cache is made.
     """
     if not case.is_encoder_decoder:
-        return DOES_NOT_APPLY
+        return Answer(DOES_NOT_APPLY, "it has no encoder")
     try:
         full, half = CrossAttentionCache(case.model, budget=1.0), CrossAttentionCache(case.model, budget=0.5)
-    except ValueError:
-        return NOT_SUPPORTED
+    except ValueError as error:
+        return Answer(NOT_SUPPORTED, str(error))
     expected = case.generate(case.prompt())
     got = case.generate(case.prompt(), cache=EncoderDecoderCache(DynamicCache(), full))
     if not torch.equal(got.tokens, expected.tokens):
@@ -261,7 +295,7 @@ def check_cross_attention(case: Case) -> str:
     counts = [(head.tokens_kept, head.tokens_seen) for head in half.report().heads]
     if any(2 * kept != seen for kept, seen in counts):
         raise WrongResultError(f"entries of the encoder are kept as {counts} instead of half")
-    return SUPPORTED
+    return Answer(SUPPORTED)
 
 
 def check_long_window(case: Case) -> None:
@@ -273,10 +307,11 @@ def check_long_window(case: Case) -> None:
             check_half_budget(longer, policy)
 
 
-def check_bits(case: Case) -> None:
+def check_bits(case: Case) -> Answer:
     """With 8 bits for each number, logits are close to those with all bits, and entries were quantized."""
     pieces = case.prompt(LENGTH + 70).split([LENGTH, 68, 1, 1], 1)
-    for policy in POLICIES:
+    policies, answer = usable_policies(case)
+    for policy in policies:
         plain, quantized = make_cache(case, policy, 1.0), make_cache(case, policy, 1.0, bits=8)
         errors: list[Tensor] = []
         for piece in pieces:
@@ -292,19 +327,19 @@ def check_bits(case: Case) -> None:
                 )
         if not any(head.value_error for head in quantized.report().heads) and num_readable(quantized) == LENGTH:
             raise WrongResultError(f"{policy}: nothing was quantized")
+    return answer
 
 
-def check_replay(case: Case) -> str:
-    """After a replay, later logits equal those of the oracle, for scores from attention and from gradients."""
-    ids, supported = case.prompt(LENGTH + 6), 0
+def check_replay(case: Case) -> Answer:
+    """After a replay, later logits equal those of the oracle, for scores from attention and from gradients.
+
+    Models that cache latents refuse the allocation of both policies; they are checked with equal budgets.
+    """
+    ids, reasons, num_supported = case.prompt(LENGTH + 6), list[str](), 0
     for policy in ("kvzip", "kvgrad"):
-        try:
-            cache = make_cache(case, policy)
-            prefill(case.model, {"input_ids": ids[:, :LENGTH]}, [cache])
-        except ValueError as error:
-            if re.search(NO_REPLAY, str(error)):
-                continue
-            raise
+        cache = _replayed_cache(case, policy, ids[:, :LENGTH], reasons)
+        if cache is None:
+            continue
         counts = [head.tokens_kept for head in cache.report().heads]
         if sum(counts) != int(BUDGET * LENGTH) * len(counts):
             raise WrongResultError(f"{policy}: {sum(counts)} entries are kept in {len(counts)} heads")
@@ -313,22 +348,41 @@ def check_replay(case: Case) -> str:
         for piece in ids[:, LENGTH:].split([1, 1, 3, 1], 1):
             kept = kept_positions(cache)
             check_close(case.forward(piece, cache).logits, oracle.forward(piece, kept), f"{policy}: logits")
-        supported += 1
-    return (NOT_SUPPORTED, IN_PART, SUPPORTED)[supported]
+        num_supported += 1
+    support = SUPPORTED if not reasons else IN_PART if num_supported else NOT_SUPPORTED
+    return Answer(support, "; ".join(reasons))
 
 
-def check_repair(case: Case) -> str:
+def _replayed_cache(case: Case, policy: str, prompt: Tensor, reasons: list[str]) -> CompressedCache | None:
+    """Return a cache of a prompt after a replay, None if it is refused. Add the errors to the reasons."""
+    for options in ({}, {"allocation": "equal"}):
+        try:
+            cache = make_cache(case, policy, **options)
+            prefill(case.model, {"input_ids": prompt}, [cache])
+        except ValueError as error:
+            if not re.search(NO_REPLAY, str(error)):
+                raise
+            reasons.append(f"{policy}: {error}")
+            if not re.search(NO_THRESHOLD, str(error)):
+                return None
+        else:
+            return cache
+    return None
+
+
+def check_repair(case: Case) -> Answer:
     """A repair keeps the entries that are kept without it, and the held-out errors of no head increase.
 
     With the full budget, nothing is repaired.
     """
-    for policy in POLICIES:
+    policies, answer = usable_policies(case)
+    for policy in policies:
         plain = make_cache(case, policy)
         try:
             repaired = CompressedCache(case.model, policy, BUDGET, repair=True)
         except ValueError as error:
             if re.search(NO_REPAIR, str(error)):
-                return NOT_SUPPORTED
+                return Answer(NOT_SUPPORTED, str(error))
             raise
         for cache in (plain, repaired):
             case.forward(case.prompt(), cache)
@@ -346,54 +400,84 @@ def check_repair(case: Case) -> str:
         full = [make_cache(case, policy, 1.0), CompressedCache(case.model, policy, 1.0, repair=True)]
         logits = [[case.forward(ids, cache).logits for ids in case.prompt().split([36, 4], 1)] for cache in full]
         check_close(logits[1][1], logits[0][1], f"{policy}: logits with the full budget")
-    return SUPPORTED
+    return answer
 
 
-def _runs(case: Case) -> bool:
-    """Return whether the model runs with its own cache and the current attention implementation."""
-    try:
-        case.forward(case.prompt(), None)
-    except Exception:
-        return False
-    return True
+@contextlib.contextmanager
+def _implementation(case: Case, name: str | None) -> Iterator[None]:
+    """Have a model use an attention implementation; None for its own.
 
+    Raises:
+        ValueError: the model does not accept it.
 
-def check_flash(case: Case) -> str:
-    """With FlashAttention, logits and kept entries equal those with the model's own attention implementation."""
-    decoder = find_decoder(case.model)
-    if not getattr(decoder, "_supports_flash_attn", False):
-        return DOES_NOT_APPLY
-    pieces, results = case.prompt(LENGTH + 4).split([LENGTH, 1, 3], 1), []
+    """
     configs = {id(module.config): module.config for module in case.model.modules() if hasattr(module, "config")}
     own = {key: getattr(config, "_attn_implementation_internal", None) for key, config in configs.items()}
+    try:
+        for key, config in configs.items():
+            config._attn_implementation_internal = name or own[key]
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = own[key]
+
+
+def _logits(case: Case, pieces: Sequence[Tensor], cache: Any = None) -> list[Tensor]:
+    """Return the logits of every piece of a text. Without a cache, the model makes its own."""
+    logits = []
+    for piece in pieces:
+        outputs = case.forward(piece, cache)
+        cache = cache if isinstance(cache, CompressedCache) else outputs.past_key_values
+        logits.append(outputs.logits)
+    return logits
+
+
+def check_flash(case: Case) -> Answer:
+    """With FlashAttention, logits and kept entries equal those with the model's own attention implementation.
+
+    Some models give other logits with FlashAttention with their own cache too. For them, logits equal those of the
+    model's own cache with the full budget.
+    """
+    if not getattr(find_decoder(case.model), "_supports_flash_attn", False):
+        return Answer(DOES_NOT_APPLY, "transformers does not let it use FlashAttention")
+    policies, answer = usable_policies(case)
+    pieces = case.prompt(LENGTH + 4).split([LENGTH, 1, 3], 1)
     # SDPA of transformers 5.2 ignores the soft cap of logits, which FlashAttention applies.
-    has_softcap = any(getattr(config, "attn_logit_softcapping", None) for config in configs.values())
+    has_softcap = any(getattr(getattr(x, "config", None), "attn_logit_softcapping", None) for x in case.model.modules())
+    stock, full, half = [], [], []
     with pytest.MonkeyPatch.context() as patch, flash_package(patch) as package:
         for name in ("eager" if has_softcap else None, "flash_attention_2"):
             try:
+                with _implementation(case, name):
+                    pass
+            except ValueError as error:  # GPT-OSS of transformers 5.2 accepts FlashAttention 3 only
+                return Answer(DOES_NOT_APPLY, str(error))
+            with _implementation(case, name):
                 try:
-                    for key, config in configs.items():
-                        config._attn_implementation_internal = name or own[key]
-                except ValueError:  # GPT-OSS of transformers 5.2 accepts FlashAttention 3 only
-                    return DOES_NOT_APPLY
-                if not _runs(case):  # for example GPT-2 in float32, without a linear layer that tells the dtype
-                    return DOES_NOT_APPLY
-                for policy in POLICIES:
+                    stock.append(_logits(case, pieces))
+                except Exception:  # for example GPT-2 in float32, without a linear layer that tells the dtype
+                    return Answer(DOES_NOT_APPLY, f"the model does not run with {name or 'its own attention'}")
+                full.append([_logits(case, pieces, make_cache(case, policy, 1.0)) for policy in policies])
+                half.append([])
+                for policy in policies:
                     cache = make_cache(case, policy)
-                    logits = [case.forward(piece, cache).logits for piece in pieces]
-                    results.append((policy, logits, kept_positions(cache)))
-            finally:
-                for key, config in configs.items():
-                    config._attn_implementation_internal = own[key]
-    for (policy, expected, kept), (_, got, kept_with_flash) in zip(results[:2], results[2:], strict=True):
-        for number, (one, other) in enumerate(zip(got, expected, strict=True)):
-            check_close(one, other, f"{policy}: logits of call {number} with FlashAttention")
+                    half[-1].append((_logits(case, pieces, cache), kept_positions(cache)))
+    if not package.shapes:
+        return Answer(DOES_NOT_APPLY, "its attention does not call FlashAttention")
+    for number, policy in enumerate(policies):
+        for one, other in zip(full[1][number], stock[1], strict=True):
+            check_close(one, other, f"{policy}: logits with FlashAttention and the full budget")
+        if any(float((x - y).abs().max() / y.abs().max()) > TOLERANCE for x, y in zip(stock[1], stock[0], strict=True)):
+            continue
+        (expected, kept), (got, kept_with_flash) = half[0][number], half[1][number]
+        for call, (one, other) in enumerate(zip(got, expected, strict=True)):
+            check_close(one, other, f"{policy}: logits of call {call} with FlashAttention")
         if any(not torch.equal(x, kept[key]) for key, x in kept_with_flash.items()):
             raise WrongResultError(f"{policy}: other entries are kept with FlashAttention")
-    return SUPPORTED if package.shapes else DOES_NOT_APPLY
+    return answer
 
 
-CHECKS: dict[str, Callable[[Case], str | None]] = {
+CHECKS: dict[str, Callable[[Case], Answer | None]] = {
     "construction": check_construction,
     "full": check_full_budget,
     "half": check_half_budget,
@@ -431,14 +515,14 @@ def run_checks(family: str, checks: Sequence[str] = tuple(CHECKS)) -> Results:
 
 def _run_check(name: str, case: Case) -> dict[str, str]:
     try:
-        support = CHECKS[name](case) or SUPPORTED
+        answer = CHECKS[name](case) or Answer(SUPPORTED)
     except WrongResultError as error:
         return _result("wrong", error)
     except RefusedError as error:
         return _result("refused", error)
     except Exception as error:
         return _result("failed", error)
-    return {"status": "passed", "error": "", "support": support}
+    return {"status": "passed", "error": "", **answer._asdict()}
 
 
 def run_stock(case: Case) -> dict[str, str] | None:

@@ -1,7 +1,11 @@
-"""The expected status of each family of models: supported, refused with an error, or not tested for a reason."""
+"""The expected status of each family of models: supported, refused with an error, or not tested for a reason.
+
+`REFUSALS` are models that no compressed cache can be made for, `LIMITS` those that lack a feature.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 # The most used families, which every run of the tests checks.
@@ -139,3 +143,189 @@ KNOWN_FAILURES_OLDEST: tuple[str, ...] = ()  # with transformers before 5.23
 def refusal_of(family: str) -> Refusal | None:
     """Return how a family is refused; None if it is not."""
     return next((refusal for refusal in REFUSALS if family in refusal.families), None)
+
+
+# ---- Features --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A kind of models for which the answer to some checks differs from whether the default is supported.
+
+    Args:
+        checks: the checks, from `family_checks.CHECKS`.
+        support: their answer.
+        families: the families.
+        reason: what the support page says; empty if its legend says it.
+        pattern: regular expression that the reason of the check must contain.
+
+    """
+
+    checks: tuple[str, ...]
+    support: str
+    families: tuple[str, ...]
+    reason: str = ""
+    pattern: str = ""
+
+
+# Families with an encoder, whose decoder reads its output. Those in NOT_RUNNABLE are left out.
+ENCODER_DECODERS: tuple[str, ...] = (
+    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "canary", "cohere_asr", "encoder-decoder"),
+    *("florence2", "fsmt", "led", "longt5", "m2m_100", "marian", "mbart"),
+    *("moonshine", "moonshine_streaming", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x"),
+    *("pix2struct", "plbart", "pop2piano", "pp_formulanet", "prophetnet", "seamless_m4t", "seamless_m4t_v2"),
+    *("speech-encoder-decoder", "speech_to_text", "speecht5", "switch_transformers", "t5", "t5gemma", "t5gemma2"),
+    *("udop", "umt5", "vision-encoder-decoder", "whisper"),
+)
+_NO_PROFILE: tuple[str, ...] = (
+    "canary",
+    "cohere_asr",
+    "t5gemma",
+)
+_LATENTS: tuple[str, ...] = (
+    *("axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k25", "kimi_linear"),
+    *("longcat_flash", "minicpm3", "mistral4"),
+)
+# In their default configuration; checkpoints may have other layers.
+_SLIDING: tuple[str, ...] = (
+    "idefics2",
+    "ministral",
+    "mistral",
+    "moshi",
+    "recurrent_gemma",
+)
+_NOT_REPLAYED: tuple[str, ...] = tuple(
+    family for family in ENCODER_DECODERS if family in _NO_PROFILE or refusal_of(family) is None
+)
+
+_NO_ENCODER = Difference(("cross",), "–", (), pattern="it has no encoder")
+DIFFERENCES: tuple[Difference, ...] = (
+    Difference(("equal",), "yes", _NO_PROFILE),
+    Difference(
+        ("always", "bits", "repair", "flash"),
+        "part",
+        _NO_PROFILE,
+        "with `capkv` only: its decoder needs the output of the encoder, so that no head profile can be measured",
+        "so that its head profile can be measured",
+    ),
+    # Refused by the cache of self-attention only.
+    Difference(
+        ("cross",),
+        "yes",
+        (
+            "canary",
+            "cohere_asr",
+        ),
+    ),
+    Difference(
+        ("cross",),
+        "no",
+        ("fsmt",),
+        "no decoder with cross-attention is found in it",
+        "must have a decoder with cross-attention",
+    ),
+    Difference(
+        ("replay",),
+        "no",
+        _NOT_REPLAYED,
+        "a replay supports decoders without an encoder only",
+        "supports decoders without an encoder only",
+    ),
+    Difference(
+        ("replay",),
+        "no",
+        _SLIDING,
+        "all its layers have a sliding window in its default configuration, so that the repeated text cannot read the "
+        "whole prompt",
+        "all of whose layers have a sliding window",
+    ),
+    Difference(
+        ("repair",),
+        "no",
+        _SLIDING,
+        "all its layers have a sliding window in its default configuration, which the entries that a repair replaces "
+        "leave",
+        "all of whose layers have a sliding window",
+    ),
+    Difference(
+        ("replay",),
+        "part",
+        _LATENTS,
+        'with `allocation="equal"` only: its heads share cached latents, so that there cannot be one threshold for all '
+        "heads of the model",
+        "caches latents that all heads share",
+    ),
+    Difference(("repair",), "no", _LATENTS, "its heads share cached latents", "heads share cached latents"),
+    Difference(
+        ("replay",),
+        "part",
+        (
+            *("bert", "bert-generation", "biogpt", "camembert", "ctrl", "data2vec-text", "dbrx"),
+            *("electra", "ernie", "fuyu", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox"),
+            *("kosmos-2.5", "lfm2", "lfm2_moe", "lfm2_vl", "modernbert-decoder", "opt", "persimmon"),
+            *("phi", "roberta", "roberta-prelayernorm", "roc_bert"),
+        ),
+        "with `kvzip` only: its attention has no linear layer `o_proj`, which the scores of `kvgrad` need",
+        "no linear layer named `o_proj`",
+    ),
+    Difference(
+        ("flash",),
+        "–",
+        (
+            *("axk2", "big_bird", "bigbird_pegasus", "bloom", "codegen", "deepseek_v32", "deepseek_v4"),
+            *("doge", "dots3_note", "dots3_note_text", "evolla", "fsmt", "git", "glm5_next"),
+            *(
+                "glm_moe_dsa",
+                "gpt_neox_japanese",
+                "hy_v4",
+                "inkling2",
+                "inkling2_text",
+                "inkling_mm_model",
+                "inkling_text",
+            ),
+            *("led", "llama4", "llama4_text", "longt5", "megatron-bert", "minimax_m3_vl", "minimax_m3_vl_text"),
+            *("mistral_large4", "mllama", "mpt", "mt5", "mvp", "nllb-moe", "pix2struct"),
+            *("pop2piano", "pp_formulanet", "qwen4_exp", "qwen4_exp_text", "rembert", "roformer", "seamless_m4t"),
+            *("seamless_m4t_v2",),
+        ),
+        pattern="transformers does not let it use FlashAttention",
+    ),
+    Difference(
+        ("flash",),
+        "–",
+        (
+            "gpt-sw3",
+            "gpt2",
+        ),
+        "not tested: transformers does not run it with FlashAttention in float32, with its own cache either",
+        "does not run with flash_attention_2",
+    ),
+)
+
+
+def difference_of(family: str, check: str) -> Difference | None:
+    """Return how the answer to a check differs from whether the default is supported; None if it does not."""
+    if check == "cross" and family not in ENCODER_DECODERS:
+        return _NO_ENCODER
+    return next((one for one in DIFFERENCES if family in one.families and check in one.checks), None)
+
+
+def expected_support(family: str, check: str) -> str:
+    """Return the expected answer to a check of a feature, for a family that can be tested."""
+    difference = difference_of(family, check)
+    if difference is not None:
+        return difference.support
+    return "yes" if refusal_of(family) is None else "no"
+
+
+def reason_of(family: str, check: str, reason: str) -> str:
+    """Return what the support page says of the reason that a check of a family gave.
+
+    Raises:
+        ValueError: another reason was expected.
+
+    """
+    expected = difference_of(family, check) or refusal_of(family)
+    if expected is None or not re.search(expected.pattern, reason):
+        raise ValueError(f"the reason of check {check!r} for {family} must be the expected one, got {reason!r}")
+    return expected.reason

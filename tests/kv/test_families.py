@@ -14,16 +14,28 @@ import transformers
 
 from suffice.kv import CompressedCache
 from tests.kv import support_page
-from tests.kv.families import NOT_BUILDABLE, families, model_classes
+from tests.kv.families import NOT_BUILDABLE, families, model_classes, tiny_config
 from tests.kv.family_cases import MaskedOracle, get_case
-from tests.kv.family_checks import LENGTH, TOLERANCE, compare_with_oracle, kept_positions, run_checks, write_results
+from tests.kv.family_checks import (
+    LENGTH,
+    TOLERANCE,
+    Answer,
+    compare_with_oracle,
+    kept_positions,
+    run_checks,
+    write_results,
+)
 from tests.kv.family_status import (
+    ENCODER_DECODERS,
     FAST,
     KNOWN_FAILURES,
     KNOWN_FAILURES_OLDEST,
     NOT_RUNNABLE,
     REFUSALS,
     Refusal,
+    difference_of,
+    expected_support,
+    reason_of,
     refusal_of,
 )
 
@@ -62,6 +74,14 @@ def test_family(family):
         assert results["construction"]["status"] != "failed", results["construction"]
     else:
         assert not bad
+    if IS_NEWEST and family not in NOT_RUNNABLE:
+        for column in support_page.COLUMNS.values():
+            result = results[column.check]
+            if result["status"] == "passed":
+                assert result["support"] == expected_support(family, column.check), (column.check, result)
+                assert not result["reason"] or reason_of(family, column.check, result["reason"]) is not None
+            elif result["status"] == "refused":
+                assert expected_support(family, column.check) == "no", column.check
 
 
 def test_every_family_has_one_status():
@@ -101,5 +121,39 @@ def test_support_page_agrees_with_what_is_expected():
     rows = support_page.read_rows()
     assert set(rows) == set(model_classes())
     for family, row in rows.items():
-        is_supported = refusal_of(family) is None and family not in {*NOT_RUNNABLE, *KNOWN_FAILURES, *NOT_BUILDABLE}
-        assert (row.default == row.equal_heads == row.streaming == "yes") == is_supported, family
+        is_tested = family not in {*NOT_RUNNABLE, *NOT_BUILDABLE}
+        is_supported = is_tested and refusal_of(family) is None and family not in KNOWN_FAILURES
+        assert all((row[name].support == "yes") == is_supported for name in ("default", "stream")), family
+        for name, column in support_page.COLUMNS.items():
+            if not is_tested:
+                assert row[name].support == "–", (family, name)
+                assert row[name].reason.startswith("not tested: "), (family, name)
+                continue
+            assert row[name].support == expected_support(family, column.check), (family, name)
+            difference, refusal = difference_of(family, column.check), refusal_of(family)
+            expected = difference.reason if difference else refusal.reason if refusal else ""
+            assert row[name].reason == expected, (family, name)
+
+
+@pytest.mark.skipif(not IS_NEWEST, reason="the list is made with the newest transformers")
+def test_encoder_decoders_are_those_of_transformers():
+    tested = set(model_classes()) - {*NOT_RUNNABLE, *NOT_BUILDABLE}
+    assert {family for family in tested if tiny_config(family).is_encoder_decoder} == set(ENCODER_DECODERS)
+
+
+def test_reasons_of_the_support_page_are_those_of_the_checks():
+    shared = "repair must be False for DeepseekV3ForCausalLM, whose heads share cached latents, got True"
+    assert reason_of("deepseek_v3", "repair", shared).startswith("its heads share cached latents")
+    for family, reason in (("llama", shared), ("deepseek_v3", "another error")):
+        with pytest.raises(ValueError, match=f"the reason of check 'repair' for {family} must be the expected one"):
+            reason_of(family, "repair", reason)
+
+
+def test_the_support_page_is_read_as_it_is_written(tmp_path, monkeypatch):
+    families = sorted(model_classes())
+    rows = {family: dict.fromkeys(support_page.COLUMNS, Answer("yes")) for family in families}
+    rows[families[0]]["repair"] = Answer("no", "a reason, with `code` | and a bar")
+    rows[families[1]] = dict.fromkeys(support_page.COLUMNS, Answer("–", "not tested: another reason"))
+    monkeypatch.setattr(support_page, "PAGE", tmp_path / "support.md")
+    support_page.PAGE.write_text(support_page.page(rows, "5.23.0"), encoding="utf-8")
+    assert support_page.read_rows() == rows

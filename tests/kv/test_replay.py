@@ -11,8 +11,9 @@ from suffice.kv import CompressedCache, Policy, policies, prefill
 from suffice.kv.budget.allocation import HighestReplayScores
 from suffice.kv.cache import replay
 from suffice.kv.cache.replay_prompt import Instruction, replay_inputs
-from suffice.kv.hf.layers import compressed_layers
+from suffice.kv.hf.layers import caches_latents, compressed_layers
 from suffice.kv.policy.weights import KINDS, ReplayAttention
+from tests.kv.families import build as build_family
 from tests.kv.family_cases import get_case
 from tests.kv.tiny import answer, build, left_padded, prompt, tiny, tokenizer
 
@@ -39,7 +40,17 @@ def kept(cache):
     return torch.stack(masks)
 
 
-def dense_scores(model, ids, start, end, kind):
+def head_values(module, hidden):
+    """Return the values that a module computes from its input for each query head, [tokens, heads, value_dim]."""
+    if hasattr(module, "kv_b_proj"):
+        latents = module.kv_a_layernorm(module.kv_a_proj_with_mqa(hidden)[..., : module.kv_lora_rank])
+        heads = module.kv_b_proj(latents).unflatten(-1, (-1, module.qk_nope_head_dim + module.v_head_dim))
+        return heads[..., module.qk_nope_head_dim :]
+    values = module.v_proj(hidden).unflatten(-1, (-1, module.head_dim))
+    return values.repeat_interleave(module.num_key_value_groups, 1)
+
+
+def dense_scores(model, ids, start, end, kind, last_layer=None):
     """Return scores from the attention matrices of one pass over a prompt and a part of it, [layers, heads, part].
 
     Of the prompt, the repeated tokens read the first four and the part only, in the scores but not in the model.
@@ -54,7 +65,8 @@ def dense_scores(model, ids, start, end, kind):
         for module in modules
     ]
     hooks += [module.register_forward_hook(lambda own, args, out: outputs.update({own: out[0]})) for module in modules]
-    hooks.append(model.model.layers[-1].register_forward_hook(lambda own, args, out: last.append(out)))
+    last_layer = model.model.layers[-1] if last_layer is None else last_layer
+    hooks.append(last_layer.register_forward_hook(lambda own, args, out: last.append(out)))
     embeds = model.get_input_embeddings()(torch.cat((ids, part), 1)).detach().requires_grad_(True)
     attention = model(inputs_embeds=embeds, output_attentions=True).attentions
     for hook in hooks:
@@ -70,13 +82,14 @@ def dense_scores(model, ids, start, end, kind):
         weights = (weights / weights.sum(-1, keepdim=True))[..., start:end]
         if kind != "largest":
             # The values that the module computes from its input, and its output projection, head by head.
-            values = module.v_proj(inputs[module][0, start:end]).unflatten(-1, (-1, module.head_dim))
-            values = values.repeat_interleave(module.num_key_value_groups, 1)
-            columns = module.o_proj.weight.unflatten(1, (-1, module.head_dim))
+            values = head_values(module, inputs[module][0, start:end])
+            columns = module.o_proj.weight.unflatten(1, (values.shape[1], -1))
             norms = torch.einsum("thd,ohd->hto", values, columns).norm(dim=-1)
             factor = 1 / inputs[module][0, num:].norm(dim=-1) if kind == "output" else gradient[0, num:].norm(dim=-1)
             weights = weights * norms[:, None] * factor[:, None]
-        scores.append(weights.amax(1).unflatten(0, (-1, module.num_key_value_groups)).amax(1))
+        # All heads share one latent; they share keys and values in groups otherwise.
+        group = len(weights) if hasattr(module, "kv_b_proj") else module.num_key_value_groups
+        scores.append(weights.amax(1).unflatten(0, (-1, group)).amax(1))
     return torch.stack(scores).detach()
 
 
@@ -96,6 +109,33 @@ def test_kept_entries_are_those_with_the_highest_scores_of_the_whole_model(name,
     expected = torch.zeros(scores.numel(), dtype=torch.bool)
     expected[scores.flatten().topk(10 * 6).indices] = True
     assert torch.equal(kept(cache).flatten(), expected)
+
+
+def test_gradients_are_those_of_the_last_layer_that_runs():
+    """Without an image, Llama 3.2 Vision skips the layers that read images, here the last one."""
+    model, ids = build_family("mllama"), prompt(40)
+    model.set_attn_implementation("eager")
+    layers = model.model.language_model.layers
+    assert hasattr(layers[-1], "cross_attn")
+    scores = dense_scores(model, ids, 0, 40, "gradient", last_layer=layers[-2])
+    scores[..., :4] = torch.inf
+    expected = torch.zeros(scores.numel(), dtype=torch.bool)
+    expected[scores.flatten().topk(10 * scores.shape[0] * scores.shape[1]).indices] = True
+    assert torch.equal(kept(fill(model, "kvgrad", 0.25, ids)).flatten(), expected)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_kept_latents_are_those_with_the_highest_scores_of_all_heads(name):
+    """Latents need an allocation with a budget for each layer. Gradients are known when the pass has ended."""
+    model, ids = build_family("deepseek_v3"), prompt(40)
+    model.set_attn_implementation("eager")
+    if not all(map(caches_latents, compressed_layers(model).values())):
+        pytest.skip("early versions cache the keys of all heads")
+    scores = dense_scores(model, ids, 0, 40, PUBLISHED[name])
+    scores[..., :4] = torch.inf
+    cache = fill(model, name, 0.25, ids, allocation="equal")
+    expected = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(10).indices, True)
+    assert torch.equal(kept(cache), expected)
 
 
 @pytest.mark.parametrize("name", REPLAY)

@@ -16,6 +16,8 @@ from suffice.kv.policy.directions import Key
 from suffice.kv.policy.weights import Uniform, Weights
 from tests.kv import families
 from tests.kv.families import NOT_BUILDABLE
+from tests.kv.family_cases import get_case
+from tests.kv.family_checks import CHECKS
 from tests.kv.support_page import VERSION
 from tests.kv.tiny import build, prompt, tiny
 
@@ -362,6 +364,32 @@ def test_padding_may_count_as_positions_or_not():
             cache = CompressedCache(model, "expected-attention", 16)
             with pytest.raises(ValueError, match="position_ids must be consecutive numbers in each row"):
                 model(ids, attention_mask=mask, position_ids=wrong, past_key_values=cache)
+
+
+@pytest.mark.parametrize("options", [{"repair": True}, {"policy": "expected-attention"}, {"policy": "key-leverage"}])
+def test_positions_may_begin_at_1(options):
+    """Those of PaliGemma do. Only differences of positions matter, unless keys move to other positions."""
+    model, pieces = tiny("llama"), prompt(48).split([40, 1, 7], 1)
+    logits, kept = [], []
+    for first in (0, 1):
+        cache, start = CompressedCache(model, **{"policy": "capkv", "budget": 0.5, **options}), first
+        for piece in pieces:
+            positions = torch.arange(start, start + piece.shape[1])[None]
+            with torch.no_grad():
+                logits.append(model(piece, position_ids=positions, past_key_values=cache).logits)
+            start += piece.shape[1]
+        kept.append(cache.kept_positions(0))
+    assert torch.equal(*kept)
+    for one, other in zip(logits[:3], logits[3:], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    rerotated = CompressedCache(model, "capkv", 0.5, rerotate=True)
+    with pytest.raises(ValueError, match="position_ids must be consecutive numbers in each row, from 0, because"):
+        model(pieces[0], position_ids=torch.arange(1, 41)[None], past_key_values=rerotated)
+
+
+def test_paligemma_can_be_repaired():
+    case = get_case("paligemma")
+    assert CHECKS["repair"](case).support == "yes"
 
 
 WINDOW = 128

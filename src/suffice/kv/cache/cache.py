@@ -18,7 +18,7 @@ from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.layer_kinds import make_layers
 from suffice.kv.cache.layer_report import report_layer
-from suffice.kv.cache.positions import check_position_ids, check_window, num_new_tokens
+from suffice.kv.cache.positions import REROTATE, check_position_ids, check_window, num_new_tokens
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.state import EarlierMask
 from suffice.kv.cache.stock_layer import copy_stock_layer
@@ -177,7 +177,7 @@ class CompressedCache(Cache):
     @property
     def _rotation_needed_by(self) -> str:
         if self.settings.rerotate:
-            return "rerotate=True"
+            return REROTATE
         return f"policy {self.policy.name!r}" if self.policy.needs_rotary else "repair=True"
 
     def _mask_earlier(self, mask: Any) -> None:

@@ -99,12 +99,15 @@ class LatentLayer(CompressedLayer):
         The weight is [hidden, heads * latent_dim].
         """
         module: Any = self._attention_module
+        # Only the last dimension, the dtype and the device are read. Scores from gradients are computed after the pass,
+        # when the latents have been freed.
+        like = None if self._latents is None else [x[:0].clone() for x in self._latents]
 
         def absorbed_weight() -> Tensor | None:
             weight = materialized_weight(module.o_proj, "weight")
-            if weight is None or self._latents is None:
+            if weight is None or like is None:
                 return weight
-            _, values = _expanded_bases(module, *self._latents)  # [heads, latent_dim, value_dim]
+            _, values = _expanded_bases(module, *like)  # [heads, latent_dim, value_dim]
             heads = weight.unflatten(1, (values.shape[0], -1))
             return torch.einsum("ohv,hlv->ohl", heads, values.to(weight.dtype)).flatten(1)
 

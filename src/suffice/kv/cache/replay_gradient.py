@@ -69,8 +69,9 @@ class InputNorms(_Hooks):
 class GradientRecorder(_Hooks):
     """Records the outputs of attention modules, and computes gradients with respect to them.
 
-    The objective is Φ = Σ ‖h‖² over the outputs h of the last decoder layer at all tokens (KVgrad). Within the `with`
-    statement, gradients are enabled and the parameters of the model are frozen.
+    The objective is Φ = Σ ‖h‖² over the outputs h of the last decoder layer at all tokens (KVgrad): the last one that
+    runs, because Llama 3.2 Vision skips layers that read images if there are none. Within the `with` statement,
+    gradients are enabled and the parameters of the model are frozen.
 
     Args:
         model: the model.
@@ -90,7 +91,8 @@ class GradientRecorder(_Hooks):
         """Register all hooks, freeze the parameters, and enable gradients."""
         for module in self._modules:
             self._handles.append(module.register_forward_hook(self._record))
-        self._handles.append(_last_layer(self._model, self._modules[-1]).register_forward_hook(self._record_last))
+        for layer in _decoder_layers(self._model, self._modules[-1]):
+            self._handles.append(layer.register_forward_hook(self._record_last))
         embedding: Any = self._model.get_input_embeddings()
         self._handles.append(embedding.register_forward_hook(_with_gradient))
         for parameter in self._frozen:
@@ -132,11 +134,11 @@ def _with_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output.detach().requires_grad_(True).clone()
 
 
-def _last_layer(model: PreTrainedModel, attention: nn.Module) -> nn.Module:
-    """Return the last decoder layer: that of the list of layers in which an attention module is."""
+def _decoder_layers(model: PreTrainedModel, attention: nn.Module) -> nn.ModuleList:
+    """Return the decoder layers: the list of layers in which an attention module is."""
     for module in find_decoder(model).modules():
         if isinstance(module, nn.ModuleList) and any(attention in layer.modules() for layer in module):
-            return module[-1]
+            return module
     raise ValueError(
         f"policy must not need gradients for {type(model).__name__}, which has no list of decoder layers, got one that "
         "does. Use 'kvzip'"
