@@ -309,12 +309,11 @@ def check_long_window(case: Case) -> None:
 
 def check_bits(case: Case) -> Answer:
     """With 8 bits for each number, logits are close to those with all bits, and entries were quantized."""
-    pieces = case.prompt(LENGTH + 70).split([LENGTH, 68, 1, 1], 1)
     policies, answer = usable_policies(case)
     for policy in policies:
         plain, quantized = make_cache(case, policy, 1.0), make_cache(case, policy, 1.0, bits=8)
         errors: list[Tensor] = []
-        for piece in pieces:
+        for piece in case.prompt(LENGTH + 70).split([LENGTH, 68, 1, 1], 1):
             expected, got = (case.forward(piece, cache).logits for cache in (plain, quantized))
             errors.append(((got - expected).abs().amax(-1) / expected.abs().max().clamp_min(1e-9)).flatten())
         # A few tokens may differ much more: a rounding error can send a token to another expert, and can decide between

@@ -184,7 +184,7 @@ _NO_PROFILE: tuple[str, ...] = (
 )
 _LATENTS: tuple[str, ...] = (
     *("axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k25", "kimi_linear"),
-    *("longcat_flash", "minicpm3", "mistral4"),
+    *("longcat_flash", "minicpm3", "mistral4", "youtu"),
 )
 # In their default configuration; checkpoints may have other layers.
 _SLIDING: tuple[str, ...] = (
@@ -220,9 +220,16 @@ DIFFERENCES: tuple[Difference, ...] = (
     Difference(
         ("cross",),
         "no",
-        ("fsmt",),
+        ("fsmt", "t5gemma2"),
         "no decoder with cross-attention is found in it",
         "must have a decoder with cross-attention",
+    ),
+    Difference(
+        ("cross",),
+        "no",
+        ("t5gemma",),
+        "its attention changes the keys and values between the cache and the attention function",
+        "must pass the keys and values of its cache to its attention as they are",
     ),
     Difference(
         ("replay",),
@@ -263,7 +270,7 @@ DIFFERENCES: tuple[Difference, ...] = (
             *("bert", "bert-generation", "biogpt", "camembert", "ctrl", "data2vec-text", "dbrx"),
             *("electra", "ernie", "fuyu", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox"),
             *("kosmos-2.5", "lfm2", "lfm2_moe", "lfm2_vl", "modernbert-decoder", "opt", "persimmon"),
-            *("phi", "roberta", "roberta-prelayernorm", "roc_bert"),
+            *("phi", "roberta", "roberta-prelayernorm", "roc_bert", "xlm-roberta", "xlm-roberta-xl", "xmod"),
         ),
         "with `kvzip` only: its attention has no linear layer `o_proj`, which the scores of `kvgrad` need",
         "no linear layer named `o_proj`",
@@ -286,7 +293,8 @@ DIFFERENCES: tuple[Difference, ...] = (
             *("led", "llama4", "llama4_text", "longt5", "megatron-bert", "minimax_m3_vl", "minimax_m3_vl_text"),
             *("mistral_large4", "mllama", "mpt", "mt5", "mvp", "nllb-moe", "pix2struct"),
             *("pop2piano", "pp_formulanet", "qwen4_exp", "qwen4_exp_text", "rembert", "roformer", "seamless_m4t"),
-            *("seamless_m4t_v2",),
+            *("seamless_m4t_v2", "speech_to_text", "speecht5", "step3p7", "switch_transformers", "t5", "t5gemma2"),
+            *("trocr", "udop", "umt5", "xglm"),
         ),
         pattern="transformers does not let it use FlashAttention",
     ),

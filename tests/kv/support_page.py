@@ -41,8 +41,8 @@ class Column:
 COLUMNS = {
     "default": Column(
         "half",
-        f"the default policy, `{POLICIES[0]}`, whose heads keep different numbers of entries: with half the budget, the "
-        "number of entries is exact, and logits equal those of the model's own attention over the kept entries",
+        f"the default policy, `{POLICIES[0]}`, whose heads keep different numbers of entries: with half the budget, "
+        "the number of entries is exact, and logits equal those of the model's own attention over the kept entries",
     ),
     "equal": Column("equal", f"the same with `{POLICIES[1]}`, whose heads keep equal numbers of entries"),
     "stream": Column(
@@ -76,8 +76,8 @@ COLUMNS = {
         "flash",
         "FlashAttention 2 with both policies: with the full budget, logits equal those of the model's own cache; with "
         "half the budget, logits and kept entries equal those with the model's own attention implementation, where "
-        "its own cache gives the same logits with both. A stand-in in plain PyTorch replaces the FlashAttention package, so that no GPU is needed. – "
-        "without a number: transformers does not offer FlashAttention for it",
+        "its own cache gives the same logits with both. A stand-in in plain PyTorch replaces the FlashAttention "
+        "package, so that no GPU is needed. – without a number: transformers does not offer FlashAttention for it",
     ),
 }
 Row = dict[str, Answer]  # by column
