@@ -18,7 +18,7 @@ import transformers
 
 from tests.kv.families import NOT_BUILDABLE, model_classes
 from tests.kv.family_checks import BITS_TOLERANCES, DOES_NOT_APPLY, NOT_SUPPORTED, POLICIES, SUPPORTED, Answer
-from tests.kv.family_status import FAST, NOT_RUNNABLE, reason_of, refusal_of
+from tests.kv.family_status import FAST, NOT_RUNNABLE, difference_of, reason_of, refusal_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "support.md"
 ALWAYS_NEEDED = ("construction", "full", "untouched", "padding", "window")
@@ -102,6 +102,8 @@ def row_of(family: str, results: dict[str, Any] | None) -> Row:
         result = results[column.check]
         if is_sound and result["status"] == "passed":
             row[name] = _answer(family, column.check, result)
+        elif (difference := difference_of(family, column.check)) and difference.support == DOES_NOT_APPLY:
+            row[name] = Answer(DOES_NOT_APPLY, difference.reason)
         else:
             row[name] = Answer(NOT_SUPPORTED, "it does not work yet" if refusal is None else refusal.reason)
     return row
