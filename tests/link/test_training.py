@@ -211,8 +211,8 @@ def test_pair_scorer_embeds_nodes_once_per_mode(graph, parts):
     ("make", "message"),
     [
         (lambda: TrainConfig(epochs=0), "epochs must be at least 1, got 0"),
-        (lambda: TrainConfig(directions=3), "directions must be 1 or 2, got 3"),
-        (lambda: TrainConfig(clip=0.0), "clip must be above 0 or None, got 0.0"),
+        (lambda: TrainConfig(directions=3), "directions must be from 1 to 2, got 3"),
+        (lambda: TrainConfig(clip=0.0), "clip must be above 0, got 0.0"),
         (lambda: TrainConfig(metric="f1"), "metric must be hits@K, auc, ap or mrr, got 'f1'"),
         (lambda: EncoderDecoderSettings(encoder="gat"), "encoder must be one of gcn, pure, sage, got 'gat'"),
         (
