@@ -14,8 +14,8 @@ parser.add_argument("--epochs", type=int, default=30)
 parser.add_argument("--seeds", type=int, default=5)
 arguments = parser.parse_args()
 
-# COMPOSITION/NORM: batches with a fixed or a random fraction of positives, both with BatchNorm.
-biased, corrected = "fixed/batch", "random/batch"
+# COMPOSITION/NORM: batches with a fixed fraction of positives, or with random fractions and a balanced loss.
+biased, corrected = "fixed/batch", "random+balanced/batch"
 results = correct(
     load_graph(arguments.data),
     arms=[parse_arm(biased), parse_arm(corrected)],

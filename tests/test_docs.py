@@ -107,7 +107,7 @@ def test_notebook_on_caches_runs(tmp_path, monkeypatch, capsys):
 
 EXAMPLES = {
     "audit_your_model.py": ([], "unaffected"),
-    "correct_it.py": (["--epochs", "2", "--seeds", "2"], "random/batch − fixed/batch"),
+    "correct_it.py": (["--epochs", "2", "--seeds", "2"], "random+balanced/batch − fixed/batch"),
 }
 
 

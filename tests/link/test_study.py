@@ -39,14 +39,21 @@ def test_a_study_resumes_and_its_differences_are_paired_by_seed(graph, tmp_path)
     def values(arm):
         return list(results.arms[arm].group.values["edge_nmi"].values())
 
-    gain = [a - b for a, b in zip(values("random/batch"), values("fixed/batch"), strict=True)]
-    assert results.difference("random/batch", "fixed/batch", "edge_nmi") == mean_interval(gain)
-    gain_of_layer = [a - b for a, b in zip(values("random/layer"), values("fixed/layer"), strict=True)]
+    gain = [a - b for a, b in zip(values("random+balanced/batch"), values("fixed/batch"), strict=True)]
+    assert results.difference("random+balanced/batch", "fixed/batch", "edge_nmi") == mean_interval(gain)
+    gain_of_layer = [a - b for a, b in zip(values("random+balanced/layer"), values("fixed/layer"), strict=True)]
     expected = mean_interval([a - b for a, b in zip(gain, gain_of_layer, strict=True)])
     (last,) = [row for row in results.differences() if row["of"].startswith("(") and row["metric"] == "edge_nmi"]
-    assert last["of"] == "(random/batch − fixed/batch)"
-    assert last["minus"] == "(random/layer − fixed/layer)"
+    assert last["of"] == "(random+balanced/batch − fixed/batch)"
+    assert last["minus"] == "(random+balanced/layer − fixed/layer)"
     assert [last["mean"], last["low"]] == pytest.approx([expected.mean, expected.low])
+
+    rates = {"fixed/batch": 0.005, "random+balanced/batch": 0.005, "fixed/layer": 0.001, "random+balanced/layer": 0.001}
+    assert results.to_dict()["learning_rates"] == rates
+    html = results_page(results, "suffice link correct").to_html()
+    assert "A difference of differences is" in html
+    text = "0.005 for fixed/batch, random+balanced/batch; 0.001 for fixed/layer, random+balanced/layer."
+    assert f"The learning rate differs: {text}" in html
 
 
 def test_rows_of_a_study(graph, tmp_path):
@@ -68,7 +75,9 @@ def test_the_page_of_a_study_shows_differences_and_embeddings(graph, tmp_path):
     assert [len(x) == len(y) for x, y in representations.values()] == [True, True]
     html = results_page(results, "suffice link correct", representations).to_html()
     assert html.count("<svg") == 2
-    assert "random/batch − fixed/batch" in html
+    assert "random+balanced/batch − fixed/batch" in html
+    assert "difference of differences" not in html  # there are none
+    assert "learning rate differs" not in html
     assert "t-SNE" in html
     assert all(text in html for text in ("raw features", "untrained", results.arms["fixed/batch"].verdicts[0]))
 

@@ -124,7 +124,7 @@ def correct(
         str,
         typer.Option(
             help=ARMS_HELP
-            + "fixed, random and random+balanced with batch and layer, separate with batch, and fixed with none."
+            + "fixed, random+balanced and random with batch and layer, separate with batch, and fixed with none."
         ),
     ] = "",
     graph: GraphOptions,

@@ -27,7 +27,7 @@ def study_table(results: StudyResults) -> Table:
     """Return a table of each arm's most important metrics, averaged over seeds, and its verdicts."""
     num_seeds = len(results.settings["seeds"])
     title = f"{results.graph}, {num_seeds} seed{'s' * (num_seeds > 1)}, held-out edges"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, caption=results.describe_learning_rates() or None)
     table.add_column("arm", no_wrap=True)
     for column in _STUDY_COLUMNS.values():
         table.add_column(column, justify="right", no_wrap=True)

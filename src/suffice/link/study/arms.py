@@ -142,23 +142,23 @@ ARMS = tuple(
     parse_arm(key)
     for key in (
         "fixed/batch",
-        "random/batch",
         "random+balanced/batch",
+        "random/batch",
         "separate/batch",
         "fixed/layer",
-        "random/layer",
         "random+balanced/layer",
+        "random/layer",
         "fixed/none",
     )
 )
-"""The arms that `correct` compares by default."""
+"""The arms that `correct` compares by default: the usual training, the correction, and others to compare it with."""
 
 COMPARISONS = (
-    ("random/batch", "fixed/batch"),
     ("random+balanced/batch", "fixed/batch"),
+    ("random/batch", "fixed/batch"),
     ("separate/batch", "fixed/batch"),
     ("fixed/layer", "fixed/batch"),
-    ("random/layer", "fixed/layer"),
     ("random+balanced/layer", "fixed/layer"),
+    ("random/layer", "fixed/layer"),
 )
 """Each arm with its baseline. LayerNorm, whose output does not depend on the batch, is the control."""

@@ -128,13 +128,16 @@ def add_results(page: Page, results: StudyResults, representations: Representati
     """
     graph, num_seeds = results.graph, len(results.settings["seeds"])
     interval_caption = f"Mean and 95 % t interval over {num_seeds} seeds."
-    page.add(f"{graph}: arms", Table(*table_of_arms(results), caption=interval_caption))
+    caption = f"{interval_caption} {results.describe_learning_rates()}".rstrip()
+    page.add(f"{graph}: arms", Table(*table_of_arms(results), caption=caption))
     columns, differences = table_of_differences(results)
     if differences:
-        caption = (
-            "Paired by seed, with 95 % t interval. A difference of differences is the gain of an arm under BatchNorm "
-            "minus its gain under LayerNorm, whose output does not depend on the batch."
-        )
+        caption = "Paired by seed, with 95 % t interval."
+        if any(row[0].startswith("(") for row in differences):
+            caption += (
+                " A difference of differences is the gain of an arm under BatchNorm minus its gain under LayerNorm, "
+                "whose output does not depend on the batch."
+            )
         page.add(f"{graph}: paired differences", Table(columns, differences, caption))
     curves = {arm: arm_results.response_curve() for arm, arm_results in results.arms.items()}
     numbers = [[arm, f"{x:.2f}", str(accuracy)] for arm, curve in curves.items() for x, accuracy in curve]

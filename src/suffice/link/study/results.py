@@ -14,7 +14,7 @@ from suffice.study.results import Group, Interval, group_records, mean_interval,
 from suffice.study.store import Record
 
 # Arms whose gain under BatchNorm is compared with their gain under LayerNorm.
-_ATTRIBUTED_ARMS = ("random", "random+balanced")
+_ATTRIBUTED_ARMS = ("random+balanced", "random")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class ArmResults:
         norms: norms of the model by option.
         verdicts: level of the verdict by seed.
         curves: response curve on held-out edges by seed: (fraction of positives, accuracy) of each point.
+        learning_rate: learning rate of the training.
 
     """
 
@@ -39,6 +40,7 @@ class ArmResults:
     norms: dict[str, str] = field(default_factory=dict[str, str])
     verdicts: dict[int, str] = field(default_factory=dict[int, str])
     curves: dict[int, list[tuple[float, float]]] = field(default_factory=dict[int, list[tuple[float, float]]])
+    learning_rate: float | None = None
 
     def response_curve(self) -> list[tuple[float, Interval]]:
         """Return the accuracy on held-out edges at each fraction of positives: mean and 95 % t interval over seeds."""
@@ -108,8 +110,8 @@ class StudyResults:
     def differences(self) -> list[dict[str, Any]]:
         """Return a row for each pair of arms and metric with the paired difference and its 95 % t interval.
 
-        The last rows are differences of differences: the gain of an arm under BatchNorm minus its gain under LayerNorm,
-        whose output does not depend on the batch.
+        If the arms contain both norms, the last rows are differences of differences: the gain of an arm under BatchNorm
+        minus its gain under LayerNorm, whose output does not depend on the batch.
         """
         sides = [([arm], [baseline]) for arm, baseline in COMPARISONS]
         sides += [([f"{name}/batch", "fixed/layer"], ["fixed/batch", f"{name}/layer"]) for name in _ATTRIBUTED_ARMS]
@@ -121,6 +123,17 @@ class StudyResults:
             for difference in [self._difference(added, subtracted, metric)]
         ]
 
+    def describe_learning_rates(self) -> str:
+        """Return a sentence with the learning rate of the arms, if it is not the same for all; else an empty string."""
+        by_rate: dict[float, list[str]] = {}
+        for key, arm in self.arms.items():
+            if arm.learning_rate is not None:
+                by_rate.setdefault(arm.learning_rate, []).append(key)
+        if len(by_rate) < 2:
+            return ""
+        texts = [f"{rate:g} for {', '.join(keys)}" for rate, keys in by_rate.items()]
+        return f"The learning rate differs: {'; '.join(texts)}."
+
     def to_dict(self) -> dict[str, Any]:
         """Return the results as a JSON-serializable dictionary."""
         return {
@@ -130,6 +143,7 @@ class StudyResults:
             "references": self.reference_rows(),
             "differences": self.differences(),
             "verdicts": {key: list(results.verdicts.values()) for key, results in self.arms.items()},
+            "learning_rates": {key: results.learning_rate for key, results in self.arms.items()},
             "curves": {
                 key: [[fraction, *asdict(accuracy).values()] for fraction, accuracy in results.response_curve()]
                 for key, results in self.arms.items()
@@ -170,6 +184,7 @@ def collect_arms(records: Iterable[Record]) -> list[ArmResults]:
                 curves={
                     seed: [(point[0], point[2]) for point in record.result["curve"]] for seed, record in runs.items()
                 },
+                learning_rate=first.result.get("train", {}).get("learning_rate"),
             )
         )
     return collected
