@@ -41,7 +41,7 @@ from torch import Tensor
 import suffice as library
 from suffice.information.alignment import class_information, cluster_nmi, linear_probe, trace_ratio
 from suffice.link.auditing.audit import audit
-from suffice.link.auditing.scoring import EdgeSet
+from suffice.link.auditing.edge_set import EdgeSet
 from suffice.link.auditing.trained import audit_trained
 from suffice.link.auditing.verdict import judge
 from suffice.link.batches.composition import Fixed, Random, Separate, balanced_weights

@@ -8,9 +8,9 @@ from torch import nn
 from torch_geometric.nn import MLP, LayerNorm
 
 from suffice.link.auditing.audit import audit
+from suffice.link.auditing.edge_set import EdgeSet
 from suffice.link.auditing.module_state import norm_mode
 from suffice.link.auditing.norm_layers import FrozenBatchNorm
-from suffice.link.auditing.scoring import EdgeSet
 from suffice.link.auditing.trained import audit_trained
 from suffice.link.batches.composition import Fixed
 from suffice.link.corrections import NoNorm, freeze_statistics, replace_batch_norm, train_corrected
@@ -246,9 +246,12 @@ def test_corrected_training_reports_its_changes(graph, parts):
     [
         (lambda e: audit(3, e), TypeError, "score must be a function or module that scores pairs, got int"),
         (lambda e: audit(lambda p: p[0], e, num_probes=1), ValueError, "num_probes must be at least 4, got 1"),
-        (lambda e: audit(lambda p: p, e), ValueError, "one score per pair, got 800 scores for 400 pairs"),
-        (lambda e: audit(lambda p: p[0] / 0.0 * 0, e), ValueError, "finite scores, got 400 NaN or infinite"),
-        (lambda e: audit(lambda p: [1], e), TypeError, "score must return a tensor of scores .*, got list"),
+        (lambda e: audit(lambda p: p, e), ValueError, "one score per pair, got 32 scores for 16 pairs"),
+        (lambda e: audit(lambda p: p[0] / 0.0 * 0, e), ValueError, "finite scores, got 16 NaN or infinite"),
+        (lambda e: audit(lambda p: [1], e), ValueError, "one score per pair, got 1 scores for 16 pairs"),
+        (lambda e: audit(lambda p: "no", e), TypeError, "score must return a tensor of scores .*, got 'no'"),
+        (lambda e: audit(lambda p: (p[0], p[1]), e), TypeError, "score must return a tensor of scores .*, got .*tuple"),
+        (lambda e: audit(lambda p: p[0], (e.positives, e.negatives)), TypeError, "edges must be an EdgeSet or a map"),
         (lambda e: audit(lambda p: p[0], {}), ValueError, "edges must contain at least one EdgeSet"),
         (
             lambda e: audit(Decoder(), e, frozen=("x",)),

@@ -15,7 +15,7 @@ from torch_geometric.nn.models import tgn
 
 from suffice.link.auditing import snapshot
 from suffice.link.auditing.audit import audit
-from suffice.link.auditing.scoring import EdgeSet
+from suffice.link.auditing.edge_set import EdgeSet
 
 NODES = 60
 Z = torch.randn(NODES, 6, generator=torch.Generator().manual_seed(0))

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from suffice.link import SplitConfig, load_graph, split_edges
 from suffice.link.auditing.audit import audit
+from suffice.link.auditing.edge_set import EdgeSet
 from suffice.link.auditing.norm_layers import FrozenBatchNorm
-from suffice.link.auditing.scoring import EdgeSet
 
 
 class PixelDecoder(nn.Module):

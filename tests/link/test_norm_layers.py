@@ -8,7 +8,7 @@ import torch_geometric.nn as pyg
 from torch import nn
 
 from suffice.link.auditing.audit import audit
-from suffice.link.auditing.scoring import EdgeSet
+from suffice.link.auditing.edge_set import EdgeSet
 from suffice.link.corrections import NoNorm, freeze_statistics, replace_batch_norm
 
 CHANNELS = 8

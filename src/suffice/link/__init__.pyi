@@ -1,6 +1,6 @@
 # Audit a model.
 from .auditing.audit import audit as audit
-from .auditing.scoring import EdgeSet as EdgeSet
+from .auditing.edge_set import EdgeSet as EdgeSet
 from .auditing.trained import audit_trained as audit_trained
 
 # Correct it.

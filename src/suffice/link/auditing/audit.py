@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
-from suffice.arguments import check_names, check_number
+from suffice.arguments import check_names, check_number, shown
+from suffice.link.auditing.edge_set import MIN_EDGES, EdgeSet, NumberedEdges, Score
 from suffice.link.auditing.kappa_tau import compute_statistics, noise, score_gap
 from suffice.link.auditing.module_state import (
     Modes,
@@ -28,14 +29,13 @@ from suffice.link.auditing.module_state import (
 from suffice.link.auditing.norm_layers import NormLayer, batch_norms, check_batch_norms, describe_norm_layers
 from suffice.link.auditing.scoring import (
     FRACTIONS,
-    MIN_EDGES,
-    EdgeSet,
     Repeat,
     Sampling,
-    Score,
     actual_batch_size,
     choose_modes,
+    is_of_probabilities,
     score_repeats,
+    to_logits,
 )
 from suffice.link.auditing.snapshot import preserve_state
 from suffice.link.auditing.verdict import Evidence, Verdict, judge
@@ -52,7 +52,8 @@ class ResponsePoint:
         fraction: fraction of positives in the batch.
         predicted: fraction of edges that are predicted to be positive.
         accuracy: fraction of edges that are classified correctly.
-        probe_score: median score of the probe edges; NaN in pure batches, which contain no probes.
+        probe_score: median score of the probe edges, as a logit if scores are probabilities; NaN in pure batches, which
+            contain no probes.
 
     """
 
@@ -92,6 +93,8 @@ class AuditReport:
         repeats: number of random draws.
         tested: `training mode`; `eval mode` if `score` switches the model to eval mode itself; or `as called` if there
             is no module.
+        probabilities: whether all scores were between 0 and 1, so that κ was computed on their logits.
+        threshold: score above which an edge was predicted to be positive.
 
     """
 
@@ -101,6 +104,8 @@ class AuditReport:
     batch_size: int
     repeats: int
     tested: str
+    probabilities: bool = False
+    threshold: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a JSON-serializable dictionary."""
@@ -115,7 +120,7 @@ def audit(
     batch_size: int = 512,
     num_probes: int = 32,
     repeats: int = 16,
-    threshold: float = 0.0,
+    threshold: float | None = None,
     frozen: Sequence[str] = (),
     seed: int = 0,
 ) -> AuditReport:
@@ -125,7 +130,9 @@ def audit(
     mode, the variables and attributes of `score`, what these contain, and random generators are the same afterwards.
 
     Args:
-        score: scoring function, pairs long [2, edges] -> scores [edges]: a module, a method or a function.
+        score: scoring function, pairs long [2, edges] -> scores [edges]: a module, a method or a function. Scores may
+            be a tensor, an array or a tuple of numbers. If the edges have items (see `EdgeSet`), it is called with
+            these as keyword arguments.
         edges: edges on which the model is audited, or several sets of edges by name.
         module: module behind `score`, or several, which are switched between training and eval mode. By default, the
             modules that `score` refers to or calls. With `()`, `score` is called as it is.
@@ -133,7 +140,9 @@ def audit(
         num_probes: number of probe edges, half of them positives, that stay the same while the composition of the
             rest of their batch changes.
         repeats: number of random draws; 95 % intervals are bootstrapped over them.
-        threshold: score above which an edge is predicted to be positive: 0 for logits, 0.5 for probabilities.
+        threshold: score above which an edge is predicted to be positive. By default, 0.5 if all scores are between 0
+            and 1, which are then taken for probabilities, and 0 otherwise. With a threshold of 0 or below, or of 1 or
+            above, scores are never taken for probabilities.
         frozen: names of BatchNorm layers that kept their running statistics in training. Layers that stay in eval mode
             when `module.train()` is called need not be named.
         seed: seed of all draws.
@@ -142,7 +151,8 @@ def audit(
         statistics, response curves, norm layers and a verdict.
 
     Raises:
-        TypeError: `score` is not callable or does not return a tensor.
+        TypeError: `score` is not callable or does not return numbers, or `edges` are neither an `EdgeSet` nor a mapping
+            of names to such sets.
         ValueError: a number is out of range, scores are not finite, the model has parameters that its first call
             initializes, or scoring changes a tensor or array that is too large to be copied.
 
@@ -156,58 +166,78 @@ def audit(
     if not callable(score):
         raise TypeError(f"score must be a function or module that scores pairs, got {type(score).__name__}")
     sampling = Sampling(batch_size, num_probes, repeats, seed)
-    threshold = check_number("threshold", threshold)
+    if threshold is not None:
+        threshold = check_number("threshold", threshold)
     frozen = check_names("frozen", frozen, "names of layers", "['decoder.norm']")
-    edge_sets = {"heldout": edges} if isinstance(edges, EdgeSet) else dict(edges)
-    if not edge_sets:
-        raise ValueError("edges must contain at least one EdgeSet, got an empty mapping")
+    edge_sets = _check_edges(edges)
+    scores = [score, *(edge_set.score for edge_set in edge_sets.values() if edge_set.score)]
+    bound = {name: edge_set.bind(score) for name, edge_set in edge_sets.items()}
     if module is not None and not isinstance(module, nn.Module):
         module = join_modules(list(module))
     elif module is None:
-        module = _find_module(score, edge_sets.values())
-    scores = [score, *(edge_set.score for edge_set in edge_sets.values() if edge_set.score)]
+        module = _find_module(scores, bound.values())
     with preserve_state(module, scores) as restore, WithoutDropout():
         torch.manual_seed(seed)
         frozen_names = _frozen_layers(module, frozen)
         modes = Modes(module, frozen_names)
-        layers = _describe_layers(modes, score, next(iter(edge_sets.values())))
+        layers = _describe_layers(modes, next(iter(bound.values())))
         restore()
-        parts: dict[str, EdgeSetReport] = {}
+        scored: dict[str, list[Repeat]] = {}
         tested = "as called" if module is None else "training mode"
-        for name, edge_set in edge_sets.items():
-            own_score = edge_set.score or score
-            own_modes = choose_modes(own_score, edge_set, modes, sampling, restore)
-            if not _keeps_mode(own_modes, own_score, edge_set):
+        for name, edge_set in bound.items():
+            own_modes = choose_modes(edge_set, modes, sampling, restore)
+            if not _keeps_mode(own_modes, edge_set):
                 tested = "eval mode"
             restore()
-            scored = score_repeats(own_score, edge_set, own_modes, sampling, restore)
-            is_whole = min(edge_set.positives.size(1), edge_set.negatives.size(1)) == actual_batch_size(
-                edge_set, sampling
-            )
-            parts[name] = _summarize(scored, threshold, seed, resample=is_whole)
+            scored[name] = score_repeats(edge_set, own_modes, sampling, restore)
+    everything = [repeat for repeats in scored.values() for repeat in repeats]
+    probabilities = (threshold is None or 0 < threshold < 1) and all(map(is_of_probabilities, everything))
+    if threshold is None:
+        threshold = 0.5 if probabilities else 0.0
+    at = threshold
+    if probabilities:
+        scored = {name: [repeat.apply(to_logits) for repeat in repeats] for name, repeats in scored.items()}
+        at = float(to_logits(torch.tensor(threshold)))
+    parts = {
+        name: _summarize(repeats, at, seed, resample=_is_whole(bound[name], sampling))
+        for name, repeats in scored.items()
+    }
     evidence = Evidence(
-        {name: part.score_gap for name, part in parts.items()},
-        {name: part.noise for name, part in parts.items()},
-        tested,
-        _in_eval_mode(module, frozen_names),
+        score_gaps={name: part.score_gap for name, part in parts.items()},
+        noise={name: part.noise for name, part in parts.items()},
+        tested=tested,
+        in_eval_mode=_in_eval_mode(module, frozen_names),
+        probabilities=probabilities,
+        threshold=threshold,
+        one_sided=tuple(name for name, part in parts.items() if _is_one_sided(part)),
     )
     verdict = judge({name: part.statistics for name, part in parts.items()}, layers, evidence)
-    return AuditReport(parts, layers, verdict, batch_size, repeats, tested)
+    return AuditReport(parts, layers, verdict, batch_size, repeats, tested, probabilities, threshold)
 
 
-def _find_module(score: Score | nn.Module, edge_sets: Iterable[EdgeSet]) -> nn.Module | None:
+def _check_edges(edges: object) -> dict[str, EdgeSet]:
+    """Return sets of edges by name."""
+    if isinstance(edges, EdgeSet):
+        return {"heldout": edges}
+    sets = dict(cast(Mapping[str, EdgeSet], edges)) if isinstance(edges, Mapping) else None
+    if sets is None or not all(isinstance(edge_set, EdgeSet) for edge_set in cast(dict[str, Any], sets).values()):
+        raise TypeError(f"edges must be an EdgeSet or a mapping of names to EdgeSets, got {shown(edges)}")
+    if not sets:
+        raise ValueError("edges must contain at least one EdgeSet, got an empty mapping")
+    return sets
+
+
+def _find_module(scores: Sequence[Score], edge_sets: Iterable[NumberedEdges]) -> nn.Module | None:
     """Return the modules behind the scoring functions, which score a few pairs for it."""
-    if isinstance(score, nn.Module):
-        return score
-    sets = [(edge_set.score or score, edge_set.positives[:, :MIN_EDGES]) for edge_set in edge_sets]
+    if isinstance(scores[0], nn.Module):
+        return scores[0]
 
     def call() -> None:
-        for scorer, pairs in sets:
-            scorer(pairs)
+        for edge_set in edge_sets:
+            edge_set.score(edge_set.positives[:, :MIN_EDGES])
 
-    functions = [function for function, _ in sets]
-    with preserve_state(find_modules(functions), functions):
-        return find_modules(functions, call)
+    with preserve_state(find_modules(scores), scores):
+        return find_modules(scores, call)
 
 
 def _frozen_layers(module: nn.Module | None, names: Sequence[str]) -> set[str]:
@@ -224,18 +254,28 @@ def _in_eval_mode(module: nn.Module | None, frozen: set[str]) -> tuple[str, ...]
     return tuple(name for name, layer in batch_norms(module).items() if not layer.training and name not in frozen)
 
 
-def _describe_layers(modes: Modes, score: Score, edges: EdgeSet) -> tuple[NormLayer, ...]:
+def _describe_layers(modes: Modes, edges: NumberedEdges) -> tuple[NormLayer, ...]:
     if modes.module is None:
         return ()
     with modes.evaluation():
-        return describe_norm_layers(modes.module, edges.score or score, edges.positives[:, :64], modes.frozen)
+        return describe_norm_layers(modes.module, edges.score, edges.positives[:, :64], modes.frozen)
 
 
-def _keeps_mode(modes: Modes, score: Score, edges: EdgeSet) -> bool:
+def _keeps_mode(modes: Modes, edges: NumberedEdges) -> bool:
     if modes.module is None:
         return True
     with modes.training():
-        return runs_in_its_mode(modes.module, lambda: score(edges.positives[:, :MIN_EDGES]))
+        return runs_in_its_mode(modes.module, lambda: edges.score(edges.positives[:, :MIN_EDGES]))
+
+
+def _is_whole(edges: NumberedEdges, sampling: Sampling) -> bool:
+    """Return whether a set of edges is no larger than a batch."""
+    return min(edges.positives.size(1), edges.negatives.size(1)) == actual_batch_size(edges, sampling)
+
+
+def _is_one_sided(part: EdgeSetReport) -> bool:
+    """Return whether all scores are above the threshold, or none, whatever the fraction of positives."""
+    return {point.predicted.mean for point in part.curve} in ({0.0}, {1.0})
 
 
 def _summarize(repeats: list[Repeat], threshold: float, seed: int, *, resample: bool) -> EdgeSetReport:

@@ -147,8 +147,8 @@ def describe_norm_layers(
 
     Args:
         module: module behind `score`.
-        score: scoring function, pairs [2, edges] -> scores [edges].
-        pairs: pairs to score, long [2, edges].
+        score: function that scores pairs.
+        pairs: pairs to score, long [rows, edges].
         frozen: names of layers that keep their statistics in training.
 
     """

@@ -12,42 +12,13 @@ import torch
 from torch import Tensor
 
 from suffice.arguments import check_int
+from suffice.link.auditing.edge_set import NumberedEdges
 from suffice.link.auditing.module_state import Modes
 from suffice.link.auditing.snapshot import State
 
-Score = Callable[[Tensor], Tensor]
-
 FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MIXED_FRACTIONS = FRACTIONS[1:-1]
-MIN_EDGES = 16
 _SAME_SCORES = 1e-4  # in standard deviations of the scores: a larger difference is not one of rounding
-
-
-@dataclass(frozen=True)
-class EdgeSet:
-    """Edges to audit a model on.
-
-    Args:
-        positives: edges of the graph, long [2, positives]; at least 16.
-        negatives: pairs of nodes without an edge, long [2, negatives]; at least 16.
-        score: scoring function for these edges; None for the scoring function of the audit. Training edges, for
-            example, must be scored on a graph without them.
-
-    Raises:
-        ValueError: a tensor has a wrong shape or too few edges.
-
-    """
-
-    positives: Tensor
-    negatives: Tensor
-    score: Score | None = None
-
-    def __post_init__(self) -> None:
-        for name, edges in (("positives", self.positives), ("negatives", self.negatives)):
-            if edges.ndim != 2 or edges.size(0) != 2 or edges.size(1) < MIN_EDGES:
-                raise ValueError(
-                    f"{name} must have shape [2, edges] with at least {MIN_EDGES} edges, got {tuple(edges.shape)}"
-                )
 
 
 @dataclass(frozen=True)
@@ -168,15 +139,14 @@ class Sampling:
         object.__setattr__(self, "seed", check_int("seed", self.seed))
 
 
-def score_repeats(score: Score, edges: EdgeSet, modes: Modes, sampling: Sampling, restore: State) -> list[Repeat]:
+def score_repeats(edges: NumberedEdges, modes: Modes, sampling: Sampling, restore: State) -> list[Repeat]:
     """Draw edges `sampling.repeats` times and score them in batches of every composition.
 
     If scoring a batch twice gives different scores, the state is restored before each batch, so that all batches are
     scored in the same state, such as that of a memory. If the scores still differ, every batch is scored twice.
 
     Args:
-        score: scoring function, pairs [2, edges] -> scores [edges].
-        edges: edges to draw from.
+        edges: edges to draw from, and the function that scores them.
         modes: how the module behind `score` is switched between training and eval mode.
         sampling: size of a batch, and number of probes and repeats.
         restore: restores the state of the module, such as running statistics, which change in training mode, and that
@@ -188,7 +158,7 @@ def score_repeats(score: Score, edges: EdgeSet, modes: Modes, sampling: Sampling
     probes_per_class = max(1, min(sampling.num_probes // 2, int(0.1 * size)))
     generator = torch.Generator().manual_seed(sampling.seed)
     draws = [_draw_edges(edges, size, generator) for _ in range(sampling.repeats)]
-    scorer = _Scorer(score, restore)
+    scorer = _Scorer(edges.score, restore)
     with modes.evaluation():
         scorer.test_repetition(draws[0])
         eval_batches = [scorer.score(positives, negatives, 0.5) for positives, negatives in draws]
@@ -216,12 +186,12 @@ def score_repeats(score: Score, edges: EdgeSet, modes: Modes, sampling: Sampling
     ]
 
 
-def actual_batch_size(edges: EdgeSet, sampling: Sampling) -> int:
+def actual_batch_size(edges: NumberedEdges, sampling: Sampling) -> int:
     """Return the number of edges in a batch, which is limited by the smaller class."""
     return min(sampling.batch_size, edges.positives.size(1), edges.negatives.size(1))
 
 
-def choose_modes(score: Score, edges: EdgeSet, modes: Modes, sampling: Sampling, restore: State) -> Modes:
+def choose_modes(edges: NumberedEdges, modes: Modes, sampling: Sampling, restore: State) -> Modes:
     """Return the modes with `whole_tree` if the training mode of the norm layers alone gives other scores.
 
     A model may normalize without a norm layer that the audit knows, for example by `torch.nn.functional.batch_norm`.
@@ -236,7 +206,7 @@ def choose_modes(score: Score, edges: EdgeSet, modes: Modes, sampling: Sampling,
     def scores(chosen: Modes) -> Tensor:
         torch.manual_seed(sampling.seed)
         with chosen.training():
-            found = _checked_scores(score, pairs)
+            found = edges.score(pairs)
         restore()
         return found
 
@@ -249,13 +219,24 @@ def choose_modes(score: Score, edges: EdgeSet, modes: Modes, sampling: Sampling,
     return modes if same_scores(of_norms, of_all) else whole_tree
 
 
+def is_of_probabilities(repeat: Repeat) -> bool:
+    """Return whether all scores of a repeat are from 0 to 1."""
+    batches = [*repeat.batches.values(), repeat.eval_batch]
+    return all(bool(((batch.scores >= 0) & (batch.scores <= 1)).all()) for batch in batches)
+
+
+def to_logits(probabilities: Tensor) -> Tensor:
+    """Return the logits of probabilities, float32; 0 and 1 are moved by the rounding error of float32."""
+    return torch.logit(probabilities.double(), eps=torch.finfo(torch.float32).eps).float()
+
+
 def same_scores(first: Tensor, second: Tensor) -> bool:
     """Return whether scores differ by rounding only."""
     return float((first - second).abs().max()) <= _SAME_SCORES * float(first.std()) + 1e-6 * float(first.abs().max())
 
 
-def _draw_edges(edges: EdgeSet, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return `size` random positives and `size` random negatives, each long [2, size]."""
+def _draw_edges(edges: NumberedEdges, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return `size` random positives and `size` random negatives, each long [3, size]."""
     device = edges.positives.device
     positives = torch.randperm(edges.positives.size(1), generator=generator)[:size]
     negatives = torch.randperm(edges.negatives.size(1), generator=generator)[:size]
@@ -265,7 +246,7 @@ def _draw_edges(edges: EdgeSet, size: int, generator: torch.Generator) -> tuple[
 class _Scorer:
     """Scores batches, and restores the state before each of them if scoring changes what is scored next."""
 
-    def __init__(self, score: Score, restore: State) -> None:
+    def __init__(self, score: Callable[[Tensor], Tensor], restore: State) -> None:
         self._score, self._restore = score, restore
         self._restores_state = False
 
@@ -286,7 +267,7 @@ class _Scorer:
         pairs = torch.cat([positives[:, :num_positives], negatives[:, : size - num_positives]], dim=1)
         if self._restores_state:
             self._restore(with_scores=True)
-        return BatchScores(_checked_scores(self._score, pairs), num_positives)
+        return BatchScores(self._score(pairs), num_positives)
 
 
 def _probe_scores(batches: dict[float, BatchScores], probes_per_class: int) -> dict[float, Tensor]:
@@ -297,15 +278,3 @@ def _probe_scores(batches: dict[float, BatchScores], probes_per_class: int) -> d
         )
         for fraction in MIXED_FRACTIONS
     }
-
-
-def _checked_scores(score: Score, pairs: Tensor) -> Tensor:
-    scores: object = score(pairs)
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"score must return a tensor of scores [edges], got {type(scores).__name__}")
-    scores = scores.detach().float().cpu().reshape(-1)
-    if scores.numel() != pairs.size(1):
-        raise ValueError(f"score must return one score per pair, got {scores.numel()} scores for {pairs.size(1)} pairs")
-    if not bool(scores.isfinite().all()):
-        raise ValueError(f"score must return finite scores, got {int((~scores.isfinite()).sum())} NaN or infinite ones")
-    return scores

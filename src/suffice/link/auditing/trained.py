@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from suffice.link.auditing.audit import AuditReport, audit
-from suffice.link.auditing.scoring import EdgeSet
+from suffice.link.auditing.edge_set import EdgeSet
 from suffice.link.batches.negatives import sample_negatives
 from suffice.link.data.graph import Graph, Split
 from suffice.link.models import LinkPredictor, PairScorer

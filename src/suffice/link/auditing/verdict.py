@@ -28,7 +28,7 @@ _POOR_EVAL_AUC = 0.7
 _SKILL_ACCURACY = 0.6
 _SKILL_AUC = 0.75
 _SKILL_IN_PURE_BATCHES = 0.05  # what pure batches add to accuracy and AUC: some models only learn to recognize these
-_SWAPPED_AUC = 0.4
+_RECOGNIZED_AUC = 0.6  # across pure batches: more is not the work of a wrong sign
 
 _ADVICE = {
     "unaffected": "Nothing needs to be corrected.",
@@ -76,6 +76,9 @@ class Evidence:
         tested: `training mode`, `eval mode` or `as called` (see `AuditReport`).
         in_eval_mode: BatchNorm layers that were in eval mode while the module was in training mode, but were audited
             like all others.
+        probabilities: whether scores were taken for probabilities.
+        threshold: score above which an edge is predicted to be positive.
+        one_sided: names of the sets of which all scores are on one side of the threshold.
 
     """
 
@@ -83,6 +86,9 @@ class Evidence:
     noise: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
     tested: str = "training mode"
     in_eval_mode: tuple[str, ...] = ()
+    probabilities: bool = False
+    threshold: float = 0.0
+    one_sided: tuple[str, ...] = ()
 
 
 def judge(
@@ -120,7 +126,7 @@ def judge(
     judged = [
         _judge_part(
             name,
-            {key: value.mean for key, value in part.items()},
+            part,
             evidence.score_gaps.get(name),
             evidence.noise.get(name, {}),
         )
@@ -128,6 +134,8 @@ def judge(
     ]
     level = max((level for level, _ in judged), key=LEVELS.index)
     reasons = [reason for _, part_reasons in judged for reason in part_reasons]
+    swapped = [sentence for name, part in parts.items() if (sentence := _explain_swap(name, part))]
+    reasons += swapped
     advice = _ADVICE[level]
     frozen = [layer.name for layer in layers if layer.frozen and layer.input_rows == "edges"]
     if level == "unaffected":
@@ -151,6 +159,19 @@ def judge(
             )
     if mixing := [layer.name for layer in layers if layer.mixes_edges]:
         reasons.append(f"Layers that normalize over the edge batch: {', '.join(mixing)}.")
+    if evidence.probabilities:
+        reasons.append(
+            f"All scores are between 0 and 1, so they are taken for probabilities: the threshold is "
+            f"{evidence.threshold:g}, and κ is computed on their logits."
+        )
+    if evidence.one_sided:
+        reasons.append(
+            f"On {' and '.join(evidence.one_sided)} edges, all scores are on one side of the threshold "
+            f"{evidence.threshold:g}, so that accuracies say nothing."
+        )
+        advice += " Pass a threshold that separates the classes, and audit again."
+    if swapped:
+        advice = f"Check the sign of the scores and the labels first, and audit again. {advice}"
     if evidence.in_eval_mode and level not in ("unaffected", "no skill"):
         names = ", ".join(evidence.in_eval_mode)
         advice += f" If {names} kept stored statistics in training too, name these layers in frozen, and audit again."
@@ -158,19 +179,28 @@ def judge(
 
 
 def _judge_part(
-    name: str, values: Mapping[str, float], score_gap: Interval | None, noise: Mapping[str, float]
+    name: str, part: Mapping[str, Interval], score_gap: Interval | None, noise: Mapping[str, float]
 ) -> tuple[str, list[str]]:
     """Return the level of one edge set and the sentences that explain it."""
+    values = {key: value.mean for key, value in part.items()}
     level, reasons = _judge_dependence(name, values, score_gap, noise)
     if level != "unaffected" and (without_skill := _explain_missing_skill(name, values)):
         level, reasons = "no skill", [without_skill]
-    highest_auc = max(values.get("auc_balanced", 1.0), values["auc_eval"])
-    if highest_auc < _SWAPPED_AUC and values["auc_pure"] < 1 - _SWAPPED_AUC:
-        reasons.append(
-            f"On {name} edges, negatives score above positives (AUC is at most {highest_auc:.2f}): the sign of the "
-            f"scores or the two sets of edges are likely swapped."
-        )
     return level, reasons
+
+
+def _explain_swap(name: str, part: Mapping[str, Interval]) -> str:
+    """Return a sentence if negatives score above positives, else an empty string.
+
+    A model that recognizes pure batches also does so in eval mode, but separates pure batches correctly.
+    """
+    aucs = [part[key] for key in ("auc_balanced", "auc_eval") if key in part]
+    if max(auc.high if auc.has_bounds else auc.mean for auc in aucs) >= 0.5 or part["auc_pure"].mean > _RECOGNIZED_AUC:
+        return ""
+    return (
+        f"On {name} edges, negatives score above positives (AUC is {max(auc.mean for auc in aucs):.2f}, below 0.5): "
+        f"the sign of the scores or the two sets of edges are likely swapped."
+    )
 
 
 def _judge_dependence(
