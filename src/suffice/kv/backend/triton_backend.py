@@ -105,9 +105,10 @@ class TritonBackend(TorchBackend):
         self, vectors: Tensor, format_: VectorFormat, feedback: ErrorFeedback | None = None
     ) -> tuple[QuantizedVectors, Tensor]:
         """Return quantized vectors and their squared errors; see `VectorFormat.quantize`."""
-        if not len(vectors) or format_.padded_dim > _MAX_QUANTIZED_DIM:
-            return super().quantize(vectors, format_, feedback)
-        if feedback is None:
+        fits = len(vectors) > 0 and format_.padded_dim <= _MAX_QUANTIZED_DIM
+        if fits and feedback is not None:
+            feedback = _KernelFeedback(feedback.factors, feedback.counts)
+        elif fits:
             from suffice.kv.kernels.packing import quantize_rotated
 
             vectors = vectors.float()
@@ -119,8 +120,7 @@ class TritonBackend(TorchBackend):
                     num_scales=format_.num_scales,
                 )
                 return QuantizedVectors(codes, scales), errors
-            return super().quantize(vectors, format_)
-        return super().quantize(vectors, format_, _KernelFeedback(feedback.factors, feedback.counts))
+        return super().quantize(vectors, format_, feedback)
 
 
 class _KernelFeedback(ErrorFeedback):

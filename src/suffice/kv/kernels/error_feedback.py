@@ -7,7 +7,6 @@ The results are those of `suffice.kv.storage.error_feedback.ErrorFeedback.round`
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportUnknownParameterType=false
 # pyright: reportGeneralTypeIssues=false
 
-import itertools
 from typing import Any
 
 import torch
@@ -15,13 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from suffice.gpu import async_tensor, block_size, launch
+from suffice.gpu import block_size, launch
+from suffice.kv.kernels.packing import nearest_integers
 
 _BLOCK = 16
 """Number of vectors that a program rounds."""
-
-_ROUNDING = tl.constexpr(12582912.0)
-"""1.5 · 2^23. Adding and subtracting it rounds a smaller float32 number to the nearest integer, ties to even."""
 
 
 def round_with_feedback(
@@ -43,19 +40,14 @@ def round_with_feedback(
     vectors, scales, factors = vectors.contiguous(), scales.contiguous(), factors.contiguous()
     codes = torch.empty_like(vectors, dtype=torch.uint8)
     errors = vectors.new_empty(len(vectors))
-    ends = itertools.accumulate(counts)
-    programs = [
-        (head, start, end)
-        for head, (end, count) in enumerate(zip(ends, counts, strict=True))
-        for start in range(end - count, end, _BLOCK)
-    ]
+    programs = _programs(counts)
     launch(
         feedback_kernel,
         (len(programs),),
         vectors,
         scales,
         factors,
-        async_tensor(programs, vectors.device),
+        programs.to(vectors.device, non_blocking=True),
         codes,
         errors,
         DIM=vectors.shape[1],
@@ -66,6 +58,15 @@ def round_with_feedback(
         num_warps=4,
     )
     return codes, errors
+
+
+def _programs(counts: list[int]) -> Tensor:
+    """Return what each program rounds: its head, its first vector, and the end of the head, long [programs, 3]."""
+    sizes = torch.tensor(counts)
+    ends, num_programs = sizes.cumsum(0), (sizes + _BLOCK - 1) // _BLOCK
+    head = torch.arange(len(counts)).repeat_interleave(num_programs)
+    number = torch.arange(len(head)) - (num_programs.cumsum(0) - num_programs)[head]  # within the head
+    return torch.stack((head, (ends - sizes)[head] + _BLOCK * number, ends[head]), dim=1)
 
 
 @triton.jit
@@ -98,7 +99,7 @@ def feedback_kernel(
         scale = tl.load(scales + offs_n * (DIM // GROUP_SIZE) + dim // GROUP_SIZE, mask=mask_n, other=1.0)
         is_dim = (offs_d == dim)[None, :]
         wanted = tl.sum(tl.where(is_dim, corrected, 0.0), 1) / scale + LARGEST / 2
-        code = (tl.minimum(tl.maximum(wanted, 0.0), LARGEST * 1.0) + _ROUNDING) - _ROUNDING
+        code = nearest_integers(wanted, LARGEST)
         tl.store(codes + offs_n * DIM + dim, code.to(tl.uint8), mask=mask_n)
         error = tl.sum(tl.where(is_dim, x, 0.0), 1) - (code - LARGEST / 2) * scale
         squares += error * error

@@ -72,9 +72,8 @@ def _scale(exponent: "Any"):
 
 
 @triton.jit
-def _round(x: "Any", BITS: tl.constexpr):
-    """Return the nearest integers of b bits, as float32."""
-    LARGEST: tl.constexpr = (1 << BITS) - 1
+def nearest_integers(x: "Any", LARGEST: tl.constexpr):
+    """Return the nearest integers from 0 to the largest one, as float32."""
     return (tl.minimum(tl.maximum(x, 0.0), LARGEST * 1.0) + _ROUNDING) - _ROUNDING
 
 
@@ -95,7 +94,7 @@ def _integers(
         scales + offs_n[:, None] * (PADDED // GROUP_SIZE) + (dims // GROUP_SIZE)[None, :], mask=mask, other=160
     )
     MIDDLE: tl.constexpr = ((1 << BITS) - 1) / 2
-    return _round(x / _scale(exponents.to(tl.float32)) + MIDDLE, BITS).to(tl.int32)
+    return nearest_integers(x / _scale(exponents.to(tl.float32)) + MIDDLE, (1 << BITS) - 1).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["num_vectors"])
@@ -132,7 +131,7 @@ def packing_kernel(
         exponents = tl.minimum(tl.maximum(no_clipping - step, 0.0), 255.0)
         scale = _scale(exponents)
         exact = x / scale[:, :, None] + MIDDLE
-        differences = exact - _round(exact, BITS)
+        differences = exact - nearest_integers(exact, (1 << BITS) - 1)
         error = tl.sum(tl.where(mask, differences * differences, 0.0), 2) * scale * scale
         # The error of numbers that are not finite is stored, whatever the scale.
         is_better = (error < smallest) | (step == 0)
