@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from suffice.gpu import KernelFallbackError, async_tensor
-from suffice.information.linalg import matmul
 from suffice.kv.attention.call import AttentionCall, check_right_padding, run_attention
 from suffice.kv.attention.hook import AttentionObserver, attach_observer
 from suffice.kv.attention.options import check_dropout
@@ -34,6 +33,7 @@ from suffice.kv.cache.eviction import (
 from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.layer_memory import LayerMemory, layer_shape
 from suffice.kv.cache.memory import LayerShape
+from suffice.kv.cache.query_moments import MIN_QUERIES, second_moments
 from suffice.kv.cache.recent_queries import RecentQueries
 from suffice.kv.cache.settings import CacheSettings
 from suffice.kv.cache.state_layer import StateLayer
@@ -50,12 +50,6 @@ _CHUNKS_ARE_KEPT = (
     "in chunks. With evict='prefill', only the first pass evicts, and all tokens of later passes are kept. Use "
     "CompressedCache(..., evict='always') to read a prompt in chunks"
 )
-
-# Smallest number of queries of a forward pass, or of remembered ones, from which later queries are estimated.
-_MIN_QUERIES = 32
-# Number of last queries, and their additional weight in the second moment of the queries. With more weight, questions
-# at the end of a prompt are answered more accurately, but questions after the prompt less accurately.
-_NUM_LAST_QUERIES, _LAST_WEIGHT = 32, 0.1
 
 
 class CompressedLayer(StateLayer):
@@ -263,8 +257,13 @@ class CompressedLayer(StateLayer):
         """
         if self.storage is None:
             return
-        has_queries = call is not None and max(call.query.shape[2], len(self.state.queries)) >= _MIN_QUERIES
-        self.storage.end_attention(functools.partial(self.query_moments, call) if call and has_queries else None)
+
+        def moments_of_many() -> Tensor | None:
+            assert call is not None
+            has_many = max(call.query.shape[2], len(self.state.queries)) >= MIN_QUERIES
+            return self.query_moments(call) if has_many else None
+
+        self.storage.end_attention(None if call is None else moments_of_many)
 
     def free(self) -> None:
         """Free the entries, but not the counts of the tokens. The layer cannot be used for further tokens."""
@@ -384,27 +383,17 @@ class CompressedLayer(StateLayer):
     def query_moments(self, call: AttentionCall) -> Tensor | None:
         """Return the second moment E[q qᵀ] of the queries, float32 [batch, num_key_value_heads, head_dim, head_dim].
 
-        The queries are those of the call, or the remembered ones if the call has few. The last queries, which resemble
-        the next ones most, have additional weight. The fewer queries there are, the more is added to the diagonal.
+        The queries are those of the call, or the remembered ones if the call has few; see `second_moments`.
 
         Returns None if the attention is not computed from the products of the queries and the stored keys.
         """
         queries, positions = call.query, self.new_positions[:, -call.query.shape[2] :]
-        if queries.shape[2] < _MIN_QUERIES and len(self.state.queries) > queries.shape[2]:
+        if queries.shape[2] < MIN_QUERIES and len(self.state.queries) > queries.shape[2]:
             queries, positions = self.state.queries.join()
-        heads, is_token = call.key.shape[1], (positions >= 0)[:, None, :, None]
+        is_token = positions >= 0
         if call.padding is not None or queries is not call.query:
-            queries = queries.masked_fill(~is_token, 0)
-        last = slice(-_NUM_LAST_QUERIES, None)
-        moments = torch.lerp(
-            _second_moment(queries, is_token, heads),
-            _second_moment(queries[:, :, last], is_token[:, :, last], heads),
-            _LAST_WEIGHT,
-        )
-        # Few queries say little about later ones.
-        diagonal, num_queries = moments.diagonal(dim1=-2, dim2=-1), is_token.sum(2) * (queries.shape[1] // heads)
-        diagonal += diagonal.mean(-1, keepdim=True) * (diagonal.shape[-1] / num_queries.clamp_min(1))
-        return moments
+            queries = queries.masked_fill(~is_token[:, None, :, None], 0)
+        return second_moments(queries, is_token, call.key.shape[1])
 
     def scored_tensors(self, queries: Tensor, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
         """Return the queries, keys and values by which entries are scored."""
@@ -424,21 +413,3 @@ class CompressedLayer(StateLayer):
         if global_budget is not None:
             global_budget.register(self.order, other.storage)
         return other
-
-
-def _second_moment(queries: Tensor, is_token: Tensor, num_heads: int) -> Tensor:
-    """Return the second moment of the queries of each KV head.
-
-    Args:
-        queries: [batch, heads, queries, head_dim]; zeros where there is no token.
-        is_token: bool [batch, 1, queries, 1].
-        num_heads: number of KV heads.
-
-    Returns:
-        float32 [batch, num_heads, head_dim, head_dim].
-
-    """
-    groups = queries.unflatten(1, (num_heads, -1))
-    products = [matmul(own.mT, own) for own in (group.flatten(1, 2).float() for group in groups.unbind(1))]
-    counts = groups.shape[2] * is_token.sum(2).clamp_min(1)
-    return torch.stack(products, dim=1) / counts[..., None]
