@@ -18,7 +18,7 @@ from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.layer_kinds import make_layers
 from suffice.kv.cache.layer_report import report_layer
-from suffice.kv.cache.positions import REROTATE, check_position_ids, check_window, num_new_tokens
+from suffice.kv.cache.positions import check_position_ids, check_window, num_new_tokens
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.state import EarlierMask
 from suffice.kv.cache.stock_layer import copy_stock_layer
@@ -162,7 +162,9 @@ class CompressedCache(Cache):
                 "DynamicCache() as the second cache, the cross-attention is not compressed"
             )
         if self._rotates:
-            check_position_ids(inputs, self.compressed_layers[0].state, self._rotation_needed_by)
+            # PaliGemma counts positions from 1. Only rotated keys move to positions that are counted from 0.
+            firsts = (0,) if self.settings.rerotate else (0, 1)
+            check_position_ids(inputs, self.compressed_layers[0].state, self._rotation_needed_by, firsts=firsts)
         if self._window is not None:
             storages = [layer.storage for layer in self.compressed_layers]
             num_held = max(0 if storage is None else storage.max_length for storage in storages)
@@ -177,7 +179,7 @@ class CompressedCache(Cache):
     @property
     def _rotation_needed_by(self) -> str:
         if self.settings.rerotate:
-            return REROTATE
+            return "rerotate=True"
         return f"policy {self.policy.name!r}" if self.policy.needs_rotary else "repair=True"
 
     def _mask_earlier(self, mask: Any) -> None:

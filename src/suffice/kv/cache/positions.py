@@ -14,9 +14,6 @@ from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.hf.rotary_probe import probe_positions
 from suffice.kv.policy.policy import Policy
 
-REROTATE = "rerotate=True"
-"""The name of the argument for which keys move to other positions, in errors."""
-
 
 def num_new_tokens(inputs: Mapping[str, Any]) -> int:
     """Return how many tokens a forward pass of a decoder reads.
@@ -31,17 +28,19 @@ def num_new_tokens(inputs: Mapping[str, Any]) -> int:
     return 0
 
 
-def check_position_ids(inputs: Mapping[str, Any], state: LayerState, needed_by: str) -> None:
+def check_position_ids(
+    inputs: Mapping[str, Any], state: LayerState, needed_by: str, *, firsts: tuple[int, ...]
+) -> None:
     """Check that the positions of a row's tokens are consecutive numbers, on all axes.
 
     Models with several axes of positions give other positions to the tokens of an image, and therefore also to all
-    later tokens. The positions may count padding or not, because only differences of positions matter. For the same
-    reason, they may begin at 1, as those of PaliGemma do, unless keys move to other positions.
+    later tokens. The positions may count padding or not, because only differences of positions matter.
 
     Args:
         inputs: keyword arguments of the decoder.
         state: state of a layer before the forward pass.
         needed_by: the argument of the cache that needs consecutive positions, for the error message.
+        firsts: positions that the first token of a text may have.
 
     Raises:
         ValueError: the positions of a row are not consecutive.
@@ -58,7 +57,6 @@ def check_position_ids(inputs: Mapping[str, Any], state: LayerState, needed_by: 
     else:
         is_token = torch.ones(1, 1, dtype=torch.bool, device=given.device)
         without_padding = with_padding - torch.tensor(state.num_padding or [0], device=given.device)[:, None]
-    firsts = (0,) if needed_by == REROTATE else (0, 1)
     fits = ((given == expected + first) | ~is_token for first in firsts for expected in (without_padding, with_padding))
     if not any(bool(fit.all()) for fit in fits):
         raise ValueError(
