@@ -41,7 +41,7 @@ def check_int(
         TypeError: samples must be an int, at least 1, got 1.5
 
     """
-    range_text = _int_range(minimum, maximum) + (f" {unit}" if unit else "")
+    range_text = _int_range(minimum, maximum, unit)
     number = plain_number(value)
     if isinstance(number, bool) or not isinstance(number, int):
         raise TypeError(f"{name} must be an int{', ' if range_text else ''}{range_text}, got {shown(value)}")
@@ -57,7 +57,7 @@ def check_optional_int(name: str, value: object, minimum: int | None = None, *, 
     try:
         return check_int(name, value, minimum, unit=unit)
     except TypeError:
-        range_text = _int_range(minimum, None) + (f" {unit}" if unit else "")
+        range_text = _int_range(minimum, None, unit)
         accepted = f"an int, {range_text}," if range_text else "an int"
         raise TypeError(f"{name} must be {accepted} or None, got {shown(value)}") from None
 
@@ -248,6 +248,17 @@ def check_instance(name: str, value: object, kind: type[T], example: str, *, opt
     return value
 
 
+def check_instances(name: str, value: object, kind: type[T], example: str) -> list[T]:
+    """Return the items of `value` as a list if they are instances of a class; see `check_list` and `check_instance`.
+
+    Raises:
+        TypeError: `value` is not a list, or an item is something else.
+
+    """
+    items = check_list(name, value, f"{kind.__name__}s", f"[{example}]")
+    return [check_instance(f"{name}[{index}]", item, kind, example) for index, item in enumerate(items)]
+
+
 def check_callable(name: str, value: object) -> None:
     """Check that `value` can be called.
 
@@ -271,9 +282,11 @@ def shown(value: object) -> str:
     return text if is_short else f"a value of type {type(value).__name__}"
 
 
-def _int_range(minimum: int | None, maximum: int | None) -> str:
+def _int_range(minimum: int | None, maximum: int | None, unit: str) -> str:
     if minimum is not None and maximum is not None:
-        return f"from {minimum} to {maximum}"
-    if minimum is not None:
-        return f"at least {minimum}"
-    return "" if maximum is None else f"at most {maximum}"
+        text = f"from {minimum} to {maximum}"
+    elif minimum is not None:
+        text = f"at least {minimum}"
+    else:
+        text = "" if maximum is None else f"at most {maximum}"
+    return f"{text} {unit}" if unit else text

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from suffice.arguments import check_int
 from suffice.information.capacity import noise_variance, prepare_set, row_leverage
 from suffice.information.linalg import matmul, working_dtype
-from suffice.information.validation import check_count, check_floating, check_mask, check_ridge, check_vectors
+from suffice.information.validation import check_floating, check_mask, check_ridge, check_vectors
 from suffice.information.weighted_set import WeightedSet
 
 
@@ -90,7 +91,7 @@ def select_by_leverage(
         tensor([0, 2])
 
     """
-    check_count("rounds", rounds)
+    check_int("rounds", rounds, 1)
     vectors = check_vectors(vectors)
     candidates, protected = _check_candidates(vectors.shape[:-1], vectors.device, budget, valid, protected)
     items, noise, _ = prepare_set(vectors, weights, valid, ridge, relative)
@@ -171,7 +172,7 @@ def _check_candidates(
     shape: torch.Size, device: torch.device, budget: int, valid: Tensor | None, protected: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Check that the budget fits, and return the masks of the valid and of the protected items, [..., n] each."""
-    check_count("budget", budget, shape[-1])
+    check_int("budget", budget, 1, shape[-1])
     if valid is None:
         valid = torch.ones(shape, dtype=torch.bool, device=device)
     else:

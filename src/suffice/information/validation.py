@@ -8,7 +8,6 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from suffice.arguments import check_int
 from suffice.plain_numbers import plain_number
 
 
@@ -122,17 +121,6 @@ def check_ridge(ridge: object) -> float:
     if not (number > 0 and math.isfinite(number)):
         raise ValueError(f"ridge must be finite and above 0, got {ridge}")
     return float(number)
-
-
-def check_count(name: str, value: object, maximum: int | None = None) -> int:
-    """Return `value` if it is an int from 1 to `maximum`.
-
-    Raises:
-        TypeError: `value` is not an int.
-        ValueError: `value` is out of range.
-
-    """
-    return check_int(name, value, 1, maximum)
 
 
 def all_finite(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from suffice.arguments import check_choice, check_flag, check_instance, check_int, check_list
+from suffice.arguments import check_choice, check_flag, check_instance, check_instances, check_int
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.cache.arguments import CacheArguments
 from suffice.kv.cache.batched import BatchedCaches
@@ -176,9 +176,9 @@ def evaluate(
     model = unwrap_model(model)
     check_tokenizer(tokenizer)
     check_instance("example", example, Example, "make_example('multikey', tokenizer, tokens=900)")
-    configs = check_list("configs", configs, "CacheConfigs", "[CacheConfig('h2o', 0.5)]")
-    for index, config in enumerate(configs):
-        check_instance(f"configs[{index}]", config, CacheConfig, "CacheConfig('h2o', 0.5)").check()
+    configs = check_instances("configs", configs, CacheConfig, "CacheConfig('h2o', 0.5)")
+    for config in configs:
+        config.check()
     check_choice("mode", mode, example.modes, f" for task {example.task!r}")
     greedy_tokens = check_int("greedy_tokens", greedy_tokens, 0)
     flags = {"answer": answer, "measure_capacity": measure_capacity, "share_statistics": share_statistics}

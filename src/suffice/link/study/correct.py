@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from suffice.arguments import check_instance, check_int, check_list
+from suffice.arguments import check_instances, check_int
 from suffice.link.data.checkpoint import CheckpointError
 from suffice.link.data.files import save_graph
 from suffice.link.data.graph import Graph, SplitConfig, prepare_graph, split_edges, with_enough_negatives
@@ -83,9 +83,7 @@ def correct(
     """
     seeds, first_seed = check_int("seeds", seeds, 1), check_int("first_seed", first_seed, 0)
     workers = check_int("workers", workers, 0)
-    arms = check_list("arms", arms, "Arms", "[parse_arm('fixed/batch')]")
-    for index, arm in enumerate(arms):
-        check_instance(f"arms[{index}]", arm, Arm, "parse_arm('fixed/batch')")
+    arms = check_instances("arms", arms, Arm, "parse_arm('fixed/batch')")
     keys = [arm.key for arm in arms]
     if not keys or len(set(keys)) < len(keys):
         raise ValueError(f"arms must contain at least one arm and no arm twice, got {keys}")

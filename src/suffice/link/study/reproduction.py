@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from suffice.arguments import check_instance, check_int, check_list, check_names
+from suffice.arguments import check_instances, check_int, check_names
 from suffice.link.data.datasets import load_graph
 from suffice.link.data.files import save_graph
 from suffice.link.data.graph import SplitConfig, prepare_graph
@@ -78,9 +78,7 @@ def reproduce(
     """
     data = check_names("data", data, "names of graphs", "['digits']")
     models = check_names("models", models, "names of models", "['gcn', 'buddy']")
-    arms = check_list("arms", arms, "Arms", "[parse_arm('fixed/batch')]")
-    for index, arm in enumerate(arms):
-        check_instance(f"arms[{index}]", arm, Arm, "parse_arm('fixed/batch')")
+    arms = check_instances("arms", arms, Arm, "parse_arm('fixed/batch')")
     for name, values in (("data", data), ("models", models), ("arms", arms)):
         if not values:
             raise ValueError(f"{name} must contain at least one name, got {values!r}")
