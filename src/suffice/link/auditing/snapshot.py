@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import random
 import threading
-import zlib
 from collections import deque
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -19,6 +18,21 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from suffice.link.auditing.norm_layers import norm_layers
 from suffice.link.auditing.references import call_method, cells, is_installed, is_of_standard_library, used_globals
+from suffice.link.auditing.saved_values import (
+    Saved,
+    SavedArray,
+    SavedAttributes,
+    SavedCell,
+    SavedContainer,
+    SavedGenerator,
+    SavedGlobals,
+    SavedSlots,
+    SavedTensor,
+    Watched,
+    WatchedArray,
+    WatchedTensor,
+    is_state,
+)
 
 MAX_COPIED_BYTES = 64 * 2**20
 """Larger tensors and arrays, such as the features of a graph, are not copied but must not change."""
@@ -97,7 +111,8 @@ class _Snapshot:
 
     def __init__(self, roots: Iterable[object], known: _Snapshot | None = None) -> None:
         self.modules: list[nn.Module] = []
-        self._saved: list[_Saved] = []
+        self._saved: list[Saved] = []
+        self._watched: list[Watched] = []
         self._seen: dict[int, object] = dict(known._seen) if known is not None else {}  # alive, so that ids stay valid
         self._copied_bytes = known._copied_bytes if known is not None else 0
         self._norm_tensors: set[int] = set()
@@ -117,7 +132,7 @@ class _Snapshot:
 
     def changed_for_good(self) -> list[str]:
         """Return the names of tensors and arrays that have changed, but were too large to be copied."""
-        return [saved.name for saved in self._saved if isinstance(saved, _Watched) and saved.has_changed()]
+        return [watched.name for watched in self._watched if watched.has_changed()]
 
     def _visit(self, name: str, value: object) -> None:
         if value is None or isinstance(value, (str, bytes, int, float, complex, type, ModuleType)):
@@ -130,7 +145,7 @@ class _Snapshot:
         elif isinstance(value, np.ndarray):
             self._save_array(name, cast(Any, value))
         elif isinstance(value, (dict, list, deque, set)):
-            self._saved.append(_SavedContainer(cast(Any, value)))
+            self._saved.append(SavedContainer(cast(Any, value)))
             self._visit_entries(name, value)
         elif isinstance(value, (tuple, frozenset)):
             self._visit_entries(name, value)
@@ -142,7 +157,7 @@ class _Snapshot:
         elif isinstance(value, functools.partial):
             self._to_visit += [(name, inner) for inner in (value.func, *value.args, *value.keywords.values())]
         elif isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
-            self._saved.append(_SavedGenerator(value))
+            self._saved.append(SavedGenerator(value))
         elif isinstance(value, nn.Module):
             self._save_module(name, value)
         elif not is_of_standard_library(type(value)):
@@ -159,13 +174,13 @@ class _Snapshot:
 
     def _save_function(self, name: str, function: FunctionType) -> None:
         self._to_visit += [(name, inner) for inner in (*(function.__defaults__ or ()), function.__kwdefaults__)]
-        self._saved.append(_SavedContainer(function.__dict__))
+        self._saved.append(SavedContainer(function.__dict__))
         self._to_visit += [(f"{name}.{key}", inner) for key, inner in function.__dict__.items()]
         for key, cell in cells(function).items():
-            self._saved.append(_SavedCell(cell))
+            self._saved.append(SavedCell(cell))
             self._to_visit.append((key, cell.cell_contents))
         used = used_globals(function)
-        self._saved.append(_SavedGlobals(function.__globals__, used))
+        self._saved.append(SavedGlobals(function.__globals__, used))
         self._to_visit += used.items()
 
     def _save_module(self, name: str, module: nn.Module) -> None:
@@ -179,11 +194,11 @@ class _Snapshot:
             self._to_visit += [(prefix + key, value) for key, value in inner]
             self.modules += [part for part in module.modules() if part is not module]
             return
-        attributes = {key: value for key, value in vars(module).items() if _is_state(key)}
-        self._saved.append(_SavedAttributes(vars(module), attributes))
+        attributes = {key: value for key, value in vars(module).items() if is_state(key)}
+        self._saved.append(SavedAttributes(vars(module), attributes))
         for group in ("_buffers", "_modules", "_parameters"):
             entries: dict[str, object] = attributes.pop(group)
-            self._saved.append(_SavedContainer(entries))
+            self._saved.append(SavedContainer(entries))
             self._seen[id(entries)] = entries
             self._to_visit += [(prefix + key, value) for key, value in entries.items()]
         self._to_visit += [(prefix + key, value) for key, value in attributes.items()]
@@ -196,9 +211,9 @@ class _Snapshot:
         if any(isinstance(content, _THREAD_TYPES) for content in inner.values()):
             return
         if hasattr(value, "__dict__"):
-            self._saved.append(_SavedAttributes(attributes, attributes))
+            self._saved.append(SavedAttributes(attributes, attributes))
         if slots:
-            self._saved.append(_SavedSlots(value, slots))
+            self._saved.append(SavedSlots(value, slots))
         self._to_visit += [(f"{name}.{key}", content) for key, content in inner.items()]
         if (called := call_method(value)) is not None:
             self._to_visit.append((name, called))
@@ -213,14 +228,16 @@ class _Snapshot:
             values = "_values" if tensor.layout == torch.sparse_coo else "values"
             self._to_visit += [] if tensor.is_meta else [(name, getattr(tensor, values)())]
             return
-        is_copied = id(tensor) in self._norm_tensors or self._has_room(tensor.numel() * tensor.element_size())
-        self._saved.append(_SavedTensor(tensor) if is_copied else _WatchedTensor(name, tensor))
+        if id(tensor) in self._norm_tensors or self._has_room(tensor.numel() * tensor.element_size()):
+            self._saved.append(SavedTensor(tensor))
+        else:
+            self._watched.append(WatchedTensor(name, tensor))
 
     def _save_array(self, name: str, array: np.ndarray[Any, Any]) -> None:
         if self._has_room(array.nbytes):
-            self._saved.append(_SavedArray(array))
+            self._saved.append(SavedArray(array))
         elif array.flags.writeable and not array.dtype.hasobject:
-            self._saved.append(_WatchedArray(name, array))
+            self._watched.append(WatchedArray(name, array))
 
     def _has_room(self, num_bytes: int) -> bool:
         """Return whether a copy of so many bytes is allowed, and count it."""
@@ -230,182 +247,8 @@ class _Snapshot:
         return True
 
 
-class _Saved(Protocol):
-    def restore(self) -> None: ...
-
-
-class _Watched:
-    """Something that is too large to be copied."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def restore(self) -> None:
-        """Do nothing: there is no copy."""
-
-    def has_changed(self) -> bool:
-        raise NotImplementedError
-
-
-class _SavedTensor:
-    """A tensor and a copy of its content."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._copy = tensor, tensor.detach().clone()
-
-    def restore(self) -> None:
-        if self._tensor.shape != self._copy.shape:
-            self._tensor.data = self._copy.clone()
-        # The version of a tensor does not count changes of running statistics by BatchNorm.
-        elif not torch.equal(self._tensor, self._copy):
-            self._tensor.copy_(self._copy)
-
-
-class _SavedArray:
-    """An array and a copy of its content."""
-
-    def __init__(self, array: np.ndarray[Any, Any]) -> None:
-        self._array, self._copy = array, array.copy()
-
-    def restore(self) -> None:
-        if self._array.flags.writeable:
-            self._array[...] = self._copy
-
-
-class _SavedContainer:
-    """A dictionary, list, deque or set, and the entries that it contains."""
-
-    def __init__(self, container: Any) -> None:
-        self._container = container
-        self._entries: Any = dict(container) if isinstance(container, dict) else list(container)
-
-    def restore(self) -> None:
-        if not _has_same_entries(self._container, self._entries):
-            self._container.clear()
-            add = self._container.extend if isinstance(self._container, (list, deque)) else self._container.update
-            add(self._entries)
-
-
-class _SavedAttributes:
-    """The attributes of an object and the values that they have."""
-
-    def __init__(self, attributes: dict[str, Any], values: dict[str, Any]) -> None:
-        self._attributes, self._values = attributes, dict(values)
-
-    def restore(self) -> None:
-        for key in [key for key in self._attributes if key not in self._values and _is_state(key)]:
-            del self._attributes[key]
-        self._attributes.update(self._values)
-
-
-class _SavedSlots:
-    """The attributes of an object without a dictionary of them, and the values that they have."""
-
-    def __init__(self, owner: object, values: dict[str, Any]) -> None:
-        self._owner, self._values = owner, values
-
-    def restore(self) -> None:
-        for key, value in self._values.items():
-            if getattr(self._owner, key, None) is not value:
-                object.__setattr__(self._owner, key, value)
-
-
-class _SavedGlobals:
-    """Global variables and the values that they have."""
-
-    def __init__(self, variables: dict[str, Any], values: dict[str, object]) -> None:
-        self._variables, self._values = variables, values
-
-    def restore(self) -> None:
-        self._variables.update(self._values)
-
-
-class _SavedCell:
-    """A variable that a function shares with the one around it, and its value."""
-
-    def __init__(self, cell: CellType) -> None:
-        self._cell, self._value = cell, cell.cell_contents
-
-    def restore(self) -> None:
-        self._cell.cell_contents = self._value
-
-
-class _SavedGenerator:
-    """A random generator and its state."""
-
-    def __init__(self, generator: Any) -> None:
-        self._generator = generator
-        self._state = self._read()
-
-    def _read(self) -> Any:
-        generator: Any = self._generator
-        if isinstance(generator, np.random.Generator):
-            return generator.bit_generator.state
-        read = "getstate" if isinstance(generator, random.Random) else "get_state"
-        return getattr(generator, read)()
-
-    def restore(self) -> None:
-        generator: Any = self._generator
-        if isinstance(generator, np.random.Generator):
-            generator.bit_generator.state = self._state
-        else:
-            write = "setstate" if isinstance(generator, random.Random) else "set_state"
-            getattr(generator, write)(self._state)
-
-
-class _WatchedTensor(_Watched):
-    """A tensor that is too large to be copied, with the number of its changes in place."""
-
-    def __init__(self, name: str, tensor: Tensor) -> None:
-        super().__init__(name)
-        self._tensor = tensor
-        self._version = self._read_version()
-
-    def _read_version(self) -> int | None:
-        """Return how often the tensor was changed in place; None if torch does not count it."""
-        return None if self._tensor.is_inference() else self._tensor._version
-
-    def has_changed(self) -> bool:
-        return self._version != self._read_version()
-
-
-class _WatchedArray(_Watched):
-    """An array that is too large to be copied, with a checksum."""
-
-    def __init__(self, name: str, array: np.ndarray[Any, Any]) -> None:
-        super().__init__(name)
-        self._array = array
-        self._checksum = self._compute_checksum()
-
-    def _compute_checksum(self) -> int:
-        checksum = 0
-        for row in self._array if self._array.ndim > 1 else (self._array,):
-            checksum = zlib.crc32(np.ascontiguousarray(row).data.cast("B"), checksum)
-        return checksum
-
-    def has_changed(self) -> bool:
-        return self._checksum != self._compute_checksum()
-
-
-def _is_state(attribute: str) -> bool:
-    return attribute != "training" and "_hooks" not in attribute
-
-
 def _slots(value: object) -> list[str]:
     """Return the names of the attributes that the classes of an object, written in Python, declare as slots."""
     declared = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
     names = [name for slots in declared for name in ([slots] if isinstance(slots, str) else slots)]
     return [name for name in names if name not in ("__dict__", "__weakref__") and not name.startswith("__")]
-
-
-def _has_same_entries(container: Any, entries: Any) -> bool:
-    if len(container) != len(entries):
-        return False
-    if isinstance(container, dict):
-        # The order of the entries is part of the state, too.
-        current = cast(dict[Any, Any], container).items()
-        return all(
-            key is other_key and value is other
-            for (key, value), (other_key, other) in zip(current, entries.items(), strict=True)
-        )
-    return all(value is other for value, other in zip(container, entries, strict=True))
