@@ -36,6 +36,7 @@ from suffice.kv.eval.user_prompts import UserPrompt, read_user_prompts
 from suffice.kv.policy.estimators import Leverage
 from suffice.kv.policy.weights import ExpectedAttention, KeySalience, WindowAttention
 from tests.kv.tiny import TOKENS, build, tokenizer
+from tests.wrong_arguments import each_wrong_argument, expect_error
 
 MODEL = build("llama", vocab_size=TOKENS, max_position_embeddings=1024, seed=3)
 EXAMPLE = make_example("multikey", tokenizer(), tokens=300, seed=0)
@@ -226,10 +227,6 @@ WRONG = [
 ]
 
 
-def identify(value):
-    return value if isinstance(value, str) else value.__name__ if isinstance(value, type) else None
-
-
 @pytest.fixture
 def no_work(monkeypatch):
     """Make every load and every forward pass fail the test."""
@@ -245,10 +242,9 @@ def no_work(monkeypatch):
     monkeypatch.setattr(MODEL, "forward", work)
 
 
-@pytest.mark.parametrize(("call", "argument", "value", "error", "words"), WRONG, ids=identify)
+@each_wrong_argument(WRONG)
 def test_a_wrong_argument_is_named_before_any_work(no_work, call, argument, value, error, words):
-    with pytest.raises(error, match=rf"(?s)^{words}"):
-        CALLS[call](**{argument: value})
+    expect_error(CALLS[call], argument, value, error, words)
 
 
 def test_numbers_of_numpy_and_paths_are_accepted(tmp_path):

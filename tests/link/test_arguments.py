@@ -24,6 +24,7 @@ from suffice.link import (
 from suffice.link.metrics import hits_at_k
 from suffice.link.study.arms import parse_arm
 from suffice.link.study.reproduction import reproduce
+from tests.wrong_arguments import each_wrong_argument, expect_error
 
 EDGES = EdgeSet(torch.ones(2, 64).long(), torch.zeros(2, 64).long())
 NETWORK = nn.Sequential(nn.BatchNorm1d(3))
@@ -95,16 +96,11 @@ WRONG = [
 ]
 
 
-def identify(value):
-    return value if isinstance(value, str) else value.__name__ if isinstance(value, type) else None
-
-
-@pytest.mark.parametrize(("call", "argument", "value", "error", "words"), WRONG, ids=identify)
+@each_wrong_argument(WRONG)
 def test_a_wrong_argument_is_named_before_any_work(monkeypatch, call, argument, value, error, words):
     for module in ("correct", "reproduction"):
         monkeypatch.setattr(f"suffice.link.study.{module}.save_graph", lambda *_: pytest.fail("a graph was stored"))
-    with pytest.raises(error, match=rf"(?s)^{words}"):
-        CALLS[call](**{argument: value})
+    expect_error(CALLS[call], argument, value, error, words)
 
 
 def test_numbers_of_numpy_are_plain_numbers():

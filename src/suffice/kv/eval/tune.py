@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from suffice.arguments import check_choice, check_int, check_list, check_number, shown
+from suffice.arguments import check_int, check_number
 from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid, describe_size, mean_bytes
-from suffice.kv.eval.prompt import tokenize_prompt
 from suffice.kv.eval.run_kinds import TUNE
 from suffice.kv.eval.run_options import RunOptions, run_samples
 from suffice.kv.eval.samples import check_memory
-from suffice.kv.eval.user_prompts import UserPrompt, write_user_prompts
+from suffice.kv.eval.user_prompts import UserPrompt, check_user_prompts, longest_prompt, store_user_prompts
 from suffice.kv.hf.loading import ModelSource
 from suffice.kv.policy.registry import DEFAULT_POLICY, DEFAULT_REPLAY_POLICY, get_policy
 from suffice.kv.storage.quantization import Bits, shortest_bits
 from suffice.study.results import Group, group_records, skewed_mean_bound
 from suffice.study.spec import PlannedRun
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Arm = tuple[str, str, Bits | None, bool]
 """A policy, an allocation, a number of bits, and whether kept entries are repaired."""
@@ -275,7 +269,7 @@ def tune(
     """
     metric, target = _check_target(target_kl, target_agreement)
     confidence = check_number("confidence", confidence, above=0.5, below=1)
-    prompts = _check_prompts(prompts, mode)
+    prompts = check_user_prompts(prompts, mode)
     run = RunOptions.from_argument(run)
     optional: list[str] = []
     if budgets is None and memory is None:
@@ -300,9 +294,9 @@ def tune(
     }
     TUNE.complete(settings)
     tried = [] if "memory" in optional else caches.caches()
-    check = partial(check_memory, source, tried, partial(_longest, prompts, mode), keep_model=run.workers == 0)
+    check = partial(check_memory, source, tried, partial(longest_prompt, prompts, mode), keep_model=run.workers == 0)
     with run.open_folder() as folder:
-        file = _store_prompts(prompts, Path(folder))
+        file = store_user_prompts(prompts, Path(folder))
         complete = TUNE.complete({**settings, "prompts": file})
         plan = [PlannedRun(complete, index, (file,)) for index in range(len(prompts))]
         records = run_samples(folder, TUNE, plan, Path(file).stem, run, check=check)
@@ -319,45 +313,6 @@ def _check_target(target_kl: float | None, target_agreement: float | None) -> tu
     raise ValueError(
         f"exactly one of target_kl and target_agreement must be given, got {target_kl} and {target_agreement}"
     )
-
-
-def _check_prompts(given: object, mode: object) -> list[UserPrompt]:
-    """Return the argument `prompts` of `tune`, with texts as prompts without a question."""
-    prompts: list[UserPrompt] = []
-    for index, prompt in enumerate(
-        check_list("prompts", given, "texts or UserPrompts", "['first text', 'second text']")
-    ):
-        if not isinstance(prompt, (str, UserPrompt)):
-            raise TypeError(f"prompts must hold texts or UserPrompts, got {shown(prompt)} as prompt {index}")
-        try:
-            prompts.append(UserPrompt(prompt) if isinstance(prompt, str) else prompt)
-        except ValueError as error:
-            raise ValueError(f"prompt {index}: {error}") from None
-    if len(prompts) < 2:
-        raise ValueError(f"prompts must hold at least 2, because the bound needs their variance, got {len(prompts)}")
-    check_choice("mode", mode, ("aware", "agnostic"))
-    without = [index for index, prompt in enumerate(prompts) if prompt.question is None]
-    if mode == "agnostic" and without:
-        raise ValueError(
-            f"mode must be 'aware' if a prompt has no question, got {mode!r} (prompt {without[0]} has no question)"
-        )
-    return prompts
-
-
-def _longest(prompts: Sequence[UserPrompt], mode: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the largest number of tokens of a prompt, or of the part of it that is compressed."""
-    tokens = [tokenize_prompt(tokenizer, prompt.document, prompt.question) for prompt in prompts]
-    return max((part.document if mode == "agnostic" else part.input_ids).shape[1] for part in tokens)
-
-
-def _store_prompts(prompts: Sequence[UserPrompt], folder: Path) -> str:
-    """Write the prompts to the study's folder, and return the file's name, which contains their digest."""
-    folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()[:16]
-    name = f"prompts-{digest}.jsonl"
-    if not (folder / name).exists():
-        write_user_prompts(prompts, folder / name)
-    return name
 
 
 def make_trials(groups: Sequence[Group], metric: str, target: float, confidence: float) -> list[Trial]:

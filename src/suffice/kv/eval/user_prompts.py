@@ -1,15 +1,16 @@
-"""A user's own prompts: read them from a file, and let the full cache answer them."""
+"""A user's own prompts: read, check and store them, and let the full cache answer them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from suffice.arguments import check_optional_text, check_path, check_text
+from suffice.arguments import check_choice, check_list, check_optional_text, check_path, check_text, shown
 from suffice.files import read_text
 from suffice.kv.eval.prompt import PromptTokens, tokenize_prompt
 from suffice.kv.eval.tasks.example import Example
@@ -92,6 +93,51 @@ def write_user_prompts(prompts: Sequence[UserPrompt], path: Path) -> None:
         json.dumps({"prompt": prompt.document, "question": prompt.question}, ensure_ascii=False) for prompt in prompts
     ]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def check_user_prompts(given: object, mode: object) -> list[UserPrompt]:
+    """Return the argument `prompts` of `tune`, with texts as prompts without a question.
+
+    Raises:
+        TypeError: it is not a list, an item is neither a text nor a prompt, or `mode` is not a string.
+        ValueError: there are fewer than two prompts, one is empty, or one does not have the mode.
+
+    """
+    prompts: list[UserPrompt] = []
+    for index, prompt in enumerate(
+        check_list("prompts", given, "texts or UserPrompts", "['first text', 'second text']")
+    ):
+        if not isinstance(prompt, (str, UserPrompt)):
+            raise TypeError(f"prompts must hold texts or UserPrompts, got {shown(prompt)} as prompt {index}")
+        try:
+            prompts.append(UserPrompt(prompt) if isinstance(prompt, str) else prompt)
+        except ValueError as error:
+            raise ValueError(f"prompt {index}: {error}") from None
+    if len(prompts) < 2:
+        raise ValueError(f"prompts must hold at least 2, because the bound needs their variance, got {len(prompts)}")
+    check_choice("mode", mode, ("aware", "agnostic"))
+    without = [index for index, prompt in enumerate(prompts) if prompt.question is None]
+    if mode == "agnostic" and without:
+        raise ValueError(
+            f"mode must be 'aware' if a prompt has no question, got {mode!r} (prompt {without[0]} has no question)"
+        )
+    return prompts
+
+
+def longest_prompt(prompts: Sequence[UserPrompt], mode: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the largest number of tokens of a prompt, or of the part of it that is compressed."""
+    tokens = [tokenize_prompt(tokenizer, prompt.document, prompt.question) for prompt in prompts]
+    return max((part.document if mode == "agnostic" else part.input_ids).shape[1] for part in tokens)
+
+
+def store_user_prompts(prompts: Sequence[UserPrompt], folder: Path) -> str:
+    """Write the prompts to the study's folder, and return the file's name, which contains their digest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()[:16]
+    name = f"prompts-{digest}.jsonl"
+    if not (folder / name).exists():
+        write_user_prompts(prompts, folder / name)
+    return name
 
 
 def answer_with_full_cache(
