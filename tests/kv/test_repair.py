@@ -436,6 +436,26 @@ def test_entries_are_repaired_again_at_later_evictions(policy, options):
         assert bias.abs().max() <= repair_module.MAX_BIAS + 1e-3
 
 
+@STORED
+def test_a_head_that_refuses_a_later_repair_reports_the_earlier_one(options, monkeypatch):
+    model = tiny("llama")
+    options = {"budget": None if "memory" in options else 0.3, **options}
+    cache = CompressedCache(model, "capkv", evict="always", repair=True, **options)
+    logits_after(model, cache, prompt(90))
+    first = cache.report()
+    assert first.heads_repaired > 0
+    monkeypatch.setattr(repair_module, "MARGIN", 1.0)  # no later repair is kept
+    logits_after(model, cache, prompt(40, seed=1))
+    assert cache.get_seq_length() == 130
+    second = cache.report()
+    assert second.heads_repaired == first.heads_repaired
+    for before, after in zip(first.heads, second.heads, strict=True):
+        if before.repair.is_kept:
+            assert after.repair == before.repair
+        else:
+            assert after.repair.error_after == after.repair.error_before
+
+
 def test_reported_bytes_count_the_bias():
     model, ids = tiny("llama"), prompt(90)
     options = {"measure_capacity": False, "allocation": "equal"}

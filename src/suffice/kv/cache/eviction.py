@@ -362,7 +362,7 @@ def commit_eviction(
         rows=rows,
         num_appended=0,
         capacity=selection.capacity,
-        repair_errors=selection.repair_errors if selection.kept is not None else state.repair_errors,
+        repair_errors=_last_kept(selection.repair_errors, state.repair_errors),
     )
     if selection.kept is None:
         return state
@@ -377,3 +377,19 @@ def commit_eviction(
         queries=queries,
         has_holes=False,
     )
+
+
+def _last_kept(errors: Tensor | None, earlier: Tensor | None) -> Tensor | None:
+    """Return the errors of the last repair that each head has kept, or of its last repair if it has kept none.
+
+    A head that does not keep a repair still holds the values and weights of the earlier ones.
+
+    Args:
+        errors: errors before and after the repair, [batch, num_key_value_heads, 2]; None without repair.
+        earlier: the same of earlier evictions.
+
+    """
+    if errors is None or earlier is None:
+        return earlier if errors is None else errors
+    was_kept, is_kept = (x[..., 1] < x[..., 0] for x in (earlier, errors))
+    return torch.where((was_kept & ~is_kept)[..., None], earlier, errors)

@@ -15,10 +15,10 @@ class HeadRepair:
     """Repair of the kept entries of one KV head.
 
     Args:
-        is_kept: whether the head has kept the repair, in at least one row.
-        error_before: relative error of the outputs of held-out queries before the repair: root of the sum of the
-            squared errors over that of the squared lengths, averaged over rows. None if the head kept all entries, or
-            if there were too few queries.
+        is_kept: whether the head has kept a repair, in at least one row.
+        error_before: relative error of the outputs of held-out queries before the last repair that was kept, or, if
+            none was, at the last eviction: root of the sum of the squared errors over that of the squared lengths,
+            averaged over rows. None if the head kept all entries, or if there were too few queries.
         error_after: the same after the repair.
 
     """

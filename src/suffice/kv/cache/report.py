@@ -29,9 +29,9 @@ class CacheReport:
         capacity_retained: share of the capacity that the kept entries carry, averaged over layers, heads and rows; None
             if it was not measured.
         bytes_limit: limit on `bytes`; None for no limit.
-        heads_repaired: number of heads that have kept the repair of their entries; None without repair.
-        repair_error_before: relative error of the outputs of held-out queries before the repair, averaged over heads;
-            None without repair.
+        heads_repaired: number of heads that have kept a repair of their entries, at any eviction; None without repair.
+        repair_error_before: relative error of the outputs of held-out queries before the last repair that was kept,
+            averaged over heads; None without repair.
         repair_error_after: the same after the repair.
 
     """

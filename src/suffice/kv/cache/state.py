@@ -71,8 +71,8 @@ class LayerState:
         has_evicted: whether entries were evicted.
         capacity: share of the capacity that the kept entries carry, [batch, num_key_value_heads]; None if it was not
             measured.
-        repair_errors: held-out errors before and after the last repair, see `suffice.kv.policy.repair.Repair`; None
-            without repair.
+        repair_errors: held-out errors before and after the last repair that each head has kept, or, if it has kept
+            none, after its last eviction, see `suffice.kv.policy.repair.Repair`; None without repair.
         queries: the newest queries that the weights of the policy need. If the weights need all queries since the last
             eviction, each row needs those since its own last eviction.
         has_holes: whether masked tokens follow other tokens in the storage. If so, their slots are moved to the front
