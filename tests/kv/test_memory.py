@@ -358,7 +358,7 @@ def test_invalid_limits_are_rejected(settings, error, message):
     ("memory", "message"),
     [
         (0.01, r"memory must be at least 0\.\d+ for the entries that always stay of a text of 150 tokens, got 0.01"),
-        (2000, r"memory must be at least \d+ bytes for the entries that always stay, got 2000"),
+        (2000, r"memory must be at least \d+ bytes for the entries that always stay, got 2000 bytes"),
     ],
 )
 def test_too_little_memory_changes_nothing(memory, message):

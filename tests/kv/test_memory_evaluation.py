@@ -147,7 +147,7 @@ def test_a_limit_that_is_too_small_for_every_prompt_is_refused_before_anything_i
     with pytest.raises(ValueError, match=message) as refused:
         compare(memory=[0.01, 0.9], run=RunOptions(tmp_path), **options)
     assert needed <= float(re.search(message, str(refused.value))[1]) <= 1.1 * needed
-    with pytest.raises(ValueError, match=r"memory must be at least \d+ bytes for the entries .*, got 500"):
+    with pytest.raises(ValueError, match=r"memory must be at least \d+ bytes for the entries .*, got 500 bytes"):
         compare(memory=[500], **options)
     # The first refusal has not replaced what the folder holds, for which the model need not be loaded.
     monkeypatch.setattr("suffice.kv.eval.samples.load_cached", lambda *_: pytest.fail("the model was loaded"))

@@ -198,3 +198,13 @@ def test_the_command_searches_by_default(folder, tmp_path):
     done = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "2", "--no-repair"])
     rows = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
     assert [row[1].strip() for row in rows] == ["capkv-salience", "capkv-replay"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "got"),
+    [([], "neither"), (["--target-kl", "0.1", "--target-agreement", "0.5"], "0.1 and 0.5")],
+)
+def test_the_command_names_the_options_of_the_target(targets, got):
+    done = CliRunner().invoke(app, ["kv", "tune", "--prompts", "/nowhere.txt", *targets])
+    expected = f"exactly one of --target-kl and --target-agreement must be given, got {got}"
+    assert str(done.exception) == expected

@@ -164,6 +164,17 @@ class TargetOptions:
     ] = None
     confidence: Annotated[float, typer.Option(help="Confidence level of the result.")] = 0.95
 
+    def check(self) -> None:
+        """Check that one target is given.
+
+        Raises:
+            ValueError: no target is given, or both are.
+
+        """
+        if (self.target_kl is None) == (self.target_agreement is None):
+            got = "neither" if self.target_kl is None else f"{self.target_kl} and {self.target_agreement}"
+            raise ValueError(f"exactly one of --target-kl and --target-agreement must be given, got {got}")
+
 
 @expand_options
 def tune_budget(
@@ -183,6 +194,7 @@ def tune_budget(
     from suffice.kv.eval.tune import tune
     from suffice.kv.eval.user_prompts import read_user_prompts
 
+    target.check()
     with study_progress(execution.quiet) as on_progress:
         result = tune(
             read_user_prompts(prompts.prompts),

@@ -258,7 +258,7 @@ class MemoryBudget:
             what += f" and {self.interval} new tokens (interval)"
         needed = replace(self, limit=1)._enough(shape, num_tokens, num_parts, bits)
         if isinstance(self.limit, int):
-            return f"memory must be at least {needed} bytes for {what}, got {self.limit}"
+            return f"memory must be at least {needed} bytes for {what}, got {self.limit} bytes"
         share = self._enough(shape, num_tokens, num_parts, bits)
         if share > 1:
             return (
