@@ -154,10 +154,9 @@ def rate_sentences(found: Results) -> Iterator[str]:
         "not_as_expected": "Verdicts other than the expected ones, of all entries",
     }
     for name, value in rates(found).items():
-        yield (
-            f"* {texts[name]}: {value['hits']} of {value['count']} audits, {100 * value['hits'] / value['count']:.0f} % "
-            f"[{100 * value['low']:.0f}, {100 * value['high']:.0f}]."
-        )
+        hits, count, low, high = value.values()
+        percent = f"{100 * hits / count:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+        yield f"* {texts[name]}: {hits} of {count} audits, {percent}."
 
 
 def entry_list() -> Iterator[str]:

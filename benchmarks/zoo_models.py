@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Own(PairModel):
 def perceptron(sizes: list[int], norm: type[nn.Module] | None = None, *, dropout: float = 0.0) -> nn.Sequential:
     """Return linear layers with norm, ReLU and dropout between them."""
     layers: list[nn.Module] = []
-    for number, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for number, (before, after) in enumerate(pairwise(sizes)):
         layers.append(nn.Linear(before, after))
         if number < len(sizes) - 2:
             layers += [*([norm(after)] if norm else []), nn.ReLU(), nn.Dropout(dropout)]
@@ -138,7 +139,7 @@ class GraphGym(PairModel):
         self.head = head
         sizes = [x.size(1), hidden, hidden]
         self.convolutions = nn.ModuleList(
-            SAGEConv(before, after, aggr="sum", bias=False) for before, after in zip(sizes, sizes[1:], strict=False)
+            SAGEConv(before, after, aggr="sum", bias=False) for before, after in pairwise(sizes)
         )
         self.norms = nn.ModuleList(nn.BatchNorm1d(hidden) for _ in self.convolutions)
         width = 2 * hidden if head == "concat" else hidden

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -163,7 +164,7 @@ class SEAL(SubgraphModel):
             )
             if gin
             else nn.Linear(before, after)
-            for before, after in zip(sizes, sizes[1:], strict=False)
+            for before, after in pairwise(sizes)
         )
         self.first = nn.Linear(layers * hidden if gin else hidden, hidden)
         self.dropout = nn.Dropout(0.5)

@@ -13,7 +13,7 @@ from suffice.link.data.synthetic import block_model
 from suffice.link.sparse.adjacency import Adjacency
 
 
-def knowledge_graph(nodes: int = 1000, classes: int = 5, degree: float = 12.0) -> tuple[Tensor, Tensor, int]:
+def knowledge_graph(nodes: int = 500, classes: int = 5, degree: float = 40.0) -> tuple[Tensor, Tensor, int]:
     """Return heads and tails [2, triples], relations [triples], and the number of relations.
 
     A block model whose edges have a random direction; the relation of an edge is given by the classes of both nodes, so
@@ -38,7 +38,7 @@ def corrupt(pairs: Tensor, num_nodes: int, generator: torch.Generator) -> Tensor
 
 
 class TripleModel(nn.Module):
-    """Base class: embeddings of entities and relations, and the product of a function of (head, relation) with the tail.
+    """Base class: the product of a function of the embeddings of head and relation with that of the tail.
 
     Args:
         entities: number of entities.

@@ -46,6 +46,9 @@ def _judge(**changes: float):
         ("dominated", "infers the class from the batch", {"a_pure": 0.99, "auc_pure": 1.0, "auc_eval": 0.3}),
         ("dominated", "infers the class from the batch", {"a_pure": 0.99, "kappa": 14.0}),
         ("dominated", "infers the class from the batch", {"a_pure": 0.99, "accuracy_balanced": 0.7}),
+        # BatchNorm over all nodes whose running statistics are not learned yet: only eval mode fails.
+        ("unaffected", "does not depend", {"auc_pure": 0.91, "auc_balanced": 0.9, "auc_eval": 0.4}),
+        ("dominated", "infers the class", {"a_pure": 0.9, "auc_pure": 1.0, "auc_balanced": 0.6, "auc_eval": 0.3}),
         # An untrained model has no accuracy above chance to lose.
         ("unaffected", "does not depend", {"a_pure": 0.5, "accuracy_balanced": 0.51}),
     ],

@@ -27,7 +27,7 @@ _POOR_EVAL_AUC = 0.7
 # A model that reaches neither in pure batches, in balanced ones nor in eval mode has not learned to predict links.
 _SKILL_ACCURACY = 0.6
 _SKILL_AUC = 0.75
-_SKILL_IN_PURE_BATCHES = 0.05  # what pure batches add to accuracy and AUC: some models only learn to recognize these
+_ADDED_BY_PURE_BATCHES = 0.05  # to accuracy and AUC of balanced ones: some models only learn to recognize pure batches
 _RECOGNIZED_AUC = 0.6  # across pure batches: more is not the work of a wrong sign
 
 _ADVICE = {
@@ -101,7 +101,8 @@ def judge(
     * accuracy drops by 0.1 or more from balanced to pure batches, and at most a quarter of the accuracy above chance
       remains;
     * the model recognizes pure batches: they are classified better than balanced ones by 0.15, or κ ≥ 3, or the AUC
-      across pure batches exceeds that in eval mode by 0.2 while the latter is below 0.7;
+      across pure batches exceeds that in eval mode by 0.2 while the latter is below 0.7, and that of balanced batches
+      by 0.05;
     * κ ≤ −1: the median score of the probes falls by the whole gap between positives and negatives.
 
     It is **affected** if |κ| ≥ 0.05, if 5 % of the probe pairs change their order, or if the accuracy of pure and
@@ -219,7 +220,11 @@ def _judge_dependence(
             f"On {name} edges, predictions depend mostly on the batch: {accuracies} (τ = {values['tau']:.2f})."
         )
     auc_advantage = values["auc_pure"] - values["auc_eval"]
-    ranks_batches = auc_advantage >= _AUC_ADVANTAGE and values["auc_eval"] < _POOR_EVAL_AUC
+    # Statistics over nodes that eval mode estimates badly also lower the AUC there, but not that of balanced batches.
+    added_auc = values["auc_pure"] - values.get("auc_balanced", values["auc_eval"])
+    ranks_batches = (
+        auc_advantage >= _AUC_ADVANTAGE and values["auc_eval"] < _POOR_EVAL_AUC and added_auc >= _ADDED_BY_PURE_BATCHES
+    )
     if ranks_batches or drop <= -_PURE_ADVANTAGE or kappa >= _RECOGNIZING_KAPPA:
         reasons.append(
             f"On {name} edges, the model infers the class from the batch: {accuracies}; AUC is "
@@ -261,7 +266,7 @@ def _explain_missing_skill(name: str, values: Mapping[str, float]) -> str:
     """Return a sentence if the model predicts links hardly better than chance, else an empty string."""
     accuracies = [values.get(key, 0.0) for key in ("a_pure", "accuracy_balanced", "accuracy_eval")]
     aucs = [values.get(key, 0.0) for key in ("auc_pure", "auc_balanced", "auc_eval")]
-    infers_class = min(accuracies[0] - accuracies[1], aucs[0] - aucs[1]) >= _SKILL_IN_PURE_BATCHES
+    infers_class = min(accuracies[0] - accuracies[1], aucs[0] - aucs[1]) >= _ADDED_BY_PURE_BATCHES
     if max(accuracies) >= _SKILL_ACCURACY or max(aucs) >= _SKILL_AUC or infers_class:
         return ""
     return (
