@@ -6,12 +6,14 @@ an edge depend on other edges of its batch at all, and does the batch tell which
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from zoo_models import MPLP, GiGL, GraphGym, GraphStorm, HeartGCN, LPFormer, MatrixFactorization, Own
 from zoo_subgraphs import S3GRL, SEAL, WalkPooling, diffused_features
 from zoo_training import Entry, Task
-from zoo_triples import ERMLPE, ConvE, TuckER
+from zoo_triples import ERMLPE, ConvE, TripleModel, TuckER
 
 DOMINATED = ("dominated",)
 BIASED = ("affected", "dominated")
@@ -19,7 +21,7 @@ UNAFFECTED = ("unaffected",)
 NO_COUPLING = "none"
 
 
-def _triples(kind: type[nn.Module]):
+def _triples(kind: type[TripleModel]) -> Callable[[Task], nn.Module]:
     return lambda task: kind(task.x.size(0), task.relations)
 
 

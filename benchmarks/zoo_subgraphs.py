@@ -224,9 +224,10 @@ class S3GRL(nn.Module):
     def __init__(self, diffused: Tensor, hidden: int = 64) -> None:
         super().__init__()
         self.register_buffer("diffused", diffused)
-        options = {"dropout": 0.5, "act_first": True, "norm": "batch_norm"}
-        self.of_nodes = MLP([diffused.size(2), hidden], plain_last=False, **options)
-        self.of_pairs = MLP([hidden, hidden, 1], **options)
+        self.of_nodes = MLP(
+            [diffused.size(2), hidden], plain_last=False, dropout=0.5, act_first=True, norm="batch_norm"
+        )
+        self.of_pairs = MLP([hidden, hidden, 1], dropout=0.5, act_first=True, norm="batch_norm")
 
     def forward(self, pairs: Tensor, graph: Adjacency, index: Tensor) -> Tensor:
         """Return logits [pairs] of the pairs with the numbers `index` [pairs]."""
