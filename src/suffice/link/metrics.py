@@ -6,7 +6,6 @@ import warnings
 
 import numpy as np
 import torch
-from scipy.stats import mannwhitneyu
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
@@ -55,8 +54,9 @@ def auc(positives: Tensor, negatives: Tensor) -> float:
     """
     _check_scores(positives, negatives)
     positive_scores, negative_scores = (scores.detach().double().cpu().numpy() for scores in (positives, negatives))
-    u_statistic = float(mannwhitneyu(positive_scores, negative_scores, method="asymptotic").statistic)
-    return u_statistic / (positive_scores.size * negative_scores.size)
+    negative_scores.sort()
+    below, not_above = (negative_scores.searchsorted(positive_scores, side) for side in ("left", "right"))
+    return float(below.sum() + not_above.sum()) / 2 / (positive_scores.size * negative_scores.size)
 
 
 def average_precision(positives: Tensor, negatives: Tensor) -> float:
