@@ -5,6 +5,7 @@ import copy
 import functools
 import random
 import threading
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -282,6 +283,24 @@ def test_objects_of_other_threads_are_left_alone(edges):
 
     audit(score, edges, batch_size=100, repeats=2)
     assert writer.written
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_what_a_weak_proxy_stands_for_is_left_alone(edges, is_alive):
+    """Lightning's trainer, for example, is known to its module by a proxy."""
+    owner = nn.Linear(1, 1)
+    proxy = weakref.proxy(owner)
+    weight = owner.weight.detach().clone()
+    if not is_alive:
+        del owner
+
+    def score(pairs):
+        if is_alive:
+            proxy.weight.data += 1
+        return _score(pairs)
+
+    audit(score, edges, batch_size=100, repeats=2)
+    assert not is_alive or float(owner.weight.detach()) > float(weight) + 10
 
 
 def test_containers_that_contain_themselves_are_restored(edges):

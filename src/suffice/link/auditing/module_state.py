@@ -6,14 +6,15 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd as TorchDropout  # pyright: ignore[reportPrivateUsage]
 from torch.overrides import TorchFunctionMode
 
+from suffice.arguments import shown
 from suffice.link.auditing.norm_layers import norm_layers
-from suffice.link.auditing.references import references
+from suffice.link.auditing.references import is_weak, references
 
 _DROPOUT_FUNCTIONS = frozenset(
     ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
@@ -28,12 +29,11 @@ class WithoutDropout(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Call a function of torch, unless it is dropout."""
-        given = dict(kwargs or {})
         if getattr(func, "__name__", "").removesuffix("_") in _DROPOUT_FUNCTIONS:
-            return args[0] if args else given["input"]
-        if "dropout_p" in given:
-            given["dropout_p"] = 0.0
-        return func(*args, **given)
+            return args[0] if args else (kwargs or {})["input"]
+        if not kwargs:  # most calls, which also read attributes of tensors
+            return func(*args)
+        return func(*args, **({**kwargs, "dropout_p": 0.0} if "dropout_p" in kwargs else kwargs))
 
 
 @contextmanager
@@ -165,6 +165,24 @@ def join_modules(modules: Sequence[nn.Module]) -> nn.Module | None:
     return nn.ModuleList(modules)
 
 
+def check_module(module: object) -> nn.Module | Sequence[nn.Module] | None:
+    """Return the argument `module` of an audit if it is a module, a list of modules, or None.
+
+    Raises:
+        TypeError: it is something else.
+
+    """
+    if module is None or isinstance(module, nn.Module):
+        return module
+    if not isinstance(module, Iterable) or isinstance(module, (str, bytes, Mapping)):
+        raise TypeError(f"module must be a module, a list of modules or None, got {shown(module)}")
+    modules = list(cast(Iterable[Any], module))
+    for index, part in enumerate(modules):
+        if not isinstance(part, nn.Module):
+            raise TypeError(f"module must be a module, a list of modules or None, got {shown(part)} as item {index}")
+    return modules
+
+
 def runs_in_its_mode(module: nn.Module, call: Callable[[], object]) -> bool:
     """Return whether a module keeps its mode while a function runs, which may call `module.eval()`, for example."""
     modes = {id(part): part.training for part in module.modules()}
@@ -183,6 +201,8 @@ def runs_in_its_mode(module: nn.Module, call: Callable[[], object]) -> bool:
 
 
 def _referenced_modules(value: object, seen: set[int], depth: int) -> Iterator[nn.Module]:
+    if is_weak(value):
+        return
     if isinstance(value, nn.Module):
         yield value
         return

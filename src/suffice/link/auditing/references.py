@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections import deque
 from collections.abc import Iterable
 from types import CellType, FunctionType, MethodType
@@ -52,6 +53,11 @@ def is_of_standard_library(kind: type) -> bool:
     """Return whether a class is part of Python, and no container or namespace."""
     top_level = kind.__module__.partition(".")[0]
     return top_level in sys.stdlib_module_names and top_level not in ("argparse", "collections", "types", "__main__")
+
+
+def is_weak(value: object) -> bool:
+    """Return whether a value is a weak proxy: it looks like another object, but does not own it."""
+    return type(value) in weakref.ProxyTypes
 
 
 def is_installed(function: FunctionType) -> bool:

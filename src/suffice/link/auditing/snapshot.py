@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from suffice.link.auditing.norm_layers import norm_layers
-from suffice.link.auditing.references import call_method, cells, is_installed, is_of_standard_library, used_globals
+from suffice.link.auditing.references import (
+    call_method,
+    cells,
+    is_installed,
+    is_of_standard_library,
+    is_weak,
+    used_globals,
+)
 from suffice.link.auditing.saved_values import (
     Saved,
     SavedArray,
@@ -78,10 +85,10 @@ def preserve_state(module: nn.Module | None, scores: Iterable[object] = ()) -> G
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
-    def restore(*, with_scores: bool = False) -> None:
-        modules.restore()
+    def restore(*, with_scores: bool = False, with_generators: bool = False) -> None:
+        modules.restore(with_generators)
         if with_scores:
-            functions.restore()
+            functions.restore(with_generators)
 
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
@@ -93,7 +100,7 @@ def preserve_state(module: nn.Module | None, scores: Iterable[object] = ()) -> G
                 f"without updates of its memory."
             )
     finally:
-        restore(with_scores=True)
+        restore(with_scores=True, with_generators=True)
         for part, training in modes:
             part.training = training
         random.setstate(python_state)
@@ -124,18 +131,20 @@ class _Snapshot:
         while self._to_visit:
             self._visit(*self._to_visit.popleft())
 
-    def restore(self) -> None:
-        """Restore everything that has changed."""
+    def restore(self, with_generators: bool) -> None:
+        """Restore everything that has changed, or all but random generators, so that noise stays random."""
         with torch.no_grad():
             for saved in self._saved:
-                saved.restore()
+                if with_generators or not isinstance(saved, SavedGenerator):
+                    saved.restore()
 
     def changed_for_good(self) -> list[str]:
         """Return the names of tensors and arrays that have changed, but were too large to be copied."""
         return [watched.name for watched in self._watched if watched.has_changed()]
 
     def _visit(self, name: str, value: object) -> None:
-        if value is None or isinstance(value, (str, bytes, int, float, complex, type, ModuleType)):
+        # A weak proxy comes first: it has the class of what it stands for, which may be gone.
+        if value is None or is_weak(value) or isinstance(value, (str, bytes, int, float, complex, type, ModuleType)):
             return
         if id(value) in self._seen:
             return
