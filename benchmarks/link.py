@@ -8,7 +8,8 @@ evaluates no validation metric. The training of this package removes target edge
 `Random` composition with the balanced loss. Both alternate in one process, five epochs each.
 
 The memory that an audit adds to training steps is measured on block models of increasing size, each in its own
-process. The measurements of `link_models.py` follow. The last line is a JSON object.
+process; `--monitor` measures only what a `CompositionMonitor` adds to plain epochs. The measurements of
+`link_models.py` follow. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ import torch
 from torch_geometric.utils import negative_sampling
 
 from link_models import measure_growth, measure_models, measure_once
+from suffice.link.auditing.edge_set import EdgeSet
+from suffice.link.auditing.encode_once import encode_once
+from suffice.link.auditing.monitor import CompositionMonitor
 from suffice.link.auditing.trained import audit_trained
 from suffice.link.batches.composition import Random
 from suffice.link.batches.sampler import EdgeBatches
@@ -82,6 +86,35 @@ def time_validation(model: EncoderDecoder, graph: Graph, parts: Split) -> float:
     return time.perf_counter() - start
 
 
+def time_monitor(graph: Graph, parts: Split, rounds: int) -> dict[str, float]:
+    """Return the CPU seconds of an epoch in plain PyG and of a measurement of `CompositionMonitor`, and their ratio.
+
+    Both alternate on one model, whose encoder runs twice in a measurement (`encode_once`). Every fifth epoch is
+    followed by a measurement, so that the overhead is a fifth of the ratio.
+    """
+    model = EncoderDecoderSettings().build(graph.x.size(1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    x, messages = node_features(graph, model, parts), parts.message_edges()
+    score = encode_once(lambda: model.encode(x, messages), model.score)
+    held_out = EdgeSet(parts.validation, parts.validation_negatives)
+    monitor = CompositionMonitor(score, held_out, module=model, every=1, batch_size=BATCH)
+    seconds: dict[str, list[float]] = {"epoch": [], "measurement": []}
+    for number in range(rounds + 1):
+        for name, call in (
+            ("epoch", lambda: plain_epoch(model, graph, parts, optimizer)),
+            ("measurement", lambda number=number: monitor.step(number)),
+        ):
+            start = time.process_time()
+            call()
+            seconds[name].append(time.process_time() - start)
+    epoch, measurement = (statistics.median(seconds[name][1:]) for name in ("epoch", "measurement"))
+    return {
+        "plain_epoch_cpu_seconds": round(epoch, 4),
+        "monitor_cpu_seconds": round(measurement, 4),
+        "monitor_percent_of_epoch_at_5": round(100 * measurement / (5 * epoch), 2),
+    }
+
+
 def memory_added_by_audit(nodes: int) -> float:
     """Return how much an audit adds to the peak memory of training steps, in MiB."""
     graph = block_model(nodes)
@@ -112,6 +145,7 @@ def main() -> None:
     parser.add_argument("--models-data", default="digits", help="data set for the models of `link_models.py`")
     parser.add_argument("--figure", type=Path, help="figure of how the time of each model grows with the graph")
     parser.add_argument("--audit-memory", type=int, help="measure only the memory of an audit, on a graph of N nodes")
+    parser.add_argument("--monitor", action="store_true", help="measure only the overhead of a `CompositionMonitor`")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.audit_memory:
@@ -119,6 +153,11 @@ def main() -> None:
         return
     graph = load_graph(options.data, options.root)
     parts = split_edges(graph, SplitConfig(), 0)
+    if options.monitor:
+        print(
+            json.dumps({"data": graph.name, "edges": parts.train.size(1), **time_monitor(graph, parts, options.rounds)})
+        )
+        return
     plain = EncoderDecoderSettings().build(graph.x.size(1))
     optimizer = torch.optim.Adam(plain.parameters(), lr=5e-3)
     seconds: dict[str, list[float]] = {"plain": [], "ours": [], "sampler": [], "validation": [], "audit": []}
@@ -161,6 +200,7 @@ def main() -> None:
         "epoch_seconds": round(epoch_seconds, 3),
         "audit_seconds": round(statistics.median(seconds["audit"]), 3),
         "audit_epochs": round(statistics.median(seconds["audit"]) / epoch_seconds, 2),
+        **time_monitor(graph, parts, options.rounds),
         "audit_added_mib": {str(nodes): round(value, 1) for nodes, value in added_mib.items()},
     }
     result |= measure_models(options.models_data, options.root, 6) | measure_once(options.models_data, options.root, 3)

@@ -72,6 +72,8 @@ WRONG = [
         for value in (1.5, "x", True)
     ),
     ("audit", "seed", "x", TypeError, "seed must be an int, got 'x'"),
+    ("audit", "module", 3, TypeError, "module must be a module, a list of modules or None, got 3"),
+    ("audit", "module", ["x"], TypeError, "module must be a module, .*, got 'x' as item 0"),
     ("audit", "threshold", "x", TypeError, "threshold must be a number, got 'x'"),
     ("audit", "frozen", "norm", TypeError, r"frozen must be a list of names of layers, such as .*, got 'norm'"),
     ("replace_batch_norm", "names", "0", TypeError, "names must be a list of names of layers, such as .*, got '0'"),

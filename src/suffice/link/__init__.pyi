@@ -1,6 +1,9 @@
 # Audit a model.
 from .auditing.audit import audit as audit
 from .auditing.edge_set import EdgeSet as EdgeSet
+from .auditing.encode_once import encode_once as encode_once
+from .auditing.invariance import assert_composition_invariant as assert_composition_invariant
+from .auditing.monitor import CompositionMonitor as CompositionMonitor
 from .auditing.trained import audit_trained as audit_trained
 
 # Correct it.

@@ -17,10 +17,12 @@ from torch import nn
 
 from suffice.arguments import check_names, check_number, shown
 from suffice.link.auditing.edge_set import MIN_EDGES, EdgeSet, NumberedEdges, Score
-from suffice.link.auditing.kappa_tau import compute_statistics, noise, score_gap
+from suffice.link.auditing.encode_once import keep_encodings
+from suffice.link.auditing.kappa_tau import balanced_aucs, compute_statistics, noise, score_gap
 from suffice.link.auditing.module_state import (
     Modes,
     WithoutDropout,
+    check_module,
     find_modules,
     join_modules,
     layers_kept_in_eval_mode,
@@ -163,8 +165,36 @@ def audit(
         'unaffected'
 
     """
+    return run_audit(
+        score,
+        edges,
+        module=module,
+        batch_size=batch_size,
+        num_probes=num_probes,
+        repeats=repeats,
+        threshold=threshold,
+        frozen=frozen,
+        seed=seed,
+    )
+
+
+def run_audit(
+    score: Score | nn.Module,
+    edges: EdgeSet | Mapping[str, EdgeSet],
+    *,
+    module: nn.Module | Sequence[nn.Module] | None,
+    batch_size: int,
+    num_probes: int,
+    repeats: int,
+    threshold: float | None,
+    frozen: Sequence[str],
+    seed: int,
+    is_brief: bool = False,
+) -> AuditReport:
+    """Audit a model (see `audit`). A brief audit has the same means and verdict, but no curve, and takes less time."""
     if not callable(score):
         raise TypeError(f"score must be a function or module that scores pairs, got {type(score).__name__}")
+    module = check_module(module)
     sampling = Sampling(batch_size, num_probes, repeats, seed)
     if threshold is not None:
         threshold = check_number("threshold", threshold)
@@ -173,10 +203,10 @@ def audit(
     scores = [score, *(edge_set.score for edge_set in edge_sets.values() if edge_set.score)]
     bound = {name: edge_set.bind(score) for name, edge_set in edge_sets.items()}
     if module is not None and not isinstance(module, nn.Module):
-        module = join_modules(list(module))
+        module = join_modules(module)
     elif module is None:
         module = _find_module(scores, bound.values())
-    with preserve_state(module, scores) as restore, WithoutDropout():
+    with preserve_state(module, scores) as restore, WithoutDropout(), keep_encodings():
         torch.manual_seed(seed)
         frozen_names = _frozen_layers(module, frozen)
         modes = Modes(module, frozen_names)
@@ -199,7 +229,7 @@ def audit(
         scored = {name: [repeat.apply(to_logits) for repeat in repeats] for name, repeats in scored.items()}
         at = float(to_logits(torch.tensor(threshold)))
     parts = {
-        name: _summarize(repeats, at, seed, resample=_is_whole(bound[name], sampling))
+        name: _summarize(repeats, at, seed, resample=_is_whole(bound[name], sampling), is_brief=is_brief)
         for name, repeats in scored.items()
     }
     evidence = Evidence(
@@ -209,7 +239,7 @@ def audit(
         in_eval_mode=_in_eval_mode(module, frozen_names),
         probabilities=probabilities,
         threshold=threshold,
-        one_sided=tuple(name for name, part in parts.items() if _is_one_sided(part)),
+        one_sided=tuple(name for name, repeats in scored.items() if _is_one_sided(repeats, at)),
     )
     verdict = judge({name: part.statistics for name, part in parts.items()}, layers, evidence)
     return AuditReport(parts, layers, verdict, batch_size, repeats, tested, probabilities, threshold)
@@ -273,12 +303,13 @@ def _is_whole(edges: NumberedEdges, sampling: Sampling) -> bool:
     return min(edges.positives.size(1), edges.negatives.size(1)) == actual_batch_size(edges, sampling)
 
 
-def _is_one_sided(part: EdgeSetReport) -> bool:
+def _is_one_sided(repeats: list[Repeat], threshold: float) -> bool:
     """Return whether all scores are above the threshold, or none, whatever the fraction of positives."""
-    return {point.predicted.mean for point in part.curve} in ({0.0}, {1.0})
+    batches = [batch for repeat in repeats for batch in repeat.batches.values()]
+    return {batch.predicted_positive(threshold) for batch in batches} in ({0.0}, {1.0})
 
 
-def _summarize(repeats: list[Repeat], threshold: float, seed: int, *, resample: bool) -> EdgeSetReport:
+def _summarize(repeats: list[Repeat], threshold: float, seed: int, *, resample: bool, is_brief: bool) -> EdgeSetReport:
     """Average statistics and response curve over repeats.
 
     Args:
@@ -287,32 +318,45 @@ def _summarize(repeats: list[Repeat], threshold: float, seed: int, *, resample: 
         seed: seed of the intervals.
         resample: whether intervals also cover the choice of the edges. Without that, the intervals of a set that is no
             larger than a batch have no width, because every draw contains the same edges.
+        is_brief: whether the response curve is left out, and the choice of the edges in the intervals that the verdict
+            does not need.
 
     """
     resampled: list[list[Repeat]] = []
     if resample:
         generator = torch.Generator().manual_seed(seed)
-        resampled = [[repeat.resample(generator) for _ in range(_RESAMPLES)] for repeat in repeats]
+        needed = [repeat.balanced_only() for repeat in repeats] if is_brief else repeats
+        resampled = [[repeat.resample(generator) for _ in range(_RESAMPLES)] for repeat in needed]
 
-    def intervals(compute: Callable[[Repeat], dict[str, float]]) -> dict[str, Interval]:
+    def intervals(
+        compute: Callable[[Repeat], dict[str, float]], resampled_by: Callable[[Repeat], dict[str, float]] | None = None
+    ) -> dict[str, Interval]:
         values = [compute(repeat) for repeat in repeats]
         found = {name: bootstrap_interval([value[name] for value in values], seed=seed) for name in values[0]}
         changes = [
-            {name: new[name] - value[name] for name in new}
+            {name: new_value - value[name] for name, new_value in new.items()}
             for value, again in zip(values, resampled, strict=bool(resampled))
-            for new in map(compute, again)
+            for new in map(resampled_by or compute, again)
         ]
-        if changes:
-            found = {name: _widen(found[name], [change[name] for change in changes]) for name in found}
+        for name in changes[0] if changes else ():
+            found[name] = _widen(found[name], [change[name] for change in changes])
         return found
 
-    statistics = intervals(lambda repeat: {**compute_statistics(repeat, threshold), "score_gap": score_gap(repeat)})
+    statistics = intervals(
+        lambda repeat: {**compute_statistics(repeat, threshold), "score_gap": score_gap(repeat)},
+        _with_judged_intervals if is_brief else None,
+    )
     gap = statistics.pop("score_gap")
     curve = tuple(
         ResponsePoint(fraction, **intervals(lambda repeat, at=fraction: _response(repeat, at, threshold)))
-        for fraction in FRACTIONS
+        for fraction in (() if is_brief else FRACTIONS)
     )
     return EdgeSetReport(statistics, curve, gap, noise(repeats))
+
+
+def _with_judged_intervals(repeat: Repeat) -> dict[str, float]:
+    """Return the statistics of which the verdict needs not only the mean but also the interval."""
+    return {**balanced_aucs(repeat), "score_gap": score_gap(repeat)}
 
 
 def _widen(interval: Interval, changes: list[float]) -> Interval:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from scipy.stats import kendalltau
 from torch import Tensor
 
@@ -41,8 +42,15 @@ def compute_statistics(repeat: Repeat, threshold: float) -> dict[str, float]:
         "accuracy_balanced": balanced.accuracy(threshold),
         "accuracy_eval": eval_batch.accuracy(threshold),
         "auc_pure": auc(repeat.batches[1.0].scores, repeat.batches[0.0].scores),
-        "auc_balanced": auc(balanced.positives, balanced.negatives),
-        "auc_eval": auc(eval_batch.positives, eval_batch.negatives),
+        **balanced_aucs(repeat),
+    }
+
+
+def balanced_aucs(repeat: Repeat) -> dict[str, float]:
+    """Return the AUC in balanced batches, in training mode and in eval mode, by name."""
+    return {
+        f"auc_{name}": auc(batch.positives, batch.negatives)
+        for name, batch in (("balanced", repeat.batches[0.5]), ("eval", repeat.eval_batch))
     }
 
 
@@ -123,8 +131,8 @@ def noise(repeats: Sequence[Repeat]) -> dict[str, float]:
 
 
 def _slope_of_medians(probes: Mapping[float, Tensor]) -> float:
-    medians = [float(probes[fraction].quantile(0.5)) for fraction in MIXED_FRACTIONS]
-    return float(np.polyfit(MIXED_FRACTIONS, medians, 1)[0])
+    medians = torch.stack([probes[fraction] for fraction in MIXED_FRACTIONS]).quantile(0.5, dim=1)
+    return float(np.polyfit(MIXED_FRACTIONS, medians.tolist(), 1)[0])
 
 
 def _discordance(first: Tensor, second: Tensor) -> float:

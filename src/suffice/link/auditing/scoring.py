@@ -88,6 +88,10 @@ class Repeat:
             None if self.probes_again is None else apply_to_all(self.probes_again),
         )
 
+    def balanced_only(self) -> Repeat:
+        """Return the repeat with its balanced batches only, without probes."""
+        return Repeat({0.5: self.batches[0.5]}, {}, self.eval_batch)
+
     def resample(self, generator: torch.Generator) -> Repeat:
         """Return the repeat with its edges drawn again from themselves, with replacement, from each class.
 
