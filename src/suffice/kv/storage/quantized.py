@@ -151,14 +151,32 @@ class QuantizedStorage(PerHeadStorage):
     @property
     def entries(self) -> Entries:
         """All entries in copies in the model's dtype. Those before the new tokens are right-aligned."""
-        quantized, exact = self.quantized.dequantize(), self._exact
         positions = self._joined_positions()
         order = self._order(positions)
-        keys, values = (
-            _in_order(torch.cat(parts, dim=2), order)
-            for parts in ((quantized.keys, exact.keys), (quantized.values, exact.values))
-        )
+        keys, values = self._vectors_in_order(order)
         return Entries(keys, values, _in_order(positions, order).long(), columns=self._columns_in_order(order))
+
+    def _vectors_in_order(self, order: Tensor) -> list[Tensor]:
+        """Return all keys and values in copies, each [batch, num_key_value_heads, width, any]; zeros in empty slots."""
+        batch, heads, width = order.shape
+        exact = self._exact
+        # The slot of each entry, first of the quantized ones and then of the exact ones, long [batch, heads, slots].
+        sorted_slots = torch.empty_like(order).scatter_(
+            2, order, torch.arange(width, device=order.device).expand_as(order)
+        )
+        new_slots = torch.arange(width, self.max_length, device=order.device).expand(batch, heads, -1)
+        first_slots = torch.arange(0, batch * heads * self.max_length, self.max_length, device=order.device)
+        slots = torch.cat((sorted_slots, new_slots), dim=2) + first_slots.view(batch, heads, 1)
+        of_quantized = self.quantized.pack(slots[:, :, : self.quantized.width])
+        of_exact = slots[:, :, self.quantized.width :].flatten()
+        joined: list[Tensor] = []
+        for own, others in zip(self.quantized.dequantize(), (exact.keys, exact.values), strict=True):
+            dtype = torch.promote_types(own.dtype, others.dtype)  # new tokens may have another one under autocast
+            vectors = own.new_zeros(batch * heads * self.max_length, own.shape[1], dtype=dtype)
+            vectors.index_copy_(0, of_quantized, own.to(dtype))
+            vectors.index_copy_(0, of_exact, others.to(dtype).flatten(0, 2))
+            joined.append(vectors.view(batch, heads, self.max_length, -1))
+        return joined
 
     def _columns_in_order(self, order: Tensor) -> dict[str, Tensor]:
         exact = self._exact.columns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -142,7 +143,6 @@ class QuantizedEntries:
         if not len(slots):
             return self
         device = index.device
-        head = torch.arange(new_counts.numel(), device=device).repeat_interleave(new_counts.flatten().to(device))
 
         def select(x: Tensor) -> Tensor:
             return x.expand(-1, index.shape[1], -1).gather(2, index.clamp_min(0)).flatten().index_select(0, slots)
@@ -151,7 +151,7 @@ class QuantizedEntries:
             index_vectors(x, flat_index(x, index.clamp_min(0)).flatten().index_select(0, slots))
             for x in (entries.keys, entries.values)
         )
-        heads = _Heads(new_counts, head)
+        heads = _Heads(new_counts, device)
         means, scales, keys = self._standardize(keys, heads, new_counts)
         backend = choose_backend(keys, values)
         with without_autocast(device):
@@ -202,7 +202,7 @@ class QuantizedEntries:
             key_sizes = _without_small_sizes(heads.mean_square(centered).view(means.shape).sqrt())
             query_sizes = _without_small_sizes(self.scales.float())
             scales = torch.where(is_new, _cast((query_sizes / key_sizes).sqrt(), scales.dtype), scales)
-        return means, scales, heads.multiply_(centered, scales.float().flatten(0, 1))
+        return means, scales, heads.apply_(Tensor.mul_, centered, scales.float().flatten(0, 1))
 
     def _sums_by_head(self, parts: tuple[Tensor, Tensor, Tensor, Tensor], heads: _Heads) -> Tensor:
         """Return sums by head, float32 [4, batch, num_key_value_heads]; of vectors, sums of squared lengths."""
@@ -250,20 +250,16 @@ class QuantizedEntries:
         """Return rotated values, [entries, padded dim]."""
         return self.value_format.dequantize(self.values.map(lambda x: x[part]), dtype)
 
-    def dequantize(self) -> Entries:
-        """Return all entries in the model's dtype, right-aligned: [batch, num_key_value_heads, width, …]."""
+    def dequantize(self) -> tuple[Tensor, Tensor]:
+        """Return keys [entries, head_dim] and values [entries, value_dim], in the model's dtype."""
         dtype = torch.promote_types(self.means.dtype, torch.float32)
         everything = slice(None)
-        keys = self.align(self._rotate_back(self.decode_keys(everything, dtype), self.key_format), 0)
-        values = self.align(self._rotate_back(self.decode_values(everything, dtype), self.value_format), 0)
-        positions = self.align(self.positions, -1)
-        means, scales = self.means.to(dtype)[:, :, None], self.scales.to(dtype)[:, :, None]
-        return Entries(
-            (keys / scales + means).to(self.means.dtype).masked_fill_(positions[..., None] < 0, 0),
-            values.to(self.means.dtype),
-            positions,
-            columns={name: self.align(x, 0) for name, x in self.columns.items()},
-        )
+        keys = self._rotate_back(self.decode_keys(everything, dtype), self.key_format)
+        values = self._rotate_back(self.decode_values(everything, dtype), self.value_format)
+        heads = _Heads(self.counts, keys.device)
+        heads.apply_(Tensor.div_, keys, self.scales.to(dtype).flatten(0, 1))
+        heads.apply_(Tensor.add_, keys, self.means.to(dtype).flatten(0, 1))
+        return keys.to(self.means.dtype), values.to(self.means.dtype)
 
     @staticmethod
     def _rotate_back(vectors: Tensor, format_: VectorFormat) -> Tensor:
@@ -289,14 +285,17 @@ class _Heads:
 
     Args:
         counts: number of vectors of each head, on the CPU.
-        index: head of each vector, long [vectors].
+        device: device of the vectors.
 
     """
 
-    def __init__(self, counts: Tensor, index: Tensor) -> None:
-        self._counts: list[int] = counts.flatten().tolist()
-        self._index = index
-        self._on_cpu = index.device.type == "cpu"
+    def __init__(self, counts: Tensor, device: torch.device) -> None:
+        counts = counts.flatten()
+        self._counts: list[int] = counts.tolist()
+        self._on_cpu = device.type == "cpu"
+        # The head of each vector, long [vectors].
+        heads = torch.arange(len(counts), device=device)
+        self._index = heads.repeat_interleave(counts.to(device), output_size=sum(self._counts))
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of the items of each head, [heads, …]."""
@@ -319,12 +318,12 @@ class _Heads:
             return x - y.index_select(0, self._index)
         return torch.cat([part - vector for part, vector in zip(x.split(self._counts), y, strict=True)])
 
-    def multiply_(self, x: Tensor, y: Tensor) -> Tensor:
-        """Multiply each vector of x by the head's vector of y, [heads, dim], in place."""
+    def apply_(self, operation: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """Apply an operation in place, such as `Tensor.mul_`, to each vector of x and the head's vector of y."""
         if not self._on_cpu:
-            return x.mul_(y.index_select(0, self._index))
+            return operation(x, y.index_select(0, self._index))
         for part, vector in zip(x.split(self._counts), y, strict=True):
-            part.mul_(vector)
+            operation(part, vector)
         return x
 
 
