@@ -7,11 +7,13 @@ Samples and measure are those of benchmarks/bits.py, which also measures quantiz
 
     python benchmarks/equal_bytes.py --samples 1                                     # a few minutes
     python benchmarks/equal_bytes.py --samples 20 --write
+    python benchmarks/equal_bytes.py --seed 1020 --samples 20 --add --write          # 20 more
     python benchmarks/equal_bytes.py --groups replay --samples 10 --write            # only one table
 
 Each model is measured in a process of its own. Finished samples are kept in the folder, and a second call continues.
 `--write` puts the tables of a group of policies into its section of docs/results/equal-bytes.md, and the numbers into
-docs/results/equal-bytes-GROUP.json. `--figure` draws docs/images/equal-bytes.png from the numbers of both groups.
+docs/results/equal-bytes-GROUP.json, with the values of each sample. `--add` joins them with the new samples. `--figure`
+draws docs/images/equal-bytes.png from the numbers of both groups.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from suffice.report.style import color_of, figure_style, save_figure
 from suffice.study import PlannedRun, RunContext, RunKind
 from suffice.study.results import Group, Interval, group_records
 
+METRICS = ("kl", "top1", "bytes")
 LIMITS = (1 / 4, 1 / 8, 1 / 10, 1 / 20, 1 / 40)
 PAGE = Path("docs/results/equal-bytes.md")
 FIGURE = Path("docs/images/equal-bytes.png")
@@ -166,15 +169,24 @@ class Results:
     """The results of one model and one group of policies.
 
     Args:
-        groups: values of all samples.
+        groups: values of all samples. Groups of the same cell and method are joined.
         policies: the group of policies.
 
     """
 
-    def __init__(self, groups: Sequence[Group], policies: PolicyGroup) -> None:
-        self._groups = {(g.settings["mode"], g.settings["method"], g.settings["limit"]): g for g in groups}
+    def __init__(self, groups: Iterable[Group], policies: PolicyGroup) -> None:
+        self._groups: dict[tuple[str, str, float], Group] = {}
+        for group in groups:
+            mode, method, limit = (group.settings[name] for name in ("mode", "method", "limit"))
+            joined = self._groups.setdefault((mode, method, limit), Group({}))
+            for metric in METRICS:
+                joined.values.setdefault(metric, {}).update(group.values[metric])
         self.methods = [method.name for method in policies.methods]
         self.cells = [(mode, limit) for mode in MODES for limit in LIMITS]
+        seeds = {tuple(sorted(group.values["kl"])) for group in self._groups.values()}
+        if len(seeds) != 1:
+            raise ValueError(f"all methods must have samples of the same seeds, got {sorted(seeds)}")
+        self.seeds = seeds.pop()
 
     def mean(self, mode: str, limit: float, method: str, metric: str = "kl") -> float:
         """Return the mean of a metric over the samples of a cell."""
@@ -237,8 +249,12 @@ class Results:
         """Yield the numbers of each cell for the JSON file."""
         for (mode, limit), method in itertools.product(self.cells, self.methods):
             group = self._groups[mode, method, limit]
-            row = {"mode": mode, "method": method, "limit": limit, "kl": rounded(asdict(group.interval("kl")))}
+            row: dict[str, Any] = {"mode": mode, "method": method, "limit": limit}
+            row["kl"] = rounded(asdict(group.interval("kl")))
             row |= rounded({name: group.interval(name).mean for name in ("top1", "bytes")})
+            row["values"] = {
+                name: [float(f"{group.values[name][seed]:.4g}") for seed in self.seeds] for name in METRICS
+            }
             if difference := self.difference(mode, limit, method):
                 row["kl_minus_ours"] = rounded(asdict(difference))
             yield row
@@ -249,10 +265,32 @@ def limit_text(limit: float) -> str:
     return f"1/{1 / limit:g}"
 
 
+def ranges(seeds: Sequence[int]) -> str:
+    """Return seeds as text, such as `1000 to 1019`."""
+    firsts = [seed for seed in seeds if seed - 1 not in seeds]
+    lasts = [seed for seed in seeds if seed + 1 not in seeds]
+    return ", ".join(f"{a} to {b}" if a < b else str(a) for a, b in zip(firsts, lasts, strict=True))
+
+
+def stored_groups(name: str, model: str, tokens: int) -> list[Group]:
+    """Return the values of a model's samples in the JSON file of a group of policies."""
+    content = json.loads(json_path(name).read_text(encoding="utf-8"))
+    if "seeds" not in content or content["tokens"] != tokens:
+        sys.exit(f"{json_path(name)} must have the values of samples with {tokens} tokens for --add")
+    return [
+        Group(
+            {key: row[key] for key in ("mode", "method", "limit")},
+            {key: dict(zip(content["seeds"], row["values"][key], strict=True)) for key in METRICS},
+        )
+        for row in content["rows"]
+        if row["model"] == model
+    ]
+
+
 def markdown(results: Mapping[str, Results], options: argparse.Namespace) -> str:
     """Return the tables of a group of policies for each model."""
-    seeds = f"seeds {options.seed} to {options.seed + options.samples - 1}"
-    lines = [f"{options.samples} samples per cell, {seeds}, prompts of about {options.tokens} tokens.", ""]
+    seeds = next(iter(results.values())).seeds
+    lines = [f"{len(seeds)} samples per cell, seeds {ranges(seeds)}, prompts of about {options.tokens} tokens.", ""]
     for model, result in results.items():
         losses = result.losses()
         verdict = "Significantly closer than" if losses else "No cache is significantly closer in any column than"
@@ -333,6 +371,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of each model's process")
     parser.add_argument("--folder", type=Path, default=Path("out/equal-bytes"))
     parser.add_argument("--write", action="store_true", help="write the results into the page")
+    parser.add_argument("--add", action="store_true", help="join with the samples that were written before")
     parser.add_argument("--figure", action="store_true", help="draw the figure from the written results, nothing else")
     options = parser.parse_args()
     if options.figure:
@@ -344,11 +383,15 @@ def main() -> None:
     if len(options.models) > 1:
         run_in_processes(options.models, options.threads)
     for name in options.groups:
-        results = {model: Results(run(options, name, model), GROUPS[name]) for model in options.models}
+        stored = {model: stored_groups(name, model, options.tokens) if options.add else [] for model in options.models}
+        results = {
+            model: Results([*before, *run(options, name, model)], GROUPS[name]) for model, before in stored.items()
+        }
+        if len({result.seeds for result in results.values()}) > 1:
+            sys.exit("models must have samples of the same seeds for one table")
         content = {
             "group": name,
-            "samples_per_cell": options.samples,
-            "first_seed": options.seed,
+            "seeds": next(iter(results.values())).seeds,
             "tokens": options.tokens,
             "machine": machine(),
             "transformers": transformers.__version__,

@@ -24,23 +24,26 @@ def equal_bytes():
             sys.modules.pop(name, None)
 
 
-def make_results(equal_bytes, name, kl_of):
-    """Return results of three samples; `kl_of` returns the KL of a method, mode, limit and seed."""
-    policies = equal_bytes.GROUPS[name]
-    groups = [
+def make_groups(equal_bytes, name, kl_of, seeds):
+    """Return values of some samples; `kl_of` returns the KL of a method, mode, limit and seed."""
+    return [
         Group(
             {"mode": mode, "method": method.name, "limit": limit},
             {
-                "kl": {seed: kl_of(method, mode, limit, seed) for seed in range(3)},
-                "top1": dict.fromkeys(range(3), 0.5),
-                "bytes": dict.fromkeys(range(3), limit),
+                "kl": {seed: kl_of(method, mode, limit, seed) for seed in seeds},
+                "top1": dict.fromkeys(seeds, 0.5),
+                "bytes": dict.fromkeys(seeds, limit),
             },
         )
-        for method in policies.methods
+        for method in equal_bytes.GROUPS[name].methods
         for mode in equal_bytes.MODES
         for limit in equal_bytes.LIMITS
     ]
-    return equal_bytes.Results(groups, policies)
+
+
+def make_results(equal_bytes, name, kl_of, seeds=range(3)):
+    """Return results of some samples."""
+    return equal_bytes.Results(make_groups(equal_bytes, name, kl_of, seeds), equal_bytes.GROUPS[name])
 
 
 def kl_by_policy(method, mode, limit, seed):
@@ -76,6 +79,28 @@ def test_tables_have_a_row_for_each_method_and_a_column_for_each_cell(equal_byte
         assert len(table) == 2 + len(results.methods)
         assert {line.count("|") for line in table} == {len(results.cells) + 3}
     assert "50%" in results.top1_table()[2]
+
+
+def test_samples_of_several_runs_are_joined(equal_bytes, tmp_path, monkeypatch):
+    """The values in the JSON file, joined with those of other seeds, give what all seeds at once give."""
+
+    def kl(method, mode, limit, seed):
+        return limit * (1 + 0.1 * len(method.name) + (seed * 7 % 5) / 10)
+
+    name = "replay"
+    everything = make_results(equal_bytes, name, kl, seeds=(0, 1, 2, 10, 11))
+    first = make_results(equal_bytes, name, kl, seeds=(10, 11))
+    monkeypatch.setattr(equal_bytes, "PAGE", tmp_path / "page.md")
+    content = {"seeds": first.seeds, "tokens": 900, "rows": [{"model": "m", **row} for row in first.rows()]}
+    equal_bytes.json_path(name).write_text(json.dumps(content))
+    stored = equal_bytes.stored_groups(name, "m", 900)
+    assert not equal_bytes.stored_groups(name, "other", 900)
+    joined = equal_bytes.Results([*stored, *make_groups(equal_bytes, name, kl, range(3))], equal_bytes.GROUPS[name])
+    assert joined.seeds == everything.seeds == (0, 1, 2, 10, 11)
+    assert equal_bytes.ranges(joined.seeds) == "0 to 2, 10 to 11"
+    assert list(joined.rows()) == list(everything.rows())
+    with pytest.raises(SystemExit, match="4096 tokens"):
+        equal_bytes.stored_groups(name, "m", 4096)
 
 
 def test_draws_the_figure_from_the_numbers_of_both_groups(equal_bytes, tmp_path):
