@@ -108,6 +108,7 @@ def test_notebook_on_caches_runs(tmp_path, monkeypatch, capsys):
 
 EXAMPLES = {
     "audit_your_model.py": ([], "unaffected"),
+    "audit_any_shape.py": (["--shape", "two_embeddings"], "two_embeddings with layer norm: unaffected"),
     "correct_it.py": (["--epochs", "2", "--seeds", "2"], "random+balanced/batch − fixed/batch"),
 }
 

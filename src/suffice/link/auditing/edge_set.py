@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from suffice.arguments import check_callable, shown
+from suffice.link.auditing.loader_items import number_items
 
 MIN_EDGES = 16
 
@@ -71,6 +72,36 @@ class EdgeSet:
         values = {**edges, "score": score, "items": both, "is_numpy": isinstance(positives, np.ndarray)}
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_loader(cls, loader: Any, score: Callable[[Any], Any], labels: Any = None) -> EdgeSet:
+        """Return the items of a loader as edges, for models that score a batch of a loader instead of pairs of nodes.
+
+        Each batch of an audit consists of chosen items, which are collated as the loader does. Its order, batch size
+        and sampler are not used. Items of a dataset, such as enclosing subgraphs, are read once. The set has its own
+        scoring function, so pass the model as `score` of the audit: `audit(model, EdgeSet.from_loader(loader, model))`.
+
+        Args:
+            loader: a `DataLoader` of torch or PyG of which each item is one edge, or its enclosing subgraph; or PyG's
+                `LinkNeighborLoader` with `edge_label` and without negative sampling.
+            score: scoring function of a batch: the model, or a function such as `lambda batch: model(batch.x)`.
+            labels: 1 for positives and 0 for negatives, [items]. By default, `edge_label` of PyG's link loaders, and
+                else attribute `y` of each item, or its last part if it is a tuple.
+
+        Raises:
+            TypeError: `loader` is no such loader, or there are no labels.
+            ValueError: labels are not 0 and 1, there are too few items, or the loader samples negatives itself.
+
+        Example:
+            >>> from torch.utils.data import DataLoader, TensorDataset
+            >>> features, labels = torch.randn(40, 3), torch.arange(40) < 20
+            >>> loader = DataLoader(TensorDataset(features, labels), batch_size=8)
+            >>> edges = EdgeSet.from_loader(loader, lambda batch: batch[0].sum(1))
+            >>> edges.positives.shape, edges.negatives.shape
+            (torch.Size([2, 20]), torch.Size([2, 20]))
+
+        """
+        return cls(*number_items(loader, score, labels))
 
     def bind(self, score: Score) -> NumberedEdges:
         """Return the edges with their numbers, and with a function that calls the scoring function with their items.
