@@ -63,13 +63,14 @@ def measure(folder: Path, entries: Sequence[Entry], chosen_arms: Sequence[str], 
 
 
 def collect(folder: Path, seeds: int) -> Results:
-    """Return the results of each entry and arm of which all seeds are finished."""
+    """Return the finished results of each entry and arm; those of the published way only if all seeds are finished."""
     found: Results = {}
     for entry in ENTRIES:
         for arm in arms(entry):
             files = [result_file(folder, entry, arm, seed) for seed in range(seeds)]
-            if all(file.is_file() for file in files):
-                found[entry.name, arm] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+            finished = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+            if len(finished) == seeds or (finished and arm != "published"):
+                found[entry.name, arm] = finished
     return found
 
 
@@ -93,16 +94,17 @@ def levels(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main_table(found: Results) -> Iterator[str]:
-    yield "| code base | couples the batch | A_pure (balanced) | τ | κ | verdict | expected |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| code base | couples the batch | batches | A_pure (balanced) | τ | κ | verdict | expected |"
+    yield "|---|---|---|---|---|---|---|---|"
     for entry in ENTRIES:
         if (entry.name, "published") not in found:
             continue
         results = found[entry.name, "published"]
         balanced = mean_interval([result["statistics"]["heldout"]["accuracy_balanced"] for result in results]).mean
-        coupling = "no" if entry.expected == UNAFFECTED else "yes"
+        coupling = "nothing" if entry.expected == UNAFFECTED else "BatchNorm"
+        batches = "one, all pairs" if entry.layout == "full" else f"{entry.layout}, {entry.batch_size:,}"
         yield (
-            f"| {entry.name} | {coupling} | {interval(results, 'a_pure')} ({number(balanced)}) | "
+            f"| {entry.name} | {coupling} | {batches} | {interval(results, 'a_pure')} ({number(balanced)}) | "
             f"{interval(results, 'tau')} | {interval(results, 'kappa')} | {levels(results)} | "
             f"{' or '.join(entry.expected)} |"
         )
@@ -115,7 +117,12 @@ def correction_table(found: Results) -> Iterator[str]:
         keys = [(entry.name, arm) for arm in arms(entry)]
         if len(keys) == 1 or not all(key in found for key in keys):
             continue
-        cells = [f"{levels(found[key])}, {number(mean_of(found[key], 'a_pure'))}" for key in keys]
+        most = max(len(found[key]) for key in keys)
+        cells = [
+            f"{levels(found[key])}, {number(mean_of(found[key], 'a_pure'))}"
+            + (f" ({len(found[key])} of {most} seeds)" if len(found[key]) < most else "")
+            for key in keys
+        ]
         aucs = " → ".join(number(mean_of(found[key], "auc_eval")) for key in keys)
         yield f"| {entry.name} | " + " | ".join(cells) + f" | {aucs} |"
 
@@ -173,6 +180,8 @@ def page_part(found: Results, seeds: int) -> str:
     parts = [
         "\n".join(rate_sentences(found)),
         "## Verdicts",
+        "Batches: positives and negatives shuffled together, paired (as many of both in every batch), or in separate "
+        "passes, with the examples in a pass.",
         "\n".join(main_table(found)),
         "## After a correction",
         "Verdict and A_pure; AUC in eval mode before and after each correction, in the order of the columns.",

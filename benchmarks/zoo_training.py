@@ -23,6 +23,7 @@ from zoo_triples import corrupt, knowledge_graph
 
 MAX_AUDITED = 1024  # edges in a batch of an audit; a training with larger batches is audited with these
 NUM_SUBGRAPHS = 2500  # positives that models of subgraphs are trained on
+MAX_RATE_OF_LAYER_NORM = 3e-3  # models with LayerNorm can fail to learn with a higher learning rate
 Items = dict[str, Tensor]
 
 
@@ -232,9 +233,11 @@ def train(entry: Entry, task: Task, seed: int, arm: str, epochs: int | None = No
     """
     torch.manual_seed(seed)
     model = entry.make(task)
+    rate = entry.learning_rate
     if arm == "layer":
         replace_batch_norm(model, "layer")
-    optimizer = torch.optim.Adam(model.parameters(), lr=entry.learning_rate)
+        rate = min(rate, MAX_RATE_OF_LAYER_NORM)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     model.train()
     for epoch in range(epochs or entry.epochs):
         for passes in steps(entry, task, epoch, seed, random=arm == "random"):

@@ -124,7 +124,9 @@ def test_tables_and_rates(zoo, tmp_path):
     assert [(rates[name]["hits"], rates[name]["count"]) for name in rates] == [(1, 3), (1, 3), (3, 6)]
     assert rates["misses"]["low"] == pytest.approx(0.0084, abs=1e-4)  # Clopper-Pearson for 1 of 3
     page = zoo.page_part(found, 3)
-    assert "| BUDDY | yes | .50 [.50, .50] (.90) | .00 [.00, .00] | -1.25 [-1.25, -1.25] |" in page
+    assert (
+        "| BUDDY | BatchNorm | shuffled, 1,024 | .50 [.50, .50] (.90) | .00 [.00, .00] | -1.25 [-1.25, -1.25] |" in page
+    )
     assert "dominated (1), affected (1), no skill (1) | dominated |" in page
     assert "unaffected (2), affected (1) | unaffected |" in page
     assert "| unaffected, .50 | unaffected, .50 | .95 → .95 → .95 |" in page
