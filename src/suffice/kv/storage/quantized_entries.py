@@ -191,13 +191,16 @@ class QuantizedEntries:
         )
 
     def _standardize(self, keys: Tensor, heads: _Heads, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mean keys and scales, which are computed for the heads that have no entries yet, and scaled keys."""
+        """Return mean keys and scales, which are computed for the heads that have no entries yet, and scaled keys.
+
+        Float32 keys are changed in place.
+        """
         is_new = ((self.counts == 0) & (counts > 0)).to(keys.device)[..., None]
         has_new, keys = bool(is_new.any()), keys.float()
         means, scales = self.means, self.scales
         if has_new:
             means = torch.where(is_new, heads.mean(keys).view(means.shape).to(means.dtype), means)
-        centered = heads.subtract(keys, means.float().flatten(0, 1))
+        centered = heads.apply_(Tensor.sub_, keys, means.float().flatten(0, 1))
         if has_new:
             key_sizes = _without_small_sizes(heads.mean_square(centered).view(means.shape).sqrt())
             query_sizes = _without_small_sizes(self.scales.float())
@@ -311,12 +314,6 @@ class _Heads:
     def mean_square(self, x: Tensor) -> Tensor:
         """Return the mean of the squares of each dimension, [heads, dim]; zeros for heads without vectors."""
         return self.mean(x.square())
-
-    def subtract(self, x: Tensor, y: Tensor) -> Tensor:
-        """Subtract the head's vector of y, [heads, dim], from each vector of x."""
-        if not self._on_cpu:
-            return x - y.index_select(0, self._index)
-        return torch.cat([part - vector for part, vector in zip(x.split(self._counts), y, strict=True)])
 
     def apply_(self, operation: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         """Apply an operation in place, such as `Tensor.mul_`, to each vector of x and the head's vector of y."""

@@ -133,6 +133,8 @@ class VectorFormat:
     def _quantize_with_feedback(self, vectors: Tensor, feedback: ErrorFeedback) -> tuple[QuantizedVectors, Tensor]:
         x = vectors.float()
         x = x @ self.rotation(x)
+        # Smaller scales, which clip the largest numbers, would have smaller mean squared errors of the products with
+        # queries (by 30 % with 3 bits). But they make the largest products smaller, and the answers to questions worse.
         no_clipping = self._exponents_without_clipping(x.unflatten(-1, (self.num_groups, self.group_size)))
         exponents = no_clipping.clamp(0, _MAX_EXPONENT)
         codes, errors = feedback.round(x, _scales(exponents), 2**self.bits - 1)
