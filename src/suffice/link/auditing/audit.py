@@ -1,34 +1,28 @@
 """Audit of composition bias: how much the score of an edge depends on the rest of its batch (arXiv 2604.25978).
 
-The steps of an audit: `scoring` draws edges and scores them in batches of every composition, `statistics` computes
-A_pure, τ and κ from the scores, and `verdict` judges them.
+The steps of an audit: `prepared` finds the modules behind `score`, `scoring` draws edges and scores them in
+batches of every composition, `kappa_tau` computes A_pure, τ and κ from the scores, `couplings` finds the modules that
+make scores depend on the batch, and `verdict` judges.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from suffice.arguments import check_names, check_number, shown
+from suffice.arguments import check_number
+from suffice.link.auditing.couplings import Coupling, find_couplings
 from suffice.link.auditing.edge_set import MIN_EDGES, EdgeSet, NumberedEdges, Score
-from suffice.link.auditing.encode_once import keep_encodings
 from suffice.link.auditing.kappa_tau import balanced_aucs, compute_statistics, noise, score_gap
-from suffice.link.auditing.module_state import (
-    Modes,
-    WithoutDropout,
-    check_module,
-    find_modules,
-    join_modules,
-    layers_kept_in_eval_mode,
-    runs_in_its_mode,
-)
-from suffice.link.auditing.norm_layers import NormLayer, batch_norms, check_batch_norms, describe_norm_layers
+from suffice.link.auditing.module_state import Modes, runs_in_its_mode
+from suffice.link.auditing.norm_layers import NormLayer, batch_norms, describe_norm_layers
+from suffice.link.auditing.prepared import check_edges, check_score, prepare
 from suffice.link.auditing.scoring import (
     FRACTIONS,
     Repeat,
@@ -39,7 +33,6 @@ from suffice.link.auditing.scoring import (
     score_repeats,
     to_logits,
 )
-from suffice.link.auditing.snapshot import preserve_state
 from suffice.link.auditing.verdict import Evidence, Verdict, judge
 from suffice.study.results import Interval, bootstrap_interval
 
@@ -97,6 +90,8 @@ class AuditReport:
             is no module.
         probabilities: whether all scores were between 0 and 1, so that κ was computed on their logits.
         threshold: score above which an edge was predicted to be positive.
+        couplings: the first modules whose output for an edge depends on the other edges of its batch, found by scoring
+            the same edges among different ones; known normalization layers and others.
 
     """
 
@@ -108,6 +103,7 @@ class AuditReport:
     tested: str
     probabilities: bool = False
     threshold: float = 0.0
+    couplings: tuple[Coupling, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a JSON-serializable dictionary."""
@@ -150,7 +146,7 @@ def audit(
         seed: seed of all draws.
 
     Returns:
-        statistics, response curves, norm layers and a verdict.
+        statistics, response curves, norm layers, modules that couple the edges of a batch, and a verdict.
 
     Raises:
         TypeError: `score` is not callable or does not return numbers, or `edges` are neither an `EdgeSet` nor a mapping
@@ -191,35 +187,30 @@ def run_audit(
     seed: int,
     is_brief: bool = False,
 ) -> AuditReport:
-    """Audit a model (see `audit`). A brief audit has the same means and verdict, but no curve, and takes less time."""
-    if not callable(score):
-        raise TypeError(f"score must be a function or module that scores pairs, got {type(score).__name__}")
-    module = check_module(module)
+    """Audit a model (see `audit`).
+
+    A brief audit has the same means and the same level, but no curve and no couplings, and takes less time.
+    """
+    check_score(score)
     sampling = Sampling(batch_size, num_probes, repeats, seed)
     if threshold is not None:
         threshold = check_number("threshold", threshold)
-    frozen = check_names("frozen", frozen, "names of layers", "['decoder.norm']")
-    edge_sets = _check_edges(edges)
-    scores = [score, *(edge_set.score for edge_set in edge_sets.values() if edge_set.score)]
-    bound = {name: edge_set.bind(score) for name, edge_set in edge_sets.items()}
-    if module is not None and not isinstance(module, nn.Module):
-        module = join_modules(module)
-    elif module is None:
-        module = _find_module(scores, bound.values())
-    with preserve_state(module, scores) as restore, WithoutDropout(), keep_encodings():
-        torch.manual_seed(seed)
-        frozen_names = _frozen_layers(module, frozen)
-        modes = Modes(module, frozen_names)
+    couplings: tuple[Coupling, ...] = ()
+    with prepare(score, check_edges(edges), module=module, frozen=frozen, seed=seed) as prepared:
+        bound, modes, restore = prepared.edges, prepared.modes, prepared.restore
         layers = _describe_layers(modes, next(iter(bound.values())))
         restore()
         scored: dict[str, list[Repeat]] = {}
-        tested = "as called" if module is None else "training mode"
+        tested = "as called" if modes.module is None else "training mode"
         for name, edge_set in bound.items():
             own_modes = choose_modes(edge_set, modes, sampling, restore)
             if not _keeps_mode(own_modes, edge_set):
                 tested = "eval mode"
             restore()
             scored[name] = score_repeats(edge_set, own_modes, sampling, restore)
+            if not is_brief:
+                couplings += find_couplings(edge_set, own_modes, restore, seed)
+    couplings = tuple(dict.fromkeys(couplings))
     everything = [repeat for repeats in scored.values() for repeat in repeats]
     probabilities = (threshold is None or 0 < threshold < 1) and all(map(is_of_probabilities, everything))
     if threshold is None:
@@ -236,45 +227,14 @@ def run_audit(
         score_gaps={name: part.score_gap for name, part in parts.items()},
         noise={name: part.noise for name, part in parts.items()},
         tested=tested,
-        in_eval_mode=_in_eval_mode(module, frozen_names),
+        in_eval_mode=_in_eval_mode(modes.module, modes.frozen),
         probabilities=probabilities,
         threshold=threshold,
         one_sided=tuple(name for name, repeats in scored.items() if _is_one_sided(repeats, at)),
+        couplings=couplings,
     )
     verdict = judge({name: part.statistics for name, part in parts.items()}, layers, evidence)
-    return AuditReport(parts, layers, verdict, batch_size, repeats, tested, probabilities, threshold)
-
-
-def _check_edges(edges: object) -> dict[str, EdgeSet]:
-    """Return sets of edges by name."""
-    if isinstance(edges, EdgeSet):
-        return {"heldout": edges}
-    sets = dict(cast(Mapping[str, EdgeSet], edges)) if isinstance(edges, Mapping) else None
-    if sets is None or not all(isinstance(edge_set, EdgeSet) for edge_set in cast(dict[str, Any], sets).values()):
-        raise TypeError(f"edges must be an EdgeSet or a mapping of names to EdgeSets, got {shown(edges)}")
-    if not sets:
-        raise ValueError("edges must contain at least one EdgeSet, got an empty mapping")
-    return sets
-
-
-def _find_module(scores: Sequence[Score], edge_sets: Iterable[NumberedEdges]) -> nn.Module | None:
-    """Return the modules behind the scoring functions, which score a few pairs for it."""
-    if isinstance(scores[0], nn.Module):
-        return scores[0]
-
-    def call() -> None:
-        for edge_set in edge_sets:
-            edge_set.score(edge_set.positives[:, :MIN_EDGES])
-
-    with preserve_state(find_modules(scores), scores):
-        return find_modules(scores, call)
-
-
-def _frozen_layers(module: nn.Module | None, names: Sequence[str]) -> set[str]:
-    """Return the names of the layers that keep their statistics in training."""
-    if module is None:
-        return set()
-    return check_batch_norms(module, names) | (layers_kept_in_eval_mode(module) & batch_norms(module).keys())
+    return AuditReport(parts, layers, verdict, batch_size, repeats, tested, probabilities, threshold, couplings)
 
 
 def _in_eval_mode(module: nn.Module | None, frozen: set[str]) -> tuple[str, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from suffice.link.auditing.couplings import FUNCTION, Coupling
 from suffice.link.auditing.norm_layers import NormLayer
 from suffice.study.results import Interval
 
@@ -79,6 +80,7 @@ class Evidence:
         probabilities: whether scores were taken for probabilities.
         threshold: score above which an edge is predicted to be positive.
         one_sided: names of the sets of which all scores are on one side of the threshold.
+        couplings: modules whose output for an edge depends on the other edges of its batch.
 
     """
 
@@ -89,6 +91,7 @@ class Evidence:
     probabilities: bool = False
     threshold: float = 0.0
     one_sided: tuple[str, ...] = ()
+    couplings: tuple[Coupling, ...] = ()
 
 
 def judge(
@@ -160,6 +163,7 @@ def judge(
             )
     if mixing := [layer.name for layer in layers if layer.mixes_edges]:
         reasons.append(f"Layers that normalize over the edge batch: {', '.join(mixing)}.")
+    reasons += _explain_couplings(evidence.couplings)
     if evidence.probabilities:
         reasons.append(
             f"All scores are between 0 and 1, so they are taken for probabilities: the threshold is "
@@ -177,6 +181,22 @@ def judge(
         names = ", ".join(evidence.in_eval_mode)
         advice += f" If {names} kept stored statistics in training too, name these layers in frozen, and audit again."
     return Verdict(level, " ".join(reasons), advice)
+
+
+def _explain_couplings(couplings: Sequence[Coupling]) -> list[str]:
+    """Return sentences on what couples the edges of a batch, apart from the norm layers, which are named anyway."""
+    found: list[str] = []
+    if modules := [str(each) for each in couplings if not each.is_norm_layer and each.kind != FUNCTION]:
+        found.append(
+            f"Modules that are no known normalization layers, but whose output for an edge depends on the other edges "
+            f"of its batch: {', '.join(modules)}."
+        )
+    if any(each.kind == FUNCTION for each in couplings):
+        found.append(
+            "The score of an edge depends on the other edges of its batch, but the output of no module does: what "
+            "couples them is in the function score, or in a method that it calls."
+        )
+    return found
 
 
 def _judge_part(

@@ -56,7 +56,7 @@ Representations = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def audit_page(report: AuditReport, command: str) -> Page:
-    """Return the page of an audit: verdict, statistics, response curve and norm layers.
+    """Return the page of an audit: verdict, statistics, response curve, norm layers and what couples the edges.
 
     Args:
         report: result of the audit.
@@ -79,6 +79,9 @@ def audit_page(report: AuditReport, command: str) -> Page:
     layers = [[layer.name, layer.kind, layer.input_rows, layer.mixes_rows, layer.frozen] for layer in report.layers]
     if layers:
         page.add("Normalization layers", Table(["layer", "class", "input rows", "mixes rows", "frozen"], layers))
+    couplings = [[each.name, each.kind, each.is_norm_layer] for each in report.couplings]
+    if couplings:
+        page.add("What couples the edges of a batch", Table(["module", "class", "norm layer"], couplings))
     return page
 
 
