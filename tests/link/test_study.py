@@ -152,6 +152,10 @@ def test_the_page_of_an_audit_shows_its_verdict(graph, parts):
     html = audit_page(report, "suffice link audit").to_html()
     assert report.verdict.why in html.replace("&#39;", "'")
     assert len(plot_audit(report).axes[0].lines) == 2
+    assert [coupling.name for coupling in report.couplings] == [
+        layer.name for layer in report.layers if layer.mixes_edges
+    ]
+    assert "What couples the edges of a batch" in html
 
 
 def test_embeddings_are_plotted_in_one_panel_per_name():
