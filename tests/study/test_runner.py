@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 
 from suffice.study import PlannedRun, Spec, Store, StoreError, run_study
+from suffice.study.owner import Owner
 from tests.study.tiny import SQUARE
 
 
@@ -124,6 +125,50 @@ def test_a_study_killed_twenty_times_has_every_result_once(tmp_path):
     assert set(Counter(started_keys).values()) <= set(range(1, 22))
     assert len(started_keys) - 300 <= 2 * 20
     assert not list((tmp_path / "s" / "owners").iterdir())
+
+
+_RUN_AND_WAIT = """
+import sys
+from suffice.study import Spec, run_study
+from tests.study.tiny import SQUARE
+spec = Spec("squares", "square", settings=dict(log=sys.argv[2], fail="wait for a file"), grid=dict(x=[0, 1, 2]))
+run_study(sys.argv[1], SQUARE, spec, workers=int(sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_killed_run_is_resumed_first(tmp_path, workers):
+    log = tmp_path / "log"
+    log.touch()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    arguments = [sys.executable, "-c", _RUN_AND_WAIT, str(tmp_path / "s"), str(log), str(workers)]
+    with subprocess.Popen(arguments, env=environment) as process:
+        while not log.read_text():
+            time.sleep(0.02)
+        process.kill()
+    (tmp_path / "log.ok").touch()
+    # The killed run is now the last one of the plan.
+    study = Spec("squares", "square", settings={"log": str(log), "fail": "wait for a file"}, grid={"x": [2, 1, 0]})
+    outcome = run_study(tmp_path / "s", SQUARE, study)
+    assert (outcome.done, outcome.new, outcome.recovered) == (3, 3, 1)
+    with Store(tmp_path / "s") as store:
+        keys = {record.settings["x"]: record.key for record in store.records("squares")}
+    assert log.read_text().split() == [keys[x] for x in (0, 0, 2, 1)]
+
+
+def test_an_interrupted_run_is_resumed_first_and_a_failed_one_in_its_order(tmp_path):
+    with Store(tmp_path) as store, Owner(tmp_path) as owner:
+        store.plan("squares", SQUARE, spec(4).plan(SQUARE))
+        started = [store.claim("squares", owner) for _ in range(3)]
+        store.finish(started[0].key, owner, {"values": {"y": 0.0}}, {}, 0.1)
+        store.fail(started[1].key, owner, "RuntimeError")
+        store.release(owner)  # as after Ctrl-C
+    with Store(tmp_path) as store, Owner(tmp_path) as owner:
+        store.reset_failed("squares")
+        assert [store.claim("squares", owner).settings["x"] for _ in range(3)] == [2, 1, 3]
+        store.release(owner)
+    with Store(tmp_path) as store, Owner(tmp_path) as owner:  # the second attempt of the failed run was interrupted
+        assert [store.claim("squares", owner).settings["x"] for _ in range(3)] == [1, 2, 3]
 
 
 def test_two_processes_share_a_store(tmp_path):

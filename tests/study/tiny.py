@@ -24,6 +24,8 @@ def square(settings, seed, context):
         sys.exit(3)
     if settings["fail"] == "until a file exists" and not Path(settings["log"] + ".ok").exists():
         raise RuntimeError("no file yet")
+    while settings["fail"] == "wait for a file" and not Path(settings["log"] + ".ok").exists():
+        time.sleep(0.02)
     if settings["fail"] == "not JSON":
         return {"values": {"y": object()}}
     return {"values": {"y": float(settings["x"] ** 2 + seed), "threads": float(os.environ.get("OMP_NUM_THREADS", 0))}}

@@ -59,8 +59,9 @@ def run_study(
 ) -> Outcome:
     """Execute every run of a study whose result is not in its folder yet.
 
-    Each run is stored when it ends, so that a call that is killed loses only the runs in progress. Several calls on one
-    folder share the work: no run is executed twice, and all calls return when no run is missing.
+    Each run is stored when it ends, so that a call that is killed loses only the runs in progress. The next call
+    resumes these first. Several calls on one folder share the work: no run is executed twice, and all calls return when
+    no run is missing.
 
     Args:
         folder: folder of the store; created if it is missing.
@@ -140,6 +141,8 @@ class _Runner:
             executor.on_message = self._handle
 
     def run(self) -> Outcome:
+        # Before the first claim, so that interrupted runs are resumed first.
+        self._recovered = self._store.recover(self._owner)
         last_fill = 0.0
         while True:
             if len(self._busy) < self._executor.slots and time.monotonic() - last_fill >= _POLL_SECONDS:

@@ -96,6 +96,7 @@ class Store:
         self._path = self.folder / FILE_NAME
         self._database = connect(self.folder, read_only=read_only)
         self._last_claimed: dict[str, int] = {}
+        self._without_interrupted: set[str] = set()  # studies that had no interrupted run when it was last looked for
 
     def __enter__(self) -> Store:
         return self
@@ -143,22 +144,32 @@ class Store:
             database.executemany("INSERT INTO plans VALUES (?, ?, ?)", ((study, n, key) for n, key in enumerate(keys)))
 
     def claim(self, study: str, owner: Owner) -> ClaimedRun | None:
-        """Claim the next missing run of a study for an owner; None if no run is missing."""
+        """Claim a missing run of a study for an owner; None if no run is missing.
+
+        Runs that were interrupted come first, because they can resume from their checkpoints. All others, and runs that
+        failed before, are claimed in the order of the plan.
+        """
         query = (
             "SELECT key, settings, seed, inputs, position FROM plans JOIN runs USING (key) "
-            "WHERE study = ? AND state = 'missing' AND position >= ? ORDER BY position LIMIT 1"
+            "WHERE study = ? AND state = 'missing' AND position >= ? {} ORDER BY position LIMIT 1"
         )
         with self._transaction() as database:
-            # Search from the last claimed position first: a search from the start would read all finished runs.
-            start = self._last_claimed.get(study, 0)
-            row = database.execute(query, (study, start)).fetchone()
-            if row is None and start:
-                row = database.execute(query, (study, 0)).fetchone()
+            row = None
+            if study not in self._without_interrupted:
+                row = database.execute(query.format("AND attempts > 0 AND error IS NULL"), (study, 0)).fetchone()
             if row is None:
-                return None
-            self._last_claimed[study] = row[4]
+                self._without_interrupted.add(study)
+                # Search from the last claimed position first: a search from the start would read all finished runs.
+                start = self._last_claimed.get(study, 0)
+                row = database.execute(query.format(""), (study, start)).fetchone()
+                if row is None and start:
+                    row = database.execute(query.format(""), (study, 0)).fetchone()
+                if row is None:
+                    return None
+                self._last_claimed[study] = row[4]
+            # An error of an earlier attempt is cleared: this attempt may be interrupted, which is no failure.
             database.execute(
-                "UPDATE runs SET state = 'running', owner = ?, attempts = attempts + 1 WHERE key = ?",
+                "UPDATE runs SET state = 'running', owner = ?, error = NULL, attempts = attempts + 1 WHERE key = ?",
                 (owner.name, row[0]),
             )
         return ClaimedRun(row[0], nest(json.loads(row[1])), row[2], tuple(json.loads(row[3])))
@@ -175,6 +186,8 @@ class Store:
                 ).rowcount
         for name in dead:
             Owner.remove(self.folder, name)
+        if recovered:
+            self._without_interrupted.clear()
         return recovered
 
     def finish(
