@@ -41,12 +41,19 @@ def study_table(results: StudyResults) -> Table:
 
 
 def audit_tables(report: AuditReport) -> Iterator[Table]:
-    """Yield a table of the statistics of each set of edges."""
+    """Yield a table of the statistics of each set of edges, and one of the metrics in batches of each composition."""
+    from suffice.link.auditing.metric_comparison import WAYS
+
     for name, part in report.parts.items():
         table = Table("statistic", "mean [95 % interval]", title=f"{name} edges")
         for statistic, interval in part.statistics.items():
             table.add_row(statistic, escape(str(interval)))
         yield table
+        if compared := report.metrics.get(name):
+            table = Table("scored in", *next(iter(compared.values())), title=f"Metrics of {name} edges")
+            for way, values in compared.items():
+                table.add_row(WAYS[way], *(f"{value:.3f}" for value in values.values()))
+            yield table
 
 
 def row_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from suffice.arguments import check_number
+from suffice.arguments import check_flag, check_number
 from suffice.link.auditing.couplings import Coupling, find_couplings
 from suffice.link.auditing.edge_set import MIN_EDGES, EdgeSet, NumberedEdges, Score
 from suffice.link.auditing.kappa_tau import balanced_aucs, compute_statistics, noise, score_gap
+from suffice.link.auditing.metric_comparison import compare_metrics
 from suffice.link.auditing.module_state import Modes, runs_in_its_mode
 from suffice.link.auditing.norm_layers import NormLayer, batch_norms, describe_norm_layers
 from suffice.link.auditing.prepared import check_edges, check_score, prepare
@@ -92,6 +93,8 @@ class AuditReport:
         threshold: score above which an edge was predicted to be positive.
         couplings: the first modules whose output for an edge depends on the other edges of its batch, found by scoring
             the same edges among different ones; known normalization layers and others.
+        metrics: AUC, Hits@K and MRR of each edge set, for each way to score it (see `compare_metrics`). Empty unless
+            they were asked for.
 
     """
 
@@ -104,6 +107,7 @@ class AuditReport:
     probabilities: bool = False
     threshold: float = 0.0
     couplings: tuple[Coupling, ...] = ()
+    metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict[str, dict[str, dict[str, float]]])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a JSON-serializable dictionary."""
@@ -120,6 +124,7 @@ def audit(
     repeats: int = 16,
     threshold: float | None = None,
     frozen: Sequence[str] = (),
+    metrics: bool = False,
     seed: int = 0,
 ) -> AuditReport:
     """Measure how much the scores of edges depend on the composition of their batch (arXiv 2604.25978).
@@ -143,6 +148,8 @@ def audit(
             above, scores are never taken for probabilities.
         frozen: names of BatchNorm layers that kept their running statistics in training. Layers that stay in eval mode
             when `module.train()` is called need not be named.
+        metrics: whether AUC, Hits@K and MRR of all edges are compared in eval mode and in training mode, in batches of
+            several compositions. Every edge is then scored four times.
         seed: seed of all draws.
 
     Returns:
@@ -170,6 +177,7 @@ def audit(
         repeats=repeats,
         threshold=threshold,
         frozen=frozen,
+        metrics=metrics,
         seed=seed,
     )
 
@@ -185,6 +193,7 @@ def run_audit(
     threshold: float | None,
     frozen: Sequence[str],
     seed: int,
+    metrics: bool = False,
     is_brief: bool = False,
 ) -> AuditReport:
     """Audit a model (see `audit`).
@@ -195,7 +204,9 @@ def run_audit(
     sampling = Sampling(batch_size, num_probes, repeats, seed)
     if threshold is not None:
         threshold = check_number("threshold", threshold)
+    check_flag("metrics", metrics)
     couplings: tuple[Coupling, ...] = ()
+    compared: dict[str, dict[str, dict[str, float]]] = {}
     with prepare(score, check_edges(edges), module=module, frozen=frozen, seed=seed) as prepared:
         bound, modes, restore = prepared.edges, prepared.modes, prepared.restore
         layers = _describe_layers(modes, next(iter(bound.values())))
@@ -210,6 +221,8 @@ def run_audit(
             scored[name] = score_repeats(edge_set, own_modes, sampling, restore)
             if not is_brief:
                 couplings += find_couplings(edge_set, own_modes, restore, seed)
+            if metrics:
+                compared[name] = compare_metrics(edge_set, own_modes, restore, sampling.batch_size, seed)
     couplings = tuple(dict.fromkeys(couplings))
     everything = [repeat for repeats in scored.values() for repeat in repeats]
     probabilities = (threshold is None or 0 < threshold < 1) and all(map(is_of_probabilities, everything))
@@ -234,7 +247,9 @@ def run_audit(
         couplings=couplings,
     )
     verdict = judge({name: part.statistics for name, part in parts.items()}, layers, evidence)
-    return AuditReport(parts, layers, verdict, batch_size, repeats, tested, probabilities, threshold, couplings)
+    return AuditReport(
+        parts, layers, verdict, batch_size, repeats, tested, probabilities, threshold, couplings, compared
+    )
 
 
 def _in_eval_mode(module: nn.Module | None, frozen: set[str]) -> tuple[str, ...]:

@@ -162,20 +162,22 @@ def score_repeats(edges: NumberedEdges, modes: Modes, sampling: Sampling, restor
     probes_per_class = max(1, min(sampling.num_probes // 2, int(0.1 * size)))
     generator = torch.Generator().manual_seed(sampling.seed)
     draws = [_draw_edges(edges, size, generator) for _ in range(sampling.repeats)]
-    scorer = _Scorer(edges.score, restore)
+    scorer = Scorer(edges.score, restore)
+
+    def score(draw: tuple[Tensor, Tensor], fraction: float) -> BatchScores:
+        pairs, num_positives = _batch(draw, fraction)
+        return BatchScores(scorer.score(pairs), num_positives)
+
     with modes.evaluation():
-        scorer.test_repetition(draws[0])
-        eval_batches = [scorer.score(positives, negatives, 0.5) for positives, negatives in draws]
+        scorer.test_repetition(_batch(draws[0], 0.5)[0])
+        eval_batches = [score(draw, 0.5) for draw in draws]
     restore()
 
     def score_all() -> list[dict[float, BatchScores]]:
-        return [
-            {fraction: scorer.score(positives, negatives, fraction) for fraction in FRACTIONS}
-            for positives, negatives in draws
-        ]
+        return [{fraction: score(draw, fraction) for fraction in FRACTIONS} for draw in draws]
 
     with modes.training():
-        has_noise = scorer.test_repetition(draws[0])
+        has_noise = scorer.test_repetition(_batch(draws[0], 0.5)[0])
         batches = score_all()
         again = score_all() if has_noise else None
     restore()
@@ -247,31 +249,40 @@ def _draw_edges(edges: NumberedEdges, size: int, generator: torch.Generator) -> 
     return edges.positives[:, positives.to(device)], edges.negatives[:, negatives.to(device)]
 
 
-class _Scorer:
-    """Scores batches, and restores the state before each of them if scoring changes what is scored next."""
+class Scorer:
+    """Scores batches, and restores the state before each of them if scoring changes what is scored next.
+
+    Args:
+        score: function of pairs, [3, edges] -> scores [edges].
+        restore: restores the state of modules and scoring functions.
+
+    """
 
     def __init__(self, score: Callable[[Tensor], Tensor], restore: State) -> None:
         self._score, self._restore = score, restore
         self._restores_state = False
 
-    def test_repetition(self, draw: tuple[Tensor, Tensor]) -> bool:
+    def test_repetition(self, pairs: Tensor) -> bool:
         """Decide whether the state has to be restored, and return whether scores differ nevertheless: by noise."""
         self._restores_state = False
-        first, second = (self.score(*draw, 0.5).scores for _ in range(2))
-        if same_scores(first, second):
+        if same_scores(self.score(pairs), self.score(pairs)):
             return False
         self._restores_state = True
-        first, second = (self.score(*draw, 0.5).scores for _ in range(2))
-        return not same_scores(first, second)
+        return not same_scores(self.score(pairs), self.score(pairs))
 
-    def score(self, positives: Tensor, negatives: Tensor, fraction: float) -> BatchScores:
-        """Score a batch with a fraction of positives: the first positives and the first negatives of a draw."""
-        size = positives.size(1)
-        num_positives = round(fraction * size)
-        pairs = torch.cat([positives[:, :num_positives], negatives[:, : size - num_positives]], dim=1)
+    def score(self, pairs: Tensor) -> Tensor:
+        """Return the scores of a batch, [edges]."""
         if self._restores_state:
             self._restore(with_scores=True)
-        return BatchScores(self._score(pairs), num_positives)
+        return self._score(pairs)
+
+
+def _batch(draw: tuple[Tensor, Tensor], fraction: float) -> tuple[Tensor, int]:
+    """Return a batch with a fraction of positives, [3, edges], and their number: the first edges of a draw."""
+    positives, negatives = draw
+    size = positives.size(1)
+    num_positives = round(fraction * size)
+    return torch.cat([positives[:, :num_positives], negatives[:, : size - num_positives]], dim=1), num_positives
 
 
 def _probe_scores(batches: dict[float, BatchScores], probes_per_class: int) -> dict[float, Tensor]:

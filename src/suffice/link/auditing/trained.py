@@ -15,7 +15,7 @@ from suffice.link.train.inputs import node_features
 
 
 def audit_trained(
-    model: LinkPredictor, graph: Graph, split: Split, *, batch_size: int = 512, seed: int = 0
+    model: LinkPredictor, graph: Graph, split: Split, *, batch_size: int = 512, metrics: bool = False, seed: int = 0
 ) -> AuditReport:
     """Audit a trained link predictor on held-out edges (validation and test) and on training edges.
 
@@ -27,6 +27,7 @@ def audit_trained(
         graph: graph that provides the node features.
         split: edges of the graph.
         batch_size: edges in a batch; use the batch size of the training.
+        metrics: whether AUC, Hits@K and MRR are compared in batches of several compositions, as in `audit`.
         seed: seed of all draws.
 
     Returns:
@@ -53,4 +54,5 @@ def audit_trained(
     negatives = sample_negatives(split.known, graph.sides, num_train, seed + 1)
     train_scorer = PairScorer(model, x, remove_edges(split.message_edges(), positives, graph.num_nodes))
     train = EdgeSet(positives, negatives, train_scorer)
-    return audit(heldout_scorer, {"heldout": heldout, "train": train}, module=model, batch_size=batch_size, seed=seed)
+    sets = {"heldout": heldout, "train": train}
+    return audit(heldout_scorer, sets, module=model, batch_size=batch_size, metrics=metrics, seed=seed)

@@ -94,7 +94,9 @@ def evaluate_seeds(
 def audit_seeds(
     experiment: Experiment, seeds: Sequence[int], *, checkpoint: Path | None = None, on_epoch: OnEpoch | None = None
 ) -> list[AuditReport]:
-    """Audit one model for each seed: that of its checkpoint if the file exists, else one that is trained now.
+    """Audit one model for each seed, and compare its metrics in batches of several compositions.
+
+    The model is that of the checkpoint if the file exists, else one that is trained now.
 
     Args:
         experiment: what to train. Only its graph matters if there is a checkpoint.
@@ -114,12 +116,13 @@ def audit_seeds(
             reports.append(audit_checkpoint(path, experiment.graph, device=experiment.device, seed=seed))
         else:
             model, graph, split = experiment.fit(seed, checkpoint=path, on_epoch=on_epoch)
-            reports.append(audit_trained(model, graph, split, batch_size=experiment.train.batch_size, seed=seed))
+            batch_size = experiment.train.batch_size
+            reports.append(audit_trained(model, graph, split, batch_size=batch_size, metrics=True, seed=seed))
     return reports
 
 
 def audit_checkpoint(path: Path, graph: Graph, *, device: str = "cpu", seed: int = 0) -> AuditReport:
-    """Audit the model of a checkpoint on the split that it was trained with.
+    """Audit the model of a checkpoint, with metrics, on the split that it was trained with.
 
     Args:
         path: checkpoint that `suffice link` or a study wrote.
@@ -139,7 +142,7 @@ def audit_checkpoint(path: Path, graph: Graph, *, device: str = "cpu", seed: int
         raise ValueError(f"data must be {metadata['graph']} for checkpoint {path}, got {graph.name}")
     split = split_edges(graph, config, train["seed"])
     check_data(path, metadata, graph, split)
-    return audit_trained(model, graph, split, batch_size=train["batch_size"], seed=seed)
+    return audit_trained(model, graph, split, batch_size=train["batch_size"], metrics=True, seed=seed)
 
 
 def align_seeds(

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from suffice.link.auditing.audit import AuditReport
+from suffice.link.auditing.metric_comparison import WAYS
 from suffice.link.study.correct import load_stored_representations
 from suffice.link.study.demo import DemoResults, describe_results
 from suffice.link.study.figures import plot_audit, plot_embeddings, plot_response_curves
@@ -67,6 +68,9 @@ def audit_page(report: AuditReport, command: str) -> Page:
     for name, part in report.parts.items():
         rows = [[statistic, str(value)] for statistic, value in part.statistics.items()]
         page.add(f"Statistics on {name} edges", Table(["statistic", "mean and 95 % interval"], rows))
+        if compared := report.metrics.get(name):
+            rows = [[WAYS[way], *(f"{value:.3f}" for value in values.values())] for way, values in compared.items()]
+            page.add(f"Metrics of {name} edges", Table(["scored in", *next(iter(compared.values()))], rows))
     page.add(
         "Response to the composition of the batch",
         Figure(
