@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from suffice.link.study.report_sections import audit_page, results_page
 from suffice.link.study.results import collect_study
 from suffice.link.study.run_kinds import CORRECT
 from suffice.link.study.run_settings import DataSource, RunSettings
+from suffice.link.train.alignment import measure_alignment
 from suffice.link.train.config import TrainConfig
 from suffice.study import Store, mean_interval
 
@@ -54,6 +57,34 @@ def test_a_study_resumes_and_its_differences_are_paired_by_seed(graph, tmp_path)
     assert "A difference of differences is" in html
     text = "0.005 for fixed/batch, random+balanced/batch; 0.001 for fixed/layer, random+balanced/layer."
     assert f"The learning rate differs: {text}" in html
+
+
+def test_references_are_shown_and_continue_where_they_were_interrupted(graph, tmp_path, monkeypatch):
+    from suffice.link.study import references
+
+    computed: list[str] = []
+
+    def measure(x, classes, *, measures):
+        computed.extend(measures)
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        return measure_alignment(x, classes, measures=measures)
+
+    monkeypatch.setattr(references, "measure_alignment", measure)
+    arms, lines = ARMS[:1], []
+    with pytest.raises(KeyboardInterrupt):
+        correct(graph, arms=arms, train=QUICK, seeds=1, folder=tmp_path)
+    results = correct(graph, arms=arms, train=QUICK, seeds=1, folder=tmp_path, log=lines.append)
+    assert computed == ["nmi", "trace_ratio", "probe", "probe", "class_information"]
+    assert [line.partition(" (")[0] for line in lines if " done" in line and line.startswith("arm")] == [
+        "arm raw features, seed 0: measure 4 of 4, class_information",
+        "arm untrained, seed 0: edge_class_information",
+    ]
+    expected = {f"node_{name}": {0: value} for name, value in measure_alignment(graph.x, graph.classes).items()}
+    assert results.references["raw features"].values == expected
+    # Another training of the graph finds them.
+    correct(graph, arms=arms, train=replace(QUICK, epochs=1), seeds=1, folder=tmp_path)
+    assert len(computed) == 5
 
 
 def test_rows_of_a_study(graph, tmp_path):

@@ -199,7 +199,7 @@ def align(
 
     with step_progress() as show_step:
         experiment = _experiment(graph, model, training, SplitOptions(), training.device)
-        measures = align_seeds(experiment, seeds.range(), on_epoch=_epoch_lines(experiment, show_step))
+        measures = align_seeds(experiment, seeds.range(), on_epoch=_epoch_lines(experiment, show_step), log=show_step)
     rows = [{"representation": name, **row} for name, values in measures.items() for row in mean_rows(values)]
     title = "Alignment with the classes"
     if output.as_json:

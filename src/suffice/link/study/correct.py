@@ -24,7 +24,7 @@ from suffice.link.study.run_settings import REFERENCES, DataSource, RunSettings
 from suffice.link.train.alignment import representations
 from suffice.link.train.checkpoint import load_trained
 from suffice.link.train.config import TrainConfig
-from suffice.study.progress import Progress, ProgressCallback, log_progress
+from suffice.study.progress import ProgressCallback, log_progress
 from suffice.study.runner import run_study
 from suffice.study.spec import PlannedRun
 from suffice.study.store import Record, Store, StoreError
@@ -118,7 +118,7 @@ def correct(
             about={"command": command} if command else {},
             workers=workers,
             retry_failed=True,
-            on_progress=on_progress or _without_references(log_progress(log)),
+            on_progress=on_progress or log_progress(log),
         )
         with Store(home, read_only=True) as store:
             records = list(store.records(name))
@@ -203,17 +203,6 @@ def _log_finished_runs(folder: Path, study: str, plan: Sequence[PlannedRun], log
         for record in store.records(study, "done"):
             if record.settings["arm"] not in REFERENCES:
                 log(f"arm {arm_key(record)}, seed {record.seed}: {record.result['verdict']}")
-
-
-def _without_references(callback: ProgressCallback) -> ProgressCallback:
-    """Return a callback without the lines of references, which are not trained."""
-    prefixes = tuple(f"arm {name}" for name in REFERENCES)
-
-    def show(progress: Progress, line: str) -> None:
-        if not line.startswith(prefixes):
-            callback(progress, line)
-
-    return show
 
 
 def _ignore(line: str) -> None:

@@ -146,7 +146,11 @@ def audit_checkpoint(path: Path, graph: Graph, *, device: str = "cpu", seed: int
 
 
 def align_seeds(
-    experiment: Experiment, seeds: Sequence[int], *, on_epoch: OnEpoch | None = None
+    experiment: Experiment,
+    seeds: Sequence[int],
+    *,
+    on_epoch: OnEpoch | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> dict[str, list[dict[str, float]]]:
     """Measure the alignment with the node classes of a trained model, an untrained model and the features.
 
@@ -154,6 +158,7 @@ def align_seeds(
         experiment: what to train.
         seeds: seed of each repetition.
         on_epoch: called with the result of each epoch.
+        log: called before each measure is computed, which may take minutes.
 
     Returns:
         The measures of each repetition, under `trained`, `untrained` and, if the graph has features, `raw features`.
@@ -167,11 +172,17 @@ def align_seeds(
     for seed in seeds:
         model, graph, split = experiment.fit(seed, on_epoch=on_epoch)
         untrained = experiment.model.build(graph.num_features, seed).to(experiment.device)
-        measures["trained"].append(alignment(model, graph, split, seed=seed))
-        measures["untrained"].append(alignment(untrained, graph, split, seed=seed))
+        measures["trained"].append(alignment(model, graph, split, seed=seed, log=_named(log, "trained")))
+        measures["untrained"].append(alignment(untrained, graph, split, seed=seed, log=_named(log, "untrained")))
         if graph.features == "given":
-            measures["raw features"].append(feature_alignment(graph, seed=seed))
+            log_features = _named(log, "raw features")
+            measures["raw features"].append(feature_alignment(graph, seed=seed, log=log_features))
     return {name: values for name, values in measures.items() if values}
+
+
+def _named(log: Callable[[str], None] | None, name: str) -> Callable[[str], None] | None:
+    """Return a function that logs a line behind a name."""
+    return None if log is None else lambda line: log(f"{name}: {line}")
 
 
 def mean_rows(repetitions: Sequence[dict[str, float]]) -> list[dict[str, Any]]:

@@ -12,9 +12,10 @@ from typing import Any
 from suffice.link.auditing.trained import audit_trained
 from suffice.link.data.graph import Graph, Split, SplitConfig, split_edges
 from suffice.link.study.arms import Arm
+from suffice.link.study.references import measure_raw_features
 from suffice.link.study.run_settings import DataSource, RunSettings
 from suffice.link.study.training import train_model
-from suffice.link.train.alignment import alignment, measure_alignment
+from suffice.link.train.alignment import alignment
 from suffice.link.train.config import TrainConfig
 from suffice.link.train.evaluate import evaluate
 from suffice.link.train.state import EpochResult
@@ -56,10 +57,9 @@ def train_and_audit(settings: Mapping[str, Any], seed: int, context: RunContext)
     if isinstance(run.arm, Arm):
         return _train_arm(run, run.arm, graph, split, seed, context)
     if run.arm == "raw features":
-        measures = measure_alignment(graph.x, graph.classes)
-        return {"values": {f"node_{name}": value for name, value in measures.items()}, "graph": _describe(graph)}
+        return {"values": measure_raw_features(graph, context.folder, context.log), "graph": _describe(graph)}
     model = run.model.build(graph.num_features, seed)
-    return {"values": alignment(model, graph, split), "graph": _describe(graph)}
+    return {"values": alignment(model, graph, split, log=context.log), "graph": _describe(graph)}
 
 
 def load_graph_and_split(run: RunSettings, seed: int, folder: Path) -> tuple[Graph, Split]:
@@ -94,7 +94,7 @@ def _train_arm(
     for part, part_report in report.parts.items():
         values |= {f"{name}:{part}": part_report.statistics[name].mean for name in AUDIT_STATISTICS}
     if graph.y is not None:
-        values |= alignment(model, graph, split)
+        values |= alignment(model, graph, split, log=context.log)
     context.log(report.verdict.level)
     return {
         "values": values,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ def alignment(
     *,
     measures: tuple[str, ...] = MEASURES,
     seed: int = 0,
+    log: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """Measure how well the representations of a model, trained or not, align with the node classes.
 
@@ -35,6 +37,7 @@ def alignment(
         measures: names from `MEASURES`: `nmi` (k-means clusters against classes), `trace_ratio` (arXiv 2604.25978),
             `probe` (accuracy of a linear probe) and `class_information`.
         seed: seed of clustering and cross-validation.
+        log: called with the name of each measure before it is computed, which may take minutes.
 
     Returns:
         each measure of both representations (see `representations`): `node_nmi`, `edge_nmi`, `node_trace_ratio`, …
@@ -46,17 +49,26 @@ def alignment(
     return {
         f"{kind}_{name}": value
         for kind, (x, classes) in representations(model, graph, split).items()
-        for name, value in measure_alignment(x, classes, measures=measures, seed=seed).items()
+        for name, value in measure_alignment(
+            x, classes, measures=measures, seed=seed, log=None if log is None else _with_prefix(log, f"{kind}_")
+        ).items()
     }
 
 
-def feature_alignment(graph: Graph, *, measures: tuple[str, ...] = MEASURES, seed: int = 0) -> dict[str, float]:
+def feature_alignment(
+    graph: Graph,
+    *,
+    measures: tuple[str, ...] = MEASURES,
+    seed: int = 0,
+    log: Callable[[str], None] | None = None,
+) -> dict[str, float]:
     """Measure how well the node features align with the node classes: a reference that needs no model.
 
     Args:
         graph: graph with a class for each node.
         measures: names from `MEASURES`.
         seed: seed of clustering and cross-validation.
+        log: called with the name of each measure before it is computed, which may take minutes.
 
     Returns:
         `feature_nmi`, `feature_trace_ratio`, …
@@ -65,7 +77,8 @@ def feature_alignment(graph: Graph, *, measures: tuple[str, ...] = MEASURES, see
         ValueError: the graph has no classes, or a measure is unknown.
 
     """
-    values = measure_alignment(graph.x, graph.classes, measures=measures, seed=seed)
+    log = None if log is None else _with_prefix(log, "feature_")
+    values = measure_alignment(graph.x, graph.classes, measures=measures, seed=seed, log=log)
     return {f"feature_{name}": value for name, value in values.items()}
 
 
@@ -121,7 +134,12 @@ def incident_edge_means(edge_embeddings: Tensor, pairs: Tensor, num_nodes: int) 
 
 
 def measure_alignment(
-    x: Tensor, classes: Tensor, *, measures: tuple[str, ...] = MEASURES, seed: int = 0
+    x: Tensor,
+    classes: Tensor,
+    *,
+    measures: tuple[str, ...] = MEASURES,
+    seed: int = 0,
+    log: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """Measure how well embeddings align with classes.
 
@@ -133,6 +151,7 @@ def measure_alignment(
         classes: long [items].
         measures: names from `MEASURES`.
         seed: seed of clustering and cross-validation.
+        log: called with the name of each measure before it is computed, which may take minutes.
 
     Returns:
         value of each measure by name.
@@ -150,7 +169,16 @@ def measure_alignment(
     measures = tuple(check_names("measures", measures, "names of measures", "['nmi', 'probe']"))
     if unknown := set(measures) - functions.keys():
         raise ValueError(f"measures must be among {', '.join(MEASURES)}, got {sorted(unknown)}")
-    return {name: functions[name]() for name in measures}
+    values: dict[str, float] = {}
+    for name in measures:
+        if log is not None:
+            log(name)
+        values[name] = functions[name]()
+    return values
+
+
+def _with_prefix(log: Callable[[str], None], prefix: str) -> Callable[[str], None]:
+    return lambda name: log(f"{prefix}{name}")
 
 
 def _linear_probe(x: Tensor, classes: Tensor, seed: int) -> float:
