@@ -1,0 +1,116 @@
+"""Hard negatives have the degrees, and the ranks by heuristics, that brute force finds."""
+
+import collections
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from suffice.link import EdgeSet
+from suffice.link.batches.hard_negatives import hard_negatives, sample_negatives_by_degree
+from suffice.link.batches.negatives import TooFewNegativesError, sample_negatives
+
+PATH = torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 5]])
+
+
+def _pairs(edges):
+    return {tuple(sorted(pair)) for pair in edges.flatten(1).T.tolist()}
+
+
+def test_degrees_of_negatives_are_those_of_edges(graph):
+    known = graph.edges
+    degree = known.flatten().bincount(minlength=graph.num_nodes).double()
+    drawn = sample_negatives_by_degree(known, graph.num_nodes, 500, seed=0)
+    assert drawn.shape == (2, 500)
+    assert len(_pairs(drawn)) == 500
+    assert not _pairs(drawn) & _pairs(known)
+    assert bool((drawn[0] < drawn[1]).all())
+    of_edges, of_drawn = degree[known].mean(), degree[drawn].mean()
+    of_uniform = degree[sample_negatives(known, graph.num_nodes, 500, seed=0)].mean()
+    assert abs(of_drawn - of_edges) < 0.25 * (of_edges - of_uniform)
+    assert torch.equal(drawn, sample_negatives_by_degree(known, graph.num_nodes, 500, seed=0))
+    assert not torch.equal(drawn, sample_negatives_by_degree(known, graph.num_nodes, 500, seed=1))
+
+
+def test_pairs_are_drawn_in_proportion_to_the_product_of_their_degrees():
+    counts = collections.Counter(
+        pair for seed in range(3000) for pair in _pairs(sample_negatives_by_degree(PATH, 6, 1, seed))
+    )
+    degree = [1, 2, 2, 2, 2, 1]
+    free = set(itertools.combinations(range(6), 2)) - _pairs(PATH)
+    weights = {pair: degree[pair[0]] * degree[pair[1]] for pair in free}
+    assert counts.keys() == free
+    for pair in free:
+        expected = weights[pair] / sum(weights.values())
+        assert abs(counts[pair] / 3000 - expected) < 4 * (expected / 3000) ** 0.5
+
+
+def test_all_pairs_of_nodes_with_edges_can_be_drawn_and_no_more():
+    assert len(_pairs(sample_negatives_by_degree(PATH, 100, 10, seed=0))) == 10  # nodes 6 to 99 have no edges
+    with pytest.raises(TooFewNegativesError, match=r"count must be at most 10, .*, got 11"):
+        sample_negatives_by_degree(PATH, 100, 11, seed=0)
+
+
+def test_pairs_of_bipartite_graphs_join_both_sides():
+    known = torch.tensor([[0, 0, 1, 2], [3, 4, 5, 6]])  # 3 and 4 nodes
+    drawn = sample_negatives_by_degree(known, (3, 4), 8, seed=0)
+    assert _pairs(drawn) == set(itertools.product(range(3), range(3, 7))) - _pairs(known)
+    hard = hard_negatives(known[:, :1], known, known, (3, 4), 4, seed=0)
+    assert bool((hard[0] < 3).all())
+    assert bool((hard[1] >= 3).all())
+
+
+def _heuristics(edges, num_nodes):
+    """Return resource allocation and PageRank of all pairs from their definitions, [nodes, nodes] each."""
+    matrix = np.zeros((num_nodes, num_nodes))
+    for source, target in edges.T.tolist():
+        matrix[source, target] = matrix[target, source] = 1
+    degree = matrix.sum(0)
+    neighbors = [set(np.flatnonzero(row)) for row in matrix]
+    allocation = np.array(
+        [[sum(1 / degree[k] for k in neighbors[a] & neighbors[b]) for b in range(num_nodes)] for a in range(num_nodes)]
+    )
+    pagerank = np.eye(num_nodes)
+    for _ in range(20):
+        pagerank = 0.85 * pagerank @ (matrix / np.maximum(degree, 1)[:, None]) + 0.15 * np.eye(num_nodes)
+    return allocation.round(12), pagerank.round(12)
+
+
+def test_negatives_are_the_best_ranked_of_all_candidates(graph):
+    nodes = 80
+    edges = graph.edges[:, (graph.edges < nodes).all(0)]
+    positives, train = edges[:, ::5], edges[:, torch.arange(edges.size(1)) % 5 > 0]
+    found = hard_negatives(positives, edges, train, nodes, 12, seed=0)
+    assert found.shape == (2, positives.size(1), 12)
+    known = _pairs(edges)
+    heuristics = _heuristics(train, nodes)
+    for index, (a, b) in enumerate(positives.T.tolist()):
+        negatives = found[:, index].T.tolist()
+        assert len({tuple(pair) for pair in negatives}) == 12
+        assert {source for source, _ in negatives[:6]} == {a}
+        assert {target for _, target in negatives[6:]} == {b}
+        for stays, chosen in ((a, {x for _, x in negatives[:6]}), (b, {x for x, _ in negatives[6:]})):
+            candidates = {x for x in range(nodes) if x != stays and tuple(sorted((stays, x))) not in known}
+            assert chosen < candidates
+            ranks = {
+                x: min(sum(values[stays, y] > values[stays, x] for y in candidates) for values in heuristics)
+                for x in candidates
+            }
+            assert max(ranks[x] for x in chosen) <= min(ranks[x] for x in candidates - chosen)
+    assert EdgeSet(positives, found.flatten(1)).negatives.size(1) == 12 * positives.size(1)
+    assert torch.equal(found, hard_negatives(positives, edges, train.flip(0), nodes, 12, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("count", "kind", "message"),
+    [
+        (3, ValueError, "count must be even, .*, got 3"),
+        (0, ValueError, "count must be at least 2, got 0"),
+        (2.5, TypeError, "count must be an int, at least 2, got 2.5"),
+        (8, TooFewNegativesError, "count must be at most 6, .*, got 8"),
+    ],
+)
+def test_impossible_numbers_of_hard_negatives_are_refused(count, kind, message):
+    with pytest.raises(kind, match=message):
+        hard_negatives(PATH[:, 1:2], PATH, PATH, 6, count, seed=0)
