@@ -43,7 +43,7 @@ from suffice.kv.eval.run_kinds import text_digest
 from suffice.kv.eval.run_options import RunOptions, run_samples
 from suffice.kv.hf.loading import ModelSource
 from suffice.kv.hf.packaged_models import PACKAGED_MODELS
-from suffice.kv.policy.registry import DEFAULT_REPLAY_POLICY
+from suffice.kv.policy.names import DEFAULT_REPLAY_POLICY
 from suffice.report.style import color_of, figure_style, save_figure
 from suffice.study import PlannedRun, RunContext, RunKind
 from suffice.study.results import Group, Interval, group_records

@@ -39,7 +39,7 @@ from leaderboard_data import Sample, first_of_each_task, make_data, read_samples
 from leaderboard_results import ResultsFolder, write_leaderboard
 from suffice.cli.kv_options import parse_bits_option
 from suffice.kv import DEFAULT_POLICY, CacheConfig, get_policy, load_model
-from suffice.kv.cache.memory import parse_memory
+from suffice.kv.budget.memory_limit import parse_memory
 from suffice.kv.hf.packaged_models import DEFAULT_MODEL, PACKAGED_MODELS, packaged_model_folder
 
 if TYPE_CHECKING:

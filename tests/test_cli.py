@@ -61,7 +61,7 @@ def test_help_lists_all_models_and_tasks():
     pytest.importorskip("transformers")
     pytest.importorskip("torch_geometric")
     from suffice.kv.eval.tasks import TASKS
-    from suffice.link.data.datasets import DATASET_NAMES
+    from suffice.link.data.names import DATASET_NAMES
     from suffice.link.models import models
 
     help_texts = {(name, option.name): option.help or "" for name, command in commands() for option in command.params}

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from suffice.kv import DEFAULT_POLICY, CompressedCache, Policy
+from suffice.kv.budget.memory_limit import parse_memory
 from suffice.kv.budget.protection import Protection
 from suffice.kv.cache.layer_report import report_layer
-from suffice.kv.cache.memory import LayerShape, MemoryBudget, parse_memory
+from suffice.kv.cache.memory import LayerShape, MemoryBudget
 from suffice.kv.hf.layers import compressed_layers
 from suffice.kv.policy.registry import allocations, get_policy, policies
 from suffice.kv.policy.weights import ExpectedAttention, MeanQuery

@@ -13,8 +13,9 @@ from suffice import SufficeError
 from suffice.cli import app
 from suffice.cli.kv_options import CacheGridOptions, parse_memory_option
 from suffice.kv import CacheConfig, CompressedCache, answer, compare, evaluate, load_model, prefill, tune
+from suffice.kv.budget.memory_limit import format_memory, parse_memory
 from suffice.kv.cache.limit_check import check_limits
-from suffice.kv.cache.memory import TooLittleMemoryError, format_memory, parse_memory
+from suffice.kv.cache.memory import TooLittleMemoryError
 from suffice.kv.eval.cache_grid import CacheGrid, GridCache
 from suffice.kv.eval.compare import Condition
 from suffice.kv.eval.fidelity import kl_divergence

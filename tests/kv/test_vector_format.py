@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 
 from suffice.kv.storage.base import Entries
-from suffice.kv.storage.bit_packing import SUPPORTED_BITS, num_bytes, pack_bits, unpack_bits
+from suffice.kv.storage.bit_packing import num_bytes, pack_bits, unpack_bits
+from suffice.kv.storage.quantization import SUPPORTED_BITS
 from suffice.kv.storage.quantized_entries import QuantizedEntries
 from suffice.kv.storage.rotation import padded_dim, rotation
 from suffice.kv.storage.vector_format import QuantizedVectors, VectorFormat

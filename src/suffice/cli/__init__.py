@@ -91,6 +91,9 @@ def main() -> None:
     # Hide the messages of transformers, so that those of the commands are easy to see.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that wait give up their core, before torch is imported. Otherwise they keep it busy, which is ten times
+    # slower on two cores that other processes use, too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="transformers")
     with report_errors(), report_interrupt():

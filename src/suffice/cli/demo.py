@@ -14,7 +14,6 @@ from rich.table import Table
 from suffice.cli.console import out, print_json, print_table, print_text, step_progress
 from suffice.cli.options import JsonOption
 from suffice.files import FIGURE_SUFFIXES, PAGE_SUFFIXES, check_suffix
-from suffice.report import Page, Text, save_figure
 
 if TYPE_CHECKING:
     from suffice.kv.eval.demo import DemoResult
@@ -65,6 +64,9 @@ def demo(
     check_suffix(report, PAGE_SUFFIXES, "--report")
     if figure is not None:
         check_suffix(figure, FIGURE_SUFFIXES, "--figure")
+
+    from suffice.report import Page, Text, save_figure
+
     page = Page(
         title="What information does a model keep?",
         summary="Questions about facts in a document, answered from the full KV cache and from half and a quarter of "

@@ -18,7 +18,7 @@ from suffice.cli.kv_tables import policy_table, profile_table
 from suffice.cli.options import JsonOption, expand_options
 from suffice.files import read_text
 from suffice.kv.budget.profile import MIN_TOKENS
-from suffice.kv.policy.registry import DEFAULT_POLICY, allocations, policies
+from suffice.kv.policy.names import DEFAULT_POLICY
 
 app = typer.Typer(
     help="Compress the KV cache of a language model, and measure what is lost.",
@@ -114,6 +114,8 @@ app.command("tune")(tune_budget)
 @app.command("policies")
 def list_policies(as_json: JsonOption = False) -> None:
     """List the policies and the allocations."""
+    from suffice.kv.policy.registry import allocations, policies
+
     descriptions = [policy.describe() for policy in policies().values()]
     splits = {name: str(allocation) for name, allocation in allocations().items()}
     if as_json:

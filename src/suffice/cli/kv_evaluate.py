@@ -14,10 +14,9 @@ from suffice.cli.kv_options import AwareOption, CacheGridOptions, ModelOptions
 from suffice.cli.kv_tables import comparison_table, trial_table
 from suffice.cli.options import ExecutionOptions, FigureOptions, JsonOption, expand_options, split_commas
 from suffice.cli.study_progress import study_progress
-from suffice.files import check_suffix
-from suffice.kv.policy.registry import DEFAULT_POLICY
+from suffice.files import check_suffix, read_text
+from suffice.kv.policy.names import DEFAULT_POLICY
 from suffice.kv.storage.quantization import format_bits
-from suffice.report import save_figure
 
 _COMPARED_CACHES = CacheGridOptions(f"{DEFAULT_POLICY},h2o,snapkv,keydiff", "own")
 _TUNED_CACHES = CacheGridOptions(None, "own")
@@ -82,13 +81,14 @@ def compare_caches(
 
     The figure shows the KL divergence from the full cache against the bytes kept.
     """
-    from suffice.kv.eval.compare import compare
-    from suffice.kv.eval.run_options import RunOptions
-
     if parquet is not None:
         check_suffix(parquet, (".parquet",), "--parquet")
         if missing := [name for name in ("pandas", "pyarrow") if importlib.util.find_spec(name) is None]:
             raise ValueError(f"--parquet needs the packages pandas and pyarrow: pip install {' '.join(missing)}")
+
+    from suffice.kv.eval.compare import compare
+    from suffice.kv.eval.run_options import RunOptions
+
     with study_progress(execution.quiet) as on_progress:
         comparison = compare(
             policies=caches.parsed_policies() or (),
@@ -122,6 +122,7 @@ def compare_caches(
         rows.to_parquet(parquet)
     if output.figure is not None:
         from suffice.kv.eval.report_sections import plot_trade_off
+        from suffice.report import save_figure
 
         save_figure(plot_trade_off(comparison), output.figure)
     if output.report is not None:
@@ -145,6 +146,9 @@ class UserPromptOptions:
     ]
     aware: AwareOption = True
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of the full cache's answers, in tokens.")] = 32
+
+    def __post_init__(self) -> None:
+        read_text(self.prompts, "--prompts")  # raises an error if the file cannot be read
 
 
 @dataclass(frozen=True)
@@ -190,11 +194,12 @@ def tune_budget(
 
     The exit status is 1 if no cache is close enough.
     """
+    target.check()
+
     from suffice.kv.eval.run_options import RunOptions
     from suffice.kv.eval.tune import tune
     from suffice.kv.eval.user_prompts import read_user_prompts
 
-    target.check()
     with study_progress(execution.quiet) as on_progress:
         result = tune(
             read_user_prompts(prompts.prompts),

@@ -14,10 +14,8 @@ from suffice.cli.console import command_line, out, print_json, print_table, prin
 from suffice.cli.kv_options import AwareOption, CacheOptions, ModelOptions
 from suffice.cli.options import FigureOptions, expand_options
 from suffice.files import read_text
-from suffice.kv.cache.memory import format_memory
-from suffice.kv.policy.registry import get_allocation
+from suffice.kv.budget.memory_limit import format_memory
 from suffice.kv.storage.quantization import bits_suffix
-from suffice.report import save_figure
 
 
 @dataclass(frozen=True)
@@ -68,26 +66,27 @@ def generate(
 
     The report and the figure show how many entries each layer and head kept.
     """
-    # Imported here, because transformers takes seconds to import and other commands do not need it.
-    from suffice.kv.cache.layer_kinds import check_repair
-    from suffice.kv.eval.answer import answer, check_interval
-    from suffice.kv.eval.cache_grid import repair_suffix
-    from suffice.kv.eval.fidelity import CacheConfig
-
-    # Check the options first, because the model takes seconds to load.
-    policy = cache.parsed_policy()
-    allocation = None if cache.allocation is None else get_allocation(cache.allocation)
+    # Checked before torch and transformers are imported, which takes seconds, and before the model is loaded.
     budget, memory = cache.parsed_size()
     bits = cache.parsed_bits()
     check_int("--max-new-tokens", max_new_tokens, 1)
     check_optional_int("--chunk-size", cache.chunk_size, 1, unit="token")
+    text = prompt.read()
+    policy = cache.parsed_policy()
+
+    from suffice.kv.cache.layer_kinds import check_repair
+    from suffice.kv.eval.answer import answer, check_interval
+    from suffice.kv.eval.cache_grid import repair_suffix
+    from suffice.kv.eval.fidelity import CacheConfig
+    from suffice.kv.policy.registry import get_allocation
+
+    allocation = None if cache.allocation is None else get_allocation(cache.allocation)
     check_interval(policy, cache.interval, "--interval")
     CacheConfig(policy, budget, allocation, bits, memory, cache.repair).check()
     source = model.source()
     if cache.repair:
         own = policy if allocation is None else replace(policy, allocation=allocation)
         check_repair(own, rerotate=cache.rerotate)
-    text = prompt.read()
     size = f"budget {cache.budget or '25%'}" if memory is None else f"memory {format_memory(memory)}"
     size += bits_suffix(bits) + repair_suffix(cache.repair)
     with step_progress() as show_step:
@@ -119,6 +118,8 @@ def generate(
         if layers:
             print_table(report.table())
     if output.figure is not None:
+        from suffice.report import save_figure
+
         save_figure(report.figure(), output.figure)
     if output.report is not None:
         from suffice.kv.eval.report_sections import answer_page

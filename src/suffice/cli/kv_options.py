@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from suffice.cli.options import split_commas
+from suffice.kv.budget.memory_limit import parse_memory
 from suffice.kv.budget.protection import Protection
-from suffice.kv.cache.memory import parse_memory
-from suffice.kv.hf.loading import ModelSource
 from suffice.kv.hf.packaged_models import DEFAULT_MODEL
-from suffice.kv.policy.policy import Policy
-from suffice.kv.policy.registry import DEFAULT_POLICY, DEFAULT_REPLAY_POLICY, get_policy, policies
+from suffice.kv.policy.names import ALLOCATION_NAMES, DEFAULT_POLICY, DEFAULT_REPLAY_POLICY, POLICY_NAMES, check_name
 from suffice.kv.storage.quantization import Bits, shortest_bits
+
+if TYPE_CHECKING:
+    from suffice.kv.hf.loading import ModelSource
+    from suffice.kv.policy.policy import Policy
 
 AwareOption = Annotated[
     bool,
@@ -37,6 +39,8 @@ class ModelOptions:
 
     def source(self) -> ModelSource:
         """Return the source of the model."""
+        from suffice.kv.hf.loading import ModelSource
+
         return ModelSource(None if self.model == DEFAULT_MODEL else self.model, self.device, self.dtype, self.attn)
 
 
@@ -104,6 +108,11 @@ class CacheOptions:
         ),
     ] = False
 
+    def __post_init__(self) -> None:  # checks what it can without importing torch, which takes seconds
+        check_name("policy", self.policy, POLICY_NAMES)
+        if self.allocation is not None:
+            check_name("allocation", self.allocation, ALLOCATION_NAMES)
+
     def parsed_policy(self) -> Policy:
         """Return the policy.
 
@@ -111,6 +120,8 @@ class CacheOptions:
             ValueError: the policy is not known, or `--replay` is given with a policy that does not replay the prompt.
 
         """
+        from suffice.kv.policy.registry import get_policy, policies
+
         policy = get_policy(self.policy)
         if not self.replay or policy.needs_replay:
             return policy
@@ -199,9 +210,27 @@ class CacheGridOptions:
         ),
     ] = None
 
+    def __post_init__(self) -> None:  # checks what it can without importing torch, which takes seconds
+        self.parsed_policies()
+        for name in split_commas(self.allocations):
+            check_name("allocation", name, ("own", *ALLOCATION_NAMES))
+        self.parsed_budgets()
+        self.parsed_memory()
+        self.parsed_bits()
+
     def parsed_policies(self) -> list[str] | None:
-        """Return the names of the policies; None if they are not given."""
-        return None if self.policies is None else split_commas(self.policies)
+        """Return the names of the policies; None if they are not given.
+
+        Raises:
+            ValueError: a policy is not known.
+
+        """
+        if self.policies is None:
+            return None
+        names = split_commas(self.policies)
+        for name in names:
+            check_name("policy", name, POLICY_NAMES)
+        return names
 
     def parsed_budgets(self) -> list[float] | None:
         """Return the budgets as numbers; None if they are not given.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from suffice.kv.cache.memory import format_memory
+from suffice.kv.budget.memory_limit import format_memory
 from suffice.kv.storage.quantization import Bits, format_bits
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from suffice.cli.options import split_commas
+from suffice.link.data.names import check_dataset_name
 
 if TYPE_CHECKING:
     from suffice.link.data.graph import Graph, SplitConfig
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 
 def _check_device(device: str) -> str:
+    if device == "cpu":
+        return device  # without importing torch, which takes seconds
     import torch
 
     try:
@@ -81,6 +84,10 @@ class GraphOptions:
         bool,
         typer.Option("--bipartite", help="The two columns of the edge list are the two sides of a bipartite graph."),
     ] = False
+
+    def __post_init__(self) -> None:  # checked here, because torch, which `load` needs, takes seconds to import
+        if not Path(self.data).suffix:
+            check_dataset_name("--data", self.data, "an edge list in a file with a suffix")
 
     def load(self) -> Graph:
         """Load the graph."""

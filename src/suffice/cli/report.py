@@ -11,6 +11,7 @@ from suffice.cli.console import command_line, print_text
 from suffice.cli.study import FolderArgument, MetricOption, StudyOption
 from suffice.files import PAGE_SUFFIXES, check_suffix
 from suffice.study.spec import default_folder
+from suffice.study.store import Store
 
 
 def report(
@@ -30,12 +31,15 @@ def report(
     ] = None,
 ) -> None:
     """Write the report of a study: results with intervals, curves, differences and configuration."""
-    from suffice.cli.run_kinds import installed_run_kinds
-    from suffice.study.report_page import study_report
-
     folder = default_folder(folder)
     to = to or folder.with_name(f"{folder.name or 'study'}.html")
     check_suffix(to, PAGE_SUFFIXES, "--to")
+    with Store(folder, read_only=True) as store:
+        store.study_name(study)  # raises an error if there is no such study, before torch is imported
+
+    from suffice.cli.run_kinds import installed_run_kinds
+    from suffice.study.report_page import study_report
+
     page = study_report(
         folder,
         study=study,

@@ -16,7 +16,6 @@ from suffice.cli.options import JsonOption, QuietOption, expand_options
 from suffice.cli.study_progress import study_progress
 from suffice.study.export import SUFFIXES, export_study
 from suffice.study.progress import format_duration
-from suffice.study.results import group_records, metric_names, select_groups, summarize, varying_settings
 from suffice.study.run_kind import check_names
 from suffice.study.spec import Spec, default_folder, parse_assignment
 from suffice.study.status import StudyStatus, read_status
@@ -150,6 +149,8 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show the results: means over seeds with 95 % intervals, one row for each combination of settings."""
+    from suffice.study.results import group_records, metric_names, select_groups, summarize, varying_settings
+
     with Store(default_folder(folder), read_only=True) as store:
         name = store.study_name(study)
         counts = store.counts(name)

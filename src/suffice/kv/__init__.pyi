@@ -12,9 +12,9 @@ from .eval.run_options import RunOptions as RunOptions
 from .eval.tune import tune as tune
 from .hf.loading import ModelSource as ModelSource
 from .hf.loading import load_model as load_model
+from .policy.names import DEFAULT_POLICY as DEFAULT_POLICY
+from .policy.names import DEFAULT_REPLAY_POLICY as DEFAULT_REPLAY_POLICY
 from .policy.policy import Policy as Policy
-from .policy.registry import DEFAULT_POLICY as DEFAULT_POLICY
-from .policy.registry import DEFAULT_REPLAY_POLICY as DEFAULT_REPLAY_POLICY
 from .policy.registry import allocations as allocations
 from .policy.registry import get_policy as get_policy
 from .policy.registry import policies as policies

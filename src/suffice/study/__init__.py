@@ -7,48 +7,7 @@ folder does not hold yet, and a `Store` gives access to the finished ones. `grou
 This package depends neither on `suffice.kv` nor on `suffice.link`: callers pass the kind of run.
 """
 
-from suffice.study.export import export_records
-from suffice.study.job import RunContext
-from suffice.study.progress import ProgressCallback
-from suffice.study.results import (
-    Group,
-    Interval,
-    PairedDifference,
-    bootstrap_interval,
-    compare_groups,
-    group_records,
-    mean_bound,
-    mean_interval,
-    paired_difference,
-    skewed_mean_bound,
-    summarize,
-)
-from suffice.study.run_kind import RunKind
-from suffice.study.runner import Outcome, run_study
-from suffice.study.spec import PlannedRun, Spec
-from suffice.study.store import Record, Store, StoreError
+import lazy_loader
 
-__all__ = [
-    "Group",
-    "Interval",
-    "Outcome",
-    "PairedDifference",
-    "PlannedRun",
-    "ProgressCallback",
-    "Record",
-    "RunContext",
-    "RunKind",
-    "Spec",
-    "Store",
-    "StoreError",
-    "bootstrap_interval",
-    "compare_groups",
-    "export_records",
-    "group_records",
-    "mean_bound",
-    "mean_interval",
-    "paired_difference",
-    "run_study",
-    "skewed_mean_bound",
-    "summarize",
-]
+# The public names are listed in __init__.pyi and imported on first use, because NumPy and SciPy take time to import.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

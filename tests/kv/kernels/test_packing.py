@@ -7,8 +7,8 @@ pytest.importorskip("triton")
 
 from suffice.gpu import KernelFallbackError
 from suffice.kv.backend.triton_backend import TRITON_BACKEND
-from suffice.kv.storage.bit_packing import SUPPORTED_BITS
 from suffice.kv.storage.error_feedback import ErrorFeedback
+from suffice.kv.storage.quantization import SUPPORTED_BITS
 from suffice.kv.storage.vector_format import VectorFormat
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from suffice.arguments import check_flag, check_optional_int
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.budget.head_profile import HeadProfile
+from suffice.kv.budget.memory_limit import parse_limit
 from suffice.kv.budget.protection import Protection
 from suffice.kv.cache.layer_kinds import check_latents, check_repair, check_sliding
-from suffice.kv.cache.memory import MemoryBudget, check_equal_layers, parse_limit
+from suffice.kv.cache.memory import MemoryBudget, check_equal_layers
 from suffice.kv.cache.positions import find_rotary_embeddings, max_rerotated_entries
 from suffice.kv.cache.settings import CacheSettings, StorageConfig
 from suffice.kv.hf.layers import caches_latents, compressed_layers, sliding_window, stock_layers

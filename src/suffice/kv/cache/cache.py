@@ -26,8 +26,8 @@ from suffice.kv.hf.layers import find_decoder
 from suffice.kv.hf.model_info import context_window
 from suffice.kv.hf.rotary import RotaryEmbedding
 from suffice.kv.hf.wrappers import unwrap_model
+from suffice.kv.policy.names import DEFAULT_POLICY
 from suffice.kv.policy.policy import Policy
-from suffice.kv.policy.registry import DEFAULT_POLICY
 
 _WRONG_MODEL = (
     "past_key_values must be a CompressedCache of the model that is called, with the attention implementation that the "

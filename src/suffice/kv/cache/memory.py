@@ -19,11 +19,8 @@ from __future__ import annotations
 
 import functools
 import math
-import re
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 from torch import nn
 
@@ -35,18 +32,12 @@ from suffice.kv.storage.base import num_spare_slots
 from suffice.kv.storage.quantization import Quantization
 from suffice.kv.storage.quantized import NUM_SINKS
 from suffice.kv.storage.vector_format import VectorFormat
-from suffice.plain_numbers import plain_number
 
 ALL_ENTRIES = ((8, 8), (8, 5), (5, 5), (5, 4))
 """Bits of keys and values if all entries are kept, best first."""
 SOME_ENTRIES = {(5, 3): 2 / 3, (4, 3): 1 / 4, (3, 2): 0.0}
 """Bits of keys and values if entries are evicted, best first, and the share of the entries that must fit with them."""
 
-_UNITS = {"": 1, "b": 1} | {
-    f"{prefix}{suffix}": base**power
-    for power, prefix in enumerate("kmgt", start=1)
-    for suffix, base in (("b", 1000), ("ib", 1024))
-}
 # The largest shares of the memory for the newest entries, which are not quantized; for new tokens, until they are
 # quantized together as a block; for new tokens, quantized or not, until the next eviction; and for remembered queries.
 # The largest number of each follows below.
@@ -56,66 +47,6 @@ _MAX_WINDOW, _MAX_BLOCK, _MAX_INTERVAL, _MAX_QUERIES = 32, 32, 512, 512
 
 class TooLittleMemoryError(ValueError):
     """The memory is too small for the entries that are always kept of a text."""
-
-
-def parse_memory(memory: object) -> int | float:
-    """Return the argument `memory` of a cache: a fraction (float), or a number of bytes (int).
-
-    Raises:
-        TypeError: the argument has the wrong type.
-        ValueError: the argument is out of range, or a text that is not a number of bytes.
-
-    """
-    number = plain_number(memory)
-    if isinstance(memory, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", memory)
-        # "0.5" is neither a fraction, which is a float, nor a whole number of bytes.
-        if match is None or match[2].lower() not in _UNITS or ("." in match[1] and not match[2]):
-            raise ValueError(_not_accepted(memory))
-        number = int(Fraction(match[1]) * _UNITS[match[2].lower()])
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise TypeError(_not_accepted(memory))
-    if not number > 0 or (isinstance(number, float) and number > 1):
-        raise ValueError(_not_accepted(memory))
-    return min(number, sys.maxsize)
-
-
-def _not_accepted(memory: object) -> str:
-    return (
-        "memory must be a fraction of the full cache (0 < float <= 1.0), a number of bytes (int, at least 1), or a "
-        f"number with a unit such as '2GiB' or '500MB', got {memory!r}"
-    )
-
-
-def parse_limit(memory: object, budget: object) -> int | float | None:
-    """Return the limit on the bytes of a cache that has either a limit or a budget; None for a budget.
-
-    Raises:
-        TypeError, ValueError: `memory` is not accepted (see `parse_memory`), or `budget` is given too.
-
-    """
-    if memory is None:
-        return None
-    limit = parse_memory(memory)
-    if budget is not None:
-        raise ValueError(f"budget must be None with memory={memory!r}, from which it follows, got {budget!r}")
-    return limit
-
-
-def format_memory(memory: float | str) -> str:
-    """Return a limit as text: a percentage, or bytes in the largest unit of which they are a whole number.
-
-    Example:
-        >>> format_memory(0.125), format_memory("2GiB"), format_memory(1_500_000)
-        ('12.5%', '2 GiB', '1500 kB')
-
-    """
-    limit = parse_memory(memory)
-    if isinstance(limit, float):
-        return f"{100 * limit:g}%"
-    names = {size: f"{unit[0].upper()}{unit[1:-1]}B" for unit, size in _UNITS.items() if len(unit) > 1}
-    size = max((size for size in names if limit % size == 0), default=1)
-    return f"{limit // size} {names.get(size, 'B').replace('KB', 'kB')}"
 
 
 def check_equal_layers(modules: Iterable[nn.Module], policy: Policy) -> None:

@@ -12,15 +12,16 @@ from transformers import PreTrainedTokenizerBase
 
 from suffice.arguments import check_flag, check_int, check_optional_int
 from suffice.kv.budget.allocation import Allocation
+from suffice.kv.budget.memory_limit import parse_limit
 from suffice.kv.cache.cache import CompressedCache
-from suffice.kv.cache.memory import parse_limit
 from suffice.kv.cache.report import CacheReport, stored_bits
 from suffice.kv.eval.generation import check_prompt_length, fill_cache, greedy_generate
 from suffice.kv.eval.prompt import tokenize_prompt
 from suffice.kv.hf.tokenization import check_tokenizer
 from suffice.kv.hf.wrappers import unwrap_model
+from suffice.kv.policy.names import DEFAULT_POLICY
 from suffice.kv.policy.policy import Policy
-from suffice.kv.policy.registry import DEFAULT_POLICY, get_policy
+from suffice.kv.policy.registry import get_policy
 from suffice.kv.storage.quantization import Bits, shortest_bits
 
 

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from suffice.arguments import check_list, check_names
+from suffice.kv.budget.memory_limit import format_memory, parse_memory
 from suffice.kv.budget.protection import Protection
-from suffice.kv.cache.memory import format_memory, parse_memory
 from suffice.kv.eval.fidelity import CacheConfig
-from suffice.kv.policy.registry import canonical_name, get_allocation, get_policy
+from suffice.kv.policy.names import canonical_name
+from suffice.kv.policy.registry import get_allocation, get_policy
 from suffice.kv.storage.quantization import Bits, bits_suffix, shortest_bits
 from suffice.plain_numbers import plain_number
 from suffice.study.results import Group

@@ -15,7 +15,7 @@ from suffice.kv.eval.run_kinds import COMPARE
 from suffice.kv.eval.run_options import RunOptions, run_samples
 from suffice.kv.eval.samples import check_memory
 from suffice.kv.hf.loading import ModelSource
-from suffice.kv.policy.registry import DEFAULT_POLICY
+from suffice.kv.policy.names import DEFAULT_POLICY
 from suffice.kv.storage.quantization import Bits, shortest_bits
 from suffice.study.results import Group, group_records, summarize
 from suffice.study.spec import PlannedRun

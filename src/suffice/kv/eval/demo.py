@@ -13,7 +13,7 @@ from suffice.kv.cache.report import CacheReport
 from suffice.kv.eval.fidelity import CacheConfig, evaluate
 from suffice.kv.eval.generation import fill_cache
 from suffice.kv.eval.tasks import Example, planted_facts
-from suffice.kv.policy.registry import DEFAULT_POLICY
+from suffice.kv.policy.names import DEFAULT_POLICY
 
 DEMO_POLICIES = (DEFAULT_POLICY, "capkv", "snapkv", "h2o", "expected-attention", "keydiff")
 

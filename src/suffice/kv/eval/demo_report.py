@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from suffice.kv.eval.demo import DemoResult, DemoRow
-from suffice.kv.policy.registry import DEFAULT_POLICY
+from suffice.kv.policy.names import DEFAULT_POLICY
 from suffice.report import Code, Figure, LinePoint, Page, Table, Text, line_plot
 
 MODES = {

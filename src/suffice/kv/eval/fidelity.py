@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from suffice.arguments import check_choice, check_flag, check_instance, check_instances, check_int
 from suffice.kv.budget.allocation import Allocation
+from suffice.kv.budget.memory_limit import parse_limit
 from suffice.kv.cache.arguments import CacheArguments
 from suffice.kv.cache.batched import BatchedCaches
 from suffice.kv.cache.cache import CompressedCache
-from suffice.kv.cache.memory import parse_limit
 from suffice.kv.cache.prefill import prefill
 from suffice.kv.cache.report import stored_bits
 from suffice.kv.eval.generation import check_prompt_length, greedy_generate

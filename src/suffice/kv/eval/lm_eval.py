@@ -24,8 +24,8 @@ from suffice.kv.eval.generation import fill_cache
 from suffice.kv.hf.loading import ModelSource, load_model
 from suffice.kv.hf.tokenization import check_tokenizer
 from suffice.kv.hf.wrappers import unwrap_model
+from suffice.kv.policy.names import DEFAULT_POLICY
 from suffice.kv.policy.policy import Policy
-from suffice.kv.policy.registry import DEFAULT_POLICY
 from suffice.kv.storage.quantization import Bits
 from suffice.study.run_kind import check_names
 

@@ -12,7 +12,7 @@ from suffice.arguments import check_choice, check_int
 from suffice.files import read_text
 from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid
 from suffice.kv.hf.loading import ModelSource
-from suffice.kv.policy.registry import DEFAULT_POLICY
+from suffice.kv.policy.names import DEFAULT_POLICY
 from suffice.study.run_kind import RunKind
 
 # Defaults of the fields of `CacheGrid` and of `ModelSource`.

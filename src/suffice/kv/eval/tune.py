@@ -16,7 +16,8 @@ from suffice.kv.eval.run_options import RunOptions, run_samples
 from suffice.kv.eval.samples import check_memory
 from suffice.kv.eval.user_prompts import UserPrompt, check_user_prompts, longest_prompt, store_user_prompts
 from suffice.kv.hf.loading import ModelSource
-from suffice.kv.policy.registry import DEFAULT_POLICY, DEFAULT_REPLAY_POLICY, get_policy
+from suffice.kv.policy.names import DEFAULT_POLICY, DEFAULT_REPLAY_POLICY
+from suffice.kv.policy.registry import get_policy
 from suffice.kv.storage.quantization import Bits, shortest_bits
 from suffice.study.results import Group, group_records, skewed_mean_bound
 from suffice.study.spec import PlannedRun

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -11,6 +10,7 @@ from suffice.kv.budget.allocation import AdaKV, Allocation, Equal, HighestReplay
 from suffice.kv.budget.head_profile import HeadProfile
 from suffice.kv.policy.directions import Constant, Key, OutputValue, Value
 from suffice.kv.policy.estimators import Leverage, OneDirection, Trace
+from suffice.kv.policy.names import check_name
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.selection import TwoStage
 from suffice.kv.policy.weights import (
@@ -27,9 +27,6 @@ from suffice.kv.policy.weights import (
     Uniform,
     WindowAttention,
 )
-
-DEFAULT_POLICY = "capkv-salience"
-DEFAULT_REPLAY_POLICY = "capkv-replay"
 
 _SNAPKV = WindowAttention(window_size=64, kernel_size=5, prefix_only=True)
 
@@ -262,23 +259,12 @@ def get_policy(name: str | Policy) -> Policy:
     return _lookup("policy", name, Policy, policies())
 
 
-def canonical_name(name: str) -> str:
-    """Return the form of a name in which policies and allocations are registered: `H2O` is `h2o`."""
-    return name.lower().replace("_", "-")
-
-
 Part = TypeVar("Part")
 
 
 def _lookup(argument: str, name: object, base: type[Part], known: Mapping[str, Part]) -> Part:
     if isinstance(name, base):
         return name
-    names = ", ".join(known)
     if not isinstance(name, str):
-        raise TypeError(f"{argument} must be an instance of {base.__name__} or one of {names}, got {name!r}")
-    key = canonical_name(name)
-    if key not in known:
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f". Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{argument} must be one of {names}, got {name!r}{hint}")
-    return known[key]
+        raise TypeError(f"{argument} must be an instance of {base.__name__} or one of {', '.join(known)}, got {name!r}")
+    return known[check_name(argument, name, known)]

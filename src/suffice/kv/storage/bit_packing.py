@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SUPPORTED_BITS = (2, 3, 4, 5, 8)
-
 
 def num_bytes(dim: int, bits: int) -> int:
     """Return the number of bytes of `dim` packed integers; `dim` is a multiple of 8."""
@@ -25,7 +23,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: uint8 [..., dim], each below 2^bits. dim is a multiple of 8.
-        bits: one of `SUPPORTED_BITS`.
+        bits: 2, 3, 4, 5 or 8.
 
     Returns:
         uint8 [..., dim * bits / 8].

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from suffice.kv.storage.bit_packing import SUPPORTED_BITS
 from suffice.plain_numbers import plain_number
+
+SUPPORTED_BITS = (2, 3, 4, 5, 8)
 
 Bits: TypeAlias = int | tuple[int, int]
 """A number of bits of both keys and values, or a pair (bits of keys, bits of values)."""

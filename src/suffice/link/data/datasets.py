@@ -11,6 +11,7 @@ from torch_geometric.datasets import Amazon, Coauthor, Planetoid
 
 from suffice.link.data.files import read_graph
 from suffice.link.data.graph import Graph, Split
+from suffice.link.data.names import OGB_NAMES, check_dataset_name
 from suffice.link.data.synthetic import block_model, digits
 from suffice.link.sparse.adjacency import remove_edges
 
@@ -24,8 +25,6 @@ _PYG = {  # class and folder of each data set
     "Computers": (Amazon, "amazon"),
     "Photo": (Amazon, "amazon"),
 }
-_OGB = ("ogbl-collab", "ogbl-ppa")
-DATASET_NAMES = (*_BUILT_IN, *_PYG, *_OGB)
 
 
 def load_graph(name: str, root: str | Path = "data") -> Graph:
@@ -40,15 +39,12 @@ def load_graph(name: str, root: str | Path = "data") -> Graph:
         ValueError: there is no such data set.
 
     """
-    known = {key.lower(): key for key in DATASET_NAMES}
-    if name.lower() not in known:
-        if Path(name).suffix == ".npz":
-            return read_graph(name)
-        raise ValueError(f"name must be one of {', '.join(DATASET_NAMES)}, or the path of an NPZ file, got {name!r}")
-    key = known[name.lower()]
+    if Path(name).suffix == ".npz":
+        return read_graph(name)
+    key = check_dataset_name("name", name, "the path of an NPZ file")
     if key in _BUILT_IN:
         return _BUILT_IN[key]()
-    if key in _OGB:
+    if key in OGB_NAMES:
         return _load_ogb(key, root)
     dataset_class, folder = _PYG[key]
     dataset = dataset_class(str(Path(root) / folder), key)

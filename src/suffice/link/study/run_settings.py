@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from suffice.link.data.datasets import DATASET_NAMES, load_graph
+from suffice.link.data.datasets import load_graph
 from suffice.link.data.files import GRAPH_SUFFIXES, MADE_FEATURES, read_graph, read_saved_graph
 from suffice.link.data.graph import Graph, SplitConfig, prepare_graph
+from suffice.link.data.names import DATASET_NAMES
 from suffice.link.data.tables import plain_suffix
 from suffice.link.models import EncoderDecoderSettings, ModelSettings, get_model_settings
 from suffice.link.study.arms import Arm

@@ -1,0 +1,60 @@
+"""Names of the policies and of the allocations, which can be checked without importing torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+DEFAULT_POLICY = "capkv-salience"
+DEFAULT_REPLAY_POLICY = "capkv-replay"
+POLICY_NAMES = (
+    "capkv-salience",
+    "capkv-profile",
+    "capkv",
+    "capkv-spread",
+    "capkv-window",
+    "capkv-paper",
+    "h2o",
+    "tova",
+    "snapkv",
+    "pyramidkv",
+    "expected-attention",
+    "vatp",
+    "criticalkv",
+    "knorm",
+    "keydiff",
+    "key-leverage",
+    "streaming-llm",
+    "capkv-replay",
+    "kvzip",
+    "kvzip+",
+    "kvgrad",
+    "random",
+    "full",
+)
+ALLOCATION_NAMES = ("equal", "pyramid", "adakv", "marginal", "profile")
+
+
+def canonical_name(name: str) -> str:
+    """Return the form of a name in which policies and allocations are registered: `H2O` is `h2o`."""
+    return name.lower().replace("_", "-")
+
+
+def check_name(argument: str, name: str, known: Iterable[str]) -> str:
+    """Return the registered form of a name.
+
+    Args:
+        argument: name of the argument, for the error message.
+        name: name of a policy or an allocation.
+        known: names that are registered.
+
+    Raises:
+        ValueError: the name is not known; the message lists the known names.
+
+    """
+    names, key = list(known), canonical_name(name)
+    if key not in names:
+        close = difflib.get_close_matches(key, names, n=1)
+        hint = f". Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{argument} must be one of {', '.join(names)}, got {name!r}{hint}")
+    return key
