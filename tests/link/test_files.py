@@ -2,9 +2,12 @@
 
 import gzip
 
+import networkx as nx
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import sparse
 from scipy.io import mmwrite
 
@@ -145,13 +148,83 @@ def test_matrix_market(tmp_path, is_symmetric):
     check(read_graph(*(tmp_path / name for name in ("e.mtx", "x.mtx", "y.npy"))))
 
 
-def test_matrices_that_are_no_adjacency_are_refused(tmp_path):
-    mmwrite(tmp_path / "e.mtx", sparse.coo_array(np.ones((2, 3))))
-    np.save(tmp_path / "x.npy", X)
-    with pytest.raises(ValueError, match=r"e\.mtx must be a square adjacency matrix, got 2 rows and 3 columns"):
+@pytest.mark.parametrize("symmetry", ["general", "symmetric", "skew-symmetric"])
+@pytest.mark.parametrize("field", ["pattern", "integer", "real", "complex"])
+@pytest.mark.parametrize("kind", ["coordinate", "array"])
+def test_all_headers_of_matrix_market(tmp_path, kind, field, symmetry):
+    if field == "pattern" and (kind == "array" or symmetry == "skew-symmetric"):
+        pytest.skip("not part of the format")
+    generator = np.random.default_rng(0)
+    matrix = np.triu(generator.integers(1, 9, (7, 7)) * (generator.random((7, 7)) < 0.4), 1)
+    matrix += {"general": 0, "symmetric": matrix.T, "skew-symmetric": -matrix.T}[symmetry]
+    stored = matrix if kind == "array" else sparse.coo_array(matrix)
+    mmwrite(
+        tmp_path / "e.mtx",
+        stored.astype(complex) if field == "complex" else stored,
+        "two\nlines",
+        field,
+        None,
+        symmetry,
+    )
+    assert (
+        (tmp_path / "e.mtx").read_text().startswith(f"%%MatrixMarket matrix {kind} {field} {symmetry}\n%two\n%lines\n")
+    )
+    graph = read_graph(tmp_path / "e.mtx", "degree")
+    assert sorted(graph.edges.T.tolist()) == np.argwhere(np.triu(matrix)).tolist()
+    assert graph.num_nodes == 7
+    refuse = EdgeRules(weights="refuse")
+    if field == "pattern":
+        assert read_graph(tmp_path / "e.mtx", "degree", rules=refuse).edges.equal(graph.edges)
+    else:
+        with pytest.raises(ValueError, match=r"edges must have no weights .*, got values other than 1 in .*e\.mtx"):
+            read_graph(tmp_path / "e.mtx", "degree", rules=refuse)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+@pytest.mark.parametrize("bipartite", [False, True])
+def test_rectangular_matrices_are_bipartite_graphs(tmp_path, shape, bipartite):
+    matrix = np.zeros(shape)
+    matrix[0, 1] = matrix[2, 0] = matrix[2, 2] = matrix[0, 2] = 1  # row 1 has no edge
+    mmwrite(tmp_path / "e.mtx", sparse.coo_array(matrix), field="pattern")
+    np.save(tmp_path / "x.npy", np.arange(8.0))
+    graph = read_graph(tmp_path / "e.mtx", tmp_path / "x.npy", bipartite=bipartite)
+    expected = [[row, shape[0] + column] for row, column in np.argwhere(matrix).tolist()]
+    assert sorted(graph.edges.T.tolist()) == expected
+    assert (graph.num_left, graph.sides) == (shape[0], shape)
+    assert graph.x.flatten().tolist() == list(range(8))
+    assert read_graph(tmp_path / "e.mtx", "degree").num_nodes == 8
+    np.save(tmp_path / "x.npy", np.ones((shape[0], 2)))
+    with pytest.raises(ValueError, match=f"features must have 8 rows, one for each node, got {shape[0]}"):
         read_graph(tmp_path / "e.mtx", tmp_path / "x.npy")
+
+
+def test_nodes_of_a_matrix_are_in_the_order_of_the_features_whatever_their_ids(tmp_path, write):
+    mmwrite(tmp_path / "e.mtx", sparse.coo_array((np.ones(3), EDGES.T), (4, 4)))
+    for ids in (NAMES, [1, 2, 3, 4], [10, 20, 30, 2**60]):
+        (x,) = write(x_csv="id,a,b,c\n" + named(ids)[1])
+        graph = read_graph(tmp_path / "e.mtx", x)
+        check(graph)
+        assert graph.node_ids.tolist() == ids
+    (x,) = write(x_csv="id,a,b,c\n" + named([1, 3, 2, 4])[1])
+    with pytest.raises(
+        ValueError, match=r"features must be in the order of the rows of .*e\.mtx, got id 2 behind id 3\."
+    ):
+        read_graph(tmp_path / "e.mtx", x)
+
+
+def test_wrong_matrices_are_refused(tmp_path):
+    np.save(tmp_path / "x.npy", X)
     mmwrite(tmp_path / "e.mtx", sparse.coo_array(np.ones((3, 3))))
     with pytest.raises(ValueError, match="features must have 3 rows, one for each node, got 4"):
+        read_graph(tmp_path / "e.mtx", tmp_path / "x.npy")
+    with pytest.raises(ValueError, match=r"got 3 ids in both, the first is 0\. A square matrix joins its own nodes"):
+        read_graph(tmp_path / "e.mtx", "degree", bipartite=True)
+    (tmp_path / "e.mtx").write_text("%%MatrixMarket matrix coordinate pattern general\n2 2 2\n1 2\n")
+    with pytest.raises(ValueError, match=r"e\.mtx must be a matrix in Matrix Market format, got an error: Truncated"):
+        read_graph(tmp_path / "e.mtx", "degree")
+    mmwrite(tmp_path / "e.mtx", sparse.coo_array(np.eye(4)[::-1]))
+    np.save(tmp_path / "x.npy", X * 1j)
+    with pytest.raises(ValueError, match=r"x\.npy must hold numbers, got '0\.5j' in row 1 of the nodes, column 1"):
         read_graph(tmp_path / "e.mtx", tmp_path / "x.npy")
 
 
@@ -199,6 +272,58 @@ def test_ids_that_fit_no_features_are_refused(write):
 def test_a_header_of_unusual_names_is_told_from_an_edge_by_the_ids(write):
     e, x = write(e_csv="follower,followed\n" + named(NAMES)[0], x_csv=named(NAMES)[1])
     check(read_graph(e, x))
+
+
+KINDS_OF_IDS = {
+    "counted": list(range(6)),
+    "sparse": [7, 10**12, -3, 55, 0, 2**52],
+    "texts": ["ann", "Doe, J", "c#", "user 4", "ü", "007x"],
+}
+
+
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1),
+    kind=st.sampled_from(sorted(KINDS_OF_IDS)),
+    separator=st.sampled_from([",", ";", "\t"]),
+    weighted=st.booleans(),
+)
+def test_a_messy_edge_list_gives_the_graph_that_networkx_makes(pairs, kind, separator, weighted, tmp_path_factory):
+    ids = KINDS_OF_IDS[kind]
+    path = tmp_path_factory.getbasetemp() / "messy.csv"
+    rows = [f'"{ids[u]}"{separator}"{ids[v]}"' + f"{separator}{n}.5" * weighted for n, (u, v) in enumerate(pairs)]
+    header = f"source{separator}target" + f"{separator}weight" * weighted
+    path.write_text("\n".join(["# made by hand", "% twice", header, rows[0], "", "# in between", *rows[1:]]), "utf-8")
+    expected = nx.Graph([(ids[u], ids[v]) for u, v in pairs])
+    nodes = set(expected)
+    loops = list(nx.selfloop_edges(expected))
+    expected.remove_edges_from(loops)
+    if not expected.number_of_edges():
+        with pytest.raises(ValueError, match="edges must hold at least one edge between two different nodes, got none"):
+            read_graph(path, "degree")
+        return
+    graph = read_graph(path, "degree")
+    names = list(range(graph.num_nodes)) if graph.node_ids is None else graph.node_ids.tolist()
+    assert set(names) == nodes
+    found = nx.Graph([(names[u], names[v]) for u, v in graph.edges.T.tolist()])
+    assert nx.utils.edges_equal(found.edges, expected.edges)
+    assert found.number_of_edges() == graph.edges.size(1)
+    for rules, is_refused in ((EdgeRules(self_loops="refuse"), bool(loops)), (EdgeRules(weights="refuse"), weighted)):
+        if is_refused:
+            with pytest.raises(ValueError, match=r"edges must (join two different nodes|have no weights)"):
+                read_graph(path, "degree", rules=rules)
+        else:
+            assert read_graph(path, "degree", rules=rules).edges.equal(graph.edges)
+
+
+@pytest.mark.parametrize("directed", [False, True])
+def test_edge_lists_of_networkx_and_gephi_keep_their_numbers(write, directed):
+    graph = nx.DiGraph(EDGES.tolist()) if directed else nx.Graph(EDGES.tolist())
+    text = "\n".join(nx.generate_edgelist(graph))
+    assert text.startswith("2 0 {}")
+    gephi = "Source,Target,Type,Id\n" + "".join(f"{u},{v},Undirected,{n}\n" for n, (u, v) in enumerate(EDGES))
+    e, g, x = write(e_txt=text, g_csv=gephi, x_csv=lines(X))
+    check(read_graph(e, x))
+    check(read_graph(g, x))
 
 
 # ---- Wrong files -----------------------------------------------------------------------------------------------------

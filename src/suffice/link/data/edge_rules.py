@@ -10,6 +10,7 @@ from torch import Tensor
 from suffice.link.batches.negatives import edge_keys
 
 _CHOICES = {"duplicates": ("merge", "refuse"), "self_loops": ("drop", "refuse"), "weights": ("drop", "refuse")}
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,17 @@ class EdgeRules:
 
 
 def check_range(edges: Tensor, num_nodes: int) -> None:
-    """Raise unless edges [2, edges] have node ids in range, and there is at least one.
+    """Raise unless edges [2, edges] have integer node ids in range, and there is at least one.
 
     Raises:
+        TypeError: node ids are not integers.
         ValueError: they are not accepted.
 
     """
     if edges.ndim != 2 or edges.size(0) != 2 or edges.size(1) == 0:
         raise ValueError(f"edges must have shape [2, edges] with at least one edge, got {tuple(edges.shape)}")
+    if edges.dtype not in _INTEGERS:
+        raise TypeError(f"edges must hold integer node ids, got {edges.dtype}")
     out_of_range = ((edges < 0) | (edges >= num_nodes)).any(dim=0)
     refuse_edges(edges, out_of_range, f"have node ids from 0 to {num_nodes - 1}", "out of range")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,15 @@ class EdgeList:
     Args:
         pairs: ids of the two nodes of each edge, int64 or text, [edges, 2].
         values: description of the weights or other values of the edges; None if there are none.
-        num_nodes: number of nodes, if the file tells it.
+        num_nodes: number of nodes, if the file is a matrix. `pairs` are then numbers of rows and columns, from 0.
+        num_left: number of rows of a rectangular matrix, whose columns are numbered behind its rows. None for others.
 
     """
 
     pairs: NDArray[Any]
     values: str | None = None
     num_nodes: int | None = None
+    num_left: int | None = None
 
 
 def read_edge_list(path: Path, *, header: bool | None = None, known_ids: NDArray[Any] | None = None) -> EdgeList:
@@ -86,6 +89,9 @@ def as_ids(ids: NDArray[Any], path: Path) -> NDArray[Any]:
             raise ValueError(f"{path} must hold ids below 2**53 beside fractions, got larger ids")
         return ids.astype(np.int64)
     texts = ids.astype(str)
+    # Beside other columns of texts, numbers are read as texts, too.
+    if texts.size and all(re.fullmatch(r"0|-?[1-9]\d{0,17}", text) for text in texts.flat):
+        return texts.astype(np.int64)
     if (texts == "").any():
         row = int((texts == "").reshape(len(texts), -1).any(axis=1).argmax())
         raise ValueError(f"{path} must hold an id in every row, got none in row {row + 1} below the header")
@@ -93,17 +99,15 @@ def as_ids(ids: NDArray[Any], path: Path) -> NDArray[Any]:
 
 
 def _read_adjacency(path: Path) -> EdgeList:
+    """Read an adjacency matrix, or a rectangular matrix whose rows and columns are the sides of a bipartite graph."""
     matrix = read_matrix(path)
     rows, columns = matrix.shape
-    if rows != columns:
-        raise ValueError(
-            f"{path} must be a square adjacency matrix, got {rows} rows and {columns} columns. Write a matrix of a "
-            f"bipartite graph as an edge list whose two sides have different ids"
-        )
     matrix.eliminate_zeros()
-    is_weighted = bool((matrix.data != 1).any())
-    pairs = np.stack([matrix.row, matrix.col], axis=1).astype(np.int64)
-    return EdgeList(pairs, f"values other than 1 in {path}" if is_weighted else None, rows)
+    values = f"values other than 1 in {path}" if bool((matrix.data != 1).any()) else None
+    if rows == columns:
+        return EdgeList(np.stack([matrix.row, matrix.col], axis=1).astype(np.int64), values, rows)
+    pairs = np.stack([matrix.row, matrix.col.astype(np.int64) + rows], axis=1).astype(np.int64)
+    return EdgeList(pairs, values, rows + columns, rows)
 
 
 def _has_header(table: Table, header: bool | None, known_ids: NDArray[Any] | None) -> bool:

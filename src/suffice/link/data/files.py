@@ -41,7 +41,8 @@ def read_graph(
     An edge list is a text file (comma, semicolon, tab or space between cells) or a Parquet file. The nodes of an edge
     are its first two columns, or those with usual names such as `source` and `target`. Text files may have comments, a
     header, the index column of pandas, a byte-order mark and gzip compression. An adjacency matrix in Matrix Market
-    format is accepted as well.
+    format is accepted as well. A rectangular matrix is a bipartite graph: the nodes of its rows come first, then those
+    of its columns.
 
     Nodes have the numbers from 0 to nodes - 1, in the order of the rows of `features`. Or they have other numbers or
     texts as ids, which are then the first column of `features`, and are kept in `Graph.node_ids`. `labels` holds one
@@ -61,7 +62,7 @@ def read_graph(
             because its cells are texts, and refuses a file in which neither tells.
         rules: what becomes of duplicate edges, self-loops and weights; by default, `EdgeRules()`.
         bipartite: whether the first nodes of all edges are one side of a bipartite graph, and the second nodes the
-            other. Negatives then join a node of each side.
+            other. Negatives then join a node of each side. A rectangular matrix is bipartite anyway.
 
     Raises:
         ImportError: the packages pandas and pyarrow are missing, which a Parquet file needs.
@@ -90,7 +91,11 @@ def read_graph(
     rules.check_weights(edge_list.values)
     if edge_list.num_nodes not in (None, len(x)):
         raise ValueError(f"features must have {edge_list.num_nodes} rows, one for each node, got {len(x)}")
-    numbered = edge_list.pairs if nodes.ids is None else _find_rows(edge_list.pairs, nodes.ids, path)
+    if edge_list.num_nodes is not None:
+        _check_order(nodes.ids, path)
+    numbered = edge_list.pairs
+    if nodes.ids is not None and edge_list.num_nodes is None:
+        numbered = _find_rows(edge_list.pairs, nodes.ids, path)
     if numbered.dtype.kind == "U":
         raise ValueError(
             f"features must have the ids of the nodes as their first column if {path} holds texts, got no ids"
@@ -104,8 +109,18 @@ def read_graph(
         None if classes is None else _number_classes(classes, nodes.ids, len(x)),
         node_ids=nodes.ids,
         features=str(features) if features in MADE_FEATURES else "given",
+        num_left=edge_list.num_left,
     )
-    return order_sides(graph, _find_left(edge_tensor, len(x), nodes.ids, path)) if bipartite else graph
+    if edge_list.num_left is not None:
+        return graph
+    if not bipartite:
+        return graph
+    remedy = (
+        "Put a letter before the ids of one side"
+        if edge_list.num_nodes is None
+        else "A square matrix joins its own nodes; write a matrix of two sides as an edge list with two kinds of ids"
+    )
+    return order_sides(graph, _find_left(edge_tensor, len(x), nodes.ids, path, remedy))
 
 
 def save_graph(graph: Graph, folder: str | Path) -> str:
@@ -181,7 +196,17 @@ def _nodes_of_edges(edges: EdgeList) -> NodeTable:
     return NodeTable(np.zeros((len(ids), 1)), None if is_count else ids)
 
 
-def _find_left(edges: Tensor, num_nodes: int, ids: NDArray[Any] | None, path: Path) -> Tensor:
+def _check_order(ids: NDArray[Any] | None, path: Path) -> None:
+    """Raise if the ids of features may not be in the order of the rows of a matrix."""
+    if ids is not None and ids.dtype.kind == "i" and (ids[1:] <= ids[:-1]).any():
+        first = int((ids[1:] <= ids[:-1]).argmax())
+        raise ValueError(
+            f"features must be in the order of the rows of {path}, got id {ids[first + 1]} behind id {ids[first]}. "
+            f"Sort the features, or write the matrix as an edge list of ids"
+        )
+
+
+def _find_left(edges: Tensor, num_nodes: int, ids: NDArray[Any] | None, path: Path, remedy: str) -> Tensor:
     """Return which nodes are on the first side, bool [nodes]; nodes without an edge are on the second side."""
     is_first, is_second = torch.zeros(2, num_nodes, dtype=torch.bool)
     is_first[edges[0]] = True
@@ -191,8 +216,7 @@ def _find_left(edges: Tensor, num_nodes: int, ids: NDArray[Any] | None, path: Pa
         shown = node if ids is None else ids[node]
         raise ValueError(
             f"{path} must have the ids of one side in its first column and those of the other side in its second if "
-            f"bipartite is True, got {int((is_first & is_second).sum())} ids in both, the first is {shown}. Put a "
-            f"letter before the ids of one side"
+            f"bipartite is True, got {int((is_first & is_second).sum())} ids in both, the first is {shown}. {remedy}"
         )
     return is_first
 

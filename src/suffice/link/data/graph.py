@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.transforms import LargestConnectedComponents, RandomLinkSplit
-from torch_geometric.utils import to_undirected
+from torch_geometric.utils import to_edge_index, to_undirected
 
 from suffice.arguments import check_flag, check_number
 from suffice.link.batches.negatives import NegativeSampler, edge_keys, sample_negatives
@@ -108,14 +108,16 @@ class Graph:
         """Make an undirected graph from PyG's `Data`.
 
         Args:
-            data: graph with `edge_index`, and optionally `x` and `y`.
+            data: graph with `edge_index` or `adj_t`, and optionally `x` and `y`. A `y` that is not one class for each
+                node is left out.
             name: name of the graph, shown in tables.
             features: `given` in `x`; `degree` or `learned` for a graph without features (see `Graph`).
             rules: what becomes of duplicate edges, self-loops and weights; by default, `EdgeRules()`.
 
         Raises:
-            TypeError: `data` is not a `Data`, for example a `HeteroData`.
-            ValueError: `data` has no edges or no features, or an edge is refused by the rules.
+            TypeError: `data` is not a `Data`, for example a `HeteroData`, or does not hold tensors or integer node ids.
+            ValueError: `data` has no edges or no features, the number of nodes differs, `y` is made of fractions, or an
+                edge is refused by the rules.
 
         """
         if not isinstance(data, Data):
@@ -123,18 +125,31 @@ class Graph:
                 f"data must be a torch_geometric.data.Data with one type of nodes and of edges, got "
                 f"{type(data).__name__}. A HeteroData has to_homogeneous()"
             )
+        for key in ("edge_index", "x"):
+            if not isinstance(getattr(data, key), Tensor | None):
+                raise TypeError(f"{key} of {name} must be a tensor, got {type(getattr(data, key)).__name__}")
+        adjacency = None if data.edge_index is not None or "adj_t" not in data else to_edge_index(data.adj_t)
+        edge_index = data.edge_index if adjacency is None else adjacency[0].flip(0)
         x = data.x if features == "given" else torch.zeros(int(data.num_nodes or 0), 1)
-        if data.edge_index is None or x is None:
+        if edge_index is None or x is None:
             raise ValueError(
                 f"data must have edge_index and x, got {sorted(data.to_dict())} for {name}. Use features='degree' or "
                 f"'learned' for a graph without x"
             )
         rules = rules or EdgeRules()
-        rules.check_weights(", ".join(key for key in data.edge_attrs() if key != "edge_index") or None)
-        check_range(data.edge_index, x.size(0))
-        edges = rules.apply(data.edge_index, x.size(0))
+        if data.num_nodes != x.size(0):
+            raise ValueError(
+                f"x must have num_nodes={data.num_nodes} rows, one for each node, got {x.size(0)} for {name}"
+            )
+        values = [key for key in data.edge_attrs() if key not in ("edge_index", "adj_t")]
+        values += ["values of adj_t"] if adjacency is not None and bool((adjacency[1] != 1).any()) else []
+        rules.check_weights(", ".join(values) or None)
+        check_range(edge_index, x.size(0))
+        edges = rules.apply(edge_index.long(), x.size(0))
         edges = edges[:, edge_keys(edges, x.size(0)).argsort()]
         y = data.y.flatten() if isinstance(data.y, Tensor) and data.y.numel() == x.size(0) else None
+        if y is not None and y.is_floating_point() and not bool((y == y.round()).all()):
+            raise ValueError(f"y must hold the class of each node, got fractions or NaN for {name}. Set data.y = None")
         return cls(name, x.float(), edges, None if y is None else y.long(), features=features)
 
     def to_data(self) -> Data:

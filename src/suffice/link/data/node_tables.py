@@ -144,7 +144,7 @@ def _refuse_texts(table: Table) -> None:
         for column, cell in enumerate(values.tolist()):
             try:
                 float(cell)
-            except ValueError:
+            except (TypeError, ValueError):
                 raise ValueError(
                     f"{table.path} must hold numbers, got {shorten(str(cell))!r} in row {row + 1} of the nodes, "
                     f"column {column + 1}"

@@ -303,7 +303,8 @@ def _read_start(path: Path) -> _Start:
 
 
 def _find_delimiter(row: str, suffix: str) -> str | None:
-    """Return the delimiter of a row; None for spaces."""
+    """Return the delimiter of a row, outside of quoted cells; None for spaces."""
+    row = re.sub(r'"[^"]*"', '""', row)
     for delimiter in _DELIMITERS:
         if delimiter in row:
             return delimiter
@@ -349,7 +350,7 @@ def _load(
                     ndmin=2,
                 )
         except (ValueError, OverflowError, DeprecationWarning) as caught:
-            error = caught
+            error = caught.with_traceback(None)  # which would keep the file open
             continue
         return np.char.strip(loaded) if kind is str else loaded
     if found := re.search(r"number of columns changed from (\d+) to (\d+)", str(error)):
