@@ -179,7 +179,7 @@ class _Pass:
     def _before(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: Sequence[object], named: Mapping[str, object]) -> None:
             calls = self.calls.setdefault(name, [])
-            tensors = dict(_tensors((inputs, named)))
+            tensors = dict(tensors_in((inputs, named)))
             reference = self._reference(name, len(calls))
             rows = {} if reference is None else _with_rows(tensors, reference.input_shapes)
             shared = {} if reference is None else {path: tensors[path] for path in tensors.keys() - rows.keys()}
@@ -191,7 +191,7 @@ class _Pass:
     def _after(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: object, _named: object, output: object) -> None:
             number, call = next(item for item in [*enumerate(self.calls[name])][::-1] if item[1].outputs is None)
-            tensors = dict(_tensors(output))
+            tensors = dict(tensors_in(output))
             reference = self._reference(name, number)
             call.output_shapes = _shapes(tensors)
             call.outputs = {} if reference is None else _copies(_with_rows(tensors, reference.output_shapes))
@@ -205,7 +205,7 @@ class _Pass:
         return calls[number] if number < len(calls) else None
 
 
-def _tensors(value: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
+def tensors_in(value: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in nested containers and PyG's data objects, with their paths."""
     if isinstance(value, Tensor):
         if not value.is_meta:
@@ -219,7 +219,7 @@ def _tensors(value: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, (list, tuple)):
         entries = enumerate(cast(Sequence[object], value))
     for key, inner in entries:
-        yield from _tensors(inner, f"{path}.{key}")
+        yield from tensors_in(inner, f"{path}.{key}")
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from suffice.arguments import check_callable
+from suffice.link.auditing.couplings import tensors_in
 from suffice.link.auditing.edge_set import Score
 from suffice.link.auditing.module_state import find_modules
 
@@ -43,6 +44,8 @@ def encode_once(encode: Callable[[], Any], decode: Callable[..., Any]) -> Score:
     encoding serves them all. Each audit encodes once in eval mode and once while modules behind `encode` are in
     training mode. Outside of an audit, each call encodes, with gradients.
 
+    If `decode` writes into the tensors of the encoding, these are computed again for the next batch.
+
     If `encode` puts the model into eval mode, it is switched back before `decode` is called.
 
     Args:
@@ -74,7 +77,12 @@ class _EncodeOnce:
         self._encode, self._decode = encode, decode
 
     def __call__(self, pairs: Any, **items: Any) -> Any:
-        return self._decode(self._current_encoding(), pairs, **items)
+        encoding = self._current_encoding()
+        before = _versions(encoding)
+        scores = self._decode(encoding, pairs, **items)
+        if before != _versions(encoding) and (kept_of_all := _kept.get()):
+            kept_of_all[id(self)].encodings.clear()  # the next batch must not get what decode has written into it
+        return scores
 
     def _current_encoding(self) -> Any:
         kept_of_all = _kept.get()
@@ -99,3 +107,12 @@ class _EncodeOnce:
         for module, training in zip(modules, modes, strict=True):
             module.training = training
         return encoding
+
+
+def _versions(encoding: object) -> list[int]:
+    """Return a number for each tensor in an encoding, which changes when someone writes into the tensor."""
+    return [
+        tensor._version  # the only way to learn of it without a copy
+        for _, tensor in tensors_in(encoding)
+        if not tensor.is_inference()
+    ]
