@@ -91,3 +91,26 @@ def test_frozen_statistics_pass(biased):
     model = copy.deepcopy(biased)
     freeze_statistics(model, model, SPLIT.train, GRAPH.num_nodes)
     assert_composition_invariant(model, EDGES, batch_size=256, repeats=4)
+
+
+class _Centered(nn.Module):
+    def __init__(self, _channels, scale=1.0):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, hidden):
+        return hidden - self.scale * hidden.mean(0)
+
+
+def test_message_names_the_module_that_couples_the_edges():
+    message = _failure(PixelDecoder(_Centered))
+    assert "depends on the other edges of its batch: norm (_Centered)." in message
+    assert "No known layer" not in message
+
+
+def test_message_names_the_module_whatever_the_verdict():
+    weak = trained(lambda channels: _Centered(channels, scale=0.003))
+    message = _failure(weak, tolerance=1e-5)
+    assert "(verdict: unaffected)" in message
+    assert "Modules whose output for an edge depends on the other edges of its batch: norm (_Centered)." in message
+    assert "No known layer" not in message

@@ -8,6 +8,7 @@ from torch import nn
 
 from suffice.arguments import check_number
 from suffice.link.auditing.audit import AuditReport, EdgeSetReport, audit
+from suffice.link.auditing.couplings import FUNCTION
 from suffice.link.auditing.edge_set import EdgeSet, Score
 
 _ACCURACY_TOLERANCE = 0.1  # at least: pure and balanced batches consist of different edges, so accuracies differ a bit
@@ -63,7 +64,8 @@ def assert_composition_invariant(
 
     Raises:
         AssertionError: scores depend on the batch, or only eval mode could be tested. The message has the level of the
-            verdict, what exceeded the tolerance, the layers that mix the edges of a batch, and advice.
+            verdict, what exceeded the tolerance, the layers and other modules that mix the edges of a
+            batch, and advice.
         TypeError: an argument has a wrong type, as for `audit`.
         ValueError: an argument is out of range, as for `audit`.
 
@@ -126,7 +128,10 @@ def _message(report: AuditReport, found: list[str]) -> str:
             lines.append(f"Layers that normalize over the edge batch: {', '.join(mixing)}.")
     else:
         lines.append(verdict.why)  # names these layers too
-    if found and not mixing:
+    others = [str(each) for each in report.couplings if not each.is_norm_layer and each.kind != FUNCTION]
+    if verdict.level == "unaffected" and others:
+        lines.append(f"Modules whose output for an edge depends on the other edges of its batch: {', '.join(others)}.")
+    if found and not mixing and not others:
         lines.append(
             "No known layer normalizes over the edge batch: look for a mean, a softmax or attention over the scored "
             "pairs."
