@@ -50,6 +50,17 @@ def check_int(
     return number
 
 
+def check_seed(seed: object) -> int:
+    """Return `seed` if the generators of torch and NumPy accept it.
+
+    Raises:
+        TypeError: `seed` is not an integer.
+        ValueError: `seed` is negative, or larger than 64-bit integers can be.
+
+    """
+    return check_int("seed", seed, 0, 2**63 - 1)
+
+
 def check_optional_int(name: str, value: object, minimum: int | None = None, *, unit: str = "") -> int | None:
     """Return `value` if it is None or an integer within bounds; see `check_int`."""
     if value is None:

@@ -10,6 +10,7 @@ import torch
 from suffice.link import EdgeSet
 from suffice.link.batches.hard_negatives import hard_negatives, sample_negatives_by_degree
 from suffice.link.batches.negatives import TooFewNegativesError, sample_negatives
+from tests.wrong_arguments import each_wrong_argument, expect_error
 
 PATH = torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 5]])
 
@@ -114,3 +115,51 @@ def test_negatives_are_the_best_ranked_of_all_candidates(graph):
 def test_impossible_numbers_of_hard_negatives_are_refused(count, kind, message):
     with pytest.raises(kind, match=message):
         hard_negatives(PATH[:, 1:2], PATH, PATH, 6, count, seed=0)
+
+
+def test_no_positives_have_no_negatives():
+    assert hard_negatives(PATH[:, :0], PATH, PATH, 6, 4, seed=0).shape == (2, 0, 4)
+
+
+def test_any_integers_are_node_ids():
+    by_degree, hard = (sample_negatives_by_degree(PATH, 6, 3, 0), hard_negatives(PATH[:, :1], PATH, PATH, 6, 2, 0))
+    small = PATH.int()
+    assert torch.equal(sample_negatives_by_degree(small, 6, 3, 0), by_degree)
+    assert torch.equal(hard_negatives(small[:, :1], small, small, 6, 2, 0), hard)
+
+
+WRONG = [
+    ("known", PATH.numpy(), TypeError, r"known must be a tensor of integers \[2, edges\], got a value of type ndarray"),
+    ("known", PATH / 2, TypeError, "known must be a tensor of integers .*, got numbers of type torch.float32"),
+    ("known", PATH.T, ValueError, r"known must have shape \[2, edges\], got \(5, 2\)"),
+    ("known", PATH - 1, ValueError, r"known must hold node ids from 0 to 5, got 1 other pairs, the first is \(-1, 0\)"),
+    ("known", PATH + 1, ValueError, r"known must hold node ids from 0 to 5, got 1 other pairs, the first is \(5, 6\)"),
+    (
+        "num_nodes",
+        (3, 3),
+        ValueError,
+        r"(known|positives) must hold node ids from 0 to 5, one below 3 and one from there",
+    ),
+    ("num_nodes", None, TypeError, "num_nodes must be an int, from 1 to .*, got None"),
+    ("num_nodes", 0, ValueError, "num_nodes must be from 1 to .*, got 0"),
+    ("num_nodes", (3,), ValueError, r"num_nodes must be a number or the numbers of both sides, got \(3,\)"),
+    ("num_nodes", (3, 1.5), TypeError, r"num_nodes\[1\] must be an int, .*, got 1.5"),
+    ("seed", None, TypeError, "seed must be an int, .*, got None"),
+    ("seed", -1, ValueError, "seed must be from 0 to .*, got -1"),
+]
+
+
+@pytest.mark.parametrize("function", [sample_negatives_by_degree, hard_negatives])
+@each_wrong_argument([("function", *case) for case in WRONG])
+def test_a_wrong_argument_is_named(function, call, argument, value, error, words):
+    given = {"known": PATH, "num_nodes": 6, "count": 2, "seed": 0}
+    if function is hard_negatives:
+        given |= {"positives": PATH[:, :1], "graph": PATH}
+    expect_error(lambda **own: function(**{**given, **own}), argument, value, error, words)
+
+
+@pytest.mark.parametrize("argument", ["positives", "graph"])
+def test_wrong_edges_of_hard_negatives_are_named(argument):
+    given = {"positives": PATH, "known": PATH, "graph": PATH, argument: PATH + 1}
+    with pytest.raises(ValueError, match=f"{argument} must hold node ids from 0 to 5, got 1 other pairs"):
+        hard_negatives(**given, num_nodes=6, count=2, seed=0)

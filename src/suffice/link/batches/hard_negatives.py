@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from suffice.arguments import check_int
-from suffice.link.batches.negatives import TooFewNegativesError, edge_keys
+from suffice.arguments import check_int, check_seed
+from suffice.link.batches.negatives import TooFewNegativesError, check_num_nodes, check_pairs, edge_keys
 
 _PROPOSALS = 2**14  # pairs that are drawn at once, at least
 _MAX_ROUNDS = 1000
@@ -34,11 +34,13 @@ def sample_negatives_by_degree(known: Tensor, num_nodes: int | tuple[int, int], 
         pairs with the smaller node id first, long [2, count], on the device of `known`.
 
     Raises:
-        TypeError: `count` is not an integer.
+        TypeError: `count`, `seed` or `num_nodes` is not an integer, or `known` is not a tensor of integers.
+        ValueError: `known` has another shape or node ids out of range, or a number is out of range.
         TooFewNegativesError: fewer pairs of nodes with edges are available, or too few were found.
 
     """
-    count = check_int("count", count, 0)
+    num_nodes, count, seed = check_num_nodes(num_nodes), check_int("count", count, 0), check_seed(seed)
+    known = check_pairs("known", known, num_nodes)
     total = num_nodes if isinstance(num_nodes, int) else sum(num_nodes)
     edges = known.sort(dim=0).values.cpu()
     edges = edges[:, edges[0] != edges[1]]
@@ -108,14 +110,19 @@ def hard_negatives(
         (`mean_reciprocal_rank` with scores [positives, count]).
 
     Raises:
-        TypeError: `count` is not an integer.
-        ValueError: `count` is odd or below 2.
+        TypeError: `count`, `seed` or `num_nodes` is not an integer, or edges are not a tensor of integers.
+        ValueError: `count` is odd or below 2, another number is out of range, or edges have another shape or node ids
+            out of range.
         TooFewNegativesError: a positive has fewer negatives.
 
     """
-    count = check_int("count", count, 2)
+    num_nodes, count, seed = check_num_nodes(num_nodes), check_int("count", count, 2), check_seed(seed)
     if count % 2:
         raise ValueError(f"count must be even, half of it for each node of a positive, got {count}")
+    positives = check_pairs("positives", positives, num_nodes)
+    known, graph = check_pairs("known", known, num_nodes), check_pairs("graph", graph, num_nodes)
+    if positives.size(1) == 0:
+        return positives.new_empty(2, 0, count)
     total = num_nodes if isinstance(num_nodes, int) else sum(num_nodes)
     generator = torch.Generator().manual_seed(seed)
     own = positives.cpu()

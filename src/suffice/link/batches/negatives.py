@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch_geometric.utils import negative_sampling
+
+from suffice.arguments import check_int, shown
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_MAX_NODES = 2**31 - 1  # so that the key of a pair is a 64-bit integer
 
 
 class TooFewNegativesError(ValueError):
@@ -19,6 +25,50 @@ def edge_keys(edges: Tensor, num_nodes: int) -> Tensor:
     """Return a key for each undirected edge, long [edges]; both directions of an edge have the same key."""
     low, high = edges.min(dim=0).values, edges.max(dim=0).values
     return low * num_nodes + high
+
+
+def check_num_nodes(num_nodes: object) -> int | tuple[int, int]:
+    """Return a number of nodes, or the numbers of both sides of a bipartite graph.
+
+    Raises:
+        TypeError: it is neither an integer nor a pair of integers.
+        ValueError: a number is below 1.
+
+    """
+    if not isinstance(num_nodes, (tuple, list)):
+        return check_int("num_nodes", num_nodes, 1, _MAX_NODES)
+    sides = cast(Sequence[object], num_nodes)
+    if len(sides) != 2:
+        raise ValueError(f"num_nodes must be a number or the numbers of both sides, got {shown(num_nodes)}")
+    first, second = (check_int(f"num_nodes[{side}]", count, 1, _MAX_NODES) for side, count in enumerate(sides))
+    return first, second
+
+
+def check_pairs(name: str, pairs: object, num_nodes: int | tuple[int, int]) -> Tensor:
+    """Return pairs of nodes as a tensor, long [2, pairs].
+
+    Raises:
+        TypeError: `pairs` is not a tensor of integers.
+        ValueError: it has another shape, a node id is out of range, or a pair of a bipartite graph joins nodes of one
+            side.
+
+    """
+    if not isinstance(pairs, Tensor) or pairs.dtype not in INTEGERS:
+        found = f"numbers of type {pairs.dtype}" if isinstance(pairs, Tensor) else shown(pairs)
+        raise TypeError(f"{name} must be a tensor of integers [2, edges], got {found}")
+    if pairs.ndim != 2 or pairs.size(0) != 2:
+        raise ValueError(f"{name} must have shape [2, edges], got {tuple(pairs.shape)}")
+    total = num_nodes if isinstance(num_nodes, int) else sum(num_nodes)
+    pairs = pairs.long()
+    is_wrong = ((pairs < 0) | (pairs >= total)).any(dim=0)
+    accepted = f"node ids from 0 to {total - 1}"
+    if not isinstance(num_nodes, int):
+        is_wrong |= (pairs < num_nodes[0]).sum(dim=0) != 1
+        accepted += f", one below {num_nodes[0]} and one from there in each pair"
+    if bool(is_wrong.any()):
+        first = tuple(pairs[:, int(is_wrong.nonzero()[0])].tolist())
+        raise ValueError(f"{name} must hold {accepted}, got {int(is_wrong.sum())} other pairs, the first is {first}")
+    return pairs
 
 
 class NegativeSampler:

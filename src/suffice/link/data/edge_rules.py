@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from suffice.link.batches.negatives import edge_keys
+from suffice.link.batches.negatives import INTEGERS, edge_keys
 
 _CHOICES = {"duplicates": ("merge", "refuse"), "self_loops": ("drop", "refuse"), "weights": ("drop", "refuse")}
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def check_range(edges: Tensor, num_nodes: int) -> None:
     """
     if edges.ndim != 2 or edges.size(0) != 2 or edges.size(1) == 0:
         raise ValueError(f"edges must have shape [2, edges] with at least one edge, got {tuple(edges.shape)}")
-    if edges.dtype not in _INTEGERS:
+    if edges.dtype not in INTEGERS:
         raise TypeError(f"edges must hold integer node ids, got {edges.dtype}")
     out_of_range = ((edges < 0) | (edges >= num_nodes)).any(dim=0)
     refuse_edges(edges, out_of_range, f"have node ids from 0 to {num_nodes - 1}", "out of range")
