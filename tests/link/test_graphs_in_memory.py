@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.transforms import ToSparseTensor
 from torch_geometric.utils import from_networkx as pyg_from_networkx
@@ -171,6 +172,16 @@ class Hetero(FakeDGL):
         ),
         (lambda: from_ogb_dict(ogb(edge_index=EDGES.T.numpy()), "g"), ValueError, r"shape \[2, edges\]"),
         (lambda: from_ogb_dict(ogb(), "g", labels=Y[:3]), ValueError, "'labels' must have 4 rows"),
+        (lambda: from_ogb_dict(ogb(), "g", labels=[None] * 4), ValueError, "'labels' must hold numbers or texts"),
+        (lambda: from_ogb_dict(ogb(edge_index=None), "g"), TypeError, r"graph\['edge_index'\] must .*, got object"),
+        (lambda: from_ogb_dict(ogb(num_nodes=4.5), "g"), TypeError, r"graph\['num_nodes'\] must be an int, .*4.5"),
+        (lambda: from_ogb_dict(ogb(), "g", rules="drop"), TypeError, "rules must be an EdgeRules, .*, got 'drop'"),
+        (lambda: from_dgl(FakeDGL(), "g", features=3), ValueError, "features must be degree, .*, got 3"),
+        (
+            lambda: from_dgl(FakeDGL([EDGES[0], EDGES[1, :2]]), "g"),
+            ValueError,
+            r"a target for each source in edges\(\), got shapes \(6,\) and \(2,\)",
+        ),
         (
             lambda: Graph.from_data(Data(X, EDGES.numpy()), "g"),
             TypeError,
@@ -194,3 +205,10 @@ class Hetero(FakeDGL):
 def test_wrong_graphs_are_refused_by_name(make, kind, message):
     with pytest.raises(kind, match=message):
         make()
+
+
+@pytest.mark.parametrize("convert", [Tensor.bfloat16, Tensor.to_sparse, Tensor.to_sparse_csr, Tensor.double])
+def test_features_of_any_type_and_layout_are_read(convert):
+    found = from_dgl(FakeDGL(feat=convert(X)), "g")
+    assert found.x.dtype == torch.float32
+    assert torch.equal(found.x, X)  # these numbers are exact in bfloat16

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch_geometric.data import Data
 
+from suffice.arguments import check_instance, check_int, shown
 from suffice.link.data.edge_rules import EdgeRules
 from suffice.link.data.graph import Graph
 
@@ -45,7 +46,7 @@ def from_networkx(
         raise TypeError(f"graph must be a graph of NetworkX, got {type(graph).__name__}")
     nodes = list(graph.nodes)
     columns = _check_names(features)
-    rules = rules or EdgeRules()
+    rules = _check_rules(rules)
     attributes = {key for *_, values in graph.edges(data=True) for key in values}
     rules.check_weights(", ".join(map(str, sorted(attributes, key=str))) or None)
 
@@ -111,9 +112,14 @@ def from_dgl(
         )
     x = None if columns is None else _as_features({one: found[one] for one in columns}, count)
     y = None if label is None else _as_classes(label, found[label], count)
-    rules = rules or EdgeRules()
+    rules = _check_rules(rules)
     rules.check_weights(_join(key for key in getattr(graph, "edata", ()) if key != "_ID") or None)
     sources, targets = (torch.as_tensor(ends).cpu() for ends in graph.edges())
+    if sources.shape != targets.shape:
+        raise ValueError(
+            f"graph must have a target for each source in edges(), got shapes {tuple(sources.shape)} and "
+            f"{tuple(targets.shape)}"
+        )
     data = Data(x=x, edge_index=torch.stack([sources, targets]), y=y, num_nodes=count)
     return Graph.from_data(data, name, features="given" if columns is not None else str(features), rules=rules)
 
@@ -151,17 +157,24 @@ def from_ogb_dict(
             f"graph must hold edge_index and num_nodes, got {sorted(graph)} without {sorted(missing)}. A graph with "
             f"several types of nodes or edges is not supported"
         )
-    count, x = int(graph["num_nodes"]), graph.get("node_feat")
+    count, x = check_int("graph['num_nodes']", graph["num_nodes"], 1), graph.get("node_feat")
+    edges = np.asarray(graph["edge_index"])
+    if edges.dtype.kind not in "biufc":  # texts and objects
+        raise TypeError(f"graph['edge_index'] must hold integer node ids, got {edges.dtype}")
     data = Data(
         x=None if x is None or features != "given" else _as_features({"node_feat": x}, count),
-        edge_index=torch.as_tensor(np.asarray(graph["edge_index"])),
+        edge_index=torch.as_tensor(edges),
         y=None if labels is None else _as_classes("labels", labels, count),
         num_nodes=count,
     )
     values = [key for key in ("edge_feat", "edge_weight", "edge_year") if graph.get(key) is not None]
-    rules = rules or EdgeRules()
+    rules = _check_rules(rules)
     rules.check_weights(", ".join(values) or None)
     return Graph.from_data(data, name, features=features, rules=rules)
+
+
+def _check_rules(rules: EdgeRules | None) -> EdgeRules:
+    return EdgeRules() if rules is None else check_instance("rules", rules, EdgeRules, "EdgeRules()", optional=True)
 
 
 def _check_names(features: str | Sequence[str], found: Mapping[str, Any] | None = None) -> list[str] | None:
@@ -177,7 +190,7 @@ def _check_names(features: str | Sequence[str], found: Mapping[str, Any] | None 
     """
     if isinstance(features, str) and features in _MADE_FEATURES:
         return None
-    if isinstance(features, str) or not features:
+    if isinstance(features, str) or not isinstance(features, Sequence) or not features:
         raise ValueError(f"features must be degree, learned or a list of names, got {features!r}")
     if found is not None and (unknown := [one for one in features if one not in found]):
         raise ValueError(
@@ -218,7 +231,10 @@ def _as_classes(name: str, values: Any, num_nodes: int) -> Tensor:
         raise ValueError(f"{name!r} must hold classes, got NaN or fractions")
     if array.dtype.kind in "if" and (array < 0).any():
         raise ValueError(f"{name!r} must hold a class for each node, got {int((array < 0).sum())} negative numbers")
-    return torch.from_numpy(np.unique(array, return_inverse=True)[1]).long()
+    try:
+        return torch.from_numpy(np.unique(array, return_inverse=True)[1]).long()
+    except TypeError:  # objects without an order
+        raise ValueError(f"{name!r} must hold numbers or texts, got {shown(array.tolist())}") from None
 
 
 def _as_array(name: str, values: Any, num_nodes: int) -> NDArray[Any]:
@@ -229,12 +245,18 @@ def _as_array(name: str, values: Any, num_nodes: int) -> NDArray[Any]:
 
     """
     try:
-        array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+        array = _to_numpy(values) if isinstance(values, Tensor) else np.asarray(values)
     except ValueError:
         raise ValueError(f"{name!r} must hold as many numbers for each node, got different lengths") from None
     if array.ndim == 0 or len(array) != num_nodes:
         raise ValueError(f"{name!r} must have {num_nodes} rows, one for each node, got shape {array.shape}")
     return array
+
+
+def _to_numpy(values: Tensor) -> NDArray[Any]:
+    """Return a tensor of any layout as an array, with bfloat16, which NumPy lacks, as float32."""
+    dense = values.detach().cpu().to_dense() if values.layout != torch.strided else values.detach().cpu()
+    return (dense.float() if dense.dtype == torch.bfloat16 else dense).numpy()
 
 
 def _join(names: Any) -> str:
