@@ -130,7 +130,9 @@ def _link_loader(**options):
         (DataLoader(torch.ones(40, 2)), "x", TypeError, "labels must be 0 and 1, one for each item, got 'x'"),
         (DataLoader(torch.ones(40, 2)), [1] * 39, ValueError, "labels must be .* of 40 items, got 39 labels"),
         (DataLoader(torch.ones(40, 2)), [2] * 40, ValueError, r"labels must be .* 40 labels with values \[2\]"),
-        (DataLoader(torch.ones(40, 2)), [1] * 40, ValueError, r"negatives must have shape .* at least 16 edges"),
+        (DataLoader(torch.ones(40, 2)), [1] * 40, ValueError, "loader must have at least 16 .*, got 40 and 0"),
+        (DataLoader(torch.ones(0, 2)), [], ValueError, "loader must have at least 16 positives .*, got 0 and 0"),
+        (DataLoader(torch.ones(40, 2), batch_size=None), [1] * 40, ValueError, "loader must collate items"),
         (_link_loader(), None, TypeError, "labels must be given, because the items of the loader have none"),
         (
             _link_loader(neg_sampling="binary"), None, ValueError,

@@ -71,7 +71,9 @@ WRONG = [
         )
         for value in (1.5, "x", True)
     ),
-    ("audit", "seed", "x", TypeError, "seed must be an int, got 'x'"),
+    ("audit", "seed", "x", TypeError, "seed must be an int, from 0 to .*, got 'x'"),
+    ("audit", "seed", -1, ValueError, "seed must be from 0 to .*, got -1"),
+    ("audit", "seed", 2**63, ValueError, "seed must be from 0 to .*, got 9223372036854775808"),
     ("audit", "module", 3, TypeError, "module must be a module, a list of modules or None, got 3"),
     ("audit", "module", ["x"], TypeError, "module must be a module, .*, got 'x' as item 0"),
     ("audit", "threshold", "x", TypeError, "threshold must be a number, got 'x'"),

@@ -204,3 +204,15 @@ def test_swapped_edges_are_reported_without_any_norm():
     assert report.verdict.level == "unaffected"
     assert "negatives score above positives (AUC is 0.00, below 0.5)" in report.verdict.why
     assert report.verdict.advice.startswith("Check the sign of the scores")
+
+
+def test_frozen_layers_need_a_module():
+    edges = EdgeSet(torch.arange(32).view(2, 16), torch.arange(32, 64).view(2, 16))
+    with pytest.raises(ValueError, match=r"frozen must contain .* no module was found behind score.*, got \['norm'\]"):
+        audit(lambda pairs: pairs[0].float(), edges, frozen=["norm"])
+
+
+def test_names_of_edge_sets_are_texts():
+    edges = EdgeSet(torch.arange(32).view(2, 16), torch.arange(32, 64).view(2, 16))
+    with pytest.raises(TypeError, match=r"edges must be an EdgeSet or a mapping of names to EdgeSets, got \{1:"):
+        audit(lambda pairs: pairs[0].float(), {1: edges})

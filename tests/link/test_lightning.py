@@ -138,3 +138,16 @@ def test_graphgym_model_is_monitored(norm, level):
     assert [row["epoch"] for row in monitor.history] == [0, 4, 8]
     assert monitor.history[-1]["level"] == level
     assert monitor.history[-1]["accuracy_balanced"] > 0.75
+
+
+def test_the_longer_history_of_file_and_checkpoint_is_continued(monkeypatch):
+    package = ModuleType("lightning.pytorch")
+    package.Callback = type("Callback", (), {})
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", package)
+    monkeypatch.delitem(sys.modules, "pytorch_lightning", raising=False)
+    callback = CompositionMonitor(PixelDecoder(), EDGES).lightning_callback()
+    long, short = [{"epoch": 0}, {"epoch": 5}], [{"epoch": 0}]
+    for in_file, in_checkpoint in ((short, long), (long, short)):
+        callback.monitor.history[:] = in_file
+        callback.load_state_dict({"history": in_checkpoint})
+        assert callback.monitor.history == long

@@ -235,7 +235,16 @@ def _not_run(*_):
         ("CompositionMonitor", "csv", 3, TypeError, "csv must be a path .*, got 3"),
         ("CompositionMonitor", "loggers", 3, TypeError, r"loggers must be a list of loggers, such as .*, got 3"),
         ("CompositionMonitor", "loggers", [3], TypeError, r"loggers\[0\] must have a method add_scalar, .*, got int"),
+        (
+            "CompositionMonitor",
+            "csv",
+            __file__ + "/log.csv",
+            ValueError,
+            "csv must be a file in a folder, .* is a file",
+        ),
         ("CompositionMonitor", "prefix", 3, TypeError, "prefix must be a string, got 3"),
+        ("CompositionMonitor", "prefix", "", ValueError, "prefix must contain text, got ''"),
+        ("CompositionMonitor", "seed", -1, ValueError, "seed must be from 0 to .*, got -1"),
         ("step", "epoch", -1, ValueError, "epoch must be at least 0, got -1"),
         ("step", "epoch", "1", TypeError, "epoch must be an int, at least 0, got '1'"),
         ("assert_composition_invariant", "tolerance", -1, ValueError, "tolerance must be at least 0, got -1"),
@@ -255,3 +264,38 @@ def test_lightning_is_needed_for_its_callback_only(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match="lightning_callback needs PyTorch Lightning: pip install lightning"):
         monitor.lightning_callback()
+
+
+@pytest.mark.parametrize("given", ["score", "module"])
+def test_unknown_frozen_layers_are_named_before_the_first_measurement(given):
+    model = PixelDecoder()
+    score, module = (model, None) if given == "score" else (model.forward, model)
+    with pytest.raises(ValueError, match=r"frozen must contain names of BatchNorm layers .*norm.*, got \['other'\]"):
+        CompositionMonitor(score, EDGES, module=module, frozen=["other"])
+
+
+@pytest.mark.parametrize("epochs", [(0, 0), (5, 0), (-1,)])
+def test_file_with_epochs_that_do_not_grow_is_refused(tmp_path, epochs):
+    path = tmp_path / "log.csv"
+    CompositionMonitor(PixelDecoder(), EDGES, csv=path, **QUICK).step(0)
+    header, row = path.read_text().splitlines()
+    path.write_text("\n".join([header, *(f"{epoch}{row[1:]}" for epoch in epochs)]))
+    with pytest.raises(
+        ValueError, match=rf"csv must be .* growing epochs, got .* line {len(epochs) + 1} is '{epochs[-1]}"
+    ):
+        CompositionMonitor(PixelDecoder(), EDGES, csv=path)
+
+
+def test_decode_may_write_into_the_encoding():
+    """The scores do not depend on the batch, but the encoding would change from batch to batch if it were kept."""
+
+    def encode():
+        return [GRAPH.x[:, :4].clone()]
+
+    def decode(z, pairs):
+        z[0].sub_(0.5)
+        return (z[0][pairs[0]] * z[0][pairs[1]]).sum(1)
+
+    report = audit(encode_once(encode, decode), EDGES, **QUICK)
+    assert report == audit(lambda pairs: decode(encode(), pairs), EDGES, **QUICK)
+    assert report.parts["heldout"].statistics["kappa"].mean == pytest.approx(0, abs=1e-6)

@@ -23,11 +23,14 @@ def check_log_file(name: str, path: object) -> Path:
 
     Raises:
         TypeError: it is no path.
-        ValueError: it has another suffix, or is a folder.
+        ValueError: it has another suffix, is a folder, or is in no folder.
 
     """
     found = Path(check_path(name, path))
     check_suffix(found, (".csv",), name)
+    parent = next(folder for folder in found.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{name} must be a file in a folder, got {str(found)!r}, but {str(parent)!r} is a file")
     return found
 
 
@@ -52,11 +55,13 @@ def read_log(name: str, path: Path) -> list[Row]:
                 raise ValueError("it has other columns")
             epoch, *values, level = line
             statistics = dict(zip(STATISTICS, map(float, values), strict=True))
+            if int(epoch) <= (int(rows[-1]["epoch"]) if rows else -1):
+                raise ValueError("epochs do not grow")
             rows.append({"epoch": int(epoch), **statistics, "level": level})
         except ValueError:
             raise ValueError(
-                f"{name} must be a new file or one of a CompositionMonitor, with columns {','.join(_COLUMNS)}, got "
-                f"{str(path)!r}, of which line {number} is {','.join(line)!r}"
+                f"{name} must be a new file or one of a CompositionMonitor, with columns {','.join(_COLUMNS)} and "
+                f"growing epochs, got {str(path)!r}, of which line {number} is {','.join(line)!r}"
             ) from None
     return rows
 

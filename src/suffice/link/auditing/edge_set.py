@@ -101,7 +101,13 @@ class EdgeSet:
             (torch.Size([2, 20]), torch.Size([2, 20]))
 
         """
-        return cls(*number_items(loader, score, labels))
+        positives, negatives, score_items = number_items(loader, score, labels)
+        if min(positives.size(1), negatives.size(1)) < MIN_EDGES:
+            raise ValueError(
+                f"loader must have at least {MIN_EDGES} positives and {MIN_EDGES} negatives, got {positives.size(1)} "
+                f"and {negatives.size(1)}"
+            )
+        return cls(positives, negatives, score_items)
 
     def bind(self, score: Score) -> NumberedEdges:
         """Return the edges with their numbers, and with a function that calls the scoring function with their items.

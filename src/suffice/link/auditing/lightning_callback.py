@@ -57,8 +57,8 @@ class _Hooks:
         return {"history": [dict(row) for row in self.monitor.history]}
 
     def load_state_dict(self, state_dict: dict[str, list[Row]]) -> None:
-        """Continue the history of a checkpoint, unless a file of the monitor has a longer one."""
-        if not self.monitor.history:
+        """Continue the history of a checkpoint, unless that of the monitor, read from its file, is at least as long."""
+        if len(self.monitor.history) < len(state_dict["history"]):
             self.monitor.history[:] = state_dict["history"]
 
 

@@ -19,7 +19,7 @@ class LoaderItems:
 
     Raises:
         TypeError: `loader` is something else, or has no numbered items.
-        ValueError: a link loader adds negatives of its own to each batch.
+        ValueError: a link loader adds negatives of its own to each batch, or items are not collated.
 
     """
 
@@ -28,6 +28,8 @@ class LoaderItems:
         collate: Any = getattr(loader, "collate_fn", None)
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and callable(collate)):
             raise TypeError(f"loader must be a DataLoader whose dataset has numbered items, got {shown(loader)}")
+        if all(getattr(loader, name, "none") is None for name in ("batch_size", "batch_sampler")):
+            raise ValueError("loader must collate items into batches, got batch_size=None")
         if getattr(loader, "neg_sampling", None) is not None:
             raise ValueError(
                 f"loader must hold positives and negatives with edge_label, and sample no negatives itself, got "

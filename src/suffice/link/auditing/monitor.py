@@ -9,11 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from suffice.arguments import check_callable, check_instance, check_int, check_list, check_names, check_number
+from suffice.arguments import (
+    check_callable,
+    check_instance,
+    check_int,
+    check_list,
+    check_names,
+    check_number,
+    check_text,
+)
 from suffice.link.auditing.audit import run_audit
 from suffice.link.auditing.composition_log import STATISTICS, Row, check_log_file, read_log, write_log
 from suffice.link.auditing.edge_set import EdgeSet, Score
 from suffice.link.auditing.module_state import check_module
+from suffice.link.auditing.norm_layers import check_batch_norms
 from suffice.link.auditing.scoring import Sampling
 from suffice.link.auditing.verdict import Verdict
 
@@ -98,10 +107,11 @@ class CompositionMonitor:
             "frozen": check_names("frozen", frozen, "names of layers", "['decoder.norm']"),
             "seed": sampling.seed,
         }
+        given = self._options["module"] or score
+        if isinstance(given, nn.Module):  # else the modules are found at the first measurement
+            check_batch_norms(given, self._options["frozen"])
         self._loggers = _check_loggers(loggers)
-        if not isinstance(prefix, str):
-            raise TypeError(f"prefix must be a string, got {prefix!r}")
-        self.prefix = prefix
+        self.prefix = check_text("prefix", prefix)
         self._csv = None if csv is None else check_log_file("csv", csv)
         self.history: list[Row] = [] if self._csv is None else read_log("csv", self._csv)
         self.verdict: Verdict | None = None

@@ -47,7 +47,9 @@ def check_edges(edges: object) -> dict[str, EdgeSet]:
     if isinstance(edges, EdgeSet):
         return {"heldout": edges}
     sets = dict(cast(Mapping[str, EdgeSet], edges)) if isinstance(edges, Mapping) else None
-    if sets is None or not all(isinstance(edge_set, EdgeSet) for edge_set in cast(dict[str, Any], sets).values()):
+    if sets is None or not all(
+        isinstance(name, str) and isinstance(edge_set, EdgeSet) for name, edge_set in cast(dict[Any, Any], sets).items()
+    ):
         raise TypeError(f"edges must be an EdgeSet or a mapping of names to EdgeSets, got {shown(edges)}")
     if not sets:
         raise ValueError("edges must contain at least one EdgeSet, got an empty mapping")
@@ -119,5 +121,10 @@ def _find_module(scores: Sequence[Score], edge_sets: Iterable[NumberedEdges]) ->
 def _frozen_layers(module: nn.Module | None, names: Sequence[str]) -> set[str]:
     """Return the names of the layers that keep their statistics in training."""
     if module is None:
+        if names:
+            raise ValueError(
+                f"frozen must contain names of BatchNorm layers of the module, but no module was found behind score: "
+                f"pass it as module, got {sorted(names)}"
+            )
         return set()
     return check_batch_norms(module, names) | (layers_kept_in_eval_mode(module) & batch_norms(module).keys())

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from suffice.arguments import check_int
+from suffice.arguments import check_int, check_seed
 from suffice.link.auditing.edge_set import NumberedEdges
 from suffice.link.auditing.module_state import Modes
 from suffice.link.auditing.snapshot import State
@@ -128,7 +128,7 @@ class Sampling:
 
     Raises:
         TypeError: an argument is not an integer.
-        ValueError: a number is too small.
+        ValueError: a number is too small, or a seed is too large.
 
     """
 
@@ -140,7 +140,7 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, minimum in (("batch_size", 20), ("num_probes", 4), ("repeats", 2)):
             object.__setattr__(self, name, check_int(name, getattr(self, name), minimum))
-        object.__setattr__(self, "seed", check_int("seed", self.seed))
+        object.__setattr__(self, "seed", check_seed(self.seed))
 
 
 def score_repeats(edges: NumberedEdges, modes: Modes, sampling: Sampling, restore: State) -> list[Repeat]:
