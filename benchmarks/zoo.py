@@ -94,14 +94,14 @@ def levels(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main_table(found: Results) -> Iterator[str]:
-    yield "| code base | couples the batch | batches | A_pure (balanced) | τ | κ | verdict | expected |"
+    yield "| code base | coupling | batches | A_pure (balanced) | τ | κ | verdict | expected |"
     yield "|---|---|---|---|---|---|---|---|"
     for entry in ENTRIES:
         if (entry.name, "published") not in found:
             continue
         results = found[entry.name, "published"]
         balanced = mean_interval([result["statistics"]["heldout"]["accuracy_balanced"] for result in results]).mean
-        coupling = "nothing" if entry.expected == UNAFFECTED else "BatchNorm"
+        coupling = "none" if entry.expected == UNAFFECTED else "BatchNorm"
         batches = "one, all pairs" if entry.layout == "full" else f"{entry.layout}, {entry.batch_size:,}"
         yield (
             f"| {entry.name} | {coupling} | {batches} | {interval(results, 'a_pure')} ({number(balanced)}) | "
@@ -170,7 +170,7 @@ def entry_list() -> Iterator[str]:
     for entry in ENTRIES:
         yield f"* **{entry.name}** (`{entry.repository}`)"
         yield f"    * Read: {entry.source}."
-        yield f"    * Couples the batch: {entry.coupling}."
+        yield f"    * Coupling: {entry.coupling}."
         yield f"    * Training batches: {entry.batches}."
         yield f"    * Expected: {' or '.join(entry.expected)}, because {entry.why}."
 
@@ -180,11 +180,12 @@ def page_part(found: Results, seeds: int) -> str:
     parts = [
         "\n".join(rate_sentences(found)),
         "## Verdicts",
-        "Batches: positives and negatives shuffled together, paired (as many of both in every batch), or in separate "
-        "passes, with the examples in a pass.",
+        "Training batches: positives and negatives shuffled together, paired (equally many of both in every batch), or "
+        "in separate passes; with the number of examples in a pass.",
         "\n".join(main_table(found)),
         "## After a correction",
-        "Verdict and A_pure; AUC in eval mode before and after each correction, in the order of the columns.",
+        "Each cell has the verdict and A_pure. The last column has the AUC in eval mode: without a correction, with "
+        "LayerNorm, and with random fractions.",
         "\n".join(correction_table(found)),
         "## What was read",
         "\n".join(entry_list()),

@@ -20,7 +20,7 @@ def parse_memory(memory: object) -> int | float:
 
     Raises:
         TypeError: the argument has the wrong type.
-        ValueError: the argument is out of range, or a text that is not a number of bytes.
+        ValueError: the argument is out of range, or a string that is not a number of bytes.
 
     """
     number = plain_number(memory)
@@ -45,10 +45,11 @@ def _not_accepted(memory: object) -> str:
 
 
 def parse_limit(memory: object, budget: object) -> int | float | None:
-    """Return the limit on the bytes of a cache that has either a limit or a budget; None for a budget.
+    """Return the limit on the bytes of a cache: a fraction (float), a number of bytes (int), or None without a limit.
 
     Raises:
-        TypeError, ValueError: `memory` is not accepted (see `parse_memory`), or `budget` is given too.
+        TypeError: `memory` has the wrong type.
+        ValueError: `memory` is out of range or not a number of bytes, or both `memory` and `budget` are given.
 
     """
     if memory is None:
@@ -60,7 +61,7 @@ def parse_limit(memory: object, budget: object) -> int | float | None:
 
 
 def format_memory(memory: float | str) -> str:
-    """Return a limit as text: a percentage, or bytes in the largest unit of which they are a whole number.
+    """Return a limit as a string: a percentage, or a whole number of the largest possible unit of bytes.
 
     Example:
         >>> format_memory(0.125), format_memory("2GiB"), format_memory(1_500_000)

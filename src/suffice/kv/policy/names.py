@@ -36,7 +36,7 @@ ALLOCATION_NAMES = ("equal", "pyramid", "adakv", "marginal", "profile")
 
 
 def canonical_name(name: str) -> str:
-    """Return the form of a name in which policies and allocations are registered: `H2O` is `h2o`."""
+    """Return a name in lower case with hyphens, as policies and allocations are registered: `h2o` for `H2O`."""
     return name.lower().replace("_", "-")
 
 
@@ -46,7 +46,7 @@ def check_name(argument: str, name: str, known: Iterable[str]) -> str:
     Args:
         argument: name of the argument, for the error message.
         name: name of a policy or an allocation.
-        known: names that are registered.
+        known: registered names.
 
     Raises:
         ValueError: the name is not known; the message lists the known names.

@@ -1,7 +1,7 @@
 """Find the modules that couple the edges of a batch: their output for an edge depends on the other edges.
 
 No list of known layers is needed. The same probe edges are scored in two batches with different other edges. A module
-couples the batch if its inputs for the probes are equal in both, and its outputs are not.
+couples the batch if its inputs for the probes are equal in both batches, but its outputs are not.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from suffice.link.auditing.norm_layers import norm_layers
 from suffice.link.auditing.snapshot import State
 
 _MAX_OTHERS = 48  # edges that differ between the two batches
-# Relative to the largest value. An input must differ by less to be equal than an output must differ to be coupled, so
-# that a module that enlarges rounding errors is not named.
+# Relative to the largest value. The tolerance for equal inputs is smaller than the one for different outputs, so that a
+# module that enlarges rounding errors is not named.
 _DIFFERENT = 1e-4
 _EQUAL = 1e-5
-_EQUAL_SUMS = 1e-10  # of tensors that belong to no edge, such as the embeddings of all nodes
+_EQUAL_SUMS = 1e-10  # relative tolerance for tensors without rows for edges, such as the embeddings of all nodes
 _CHUNK = 2**20  # values that are summed at once
 _NOISE_FACTOR = 4.0  # times the change that a repetition of the same batch makes
 
@@ -50,22 +50,23 @@ class Coupling:
     is_norm_layer: bool
 
     def __str__(self) -> str:
-        """Return a name for people."""
+        """Return the name of the module and its class."""
         return f"{self.name} ({self.kind})" if self.name else self.kind
 
 
 def find_couplings(edges: NumberedEdges, modes: Modes, restore: State, seed: int = 0) -> tuple[Coupling, ...]:
     """Return the first modules that couple the edges of a batch, in the order of `named_modules`.
 
-    Of a module and its submodules, only the innermost is named. A module is not named if its input for the probes
-    already depends on the other edges, because a module before it couples them. A container is named if it does so
-    between its submodules.
+    If a module and one of its submodules couple the edges, only the submodule is named. A module is not named if its
+    input for the probes already depends on the other edges, because a module before it couples them. A container is
+    named if an operation in its own `forward` couples the edges.
 
-    Rows of a module's input and output belong to the probes if there are as many in a batch of the probes alone, and
-    if they come first, or first in each of several equal blocks. So nodes of a graph are not taken for edges, and
-    encoders that normalize over all nodes are not named. The nodes of one subgraph for each edge are rows, too. The
-    probes come first in a batch, so that a module is missed if a row depends on the rows before it alone. Scripted
-    modules cannot be looked into: they are named if scores depend on other edges, and no other module couples them.
+    The probes are the first edges of each batch, and are also scored alone. A tensor has rows for edges if its shape in
+    a batch differs from its shape with the probes alone. The rows of the probes are then the first ones, or the first
+    ones of each of several equal blocks. So the nodes of a graph are not mistaken for edges, and encoders that
+    normalize over all nodes are not named. If each edge has a subgraph, the nodes of the subgraphs are rows. A module
+    is missed if a row depends only on the rows before it. The submodules of scripted modules cannot be observed. A
+    scripted module is named if the scores depend on other edges and no other module couples them.
 
     Args:
         edges: edges to draw from, and the function that scores them; at least 16 positives and 16 negatives.
@@ -131,7 +132,7 @@ Shapes = dict[str, torch.Size]
 
 @dataclass
 class _Call:
-    """Inputs and outputs of one call of a module, by their paths in the arguments.
+    """Inputs and outputs of one call of a module. Tensors are named by their paths in the arguments.
 
     Args:
         input_shapes: shapes of all input tensors.
@@ -153,7 +154,7 @@ class _Pass:
     """All calls of modules while a batch is scored.
 
     Args:
-        alone: pass of the probes alone. A tensor with another shape than there has rows for edges.
+        alone: pass of the probes alone. Tensors whose shape differs from that in this pass have rows for edges.
 
     """
 
@@ -265,12 +266,12 @@ def _couples(name: str, passes: tuple[_Pass, ...], shape: tuple[int, int], toler
 
 
 def _call_couples(calls: tuple[_Call, ...], shape: tuple[int, int], tolerances: tuple[float, float]) -> bool:
-    """Return whether one call has equal inputs for the probes, but other outputs, with other edges in the batch.
+    """Return whether other edges in the batch change the outputs of one call for the probes, but not the inputs.
 
     Args:
-        calls: the call with the probes alone, with the first batch, with the same again, and with the second.
+        calls: the call with the probes alone, with the first batch, with the first batch again, and with the second.
         shape: number of probes, and of edges in the batch.
-        tolerances: of equal inputs, and of outputs.
+        tolerances: relative tolerances of the inputs and of the outputs.
 
     """
     alone, *in_batches = calls
@@ -321,7 +322,7 @@ def _differ(first: list[Tensor], again: list[Tensor], second: list[Tensor], *, t
     for tensors in zip(first, again, second, strict=True):
         if len({tensor.ndim for tensor in tensors}) > 1:
             return True
-        # Of subgraphs, the batches have different numbers of rows.
+        # With subgraphs, batches have different numbers of rows.
         sizes = [min(of_each) for of_each in zip(*(tensor.shape for tensor in tensors), strict=True)]
         one, repeated, two = (tensor[tuple(slice(0, size) for size in sizes)] for tensor in tensors)
         if not one.numel() or (torch.equal(one, two) and torch.equal(one, repeated)):
@@ -337,6 +338,6 @@ def _differ(first: list[Tensor], again: list[Tensor], second: list[Tensor], *, t
 
 
 def _numbers(values: Tensor) -> Tensor:
-    """Return values as float64, with 0 in place of infinities, such as those of a mask."""
+    """Return values as float64, with 0 instead of NaN and infinities, such as those of a mask."""
     values = torch.view_as_real(values) if values.is_complex() else values
     return values.double().nan_to_num(0.0, 0.0, 0.0)

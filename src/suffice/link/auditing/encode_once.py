@@ -1,4 +1,4 @@
-"""Scoring functions that embed the nodes once in an audit, and not for each batch."""
+"""Scoring functions that embed the nodes at most twice in an audit, instead of once for each batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from suffice.link.auditing.module_state import find_modules
 
 @dataclass(frozen=True)
 class _Kept:
-    """What an audit keeps of one scoring function: its modules, and an encoding in training mode and in eval mode."""
+    """Encodings of one scoring function in training mode and in eval mode, and its modules."""
 
     modules: list[nn.Module]
     encodings: dict[bool, Any] = field(default_factory=dict[bool, Any])
@@ -40,13 +40,14 @@ def keep_encodings() -> Generator[None]:
 def encode_once(encode: Callable[[], Any], decode: Callable[..., Any]) -> Score:
     """Return a scoring function that calls `decode(encode(), pairs)`, and encodes only once for many batches.
 
-    An audit scores some hundred batches. If the encoder does not see the pairs, such as a GNN on the whole graph, one
-    encoding serves them all. Each audit encodes once in eval mode and once while modules behind `encode` are in
-    training mode. Outside of an audit, each call encodes, with gradients.
+    An audit scores about 200 batches. If the encoder does not see the pairs, such as a GNN on the whole graph, its
+    output is the same for all of them. So each audit calls `encode` once in eval mode, and once while a module behind
+    `encode` is in training mode. Outside of an audit, every call of the scoring function calls `encode`, with
+    gradients.
 
     If `decode` writes into the tensors of the encoding, these are computed again for the next batch.
 
-    If `encode` puts the model into eval mode, it is switched back before `decode` is called.
+    If `encode` changes the mode of the model, the mode is restored before `decode` is called.
 
     Args:
         encode: function without arguments that returns what `decode` needs, such as node embeddings [nodes, channels].
@@ -91,7 +92,7 @@ class _EncodeOnce:
         kept = kept_of_all.get(id(self))
         if kept is None:
             kept = kept_of_all[id(self)] = _Kept(self._find_modules())
-        # The encoder does not see the pairs, so that it need not be run in both kinds of training mode of an audit.
+        # An audit has two kinds of training mode. One encoding is enough for both: the encoder does not see the pairs.
         training = any(module.training for module in kept.modules)
         if training not in kept.encodings:
             kept.encodings[training] = self._encode_in_same_mode(kept.modules)

@@ -11,7 +11,7 @@ from suffice.link.auditing.audit import AuditReport, EdgeSetReport, audit
 from suffice.link.auditing.couplings import FUNCTION
 from suffice.link.auditing.edge_set import EdgeSet, Score
 
-_ACCURACY_TOLERANCE = 0.1  # at least: pure and balanced batches consist of different edges, so accuracies differ a bit
+_ACCURACY_TOLERANCE = 0.1  # smallest one: pure and balanced batches consist of different edges, so accuracies vary
 
 
 def assert_composition_invariant(
@@ -40,17 +40,17 @@ def assert_composition_invariant(
     What noise alone causes, such as dropout that ignores the mode, is subtracted from |κ| and the rank change. With the
     default tolerance, these are the limits of the verdict `unaffected`.
 
-    If the audit cannot judge the model, measured dependence still counts. So an untrained model (`no skill`) with
-    BatchNorm over the edge batch fails, and one with LayerNorm passes. The assertion also fails if `score` switches the
-    model to eval mode itself, because then training mode was not tested (`undecided`). Layers with frozen statistics
-    pass.
+    If the audit cannot judge the model, the assertion still fails if a statistic exceeds the tolerance. So an untrained
+    model (`no skill`) with BatchNorm over the edge batch fails, and one with LayerNorm passes. The assertion also fails
+    if `score` switches the model to eval mode itself, because then training mode was not tested (`undecided`). Layers
+    with frozen statistics pass.
 
     Args:
         score: scoring function, as for `audit`.
         edges: edges on which the model is audited, or several sets of edges by name. 100 positives and 100 negatives
             or more are recommended.
-        tolerance: largest accepted |κ| and rank change, at least 0. Models whose scores cannot see the batch have 0, up
-            to rounding.
+        tolerance: largest accepted |κ| and rank change, at least 0. For models whose scores do not depend on the batch,
+            both are 0 up to rounding.
         module: module behind `score`, or several, as for `audit`.
         batch_size: edges in a batch; use the batch size of the training.
         num_probes: number of probe edges.
@@ -63,9 +63,9 @@ def assert_composition_invariant(
         the report of the audit.
 
     Raises:
-        AssertionError: scores depend on the batch, or only eval mode could be tested. The message has the level of the
-            verdict, what exceeded the tolerance, the layers and other modules that mix the edges of a
-            batch, and advice.
+        AssertionError: scores depend on the batch, or only eval mode could be tested. The message contains the level
+            of the verdict, the statistics that exceed the tolerance, the layers and other modules that couple the edges
+            of a batch, and advice.
         TypeError: an argument has a wrong type, as for `audit`.
         ValueError: an argument is out of range, as for `audit`.
 

@@ -34,15 +34,16 @@ class CompositionMonitor:
     """Measure the dependence on the composition of the batch every few epochs of a training, on fixed edges.
 
     Call the monitor at the end of each epoch, with the number of the epoch. When a measurement is due, the model is
-    audited with the same edges, batches and seed as every time. So only the model differs between two measurements, and
-    each equals a direct call of `audit` with the same arguments. The state of the model, its mode and all random
-    generators are the same afterwards. In distributed training, call it in every process; the first one writes.
+    audited with the same edges, batches and seed as before. So only the model differs between two measurements, and
+    each has the same statistics as a direct call of `audit` with the same arguments. The state of the model, its mode
+    and all random generators are the same afterwards. In distributed training, call it in every process; the first one
+    writes.
 
     Args:
         score: scoring function, as for `audit`. If it embeds the whole graph, wrap it in `encode_once`, so that a
-            measurement embeds the graph once or twice and not for each batch.
+            measurement embeds the graph at most twice instead of once for each batch.
         edges: edges on which the model is audited.
-        every: number of epochs between two measurements. Measured are the epochs 0, `every`, 2 · `every`, ….
+        every: number of epochs between two measurements. The epochs 0, `every`, 2 · `every`, … are measured.
         module: module behind `score`, or several, as for `audit`.
         batch_size: edges in a batch; use the batch size of the training.
         num_probes: number of probe edges.
@@ -50,12 +51,12 @@ class CompositionMonitor:
         threshold: score above which an edge is predicted to be positive. None for the choice of `audit`.
         frozen: names of BatchNorm layers that kept their running statistics in training.
         seed: seed of all draws.
-        csv: file to which the history is written after each measurement; None for none. A file that a killed training
-            has left is continued: its rows become the history, and an epoch that is measured again replaces its row.
+        csv: file to which the history is written after each measurement; None for none. If the file exists, such
+            as after a killed training, its rows become the history. If an epoch is measured again, its row is replaced.
             Use one file for each training.
-        loggers: objects that log numbers: with a method `add_scalar(name, value, step)`, such as TensorBoard's
-            `SummaryWriter`, or with a method `log(values, step=step)`, such as a run of W&B.
-        prefix: name under which loggers file the statistics, as in `composition/kappa`.
+        loggers: objects that log numbers. Each has a method `add_scalar(name, value, step)`, such as TensorBoard's
+            `SummaryWriter`, or a method `log(values, step=step)`, such as a run of W&B.
+        prefix: first part of the names of the statistics in loggers, as in `composition/kappa`.
 
     Attributes:
         history: measurements in the order of epochs, each a dictionary with `epoch`, `a_pure`, `accuracy_balanced`,
@@ -64,7 +65,7 @@ class CompositionMonitor:
 
     Raises:
         TypeError: an argument has a wrong type.
-        ValueError: a number is out of range, or `csv` is a file of something else.
+        ValueError: a number is out of range, or `csv` is a file that no monitor has written.
 
     Example:
         >>> edges = EdgeSet(torch.ones(2, 64).long(), torch.zeros(2, 64).long())
@@ -121,7 +122,7 @@ class CompositionMonitor:
 
         Args:
             epoch: number of the epoch, from 0.
-            global_step: step under which loggers file the result; by default, the epoch. Loggers that only accept
+            global_step: step that is passed to the loggers; by default, the epoch. Loggers that only accept
                 growing steps, such as W&B, need the counter that the rest of the training uses.
 
         Returns:
