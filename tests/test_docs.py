@@ -30,6 +30,7 @@ TEXTS = {path: path.read_text(encoding="utf-8") for path in [*PAGES, ROOT / "REA
 LINK_PAGES = (
     "tutorials/audit-your-first-link-predictor.md",
     "how-to/audit-your-pyg-model.md",
+    "how-to/compare-metrics-by-batch.md",
     "how-to/monitor-a-training.md",
     "how-to/correct-composition-bias.md",
     "how-to/train-a-link-predictor.md",
