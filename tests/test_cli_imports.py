@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import suffice
 from suffice.kv.policy.names import ALLOCATION_NAMES, DEFAULT_POLICY, DEFAULT_REPLAY_POLICY, POLICY_NAMES
 from suffice.link.data.names import BUILT_IN_NAMES, DATASET_NAMES, OGB_NAMES, PYG_NAMES, check_dataset_name
 
@@ -92,3 +93,9 @@ def test_names_are_those_of_the_data_sets():
     assert tuple(datasets._PYG) == PYG_NAMES
     assert len(set(DATASET_NAMES)) == len(BUILT_IN_NAMES) + len(PYG_NAMES) + len(OGB_NAMES)
     assert check_dataset_name("data", "cora", "a file") == "Cora"
+
+
+def test_the_package_can_be_run_as_a_module():
+    program = [sys.executable, "-m", "suffice", "--version"]
+    result = subprocess.run(program, capture_output=True, text=True, check=True)
+    assert result.stdout == f"suffice {suffice.__version__}\n"
