@@ -144,18 +144,26 @@ WRONG = [
     ("num_nodes", 0, ValueError, "num_nodes must be from 1 to .*, got 0"),
     ("num_nodes", (3,), ValueError, r"num_nodes must be a number or the numbers of both sides, got \(3,\)"),
     ("num_nodes", (3, 1.5), TypeError, r"num_nodes\[1\] must be an int, .*, got 1.5"),
-    ("seed", None, TypeError, "seed must be an int, .*, got None"),
-    ("seed", -1, ValueError, "seed must be from 0 to .*, got -1"),
+    ("seed", None, TypeError, "seed must be an int.*, got None"),
+    ("count", 1.5, TypeError, "count must be an int, at least [02], got 1.5"),
+    ("count", -1, ValueError, "count must be at least [02], got -1"),
 ]
 
 
-@pytest.mark.parametrize("function", [sample_negatives_by_degree, hard_negatives])
+@pytest.mark.parametrize("function", [sample_negatives, sample_negatives_by_degree, hard_negatives])
 @each_wrong_argument([("function", *case) for case in WRONG])
 def test_a_wrong_argument_is_named(function, call, argument, value, error, words):
     given = {"known": PATH, "num_nodes": 6, "count": 2, "seed": 0}
     if function is hard_negatives:
         given |= {"positives": PATH[:, :1], "graph": PATH}
     expect_error(lambda **own: function(**{**given, **own}), argument, value, error, words)
+
+
+@pytest.mark.parametrize("function", [sample_negatives_by_degree, hard_negatives])
+def test_negative_seeds_are_refused(function):
+    edges = [PATH] * (3 if function is hard_negatives else 1)
+    with pytest.raises(ValueError, match=r"seed must be from 0 to .*, got -1"):
+        function(*edges, 6, 2, seed=-1)
 
 
 @pytest.mark.parametrize("argument", ["positives", "graph"])

@@ -96,9 +96,12 @@ class NegativeSampler:
         The state of the global random generators does not change.
 
         Raises:
+            TypeError: a number is not an integer.
+            ValueError: `count` is negative.
             TooFewNegativesError: fewer pairs are available.
 
         """
+        count, seed = check_int("count", count, 0), check_int("seed", seed)
         if count > self.num_available:
             raise TooFewNegativesError(
                 f"count must be at most {self.num_available}, the number of pairs of {self.num_nodes} nodes without "
@@ -145,10 +148,13 @@ def sample_negatives(known: Tensor, num_nodes: int | tuple[int, int], count: int
         pairs with the smaller node id first, long [2, count], on the device of `known`.
 
     Raises:
+        TypeError: a number is not an integer, or `known` is not a tensor of integers.
+        ValueError: a number is out of range, or `known` has another shape or node ids out of range.
         TooFewNegativesError: fewer pairs are available.
 
     """
-    return NegativeSampler(known, num_nodes).sample(count, seed)
+    num_nodes = check_num_nodes(num_nodes)
+    return NegativeSampler(check_pairs("known", known, num_nodes), num_nodes).sample(count, seed)
 
 
 @contextmanager
