@@ -413,3 +413,11 @@ def test_a_list_with_both_directions_of_all_edges_has_no_duplicates(write):
 def test_unknown_rules_are_refused():
     with pytest.raises(ValueError, match="duplicates must be merge or refuse, got 'keep'"):
         EdgeRules(duplicates="keep")
+
+
+@pytest.mark.parametrize("symmetry", ["symmetric", "skew-symmetric", "hermitian"])
+def test_symmetric_matrices_must_be_square(tmp_path, symmetry):
+    path = tmp_path / "e.mtx"
+    path.write_text(f"%%MatrixMarket matrix coordinate real {symmetry}\n3 4 2\n2 1 1\n3 1 1\n")
+    with pytest.raises(ValueError, match=rf"e\.mtx must be a matrix .* 3 rows and 4 columns, .* but {symmetry}"):
+        read_graph(path, "degree")

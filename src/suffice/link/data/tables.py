@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.io import mmread
+from scipy.io import mminfo, mmread
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".edges", ".edgelist")
 TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".mtx", ".npy")
@@ -145,10 +145,13 @@ def read_matrix(path: Path) -> Any:
     """Read a matrix in Matrix Market format as a sparse array in coordinates; the mirrored half is filled in.
 
     Raises:
-        ValueError: the file cannot be read.
+        ValueError: the file cannot be read, or is symmetric but not square.
 
     """
     try:
+        rows, columns, *_, symmetry = mminfo(path)
+        if symmetry != "general" and rows != columns:  # SciPy would mirror its entries
+            raise ValueError(f"{rows} rows and {columns} columns, which is not square, but {symmetry}")
         return sparse.coo_array(mmread(path))
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{path} must be a matrix in Matrix Market format, got an error: {error}") from None
