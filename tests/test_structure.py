@@ -15,6 +15,7 @@ ALLOWED = {
     "kv": {"information", "report", "study"},
     "link": {"information", "report", "study"},
     "cli": {"information", "report", "study", "kv", "link"},
+    "__main__": {"cli"},
 }
 TOP_LEVEL = {
     "suffice",

@@ -147,9 +147,6 @@ class UserPromptOptions:
     aware: AwareOption = True
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of the full cache's answers, in tokens.")] = 32
 
-    def __post_init__(self) -> None:
-        read_text(self.prompts, "--prompts")  # raises an error if the file cannot be read
-
 
 @dataclass(frozen=True)
 class TargetOptions:
@@ -195,6 +192,7 @@ def tune_budget(
     The exit status is 1 if no cache is close enough.
     """
     target.check()
+    read_text(prompts.prompts, "--prompts")  # raises an error if the file cannot be read, before torch is imported
 
     from suffice.kv.eval.run_options import RunOptions
     from suffice.kv.eval.tune import tune
