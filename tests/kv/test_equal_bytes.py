@@ -1,27 +1,17 @@
 """The tables and the figure of benchmarks/equal_bytes.py, from made-up results."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 from suffice.study.results import Group
-
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("equal_bytes", "bits", "fidelity_sample", "evidence", "machine", "quantized_peers")
+from tests.benchmark_program import import_programs
 
 
 @pytest.fixture(scope="module")
 def equal_bytes():
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("equal_bytes")
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in NAMES:
-            sys.modules.pop(name, None)
+    with import_programs("equal_bytes") as (module,):
+        yield module
 
 
 def make_groups(equal_bytes, name, kl_of, seeds):

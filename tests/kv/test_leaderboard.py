@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import copy
 import csv
-import importlib
 import json
 import re
 import shutil
@@ -17,9 +16,9 @@ import torch
 import yaml
 
 from suffice.kv import CacheConfig, CompressedCache
+from tests.benchmark_program import FOLDER, import_programs
 from tests.kv.tiny import tokenizer
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 NAMES = ("leaderboard_data", "leaderboard_results", "leaderboard_answers", "leaderboard")
 TASKS = ("cwe", "fwe", "niah_multikey", "niah_multiquery", "niah_multivalue", "niah_single", "qa", "vt")
 TOKENS = 1200
@@ -28,14 +27,8 @@ TOKENS = 1200
 @pytest.fixture(scope="module")
 def board():
     """The modules of the benchmark."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        modules = [importlib.import_module(name) for name in NAMES]
+    with import_programs(*NAMES) as modules:
         yield argparse.Namespace(**dict(zip(("data", "results", "answers", "main"), modules, strict=True)))
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in NAMES:
-            sys.modules.pop(name, None)
 
 
 def row(context="The mill is blue. The inn is red.", question="Which is blue?", **changes):

@@ -1,26 +1,18 @@
 """Entries of the zoo in benchmarks/zoo.py with few epochs, and the tables and rates that it writes."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("zoo", "zoo_entries", "zoo_models", "zoo_subgraphs", "zoo_training", "zoo_triples", "machine")
+from tests.benchmark_program import import_programs
 
 
 @pytest.fixture(scope="module")
 def zoo():
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("zoo")
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in NAMES:
-            sys.modules.pop(name, None)
+    with import_programs("zoo") as (module,):
+        yield module
 
 
 @pytest.fixture(scope="module")
