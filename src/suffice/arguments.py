@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -196,9 +196,22 @@ def check_choice(name: str, value: object, accepted: Iterable[str], where: str =
     if not isinstance(value, str):
         raise TypeError(text)
     if value not in accepted:
-        close = difflib.get_close_matches(value, accepted, n=1)
-        raise ValueError(f"{text}. Did you mean {close[0]!r}?" if close else text)
+        raise ValueError(text + did_you_mean(value, accepted))
     return value
+
+
+def did_you_mean(name: str, accepted: Iterable[str], key: Callable[[str], str] = str) -> str:
+    """Return `. Did you mean 'x'?` with the most similar accepted name, or an empty text if none is similar.
+
+    Args:
+        name: a name that is not accepted.
+        accepted: accepted names.
+        key: returns the form of a name in which names are compared, such as `str.lower`.
+
+    """
+    names = {key(each): each for each in accepted}
+    close = difflib.get_close_matches(key(name), names, n=1)
+    return f". Did you mean {names[close[0]]!r}?" if close else ""
 
 
 def check_list(name: str, value: object, items: str, example: str) -> list[Any]:

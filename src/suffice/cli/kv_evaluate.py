@@ -15,11 +15,11 @@ from suffice.cli.kv_tables import comparison_table, trial_table
 from suffice.cli.options import ExecutionOptions, FigureOptions, JsonOption, expand_options, split_commas
 from suffice.cli.study_progress import study_progress
 from suffice.files import check_suffix, read_text
-from suffice.kv.policy.names import DEFAULT_POLICY
+from suffice.kv.policy.names import DEFAULT_POLICY, OWN_ALLOCATION
 from suffice.kv.storage.quantization import format_bits
 
-_COMPARED_CACHES = CacheGridOptions(f"{DEFAULT_POLICY},h2o,snapkv,keydiff", "own")
-_TUNED_CACHES = CacheGridOptions(None, "own")
+_COMPARED_CACHES = CacheGridOptions(f"{DEFAULT_POLICY},h2o,snapkv,keydiff", OWN_ALLOCATION)
+_TUNED_CACHES = CacheGridOptions(None, OWN_ALLOCATION)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,14 @@ from suffice.cli.options import split_commas
 from suffice.kv.budget.memory_limit import parse_memory
 from suffice.kv.budget.protection import Protection
 from suffice.kv.hf.packaged_models import DEFAULT_MODEL
-from suffice.kv.policy.names import ALLOCATION_NAMES, DEFAULT_POLICY, DEFAULT_REPLAY_POLICY, POLICY_NAMES, check_name
+from suffice.kv.policy.names import (
+    ALLOCATION_NAMES,
+    DEFAULT_POLICY,
+    DEFAULT_REPLAY_POLICY,
+    OWN_ALLOCATION,
+    POLICY_NAMES,
+    check_name,
+)
 from suffice.kv.storage.quantization import Bits, shortest_bits
 
 if TYPE_CHECKING:
@@ -213,7 +220,7 @@ class CacheGridOptions:
     def __post_init__(self) -> None:  # checks what it can without importing torch, which takes seconds
         self.parsed_policies()
         for name in split_commas(self.allocations):
-            check_name("allocation", name, ("own", *ALLOCATION_NAMES))
+            check_name("allocation", name, (OWN_ALLOCATION, *ALLOCATION_NAMES))
         self.parsed_budgets()
         self.parsed_memory()
         self.parsed_bits()

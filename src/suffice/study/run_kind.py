@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import suffice
+from suffice.arguments import did_you_mean
 from suffice.plain_numbers import plain_number
 from suffice.study.nested_settings import flatten, is_group, nest
 from suffice.study.run_key import canonical_json
@@ -151,8 +151,7 @@ def suggestion(name: str, accepted: Iterable[str]) -> str:
     accepted = list(accepted)
     last = name.rpartition(".")[2]
     same = [candidate for candidate in accepted if candidate.rpartition(".")[2] == last]
-    similar = same or difflib.get_close_matches(name, accepted, n=1)
-    return f". Did you mean {similar[0]!r}?" if similar else ""
+    return f". Did you mean {same[0]!r}?" if same else did_you_mean(name, accepted)
 
 
 def _refuse_dots(settings: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from suffice.arguments import check_list, check_names
 from suffice.kv.budget.memory_limit import format_memory, parse_memory
 from suffice.kv.budget.protection import Protection
 from suffice.kv.eval.fidelity import CacheConfig
-from suffice.kv.policy.names import canonical_name
+from suffice.kv.policy.names import OWN_ALLOCATION, canonical_name
 from suffice.kv.policy.registry import get_allocation, get_policy
 from suffice.kv.storage.quantization import Bits, bits_suffix, shortest_bits
 from suffice.plain_numbers import plain_number
@@ -28,8 +28,6 @@ _EXAMPLES = {
     "repair": ("booleans", "[False, True]"),
 }
 _OPTIONAL = ("budgets", "memory")
-OWN_ALLOCATION = "own"
-"""Name that stands for the policy's own allocation."""
 
 
 class GridCache(NamedTuple):

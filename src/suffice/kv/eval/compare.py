@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from suffice.arguments import check_flag, check_int, check_list, check_path, shown
-from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid, describe_size, mean_bytes, repair_suffix
+from suffice.kv.eval.cache_grid import CacheGrid, describe_size, mean_bytes, repair_suffix
 from suffice.kv.eval.run_kinds import COMPARE
 from suffice.kv.eval.run_options import RunOptions, run_samples
 from suffice.kv.eval.samples import check_memory
 from suffice.kv.hf.loading import ModelSource
-from suffice.kv.policy.names import DEFAULT_POLICY
+from suffice.kv.policy.names import DEFAULT_POLICY, OWN_ALLOCATION
 from suffice.kv.storage.quantization import Bits, shortest_bits
 from suffice.study.results import Group, group_records, summarize
 from suffice.study.spec import PlannedRun

@@ -13,11 +13,12 @@ from suffice.files import read_text
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.limit_check import check_limits
 from suffice.kv.cache.memory import TooLittleMemoryError
-from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid, GridCache
+from suffice.kv.eval.cache_grid import CacheGrid, GridCache
 from suffice.kv.eval.fidelity import evaluate
 from suffice.kv.eval.tasks import Example, make_example
 from suffice.kv.eval.user_prompts import answer_with_full_cache, read_user_prompts
 from suffice.kv.hf.loading import ModelSource
+from suffice.kv.policy.names import OWN_ALLOCATION
 from suffice.kv.policy.registry import get_policy
 from suffice.study.job import RunContext
 

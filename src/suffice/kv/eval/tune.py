@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from suffice.arguments import check_int, check_number
-from suffice.kv.eval.cache_grid import OWN_ALLOCATION, CacheGrid, describe_size, mean_bytes
+from suffice.kv.eval.cache_grid import CacheGrid, describe_size, mean_bytes
 from suffice.kv.eval.run_kinds import TUNE
 from suffice.kv.eval.run_options import RunOptions, run_samples
 from suffice.kv.eval.samples import check_memory
 from suffice.kv.eval.user_prompts import UserPrompt, check_user_prompts, longest_prompt, store_user_prompts
 from suffice.kv.hf.loading import ModelSource
-from suffice.kv.policy.names import DEFAULT_POLICY, DEFAULT_REPLAY_POLICY
+from suffice.kv.policy.names import DEFAULT_POLICY, DEFAULT_REPLAY_POLICY, OWN_ALLOCATION
 from suffice.kv.policy.registry import get_policy
 from suffice.kv.storage.quantization import Bits, shortest_bits
 from suffice.study.results import Group, group_records, skewed_mean_bound

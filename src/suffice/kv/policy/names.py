@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from suffice.arguments import did_you_mean
 
 DEFAULT_POLICY = "capkv-salience"
 DEFAULT_REPLAY_POLICY = "capkv-replay"
@@ -32,6 +33,8 @@ POLICY_NAMES = (
     "random",
     "full",
 )
+OWN_ALLOCATION = "own"
+"""Stands for the allocation of the policy, where several allocations are compared."""
 ALLOCATION_NAMES = ("equal", "pyramid", "adakv", "marginal", "profile")
 
 
@@ -54,7 +57,6 @@ def check_name(argument: str, name: str, known: Iterable[str]) -> str:
     """
     names, key = list(known), canonical_name(name)
     if key not in names:
-        close = difflib.get_close_matches(key, names, n=1)
-        hint = f". Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(key, names)
         raise ValueError(f"{argument} must be one of {', '.join(names)}, got {name!r}{hint}")
     return key

@@ -296,9 +296,9 @@ class _Heads:
         counts = counts.flatten()
         self._counts: list[int] = counts.tolist()
         self._on_cpu = device.type == "cpu"
-        # The head of each vector, long [vectors].
-        heads = torch.arange(len(counts), device=device)
-        self._index = heads.repeat_interleave(counts.to(device), output_size=sum(self._counts))
+        if not self._on_cpu:  # the head of each vector, long [vectors]
+            heads = torch.arange(len(counts), device=device)
+            self._index = heads.repeat_interleave(counts.to(device), output_size=sum(self._counts))
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of the items of each head, [heads, …]."""

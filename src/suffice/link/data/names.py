@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+from suffice.arguments import did_you_mean
 
 BUILT_IN_NAMES = ("block-model", "digits")
 PYG_NAMES = ("Cora", "CiteSeer", "PubMed", "CS", "Physics", "Computers", "Photo")
@@ -24,7 +24,6 @@ def check_dataset_name(argument: str, name: str, others: str) -> str:
     """
     known = {key.lower(): key for key in DATASET_NAMES}
     if name.lower() not in known:
-        close = difflib.get_close_matches(name.lower(), known, n=1)
-        hint = f". Did you mean {known[close[0]]!r}?" if close else ""
+        hint = did_you_mean(name, DATASET_NAMES, str.lower)
         raise ValueError(f"{argument} must be one of {', '.join(DATASET_NAMES)}, or {others}, got {name!r}{hint}")
     return known[name.lower()]
