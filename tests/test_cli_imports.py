@@ -36,6 +36,7 @@ REFUSED = {
     "kv generate --memory much": "--memory must be",
     "kv generate --budget much": "--budget must be",
     "kv generate --prompt a --max-new-tokens 0": "--max-new-tokens must be",
+    "kv generate --prompt a --agnostic": "--agnostic must be given with --question, got no question",
     "kv generate --prompt-file missing.txt": "--prompt-file must be",
     "kv compare --policies capkv,nope": "policy must be one of",
     "kv compare --allocations nope": "allocation must be one of own",

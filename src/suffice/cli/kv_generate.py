@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
@@ -16,6 +16,9 @@ from suffice.cli.options import FigureOptions, expand_options
 from suffice.files import read_text
 from suffice.kv.budget.memory_limit import format_memory
 from suffice.kv.storage.quantization import bits_suffix
+
+if TYPE_CHECKING:
+    from suffice.kv.eval.answer import Answer
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class PromptOptions:
         """Return the prompt.
 
         Raises:
-            ValueError: no prompt or more than one is given, or the prompt or the question is empty.
+            ValueError: no prompt or more than one is given, the prompt or the question is empty, or `--agnostic` is
+                given without a question.
 
         """
         if self.prompt is not None and self.prompt_file is not None:
@@ -50,6 +54,11 @@ class PromptOptions:
             raise ValueError(f"the prompt must contain text, got {text!r}")
         if self.question is not None and not self.question.strip():
             raise ValueError(f"--question must contain text, got {self.question!r}")
+        if not self.aware and self.question is None:
+            raise ValueError(
+                "--agnostic must be given with --question, got no question. It evicts after the document and before "
+                "the question"
+            )
         return text
 
 
@@ -60,6 +69,14 @@ def generate(
     model: ModelOptions,
     output: FigureOptions,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of generated tokens.")] = 128,
+    compare_full: Annotated[
+        bool | None,
+        typer.Option(
+            "--compare-full/--no-compare-full",
+            help="Also answer from the full cache, and show how far the compressed one is from it. This takes a second "
+            "pass over the prompt. Default: yes with --report, unless --rerotate is given.",
+        ),
+    ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Also show how much each layer kept.")] = False,
 ) -> None:
     """Answer a prompt from a compressed KV cache, by greedy decoding.
@@ -71,6 +88,8 @@ def generate(
     bits = cache.parsed_bits()
     check_int("--max-new-tokens", max_new_tokens, 1)
     check_optional_int("--chunk-size", cache.chunk_size, 1, unit="token")
+    # With --rerotate, the prompt may be longer than the context window, which the full cache cannot read.
+    compares = (output.report is not None and not cache.rerotate) if compare_full is None else compare_full
     text = prompt.read()
     policy = cache.parsed_policy()
 
@@ -108,12 +127,13 @@ def generate(
             rerotate=cache.rerotate,
             bits=bits,
             repair=cache.repair,
+            compare_full=compares,
         )
     # Printed first, so that the answer is not lost if a file cannot be written.
     if output.as_json:
         print_json({"model": model.model, **result.to_dict()})
     else:
-        print_text(result.answer)
+        _print_answer(result, max_new_tokens)
         out.print(f"[dim]{report}, {result.seconds:.1f} s ({result.policy}, {size})[/]", highlight=False)
         if layers:
             print_table(report.table())
@@ -125,3 +145,21 @@ def generate(
         from suffice.kv.eval.report_sections import answer_page
 
         answer_page(result, report, command_line()).save(output.report)
+
+
+def _print_answer(result: Answer, max_new_tokens: int) -> None:
+    """Print the answer and, if it was compared, that of the full cache and how far the two caches are apart."""
+    stopped = f"Stopped at --max-new-tokens {max_new_tokens}."
+    print_text(result.answer)
+    if not result.is_complete:
+        out.print(f"[dim]{stopped}[/]", highlight=False)
+    if result.differs is None:
+        return
+    if result.differs:
+        out.print("\n[bold]Full cache:[/]")
+        print_text(str(result.full_answer))
+        if not result.full_is_complete:
+            out.print(f"[dim]{stopped}[/]", highlight=False)
+    style = "bold yellow" if result.differs else "dim"
+    label = "Warning: " if result.differs else ""
+    out.print(f"[{style}]{label}{result.comparison()}[/]", highlight=False)

@@ -8,14 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from suffice.arguments import check_flag, check_int, check_optional_int
 from suffice.kv.budget.allocation import Allocation
 from suffice.kv.budget.memory_limit import parse_limit
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.report import CacheReport, stored_bits
-from suffice.kv.eval.generation import check_prompt_length, fill_cache, greedy_generate
+from suffice.kv.eval.fidelity import kl_divergence
+from suffice.kv.eval.generation import (
+    GenerationRecord,
+    check_prompt_length,
+    end_ids,
+    fill_cache,
+    greedy_generate,
+)
 from suffice.kv.eval.prompt import tokenize_prompt
 from suffice.kv.hf.tokenization import check_tokenizer
 from suffice.kv.hf.wrappers import unwrap_model
@@ -44,7 +51,13 @@ class Answer:
             first layer. None if no entries are quantized.
         memory: limit on the bytes, as a fraction or a number; None with `budget`.
         repair: whether the kept entries were repaired.
+        is_complete: whether the model ended the answer; False if the answer stopped at `max_new_tokens`.
+        full_answer: answer from the full cache; None if it was not compared.
+        full_is_complete: whether the model ended the answer from the full cache; None if it was not compared.
+        kl: KL(full ‖ compressed) of the next-token distributions in nats per token, averaged over the tokens of the
+            full cache's answer; None if it was not compared.
         token_shares: text of each prompt token, and the share of compressed layers and heads that kept it.
+        question_start: index in `token_shares` of the first token after the document; None without a question.
 
     """
 
@@ -61,11 +74,32 @@ class Answer:
     bits: Bits | None = None
     memory: float | None = None
     repair: bool = False
+    is_complete: bool = True
+    full_answer: str | None = None
+    full_is_complete: bool | None = None
+    kl: float | None = None
     token_shares: tuple[tuple[str, float], ...] = field(default=(), repr=False)
+    question_start: int | None = field(default=None, repr=False)
+
+    @property
+    def differs(self) -> bool | None:
+        """Whether the full cache gives another answer; None if it was not compared."""
+        return None if self.full_answer is None else self.full_answer != self.answer
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields except `token_shares` as plain values for JSON."""
-        return {name: value for name, value in asdict(self).items() if name != "token_shares"}
+        """Return all fields except `token_shares` and `question_start` as plain values for JSON, and `differs`."""
+        hidden = ("token_shares", "question_start")
+        fields = {name: value for name, value in asdict(self).items() if name not in hidden}
+        return {**fields, "differs": self.differs}
+
+    def comparison(self) -> str:
+        """Return a sentence on how the answer compares with that of the full cache; empty if it was not compared."""
+        if self.kl is None:
+            return ""
+        kl = f"KL from the full cache: {self.kl:.3f} nats per token of its answer."
+        if self.differs:
+            return f"The full cache gives another answer. {kl}"
+        return f"The full cache gives the same answer. {kl}"
 
 
 def answer(
@@ -85,6 +119,7 @@ def answer(
     rerotate: bool = False,
     bits: Bits | None = None,
     repair: bool = False,
+    compare_full: bool = False,
 ) -> tuple[Answer, CacheReport]:
     """Answer a question about a document from a compressed KV cache, with greedy decoding.
 
@@ -101,7 +136,7 @@ def answer(
             `CompressedCache`. It also holds while the answer is generated.
         allocation: how the budget is split over heads and layers; None uses the policy's own allocation.
         aware: True evicts after the question is seen; False evicts after the document, so that the compressed
-            document can serve any question.
+            document can serve any question, and requires a question.
         max_new_tokens: maximum number of generated tokens.
         chunk_size: feed the prompt in chunks of this many tokens and evict after each; None feeds the whole prompt.
         interval: number of generated tokens between further evictions. If None, all generated tokens are kept, or,
@@ -111,13 +146,15 @@ def answer(
         bits: number of bits of quantized entries, or a pair (bits of keys, bits of values); None does not quantize, or
             uses the bits that follow from `memory`.
         repair: repair the kept entries, so that they reproduce the attention over all entries; see `CompressedCache`.
+        compare_full: also answer from the full cache, and measure the KL divergence from it. This takes a second
+            prefill and the memory of the full cache; prompt and answer must fit into the context window.
 
     Returns:
         The answer, and the report of its cache.
 
     Raises:
-        TypeError, ValueError: the prompt is empty, prompt and answer do not fit into the model's context window, or an
-            argument is out of range.
+        TypeError, ValueError: the prompt is empty, `aware` is False without a question, prompt and answer do not fit
+            into the model's context window, or an argument is out of range.
 
     Example:
         >>> model, tokenizer = load_model()                                            # doctest: +SKIP
@@ -131,11 +168,14 @@ def answer(
     check_tokenizer(tokenizer)
     max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
     chunk_size = check_optional_int("chunk_size", chunk_size, 1, unit="token")
-    for name, flag in (("aware", aware), ("rerotate", rerotate), ("repair", repair)):
+    flags = {"aware": aware, "rerotate": rerotate, "repair": repair, "compare_full": compare_full}
+    for name, flag in flags.items():
         check_flag(name, flag)
+    if not aware and question is None:
+        raise ValueError("aware must be True without a question, got False: there is nothing after the document")
     check_interval(policy, interval)
     prompt = tokenize_prompt(tokenizer, document, question)
-    if not rerotate:
+    if compare_full or not rerotate:
         check_prompt_length(model, prompt.input_ids.shape[1] + max_new_tokens)
     needs_replay = get_policy(policy).needs_replay
     evicts_once = interval is None and (needs_replay or (memory is None and chunk_size is None))
@@ -151,16 +191,23 @@ def answer(
         bits=bits,
         repair=repair,
     )
+    record = GenerationRecord() if compare_full else None
     start = time.perf_counter()
-    if not aware and prompt.question.shape[1]:
+    if not aware:
         fill_cache(model, prompt.document, cache, chunk_size, tokenizer)
     tokens = greedy_generate(
-        model, prompt.input_ids, cache, max_new_tokens, chunk_size=chunk_size, tokenizer=tokenizer
+        model, prompt.input_ids, cache, max_new_tokens, chunk_size=chunk_size, tokenizer=tokenizer, record=record
     )[0]
     seconds = time.perf_counter() - start
     report = cache.report()
+    full = full_tokens = kl = None
+    if record is not None:
+        full_tokens, kl = _compare_with_full(
+            model, prompt.input_ids, record, max_new_tokens, chunk_size, token_by_token=not evicts_once
+        )
+        full = _decode(tokenizer, full_tokens)
     result = Answer(
-        answer=str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
+        answer=_decode(tokenizer, tokens),
         policy=cache.policy.name,
         budget=cache.budget,
         aware=aware,
@@ -173,7 +220,12 @@ def answer(
         bits=shortest_bits(bits) if memory is None else stored_bits(report),
         memory=parse_limit(memory, budget),
         repair=repair,
+        is_complete=_is_complete(model, tokens),
+        full_answer=full,
+        full_is_complete=None if full_tokens is None else _is_complete(model, full_tokens),
+        kl=kl,
         token_shares=_token_shares(tokenizer, cache, prompt.input_ids),
+        question_start=None if question is None else prompt.document.shape[1],
     )
     return result, report
 
@@ -198,6 +250,53 @@ def check_interval(policy: str | Policy, interval: int | None, name: str = "inte
             f"{name} must not be given with policy {policy.name!r}, which replays the prompt and evicts only once, got "
             f"{interval}"
         )
+
+
+def _compare_with_full(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    compressed: GenerationRecord,
+    max_new_tokens: int,
+    chunk_size: int | None,
+    *,
+    token_by_token: bool,
+) -> tuple[Tensor, float]:
+    """Answer from the full cache, and feed its answer to the compressed cache.
+
+    Args:
+        model: the language model.
+        input_ids: the prompt, [1, tokens].
+        compressed: what was recorded while the compressed cache answered.
+        max_new_tokens: maximum number of generated tokens.
+        chunk_size: number of prompt tokens per forward pass; None feeds the prompt at once.
+        token_by_token: feed the answer one token at a time, as a cache that evicts while it generates requires.
+
+    Returns:
+        The tokens of the full cache's answer, [new_tokens], and the KL divergence in nats per token.
+
+    """
+    full = GenerationRecord()
+    cache = CompressedCache(model, "full", 1.0, evict="prefill", measure_capacity=False)
+    tokens = greedy_generate(model, input_ids, cache, max_new_tokens, chunk_size=chunk_size, record=full)[0]
+    assert full.logits is not None
+    assert compressed.logits is not None
+    network: Any = model
+    logits = [compressed.logits[0, :1]]
+    with torch.no_grad():
+        for part in tokens[None, :-1].split(1 if token_by_token else max(1, len(tokens)), dim=1):
+            if part.shape[1]:
+                logits.append(network(part, past_key_values=compressed.after_prompt).logits[0])
+    reference, other = (each.float().log_softmax(-1) for each in (full.logits[0], torch.cat(logits)))
+    return tokens, float(kl_divergence(reference, other).mean())
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def _is_complete(model: PreTrainedModel, tokens: Tensor) -> bool:
+    """Return whether generated tokens, [new_tokens], end with a token that ends the text."""
+    return bool(len(tokens)) and int(tokens[-1]) in end_ids(model)
 
 
 def _token_shares(

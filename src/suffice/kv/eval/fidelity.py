@@ -18,7 +18,7 @@ from suffice.kv.cache.batched import BatchedCaches
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.prefill import prefill
 from suffice.kv.cache.report import stored_bits
-from suffice.kv.eval.generation import check_prompt_length, greedy_generate
+from suffice.kv.eval.generation import check_prompt_length, end_ids, greedy_generate
 from suffice.kv.eval.prompt import PromptTokens
 from suffice.kv.eval.tasks.example import Example
 from suffice.kv.hf.tokenization import check_tokenizer
@@ -297,11 +297,9 @@ def _generate_from_each(
     """Generate greedily from a copy of each cache, up to and including the end-of-text token."""
     if max_new_tokens == 0:
         return [[] for _ in caches]
-    eos = model.generation_config.eos_token_id
-    eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
     copies = BatchedCaches([cache.copy() for cache in caches])
     generated = greedy_generate(model, input_ids.expand(len(caches), -1), copies, max_new_tokens).tolist()
-    return [_truncate_at(tokens, eos_ids) for tokens in generated]
+    return [_truncate_at(tokens, end_ids(model)) for tokens in generated]
 
 
 def _truncate_at(tokens: list[int], eos_ids: list[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -67,6 +68,20 @@ def awaits_replay(cache: object) -> TypeGuard[CompressedCache]:
     return isinstance(cache, CompressedCache) and cache.needs_replay and not cache.get_seq_length()
 
 
+@dataclass
+class GenerationRecord:
+    """What `greedy_generate` records, if it is asked to.
+
+    Args:
+        logits: logits before each generated token, [batch, new_tokens, vocabulary].
+        after_prompt: copy of the cache after the prompt, before the first generated token.
+
+    """
+
+    logits: Tensor | None = None
+    after_prompt: CompressedCache | None = None
+
+
 def greedy_generate(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -75,6 +90,7 @@ def greedy_generate(
     *,
     chunk_size: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    record: GenerationRecord | None = None,
 ) -> Tensor:
     """Generate greedily after a prompt whose first tokens the cache may already have seen.
 
@@ -88,6 +104,7 @@ def greedy_generate(
         max_new_tokens: maximum number of generated tokens.
         chunk_size: number of prompt tokens per forward pass; None feeds the prompt at once.
         tokenizer: the model's tokenizer, for policies that replay the prompt; see `prefill`.
+        record: filled with the logits and a copy of the cache, which must then be a `CompressedCache`.
 
     Returns:
         The ids of the generated tokens, [batch, new_tokens].
@@ -97,6 +114,16 @@ def greedy_generate(
     network: Any = model
     if chunk_size is not None or awaits_replay(cache):
         fill_cache(model, input_ids[:, cache.get_seq_length() : -1], cache, chunk_size, tokenizer)
+    options: dict[str, Any] = {}
+    if record is not None:
+
+        def copy_cache(_: Tensor, scores: Tensor) -> Tensor:
+            if record.after_prompt is None and isinstance(cache, CompressedCache):
+                record.after_prompt = cache.copy()
+            return scores
+
+        # `generate` calls a logits processor after every forward pass, the first of which reads the prompt.
+        options = {"logits_processor": [copy_cache], "output_logits": True}
     output: Any = network.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -104,8 +131,18 @@ def greedy_generate(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=_pad_token_id(model),
+        return_dict_in_generate=True,
+        **options,
     )
-    return output[:, input_ids.shape[1] :]
+    if record is not None:
+        record.logits = torch.stack(output.logits, dim=1)
+    return output.sequences[:, input_ids.shape[1] :]
+
+
+def end_ids(model: PreTrainedModel) -> list[int]:
+    """Return the ids of the tokens that end a text."""
+    ends = model.generation_config.eos_token_id
+    return [ends] if isinstance(ends, int) else list(ends or [])
 
 
 def _pad_token_id(model: PreTrainedModel) -> int | None:

@@ -20,12 +20,15 @@ from suffice.study.store import Record
 
 def answer_page(answer: Answer, report: CacheReport, command: str) -> Page:
     """Return the page of an answer: its text, the prompt tokens that were kept, and the entries kept by each head."""
+    size = f"{report}{bits_suffix(answer.bits)}{repair_suffix(answer.repair)}"
     page = Page(
         title="An answer from a compressed cache",
-        summary=f"{report}{bits_suffix(answer.bits)}{repair_suffix(answer.repair)}",
+        summary=f"{answer.comparison()} {size}".strip(),
         command=command,
     )
-    page.add("Answer", Text(answer.answer or "(empty)"))
+    page.add("Answer", *_answer_blocks(answer.answer, answer.is_complete))
+    if answer.full_answer is not None:
+        page.add("Answer of the full cache", *_answer_blocks(answer.full_answer, bool(answer.full_is_complete)))
     texts, shares = zip(*answer.token_shares, strict=True)
     settings = f"{answer.policy}, {describe_size(answer.budget, answer.bits, answer.memory, answer.repair)}"
     caption = f"The prompt under {settings}. Darker tokens were kept by more heads."
@@ -49,6 +52,12 @@ def answer_page(answer: Answer, report: CacheReport, command: str) -> Page:
     )
     page.add("Bytes kept by layer", _bytes_by_layer(report))
     return page
+
+
+def _answer_blocks(answer: str, is_complete: bool) -> list[Text]:
+    """Return the text of an answer and, if it stopped at the limit, a sentence that says so."""
+    stopped = Text("The answer stopped at the maximum number of new tokens.")
+    return [Text(answer or "(empty)"), *(() if is_complete else (stopped,))]
 
 
 def _bytes_by_layer(report: CacheReport) -> Table:
