@@ -12,6 +12,7 @@ from suffice.report import (
     KeptText,
     LinePoint,
     Page,
+    Result,
     Table,
     Text,
     forest_plot,
@@ -24,6 +25,7 @@ pytest.importorskip("aiohttp")
 from tests.report.browser import CHROMIUM, visit_page
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+AXE = os.environ.get("SUFFICE_TEST_AXE")  # the file axe.min.js of the npm package axe-core
 PICTURES = os.environ.get("SUFFICE_TEST_PICTURES")  # a folder for screenshots
 
 
@@ -55,7 +57,8 @@ def address(tmp_path_factory):
     }
     page.add("Embeddings", Figure(tsne_plot(maps), "t-SNE.", "Maps"))
     words = [f"word{i} " for i in range(200)]
-    page.add("What was kept", KeptText(words, [(i * 37 % 101) / 100 for i in range(200)], "capkv at 25 %."))
+    page.add("What was kept", KeptText(words, [(i * 37 % 101) / 100 for i in range(200)], "capkv at 25 %.", 180))
+    page.add("Verdict", *(Result("Word.", "A sentence.", [("Measured", "x")], tone) for tone in ("good", "bad")))
     wide = Table([f"a long column {i}" for i in range(14)], [[f"{i * j}" for i in range(14)] for j in range(3)])
     page.add("Wide", wide, Text("x" * 300), Code("suffice " + "--option value " * 30))
     return page.save(tmp_path_factory.mktemp("page") / "page.html").as_uri()
@@ -68,14 +71,35 @@ def test_a_page_has_no_errors_loads_nothing_and_fits_the_window(address, width, 
         await browser.set_dark(dark)
         if PICTURES:
             await browser.screenshot(Path(PICTURES) / f"page-{width}-{'dark' if dark else 'light'}.png")
-        code = "[document.documentElement.scrollWidth, getComputedStyle(document.body).backgroundColor]"
+        code = (
+            "[document.documentElement.scrollWidth, getComputedStyle(document.body).backgroundColor, "
+            "getComputedStyle(document.querySelector('td')).display]"
+        )
         return await browser.evaluate(code), browser.messages, browser.requests
 
-    (scroll_width, background), messages, requests = visit_page(address, visit)
+    (scroll_width, background, cell), messages, requests = visit_page(address, visit)
     assert scroll_width <= width
+    assert cell == ("block" if width == 360 else "table-cell")  # narrow pages show each row as a list
     assert messages == []
     assert [url for url in requests if not url.startswith("data:")] == [address]
     assert (background == "rgb(255, 255, 255)") != dark
+
+
+@pytest.mark.skipif(AXE is None, reason="SUFFICE_TEST_AXE does not name the file axe.min.js")
+@pytest.mark.parametrize(("width", "dark"), [(360, False), (1280, True)])
+def test_a_page_is_accessible(address, width, dark):
+    async def visit(browser):
+        await browser.call("Page.setBypassCSP", enabled=True)
+        await browser.set_size(width)
+        await browser.set_dark(dark)
+        await browser.evaluate(Path(AXE).read_text(encoding="utf-8") + "; 0")
+        code = "axe.run().then(found => [found.passes.length, found.violations.map(each => each.id)])"
+        result = await browser.call("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
+        return result["result"]["value"]
+
+    passes, violations = visit_page(address, visit)
+    assert passes > 10
+    assert violations == []
 
 
 def test_tables_can_be_sorted_by_keyboard(address):

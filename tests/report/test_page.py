@@ -11,6 +11,7 @@ from suffice.report import (
     KeptText,
     LinePoint,
     Page,
+    Result,
     Table,
     Text,
     color_of,
@@ -128,3 +129,63 @@ def test_shares_of_kept_text_that_are_impossible_are_refused():
 def test_kept_text_joins_tokens_of_the_same_tenth():
     block = KeptText(["a ", "b ", "c", "d"], [0.51, 0.54, 1.0, 0.0], "caption")
     assert block.spans == [(5, "a b "), (10, "c"), (0, "d")]
+
+
+def test_the_end_of_kept_text_can_be_marked():
+    block = KeptText(["a ", "b ", "c", "d"], [0.51, 0.54, 0.49, 0.0], "caption", marked_from=1)
+    assert block.parts == [(False, [(5, "a ")]), (True, [(5, "b c"), (0, "d")])]
+    assert KeptText(["a"], [0.0], "caption").parts == [(False, [(0, "a")])]
+    page = Page("t", "s", "c")
+    page.add("Kept", block)
+    html = page.to_html()
+    assert '<span class="most" title="kept by 50 % of heads">a </span><div class="marked" id="marked">' in html
+    with pytest.raises(ValueError, match="marked_from must be from 0 to 3, got 4"):
+        KeptText(["a ", "b ", "c", "d"], [0.5] * 4, "caption", marked_from=4)
+
+
+@pytest.mark.parametrize(("share", "name"), [(0.0, "few"), (0.14, "few"), (0.2, "some"), (0.44, "some"), (0.5, "most")])
+def test_kept_text_has_three_shades(share, name):
+    page = Page("t", "s", "c")
+    page.add("Kept", KeptText(["word"], [share], "caption"))
+    assert re.search(f'<span class="{name}" title="[^"]*">word</span>', page.to_html())
+
+
+def test_the_scale_of_a_heat_map_says_what_its_colors_mean():
+    cells = {(layer, head): float(layer) for layer in range(4) for head in range(2)}
+    figure = head_heatmap({"tokens kept": cells, "share": cells})
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert [label for label in labels if label != "layer"] == [
+        "tokens kept (brighter: more)",
+        "share (brighter: more)",
+    ]
+
+
+def test_the_legend_is_below_the_panel():
+    names = ["capkv", "snapkv", "expected-attention", "h2o"]
+    figure = line_plot({name: [LinePoint(0, 1), LinePoint(1, 2)] for name in names}, x_label="x", y_label="y")
+    figure.draw_without_rendering()
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == names
+    assert legend.get_window_extent().y1 <= figure.axes[0].get_tightbbox().y0
+    assert legend.get_window_extent().x1 <= figure.bbox.x1
+
+
+def test_the_main_result_has_a_word_a_sentence_and_points(tmp_path):
+    page = Page("t", "s", "c")
+    page.add("Verdict", Result("Bad.", "It <fails>.", [("Measured", "a < b"), ("What to do", "Wait.")], "bad"))
+    html = page.to_html()
+    assert '<div class="result bad">\n<p><strong>Bad.</strong> It &lt;fails&gt;.</p>' in html
+    assert re.findall("<li>.*</li>", html) == [
+        "<li><b>Measured:</b> a &lt; b</li>",
+        "<li><b>What to do:</b> Wait.</li>",
+    ]
+    text = page.save(tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "**Bad.** It \\<fails\\>.\n\n* **Measured:** a \\< b\n* **What to do:** Wait." in text
+    with pytest.raises(ValueError, match="tone must be one of good, warning, bad, neutral, got 'ugly'"):
+        Result("Bad.", "It fails.", tone="ugly")
+
+
+def test_cells_name_their_column_where_narrow_pages_show_rows_as_lists():
+    page = Page("t", "s", "c")
+    page.add("Numbers", Table(["name", "KL, nats"], [["h2o", "0.5"]]))
+    assert '<td role="cell" data-column="KL, nats">0.5</td>' in page.to_html()

@@ -3,7 +3,7 @@
 This package depends neither on `suffice.kv` nor on `suffice.link`; callers pass everything that a page shows.
 """
 
-from suffice.report.blocks import Block, Code, Figure, KeptText, Table, Text
+from suffice.report.blocks import Block, Code, Figure, KeptText, Result, Table, Text
 from suffice.report.page import Page
 from suffice.report.plots import ForestRow, LinePoint, forest_plot, head_heatmap, line_plot, tsne_plot
 from suffice.report.style import color_of, new_figure, save_figure
@@ -16,6 +16,7 @@ __all__ = [
     "KeptText",
     "LinePoint",
     "Page",
+    "Result",
     "Table",
     "Text",
     "color_of",

@@ -1,4 +1,4 @@
-"""The blocks of a page: paragraphs, code, tables, figures, and texts with shaded tokens."""
+"""The blocks of a page: main results, paragraphs, code, tables, figures, and texts with shaded tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import ClassVar
 from markupsafe import Markup
 from matplotlib.figure import Figure as MatplotlibFigure
 
+from suffice.arguments import check_choice, check_int
 from suffice.report.style import to_svg
 
 
@@ -18,6 +19,31 @@ class Text:
 
     text: str
     kind: ClassVar[str] = "text"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The main result of a page: a bold word, a sentence, and points.
+
+    Args:
+        word: the result in a word or two.
+        sentence: what it means.
+        points: a label and a text for each point, such as what was measured and what to do.
+        tone: `good`, `warning`, `bad` or `neutral`, which decides the color of the border.
+
+    Raises:
+        ValueError: the tone is another word.
+
+    """
+
+    word: str
+    sentence: str
+    points: Sequence[tuple[str, str]] = ()
+    tone: str = "neutral"
+    kind: ClassVar[str] = "result"
+
+    def __post_init__(self) -> None:
+        check_choice("tone", self.tone, ("good", "warning", "bad", "neutral"))
 
 
 @dataclass(frozen=True)
@@ -85,15 +111,19 @@ class KeptText:
         pieces: text of each token.
         shares: fraction of layers and heads that kept each token, 0 to 1.
         caption: text below the tokens.
+        marked_from: index of the first piece of the marked end of the text, such as a question; None marks nothing.
+        marked_as: name of the marked end.
 
     Raises:
-        ValueError: there is not one share from 0 to 1 for each piece.
+        ValueError: there is not one share from 0 to 1 for each piece, or `marked_from` is no index of a piece.
 
     """
 
     pieces: Sequence[str]
     shares: Sequence[float]
     caption: str
+    marked_from: int | None = None
+    marked_as: str = "question"
     kind: ClassVar[str] = "kept"
 
     def __post_init__(self) -> None:
@@ -104,12 +134,24 @@ class KeptText:
         for share in self.shares:
             if not 0 <= share <= 1:
                 raise ValueError(f"shares must be from 0 to 1, got {share}")
+        if self.marked_from is not None:
+            check_int("marked_from", self.marked_from, 0, len(self.pieces) - 1)
 
     @property
     def spans(self) -> list[tuple[int, str]]:
         """Share in tenths and joined text of each span of consecutive tokens whose shares round to the same tenth."""
+        return self._spans(0, len(self.pieces))
+
+    @property
+    def parts(self) -> list[tuple[bool, list[tuple[int, str]]]]:
+        """Whether a part of the text is marked, and its spans: the text before the marked end, and the marked end."""
+        start = len(self.pieces) if self.marked_from is None else self.marked_from
+        ends = ((False, 0, start), (True, start, len(self.pieces)))
+        return [(is_marked, self._spans(first, end)) for is_marked, first, end in ends if first < end]
+
+    def _spans(self, first: int, end: int) -> list[tuple[int, str]]:
         spans: list[tuple[int, str]] = []
-        for piece, share in zip(self.pieces, self.shares, strict=True):
+        for piece, share in zip(self.pieces[first:end], self.shares[first:end], strict=True):
             level = round(share * 10)
             if spans and spans[-1][0] == level:
                 spans[-1] = (level, spans[-1][1] + piece)
@@ -118,4 +160,4 @@ class KeptText:
         return spans
 
 
-Block = Text | Code | Table | Figure | KeptText
+Block = Text | Result | Code | Table | Figure | KeptText

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from suffice.report.blocks import Block, Code, Figure, KeptText, Table, Text
+from suffice.report.blocks import Block, Code, Figure, KeptText, Result, Table, Text
 from suffice.report.style import save_figure
 
 _SPECIAL_CHARACTERS = "\\`*_[]<>|#~"
@@ -55,14 +55,22 @@ def _figure(block: Figure, file: Path) -> str:
     return image if block.numbers is None else f"{image}\n\n{_table(block.numbers)}"
 
 
-def _block(block: Text | Code | Table | KeptText) -> str:
+def _block(block: Text | Result | Code | Table | KeptText) -> str:
     if isinstance(block, Text):
         return escape(block.text)
+    if isinstance(block, Result):
+        points = "\n".join(f"* **{escape(label)}:** {escape(text)}" for label, text in block.points)
+        return f"**{escape(block.word)}** {escape(block.sentence)}" + (f"\n\n{points}" if points else "")
     if isinstance(block, Code):
         return _code_block(block.text)
     if isinstance(block, Table):
         return _table(block)
-    kept = "".join(_escape_span(text) if level >= 5 else "·" for level, text in block.spans)
+    parts = [
+        (f"**{escape(block.marked_as)}:** " if is_marked else "")
+        + "".join(_escape_span(text) if level >= 5 else "·" for level, text in spans)
+        for is_marked, spans in block.parts
+    ]
+    kept = "\n>\n> ".join(parts)
     return f"*{escape(block.caption)} Tokens that fewer than half of the heads kept are shown as a dot.*\n\n> {kept}"
 
 

@@ -13,7 +13,9 @@ from suffice.report.style import color_of, figure_style, new_figure
 
 _MARKERS = "osD^vPX*"
 _DASHES = ("-", "--", ":", "-.")
-_LEGEND_ROWS = 16
+_WIDTH = 4.8  # inches: on a page of 360 pixels, texts then have about 9 pixels
+_LEGEND_CHARACTERS = 50  # of a row of the legend at this width
+_MARKER_CHARACTERS = 7  # that the marker and the gap beside a label take
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,11 @@ def line_plot(
 
     """
     variants = list(dict.fromkeys(name.partition("/")[2] for name in series))
-    legend_columns = max(1, math.ceil(len(series) / _LEGEND_ROWS))
+    longest = max(map(len, series), default=0) + _MARKER_CHARACTERS
+    legend_columns = max(1, min(len(series), _LEGEND_CHARACTERS // longest))
     with figure_style():
-        # The legend is beside the panel, where it cannot cover points.
-        figure, (axes,) = new_figure(6.4 + 3.2 * (legend_columns - 1), max(3.8, 0.28 * min(len(series), _LEGEND_ROWS)))
+        # The legend is below the panel, where it cannot cover points and needs no width.
+        figure, (axes,) = new_figure(_WIDTH, 3.3 + 0.22 * math.ceil(len(series) / legend_columns))
         for number, (name, points) in enumerate(series.items()):
             x = [point.x for point in points]
             axes.plot(
@@ -100,20 +103,20 @@ def line_plot(
         if percent_x:
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(alpha=0.25)
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=legend_columns)
+        figure.legend(loc="outside lower left", ncols=legend_columns)
         return figure
 
 
 def head_heatmap(panels: Mapping[str, Mapping[tuple[int, int], float]], *, title: str = "") -> Figure:
-    """Draw a value for each layer and KV head as a colored cell.
+    """Draw a value for each layer and KV head as a colored cell, with a scale that names what the colors mean.
 
     Args:
-        panels: for each panel, values by layer and head.
+        panels: for each panel, values by layer and head; its name is what they mean.
         title: title above the panels.
 
     """
     with figure_style():
-        figure, axes = new_figure(3.6 * len(panels) + 0.6, 4.6, columns=len(panels))
+        figure, axes = new_figure(_WIDTH, 3.8 * len(panels) + 0.4, rows=len(panels))
         for panel, (name, cells) in zip(axes, panels.items(), strict=True):
             layers = sorted({layer for layer, _ in cells})
             heads = sorted({head for _, head in cells})
@@ -123,7 +126,7 @@ def head_heatmap(panels: Mapping[str, Mapping[tuple[int, int], float]], *, title
             panel.set_xticks(range(len(heads)), [str(head) for head in heads])
             step = max(1, len(layers) // 10)
             panel.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-            figure.colorbar(image, ax=panel, shrink=0.8)
+            figure.colorbar(image, ax=panel, label=f"{name} (brighter: more)")
         figure.suptitle(title, x=0.02, ha="left")
         return figure
 

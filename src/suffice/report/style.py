@@ -44,6 +44,7 @@ _COLORS = {
     "elph": _PALETTE[4],
     "buddy": _PALETTE[6],
 }
+_LARGEST_SCALE = 1.3
 # The color of text and lines; `to_svg` replaces it by the text color of the page.
 _TEXT_COLOR = "#010203"
 _SETTINGS: Any = {
@@ -82,28 +83,34 @@ def figure_style() -> Generator[None]:
         yield
 
 
-def new_figure(width: float = 6.4, height: float = 3.8, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """Create a figure with one or several panels side by side, and return both.
+def new_figure(width: float = 6.4, height: float = 3.8, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """Create a figure with one or several panels, side by side or one below the other, and return both.
 
     Args:
         width: width in inches.
         height: height in inches.
-        columns: number of panels.
+        columns: number of panels in a row.
+        rows: number of rows.
 
     """
     with figure_style():
         figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+        return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
 
 
 def to_svg(figure: Figure) -> str:
-    """Return a figure as an SVG element whose text and lines have the text color of the page."""
+    """Return a figure as an SVG element whose text and lines have the text color of the page.
+
+    It shrinks on narrow pages, and grows to at most `_LARGEST_SCALE` times its size on wide ones.
+    """
     buffer = io.StringIO()
     with figure_style():
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     # Remove the XML declaration and the document type, which are invalid inside HTML.
-    return text[text.index("<svg") :].replace(_TEXT_COLOR, "currentColor")
+    element = text[text.index("<svg") :].replace(_TEXT_COLOR, "currentColor")
+    width = figure.get_figwidth() * 72 * _LARGEST_SCALE
+    return element.replace("<svg", f'<svg style="max-width: {width:.0f}pt"', 1)
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
