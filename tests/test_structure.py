@@ -20,6 +20,7 @@ ALLOWED = {
 TOP_LEVEL = {
     "suffice",
     "suffice.arguments",
+    "suffice.devices",
     "suffice.environment",
     "suffice.folders",
     "suffice.gpu",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from suffice.arguments import did_you_mean
+
 FIGURE_SUFFIXES = (".svg", ".pdf", ".eps", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 PAGE_SUFFIXES = (".html", ".htm", ".md")
 
@@ -24,6 +26,31 @@ def read_text(path: str | Path, name: str) -> str:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{name} must be a text file, got {str(path)!r}, which cannot be read: {error}") from None
+
+
+def check_file(path: str | Path, name: str, others: Sequence[str] = ()) -> None:
+    """Check that a file exists; the error suggests a similar name in the same folder.
+
+    Args:
+        path: the file.
+        name: argument or option that gave it, for the error.
+        others: words that are also accepted.
+
+    Raises:
+        ValueError: there is no such file.
+
+    """
+    if str(path) in others or Path(path).is_file():
+        return
+    words = f", or {' or '.join(others)}" if others else ""
+    raise ValueError(f"{name} must be an existing file{words}, got {str(path)!r}{similar_file(path, others)}")
+
+
+def similar_file(path: str | Path, others: Sequence[str] = ()) -> str:
+    """Return `. Did you mean 'x'?` with a similar file in the same folder or another word; empty if none is similar."""
+    path = Path(path)
+    files = [file.name for file in path.parent.iterdir() if file.is_file()] if path.parent.is_dir() else []
+    return did_you_mean(path.name, (*others, *files))
 
 
 def check_suffix(path: str | Path, suffixes: Sequence[str], name: str = "path") -> None:

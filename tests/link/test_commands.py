@@ -4,10 +4,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from suffice.cli.link import app
-from suffice.link.data.checkpoint import CheckpointError
+from suffice.link.data.checkpoint import CheckpointError, load_checkpoint
+from suffice.link.study.experiment import audit_seeds, evaluate_seeds
 
 
 def run(*arguments: str):
@@ -52,7 +54,7 @@ def test_every_command_accepts_every_model(command, data):
 
 def test_an_audit_of_a_checkpoint_equals_that_of_the_training(data, tmp_path):
     checkpoint = str(tmp_path / "run.safetensors")
-    run("train", "--data", data, "--epochs", "1", "--checkpoint", checkpoint)
+    run("train", "--data", data, "--epochs", "1", "--save", checkpoint)
     arguments = ["audit", "--data", data, "--epochs", "1", "--json"]
     of_checkpoint, of_training = run(*arguments, "--checkpoint", checkpoint), run(*arguments)
     assert json.loads(of_checkpoint.stdout) == json.loads(of_training.stdout)
@@ -60,15 +62,66 @@ def test_an_audit_of_a_checkpoint_equals_that_of_the_training(data, tmp_path):
 
 def test_a_checkpoint_of_another_seed_or_graph_is_refused(data, tmp_path):
     """A file of the same name may hold another graph, and another seed trains on edges of this test."""
-    checkpoint = ["--epochs", "1", "--checkpoint", str(tmp_path / "run.safetensors")]
-    run("train", "--data", data, *checkpoint)
+    file = str(tmp_path / "run.safetensors")
+    run("train", "--data", data, "--epochs", "1", "--save", file)
     with pytest.raises(CheckpointError, match="checkpoint must be of a training on this split"):
-        run("train", "--data", data, "--seed", "1", *checkpoint)
+        run("train", "--data", data, "--seed", "1", "--epochs", "1", "--resume", file)
     arrays = dict(np.load(data))
     np.savez(data, **{**arrays, "edges": arrays["edges"][5:]})
-    for command in ("train", "audit"):
+    for command in (("train", "--resume"), ("audit", "--resume"), ("audit", "--checkpoint")):
         with pytest.raises(CheckpointError, match=r"checkpoint must be of a training on this graph, .* \(own\)"):
-            run(command, "--data", data, *checkpoint)
+            run(*command, file, "--data", data, "--epochs", "1")
+
+
+def test_a_training_goes_on_from_its_file(data, tmp_path):
+    file, whole = str(tmp_path / "run.safetensors"), str(tmp_path / "whole.safetensors")
+    arguments = ["--data", data, "--seeds", "2", "--epochs", "2", "--json"]
+    complete = run("train", *arguments, "--save", whole)
+    epochs = [len(load_checkpoint(tmp_path / f"whole-{seed}.safetensors")[1]["epochs"]) for seed in (0, 1)]
+    assert epochs == [2, 2]
+    # The training was interrupted before the second seed began.
+    (tmp_path / "whole-0.safetensors").rename(tmp_path / "run-0.safetensors")
+    (tmp_path / "whole-1.safetensors").rename(tmp_path / "other.safetensors")
+    assert json.loads(run("train", *arguments, "--resume", file).stdout) == json.loads(complete.stdout)
+    tensors, expected = (load_checkpoint(tmp_path / name)[0] for name in ("run-1.safetensors", "other.safetensors"))
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["audit", "--checkpoint", "ran.safetensors"], r"--checkpoint must be an existing checkpoint, got '.*ran.safe"),
+        (["audit", "--checkpoint", "ran.safetensors"], r"Did you mean 'run.safetensors'\?"),
+        (["audit", "--resume", "nope.safetensors"], r"--resume must be an existing checkpoint, got '.*nope.safet"),
+        (["train", "--resume", "nope.safetensors"], r"--resume must be an existing checkpoint, got '.*nope.safet"),
+        (["train", "--seeds", "2", "--resume", "run.safetensors"], r"got '.*run-0.safetensors', which is no file"),
+        (["train", "--save", "run.safetensors"], r"--save must be a new file, got '.*run.safe.*', which exists. Go on"),
+        (["audit", "--save", "run.safetensors"], r"--save must be a new file, got '.*run.safe.*', which exists. Go on"),
+        (
+            ["audit", "--save", "new.safetensors", "--checkpoint", "run.safetensors"],
+            "only one of --checkpoint, --save, --resume may be given, got --checkpoint and --save",
+        ),
+    ],
+)
+def test_a_wrong_checkpoint_is_refused_before_any_training(monkeypatch, tmp_path, arguments, message):
+    """A typo in the name of a checkpoint trained a new model for minutes, and wrote it to a file of that name."""
+    monkeypatch.setattr("suffice.cli.link._experiment", lambda *_: pytest.fail("the command began to work"))
+    (tmp_path / "run.safetensors").write_bytes(b"")
+    paths = [str(tmp_path / text) if text.endswith(".safetensors") else text for text in arguments]
+    with pytest.raises(ValueError, match=message):
+        run(*paths)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+def test_checkpoints_are_checked_in_python_too(tmp_path):
+    file = tmp_path / "nope.safetensors"
+    for function, argument in ((audit_seeds, "checkpoint"), (audit_seeds, "resume"), (evaluate_seeds, "resume")):
+        with pytest.raises(ValueError, match=f"{argument} must be an existing checkpoint, got '.*nope.safetensors'"):
+            function(None, range(1), **{argument: file})
+    file.write_bytes(b"")
+    for function in (audit_seeds, evaluate_seeds):
+        with pytest.raises(ValueError, match=r"save must be a new file, got '.*nope.safetensors', which exists"):
+            function(None, range(1), save=file)
 
 
 def test_correct_prints_one_json_object(data, tmp_path):

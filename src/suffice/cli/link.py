@@ -10,23 +10,29 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from suffice.cli.console import command_line, print_json, print_table, print_text, step_progress
+from suffice.arguments import check_choice
+from suffice.cli.console import command_line, out, print_json, print_table, print_text, step_progress
 from suffice.cli.link_options import (
     ARMS_HELP,
     ArmModelOptions,
     ArmTrainOptions,
+    CheckpointOptions,
     GraphOptions,
     LinkModelOptions,
     PresetOption,
     RootOption,
+    SavedTrainingOptions,
     SeedOptions,
     SplitOptions,
     TrainOptions,
+    check_arms,
     parse_arms,
 )
-from suffice.cli.link_tables import audit_tables, row_table, study_table
+from suffice.cli.link_tables import audit_tables, row_table, study_table, verdict_text
 from suffice.cli.options import ExecutionOptions, FigureOptions, JsonOption, OutputOptions, expand_options, split_commas
 from suffice.cli.study_progress import study_progress
+from suffice.link.data.names import check_dataset_name
+from suffice.link.names import REPRODUCED_MODELS
 
 if TYPE_CHECKING:
     from suffice.link.study.experiment import Experiment
@@ -46,15 +52,14 @@ def train(
     training: TrainOptions,
     seeds: SeedOptions,
     output: OutputOptions,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Checkpoint to write after each epoch. If the file exists, the training resumes from it."),
-    ] = None,
+    files: SavedTrainingOptions,
 ) -> None:
     """Train a link predictor and show its test metrics.
 
     Under torchrun, all processes train one model together.
     """
+    files.check(seeds)  # before torch is imported, which takes seconds
+
     from suffice.link.study.experiment import evaluate_seeds, mean_rows
     from suffice.link.study.report_sections import metrics_page
     from suffice.link.train.distributed import process_group, rank_and_world_size
@@ -62,7 +67,11 @@ def train(
     with process_group(training.device) as device, step_progress() as show_step:
         experiment = _experiment(graph, model, training, split, device)
         metrics = evaluate_seeds(
-            experiment, seeds.range(), checkpoint=checkpoint, on_epoch=_epoch_lines(experiment, show_step)
+            experiment,
+            seeds.range(),
+            save=files.save,
+            resume=files.resume,
+            on_epoch=_epoch_lines(experiment, show_step),
         )
         if rank_and_world_size()[0] > 0:
             return
@@ -86,29 +95,34 @@ def audit(
     training: TrainOptions,
     seeds: SeedOptions,
     output: OutputOptions,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint of the model. If the file does not exist, it is written.")
-    ] = None,
+    files: CheckpointOptions,
 ) -> None:
     """Audit a link predictor: measure how much the score of an edge depends on the rest of its batch.
 
     The model is loaded from the checkpoint. Without a checkpoint, a model is trained first.
     """
+    files.check(seeds)  # before torch is imported, which takes seconds
+
     from suffice.link.study.experiment import audit_seeds
     from suffice.link.study.report_sections import audit_page
 
     with step_progress() as show_step:
         experiment = _experiment(graph, model, training, SplitOptions(), training.device)
         reports = audit_seeds(
-            experiment, seeds.range(), checkpoint=checkpoint, on_epoch=_epoch_lines(experiment, show_step)
+            experiment,
+            seeds.range(),
+            checkpoint=files.checkpoint,
+            save=files.save,
+            resume=files.resume,
+            on_epoch=_epoch_lines(experiment, show_step),
         )
     if output.as_json:
         print_json({"audits": [report.to_dict() for report in reports]})
     else:
         for report in reports:
+            out.print(verdict_text(report), soft_wrap=True)
             for table in audit_tables(report):
                 print_table(table)
-            print_text(str(report.verdict))
     if output.report is not None:
         audit_page(reports[0], command_line()).save(output.report)
 
@@ -139,6 +153,8 @@ def correct(
 
     The figure shows the accuracy against the fraction of positives in the batch.
     """
+    check_arms(arms)  # before torch is imported, which takes seconds
+
     from suffice.link.study.arms import ARMS
     from suffice.link.study.correct import correct, load_edge_representations
     from suffice.link.study.figures import plot_response_curves
@@ -229,6 +245,14 @@ class ReproductionOptions:
     seeds: Annotated[int, typer.Option(help="Number of seeds, each with its own split.", min=1)] = 5
     root: RootOption = Path("data")
 
+    def __post_init__(self) -> None:  # checks what it can without importing torch, which takes seconds
+        for name in split_commas(self.data):
+            if not Path(name).suffix:
+                check_dataset_name("--data", name, "an edge list in a file with a suffix")
+        for name in split_commas(self.models):
+            check_choice("--models", name, REPRODUCED_MODELS)
+        check_arms(self.arms)
+
 
 _REPRODUCTION_FOLDER = Path("reproduction")
 _REPRODUCTION = ExecutionOptions(folder=_REPRODUCTION_FOLDER)
@@ -250,7 +274,6 @@ def reproduce_study(
     from suffice.link.study.findings import to_markdown
     from suffice.link.study.reproduction import (
         REPRODUCED_ARMS,
-        REPRODUCED_MODELS,
         load_results,
         reproduce,
         results_to_dict,

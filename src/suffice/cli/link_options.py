@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from suffice.arguments import check_choice
 from suffice.cli.options import split_commas
+from suffice.devices import check_device
+from suffice.files import check_file
+from suffice.link.batches.composition import parse_composition
 from suffice.link.data.names import check_dataset_name
+from suffice.link.names import DECODER_NAMES, ENCODER_NAMES, MODEL_NAMES, NORM_NAMES, check_arm
+from suffice.link.study.checkpoint_files import CheckpointFiles
 
 if TYPE_CHECKING:
     from suffice.link.data.graph import Graph, SplitConfig
@@ -20,16 +26,7 @@ if TYPE_CHECKING:
 
 
 def _check_device(device: str) -> str:
-    if device == "cpu":
-        return device  # without importing torch, which takes seconds
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device must be a device that torch can use here, got {device!r} ({reason})") from None
-    return device
+    return check_device("--device", device)
 
 
 RootOption = Annotated[Path, typer.Option(help="Folder for downloaded data sets.")]
@@ -71,13 +68,15 @@ class GraphOptions:
     header: Annotated[
         bool | None,
         typer.Option(
-            "--header/--no-header", help="Whether a first line such as 0,1 is a header. Default: refuse such files."
+            "--header/--no-header",
+            help="Whether a first line such as 0,1 is a header. Default: refuse such a file.",
         ),
     ] = None
     ids: Annotated[
         bool | None,
         typer.Option(
-            "--ids/--no-ids", help="Whether the first column of features and labels holds ids. Default: find out."
+            "--ids/--no-ids",
+            help="Whether the first column of features and labels holds ids. Default: decide by the file.",
         ),
     ] = None
     bipartite: Annotated[
@@ -86,8 +85,14 @@ class GraphOptions:
     ] = False
 
     def __post_init__(self) -> None:  # checked here, because torch, which `load` needs, takes seconds to import
-        if not Path(self.data).suffix:
+        if Path(self.data).suffix:
+            check_file(self.data, "--data")
+        else:
             check_dataset_name("--data", self.data, "an edge list in a file with a suffix")
+        if self.features is not None:
+            check_file(self.features, "--features", ("degree", "learned"))
+        if self.labels is not None:
+            check_file(self.labels, "--labels")
 
     def load(self) -> Graph:
         """Load the graph."""
@@ -140,6 +145,13 @@ class ArmModelOptions:
     hidden: Annotated[int | None, typer.Option(help="Number of hidden channels. Default: 64.")] = None
     preset: PresetOption = False
 
+    def __post_init__(self) -> None:  # checks what it can without importing torch, which takes seconds
+        check_choice("--model", self.model, MODEL_NAMES)
+        if self.encoder is not None:
+            check_choice("--encoder", self.encoder, ENCODER_NAMES)
+        if self.decoder is not None:
+            check_choice("--decoder", self.decoder, DECODER_NAMES)
+
     def settings(self, data: str) -> tuple[ModelSettings, dict[str, Any]]:
         """Return the settings of the model, and the training settings of the preset, if it is used.
 
@@ -170,6 +182,12 @@ class LinkModelOptions(ArmModelOptions):
         str | None, typer.Option(help="Normalization in the decoder: batch, layer, graph or none. Default: batch.")
     ] = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option, norm in (("--encoder-norm", self.encoder_norm), ("--decoder-norm", self.decoder_norm)):
+            if norm is not None:
+                check_choice(option, norm, NORM_NAMES)
+
 
 @dataclass(frozen=True)
 class ArmTrainOptions:
@@ -183,7 +201,8 @@ class ArmTrainOptions:
     ] = None
     batch_size: Annotated[int, typer.Option(help="Number of edges in a mini-batch, positives plus negatives.")] = 512
     directions: Annotated[
-        int, typer.Option(help="How often an epoch uses each undirected edge: 2 (once per direction) or 1.")
+        int,
+        typer.Option(help="Uses of each undirected edge in an epoch: 2 (once in each direction) or 1."),
     ] = 2
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda:0.", callback=_check_device)] = "cpu"
 
@@ -216,10 +235,11 @@ class TrainOptions(ArmTrainOptions):
     ] = False
     learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 5e-3
 
+    def __post_init__(self) -> None:
+        parse_composition(self.composition, "--composition")
+
     def config(self, preset: Mapping[str, Any]) -> TrainConfig:
         """Return the settings of the training; see `ArmTrainOptions.config`."""
-        from suffice.link.batches.composition import parse_composition
-
         return super().config({"composition": parse_composition(self.composition), **preset})
 
 
@@ -237,6 +257,58 @@ class SeedOptions:
     def range(self) -> range:
         """Return the seeds."""
         return range(self.seed, self.seed + self.seeds)
+
+
+@dataclass(frozen=True)
+class SavedTrainingOptions:
+    """Where the training is saved."""
+
+    panel: ClassVar[str] = "Checkpoint"
+
+    save: Annotated[
+        Path | None,
+        typer.Option(help="New file for the training, such as run.safetensors, written after each epoch."),
+    ] = None
+    resume: Annotated[
+        Path | None, typer.Option(help="File of an interrupted training to go on with. It must exist.")
+    ] = None
+
+    def files(self) -> CheckpointFiles:
+        """Return the files to read and write."""
+        return CheckpointFiles(save=self.save, resume=self.resume)
+
+    def check(self, seeds: SeedOptions) -> None:
+        """Check that files to read exist, and that a file to write does not.
+
+        Raises:
+            ValueError: more than one file is given, a file to read is missing, or a file to write exists.
+
+        """
+        self.files().check(seeds.range(), load="--checkpoint", save="--save", resume="--resume")
+
+
+@dataclass(frozen=True)
+class CheckpointOptions(SavedTrainingOptions):
+    """The checkpoint of a trained model, or where its training is saved."""
+
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File of a trained model, which `link train --save` wrote. It must exist.")
+    ] = None
+
+    def files(self) -> CheckpointFiles:
+        """Return the files to read and write."""
+        return CheckpointFiles(self.checkpoint, self.save, self.resume)
+
+
+def check_arms(text: str) -> None:
+    """Check a comma-separated list of arms, without importing torch, which takes seconds.
+
+    Raises:
+        ValueError: an arm is unknown.
+
+    """
+    for key in split_commas(text):
+        check_arm("--arms", key)
 
 
 def parse_arms(text: str, default: tuple[Arm, ...]) -> tuple[Arm, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from suffice.link.auditing.audit import AuditReport
@@ -42,18 +43,31 @@ def study_table(results: StudyResults) -> Table:
 
 def audit_tables(report: AuditReport) -> Iterator[Table]:
     """Yield a table of the statistics of each set of edges, and one of the metrics in batches of each composition."""
+    from suffice.link.auditing.kappa_tau import LABELS, MEANINGS
     from suffice.link.auditing.metric_comparison import WAYS
 
     for name, part in report.parts.items():
-        table = Table("statistic", "mean [95 % interval]", title=f"{name} edges")
-        for statistic, interval in part.statistics.items():
-            table.add_row(statistic, escape(str(interval)))
+        table = Table(title=f"{name} edges", show_lines=True)
+        table.add_column("statistic", no_wrap=True)
+        table.add_column("mean [95 % interval]", no_wrap=True)
+        table.add_column("meaning", max_width=60)
+        for key, interval in part.statistics.items():
+            table.add_row(LABELS.get(key, key), escape(str(interval)), MEANINGS[key])
         yield table
         if compared := report.metrics.get(name):
             table = Table("scored in", *next(iter(compared.values())), title=f"Metrics of {name} edges")
             for way, values in compared.items():
                 table.add_row(WAYS[way], *(f"{value:.3f}" for value in values.values()))
             yield table
+
+
+def verdict_text(report: AuditReport) -> Text:
+    """Return the verdict: its level in bold, a sentence, what was measured, and what to do."""
+    verdict = report.verdict
+    text = Text.assemble((verdict.level, "bold"), f": {verdict.headline}")
+    for label, sentences in (("Measured", report.measured()), ("What to do", verdict.advice)):
+        text.append(f"\n  • {label}: {sentences}")
+    return text
 
 
 def row_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:

@@ -109,6 +109,14 @@ class AuditReport:
     couplings: tuple[Coupling, ...] = ()
     metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict[str, dict[str, dict[str, float]]])
 
+    def measured(self) -> str:
+        """Return sentences on what was measured: A_pure, τ and κ of each edge set, and the reasons of the verdict."""
+        numbers: list[str] = []
+        for name, part in self.parts.items():
+            a_pure, tau, kappa = (part.statistics[key].mean for key in ("a_pure", "tau", "kappa"))
+            numbers.append(f"On {name} edges, A_pure is {a_pure:.2f}, τ is {tau:.2f} and κ is {kappa:.2f}.")
+        return " ".join((*numbers, self.verdict.why))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a JSON-serializable dictionary."""
         return asdict(self)

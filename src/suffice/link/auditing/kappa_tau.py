@@ -23,6 +23,27 @@ from torch import Tensor
 from suffice.link.auditing.scoring import FRACTIONS, MIXED_FRACTIONS, Repeat
 from suffice.link.metrics import auc
 
+LABELS = {"a_pure": "A_pure", "tau": "τ (tau)", "kappa": "κ (kappa)"}
+"""Names of statistics for people; the others have the names of `compute_statistics`."""
+
+MEANINGS = {
+    "a_pure": "Accuracy in batches of only positives or only negatives. Without bias: that of balanced batches. A "
+    "model that compares an edge with the rest of its batch is at chance, 0.5.",
+    "tau": "How fast the fraction of edges that are predicted to be positive rises with the fraction of positives in "
+    "the batch. Without bias: the true-positive rate minus the false-positive rate.",
+    "kappa": "How far the scores of the same edges move as their batch fills with positives, in units of the gap "
+    "between positives and negatives. Without bias: 0.",
+    "rank_change": "Fraction of pairs of the same edges whose order changes with the batch. Without bias: 0.",
+    "eval_gap": "Difference of the scores in training and in eval mode, in units of the gap between positives and "
+    "negatives.",
+    "accuracy_balanced": "Accuracy in batches with as many positives as negatives.",
+    "accuracy_eval": "Accuracy in eval mode.",
+    "auc_pure": "AUC of positives scored in a batch of positives and negatives scored in a batch of negatives.",
+    "auc_balanced": "AUC in batches with as many positives as negatives.",
+    "auc_eval": "AUC in eval mode.",
+}
+"""What each statistic means, in a sentence or two."""
+
 
 def compute_statistics(repeat: Repeat, threshold: float) -> dict[str, float]:
     """Return every statistic of a repeat by name.

@@ -31,6 +31,14 @@ _SKILL_AUC = 0.75
 _ADDED_BY_PURE_BATCHES = 0.05  # to accuracy and AUC of balanced ones: some models only learn to recognize pure batches
 _RECOGNIZED_AUC = 0.6  # across pure batches: more is not the work of a wrong sign
 
+_HEADLINES = {
+    "unaffected": "The score of an edge does not depend on the composition of its batch.",
+    "no skill": "The model predicts links hardly better than chance, so that there is nothing to judge.",
+    "undecided": "It is not clear whether the score of an edge depends on the composition of its batch.",
+    "affected": "The score of an edge depends on the composition of its batch.",
+    "dominated": "What the model predicts for an edge depends mostly on the composition of its batch.",
+}
+
 _ADVICE = {
     "unaffected": "Nothing needs to be corrected.",
     "no skill": "Train the model, and check the labels and the sign of the scores, before you audit it.",
@@ -62,6 +70,11 @@ class Verdict:
     level: str
     why: str
     advice: str
+
+    @property
+    def headline(self) -> str:
+        """What the level means, in a sentence."""
+        return _HEADLINES[self.level]
 
     def __str__(self) -> str:
         return f"{self.level}: {self.why} {self.advice}"

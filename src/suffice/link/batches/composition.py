@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from suffice.arguments import check_int, check_number, did_you_mean
 
-from suffice.arguments import check_int, check_number
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 BatchCounts = tuple[int, int]  # (positives, negatives) of one batch
 
+_KINDS = ("fixed", "separate", "random")
 _ACCEPTED = "fixed:FRACTION, separate or random:LOW,HIGH"  # texts of compositions
 
 
@@ -130,6 +133,8 @@ class Random(Composition):
             raise ValueError(
                 f"batch_size must be large enough for at least one positive with high={self.high}, got {batch_size}"
             )
+        import torch  # takes seconds; the command line checks compositions without it
+
         batches: list[BatchCounts] = []
         remaining = num_positives
         while remaining:
@@ -148,8 +153,12 @@ class Random(Composition):
         return f"random:{self.low:g},{self.high:g}"
 
 
-def parse_composition(text: str) -> Composition:
+def parse_composition(text: str, argument: str = "composition") -> Composition:
     """Return the composition that a text describes: `fixed:0.5`, `separate` or `random:0.05,0.95`.
+
+    Args:
+        text: the composition.
+        argument: argument or option that gave it, for the error.
 
     Raises:
         ValueError: the text describes no composition.
@@ -167,10 +176,11 @@ def parse_composition(text: str) -> Composition:
         if kind == "random" and len(values) in (0, 2):
             return Random(*values)
     except ValueError as error:
-        raise ValueError(f"composition must be {_ACCEPTED}, got {text!r} ({error})") from None
+        raise ValueError(f"{argument} must be {_ACCEPTED}, got {text!r} ({error})") from None
     if kind == "separate" and not numbers:
         return Separate()
-    raise ValueError(f"composition must be {_ACCEPTED}, got {text!r}")
+    hint = did_you_mean(kind, _KINDS) if kind not in _KINDS else ""
+    raise ValueError(f"{argument} must be {_ACCEPTED}, got {text!r}{hint}")
 
 
 def balanced_weights(labels: Tensor) -> Tensor:
@@ -186,10 +196,13 @@ def balanced_weights(labels: Tensor) -> Tensor:
         ValueError: `labels` is empty or contains another value.
 
     Example:
+        >>> import torch
         >>> balanced_weights(torch.tensor([1.0, 0.0, 0.0, 0.0]))
         tensor([2.0000, 0.6667, 0.6667, 0.6667])
 
     """
+    import torch
+
     is_positive = labels == 1
     if labels.numel() == 0 or not bool((is_positive | (labels == 0)).all()):
         raise ValueError(f"labels must be a non-empty tensor of 0 and 1, got the values {labels.unique().tolist()}")

@@ -8,10 +8,8 @@ from typing import Any
 from suffice.link.batches.composition import Composition, Fixed, Random, Separate, parse_composition
 from suffice.link.models import ModelSettings
 from suffice.link.models.norms import NORMS
+from suffice.link.names import OWN_NORM, check_arm
 from suffice.link.train.config import TrainConfig
-
-OWN_NORM = "own"
-"""Value of `encoder_norm` and `decoder_norm` with which an arm keeps the norms of the model's settings."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Arm:
         name: `fixed`, `random`, `random+balanced`, `separate`, or any other name for a custom arm.
         composition: how many positives a mini-batch contains.
         balanced: whether both classes have the same total weight in the loss of each batch.
-        encoder_norm: `batch`, `layer`, `graph` or `none`, or `own` for that of the model's settings.
+        encoder_norm: `batch`, `layer`, `graph` or `none`, or `own` (`OWN_NORM`) for that of the model's settings.
         decoder_norm: the same choice for the decoder.
         learning_rate: learning rate of Adam; None for the learning rate of the study.
 
@@ -129,7 +127,7 @@ def parse_arm(key: str) -> Arm:
     encoder_norm, _, decoder_norm = norms.partition("-")
     decoder_norm = decoder_norm or encoder_norm
     if name not in _COMPOSITIONS:
-        raise ValueError(f"arm must be one of {', '.join(_COMPOSITIONS)}, a slash and a norm, got {key!r}")
+        check_arm("arm", key)
     for option, norm in (("encoder_norm", encoder_norm), ("decoder_norm", decoder_norm)):
         if norm != OWN_NORM:
             NORMS.check(option, norm)

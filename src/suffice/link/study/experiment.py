@@ -11,6 +11,7 @@ from suffice.link.auditing.audit import AuditReport
 from suffice.link.auditing.trained import audit_trained
 from suffice.link.data.graph import Graph, Split, SplitConfig, prepare_graph, split_edges, with_enough_negatives
 from suffice.link.models import LinkPredictor, ModelSettings
+from suffice.link.study.checkpoint_files import CheckpointFiles, file_of_seed
 from suffice.link.study.results import limit_interval
 from suffice.link.study.training import train_model
 from suffice.link.train.alignment import alignment, feature_alignment
@@ -72,50 +73,69 @@ class Experiment:
 
 
 def evaluate_seeds(
-    experiment: Experiment, seeds: Sequence[int], *, checkpoint: Path | None = None, on_epoch: OnEpoch | None = None
+    experiment: Experiment,
+    seeds: Sequence[int],
+    *,
+    save: Path | None = None,
+    resume: Path | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> list[dict[str, float]]:
     """Train a model with each seed, and return its metrics on the test edges, see `evaluate`.
 
     Args:
         experiment: what to train.
         seeds: seed of each repetition.
-        checkpoint: file to write after each epoch; with several seeds, `-SEED` is added to its stem.
+        save: new file to write after each epoch, see `CheckpointFiles`.
+        resume: checkpoint of a training that goes on.
         on_epoch: called with the result of each epoch.
 
+    Raises:
+        ValueError: the file to save exists, or the checkpoint to resume is missing.
+
     """
+    files = CheckpointFiles(save=save, resume=resume)
+    files.check(seeds)
     metrics: list[dict[str, float]] = []
     for seed in seeds:
-        path = _checkpoint_of_seed(checkpoint, seed, seeds)
+        path = files.training(seed, seeds)
         model, graph, split = experiment.fit(seed, checkpoint=path, on_epoch=on_epoch)
         metrics.append(evaluate(model, graph, split, experiment.split, experiment.train.k))
     return metrics
 
 
 def audit_seeds(
-    experiment: Experiment, seeds: Sequence[int], *, checkpoint: Path | None = None, on_epoch: OnEpoch | None = None
+    experiment: Experiment,
+    seeds: Sequence[int],
+    *,
+    checkpoint: Path | None = None,
+    save: Path | None = None,
+    resume: Path | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> list[AuditReport]:
     """Audit one model for each seed, and compare its metrics in batches of several compositions.
-
-    The model is that of the checkpoint if the file exists, else one that is trained now.
 
     Args:
         experiment: what to train. Only its graph matters if there is a checkpoint.
         seeds: seed of each repetition.
-        checkpoint: checkpoint of a trained model, or the file to write; with several seeds, `-SEED` is added to its
-            stem.
+        checkpoint: checkpoint of a trained model, see `CheckpointFiles`; None trains a model first.
+        save: new file to write after each epoch of this training.
+        resume: checkpoint of a training that goes on before the audit.
         on_epoch: called with the result of each epoch.
 
     Raises:
-        ValueError: A checkpoint is of a model that was trained on another graph.
+        ValueError: more than one file is given, the checkpoint or the file to resume is missing, the file to save
+            exists, or a checkpoint is of a model that was trained on another graph.
 
     """
+    files = CheckpointFiles(checkpoint, save, resume)
+    files.check(seeds, load="checkpoint")
     reports: list[AuditReport] = []
     for seed in seeds:
-        path = _checkpoint_of_seed(checkpoint, seed, seeds)
-        if path is not None and path.exists():
+        if files.load is not None:
+            path = file_of_seed(files.load, seed, seeds)
             reports.append(audit_checkpoint(path, experiment.graph, device=experiment.device, seed=seed))
         else:
-            model, graph, split = experiment.fit(seed, checkpoint=path, on_epoch=on_epoch)
+            model, graph, split = experiment.fit(seed, checkpoint=files.training(seed, seeds), on_epoch=on_epoch)
             batch_size = experiment.train.batch_size
             reports.append(audit_trained(model, graph, split, batch_size=batch_size, metrics=True, seed=seed))
     return reports
@@ -196,7 +216,3 @@ def mean_rows(repetitions: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
         bounds = {"low": interval.low, "high": interval.high} if interval.has_bounds else {"low": None, "high": None}
         rows.append({"metric": name, "mean": interval.mean, **bounds})
     return rows
-
-
-def _checkpoint_of_seed(path: Path | None, seed: int, seeds: Sequence[int]) -> Path | None:
-    return path if path is None or len(seeds) == 1 else path.with_name(f"{path.stem}-{seed}{path.suffix}")

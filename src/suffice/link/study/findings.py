@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from suffice.link.study.arms import OWN_NORM
+from suffice.link.names import OWN_NORM
 from suffice.link.study.published import published_table
 from suffice.link.study.results import ArmResults
 from suffice.study.results import Interval

@@ -9,17 +9,26 @@ from pathlib import Path
 from torch import Tensor
 
 from suffice.link.auditing.audit import AuditReport
+from suffice.link.auditing.kappa_tau import LABELS, MEANINGS
 from suffice.link.auditing.metric_comparison import WAYS
 from suffice.link.study.correct import load_stored_representations
 from suffice.link.study.demo import DemoResults, describe_results
 from suffice.link.study.figures import plot_audit, plot_embeddings, plot_response_curves
 from suffice.link.study.results import StudyResults, arm_key, collect_study, limit_interval
 from suffice.link.study.run_settings import REFERENCES
-from suffice.report import Figure, Page, Table, Text
+from suffice.report import Figure, Page, Result, Table, Text
 from suffice.study.results import Interval
 from suffice.study.store import Record
 
 _MAX_STUDIES = 4  # combinations of settings that a report shows
+
+_TONES = {
+    "unaffected": "good",
+    "no skill": "warning",
+    "undecided": "warning",
+    "affected": "warning",
+    "dominated": "bad",
+}
 
 _TABLE_METRICS = (
     "hits@100",
@@ -64,22 +73,31 @@ def audit_page(report: AuditReport, command: str) -> Page:
         command: command that makes the page.
 
     """
-    page = Page(title="Audit of a link predictor", summary=str(report.verdict), command=command)
+    verdict = report.verdict
+    page = Page(
+        title="Audit of a link predictor",
+        summary="How much does the score of an edge depend on the rest of its batch? Edges were scored in batches of "
+        f"up to {report.batch_size} edges with 0 to 100 % positives, {report.repeats} times.",
+        command=command,
+    )
+    points = [("Measured", report.measured()), ("What to do", verdict.advice)]
+    page.add(
+        "Verdict",
+        Result(f"{verdict.level[0].upper()}{verdict.level[1:]}.", verdict.headline, points, _TONES[verdict.level]),
+        Figure(
+            plot_audit(report),
+            caption="Accuracy against the fraction of positives in the batch. A model that judges each edge alone "
+            "gives a nearly straight line; one that bends down at both ends reads the batch.",
+            alt="Accuracy against the fraction of positives in the batch, one line for each set of edges.",
+            numbers=_response_table(report),
+        ),
+    )
     for name, part in report.parts.items():
-        rows = [[statistic, str(value)] for statistic, value in part.statistics.items()]
-        page.add(f"Statistics on {name} edges", Table(["statistic", "mean and 95 % interval"], rows))
+        rows = [[LABELS.get(key, key), str(value), MEANINGS[key]] for key, value in part.statistics.items()]
+        page.add(f"Statistics on {name} edges", Table(["statistic", "mean and 95 % interval", "meaning"], rows))
         if compared := report.metrics.get(name):
             rows = [[WAYS[way], *(f"{value:.3f}" for value in values.values())] for way, values in compared.items()]
             page.add(f"Metrics of {name} edges", Table(["scored in", *next(iter(compared.values()))], rows))
-    page.add(
-        "Response to the composition of the batch",
-        Figure(
-            plot_audit(report),
-            caption="Accuracy against the fraction of positives in the batch. Without composition bias, the line is "
-            "straight: it joins the accuracy on negatives and the accuracy on positives.",
-            alt="Accuracy against the fraction of positives in the batch, one line for each set of edges.",
-        ),
-    )
     layers = [[layer.name, layer.kind, layer.input_rows, layer.mixes_rows, layer.frozen] for layer in report.layers]
     if layers:
         page.add("Normalization layers", Table(["layer", "class", "input rows", "mixes rows", "frozen"], layers))
@@ -87,6 +105,17 @@ def audit_page(report: AuditReport, command: str) -> Page:
     if couplings:
         page.add("What couples the edges of a batch", Table(["module", "class", "norm layer"], couplings))
     return page
+
+
+def _response_table(report: AuditReport) -> Table:
+    """Return the accuracy of each edge set at each fraction of positives."""
+    curves = [part.curve for part in report.parts.values()]
+    rows = [
+        [f"{points[0].fraction:.0%}", *(str(point.accuracy) for point in points)]
+        for points in zip(*curves, strict=True)
+    ]
+    columns = ["positives in the batch", *(f"accuracy on {name} edges" for name in report.parts)]
+    return Table(columns, rows, "Mean and 95 % interval.")
 
 
 def metrics_page(title: str, graph: str, rows: Sequence[Mapping[str, object]], command: str) -> Page:

@@ -7,11 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from suffice.arguments import check_instances, check_int, check_names
+from suffice.arguments import check_instances, check_int, check_names, did_you_mean
 from suffice.link.data.datasets import load_graph
 from suffice.link.data.files import save_graph
 from suffice.link.data.graph import SplitConfig, prepare_graph
 from suffice.link.models import EncoderDecoderSettings, ModelSettings, get_model_settings, preset
+from suffice.link.names import REPRODUCED_MODELS
 from suffice.link.study.arms import Arm, parse_arm
 from suffice.link.study.results import ArmResults, collect_arms
 from suffice.link.study.run_kinds import CORRECT
@@ -21,9 +22,6 @@ from suffice.study.progress import ProgressCallback
 from suffice.study.runner import run_study
 from suffice.study.spec import PlannedRun
 from suffice.study.store import Store
-
-REPRODUCED_MODELS = ("gcn", "sage", "neognn", "elph", "buddy", "ncn", "ncnc")
-"""Models of the study; `gcn` and `sage` are encoders of the model `encoder-decoder`."""
 
 REPRODUCED_ARMS = tuple(parse_arm(f"{name}/batch") for name in ("fixed", "random", "random+balanced", "separate"))
 """Arms of the study."""
@@ -136,7 +134,8 @@ def model_and_training(
 
     """
     if name not in REPRODUCED_MODELS:
-        raise ValueError(f"models must be among {', '.join(REPRODUCED_MODELS)}, got {name!r}")
+        hint = did_you_mean(name, REPRODUCED_MODELS)
+        raise ValueError(f"models must be among {', '.join(REPRODUCED_MODELS)}, got {name!r}{hint}")
     if name in ("gcn", "sage"):
         norm = "none" if published_data else "batch"
         return EncoderDecoderSettings(encoder=name, hidden=hidden, encoder_norm=norm, decoder_norm=norm), {}
