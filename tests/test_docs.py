@@ -15,6 +15,7 @@ import subprocess
 import sys
 import unicodedata
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer
@@ -214,6 +215,21 @@ def test_navigation_lists_every_page():
     for name in generated - OTHER_GENERATED:
         folder = ROOT / "src" / "suffice" / name.removeprefix("reference/").removesuffix(".md").replace("-", "/")
         assert (folder / "__init__.py").exists(), name
+
+
+def test_pages_of_packages_begin_with_their_main_class(monkeypatch):
+    files = ModuleType("mkdocs.structure.files")
+    files.File = object  # only used to build the site, whose packages need not be installed here
+    for name, module in (("mkdocs", ModuleType("mkdocs")), ("mkdocs.structure", ModuleType("mkdocs.structure"))):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, files.__name__, files)
+    hooks = runpy.run_path(str(DOCS / "hooks" / "reference.py"))
+    exported = {
+        name for package in ("kv", "link", "information", "study", "report") for name in hooks["_exports"](package)
+    }
+    for package in hooks["_packages"]():
+        first = re.search("^::: (.*)$", hooks["package_page"](package, exported), flags=re.MULTILINE)[1]
+        assert first.rpartition(".")[2] == hooks["_MAIN"][package], package
 
 
 def anchors(text):

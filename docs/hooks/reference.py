@@ -24,13 +24,21 @@ _MAIN = {
     "suffice.kv": "CompressedCache",
     "suffice.kv.attention": "AttentionHook",
     "suffice.kv.budget": "Allocation",
-    "suffice.kv.cache": "CacheReport",
-    "suffice.kv.eval": "evaluate",
+    "suffice.kv.cache": "CompressedLayer",
+    "suffice.kv.eval": "Comparison",
+    "suffice.kv.eval.tasks": "make_example",
+    "suffice.kv.hf": "PackagedModel",
     "suffice.kv.policy": "AttentionStats",
     "suffice.kv.policy.weights": "Weights",
     "suffice.kv.storage": "Storage",
     "suffice.link": "audit",
+    "suffice.link.auditing": "AuditReport",
+    "suffice.link.batches": "Composition",
+    "suffice.link.data": "Graph",
     "suffice.link.models": "LinkPredictor",
+    "suffice.link.sparse": "Adjacency",
+    "suffice.link.study": "Experiment",
+    "suffice.link.train": "TrainResult",
     "suffice.study": "Spec",
     "suffice.report": "Page",
 }
@@ -70,10 +78,17 @@ def _pages_of(nav: Any) -> Iterator[str]:
 def policies_page() -> str:
     """Return the page of policies and allocations, from the registry."""
     from suffice.kv import DEFAULT_POLICY, allocations, policies
+    from suffice.kv.policy.names import POLICY_USES
 
     described = [(policy, policy.describe()) for policy in policies().values()]
     lines = [
         "# Policies and allocations",
+        "## Which one?",
+        f"Start with `{DEFAULT_POLICY}`, the default. [Choose a policy and a budget]"
+        "(../how-to/choose-policy-and-budget.md) decides in five questions.",
+        "| policy | when to use it |\n|---|---|\n"
+        + "\n".join(f"| [`{name}`](#{_anchor(name)}) | {POLICY_USES[name]} |" for name in policies()),
+        "## Parts",
         "A policy selects the entries of a KV cache that are kept. It is a product of *weights* (how likely is an "
         "entry to be read?), *directions* (how does it move the output?) and an *estimator* (how is its share of the "
         f"capacity approximated?). The default is `{DEFAULT_POLICY}`. "

@@ -1,6 +1,8 @@
 """Answers from compressed caches: how they compare with the full cache, and whether they are complete."""
 
 import json
+import re
+from html import unescape
 
 import pytest
 import torch
@@ -120,9 +122,27 @@ def test_the_page_shows_both_answers_and_where_they_stopped(loaded, document):
     found, report = answer(*loaded, document, "Who?", compare_full=True, **options)
     html = answer_page(found, report, "suffice kv generate").to_html()
     sections = {title: html.index(f"<h2>{title}</h2>") for title in ("Answer", "Answer of the full cache")}
-    assert html.index(str(escape(found.comparison()))) < sections["Answer"] < sections["Answer of the full cache"]
+    places = [sections["Answer"], html.index(str(escape(found.comparison()))), sections["Answer of the full cache"]]
+    assert places == sorted(places)
+    assert '<div class="result warning">' in html
     assert f"<p>{escape(found.answer)}</p>" in html
     assert f"<p>{escape(found.full_answer)}</p>" in html
     assert html.count("<p>The answer stopped at the maximum number of new tokens.</p>") == 2
     alone, report = answer(*loaded, document, "Who?", **options)
     assert "full cache gives" not in answer_page(alone, report, "suffice kv generate").to_html()
+
+
+def test_the_page_shows_the_whole_prompt_and_marks_the_question(loaded, document):
+    model, reader = loaded
+    found, report = answer(model, reader, document, "Who is it?", policy="h2o", budget=20, max_new_tokens=2)
+    html = answer_page(found, report, "suffice kv generate").to_html()
+    kept = html.split('<div class="kept">')[1].split("</section>")[0]
+    document_html, question_html = kept.split('<div class="marked" id="marked"><b>question:</b>')
+    question = unescape(re.sub("<[^>]*>", "", question_html.split("</div>")[0]))
+    assert unescape(re.sub("<[^>]*>", "", document_html)) == document
+    assert question.split() == ["Question:", "Who", "is", "it?", "Answer:"]
+    assert 'href="#marked"' in html
+    assert "max-height: 30rem" not in html  # a box of its own would hide the end of the prompt on paper
+    plain, report = answer(model, reader, document, policy="h2o", budget=20, max_new_tokens=2)
+    assert plain.question_start is None
+    assert 'id="marked"' not in answer_page(plain, report, "suffice kv generate").to_html()

@@ -232,3 +232,22 @@ def test_invalid_arguments_are_rejected(arguments, words):
 def test_budgets_on_the_command_line():
     assert [parse_budget(text) for text in ("500", "0.25", "25%", "1.0")] == [500, 0.25, 0.25, 1.0]
     assert isinstance(parse_budget("1"), int)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        ("Repo id must be in the form 'a/b': 'x'. Use `repo_type` argument if needed.", "cannot be found or read"),
+        ("We couldn't connect to 'https://hub'.", "is not stored here, and Hugging Face cannot be reached"),
+        ("You are trying to access a gated repo.", "needs a login at Hugging Face: hf auth login"),
+    ],
+)
+def test_errors_of_transformers_are_told_in_words_of_this_package(monkeypatch, error, reason):
+    def fail(*_, **__):
+        raise OSError(error)
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(ValueError, match="known model id") as refused:
+        load_model("gemma3-270")
+    accepted = "model must be a folder with a model or a known model id"
+    assert str(refused.value) == f"{accepted}, got 'gemma3-270', which {reason}. Did you mean 'gemma3-270m'?"

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import suffice
-from suffice.cli.console import report_errors, report_interrupt
+from suffice.cli.console import report_errors, report_interrupt, suggest_option
 
 
 class _Command(NamedTuple):
@@ -62,8 +62,13 @@ class _LazyCommands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command, and print a message on Ctrl-C, which Typer would not do."""
-        with report_interrupt():
+        with report_interrupt(), suggest_option():
             return super().invoke(ctx)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the options before the command."""
+        with suggest_option():
+            return super().parse_args(ctx, args)
 
 
 app = typer.Typer(

@@ -68,6 +68,19 @@ def report_interrupt() -> Generator[None]:
 
 
 @contextmanager
+def suggest_option() -> Generator[None]:
+    """If an option is unknown, suggest the most similar one in the same words as for all other names."""
+    try:
+        yield
+    except Exception as error:
+        similar = getattr(error, "possibilities", None)
+        if getattr(error, "option_name", None) and similar:
+            error.message = f"{error.message}. Did you mean {similar[0]!r}?"  # pyright: ignore[reportAttributeAccessIssue]
+            error.possibilities = []  # pyright: ignore[reportAttributeAccessIssue]
+        raise
+
+
+@contextmanager
 def step_progress() -> Generator[Callable[[str], None]]:
     """Yield a function that shows the current step: beside a spinner on a terminal, otherwise as a line."""
     if not err.is_terminal:

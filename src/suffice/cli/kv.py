@@ -14,11 +14,11 @@ from suffice.cli.console import out, print_json, print_table, print_text, step_p
 from suffice.cli.kv_evaluate import compare_caches, tune_budget
 from suffice.cli.kv_generate import generate
 from suffice.cli.kv_options import ModelOptions
-from suffice.cli.kv_tables import policy_table, profile_table
+from suffice.cli.kv_tables import policy_parts_table, policy_table, profile_table
 from suffice.cli.options import JsonOption, expand_options
 from suffice.files import read_text
 from suffice.kv.budget.profile import MIN_TOKENS
-from suffice.kv.policy.names import DEFAULT_POLICY
+from suffice.kv.policy.names import ALLOCATION_NAMES, DEFAULT_POLICY
 
 app = typer.Typer(
     help="Compress the KV cache of a language model, and measure what is lost.",
@@ -112,18 +112,27 @@ app.command("tune")(tune_budget)
 
 
 @app.command("policies")
-def list_policies(as_json: JsonOption = False) -> None:
-    """List the policies and the allocations."""
-    from suffice.kv.policy.registry import allocations, policies
+def list_policies(
+    long: Annotated[bool, typer.Option("--long", help="Show the parts that each policy is made of.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List the policies: when to use each, and its paper; and the allocations."""
+    names = ", ".join(ALLOCATION_NAMES)
+    if long or as_json:
+        from suffice.kv.policy.registry import allocations, policies  # imports torch, which takes seconds
 
-    descriptions = [policy.describe() for policy in policies().values()]
-    splits = {name: str(allocation) for name, allocation in allocations().items()}
-    if as_json:
-        print_json({"default": DEFAULT_POLICY, "policies": descriptions, "allocations": splits})
-        return
-    print_table(policy_table(descriptions))
-    out.print(
-        f"The default is {DEFAULT_POLICY}. Papers are given by their numbers at arXiv or OpenReview.", highlight=False
-    )
-    names = ", ".join(name if name == text else f"{name} ({text})" for name, text in splits.items())
+        descriptions = [policy.describe() for policy in policies().values()]
+        splits = {name: str(allocation) for name, allocation in allocations().items()}
+        if as_json:
+            print_json({"default": DEFAULT_POLICY, "policies": descriptions, "allocations": splits})
+            return
+        print_table(policy_parts_table(descriptions))
+        names = ", ".join(name if name == text else f"{name} ({text})" for name, text in splits.items())
+    else:
+        print_table(policy_table())
+    out.print(f"The default is {DEFAULT_POLICY}. Papers have their numbers at arXiv or OpenReview.", highlight=False)
     out.print(f"Allocations that any policy can use: {names}.", highlight=False)
+    if not long:
+        out.print(
+            "Details: suffice kv policies --long. Your own prompts decide best: suffice kv tune.", highlight=False
+        )

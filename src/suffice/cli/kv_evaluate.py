@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 import typer
+from rich.text import Text
 
-from suffice.cli.console import command_line, print_json, print_table, print_text
+from suffice.cli.console import command_line, out, print_json, print_table, print_text
 from suffice.cli.kv_options import AwareOption, CacheGridOptions, ModelOptions
-from suffice.cli.kv_tables import comparison_table, trial_table
-from suffice.cli.options import ExecutionOptions, FigureOptions, JsonOption, expand_options, split_commas
+from suffice.cli.kv_tables import comparison_table, tuning_table
+from suffice.cli.options import ExecutionOptions, FigureOptions, OutputOptions, expand_options, split_commas
 from suffice.cli.study_progress import study_progress
 from suffice.files import check_suffix, read_text
+from suffice.kv.eval.task_names import parse_task
 from suffice.kv.policy.names import DEFAULT_POLICY, OWN_ALLOCATION
 from suffice.kv.storage.quantization import format_bits
 
@@ -49,22 +51,19 @@ class TaskOptions:
         int, typer.Option(help="Number of greedy tokens to compare with those of the full cache; 0 for none.")
     ] = 0
 
+    def __post_init__(self) -> None:  # checks what it can without importing torch, which takes seconds
+        self.parsed_tasks()
+        if self.haystack is not None:
+            read_text(self.haystack, "--haystack")
+
     def parsed_tasks(self) -> list[tuple[str, str]]:
         """Return pairs of a task and a mode.
 
         Raises:
-            ValueError: a task is unknown.
+            ValueError: a task or a mode is unknown.
 
         """
-        from suffice.kv.eval.tasks import TASKS, task_modes
-
-        pairs: list[tuple[str, str]] = []
-        for item in split_commas(self.tasks):
-            task, _, mode = item.partition(":")
-            if task not in TASKS:
-                raise ValueError(f"--tasks must be among {', '.join(TASKS)}, got {task!r}")
-            pairs += [(task, mode)] if mode else [(task, each) for each in task_modes(task)]
-        return pairs
+        return [pair for item in split_commas(self.tasks) for pair in parse_task(item, "--tasks")]
 
 
 @expand_options
@@ -110,6 +109,11 @@ def compare_caches(
     if output.as_json:
         print_json(comparison.to_dict())
     else:
+        from suffice.kv.eval.cache_scores import main_result, samples_warning
+
+        out.print(Text(main_result(comparison), style="bold"), soft_wrap=True)
+        if warning := samples_warning(comparison):
+            out.print(Text(f"Warning: {warning}", style="yellow"), soft_wrap=True)
         print_table(comparison_table(comparison))
         print_text(comparison.summary())
     if parquet is not None:
@@ -163,7 +167,9 @@ class TargetOptions:
     target_agreement: Annotated[
         float | None, typer.Option(help="Minimum mean share of greedy tokens that equal those of the full cache.")
     ] = None
-    confidence: Annotated[float, typer.Option(help="Confidence level of the result.")] = 0.95
+    confidence: Annotated[
+        float, typer.Option(help="Confidence that the cache meets the target, above 0.5 and below 1.")
+    ] = 0.95
 
     def check(self) -> None:
         """Check that one target is given.
@@ -185,7 +191,8 @@ def tune_budget(
     caches: CacheGridOptions = _TUNED_CACHES,
     model: ModelOptions,
     execution: ExecutionOptions,
-    as_json: JsonOption = False,
+    output: OutputOptions,
+    trials: Annotated[bool, typer.Option("--trials", help="Also show every cache that was tried.")] = False,
 ) -> None:
     """Find the smallest cache that stays close enough to the full cache on your own prompts.
 
@@ -215,12 +222,22 @@ def tune_budget(
             model=model.source(),
             run=RunOptions(execution.folder, execution.workers, on_progress, command_line()),
         )
-    if as_json:
+    if output.as_json:
         print_json(result.to_dict())
     else:
-        print_table(trial_table(result))
-        print_text(result.summary())
+        out.print(Text(result.verdict(), style="bold"), soft_wrap=True)
+        if warning := result.warning():
+            out.print(Text(f"Warning: {warning}", style="yellow"), soft_wrap=True)
         if result.best is not None:
             print_text("\n" + result.code())
+        title = f"{result.num_prompts} prompts, target {result.describe_target()}"
+        print_table(tuning_table(*result.policy_rows(), title=f"The smallest safe cache of each policy: {title}"))
+        if trials:
+            print_table(tuning_table(*result.trial_rows(), title=f"All caches that were tried: {title}"))
+        out.print(Text(result.explain_columns(), style="dim"))
+    if output.report is not None:
+        from suffice.kv.eval.report_sections import tuning_page
+
+        tuning_page(result, command_line()).save(output.report)
     if result.best is None:
         raise typer.Exit(1)

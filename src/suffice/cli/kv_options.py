@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
+from suffice.arguments import check_choice, did_you_mean
 from suffice.cli.options import split_commas
 from suffice.kv.budget.memory_limit import parse_memory
 from suffice.kv.budget.protection import Protection
-from suffice.kv.hf.packaged_models import DEFAULT_MODEL
+from suffice.kv.hf.packaged_models import DEFAULT_MODEL, PACKAGED_MODELS
 from suffice.kv.policy.names import (
     ALLOCATION_NAMES,
     DEFAULT_POLICY,
@@ -43,6 +45,17 @@ class ModelOptions:
     attn: Annotated[str, typer.Option(help="Attention implementation, such as sdpa, eager or flash_attention_2.")] = (
         "sdpa"
     )
+
+    def __post_init__(self) -> None:  # checks what it can without importing torch, which takes seconds
+        is_path = self.model.startswith((".", "/", "~")) or self.model.count("/") > 1
+        if is_path and not Path(self.model).is_dir():
+            raise ValueError(
+                f"--model must be a folder with a model or a known model id, got {self.model!r}, which is no folder"
+            )
+        is_known = self.model in PACKAGED_MODELS or "/" in self.model or Path(self.model).exists()
+        if not is_known and (hint := did_you_mean(self.model, PACKAGED_MODELS, str.lower)):
+            raise ValueError(f"--model must be a folder with a model or a known model id, got {self.model!r}{hint}")
+        check_choice("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
 
     def source(self) -> ModelSource:
         """Return the source of the model."""
@@ -284,12 +297,18 @@ def parse_budget(text: str, option: str = "--budget") -> float:
     """
     try:
         if text.endswith("%"):
-            return float(text[:-1]) / 100
-        return float(text) if any(mark in text for mark in ".e") else int(text)
+            budget = float(text[:-1]) / 100
+        else:
+            budget = float(text) if any(mark in text for mark in ".e") else int(text)
     except ValueError:
+        budget = 0
+    is_too_large = isinstance(budget, float) and budget > 1
+    if is_too_large or not budget > 0:
+        largest = ". The largest fraction is 1.0 or 100%" if is_too_large else ""
         raise ValueError(
-            f"{option} must be a number of tokens (500), a fraction (0.25) or a percentage (25%), got {text!r}"
-        ) from None
+            f"{option} must be a number of tokens (500), a fraction (0.25) or a percentage (25%), got {text!r}{largest}"
+        )
+    return budget
 
 
 def parse_memory_option(text: str) -> int | float:

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.table import Table
 
 from suffice.kv.budget.memory_limit import format_memory
+from suffice.kv.policy.names import POLICY_NAMES, POLICY_PAPERS, POLICY_USES
 from suffice.kv.storage.quantization import Bits, format_bits
 
 if TYPE_CHECKING:
     from suffice.kv.budget.profile import Profile
     from suffice.kv.eval.compare import Comparison
-    from suffice.kv.eval.tune import TuningResult
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -24,10 +25,10 @@ def comparison_table(comparison: Comparison) -> Table:
     """
     # Imported here, because other commands do not need it.
     from suffice.kv.eval.cache_grid import format_size
-    from suffice.kv.eval.compare import Condition
+    from suffice.kv.eval.compare import Condition, metric_interval
 
     samples = comparison.settings["samples"]
-    table = Table(title=f"KL to the full cache, nats per token: mean of {samples} samples ± half of the 95 % interval")
+    table = Table(title=f"KL to the full cache, nats per token: mean of {samples} samples [95 % interval]")
     table.add_column("method", no_wrap=True)
     bits_column = ("bits",) if comparison.is_quantized else ()
     bytes_column = ("bytes",) if comparison.is_quantized or comparison.has_limits else ()
@@ -42,11 +43,7 @@ def comparison_table(comparison: Comparison) -> Table:
         for size in sizes:
             budget, bits, memory = size
             conditions = [Condition(*task, *size) for task in tasks]
-            intervals = [comparison.group(method, condition).interval("kl") for condition in conditions]
-            cells = [
-                f"{interval.mean:.3f}" + (f" ± {interval.high - interval.mean:.3f}" if samples > 1 else "")
-                for interval in intervals
-            ]
+            cells = [escape(str(metric_interval(comparison.group(method, each), "kl"))) for each in conditions]
             label = format_size(budget, None, None) if memory is None else format_memory(memory)
             if bytes_column:
                 share = fmean(comparison.share_of_bytes(method, condition) for condition in conditions)
@@ -62,30 +59,14 @@ def _bits_cell(bits: Bits | None, memory: float | None) -> str:
     return "chosen" if bits is None and memory is not None else format_bits(bits)
 
 
-def trial_table(result: TuningResult) -> Table:
-    """Return a table of the trials of `tune`."""
-    metric = "KL" if result.metric == "kl" else "agreement"
-    table = Table(title=f"{result.num_prompts} prompts, target {metric} {result.target:g}")
-    is_quantized = any(trial.bits is not None for trial in result.trials)
-    size = "budget" if result.closest.memory is None else "memory"
-    has_repair = any(trial.repair for trial in result.trials)
-    extra = (*(("bits",) if is_quantized else ()), *(("repair",) if has_repair else ()))
-    for column in ("policy", "allocation", size, *extra, f"mean {metric}", "bound", "on target", "MB", "safe"):
+def tuning_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
+    """Return a table of caches that `tune` tried."""
+    table = Table(title=title)
+    for column in columns:
         is_text = column in ("policy", "allocation")
         table.add_column(column.replace(" ", "\n"), justify="left" if is_text else "right", no_wrap=True)
-    for trial in result.trials:
-        table.add_row(
-            trial.policy,
-            trial.allocation,
-            f"{trial.budget:g}" if trial.memory is None else format_memory(trial.memory),
-            *((_bits_cell(trial.bits, trial.memory),) if is_quantized else ()),
-            *(("yes" if trial.repair else "no",) if has_repair else ()),
-            f"{trial.mean:.4f}",
-            f"{trial.bound:.4f}",
-            f"{trial.within:.0%}",
-            f"{trial.bytes / 1e6:.1f}",
-            "yes" if trial.safe else "no",
-        )
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -100,7 +81,18 @@ def profile_table(profile: Profile) -> Table:
     return table
 
 
-def policy_table(descriptions: Sequence[Mapping[str, str]]) -> Table:
+def policy_table() -> Table:
+    """Return a table of the policies with 80 columns at most: when to use each, and its paper."""
+    table = Table(title="Policies")
+    table.add_column("name", no_wrap=True)
+    table.add_column("when to use it", max_width=40)
+    table.add_column("paper", max_width=11, overflow="fold")
+    for name in POLICY_NAMES:
+        table.add_row(name, POLICY_USES[name], POLICY_PAPERS[name])
+    return table
+
+
+def policy_parts_table(descriptions: Sequence[Mapping[str, str]]) -> Table:
     """Return a table of the parts of each policy."""
     table = Table(title="Policies: weights × directions × estimator")
     for column in ("name", "weights", "directions", "estimator", "paper"):

@@ -17,7 +17,14 @@ from suffice.kv.eval.samples import check_memory
 from suffice.kv.hf.loading import ModelSource
 from suffice.kv.policy.names import DEFAULT_POLICY, OWN_ALLOCATION
 from suffice.kv.storage.quantization import Bits, shortest_bits
-from suffice.study.results import Group, group_records, summarize
+from suffice.study.results import (
+    Group,
+    Interval,
+    bootstrap_interval,
+    group_records,
+    mean_interval,
+    summarize,
+)
 from suffice.study.spec import PlannedRun
 
 DEFAULT_TASKS = (("text", "continuation"), ("multikey", "agnostic"), ("multikey", "aware"))
@@ -80,9 +87,11 @@ class Comparison:
         return any(group.settings.get("repair") for group in self.groups)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the mean and the 95 % t interval over samples of every metric of every cache."""
+        """Return the mean and the 95 % bootstrap interval over samples of every metric of every cache."""
         optional = {"bits": self.is_quantized, "memory": self.has_limits, "repair": self.has_repair}
         rows = summarize(self.groups, (*_COLUMNS, *(name for name, is_given in optional.items() if is_given)))
+        intervals = (metric_interval(group, metric) for group in self.groups for metric in group.values)
+        rows = [{**row, **asdict(interval)} for row, interval in zip(rows, intervals, strict=True)]
         return [{**row, "repair": bool(row["repair"])} for row in rows] if self.has_repair else rows
 
     def share_of_bytes(self, method: str, condition: Condition | tuple[str, str, float]) -> float:
@@ -207,6 +216,16 @@ class Comparison:
 
     def _compressed(self) -> list[Group]:
         return [group for group in self.groups if group.settings["policy"] != "full"]
+
+
+def metric_interval(group: Group, metric: str) -> Interval:
+    """Return the mean of a metric over samples and its 95 % bootstrap interval.
+
+    The interval lies between the smallest and the largest value. Student's t interval would also contain values that
+    the metric cannot have, such as a negative KL divergence. There is no interval with a single sample.
+    """
+    values = list(group.values[metric].values())
+    return mean_interval(values) if len(values) == 1 else bootstrap_interval(values)
 
 
 def compare(

@@ -10,9 +10,11 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from suffice.kv.cache.report import CacheReport, describe_quantization
 from suffice.kv.eval.answer import Answer
 from suffice.kv.eval.cache_grid import describe_size, format_size, repair_suffix
-from suffice.kv.eval.compare import Comparison, Condition
+from suffice.kv.eval.cache_scores import cache_scores, main_result, samples_warning
+from suffice.kv.eval.compare import Comparison, Condition, metric_interval
+from suffice.kv.eval.tune import TuningResult
 from suffice.kv.storage.quantization import bits_suffix, format_bits
-from suffice.report import Figure, KeptText, LinePoint, Page, Table, Text, line_plot
+from suffice.report import Code, Figure, KeptText, LinePoint, Page, Result, Table, Text, line_plot
 from suffice.study.results import group_records
 from suffice.study.run_key import canonical_json
 from suffice.study.store import Record
@@ -20,19 +22,18 @@ from suffice.study.store import Record
 
 def answer_page(answer: Answer, report: CacheReport, command: str) -> Page:
     """Return the page of an answer: its text, the prompt tokens that were kept, and the entries kept by each head."""
-    size = f"{report}{bits_suffix(answer.bits)}{repair_suffix(answer.repair)}"
     page = Page(
         title="An answer from a compressed cache",
-        summary=f"{answer.comparison()} {size}".strip(),
+        summary=f"{report}{bits_suffix(answer.bits)}{repair_suffix(answer.repair)}",
         command=command,
     )
-    page.add("Answer", *_answer_blocks(answer.answer, answer.is_complete))
+    news: list[Result] = []
+    if answer.differs is not None:
+        word, tone = ("Another answer.", "warning") if answer.differs else ("The same answer.", "good")
+        news = [Result(word, answer.comparison(), tone=tone)]
+    page.add("Answer", *news, *_answer_blocks(answer.answer, answer.is_complete))
     if answer.full_answer is not None:
         page.add("Answer of the full cache", *_answer_blocks(answer.full_answer, bool(answer.full_is_complete)))
-    texts, shares = zip(*answer.token_shares, strict=True)
-    settings = f"{answer.policy}, {describe_size(answer.budget, answer.bits, answer.memory, answer.repair)}"
-    caption = f"The prompt under {settings}. Darker tokens were kept by more heads."
-    page.add("Tokens of the prompt that were kept", KeptText(texts, shares, caption))
     layers = sorted({head.layer for head in report.heads})
     heads = sorted({head.head for head in report.heads})
     kept = {(head.layer, head.head): head.tokens_kept for head in report.heads}
@@ -45,12 +46,18 @@ def answer_page(answer: Answer, report: CacheReport, command: str) -> Page:
         "Entries kept by layer and head",
         Figure(
             report.figure(),
-            caption="Entries kept and share of the capacity retained, by layer and head.",
+            caption="A cell is a head of a layer. Yellow cells have the largest numbers, dark blue cells the smallest: "
+            "above, the number of entries kept; below, if it was measured, the share of the capacity that they carry.",
             alt="Heat maps of the entries kept; rows are layers, columns are heads.",
             numbers=numbers,
         ),
     )
     page.add("Bytes kept by layer", _bytes_by_layer(report))
+    # At the end, because the whole prompt is shown, whatever its length.
+    texts, shares = zip(*answer.token_shares, strict=True)
+    settings = f"{answer.policy}, {describe_size(answer.budget, answer.bits, answer.memory, answer.repair)}"
+    caption = f"The whole prompt under {settings}. The stronger the shade of a token, the more heads kept it."
+    page.add("Tokens of the prompt that were kept", KeptText(texts, shares, caption, answer.question_start))
     return page
 
 
@@ -78,11 +85,11 @@ def _bytes_by_layer(report: CacheReport) -> Table:
 
 def comparison_page(comparison: Comparison, command: str) -> Page:
     """Return the page of a comparison: ranks, KL, trade-off curves, scores, capacity and paired differences."""
-    best = next(iter(comparison.mean_ranks()))
+    samples = comparison.settings["samples"]
     page = Page(
-        title="How close compressed caches stay to the full cache",
-        summary=f"{best} has the best mean rank of {len(comparison.methods)} methods, over "
-        f"{len(comparison.conditions)} conditions with {comparison.settings['samples']} samples each.",
+        title="Which cache answers right at which bytes",
+        summary=f"{len(comparison.methods)} methods under {len(comparison.conditions)} conditions, with {samples} "
+        f"sample{'s' * (samples != 1)} each.",
         command=command,
     )
     add_comparison(page, comparison)
@@ -115,7 +122,8 @@ def add_records(page: Page, records: Sequence[Record], folder: Path) -> None:
 
 
 def add_comparison(page: Page, comparison: Comparison) -> None:
-    """Add the sections of a comparison to a page."""
+    """Add the sections of a comparison to a page; which cache answers right at which bytes comes first."""
+    _add_main_result(page, comparison)
     _add_kl(page, comparison)
     _add_bytes(page, comparison)
     for task, mode in dict.fromkeys((condition.task, condition.mode) for condition in comparison.conditions):
@@ -130,6 +138,40 @@ def add_comparison(page: Page, comparison: Comparison) -> None:
     _add_scores(page, comparison)
     _add_capacity(page, comparison)
     _add_differences(page, comparison)
+
+
+def _add_main_result(page: Page, comparison: Comparison) -> None:
+    scores = cache_scores(comparison)
+    ranks = comparison.mean_ranks()
+    best, rank = next(iter(ranks.items()))
+    points = [
+        ("Closest to the full cache", f"{best}, with a mean rank of {rank:.1f} among {len(ranks)} methods by KL.")
+    ]
+    if warning := samples_warning(comparison):
+        points.append(("Few samples", warning))
+    has_answer = any(score.is_as_good for score in scores)
+    word = "Found." if has_answer else "No." if scores[0].score is not None else "Closest."
+    tone = "warning" if warning or not has_answer else "good"
+    columns = ["cache", "bytes kept", "answers right", "full cache", "KL"]
+    rows = [
+        [
+            score.name,
+            f"{score.share_of_bytes:.1%}",
+            "" if score.score is None else f"{score.score:.0%}",
+            "" if score.full_score is None else f"{score.full_score:.0%}",
+            f"{score.kl:.3f}",
+        ]
+        for score in scores
+    ]
+    caption = (
+        "From the fewest bytes to the most. Answers right: share of the references that the answers contain. KL: "
+        "divergence from the full cache, nats per token. All are means over the tasks."
+    )
+    page.add(
+        "Which cache answers right?",
+        Result(word, main_result(comparison), points, tone),
+        Table(columns, rows, caption),
+    )
 
 
 def plot_trade_off(comparison: Comparison, task: str | None = None, mode: str | None = None) -> MatplotlibFigure:
@@ -147,7 +189,7 @@ def plot_trade_off(comparison: Comparison, task: str | None = None, mode: str | 
     series: dict[str, list[LinePoint]] = {}
     for method in comparison.methods:
         for condition in conditions:
-            kl = comparison.group(method, condition).interval("kl")
+            kl = metric_interval(comparison.group(method, condition), "kl")
             point = LinePoint(comparison.share_of_bytes(method, condition), kl.mean, kl.low, kl.high)
             name = method if condition.bits is None else f"{method}/{format_bits(condition.bits)} bits"
             series.setdefault(name, []).append(point)
@@ -160,16 +202,32 @@ def plot_trade_off(comparison: Comparison, task: str | None = None, mode: str | 
     )
 
 
+def tuning_page(result: TuningResult, command: str) -> Page:
+    """Return the page of `tune`: the recommended cache and its program, a row for each policy, and all trials."""
+    page = Page(
+        title="The smallest cache that is close enough",
+        summary=f"Caches on {result.num_prompts} of your prompts, at a target of {result.describe_target()}.",
+        command=command,
+    )
+    points = [("Few prompts", result.warning())] if result.warning() else []
+    word, tone = ("No cache.", "bad") if result.best is None else ("Found.", "warning" if points else "good")
+    blocks = [] if result.best is None else [Code(result.code())]
+    page.add("Recommended cache", Result(word, result.verdict(), points, tone), *blocks)
+    page.add("The smallest safe cache of each policy", Table(*result.policy_rows(), caption=result.explain_columns()))
+    page.add("All caches that were tried", Table(*result.trial_rows()))
+    return page
+
+
 def _add_kl(page: Page, comparison: Comparison) -> None:
     rows = [
         [
             method,
-            *(str(comparison.group(method, condition).interval("kl")) for condition in comparison.conditions),
+            *(str(metric_interval(comparison.group(method, condition), "kl")) for condition in comparison.conditions),
             f"{rank:.2f}",
         ]
         for method, rank in comparison.mean_ranks().items()
     ]
-    caption = f"Nats per token, mean and 95 % t interval of {comparison.settings['samples']} samples."
+    caption = f"Nats per token, mean and 95 % bootstrap interval of {comparison.settings['samples']} samples."
     headers = ["method", *map(_condition_text, comparison.conditions), "mean rank"]
     page.add("KL to the full cache", Table(headers, rows, caption))
 
@@ -191,10 +249,10 @@ def _add_scores(page: Page, comparison: Comparison) -> None:
         return
     groups = [comparison.group(best, condition) for condition in scored]
     rows = [
-        [method, *(str(comparison.group(method, condition).interval("score")) for condition in scored)]
+        [method, *(str(metric_interval(comparison.group(method, condition), "score")) for condition in scored)]
         for method in comparison.methods
     ]
-    rows.append(["full cache", *(str(group.interval("full_score")) for group in groups)])
+    rows.append(["full cache", *(str(metric_interval(group, "full_score")) for group in groups)])
     rows.append(["chance", *(f"{group.interval('chance').mean:.3f}" for group in groups)])
     caption = "Share of the references that the generated answer contains."
     page.add("Score of the answers", Table(["method", *map(_condition_text, scored)], rows, caption))

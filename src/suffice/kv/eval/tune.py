@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from suffice.arguments import check_int, check_number
+from suffice.kv.budget.memory_limit import format_memory
 from suffice.kv.eval.cache_grid import CacheGrid, describe_size, mean_bytes
 from suffice.kv.eval.run_kinds import TUNE
 from suffice.kv.eval.run_options import RunOptions, run_samples
@@ -18,7 +19,7 @@ from suffice.kv.eval.user_prompts import UserPrompt, check_user_prompts, longest
 from suffice.kv.hf.loading import ModelSource
 from suffice.kv.policy.names import DEFAULT_POLICY, DEFAULT_REPLAY_POLICY, OWN_ALLOCATION
 from suffice.kv.policy.registry import get_policy
-from suffice.kv.storage.quantization import Bits, shortest_bits
+from suffice.kv.storage.quantization import Bits, format_bits, shortest_bits
 from suffice.study.results import Group, group_records, skewed_mean_bound
 from suffice.study.spec import PlannedRun
 
@@ -163,9 +164,83 @@ class TuningResult:
             "print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))\n"
         )
 
+    def describe_target(self) -> str:
+        """Return the target as text: `mean KL ≤ 0.05`."""
+        return f"mean {self.metric_name} {'≤' if self.metric == 'kl' else '≥'} {self.target:g}"
+
+    @property
+    def metric_name(self) -> str:
+        """The name of the metric for people."""
+        return "KL" if self.metric == "kl" else "agreement"
+
+    def warning(self) -> str:
+        """Return a warning if there are too few prompts; otherwise an empty text."""
+        if self.num_prompts >= ENOUGH_PROMPTS:
+            return ""
+        return f"Use at least {ENOUGH_PROMPTS} prompts: with fewer, a rare large loss is likely to be missed."
+
+    def explain_columns(self) -> str:
+        """Explain the columns of the tables."""
+        side, other = ("upper", "at most") if self.metric == "kl" else ("lower", "at least")
+        kind = "budget" if self.closest.memory is None else "memory limit"
+        return (
+            f"Mean {self.metric_name}: over the prompts. Bound: {side} bound of this mean for prompts such as yours, "
+            f"with {self.confidence:.0%} confidence for all policies together. On target: share of the prompts whose "
+            f"own value is {other} the target. Safe: the bound meets the target at this {kind} and at every larger "
+            f"one. MB: everything that the cache holds."
+        )
+
+    def policy_rows(self) -> tuple[list[str], list[list[str]]]:
+        """Return columns and rows of a table with one row for each arm: its smallest safe trial, or its closest one."""
+        pick = min if self.metric == "kl" else max
+        chosen: list[Trial] = []
+        for arm in dict.fromkeys(trial.arm for trial in self.trials):
+            trials = [trial for trial in self.trials if trial.arm == arm]
+            safe = [trial for trial in trials if trial.safe]
+            closest = pick(trials, key=lambda trial: trial.bound)
+            chosen.append(min(safe, key=lambda trial: trial.size) if safe else closest)
+        return self._columns(), [self._row(trial) for trial in chosen]
+
+    def trial_rows(self) -> tuple[list[str], list[list[str]]]:
+        """Return columns and rows of a table of all trials."""
+        return self._columns(), [self._row(trial) for trial in self.trials]
+
+    def _columns(self) -> list[str]:
+        size = "budget" if self.closest.memory is None else "memory"
+        metric = f"mean {self.metric_name}"
+        return ["policy", "allocation", size, *self._varying(), metric, "bound", "on target", "MB", "safe"]
+
+    def _varying(self) -> list[str]:
+        """Return the columns `bits` and `repair` if some caches are quantized or repaired."""
+        has_bits = any(trial.bits is not None for trial in self.trials)
+        has_repair = any(trial.repair for trial in self.trials)
+        return [name for name, is_shown in (("bits", has_bits), ("repair", has_repair)) if is_shown]
+
+    def _row(self, trial: Trial) -> list[str]:
+        chosen_bits = trial.bits is None and trial.memory is not None
+        cells = {
+            "bits": "chosen" if chosen_bits else format_bits(trial.bits),
+            "repair": "yes" if trial.repair else "no",
+        }
+        return [
+            trial.policy,
+            trial.allocation,
+            f"{trial.budget:g}" if trial.memory is None else format_memory(trial.memory),
+            *(cells[name] for name in self._varying()),
+            f"{trial.mean:.4f}",
+            f"{trial.bound:.4f}",
+            f"{trial.within:.0%}",
+            f"{trial.bytes / 1e6:.1f}",
+            "yes" if trial.safe else "no",
+        ]
+
     def summary(self) -> str:
+        """Describe the recommended cache, the confidence and the next smaller budget, and warn of few prompts."""
+        return f"{self.verdict()} {self.warning()}".strip()
+
+    def verdict(self) -> str:
         """Describe the recommended cache, the confidence, and the next smaller budget."""
-        goal = f"mean KL ≤ {self.target:g}" if self.metric == "kl" else f"mean agreement ≥ {self.target:g}"
+        goal = self.describe_target()
         best = self.best
         kind = "budget" if self.closest.memory is None else "memory limit"
         if best is None:
@@ -179,8 +254,6 @@ class TuningResult:
             f"{_describe(best)} meets {goal} at {self.confidence:.0%} confidence on {self.num_prompts} prompts: mean "
             f"{best.mean:.4f}, bound {best.bound:.4f}; {best.within:.0%} of the prompts meet the target individually."
         )
-        if self.num_prompts < ENOUGH_PROMPTS:
-            text += f" Use at least {ENOUGH_PROMPTS} prompts: with fewer, a rare large loss is likely to be missed."
         smaller = self.next_smaller
         if smaller is None:
             return f"{text} It is the smallest {kind} that was tried."

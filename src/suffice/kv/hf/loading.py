@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from suffice.arguments import check_callable, check_choice, check_path, check_text, shown
+from suffice.arguments import check_callable, check_choice, check_path, check_text, did_you_mean, shown
+from suffice.devices import check_device
 from suffice.kv.hf.packaged_models import DEFAULT_MODEL, PACKAGED_MODELS, no_progress_bars, packaged_model_folder
 
 if TYPE_CHECKING:
@@ -120,11 +121,7 @@ def load_model(
     check_callable("on_progress", on_progress)
     if not isinstance(device, (str, torch.device)):
         raise TypeError(f"device must be a name such as 'cpu' or 'cuda:0', or a torch.device, got {shown(device)}")
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be one that torch can use here, got {device!r}: {error}") from None
+    target = torch.device(check_device("device", str(device)))
     source = str(packaged_model_folder(name, on_progress)) if name in PACKAGED_MODELS else name
     folder = Path(source)
     if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
@@ -143,7 +140,10 @@ def load_model(
                 source, dtype=_DTYPES[dtype], attn_implementation=attn_implementation
             )
     except OSError as error:
-        raise ValueError(f"model must be a folder with a model or a known model id, got {model!r}: {error}") from error
+        raise ValueError(
+            f"model must be a folder with a model or a known model id, got {model!r}, which {_why_not_loaded(error)}"
+            f"{did_you_mean(name, PACKAGED_MODELS, str.lower)}"
+        ) from error
     except ImportError as error:
         if attn_implementation in ("sdpa", "eager"):
             raise
@@ -151,6 +151,16 @@ def load_model(
             f"attn_implementation must be one that is installed here, got {attn_implementation!r}: {error}"
         ) from error
     return network.to(target).eval(), tokenizer
+
+
+def _why_not_loaded(error: OSError) -> str:
+    """Return why a model could not be loaded. The message of transformers names arguments that this package lacks."""
+    text = str(error).lower()
+    if "gated" in text or "private repository" in text:
+        return "needs a login at Hugging Face: hf auth login"
+    if "connect" in text or "offline" in text:
+        return "is not stored here, and Hugging Face cannot be reached"
+    return "cannot be found or read"
 
 
 def _check_name(argument: str, name: object) -> str:

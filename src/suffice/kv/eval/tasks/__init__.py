@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from suffice.arguments import check_choice, check_int, check_text
+from suffice.kv.eval.task_names import task_modes
 from suffice.kv.eval.tasks.continuation import continuation
 from suffice.kv.eval.tasks.example import Example
 from suffice.kv.eval.tasks.haystack import python_manual
@@ -56,11 +57,6 @@ TASKS: dict[str, Callable[..., Example]] = {
 }
 
 _COMMON = {"tokenizer", "tokens", "seed", "task"}  # arguments of every task that are not options
-
-
-def task_modes(task: str) -> tuple[str, ...]:
-    """Return the modes of eviction of a task: `agnostic` and `aware`, or only `continuation` for a text."""
-    return ("continuation",) if task == "text" else ("agnostic", "aware")
 
 
 def make_example(
