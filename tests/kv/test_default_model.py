@@ -195,7 +195,7 @@ def test_policies_command_lists_all_policies():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--prompt", "hi", "--budget", "2.5"), "got 2.5"),
+        (("--prompt", "hi", "--budget", "2.5"), "got '2.5'"),
         (
             ("--prompt", "hi", "--budget", "lots"),
             "--budget must be a number of tokens (500), a fraction (0.25) or a percentage (25%), got 'lots'",
