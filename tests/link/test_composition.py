@@ -6,8 +6,9 @@ from torch_geometric.data import Data
 from torch_geometric.loader import LinkLoader
 from torch_geometric.sampler import BaseSampler, SamplerOutput
 
+from suffice.link.batches import negatives
 from suffice.link.batches.composition import Fixed, Random, Separate, balanced_weights, parse_composition
-from suffice.link.batches.negatives import TooFewNegativesError, edge_keys, sample_negatives
+from suffice.link.batches.negatives import NegativeSampler, TooFewNegativesError, edge_keys, sample_negatives
 from suffice.link.batches.sampler import CompositionBatchSampler, EdgeBatches
 
 COMPOSITIONS = [Fixed(0.5), Fixed(0.1), Separate(), Random(0.05, 0.95), Random(0.0, 1.0)]
@@ -97,6 +98,38 @@ def test_sampling_all_negatives_returns_the_complement_of_the_graph(nodes, seed,
     assert set(edge_keys(drawn, nodes).tolist()) == expected
     with pytest.raises(TooFewNegativesError, match=f"count must be at most {free}, .* got {free + 1}"):
         sample_negatives(known, nodes, free + 1, seed)
+
+
+@given(nodes=st.integers(3, 12), seed=st.integers(0, 20), share=st.floats(0, 1), data=st.data())
+def test_many_negatives_are_drawn_with_torch_as_few_are_with_pyg(nodes, seed, share, data):
+    every = torch.combinations(torch.arange(nodes)).T
+    kept = torch.randperm(every.size(1), generator=torch.Generator().manual_seed(seed))
+    known = every[:, kept[: int(share * (every.size(1) - 1))]].flip(0)
+    free = set(edge_keys(every, nodes).tolist()) - set(edge_keys(known, nodes).tolist())
+    count = data.draw(st.integers(0, len(free)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(negatives, "_MANY", 0)
+        drawn = sample_negatives(known, nodes, count, seed)
+        assert torch.equal(drawn, sample_negatives(known, nodes, count, seed))
+    keys = edge_keys(drawn, nodes).tolist()
+    assert len(set(keys)) == len(keys) == count
+    assert set(keys) <= free
+    assert bool((drawn[0] < drawn[1]).all())
+
+
+@pytest.mark.parametrize("sides", [7, (3, 4)])
+def test_many_negatives_are_uniform_and_in_random_order(sides, monkeypatch):
+    monkeypatch.setattr(negatives, "_MANY", 0)
+    sampler = NegativeSampler(torch.tensor([[0, 1], [3, 5]]), sides)
+    first, any_place = torch.zeros(49), torch.zeros(49)
+    for seed in range(3000):
+        keys = edge_keys(sampler.sample(4, seed), 7)
+        first[keys[0]] += 1
+        any_place[keys] += 1
+    num_pairs = 19 if sides == 7 else 10
+    for counts, expected in ((first, 3000 / num_pairs), (any_place, 12_000 / num_pairs)):
+        assert int((counts > 0).sum()) == num_pairs
+        assert float((counts[counts > 0] - expected).abs().max()) < 5 * expected**0.5  # five standard deviations
 
 
 def test_a_dense_graph_reuses_negatives_across_batches_but_never_within_one():
@@ -193,9 +226,60 @@ def test_the_text_of_a_composition_is_parsed_back(composition):
             lambda: CompositionBatchSampler(torch.ones(9), Fixed()),
             "labels must contain at least .* negatives, the number in one batch, got 0",
         ),
-        (lambda: CompositionBatchSampler(torch.zeros(9), Fixed()), "num_positives must be at least 1, got 0"),
+        (
+            lambda: CompositionBatchSampler(torch.zeros(9), Fixed()),
+            "labels must be above 0 for at least one edge, got 9 negatives",
+        ),
+        (
+            lambda: CompositionBatchSampler(torch.tensor([1.0, -1.0, 0.0, -2.0]), Fixed()),
+            "labels must be a tensor .*, got 2 others, the first is -1.0",
+        ),
+        (
+            lambda: CompositionBatchSampler(torch.tensor([1.0, 0.0, torch.nan]), Fixed()),
+            "labels must be a tensor .*, got 1 others, the first is nan",
+        ),
+        (lambda: CompositionBatchSampler(torch.ones(2, 3), Fixed()), r"labels must be .*, got shape \(2, 3\)"),
+        (
+            lambda: EdgeBatches(torch.tensor([[0, 5], [1, 2]]), 5, Fixed()),
+            r"positives must hold node ids from 0 to 4, got 1 other pairs, the first is \(5, 2\)",
+        ),
+        (
+            lambda: EdgeBatches(torch.tensor([[0], [1]]), 5, Fixed(), known=torch.tensor([[-1], [1]])),
+            r"known must hold node ids from 0 to 4, got 1 other pairs, the first is \(-1, 1\)",
+        ),
+        (
+            lambda: NegativeSampler(torch.tensor([[0, 3], [1, 9]]), 5),
+            r"known must hold node ids from 0 to 4, got 1 other pairs, the first is \(3, 9\)",
+        ),
+        (
+            lambda: NegativeSampler(torch.tensor([[0], [1]]), (2, 3)),
+            r"known must hold .*, one below 2 and one from there in each pair, got 1 other pairs",
+        ),
+        (lambda: NegativeSampler(torch.tensor([0, 1]), 5), r"known must have shape \[2, edges\], got \(2,\)"),
     ],
 )
 def test_errors_name_the_argument(make, message):
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EdgeBatches([[0], [1]], 2, Fixed()), r"positives must be a tensor .*, got \[\[0\], \[1\]\]"),
+        (lambda: EdgeBatches(torch.ones(2, 9), 2, Fixed()), "positives must be a tensor of integers .* torch.float32"),
+        (
+            lambda: EdgeBatches(torch.ones(2, 9).long(), 2, Fixed(), known=torch.ones(2, 1)),
+            "known must be a tensor of integers .* torch.float32",
+        ),
+        (lambda: EdgeBatches(torch.ones(2, 9).long(), 2, 0.5), "composition must be a Composition, .*, got 0.5"),
+        (lambda: EdgeBatches(torch.ones(2, 9).long(), 2.5, Fixed()), "num_nodes must be an int.*, got 2.5"),
+        (lambda: NegativeSampler(torch.ones(2, 1), 5), "known must be a tensor of integers .* torch.float32"),
+        (lambda: NegativeSampler([[0], [1]], 5), "known must be a tensor of integers"),
+        (lambda: CompositionBatchSampler([1, 0], Fixed()), r"labels must be a tensor .*, got \[1, 0\]"),
+        (lambda: CompositionBatchSampler(torch.ones(4), "fixed"), "composition must be a Composition, .*, got 'fixed'"),
+    ],
+)
+def test_wrong_types_name_the_argument(make, message):
+    with pytest.raises(TypeError, match=message):
         make()

@@ -9,6 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch_geometric.data import Data
+from torch_geometric.transforms import RandomLinkSplit
+from torch_geometric.utils import to_undirected
 
 from suffice.link.batches.negatives import edge_keys
 from suffice.link.data.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -32,6 +35,19 @@ def test_the_parts_of_a_split_are_disjoint_and_complete(graph, seed, negatives):
     assert not false[0] & false[1]
     assert not (false[0] | false[1]) & set.union(*sets)
     assert len(false[1]) == round(parts.test.size(1) * negatives)
+
+
+@given(seed=st.integers(0, 50), validation=st.floats(0.01, 0.3), test=st.floats(0.01, 0.3))
+def test_a_split_is_that_of_pyg(graph, seed, validation, test):
+    shuffled = Graph("shuffled", graph.x, graph.edges[:, torch.randperm(graph.edges.size(1))])
+    parts = split_edges(shuffled, SplitConfig(validation, test), seed)
+    transform = RandomLinkSplit(
+        validation, test, is_undirected=True, split_labels=True, add_negative_train_samples=False
+    )
+    torch.manual_seed(seed)
+    of_pyg = transform(Data(edge_index=to_undirected(graph.edges), num_nodes=graph.num_nodes))
+    for own, other in zip((parts.train, parts.validation, parts.test), of_pyg, strict=True):
+        assert torch.equal(own, other.pos_edge_label_index)
 
 
 def test_enough_negatives_are_drawn_for_hits(graph, parts):

@@ -11,7 +11,7 @@ from suffice.link.data.graph import Graph, Split
 from suffice.link.models import LinkPredictor, PairScorer
 from suffice.link.models.base import check_link_predictor
 from suffice.link.sparse.adjacency import remove_edges
-from suffice.link.train.inputs import node_features
+from suffice.link.train.inputs import message_edges, node_features
 
 
 def audit_trained(
@@ -20,7 +20,8 @@ def audit_trained(
     """Audit a trained link predictor on held-out edges (validation and test) and on training edges.
 
     All audited training edges are removed from the message-passing edges at once. Every batch is then scored on the
-    same graph, so that the composition of a batch cannot change the messages.
+    same graph, so that the composition of a batch cannot change the messages. Sketches and propagated features are
+    those of the training: they lack only the edge that is scored.
 
     Args:
         model: link predictor that was trained on `split`.
@@ -41,7 +42,8 @@ def audit_trained(
     device = next(model.parameters()).device
     split = split.to(device)
     x = node_features(graph, model, split).to(device)
-    heldout_scorer = PairScorer(model, x, split.message_edges())
+    messages = message_edges(model, split, graph.num_nodes)
+    heldout_scorer = PairScorer(model, x, messages)
     heldout = EdgeSet(
         torch.cat([split.validation, split.test], dim=1),
         torch.cat([split.validation_negatives, split.test_negatives], dim=1),
@@ -52,7 +54,7 @@ def audit_trained(
     positives = split.train[:, order.to(device)]
     # With the split's own seed, the sampler would propose the held-out negatives, which must not be drawn again.
     negatives = sample_negatives(split.known, graph.sides, num_train, seed + 1)
-    train_scorer = PairScorer(model, x, remove_edges(split.message_edges(), positives, graph.num_nodes))
+    train_scorer = PairScorer(model, x, remove_edges(messages, positives, graph.num_nodes))
     train = EdgeSet(positives, negatives, train_scorer)
     sets = {"heldout": heldout, "train": train}
     return audit(heldout_scorer, sets, module=model, batch_size=batch_size, metrics=metrics, seed=seed)

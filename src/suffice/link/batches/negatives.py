@@ -1,4 +1,7 @@
-"""Sampling of negative edges: pairs of nodes without an edge, sampled with PyG and verified."""
+"""Sampling of negative edges: pairs of nodes without an edge, sampled with PyG and verified.
+
+PyG draws pairs one by one in Python. More than half a million pairs are drawn with torch.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from suffice.arguments import check_int, shown
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _MAX_NODES = 2**31 - 1  # so that the key of a pair is a 64-bit integer
+_MANY = 2**19  # number of pairs from which PyG's sampler, which draws with Python's `random`, takes too long
 
 
 class TooFewNegativesError(ValueError):
@@ -79,15 +83,22 @@ class NegativeSampler:
         num_nodes: number of nodes; of a bipartite graph, the numbers of nodes of both sides, as in PyG. The nodes of
             the second side then follow those of the first, and pairs join a node of each side.
 
+    Raises:
+        TypeError: a number is not an integer, or `known` is not a tensor of integers.
+        ValueError: a number is out of range, or `known` has another shape or node ids out of range.
+
     """
 
     def __init__(self, known: Tensor, num_nodes: int | tuple[int, int]) -> None:
+        num_nodes = check_num_nodes(num_nodes)
+        known = check_pairs("known", known, num_nodes)
         self._sides = None if isinstance(num_nodes, int) else num_nodes
         num_nodes = num_nodes if isinstance(num_nodes, int) else sum(num_nodes)
         self.num_nodes = num_nodes
         self._known_keys = edge_keys(known[:, known[0] != known[1]], num_nodes).unique()  # sorted
         self._known = torch.stack([self._known_keys // num_nodes, self._known_keys % num_nodes])  # each edge once
         num_pairs = num_nodes * (num_nodes - 1) // 2 if self._sides is None else self._sides[0] * self._sides[1]
+        self._num_pairs = num_pairs
         self.num_available = num_pairs - self._known_keys.numel()
 
     def sample(self, count: int, seed: int) -> Tensor:
@@ -107,6 +118,8 @@ class NegativeSampler:
                 f"count must be at most {self.num_available}, the number of pairs of {self.num_nodes} nodes without "
                 f"an edge, got {count}"
             )
+        if count >= _MANY:
+            return self._sample_many(count, seed)
         sampled = self._known.new_empty((2, 0))
         with _seeded_python_random(seed):
             while sampled.size(1) < count:
@@ -116,6 +129,36 @@ class NegativeSampler:
                 sampled = torch.cat([sampled, self._propose(excluded, missing)], dim=1)
         self._verify(sampled)
         return sampled
+
+    def _sample_many(self, count: int, seed: int) -> Tensor:
+        """Return `count` pairs as `sample` does, drawn with torch: the first distinct pairs without an edge."""
+        generator = torch.Generator().manual_seed(seed)
+        known, device = self._known_keys.cpu(), self._known_keys.device
+        keys = known.new_empty(0)
+        while keys.numel() < count:
+            missing = count - keys.numel()
+            drawn = self._draw_keys(int(1.05 * missing * self._num_pairs / self.num_available) + 1, generator)
+            # Pairs that were drawn before come first, so that the stable sort marks the later copies.
+            keys = torch.cat([keys, drawn])
+            in_order, position = keys.sort(stable=True)
+            is_new = torch.ones_like(in_order, dtype=torch.bool)
+            torch.ne(in_order[1:], in_order[:-1], out=is_new[1:])
+            if known.numel():
+                index = torch.searchsorted(known, in_order).clamp_(max=known.numel() - 1)
+                is_new &= known[index] != in_order
+            keys = keys[torch.empty_like(is_new).scatter_(0, position, is_new)]
+        keys = keys[:count].to(device)
+        low = torch.div(keys, self.num_nodes, rounding_mode="floor")
+        return torch.stack([low, keys - low * self.num_nodes])
+
+    def _draw_keys(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return the keys of up to `count` random pairs of two different nodes, with repeats, long [pairs]."""
+        if self._sides is not None:
+            first, second = (torch.randint(side, (count,), generator=generator) for side in self._sides)
+            return first * self.num_nodes + second + self._sides[0]
+        first, second = torch.randint(self.num_nodes, (2, count), generator=generator)
+        keys = torch.minimum(first, second) * self.num_nodes + torch.maximum(first, second)
+        return keys[first != second]
 
     def _propose(self, excluded: Tensor, count: int) -> Tensor:
         """Return at most `count` pairs that are not excluded, the smaller node id first."""
@@ -153,8 +196,7 @@ def sample_negatives(known: Tensor, num_nodes: int | tuple[int, int], count: int
         TooFewNegativesError: fewer pairs are available.
 
     """
-    num_nodes = check_num_nodes(num_nodes)
-    return NegativeSampler(check_pairs("known", known, num_nodes), num_nodes).sample(count, seed)
+    return NegativeSampler(known, num_nodes).sample(count, seed)
 
 
 @contextmanager

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from suffice.arguments import check_flag, check_instance, check_int, shown
 from suffice.link.batches.composition import BatchCounts, Composition, class_weights
-from suffice.link.batches.negatives import NegativeSampler, TooFewNegativesError
+from suffice.link.batches.negatives import NegativeSampler, TooFewNegativesError, check_num_nodes, check_pairs
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ class EdgeBatches:
         fractions: fraction of positives in each batch of the last iterated epoch.
 
     Raises:
-        ValueError: an argument is out of range, or a batch needs more negatives than the graph has.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, `positives` or `known` have another shape or node ids out of range, or
+            a batch needs more negatives than the graph has.
 
     """
 
@@ -74,25 +78,30 @@ class EdgeBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        num_nodes = check_num_nodes(num_nodes)
+        if not isinstance(cast(object, positives), Tensor):
+            raise TypeError(f"positives must be a tensor of integers [2, edges], got {shown(positives)}")
         if positives.ndim != 2 or positives.size(0) != 2 or positives.size(1) < world_size:
             raise ValueError(
                 f"positives must have shape [2, edges] with at least one edge per rank, got {tuple(positives.shape)}"
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be from 0 to world_size - 1 = {world_size - 1}, got {rank}")
-        self.positives = positives
-        self.composition = composition
+        self.positives = positives  # checked below
+        self.composition = check_instance("composition", composition, Composition, "Random()")
         self.batch_size = batch_size
-        excluded = positives if known is None else torch.cat([positives, known], dim=1)
-        self._negative_sampler = NegativeSampler(excluded, num_nodes)
-        self.num_nodes = self._negative_sampler.num_nodes
-        self.balanced = balanced
-        self.seed = seed
+        self.balanced = check_flag("balanced", balanced)
+        self.seed = check_int("seed", seed)
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
         self.fractions: list[float] = []
         self._plan(_epoch_generator(seed, 0))  # raises if the batch size is impossible
+        excluded = self.positives = check_pairs("positives", positives, num_nodes)
+        if known is not None:
+            excluded = torch.cat([excluded, check_pairs("known", known, num_nodes)], dim=1)
+        self._negative_sampler = NegativeSampler(excluded, num_nodes)
+        self.num_nodes = self._negative_sampler.num_nodes
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
@@ -176,7 +185,9 @@ class CompositionBatchSampler(Sampler[list[int]]):
         fractions: fraction of positives in each batch of the last iterated epoch.
 
     Raises:
-        ValueError: there is no positive, or a batch needs more negatives than there are.
+        TypeError: an argument has the wrong type.
+        ValueError: `labels` are not one number of at least 0 for each edge, there is no positive, or a batch needs more
+            negatives than there are.
 
     Example:
         >>> from suffice.link.batches.composition import Fixed
@@ -187,11 +198,12 @@ class CompositionBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, labels: Tensor, composition: Composition, *, batch_size: int = 512, seed: int = 0) -> None:
+        _check_labels(labels)
         self.positives = (labels > 0).nonzero().flatten()
         self.negatives = (labels == 0).nonzero().flatten()
-        self.composition = composition
+        self.composition = check_instance("composition", composition, Composition, "Random()")
         self.batch_size = batch_size
-        self.seed = seed
+        self.seed = check_int("seed", seed)
         self.epoch = 0
         self.fractions: list[float] = []
         self._plan(_epoch_generator(seed, 0))  # raises if the batch size is impossible
@@ -232,6 +244,21 @@ class CompositionBatchSampler(Sampler[list[int]]):
                 f"got {self.negatives.numel()}"
             )
         return plan
+
+
+def _check_labels(labels: object) -> None:
+    accepted = "a tensor [edges] of numbers above 0 for positives and 0 for negatives"
+    if not isinstance(labels, Tensor) or labels.is_complex():
+        found = f"numbers of type {labels.dtype}" if isinstance(labels, Tensor) else shown(labels)
+        raise TypeError(f"labels must be {accepted}, got {found}")
+    if labels.ndim != 1:
+        raise ValueError(f"labels must be {accepted}, got shape {tuple(labels.shape)}")
+    is_wrong = ~(labels >= 0)  # negative or NaN
+    if bool(is_wrong.any()):
+        first = labels[is_wrong.nonzero()[0]].item()
+        raise ValueError(f"labels must be {accepted}, got {int(is_wrong.sum())} others, the first is {first}")
+    if not bool((labels > 0).any()):
+        raise ValueError(f"labels must be above 0 for at least one edge, got {labels.numel()} negatives")
 
 
 def _epoch_generator(seed: int, epoch: int) -> torch.Generator:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch_geometric.data import Data
-from torch_geometric.transforms import LargestConnectedComponents, RandomLinkSplit
+from torch_geometric.transforms import LargestConnectedComponents
 from torch_geometric.utils import to_edge_index, to_undirected
 
 from suffice.arguments import check_flag, check_number
@@ -299,7 +299,7 @@ def with_enough_negatives(config: SplitConfig, graph: Graph, k: int) -> SplitCon
 
 
 def split_edges(graph: Graph, config: SplitConfig, seed: int) -> Split:
-    """Split the edges with PyG's `RandomLinkSplit`, and sample distinct negatives for validation and test.
+    """Split the edges as PyG's `RandomLinkSplit` does, and sample distinct negatives for validation and test.
 
     The official split of a data set is returned as it is.
 
@@ -320,18 +320,11 @@ def split_edges(graph: Graph, config: SplitConfig, seed: int) -> Split:
                 f"{name} must be a fraction that contains at least one of the {graph.edges.size(1)} edges, "
                 f"got {getattr(config, name)}"
             )
-    transform = RandomLinkSplit(
-        config.validation,
-        config.test,
-        is_undirected=True,
-        split_labels=True,
-        add_negative_train_samples=False,
-        neg_sampling_ratio=0.0,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        parts = transform(Data(edge_index=to_undirected(graph.edges), num_nodes=graph.num_nodes))
-    train, validation, test = (part.pos_edge_label_index for part in parts)
+    # As PyG's RandomLinkSplit divides the sorted edges, without its copies of all message-passing edges for each part.
+    edges = graph.edges[:, edge_keys(graph.edges, graph.num_nodes).argsort()]
+    edges = edges[:, torch.randperm(edges.size(1), generator=torch.Generator().manual_seed(seed))]
+    sizes = [int(fraction * edges.size(1)) for fraction in (config.validation, config.test)]
+    train, validation, test = edges.split([edges.size(1) - sum(sizes), *sizes], dim=1)
     counts = [max(1, round(part.size(1) * config.negatives)) for part in (validation, test)]
     # One draw for both parts, whose pairs are distinct: RandomLinkSplit can repeat negatives (PyG issue 10706).
     negatives = sample_negatives(graph.edges, graph.sides, sum(counts), seed)
