@@ -52,6 +52,29 @@ def test_the_threshold_of_probabilities_is_converted():
     assert _means(probabilities) == pytest.approx(_means(logits), rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.parametrize("convert", [torch.Tensor.double, lambda scores: scores.double().numpy()])
+def test_scores_of_double_precision_keep_it(convert):
+    """Scores around a billion cannot be told apart in float32."""
+    offset = 1e9
+    near_zero = _audit(lambda pairs: convert(_logits(pairs)), metrics=True)
+    far = _audit(lambda pairs: convert(_logits(pairs)) + offset, threshold=offset, metrics=True)
+    assert _means(far) == pytest.approx(_means(near_zero), rel=1e-5, abs=1e-6)
+    assert far.verdict.level == near_zero.verdict.level
+    for way, values in near_zero.metrics["heldout"].items():
+        assert far.metrics["heldout"][way] == values
+    single = _audit(lambda pairs: (_logits(pairs).double() + offset).float(), threshold=offset)
+    assert _means(single)["auc_balanced"] == 0.5  # what float32 would have left
+
+
+def test_probabilities_of_double_precision_keep_their_logits():
+    def logits(pairs):
+        return 0.5 * _logits(pairs).double() - 15  # probabilities below the rounding error of float32
+
+    probabilities = _audit(lambda pairs: logits(pairs).sigmoid())
+    assert probabilities.probabilities
+    assert _means(probabilities)["kappa"] == pytest.approx(_means(_audit(logits))["kappa"], rel=1e-3)
+
+
 def test_probabilities_of_0_and_1_have_finite_logits():
     report = _audit(lambda pairs: (100 * _logits(pairs)).sigmoid())
     assert all(np.isfinite(value) for value in _means(report).values())

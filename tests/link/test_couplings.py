@@ -60,6 +60,7 @@ def _couplings(score, **options):
 NORMS = {
     "BatchNorm1d": lambda: nn.BatchNorm1d(CHANNELS),
     "BatchNorm1d without statistics": lambda: nn.BatchNorm1d(CHANNELS, track_running_stats=False),
+    "SyncBatchNorm": lambda: nn.SyncBatchNorm(CHANNELS),  # BatchNorm1d without a process group
     "BatchNorm": lambda: pyg.BatchNorm(CHANNELS),
     "GraphNorm": lambda: pyg.GraphNorm(CHANNELS),
     "InstanceNorm": lambda: pyg.InstanceNorm(CHANNELS),
@@ -75,6 +76,27 @@ def test_known_norm_layers_over_edges_are_named(kind):
     assert _couplings(Decoder(NORMS[kind]())) == [("middle", kind.split()[0], True)]
 
 
+def test_synchronized_batch_norm_of_one_process_is_audited_as_batch_norm():
+    reports = [_audit(Decoder(norm(CHANNELS))) for norm in (nn.SyncBatchNorm, nn.BatchNorm1d)]
+    assert reports[0].parts == reports[1].parts
+    assert reports[0].verdict.level == reports[1].verdict.level
+    assert [layer.kind for layer in reports[0].layers] == ["SyncBatchNorm"]
+
+
+def test_synchronized_batch_norm_in_a_group_on_a_cpu_raises_what_torch_raises():
+    """In a process group, torch synchronizes on GPUs only; the audit leaves the model as it was."""
+    model = Decoder(nn.SyncBatchNorm(CHANNELS)).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
+            _audit(model)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not any(part.training for part in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="SyncBatchNorm needs a GPU")
 def test_batch_norm_that_is_synchronized_is_named():
     model = Decoder(nn.SyncBatchNorm(CHANNELS)).cuda()
@@ -87,6 +109,11 @@ def _attend(attention, x):
     return attention(x, x, x, need_weights=False)[0]
 
 
+def _attend_to_earlier(attention, x):
+    mask = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
+    return attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+
 OTHERS = {
     "softmax": (lambda: nn.Softmax(dim=0), ("middle", "Softmax")),
     "mean by hand": (lambda: Apply(lambda _, x: x - x.mean(0)), ("middle", "Apply")),
@@ -94,6 +121,18 @@ OTHERS = {
     "functional batch norm": (
         lambda: Apply(lambda _, x: functional.batch_norm(x, None, None, training=True)),
         ("middle", "Apply"),
+    ),
+    "mean of earlier rows": (
+        lambda: Apply(lambda _, x: x - x.cumsum(0) / torch.arange(1, len(x) + 1)[:, None]),
+        ("middle", "Apply"),
+    ),
+    "causal attention": (
+        lambda: Apply(lambda part, x: x + _attend_to_earlier(part, x), nn.MultiheadAttention(CHANNELS, 1)),
+        ("middle.part", "MultiheadAttention"),
+    ),
+    "recurrence over edges": (
+        lambda: Apply(lambda part, x: part(x)[0], nn.GRU(CHANNELS, CHANNELS)),
+        ("middle.part", "GRU"),
     ),
     "mean between submodules": (
         lambda: Apply(lambda part, x: part(part(x) - x.mean(0)), nn.Linear(CHANNELS, CHANNELS)),

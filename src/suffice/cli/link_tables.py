@@ -55,9 +55,11 @@ def audit_tables(report: AuditReport) -> Iterator[Table]:
             table.add_row(LABELS.get(key, key), escape(str(interval)), MEANINGS[key])
         yield table
         if compared := report.metrics.get(name):
-            table = Table("scored in", *next(iter(compared.values())), title=f"Metrics of {name} edges")
+            table = Table(
+                "scored in", *next(iter(compared.values())), title=f"Metrics of {name} edges, mean [95 % interval]"
+            )
             for way, values in compared.items():
-                table.add_row(WAYS[way], *(f"{value:.3f}" for value in values.values()))
+                table.add_row(WAYS[way], *(escape(str(value)) for value in values.values()))
             yield table
 
 

@@ -20,7 +20,7 @@ from suffice.arguments import check_flag, check_number
 from suffice.link.auditing.couplings import Coupling, find_couplings
 from suffice.link.auditing.edge_set import MIN_EDGES, EdgeSet, NumberedEdges, Score
 from suffice.link.auditing.kappa_tau import balanced_aucs, compute_statistics, noise, score_gap
-from suffice.link.auditing.metric_comparison import compare_metrics
+from suffice.link.auditing.metric_comparison import MetricsByWay, compare_metrics
 from suffice.link.auditing.module_state import Modes, runs_in_its_mode
 from suffice.link.auditing.norm_layers import NormLayer, batch_norms, describe_norm_layers
 from suffice.link.auditing.prepared import check_edges, check_score, prepare
@@ -93,8 +93,8 @@ class AuditReport:
         threshold: score above which an edge was predicted to be positive.
         couplings: the first modules whose output for an edge depends on the other edges of its batch, found by scoring
             the same edges among different ones; known normalization layers and others.
-        metrics: AUC, Hits@K and MRR of each edge set, for each way to score it (see `compare_metrics`). Empty unless
-            they were asked for.
+        metrics: AUC, Hits@K and MRR of each edge set, with their intervals, for each way to score it (see
+            `compare_metrics`). Empty unless they were asked for.
 
     """
 
@@ -107,7 +107,9 @@ class AuditReport:
     probabilities: bool = False
     threshold: float = 0.0
     couplings: tuple[Coupling, ...] = ()
-    metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict[str, dict[str, dict[str, float]]])
+    metrics: dict[str, dict[str, dict[str, Interval]]] = field(
+        default_factory=dict[str, dict[str, dict[str, Interval]]]
+    )
 
     def measured(self) -> str:
         """Return sentences on what was measured: A_pure, τ and κ of each edge set, and the reasons of the verdict."""
@@ -214,7 +216,7 @@ def run_audit(
         threshold = check_number("threshold", threshold)
     check_flag("metrics", metrics)
     couplings: tuple[Coupling, ...] = ()
-    compared: dict[str, dict[str, dict[str, float]]] = {}
+    compared: dict[str, MetricsByWay] = {}
     with prepare(score, check_edges(edges), module=module, frozen=frozen, seed=seed) as prepared:
         bound, modes, restore = prepared.edges, prepared.modes, prepared.restore
         layers = _describe_layers(modes, next(iter(bound.values())))
@@ -239,7 +241,7 @@ def run_audit(
     at = threshold
     if probabilities:
         scored = {name: [repeat.apply(to_logits) for repeat in repeats] for name, repeats in scored.items()}
-        at = float(to_logits(torch.tensor(threshold)))
+        at = float(to_logits(torch.tensor(threshold, dtype=torch.float64)))
     parts = {
         name: _summarize(repeats, at, seed, resample=_is_whole(bound[name], sampling), is_brief=is_brief)
         for name, repeats in scored.items()

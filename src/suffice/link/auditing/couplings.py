@@ -64,9 +64,10 @@ def find_couplings(edges: NumberedEdges, modes: Modes, restore: State, seed: int
     The probes are the first edges of each batch, and are also scored alone. A tensor has rows for edges if its shape in
     a batch differs from its shape with the probes alone. The rows of the probes are then the first ones, or the first
     ones of each of several equal blocks. So the nodes of a graph are not mistaken for edges, and encoders that
-    normalize over all nodes are not named. If each edge has a subgraph, the nodes of the subgraphs are rows. A module
-    is missed if a row depends only on the rows before it. The submodules of scripted modules cannot be observed. A
-    scripted module is named if the scores depend on other edges and no other module couples them.
+    normalize over all nodes are not named. If each edge has a subgraph, the nodes of the subgraphs are rows. If nothing
+    is found, the probes are put last, because a row may depend only on the rows before it, as with a cumulative sum.
+    The submodules of scripted modules cannot be observed. A scripted module is named if the scores depend on other
+    edges and no other module couples them.
 
     Args:
         edges: edges to draw from, and the function that scores them; at least 16 positives and 16 negatives.
@@ -79,10 +80,30 @@ def find_couplings(edges: NumberedEdges, modes: Modes, restore: State, seed: int
     most = min(_MAX_OTHERS, edges.positives.size(1) - half, edges.negatives.size(1) - half)
     probes = torch.cat([edges.positives[:, :half], edges.negatives[:, :half]], dim=1)
     others = [side[:, half : half + most] for side in (edges.positives, edges.negatives)]
-    batches = [torch.cat([probes, other], dim=1) for other in others]
+    found = _search(edges, modes, restore, seed, [probes, *others], at_end=False)
+    return found or _search(edges, modes, restore, seed, [probes, *others], at_end=True)
+
+
+def _search(
+    edges: NumberedEdges, modes: Modes, restore: State, seed: int, parts_of_batches: Sequence[Tensor], *, at_end: bool
+) -> tuple[Coupling, ...]:
+    """Return the modules that couple probes with the other edges of two batches (see `find_couplings`).
+
+    Args:
+        edges: the function that scores edges.
+        modes: how the module behind it is put into training mode.
+        restore: restores the state of the module and of the scoring function.
+        seed: seed of the random generators at the start of each pass.
+        parts_of_batches: the probes, the other edges of the first batch, and those of the second.
+        at_end: whether the probes are the last edges of each batch, not the first.
+
+    """
+    probes, *others = parts_of_batches
+    batches = [torch.cat([other, probes] if at_end else [probes, other], dim=1) for other in others]
     parts = {} if modes.module is None else dict(modes.module.named_modules())
     scripted = {name: part for name, part in parts.items() if isinstance(part, torch.jit.ScriptModule)}
     parts = {name: part for name, part in parts.items() if name not in scripted}
+    rows = _ProbeRows(probes.size(1), batches[0].size(1), at_end)
 
     def record(pairs: Tensor, alone: _Pass | None, with_scores: bool) -> _Pass:
         restore(with_scores=with_scores)
@@ -90,7 +111,7 @@ def find_couplings(edges: NumberedEdges, modes: Modes, restore: State, seed: int
         found = _Pass(alone)
         with modes.training(), found.watch(parts):
             scores = edges.score(pairs)
-        found.scores = scores[: probes.size(1)]
+        found.scores = scores[-rows.num_probes :] if at_end else scores[: rows.num_probes]
         return found
 
     for with_scores in (False, True):  # a state of the scoring function is restored only if it matters
@@ -99,10 +120,9 @@ def find_couplings(edges: NumberedEdges, modes: Modes, restore: State, seed: int
         if torch.equal(first.scores, again.scores):
             break
     restore(with_scores=with_scores)
-    shape = (probes.size(1), batches[0].size(1))
     precision = max(found.precision for found in (alone, first, again, second))
     tolerances = max(_EQUAL, precision), max(_DIFFERENT, 4 * precision)
-    coupled = {name for name in parts if _couples(name, (alone, first, again, second), shape, tolerances)}
+    coupled = {name for name in parts if _couples(name, (alone, first, again, second), rows, tolerances)}
     innermost = [name for name in parts if name in coupled and not any(_is_inside(other, name) for other in coupled)]
     if innermost:
         layers = norm_layers(cast(nn.Module, modes.module))
@@ -257,20 +277,36 @@ def _sums(tensor: Tensor) -> Tensor:
     return sums
 
 
-def _couples(name: str, passes: tuple[_Pass, ...], shape: tuple[int, int], tolerances: tuple[float, float]) -> bool:
+@dataclass(frozen=True)
+class _ProbeRows:
+    """Where the rows of the probes are in tensors with rows for edges.
+
+    Args:
+        num_probes: number of probes.
+        num_edges: number of edges in a batch.
+        at_end: whether the probes come last in a batch.
+
+    """
+
+    num_probes: int
+    num_edges: int
+    at_end: bool
+
+
+def _couples(name: str, passes: tuple[_Pass, ...], rows: _ProbeRows, tolerances: tuple[float, float]) -> bool:
     """Return whether a module couples edges in at least one of its calls."""
     calls = [found.calls.get(name, []) for found in passes]
     if len({len(of_pass) for of_pass in calls}) != 1:
         return False
-    return any(_call_couples(of_passes, shape, tolerances) for of_passes in zip(*calls, strict=True))
+    return any(_call_couples(of_passes, rows, tolerances) for of_passes in zip(*calls, strict=True))
 
 
-def _call_couples(calls: tuple[_Call, ...], shape: tuple[int, int], tolerances: tuple[float, float]) -> bool:
+def _call_couples(calls: tuple[_Call, ...], rows: _ProbeRows, tolerances: tuple[float, float]) -> bool:
     """Return whether other edges in the batch change the outputs of one call for the probes, but not the inputs.
 
     Args:
         calls: the call with the probes alone, with the first batch, with the first batch again, and with the second.
-        shape: number of probes, and of edges in the batch.
+        rows: where the rows of the probes are.
         tolerances: relative tolerances of the inputs and of the outputs.
 
     """
@@ -280,38 +316,40 @@ def _call_couples(calls: tuple[_Call, ...], shape: tuple[int, int], tolerances: 
     if _differ(*([*call.input_sums.values()] for call in in_batches), tolerance=_EQUAL_SUMS):
         return False
     for in_blocks in (False, True):
-        inputs = ([*_of_probes(call.inputs, alone.input_shapes, shape, in_blocks)] for call in in_batches)
+        inputs = ([*_of_probes(call.inputs, alone.input_shapes, rows, in_blocks)] for call in in_batches)
         if not _differ(*inputs, tolerance=tolerances[0]):
-            outputs = ([*_of_probes(call.outputs or {}, alone.output_shapes, shape, in_blocks)] for call in in_batches)
+            outputs = ([*_of_probes(call.outputs or {}, alone.output_shapes, rows, in_blocks)] for call in in_batches)
             return _differ(*outputs, tolerance=tolerances[1])
     return False
 
 
 def _of_probes(
-    tensors: Mapping[str, Tensor], alone: Shapes, shape: tuple[int, int], in_blocks: bool
+    tensors: Mapping[str, Tensor], alone: Shapes, of_probes: _ProbeRows, in_blocks: bool
 ) -> Iterator[Tensor]:
     """Yield the rows of the probes in each tensor.
 
     Args:
         tensors: tensors with rows for edges.
         alone: their shapes in the pass of the probes alone.
-        shape: number of probes, and of edges in the batch.
+        of_probes: where the rows of the probes are.
         in_blocks: whether a dimension of several times as many rows consists of blocks for the batch, such as the
-            source nodes of all edges and then their targets. Else, the rows of the probes come first.
+            source nodes of all edges and then their targets. Else, the rows of the probes are the first or last ones.
 
     """
-    num_probes, num_edges = shape
+    num_probes, num_edges = of_probes.num_probes, of_probes.num_edges
     for path, tensor in tensors.items():
         rows = tensor
         for dimension, (size, size_alone) in enumerate(zip(tensor.shape, alone[path], strict=True)):
             if size == size_alone:
                 continue
             if in_blocks and size % num_edges == 0 and size // num_edges * num_probes == size_alone:
-                blocks = torch.arange(0, size, num_edges, device=tensor.device)[:, None]
+                start = num_edges - num_probes if of_probes.at_end else 0
+                blocks = torch.arange(start, size, num_edges, device=tensor.device)[:, None]
                 chosen = (blocks + torch.arange(num_probes, device=tensor.device)).flatten()
                 rows = rows.index_select(dimension, chosen)
             else:
-                rows = rows.narrow(dimension, 0, min(size, size_alone))
+                count = min(size, size_alone)
+                rows = rows.narrow(dimension, size - count if of_probes.at_end else 0, count)
         yield rows
 
 

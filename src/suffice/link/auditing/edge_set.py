@@ -140,7 +140,7 @@ class NumberedEdges:
     Args:
         positives: source, target and number of each positive, long [3, positives].
         negatives: source, target and number of each negative, long [3, negatives].
-        score: function of some of them, [3, edges] -> scores, float32 [edges] on the CPU.
+        score: function of some of them, [3, edges] -> scores, float32 or float64 [edges] on the CPU.
 
     """
 
@@ -204,7 +204,7 @@ def _select(values: Array, numbers: Tensor) -> Array:
 
 
 def _check_scores(scores: object, num_pairs: int) -> Tensor:
-    """Return scores as a tensor, float32 [edges] on the CPU."""
+    """Return scores as a tensor [edges] on the CPU: float32, or float64 if they are of that type or no floats."""
     found = scores
     if isinstance(found, (tuple, list)) and len(cast(tuple[Any, ...], found)) == 1 and num_pairs > 1:
         found = found[0]  # a function that returns (scores,)
@@ -213,16 +213,27 @@ def _check_scores(scores: object, num_pairs: int) -> Tensor:
     )
     if isinstance(found, (tuple, list, np.ndarray, float, int)) and not has_tensors:
         try:
-            found = torch.as_tensor(np.asarray(found, dtype=np.float64))
+            found = _as_floats(found)
         except (TypeError, ValueError, RuntimeError):
             found = scores
     if not isinstance(found, Tensor):
         raise TypeError(
             f"score must return a tensor of scores [edges], an array or a tuple of numbers, got {shown(scores)}"
         )
-    found = found.detach().float().cpu().reshape(-1)
+    is_single = found.is_floating_point() and found.dtype != torch.float64
+    found = found.detach().to(torch.float32 if is_single else torch.float64).cpu().reshape(-1)
     if found.numel() != num_pairs:
         raise ValueError(f"score must return one score per pair, got {found.numel()} scores for {num_pairs} pairs")
     if not bool(found.isfinite().all()):
         raise ValueError(f"score must return finite scores, got {int((~found.isfinite()).sum())} NaN or infinite ones")
     return found
+
+
+def _as_floats(numbers: object) -> Tensor:
+    """Return numbers as float32 if they are of that type, or plain numbers that it holds exactly; else as float64."""
+    array = np.asarray(numbers)
+    values = array.astype(np.float64)
+    is_single = array.dtype.kind == "f" and array.dtype.itemsize < 8
+    if not isinstance(numbers, np.ndarray):
+        is_single = bool((values.astype(np.float32) == values).all())
+    return torch.as_tensor(values.astype(np.float32) if is_single else values)

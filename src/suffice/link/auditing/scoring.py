@@ -18,6 +18,7 @@ from suffice.link.auditing.snapshot import State
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MIXED_FRACTIONS = FRACTIONS[1:-1]
+_ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-14}  # relative to the largest score
 _SAME_SCORES = 1e-4  # in standard deviations of the scores: a larger difference is not one of rounding
 
 
@@ -26,7 +27,7 @@ class BatchScores:
     """Scores of one batch, positives first.
 
     Args:
-        scores: float32 [edges].
+        scores: float32 or float64 [edges].
         num_positives: number of leading scores that belong to positives.
 
     """
@@ -232,13 +233,15 @@ def is_of_probabilities(repeat: Repeat) -> bool:
 
 
 def to_logits(probabilities: Tensor) -> Tensor:
-    """Return the logits of probabilities, float32; 0 and 1 are moved by the rounding error of float32."""
-    return torch.logit(probabilities.double(), eps=torch.finfo(torch.float32).eps).float()
+    """Return the logits of probabilities in their dtype; 0 and 1 are moved by the rounding error of that dtype."""
+    dtype = probabilities.dtype
+    return torch.logit(probabilities.double(), eps=torch.finfo(dtype).eps).to(dtype)
 
 
 def same_scores(first: Tensor, second: Tensor) -> bool:
     """Return whether scores differ by rounding only."""
-    return float((first - second).abs().max()) <= _SAME_SCORES * float(first.std()) + 1e-6 * float(first.abs().max())
+    rounding = _ROUNDING[first.dtype] * float(first.abs().max())
+    return float((first - second).abs().max()) <= _SAME_SCORES * float(first.std()) + rounding
 
 
 def _draw_edges(edges: NumberedEdges, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,7 @@ def audit_page(report: AuditReport, command: str) -> Page:
         rows = [[LABELS.get(key, key), str(value), MEANINGS[key]] for key, value in part.statistics.items()]
         page.add(f"Statistics on {name} edges", Table(["statistic", "mean and 95 % interval", "meaning"], rows))
         if compared := report.metrics.get(name):
-            rows = [[WAYS[way], *(f"{value:.3f}" for value in values.values())] for way, values in compared.items()]
+            rows = [[WAYS[way], *map(str, values.values())] for way, values in compared.items()]
             page.add(f"Metrics of {name} edges", Table(["scored in", *next(iter(compared.values()))], rows))
     layers = [[layer.name, layer.kind, layer.input_rows, layer.mixes_rows, layer.frozen] for layer in report.layers]
     if layers:
