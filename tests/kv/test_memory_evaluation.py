@@ -282,7 +282,7 @@ def test_commands_accept_limits(folder, tmp_path):
     arguments += ["--samples", "2", "--memory", "90% 60kB", "--folder", str(tmp_path / "kept")]
     done = CliRunner().invoke(app, [*arguments, "--report", str(page), "--figure", str(figure)])
     assert done.exit_code == 0, done.output
-    header = next(line for line in done.stdout.splitlines() if "memory" in line)
+    header = next(line for line in done.stdout.splitlines() if line.startswith("┃") and "memory" in line)
     assert [cell.strip() for cell in header.split("┃")[2:4]] == ["memory", "bytes"]
     cells = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
     assert [row[2].strip() for row in cells] == ["90%", "60 kB"]

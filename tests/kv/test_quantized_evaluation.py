@@ -205,7 +205,7 @@ def test_commands_accept_bits(folder, tmp_path):
     outputs = ["--report", str(page), "--figure", str(figure), "--parquet", str(table)]
     done = CliRunner().invoke(app, [*arguments, *outputs])
     assert done.exit_code == 0, done.output
-    header = next(line for line in done.stdout.splitlines() if "budget" in line)
+    header = next(line for line in done.stdout.splitlines() if line.startswith("┃") and "budget" in line)
     assert header.split("┃")[3:5] == [" bits ", " bytes "]
     cells = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
     assert [(row[2].strip(), row[3].strip()) for row in cells] == [("50%", "none"), ("50%", "4,2")]
