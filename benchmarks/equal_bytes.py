@@ -176,12 +176,14 @@ class Results:
 
     def __init__(self, groups: Iterable[Group], policies: PolicyGroup) -> None:
         self._groups: dict[tuple[str, str, float], Group] = {}
+        self.methods = [method.name for method in policies.methods]
         for group in groups:
             mode, method, limit = (group.settings[name] for name in ("mode", "method", "limit"))
+            if method not in self.methods:  # the full cache, which has no rows in the page
+                continue
             joined = self._groups.setdefault((mode, method, limit), Group({}))
             for metric in METRICS:
                 joined.values.setdefault(metric, {}).update(group.values[metric])
-        self.methods = [method.name for method in policies.methods]
         self.cells = [(mode, limit) for mode in MODES for limit in LIMITS]
         seeds = {tuple(sorted(group.values["kl"])) for group in self._groups.values()}
         if len(seeds) != 1:

@@ -85,7 +85,12 @@ def test_samples_of_several_runs_are_joined(equal_bytes, tmp_path, monkeypatch):
     equal_bytes.json_path(name).write_text(json.dumps(content))
     stored = equal_bytes.stored_groups(name, "m", 900)
     assert not equal_bytes.stored_groups(name, "other", 900)
-    joined = equal_bytes.Results([*stored, *make_groups(equal_bytes, name, kl, range(3))], equal_bytes.GROUPS[name])
+    measured = make_groups(equal_bytes, name, kl, range(3))
+    # A measurement also has the values of the full cache, which the JSON file does not.
+    measured += [
+        Group({"mode": "text", "method": "full", "limit": 1.0}, {key: {0: 0.0} for key in equal_bytes.METRICS})
+    ]
+    joined = equal_bytes.Results([*stored, *measured], equal_bytes.GROUPS[name])
     assert joined.seeds == everything.seeds == (0, 1, 2, 10, 11)
     assert equal_bytes.ranges(joined.seeds) == "0 to 2, 10 to 11"
     assert list(joined.rows()) == list(everything.rows())
