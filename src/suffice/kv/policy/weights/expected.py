@@ -143,29 +143,29 @@ class ExpectedAttention(QueryEstimateWeights):
         """Return the log of the expected attention, averaged over the heads of a GQA group."""
         mean, covariance = self._estimate_queries(stats)
         keys, scale = stats.keys32, stats.scaling
+        # The entries are the last dimension, [batch, num_key_value_heads, gaussians, entries]: products and sums over
+        # contiguous numbers are faster.
         if self.diagonal:
-            quadratic = torch.cat([chunk.square() @ covariance.mT for chunk in keys.split(CHUNK_SIZE, dim=2)], dim=2)
+            quadratic = torch.cat([covariance @ chunk.square().mT for chunk in keys.split(CHUNK_SIZE, dim=2)], dim=3)
         else:
             # kᵀΣk = ‖kᵀL‖² with Σ = LLᵀ: one product [entries, head_dim] × [head_dim, gaussians · head_dim] for all
             # Gaussians. The covariance of a single query is 0, which has no Cholesky factor.
             tiny = torch.finfo(covariance.dtype).tiny * torch.eye(stats.head_dim, device=stats.device)
             cholesky = psd_cholesky(covariance + tiny).movedim(2, 3).flatten(3, 4)
-            quadratic = (keys @ cholesky).unflatten(-1, (-1, stats.head_dim)).norm(dim=-1).square_()
-        # [batch, num_key_value_heads, entries, gaussians]
-        logits = (keys @ (mean.mT * scale)).add_(quadratic, alpha=scale * scale / 2)
+            quadratic = (keys @ cholesky).unflatten(-1, (-1, stats.head_dim)).norm(dim=-1).square_().mT
+        logits = ((mean * scale) @ keys.mT).add_(quadratic, alpha=scale * scale / 2)
         if stats.logit_bias is not None:
-            logits = logits + stats.logit_bias[..., None]
-        if logits.shape[-1] == 1:
-            return logits.squeeze(-1)
+            logits = logits + stats.logit_bias[:, :, None]
+        if logits.shape[2] == 1:
+            return logits.squeeze(2)
         # Each query head is normalized over the entries after the first tokens, then the group is averaged.
         if stats.is_complete:
-            normalized = logits.clone()
-            normalized[:, :, : self.skip if stats.num_entries > self.skip else 0] = -torch.inf
+            total = logits[..., self.skip if stats.num_entries > self.skip else 0 :].logsumexp(-1, keepdim=True)
         else:
             left_out = stats.positions < self.skip
             left_out = left_out & (stats.counts > self.skip)[..., None] | (stats.positions < 0)
-            normalized = logits.masked_fill(left_out[..., None], -torch.inf)
-        return (logits - normalized.logsumexp(2, keepdim=True)).logsumexp(-1)
+            total = logits.masked_fill(left_out[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
+        return (logits - total).logsumexp(2)
 
     def _estimate_queries(self, stats: AttentionStats) -> tuple[Tensor, Tensor]:
         """Estimate mean and covariance of future queries.
