@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 
 from suffice.kv import BatchedCaches, CompressedCache, prefill
 from suffice.kv.attention.implementation import selected_implementation
@@ -324,3 +325,44 @@ def test_a_failed_shared_prefill_leaves_the_caches_empty():
     handle.remove()
     assert [cache.get_seq_length() for cache in caches] == [0, 0]
     prefill(model, {"input_ids": prompt(40)}, caches)
+
+
+@pytest.mark.parametrize("options", [{}, {"policy": "capkv", "evict": "always", "rerotate": True}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("length", [5, 30, 40, 42])
+def test_a_prompt_that_does_not_continue_the_tokens_of_the_cache_is_refused(family, options, length):
+    """`generate` skips 42 tokens of an unrelated, shorter prompt, and of the same prompt again."""
+    model = build(family)
+    cache = CompressedCache(model, budget=20, **options)
+
+    def ask(ids):
+        inputs = {"attention_mask": torch.ones_like(ids), "past_key_values": cache}
+        return model.generate(ids, **inputs, max_new_tokens=3, do_sample=False)
+
+    first = ask(prompt(40))
+    expected, before = cache.copy(), _describe(cache)
+    error, message = ValueError, f"must be longer than the 42 tokens .* got ({length}|no further) tokens. For another"
+    if transformers.__version__.startswith("5.2."):
+        error, message = IndexError, "out of bounds"  # of `generate` itself, before it calls the model
+    with pytest.raises(error, match=message):
+        ask(first[:, :42] if length == 42 else prompt(length))
+    assert _describe(cache) == before
+    more = torch.cat((first, prompt(5, seed=3)), dim=1)
+    got = ask(more)
+    cache = expected
+    assert torch.equal(got, ask(more))
+
+
+def test_inputs_without_tokens_and_short_masks_are_refused():
+    model = build("llama")
+    cache = CompressedCache(model, "capkv", 20)
+    with pytest.raises(ValueError, match="input_ids must have at least 1 token, got none"):
+        model(prompt(0), past_key_values=cache)
+    model(prompt(40), past_key_values=cache)
+    with pytest.raises(
+        ValueError, match=r"the 40 tokens that the CompressedCache already holds, .* got no further tokens"
+    ):
+        model(prompt(0), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"the 40 tokens that the CompressedCache already holds, .* got 5 tokens"):
+        model(prompt(5), attention_mask=torch.ones(1, 5, dtype=torch.long), past_key_values=cache)
+    assert cache.get_seq_length() == 40

@@ -18,7 +18,7 @@ from suffice.kv.cache.global_budget import GlobalBudget
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.layer_kinds import make_layers
 from suffice.kv.cache.layer_report import report_layer
-from suffice.kv.cache.positions import check_position_ids, check_window, num_new_tokens
+from suffice.kv.cache.positions import check_continues, check_position_ids, check_window, num_new_tokens
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.state import EarlierMask
 from suffice.kv.cache.stock_layer import copy_stock_layer
@@ -147,9 +147,10 @@ class CompressedCache(Cache):
         """Prepare for a forward pass of the model; see `suffice.kv.attention.forward_pass.PassObserver`.
 
         Raises:
-            ValueError: the cache belongs to another model, an earlier forward pass failed, the mask of earlier tokens
-                has changed in a way that is not supported, the memory is too small, or, if keys are rotated, their
-                positions are not consecutive or exceed the context window.
+            ValueError: the cache belongs to another model, an earlier forward pass failed, the input does not continue
+                the tokens that the cache holds, the mask of earlier tokens has changed in a way that is not supported,
+                the memory is too small, or, if keys are rotated, their positions are not consecutive or exceed the
+                context window.
 
         """
         if not self._hook.belongs_to(decoder):
@@ -161,10 +162,12 @@ class CompressedCache(Cache):
                 "for a decoder with cross-attention, got a CompressedCache, which holds the self-attention only. With "
                 "DynamicCache() as the second cache, the cross-attention is not compressed"
             )
+        first = self.compressed_layers[0].state
+        check_continues(inputs, first)
         if self._rotates:
             # PaliGemma counts positions from 1. Only rotated keys move to positions that are counted from 0.
             firsts = (0,) if self.settings.rerotate else (0, 1)
-            check_position_ids(inputs, self.compressed_layers[0].state, self._rotation_needed_by, firsts=firsts)
+            check_position_ids(inputs, first, self._rotation_needed_by, firsts=firsts)
         if self._window is not None:
             storages = [layer.storage for layer in self.compressed_layers]
             num_held = max(0 if storage is None else storage.max_length for storage in storages)
@@ -216,7 +219,6 @@ class CompressedCache(Cache):
             for layer in self.compressed_layers:
                 layer.awaits_attention = False
             raise ValueError(_WRONG_MODEL)
-        self._check_rows(key_states.shape[0])
         self.will_store()
         layer = self.layers[layer_idx]
         self._updated = layer if isinstance(layer, CompressedLayer) else None
@@ -300,14 +302,6 @@ class CompressedCache(Cache):
                 getattr(layer, method)(argument)
             else:
                 layer.reorder_cache(rows)
-
-    def _check_rows(self, num_rows: int) -> None:
-        held = len(self.compressed_layers[0].state.rows)
-        if held and num_rows != held:
-            raise ValueError(
-                f"input_ids must have {held} rows, as many as the CompressedCache holds, got {num_rows}. To continue "
-                f"each row several times, call cache.batch_repeat_interleave(times) first"
-            )
 
     def save(self, model: nn.Module, path: str | Path) -> Path:
         """Write the cache to a safetensors file, from which another process can continue.

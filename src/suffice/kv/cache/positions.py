@@ -28,6 +28,58 @@ def num_new_tokens(inputs: Mapping[str, Any]) -> int:
     return 0
 
 
+def check_continues(inputs: Mapping[str, Any], state: LayerState) -> None:
+    """Check that the input of a forward pass continues the tokens that a cache holds.
+
+    `generate` gets the whole prompt and skips as many tokens as the cache has seen. If the prompt is not longer than
+    that, `generate` passes no tokens, or the wrong ones.
+
+    Args:
+        inputs: keyword arguments of the decoder.
+        state: state of a layer before the forward pass.
+
+    Raises:
+        ValueError: there are no new tokens, they do not follow the earlier ones, or the number of rows differs.
+
+    """
+    given = next((x for name in ("input_ids", "inputs_embeds") if (x := inputs.get(name)) is not None), None)
+    if given is None:
+        return
+    length = _prompt_length(inputs, given, state)
+    if length is not None:
+        if state.num_seen == 0:
+            raise ValueError("input_ids must have at least 1 token, got none")
+        raise ValueError(
+            f"input_ids must be longer than the {state.num_seen} tokens that the CompressedCache already holds, and "
+            f"begin with them, got {length or 'no further'} tokens. For another prompt, make a new CompressedCache, or "
+            "call cache.reset(). For several questions about one document, pass a cache.copy() with each"
+        )
+    if state.rows and given.shape[0] != len(state.rows):
+        raise ValueError(
+            f"input_ids must have {len(state.rows)} rows, as many as the CompressedCache holds, got {given.shape[0]}. "
+            "To continue each row several times, call cache.batch_repeat_interleave(times) first"
+        )
+
+
+def _prompt_length(inputs: Mapping[str, Any], given: Tensor, state: LayerState) -> int | None:
+    """Return the number of tokens of a prompt that does not continue the earlier tokens; None if it does.
+
+    It follows from the attention mask or, if there is none, from the positions. It is 0 if there are no new tokens.
+    """
+    num_new, mask, positions = given.shape[1], inputs.get("attention_mask"), inputs.get("position_ids")
+    if num_new == 0:
+        return 0
+    if isinstance(mask, Tensor):
+        return mask.shape[1] if mask.dim() == 2 and mask.shape[1] < state.num_seen + num_new else None
+    # Positions of single tokens on a GPU are not read, to avoid a synchronization at each step.
+    if state.num_seen == 0 or mask is not None or not isinstance(positions, Tensor) or positions.dim() != 2:
+        return None
+    if any(state.num_padding) or (num_new == 1 and positions.device.type != "cpu"):
+        return None
+    last = int(positions[:, -1].min())
+    return last + 1 if last < state.num_seen else None
+
+
 def check_position_ids(
     inputs: Mapping[str, Any], state: LayerState, needed_by: str, *, firsts: tuple[int, ...]
 ) -> None:
