@@ -180,3 +180,15 @@ def test_the_package_can_be_run_as_a_module():
     program = [sys.executable, "-m", "suffice", "--version"]
     result = subprocess.run(program, capture_output=True, text=True, check=True)
     assert result.stdout == f"suffice {suffice.__version__}\n"
+
+
+def test_both_halves_are_shown_and_imported_on_first_use():
+    pytest.importorskip("transformers")
+    program = (
+        "import sys, suffice\n"
+        "assert {'kv', 'link'} <= set(dir(suffice)) and not hasattr(suffice, 'vk')\n"
+        "print('torch' in sys.modules, 'compress' in dir(suffice.kv), 'audit' in dir(suffice.link))\n"
+        "print('torch' in sys.modules, suffice.kv.compress.__name__, 'torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "True", "True", "False", "compress", "True"]

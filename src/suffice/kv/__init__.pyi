@@ -4,6 +4,11 @@ from .cache.cache import CompressedCache as CompressedCache
 from .cache.cross_attention import CrossAttentionCache as CrossAttentionCache
 from .cache.prefill import prefill as prefill
 from .cache.report import CacheReport as CacheReport
+from .document.chat import Chat as Chat
+from .document.document import Document as Document
+from .document.document import compress as compress
+from .document.document import open_document as open_document
+from .document.pipeline import CompressedTextGenerationPipeline as CompressedTextGenerationPipeline
 from .eval.answer import answer as answer
 from .eval.compare import compare as compare
 from .eval.fidelity import CacheConfig as CacheConfig

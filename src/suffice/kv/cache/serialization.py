@@ -37,6 +37,7 @@ _FORMAT = 3
 _METADATA_KEY = "suffice"
 _STORAGE_PREFIX = "storage."
 _MOMENTS_PREFIX = "moments."
+_TEXT, _INPUT_IDS = "text.utf8", "text.input_ids"
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,30 @@ class SavedCache:
                 restore_states(layer, tensors, state["linear_states"], device)
 
 
-def save_cache(layers: Sequence[Any], settings: CacheSettings, model: PreTrainedModel, path: str | Path) -> Path:
-    """Write the layers of a cache to a safetensors file; see `CompressedCache.save`."""
+@dataclass(frozen=True)
+class SavedText:
+    """The text of a cache, which a file can hold beside its entries.
+
+    Args:
+        text: the text.
+        input_ids: the tokens that the cache has seen, long [1, tokens].
+        tokenizer: fingerprint of the tokenizer.
+
+    """
+
+    text: str
+    input_ids: Tensor
+    tokenizer: str
+
+
+def save_cache(
+    layers: Sequence[Any],
+    settings: CacheSettings,
+    model: PreTrainedModel,
+    path: str | Path,
+    text: SavedText | None = None,
+) -> Path:
+    """Write the layers of a cache, and its text if it is given, to a safetensors file; see `CompressedCache.save`."""
     compressed = [layer for layer in layers if isinstance(layer, CompressedLayer)]
     modules = [layer.module for layer in compressed]
     if not set(map(id, modules)) <= set(map(id, model.modules())):
@@ -107,6 +130,12 @@ def save_cache(layers: Sequence[Any], settings: CacheSettings, model: PreTrained
         },
         "layers": layer_states,
     }
+    if text is not None:
+        tensors |= {
+            _TEXT: torch.frombuffer(bytearray(text.text.encode("utf-8", "surrogatepass")), dtype=torch.uint8),
+            _INPUT_IDS: text.input_ids.to("cpu", torch.int32),
+        }
+        metadata["text"] = {"tokenizer": text.tokenizer}
     target = _file_of_process(path, model)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")
@@ -130,22 +159,48 @@ def _memory_options(settings: CacheSettings) -> dict[str, Any]:
 def read_cache(path: str | Path, model: PreTrainedModel, policy: Policy | None = None) -> SavedCache:
     """Read a file that `save_cache` has written, and check that it fits the model; see `CompressedCache.load`."""
     file = _file_of_process(path, model)
-    if not file.is_file():
-        raise FileNotFoundError(f"path must be a file that `save` has written, got {str(file)!r}, which does not exist")
-    metadata, tensors = _read(file)
+    metadata, tensors = _read(_existing(file))
     _check_model(metadata, model, file)
     policy = _restore_policy(metadata, policy, file)
     return SavedCache(policy, metadata["budget"], metadata["options"], tensors, metadata["layers"])
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_text(path: str | Path, model: PreTrainedModel) -> SavedText:
+    """Read the text of a file that `save_cache` has written with a text.
+
+    Raises:
+        OSError: the file does not exist.
+        ValueError: the file is not a saved cache, or has no text.
+
+    """
+    file = _file_of_process(path, model)
+    metadata, tensors = _read(_existing(file), only=(_TEXT, _INPUT_IDS))
+    if "text" not in metadata:
+        raise ValueError(
+            f"path must be a file that Document.save has written, got {str(file)!r}, a CompressedCache without its "
+            "text. Read it with CompressedCache.load"
+        )
+    text = tensors[_TEXT].numpy().tobytes().decode("utf-8", "surrogatepass")
+    return SavedText(text, tensors[_INPUT_IDS].long(), **metadata["text"])
+
+
+def _existing(file: Path) -> Path:
+    if not file.is_file():
+        raise FileNotFoundError(f"path must be a file that `save` has written, got {str(file)!r}, which does not exist")
+    return file
+
+
+def _read(file: Path, only: Sequence[str] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the metadata and the tensors of a file; with `only`, those tensors of these names that it has."""
     try:
         with safe_open(file, "pt") as opened:
             header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys() if name in (only or ())}  # noqa: SIM118
         if _METADATA_KEY not in header:
             raise ValueError("it has no metadata of suffice, or was written by an early version")
         metadata = json.loads(header[_METADATA_KEY])
-        tensors = load_file(file)
+        if only is None:
+            tensors = load_file(file)
     except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"path must be a saved CompressedCache, got {str(file)!r} ({error}). Read the prompt again and save the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -110,8 +111,6 @@ def greedy_generate(
         The ids of the generated tokens, [batch, new_tokens].
 
     """
-    input_ids = input_ids.to(model.device)
-    network: Any = model
     if chunk_size is not None or awaits_replay(cache):
         fill_cache(model, input_ids[:, cache.get_seq_length() : -1], cache, chunk_size, tokenizer)
     options: dict[str, Any] = {}
@@ -124,24 +123,50 @@ def greedy_generate(
 
         # `generate` calls a logits processor after every forward pass, the first of which reads the prompt.
         options = {"logits_processor": [copy_cache], "output_logits": True}
-    output: Any = network.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=_pad_token_id(model),
-        return_dict_in_generate=True,
-        **options,
-    )
+    output = _generate(model, input_ids, cache, max_new_tokens=max_new_tokens, **options)
     if record is not None:
         record.logits = torch.stack(output.logits, dim=1)
     return output.sequences[:, input_ids.shape[1] :]
 
 
-def end_ids(model: PreTrainedModel) -> list[int]:
-    """Return the ids of the tokens that end a text."""
-    ends = model.generation_config.eos_token_id
+def continue_prompt(
+    model: PreTrainedModel, input_ids: Tensor, cache: Cache, *, attention_mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    """Generate after a prompt with `generate`, greedily unless the options say otherwise.
+
+    Args:
+        model: the language model.
+        input_ids: the whole prompt, [batch, tokens].
+        cache: the cache; tokens that it has seen are not fed to the model again.
+        attention_mask: mask of the prompt, [batch, tokens]; None without padding.
+        options: further arguments of `generate`, such as `max_new_tokens`.
+
+    Returns:
+        The ids of the generated tokens, [batch, new_tokens].
+
+    """
+    output = _generate(model, input_ids, cache, attention_mask, **options)
+    return output.sequences[:, input_ids.shape[1] :]
+
+
+def _generate(
+    model: PreTrainedModel, input_ids: Tensor, cache: Cache, attention_mask: Tensor | None = None, **options: Any
+) -> Any:
+    """Return what `generate` returns with `return_dict_in_generate=True`."""
+    input_ids = input_ids.to(model.device)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(model.device)
+    options = {"do_sample": False, "pad_token_id": _pad_token_id(model), **options}
+    network: Any = model
+    return network.generate(
+        input_ids=input_ids, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, **options
+    )
+
+
+def end_ids(model: PreTrainedModel, options: Mapping[str, Any] | None = None) -> list[int]:
+    """Return the ids of the tokens that end a text, under options of `generate`."""
+    options = options or {}
+    config = options.get("generation_config") or model.generation_config
+    ends = options.get("eos_token_id", config.eos_token_id)
     return [ends] if isinstance(ends, int) else list(ends or [])
 
 

@@ -53,11 +53,29 @@ def tokenize_prompt(
         ValueError: the document or the question is empty, or the chat template changes the document.
 
     """
-    check_text("document", document)
-    check_optional_text("question", question)
     if not isinstance(answer_prefix, str):
         raise TypeError(f"answer_prefix must be a string, got {shown(answer_prefix)}")
-    has_template = bool(getattr(tokenizer, "chat_template", None))
+    before, after = split_prompt(tokenizer, document, question)
+    has_template = _has_template(tokenizer)
+    prefix = answer_prefix if has_template or not answer_prefix else f" {answer_prefix}"
+    # A template already contains the special tokens.
+    return PromptTokens(
+        tokenize(tokenizer, before, add_special_tokens=not has_template),
+        torch.cat([tokenize_continuation(tokenizer, part) for part in (after, prefix)], dim=1),
+    )
+
+
+def split_prompt(tokenizer: PreTrainedTokenizerBase, document: str, question: str | None) -> tuple[str, str]:
+    """Return the text of a prompt until the document ends, and the rest; see `tokenize_prompt`.
+
+    Raises:
+        TypeError: a text is not a string.
+        ValueError: the document or the question is empty, or the chat template changes the document.
+
+    """
+    check_text("document", document)
+    check_optional_text("question", question)
+    has_template = _has_template(tokenizer)
     if has_template:
         content = document if question is None else f"{document}\n\n{question}"
         message = [{"role": "user", "content": content}]
@@ -75,9 +93,41 @@ def tokenize_prompt(
         end = len(document)
     if question is None:
         end = len(text)
-    prefix = answer_prefix if has_template or not answer_prefix else f" {answer_prefix}"
-    # A template already contains the special tokens.
-    return PromptTokens(
-        tokenize(tokenizer, text[:end], add_special_tokens=not has_template),
-        torch.cat([tokenize_continuation(tokenizer, part) for part in (text[end:], prefix)], dim=1),
-    )
+    return text[:end], text[end:]
+
+
+_ANSWER = "Stand-in for the answer."
+
+
+def tokenize_turn(tokenizer: PreTrainedTokenizerBase, message: str) -> Tensor:
+    """Return the token ids between the model's last answer and its next one, long [1, tokens].
+
+    They contain the end of the answer, the user's next message, and the start of the assistant's turn. They are read
+    from a short conversation in the tokenizer's chat template, so that they do not depend on the document or on the
+    answer. Without a template, the message is a further question, see `tokenize_prompt`.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        message: the user's message.
+
+    Raises:
+        TypeError: the message is not a string.
+        ValueError: the message is empty, or the chat template changes it.
+
+    """
+    check_text("message", message)
+    if not _has_template(tokenizer):
+        return tokenize_continuation(tokenizer, f"\n\nQuestion: {message}\nAnswer:")
+    roles = (("user", "Hello."), ("assistant", _ANSWER), ("user", message))
+    messages = [{"role": role, "content": content} for role, content in roles]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    start = text.rfind(_ANSWER, 0, max(0, text.rfind(message.strip())))
+    if start < 0:
+        raise ValueError(
+            "chat_template of the tokenizer must contain the messages unchanged, got one that changes them"
+        )
+    return tokenize_continuation(tokenizer, text[start + len(_ANSWER) :])
+
+
+def _has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
