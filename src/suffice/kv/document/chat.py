@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from suffice.arguments import check_text
+from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.document.streaming import stream_text
 from suffice.kv.document.turn import DEFAULT_LENGTH, check_turn, decode, generate_turn
 from suffice.kv.eval.generation import end_ids
-from suffice.kv.eval.prompt import tokenize_turn
-
-if TYPE_CHECKING:
-    from suffice.kv.document.document import Document
+from suffice.kv.eval.prompt import tokenize_question, tokenize_turn
 
 
 class Chat:
@@ -28,7 +27,11 @@ class Chat:
     chat as it was.
 
     Args:
-        document: the document.
+        model: the language model.
+        tokenizer: its tokenizer.
+        text: the text of the document.
+        input_ids: the tokens of the document, long [1, tokens].
+        cache: the cache of these tokens, to which the turns are added.
 
     Attributes:
         messages: the questions and answers so far, as dicts with `role` and `content`. The document is not among them.
@@ -37,10 +40,18 @@ class Chat:
 
     """
 
-    def __init__(self, document: Document) -> None:
-        self._document, self._lock = document, threading.Lock()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        input_ids: Tensor,
+        cache: CompressedCache,
+    ) -> None:
+        self._model, self._tokenizer, self._text = model, tokenizer, text
+        self._lock = threading.Lock()
         self.messages: list[dict[str, str]] = []
-        self.input_ids, self.cache = document.input_ids, document.cache.copy()
+        self.input_ids, self.cache = input_ids, cache
 
     def ask(self, message: str, *, max_new_tokens: int = DEFAULT_LENGTH, **options: Any) -> str:
         """Return the answer to a message, which becomes part of the conversation.
@@ -73,7 +84,7 @@ class Chat:
 
         """
         self._check(self._prompt(message), max_new_tokens, options)
-        return stream_text(lambda own: self._answer(message, max_new_tokens, own), self._document.tokenizer, options)
+        return stream_text(lambda own: self._answer(message, max_new_tokens, own), self._tokenizer, options)
 
     def report(self) -> CacheReport:
         """Return a report of what the cache of the conversation holds."""
@@ -85,15 +96,17 @@ class Chat:
     def _prompt(self, message: str) -> Tensor:
         """Return all tokens until the start of the answer to a message, long [1, tokens]."""
         check_text("message", message)
-        document = self._document
-        new = tokenize_turn(document.tokenizer, message) if self.messages else document.prompt(message).question
+        if self.messages:
+            new = tokenize_turn(self._tokenizer, message)
+        else:
+            new = tokenize_question(self._tokenizer, self._text, message)
         return torch.cat([self.input_ids, new], dim=1)
 
     def _check(self, input_ids: Tensor, max_new_tokens: int, options: Mapping[str, Any]) -> None:
-        check_turn(self._document.model, self.cache.settings, input_ids.shape[1], max_new_tokens, options)
+        check_turn(self._model, self.cache.settings, input_ids.shape[1], max_new_tokens, options)
 
     def _answer(self, message: str, max_new_tokens: int, options: Mapping[str, Any]) -> str:
-        model, tokenizer = self._document.model, self._document.tokenizer
+        model, tokenizer = self._model, self._tokenizer
         with self._lock:  # a stream runs in a thread of its own, and may still do so when the next message comes
             input_ids, cache = self._prompt(message), self.cache.copy()
             (tokens,) = generate_turn(model, tokenizer, input_ids, cache, max_new_tokens, options)

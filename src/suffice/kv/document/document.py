@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +21,19 @@ from suffice.kv.cache.batched import BatchedCaches, rows_can_differ_in_length
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.serialization import SavedText, read_text, save_cache
+from suffice.kv.document.chat import Chat
 from suffice.kv.document.streaming import stream_text
 from suffice.kv.document.turn import DEFAULT_LENGTH, check_turn, decode, generate_turn
 from suffice.kv.eval.generation import fill_cache
-from suffice.kv.eval.prompt import PromptTokens, split_prompt
+from suffice.kv.eval.prompt import PromptTokens, split_prompt, tokenize_question
 from suffice.kv.hf.model_info import context_window
-from suffice.kv.hf.tokenization import check_tokenizer, tokenize, tokenize_continuation
+from suffice.kv.hf.tokenization import check_tokenizer, tokenize
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.names import DEFAULT_POLICY
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import get_policy
 from suffice.kv.storage.quantization import Bits
 from suffice.study.run_kind import suggestion
-
-if TYPE_CHECKING:
-    from suffice.kv.document.chat import Chat
 
 
 class CacheOptions(TypedDict, total=False):
@@ -184,8 +182,7 @@ class Document:
             ValueError: the question is empty.
 
         """
-        _, rest = split_prompt(self.tokenizer, self.text, check_text("question", question))
-        return PromptTokens(self.input_ids, tokenize_continuation(self.tokenizer, rest))
+        return PromptTokens(self.input_ids, tokenize_question(self.tokenizer, self.text, question))
 
     def ask(self, question: str, *, max_new_tokens: int = DEFAULT_LENGTH, **options: Any) -> str:
         """Return the answer to a question.
@@ -255,9 +252,7 @@ class Document:
 
     def chat(self) -> Chat:
         """Return a new conversation about the document, whose turns follow each other. The document stays as it is."""
-        from suffice.kv.document.chat import Chat
-
-        return Chat(self)
+        return Chat(self.model, self.tokenizer, self.text, self.input_ids, self.cache.copy())
 
     def save(self, path: str | Path) -> Path:
         """Write the compressed document to a safetensors file, which `open_document` reads.

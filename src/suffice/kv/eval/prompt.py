@@ -96,6 +96,18 @@ def split_prompt(tokenizer: PreTrainedTokenizerBase, document: str, question: st
     return text[:end], text[end:]
 
 
+def tokenize_question(tokenizer: PreTrainedTokenizerBase, document: str, question: str) -> Tensor:
+    """Return the token ids of a prompt after its document, long [1, tokens]; see `tokenize_prompt`.
+
+    Raises:
+        TypeError: a text is not a string.
+        ValueError: a text is empty, or the chat template changes the document.
+
+    """
+    _, rest = split_prompt(tokenizer, document, check_text("question", question))
+    return tokenize_continuation(tokenizer, rest)
+
+
 _ANSWER = "Stand-in for the answer."
 
 
