@@ -300,3 +300,11 @@ def test_the_cardinality_of_an_empty_set_is_zero():
 def test_wrong_graphs_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@given(nodes=st.integers(1, 30), edges=st.integers(0, 80), seed=st.integers(0, 20))
+def test_an_adjacency_has_both_directions_of_every_edge_once(nodes, edges, seed):
+    edge_index = torch.randint(nodes, (2, edges), generator=torch.Generator().manual_seed(seed))
+    pairs = {(i, j) for i, j in edge_index.T.tolist() if i != j}
+    expected = sorted(pairs | {(j, i) for i, j in pairs})
+    assert list(map(tuple, Adjacency(edge_index, nodes).edge_index.T.tolist())) == expected

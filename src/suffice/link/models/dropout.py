@@ -33,11 +33,17 @@ class _ApplyMask(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
         ctx.mask, ctx.scale = mask, scale
-        return mask.to(x.dtype).mul_(x).mul_(scale)
+        return _scaled_product(mask, x, scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.mask.to(gradients[0].dtype).mul_(gradients[0]).mul_(ctx.scale), None, None
+        return _scaled_product(ctx.mask, gradients[0], ctx.scale), None, None
+
+
+def _scaled_product(mask: Tensor, x: Tensor, scale: float) -> Tensor:
+    # `addcmul` to 0 multiplies by both in one pass.
+    result = mask.to(x.dtype)
+    return torch.addcmul(x.new_zeros(()), result, x, value=scale, out=result)
 
 
 def drop_features(dropout: nn.Module, x: Tensor) -> Tensor:
