@@ -308,6 +308,33 @@ def measure_growth(threads: int, figure: Path | None) -> dict[str, Any]:
     }
 
 
+def shares(data: str, root: str) -> dict[str, dict[str, float]]:
+    """Return which percentage of one of our steps is spent in dense products and in sums over neighbors."""
+    from torch.profiler import ProfilerActivity, profile
+
+    graph, parts = load_data(data, root)
+    found: dict[str, dict[str, float]] = {}
+    for name in ("neognn", "ncn", "buddy"):
+        settings, training = authors(name, graph.name)
+        made = EdgeBatches(parts.train, graph.num_nodes, Fixed(), batch_size=training.batch_size, known=parts.known)
+        ours = Ours(settings, training.learning_rate, graph, parts)
+        drawn = [batch for batch, _ in zip(made, range(4), strict=False)]
+        for batch in drawn[:2]:
+            ours.step(batch)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            for batch in drawn[2:]:
+                ours.step(batch)
+        taken = {str(event.key): float(event.self_cpu_time_total) for event in profiled.key_averages()}
+        kinds = {"dense products": ("aten::mm", "aten::addmm"), "sums over neighbors": ("embedding_bag",)}
+        sums = {
+            kind: sum(taken[key] for key in taken if any(name in key for name in names))
+            for kind, names in kinds.items()
+        }
+        found[name] = {kind: round(100 * value / sum(taken.values()), 1) for kind, value in sums.items()}
+        print(name, found[name], flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="digits")
@@ -318,9 +345,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument(
         "--part",
-        choices=("models", "once", "growth", "all"),
+        choices=("models", "once", "growth", "shares", "all"),
         default="all",
-        help="measure epochs (models), preprocessing and evaluation (once), growth, or all; the file keeps the rest",
+        help="measure epochs (models), preprocessing and evaluation (once), growth, what a step consists of (shares), "
+        "or all; the file keeps the rest",
     )
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--grown", nargs=2, metavar=("MODEL", "EDGES"), help="measure one model on one block model")
@@ -338,6 +366,8 @@ def main() -> None:
         result |= measure_once(options.data, options.root, options.rounds)
     if options.part in ("growth", "all"):
         result |= measure_growth(options.threads, options.figure)
+    if options.part in ("shares", "all"):
+        result["step_shares"] = shares(options.data, options.root)
     result |= {"threads": options.threads, "machine": platform.machine(), "torch": torch.__version__}
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
