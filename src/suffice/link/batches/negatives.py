@@ -95,8 +95,10 @@ class NegativeSampler:
         self._sides = None if isinstance(num_nodes, int) else num_nodes
         num_nodes = num_nodes if isinstance(num_nodes, int) else sum(num_nodes)
         self.num_nodes = num_nodes
-        self._known_keys = edge_keys(known[:, known[0] != known[1]], num_nodes).unique()  # sorted
-        self._known = torch.stack([self._known_keys // num_nodes, self._known_keys % num_nodes])  # each edge once
+        is_loop = known[0] == known[1]
+        if bool(is_loop.any()):  # a copy of many edges takes much memory
+            known = known[:, ~is_loop]
+        self._known_keys = edge_keys(known, num_nodes).unique()  # sorted, each edge once
         num_pairs = num_nodes * (num_nodes - 1) // 2 if self._sides is None else self._sides[0] * self._sides[1]
         self._num_pairs = num_pairs
         self.num_available = num_pairs - self._known_keys.numel()
@@ -120,11 +122,12 @@ class NegativeSampler:
             )
         if count >= _MANY:
             return self._sample_many(count, seed)
-        sampled = self._known.new_empty((2, 0))
+        known = torch.stack([self._known_keys // self.num_nodes, self._known_keys % self.num_nodes])
+        sampled = known.new_empty((2, 0))
         with _seeded_python_random(seed):
             while sampled.size(1) < count:
                 # On dense graphs PyG gives up early and returns fewer pairs. Exclude those as well and sample again.
-                excluded = torch.cat([self._known, sampled], dim=1)
+                excluded = torch.cat([known, sampled], dim=1)
                 missing = count - sampled.size(1)
                 sampled = torch.cat([sampled, self._propose(excluded, missing)], dim=1)
         self._verify(sampled)
