@@ -33,7 +33,8 @@ def test_a_study_resumes_and_its_differences_are_paired_by_seed(graph, tmp_path)
             collect_study("g", {"seeds": [0, 1]}, list(store.records(name)))
     resumed = correct(graph, arms=arms, train=QUICK, seeds=2, folder=tmp_path, log=lines.append)
     assert resumed == results
-    assert len(lines) == 8
+    # Epochs are logged every few seconds, so their number depends on the load of the machine.
+    assert len([line for line in lines if ", loss " not in line]) == 8
     with Store(tmp_path) as store:  # only the missing run was repeated
         attempts = {(r.settings["arm"], r.seed): r.attempts for r in store.records(name)}
     assert attempts.pop(("fixed/layer", 1)) == 2
