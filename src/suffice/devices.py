@@ -23,7 +23,8 @@ def check_device(argument: str, device: str) -> str:
     kind = device.partition(":")[0]
     refusal = f"{argument} must be one that torch can use here, got {device!r}"
     if kind not in _KINDS:
-        raise ValueError(f"{refusal}{did_you_mean(kind, _KINDS) or '. Examples: cpu, cuda:0'}")
+        hint = ". Did you mean 'cuda'?" if kind.lower() == "gpu" else did_you_mean(kind, _KINDS)
+        raise ValueError(f"{refusal}{hint or '. Examples: cpu, cuda:0'}")
 
     import torch  # takes seconds
 

@@ -24,6 +24,10 @@ def read_text(path: str | Path, name: str) -> str:
     """
     try:
         return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(
+            f"{name} must be a text file, got {str(path)!r}, which cannot be read: no such file{similar_file(path)}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{name} must be a text file, got {str(path)!r}, which cannot be read: {error}") from None
 
@@ -50,7 +54,9 @@ def similar_file(path: str | Path, others: Sequence[str] = ()) -> str:
     """Return `. Did you mean 'x'?` with a similar file in the same folder or another word; empty if none is similar."""
     path = Path(path)
     files = [file.name for file in path.parent.iterdir() if file.is_file()] if path.parent.is_dir() else []
-    return did_you_mean(path.name, (*others, *files))
+    # Names are compared without suffixes, which would make all files of one kind similar.
+    files.sort(key=lambda name: Path(name).suffix == path.suffix)  # of files that differ in the suffix, the last counts
+    return did_you_mean(path.name, (*files, *others), lambda name: Path(name).stem)
 
 
 def check_suffix(path: str | Path, suffixes: Sequence[str], name: str = "path") -> None:

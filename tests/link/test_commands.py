@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from suffice.cli.link import app
+from suffice.files import similar_file
 from suffice.link.data.checkpoint import CheckpointError, load_checkpoint
 from suffice.link.study.experiment import audit_seeds, evaluate_seeds
 
@@ -55,8 +56,8 @@ def test_every_command_accepts_every_model(command, data):
 def test_an_audit_of_a_checkpoint_equals_that_of_the_training(data, tmp_path):
     checkpoint = str(tmp_path / "run.safetensors")
     run("train", "--data", data, "--epochs", "1", "--save", checkpoint)
-    arguments = ["audit", "--data", data, "--epochs", "1", "--json"]
-    of_checkpoint, of_training = run(*arguments, "--checkpoint", checkpoint), run(*arguments)
+    arguments = ["audit", "--data", data, "--json"]
+    of_checkpoint, of_training = run(*arguments, "--checkpoint", checkpoint), run(*arguments, "--epochs", "1")
     assert json.loads(of_checkpoint.stdout) == json.loads(of_training.stdout)
 
 
@@ -70,7 +71,7 @@ def test_a_checkpoint_of_another_seed_or_graph_is_refused(data, tmp_path):
     np.savez(data, **{**arrays, "edges": arrays["edges"][5:]})
     for command in (("train", "--resume"), ("audit", "--resume"), ("audit", "--checkpoint")):
         with pytest.raises(CheckpointError, match=r"checkpoint must be of a training on this graph, .* \(own\)"):
-            run(*command, file, "--data", data, "--epochs", "1")
+            run(*command, file, "--data", data, *(() if "--checkpoint" in command else ("--epochs", "1")))
 
 
 def test_a_training_goes_on_from_its_file(data, tmp_path):
@@ -101,6 +102,10 @@ def test_a_training_goes_on_from_its_file(data, tmp_path):
             ["audit", "--save", "new.safetensors", "--checkpoint", "run.safetensors"],
             "only one of --checkpoint, --save, --resume may be given, got --checkpoint and --save",
         ),
+        (["audit", "--checkpoint", "run.safetensors", "--model", "ncn"], "without --model, got --model ncn. The"),
+        (["audit", "--checkpoint", "run.safetensors", "--hidden", "32"], "without --hidden, got --hidden 32. The"),
+        (["audit", "--checkpoint", "run.safetensors", "--epochs", "3"], "without --epochs, got --epochs 3. The"),
+        (["audit", "--checkpoint", "run.safetensors", "--balanced"], "without --balanced, got --balanced. The"),
     ],
 )
 def test_a_wrong_checkpoint_is_refused_before_any_training(monkeypatch, tmp_path, arguments, message):
@@ -111,6 +116,23 @@ def test_a_wrong_checkpoint_is_refused_before_any_training(monkeypatch, tmp_path
     with pytest.raises(ValueError, match=message):
         run(*paths)
     assert [file.name for file in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+def test_a_file_with_only_the_same_suffix_is_not_similar(tmp_path):
+    for name in ("run.pt", "run.safetensors", "zoo.txt"):
+        (tmp_path / name).touch()
+    assert similar_file(tmp_path / "nope.safetensors") == ""
+    assert similar_file(tmp_path / "runn.safetensors") == ". Did you mean 'run.safetensors'?"
+    assert similar_file(tmp_path / "runn.pt") == ". Did you mean 'run.pt'?"
+    (tmp_path / "run.pt").unlink()
+    assert similar_file(tmp_path / "run.safetensorz") == ". Did you mean 'run.safetensors'?"
+
+
+def test_a_training_with_other_settings_says_how_to_go_on(data, tmp_path):
+    file = str(tmp_path / "run.safetensors")
+    run("train", "--data", data, "--epochs", "1", "--save", file)
+    with pytest.raises(CheckpointError, match=r"epochs=2, got .* with epochs=1. To go on with it, use its"):
+        run("train", "--data", data, "--epochs", "2", "--resume", file)
 
 
 def test_checkpoints_are_checked_in_python_too(tmp_path):

@@ -98,6 +98,14 @@ def test_a_table_with_rows_of_unequal_length_is_refused():
         Table(["a", "b"], [[1, 2], [3]])
 
 
+def test_short_and_long_cells_of_a_column_of_sentences_are_aligned_alike():
+    table = Table(["name", "x", "meaning"], [["a", "0.5", "Short."], ["b", "0.7", "A sentence that is much longer."]])
+    assert [table.is_text(column) for column in range(3)] == [False, False, True]
+    page = Page("t", "s", "c")
+    page.add("Numbers", table)
+    assert page.to_html().count(' class="text"') == 3  # the header and both cells
+
+
 def test_each_name_has_a_fixed_color():
     assert color_of("capkv") != color_of("snapkv")
     assert color_of("my own policy") == color_of("my own policy")

@@ -101,7 +101,8 @@ def audit(
 
     The model is loaded from the checkpoint. Without a checkpoint, a model is trained first.
     """
-    files.check(seeds)  # before torch is imported, which takes seconds
+    files.check_options(model, training)  # before torch is imported, which takes seconds
+    files.check(seeds)
 
     from suffice.link.study.experiment import audit_seeds
     from suffice.link.study.report_sections import audit_page

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from suffice.arguments import check_choice
+from suffice.arguments import check_choice, check_int, check_number, check_optional_int
 from suffice.cli.options import split_commas
 from suffice.devices import check_device
 from suffice.files import check_file
@@ -147,6 +147,7 @@ class ArmModelOptions:
 
     def __post_init__(self) -> None:  # checks what it can without importing torch, which takes seconds
         check_choice("--model", self.model, MODEL_NAMES)
+        check_optional_int("--hidden", self.hidden, 1)
         if self.encoder is not None:
             check_choice("--encoder", self.encoder, ENCODER_NAMES)
         if self.decoder is not None:
@@ -206,6 +207,12 @@ class ArmTrainOptions:
     ] = 2
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda:0.", callback=_check_device)] = "cpu"
 
+    def __post_init__(self) -> None:  # checks what it can without importing torch, which takes seconds
+        check_int("--epochs", self.epochs, 1)
+        check_optional_int("--patience", self.patience, 1)
+        check_int("--batch-size", self.batch_size, 2)
+        check_int("--directions", self.directions, 1, 2)
+
     def config(self, preset: Mapping[str, Any]) -> TrainConfig:
         """Return the settings of the training.
 
@@ -236,7 +243,9 @@ class TrainOptions(ArmTrainOptions):
     learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 5e-3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parse_composition(self.composition, "--composition")
+        check_number("--learning-rate", self.learning_rate, above=0)
 
     def config(self, preset: Mapping[str, Any]) -> TrainConfig:
         """Return the settings of the training; see `ArmTrainOptions.config`."""
@@ -298,6 +307,28 @@ class CheckpointOptions(SavedTrainingOptions):
     def files(self) -> CheckpointFiles:
         """Return the files to read and write."""
         return CheckpointFiles(self.checkpoint, self.save, self.resume)
+
+    def check_options(self, *groups: ArmModelOptions | ArmTrainOptions) -> None:
+        """Check that no option is given that the checkpoint determines: the model and its training.
+
+        Args:
+            groups: options of the model and of the training. A value that equals the default is accepted.
+
+        Raises:
+            ValueError: a checkpoint is given, and so is such an option.
+
+        """
+        if self.checkpoint is None:
+            return
+        for group in groups:
+            for field in fields(group):
+                if field.name != "device" and (value := getattr(group, field.name)) != field.default:
+                    option = f"--{field.name.replace('_', '-')}"
+                    found = option if value is True else f"{option} {value}"
+                    raise ValueError(
+                        f"--checkpoint must be given without {option}, got {found}. The checkpoint determines the "
+                        f"model and its training"
+                    )
 
 
 def check_arms(text: str) -> None:

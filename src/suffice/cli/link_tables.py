@@ -35,7 +35,8 @@ def study_table(results: StudyResults) -> Table:
     table.add_column("verdict")
     for key, arm in results.arms.items():
         cells = [
-            f"{results.mean(key, metric).mean:.3f}" if metric in arm.group.values else "" for metric in _STUDY_COLUMNS
+            f"{round(results.mean(key, metric).mean, 3) + 0.0:.3f}" if metric in arm.group.values else ""  # no -0.000
+            for metric in _STUDY_COLUMNS
         ]
         table.add_row(key, *cells, ", ".join(sorted(set(arm.verdicts.values()))))
     return table

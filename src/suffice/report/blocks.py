@@ -12,6 +12,8 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from suffice.arguments import check_choice, check_int
 from suffice.report.style import to_svg
 
+_LONG_CELL = 24  # characters
+
 
 @dataclass(frozen=True)
 class Text:
@@ -77,6 +79,11 @@ class Table:
         for number, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise ValueError(f"rows[{number}] must have {len(self.columns)} cells, got {len(row)}")
+
+    def is_text(self, column: int) -> bool:
+        """Return whether a column holds sentences, which are aligned on the left, also its short cells."""
+        cells = [row[column] for row in self.rows]
+        return any(isinstance(cell, str) and len(cell) > _LONG_CELL for cell in cells)
 
 
 @dataclass(frozen=True)

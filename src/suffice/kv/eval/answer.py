@@ -96,7 +96,7 @@ class Answer:
         """Return a sentence on how the answer compares with that of the full cache; empty if it was not compared."""
         if self.kl is None:
             return ""
-        kl = f"KL from the full cache: {self.kl:.3f} nats per token of its answer."
+        kl = f"KL from the full cache: {round(self.kl, 3) + 0.0:.3f} nats per token of its answer."
         if self.differs:
             return f"The full cache gives another answer. {kl}"
         return f"The full cache gives the same answer. {kl}"

@@ -59,8 +59,8 @@ def resume_training(
         if found.get(key) != value:
             here, there = _describe_difference(value, found.get(key))
             raise CheckpointError(
-                f"checkpoint must be of a training with {key} {here}, got {path} with {there}. Delete the file or "
-                f"choose another one"
+                f"checkpoint must be of a training with {key} {here}, got {path} with {there}. To go on with "
+                f"it, use its settings; for another training, write another file"
             )
     model.load_state_dict(files.select_prefix(tensors, "model"))
     files.unpack_optimizer(optimizer, tensors)

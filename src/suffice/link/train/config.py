@@ -49,8 +49,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, minimum in {"epochs": 1, "batch_size": 2, "seed": 0}.items():
             object.__setattr__(self, name, check_int(name, getattr(self, name), minimum))
-        for name in ("learning_rate", "weight_decay"):
-            object.__setattr__(self, name, check_number(name, getattr(self, name), minimum=0))
+        object.__setattr__(self, "learning_rate", check_number("learning_rate", self.learning_rate, above=0))
+        object.__setattr__(self, "weight_decay", check_number("weight_decay", self.weight_decay, minimum=0))
         object.__setattr__(self, "directions", check_int("directions", self.directions, 1, 2))
         object.__setattr__(self, "patience", check_optional_int("patience", self.patience, 1))
         if self.clip is not None:
