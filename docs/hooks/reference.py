@@ -25,6 +25,7 @@ _MAIN = {
     "suffice.kv.attention": "AttentionHook",
     "suffice.kv.budget": "Allocation",
     "suffice.kv.cache": "CompressedLayer",
+    "suffice.kv.document": "CacheOptions",
     "suffice.kv.eval": "Comparison",
     "suffice.kv.eval.tasks": "make_example",
     "suffice.kv.hf": "PackagedModel",
