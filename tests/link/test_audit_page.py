@@ -100,6 +100,11 @@ def test_the_terminal_shows_level_sentence_and_two_points(reports):
     first, measured, advice = text.plain.split("\n")
     assert first == f"dominated: {report.verdict.headline}"
     assert measured == f"  • Measured: {report.measured()}"
+    assert str(report).splitlines() == [
+        f"{report.verdict.level}: {report.verdict.headline}",
+        f"Measured: {report.measured()}",
+        f"What to do: {report.verdict.advice}",
+    ]
     assert advice == f"  • What to do: {report.verdict.advice}"
     assert [(span.start, span.end, span.style) for span in text.spans] == [(0, len("dominated"), "bold")]
 

@@ -123,6 +123,12 @@ class AuditReport:
         """Return the report as a JSON-serializable dictionary."""
         return asdict(self)
 
+    def __str__(self) -> str:
+        verdict = self.verdict
+        return (
+            f"{verdict.level}: {verdict.headline}\nMeasured: {self.measured()}\nWhat to do: {verdict.advice}"
+        ).rstrip()
+
 
 def audit(
     score: Score | nn.Module,
