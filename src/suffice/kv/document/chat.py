@@ -20,11 +20,11 @@ from suffice.kv.eval.prompt import tokenize_question, tokenize_turn
 
 
 class Chat:
-    """A conversation about a document. `Document.chat` makes one.
+    """A conversation about a document. Use `Document.chat` to make one.
 
     Each turn is added to the chat's own cache, so the model remembers earlier questions and answers. With `memory` or
-    `evict="always"`, the cache also evicts entries of turns. The document stays as it is. A turn that fails leaves the
-    chat as it was.
+    `evict="always"`, the cache also evicts entries of earlier turns. The document is not changed, and a turn that fails
+    does not change the chat.
 
     Args:
         model: the language model.
@@ -71,8 +71,8 @@ class Chat:
     def stream(self, message: str, *, max_new_tokens: int = DEFAULT_LENGTH, **options: Any) -> Iterator[str]:
         """Return an iterator over the answer to a message, in pieces; see `Document.stream`.
 
-        Message and answer become part of the conversation when the iterator ends. If it is closed early, so does
-        what was generated until then.
+        Message and answer become part of the conversation when the iterator ends. If it is closed early, the message
+        and the part of the answer that was generated until then become part of it.
 
         Args:
             message: the message.

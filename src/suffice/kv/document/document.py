@@ -64,19 +64,22 @@ def compress(
     """Read a text once, compress its cache, and return it as a document that answers questions.
 
     The text becomes the first part of a user's message in the tokenizer's chat template; each question follows it.
-    Without a template, it is read as it is. Without `chunk_size`, the answers are those of
-    `suffice.kv.answer(..., aware=False)`; with it, questions are still read at once.
+    Without a template, the text is read as it is. Without `chunk_size`, the answers are those of
+    `suffice.kv.answer(..., aware=False)`. With `chunk_size`, the text is read in chunks, but each question at once.
 
     Args:
         model: the language model.
         tokenizer: its tokenizer.
         text: the text of the document.
-        policy: which entries to keep. Policies that replay the prompt do so.
+        policy: which entries to keep. A policy that needs a replay reads the text a second time, and evicts only once,
+            also with `memory` and `chunk_size`.
         budget: number of tokens to keep, or a fraction of the tokens; None means a quarter of the tokens, or as many as
             `memory` allows.
         memory: limit on the bytes, instead of `budget`: a fraction of those of the full cache, or a number such as
-            `"2GiB"`. It also holds for each question with its answer.
-        chunk_size: read the text in chunks of this many tokens and evict after each; None reads it at once.
+            `"2GiB"`. The limit also holds while a question is answered, unless `evict="prefill"` is given or the
+            policy needs a replay.
+        chunk_size: read the text in chunks of this many tokens and evict after each; None reads it at once. Unless the
+            policy needs a replay, `evict` is then `"always"` by default.
         options: further arguments of `CompressedCache`: `allocation`, `bits`, `repair`, `evict`, `interval`,
             `rerotate`, `sinks`, `window` and `measure_capacity`.
 
@@ -149,7 +152,7 @@ def open_document(
 
 
 class Document:
-    """A text whose compressed cache answers questions. `compress` and `open_document` make one.
+    """A text whose compressed cache answers questions. Use `compress` or `open_document` to make one.
 
     Asking does not change a document: each question is read into a copy of the cache, which shares the entries of the
     document. A document therefore takes the bytes of its compressed cache, its text and its token ids.
@@ -158,7 +161,7 @@ class Document:
         model: the language model.
         tokenizer: its tokenizer.
         text: the text.
-        input_ids: the tokens of the prompt until the text ends, long [1, tokens].
+        input_ids: the tokens of the prompt up to the end of the text, long [1, tokens].
         cache: the compressed cache of these tokens. Pass `cache.copy()` to `generate`, so that it is not changed.
 
     """
@@ -251,7 +254,7 @@ class Document:
         return stream_text(lambda own: self._ask(prompt, max_new_tokens, own), self.tokenizer, options)
 
     def chat(self) -> Chat:
-        """Return a new conversation about the document, whose turns follow each other. The document stays as it is."""
+        """Return a new conversation about the document, which remembers its turns. The document is not changed."""
         return Chat(self.model, self.tokenizer, self.text, self.input_ids, self.cache.copy())
 
     def save(self, path: str | Path) -> Path:

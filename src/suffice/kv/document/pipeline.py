@@ -28,9 +28,8 @@ _CACHE_OPTIONS = (
 class CompressedTextGenerationPipeline(TextGenerationPipeline):
     """The pipeline `"text-generation"` with a new `CompressedCache` for each prompt or batch of prompts.
 
-    It takes all arguments of the stock pipeline and of `CompressedCache`, when it is made or when it is called. The
-    question is part of the prompt, so it is seen before the eviction; for many questions about one text, use
-    `suffice.kv.compress`.
+    It accepts all arguments of the stock pipeline and of `CompressedCache`, both in the constructor and in each call. A
+    question in the prompt is seen before the eviction; for many questions about one text, use `suffice.kv.compress`.
 
     Raises:
         TypeError, ValueError: an argument of the cache is not accepted.

@@ -27,7 +27,7 @@ def stream_text(
         options: options of `generate`. A streamer and a stopping criterion are added.
 
     Raises:
-        Exception: what `answer` has raised.
+        Exception: any exception that `answer` raises.
 
     """
     pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()

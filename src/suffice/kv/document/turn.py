@@ -73,13 +73,13 @@ def generate_turn(
     *,
     attention_mask: Tensor | None = None,
 ) -> list[Tensor]:
-    """Return the generated tokens of each row until the one that ends the answer, which is included.
+    """Return the generated tokens of each row, up to and including the token that ends the answer.
 
     Args:
         model: the language model.
         tokenizer: its tokenizer.
         input_ids: the whole prompt, [batch, tokens].
-        cache: the cache, which gets the new tokens.
+        cache: the cache, to which the new tokens are added.
         max_new_tokens: maximum number of generated tokens.
         options: further arguments of `generate`.
         attention_mask: mask of the prompt, [batch, tokens]; None without padding.
