@@ -68,7 +68,7 @@ def verdict_text(report: AuditReport) -> Text:
     """Return the verdict: its level in bold, a sentence, what was measured, and what to do."""
     verdict = report.verdict
     text = Text.assemble((verdict.level, "bold"), f": {verdict.headline}")
-    for label, sentences in (("Measured", report.measured()), ("What to do", verdict.advice)):
+    for label, sentences in report.points():
         text.append(f"\n  • {label}: {sentences}")
     return text
 

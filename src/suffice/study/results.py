@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -268,16 +268,21 @@ def metric_names(groups: Sequence[Group]) -> list[str]:
     return list(dict.fromkeys(metric for group in groups for metric in group.values))
 
 
-def summarize(groups: Sequence[Group], names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def summarize(
+    groups: Sequence[Group],
+    names: Sequence[str] | None = None,
+    interval: Callable[[Group, str], Interval] = Group.interval,
+) -> list[dict[str, Any]]:
     """Return the mean of every metric in every group as rows of a table.
 
     Args:
         groups: groups of runs.
         names: settings to include as columns; by default those that vary.
+        interval: returns the mean and the interval of a metric of a group; by default the 95 % Student's t interval.
 
     Returns:
-        one row for each group and metric: the settings, `metric`, `mean`, `low` and `high` (95 % Student's t
-        interval), and `seeds` (the number of seeds).
+        one row for each group and metric: the settings, `metric`, `mean`, `low` and `high`, and `seeds` (the number of
+        seeds).
 
     """
     names = varying_settings(groups) if names is None else names
@@ -285,7 +290,7 @@ def summarize(groups: Sequence[Group], names: Sequence[str] | None = None) -> li
         {
             **{name: group.settings.get(name) for name in names},
             "metric": metric,
-            **asdict(group.interval(metric)),
+            **asdict(interval(group, metric)),
             "seeds": len(values),
         }
         for group in groups

@@ -17,7 +17,7 @@ from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.group import CacheGroup, check_caches
 from suffice.kv.cache.layer import CompressedLayer
 from suffice.kv.cache.linear_states import has_linear_states
-from suffice.kv.cache.positions import num_new_tokens
+from suffice.kv.cache.positions import new_tokens, num_new_tokens
 
 
 @dataclass
@@ -113,7 +113,8 @@ class BatchedCaches(CacheGroup):
                 of rows of different lengths are missing.
 
         """
-        num_rows = next((len(x) for name in ("input_ids", "inputs_embeds") if (x := inputs.get(name)) is not None), 0)
+        given = new_tokens(inputs)
+        num_rows = 0 if given is None else len(given)
         if num_rows != len(self.caches):
             raise ValueError(f"the batch must have {len(self.caches)} rows, one for each cache, got {num_rows}")
         num_new = num_new_tokens(inputs)

@@ -22,10 +22,15 @@ def num_new_tokens(inputs: Mapping[str, Any]) -> int:
         inputs: keyword arguments of the decoder.
 
     """
-    for name, dim in (("input_ids", 1), ("inputs_embeds", 1), ("position_ids", -1)):
-        if (x := inputs.get(name)) is not None:
-            return x.shape[dim]
-    return 0
+    given, positions = new_tokens(inputs), inputs.get("position_ids")
+    if given is not None:
+        return given.shape[1]
+    return 0 if positions is None else positions.shape[-1]
+
+
+def new_tokens(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return the ids of the tokens that a forward pass of a decoder reads, or their embeddings; None without either."""
+    return next((x for name in ("input_ids", "inputs_embeds") if (x := inputs.get(name)) is not None), None)
 
 
 def check_continues(inputs: Mapping[str, Any], state: LayerState) -> None:
@@ -42,7 +47,7 @@ def check_continues(inputs: Mapping[str, Any], state: LayerState) -> None:
         ValueError: there are no new tokens, they do not follow the earlier ones, or the number of rows differs.
 
     """
-    given = next((x for name in ("input_ids", "inputs_embeds") if (x := inputs.get(name)) is not None), None)
+    given = new_tokens(inputs)
     if given is None:
         return
     length = _prompt_length(inputs, given, state)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -195,12 +195,11 @@ def _read(file: Path, only: Sequence[str] | None = None) -> tuple[dict[str, Any]
     try:
         with safe_open(file, "pt") as opened:
             header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys() if name in (only or ())}  # noqa: SIM118
-        if _METADATA_KEY not in header:
-            raise ValueError("it has no metadata of suffice, or was written by an early version")
-        metadata = json.loads(header[_METADATA_KEY])
-        if only is None:
-            tensors = load_file(file)
+            if _METADATA_KEY not in header:
+                raise ValueError("it has no metadata of suffice, or was written by an early version")
+            metadata = json.loads(header[_METADATA_KEY])
+            names: list[str] = opened.keys()
+            tensors = {name: opened.get_tensor(name) for name in names if only is None or name in only}
     except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"path must be a saved CompressedCache, got {str(file)!r} ({error}). Read the prompt again and save the "

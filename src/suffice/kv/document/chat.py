@@ -14,9 +14,10 @@ from suffice.arguments import check_text
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.report import CacheReport
 from suffice.kv.document.streaming import stream_text
-from suffice.kv.document.turn import DEFAULT_LENGTH, check_turn, decode, generate_turn
+from suffice.kv.document.turn import DEFAULT_LENGTH, check_turn, generate_turn
 from suffice.kv.eval.generation import end_ids
 from suffice.kv.eval.prompt import tokenize_question, tokenize_turn
+from suffice.kv.hf.tokenization import decode
 
 
 class Chat:

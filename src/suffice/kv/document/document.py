@@ -23,11 +23,11 @@ from suffice.kv.cache.report import CacheReport
 from suffice.kv.cache.serialization import SavedText, read_text, save_cache
 from suffice.kv.document.chat import Chat
 from suffice.kv.document.streaming import stream_text
-from suffice.kv.document.turn import DEFAULT_LENGTH, check_turn, decode, generate_turn
+from suffice.kv.document.turn import DEFAULT_LENGTH, check_turn, generate_turn
 from suffice.kv.eval.generation import fill_cache
 from suffice.kv.eval.prompt import PromptTokens, split_prompt, tokenize_question
 from suffice.kv.hf.model_info import context_window
-from suffice.kv.hf.tokenization import check_tokenizer, tokenize
+from suffice.kv.hf.tokenization import check_tokenizer, decode, tokenize
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.names import DEFAULT_POLICY
 from suffice.kv.policy.policy import Policy

@@ -7,22 +7,10 @@ from typing import Any
 from transformers import TextGenerationPipeline
 
 from suffice.kv.cache.cache import CompressedCache
+from suffice.kv.document.document import CacheOptions
 from suffice.kv.eval.generation import fill_cache
 
-_CACHE_OPTIONS = (
-    "policy",
-    "budget",
-    "memory",
-    "sinks",
-    "window",
-    "allocation",
-    "evict",
-    "interval",
-    "rerotate",
-    "measure_capacity",
-    "bits",
-    "repair",
-)
+_CACHE_OPTIONS = ("policy", "budget", "memory", *CacheOptions.__annotations__)
 
 
 class CompressedTextGenerationPipeline(TextGenerationPipeline):

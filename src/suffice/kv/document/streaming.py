@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from suffice.kv.hf.tokenization import decode
+
 
 def stream_text(
     answer: Callable[[Mapping[str, Any]], object], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
@@ -74,7 +76,7 @@ class _PieceStreamer(BaseStreamer):
         self._pass_on(is_last=True)
 
     def _pass_on(self, *, is_last: bool) -> None:
-        text = str(self._tokenizer.decode(self._ids or [], skip_special_tokens=True)).strip()
+        text = decode(self._tokenizer, self._ids or [])
         is_complete = is_last or not text.endswith("\ufffd")  # the last character may have further bytes
         if is_complete and len(text) > len(self._emitted) and text.startswith(self._emitted):
             self._emit(text[len(self._emitted) :])

@@ -10,7 +10,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from suffice.arguments import check_int
 from suffice.kv.cache.settings import CacheSettings
-from suffice.kv.eval.generation import check_prompt_length, continue_prompt, end_ids
+from suffice.kv.eval.generation import check_prompt_length, continue_prompt, end_ids, until_end
 
 DEFAULT_LENGTH = 128
 # Arguments of `generate` that a turn sets itself, or whose results are not the text of one answer.
@@ -90,14 +90,4 @@ def generate_turn(
         model, input_ids, cache, attention_mask=attention_mask, max_new_tokens=max_new_tokens, **given
     )
     ends = end_ids(model, options)
-    return [row[: _num_until(row.tolist(), ends)] for row in tokens]
-
-
-def _num_until(tokens: list[int], ends: list[int]) -> int:
-    """Return the number of tokens until the first that ends the answer. Rows that end early are padded behind it."""
-    return next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> str:
-    """Return the text of generated tokens."""
-    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    return [row[: len(until_end(row.tolist(), ends))] for row in tokens]

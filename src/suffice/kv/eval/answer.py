@@ -24,7 +24,7 @@ from suffice.kv.eval.generation import (
     greedy_generate,
 )
 from suffice.kv.eval.prompt import tokenize_prompt
-from suffice.kv.hf.tokenization import check_tokenizer
+from suffice.kv.hf.tokenization import check_tokenizer, decode
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.names import DEFAULT_POLICY
 from suffice.kv.policy.policy import Policy
@@ -205,9 +205,9 @@ def answer(
         full_tokens, kl = _compare_with_full(
             model, prompt.input_ids, record, max_new_tokens, chunk_size, token_by_token=not evicts_once
         )
-        full = _decode(tokenizer, full_tokens)
+        full = decode(tokenizer, full_tokens)
     result = Answer(
-        answer=_decode(tokenizer, tokens),
+        answer=decode(tokenizer, tokens),
         policy=cache.policy.name,
         budget=cache.budget,
         aware=aware,
@@ -288,10 +288,6 @@ def _compare_with_full(
                 logits.append(network(part, past_key_values=compressed.after_prompt).logits[0])
     reference, other = (each.float().log_softmax(-1) for each in (full.logits[0], torch.cat(logits)))
     return tokens, float(kl_divergence(reference, other).mean())
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 def _is_complete(model: PreTrainedModel, tokens: Tensor) -> bool:

@@ -89,9 +89,8 @@ class Comparison:
     def rows(self) -> list[dict[str, Any]]:
         """Return the mean and the 95 % bootstrap interval over samples of every metric of every cache."""
         optional = {"bits": self.is_quantized, "memory": self.has_limits, "repair": self.has_repair}
-        rows = summarize(self.groups, (*_COLUMNS, *(name for name, is_given in optional.items() if is_given)))
-        intervals = (metric_interval(group, metric) for group in self.groups for metric in group.values)
-        rows = [{**row, **asdict(interval)} for row, interval in zip(rows, intervals, strict=True)]
+        columns = (*_COLUMNS, *(name for name, is_given in optional.items() if is_given))
+        rows = summarize(self.groups, columns, metric_interval)
         return [{**row, "repair": bool(row["repair"])} for row in rows] if self.has_repair else rows
 
     def share_of_bytes(self, method: str, condition: Condition | tuple[str, str, float]) -> float:

@@ -18,10 +18,10 @@ from suffice.kv.cache.batched import BatchedCaches
 from suffice.kv.cache.cache import CompressedCache
 from suffice.kv.cache.prefill import prefill
 from suffice.kv.cache.report import stored_bits
-from suffice.kv.eval.generation import check_prompt_length, end_ids, greedy_generate
+from suffice.kv.eval.generation import check_prompt_length, end_ids, greedy_generate, until_end
 from suffice.kv.eval.prompt import PromptTokens
 from suffice.kv.eval.tasks.example import Example
-from suffice.kv.hf.tokenization import check_tokenizer
+from suffice.kv.hf.tokenization import check_tokenizer, decode
 from suffice.kv.hf.wrappers import unwrap_model
 from suffice.kv.policy.policy import Policy
 from suffice.kv.policy.registry import get_policy
@@ -195,7 +195,7 @@ def evaluate(
     reports = [cache.report() for cache in caches]
     measured = _metrics_of_each(model, caches, prompt.input_ids, gold)
     generated = _generate_from_each(model, caches, prompt.input_ids, max(answer_tokens, greedy_tokens))
-    answers = [_decode(tokenizer, tokens[:answer_tokens]) if answer_tokens else None for tokens in generated]
+    answers = [decode(tokenizer, tokens[:answer_tokens]) if answer_tokens else None for tokens in generated]
     scores = [None if text is None else example.score(text) for text in answers]
     rows: list[dict[str, Any]] = []
     for index, (config, report) in enumerate(zip(all_configs, reports, strict=True)):
@@ -299,12 +299,7 @@ def _generate_from_each(
         return [[] for _ in caches]
     copies = BatchedCaches([cache.copy() for cache in caches])
     generated = greedy_generate(model, input_ids.expand(len(caches), -1), copies, max_new_tokens).tolist()
-    return [_truncate_at(tokens, end_ids(model)) for tokens in generated]
-
-
-def _truncate_at(tokens: list[int], eos_ids: list[int]) -> list[int]:
-    ends = [index for index, token in enumerate(tokens) if token in eos_ids]
-    return tokens[: ends[0] + 1] if ends else tokens
+    return [until_end(tokens, end_ids(model)) for tokens in generated]
 
 
 def _agreement(reference: list[int], other: list[int]) -> tuple[float, int]:
@@ -312,7 +307,3 @@ def _agreement(reference: list[int], other: list[int]) -> tuple[float, int]:
     equal = [index < len(other) and other[index] == token for index, token in enumerate(reference)]
     num_agreed = equal.index(False) if False in equal else len(equal)
     return sum(equal) / len(equal), num_agreed
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()

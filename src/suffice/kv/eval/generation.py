@@ -170,6 +170,11 @@ def end_ids(model: PreTrainedModel, options: Mapping[str, Any] | None = None) ->
     return [ends] if isinstance(ends, int) else list(ends or [])
 
 
+def until_end(tokens: list[int], ends: list[int]) -> list[int]:
+    """Return generated tokens up to and including the first that ends the text. Others may be padding behind it."""
+    return next((tokens[: index + 1] for index, token in enumerate(tokens) if token in ends), tokens)
+
+
 def _pad_token_id(model: PreTrainedModel) -> int | None:
     """Return the id of the token that pads finished rows while other rows are still generated."""
     config = model.generation_config

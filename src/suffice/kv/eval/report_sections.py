@@ -12,7 +12,7 @@ from suffice.kv.eval.answer import Answer
 from suffice.kv.eval.cache_grid import describe_size, format_size, repair_suffix
 from suffice.kv.eval.cache_scores import cache_scores, main_result, samples_warning
 from suffice.kv.eval.compare import Comparison, Condition, metric_interval
-from suffice.kv.eval.tune import TuningResult
+from suffice.kv.eval.tuning_result import TuningResult
 from suffice.kv.storage.quantization import bits_suffix, format_bits
 from suffice.report import Code, Figure, KeptText, LinePoint, Page, Result, Table, Text, line_plot
 from suffice.study.results import group_records

@@ -58,3 +58,8 @@ def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether a letter has other tokens at the start of a text than at the start of a line."""
     letter, line = tokenize(tokenizer, "x"), tokenize(tokenizer, "\nx")
     return not torch.equal(line[:, -letter.shape[1] :], letter)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor | list[int]) -> str:
+    """Return the text of generated tokens, without special tokens and without white space around it."""
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()

@@ -8,31 +8,6 @@ from suffice.arguments import did_you_mean
 
 DEFAULT_POLICY = "capkv-salience"
 DEFAULT_REPLAY_POLICY = "capkv-replay"
-POLICY_NAMES = (
-    "capkv-salience",
-    "capkv-profile",
-    "capkv",
-    "capkv-spread",
-    "capkv-window",
-    "capkv-paper",
-    "h2o",
-    "tova",
-    "snapkv",
-    "pyramidkv",
-    "expected-attention",
-    "vatp",
-    "criticalkv",
-    "knorm",
-    "keydiff",
-    "key-leverage",
-    "streaming-llm",
-    "capkv-replay",
-    "kvzip",
-    "kvzip+",
-    "kvgrad",
-    "random",
-    "full",
-)
 POLICY_USES = {
     "capkv-salience": "The default: of all policies with one pass over the prompt, closest to the full cache.",
     "capkv-profile": "Text at small budgets, if tune finds it closer than the default.",
@@ -58,7 +33,8 @@ POLICY_USES = {
     "random": "Comparisons: random entries.",
     "full": "Comparisons: keeps everything.",
 }
-"""When to use each policy, in a sentence."""
+"""When to use each policy, in a sentence; the default comes first."""
+POLICY_NAMES = tuple(POLICY_USES)
 POLICY_PAPERS = {
     **dict.fromkeys(("capkv-salience", "capkv-profile", "capkv", "capkv-spread", "capkv-window"), "2604.25975"),
     **dict.fromkeys(("capkv-paper", "capkv-replay"), "2604.25975"),

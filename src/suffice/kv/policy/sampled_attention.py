@@ -13,12 +13,10 @@ from suffice.kv.policy.attention_stats import AttentionStats
 
 _QUERIES_PER_SET = 4
 """Number of queries whose attention is summed first."""
-_LOGITS_PER_BLOCK = {"cpu": 2**16}
-"""Number of logits of each query head of a group that are computed at a time, by type of device.
-
-Small blocks leave out more entries that their queries may not read. Large ones need fewer operations.
-"""
-_DEFAULT_LOGITS_PER_BLOCK = 2**20
+_LOGITS_PER_BLOCK = 2**20
+"""Number of logits of each query head of a group that are computed at a time."""
+_LOGITS_PER_BLOCK_ON_CPU = 2**16
+"""Small blocks need more operations, but leave out more entries that their queries may not read."""
 
 
 def sampled_attention(stats: AttentionStats, count: int, min_distance: int) -> Tensor:
@@ -91,7 +89,7 @@ def _attention_of_complete_rows(stats: AttentionStats, count: int, min_distance:
     selected = stats.queries.index_select(2, async_tensor([index for index, _ in reads], stats.device))
     queries = stats.group_heads(selected.float() * stats.scaling)
     latest = [last for _, last in reads]
-    block_size = _LOGITS_PER_BLOCK.get(stats.device.type, _DEFAULT_LOGITS_PER_BLOCK)
+    block_size = _LOGITS_PER_BLOCK_ON_CPU if stats.device.type == "cpu" else _LOGITS_PER_BLOCK
     max_sets = max(1, block_size // (stats.batch_size * queries.shape[1] * _QUERIES_PER_SET * latest[-1]))
     num_full = len(reads) // _QUERIES_PER_SET * _QUERIES_PER_SET  # the last set may be smaller
     starts = [*range(0, num_full, max_sets * _QUERIES_PER_SET), num_full]

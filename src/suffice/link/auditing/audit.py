@@ -119,15 +119,17 @@ class AuditReport:
             numbers.append(f"On {name} edges, A_pure is {a_pure:.2f}, τ is {tau:.2f} and κ is {kappa:.2f}.")
         return " ".join((*numbers, self.verdict.why))
 
+    def points(self) -> list[tuple[str, str]]:
+        """Return what was measured and what to do, each with its label."""
+        return [("Measured", self.measured()), ("What to do", self.verdict.advice)]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a JSON-serializable dictionary."""
         return asdict(self)
 
     def __str__(self) -> str:
-        verdict = self.verdict
-        return (
-            f"{verdict.level}: {verdict.headline}\nMeasured: {self.measured()}\nWhat to do: {verdict.advice}"
-        ).rstrip()
+        points = (f"{label}: {text}" for label, text in self.points())
+        return "\n".join((f"{self.verdict.level}: {self.verdict.headline}", *points))
 
 
 def audit(

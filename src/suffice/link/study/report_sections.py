@@ -80,10 +80,11 @@ def audit_page(report: AuditReport, command: str) -> Page:
         f"up to {report.batch_size} edges with 0 to 100 % positives, {report.repeats} times.",
         command=command,
     )
-    points = [("Measured", report.measured()), ("What to do", verdict.advice)]
     page.add(
         "Verdict",
-        Result(f"{verdict.level[0].upper()}{verdict.level[1:]}.", verdict.headline, points, _TONES[verdict.level]),
+        Result(
+            f"{verdict.level[0].upper()}{verdict.level[1:]}.", verdict.headline, report.points(), _TONES[verdict.level]
+        ),
         Figure(
             plot_audit(report),
             caption="Accuracy against the fraction of positives in the batch. A model that judges each edge alone "
